@@ -42,9 +42,11 @@ format: $(VENV)/.installed-dev ## put the code into the house format
 bench: $(VENV)/.installed ## run the benchmarks whose figures the documents quote
 	for file in benchmarks/*.py; do $(BIN)/python "$$file" || exit 1; done
 
-docs: $(VENV)/.installed ## write docs/space_file.md anew from the code
+docs: $(VENV)/.installed ## write docs/space_file.md and docs/zoo.md anew from the code
 	$(BIN)/python -m moenas.reference > $(VENV)/space_file.md
 	mv $(VENV)/space_file.md docs/space_file.md
+	$(BIN)/python benchmarks/zoo.py > $(VENV)/zoo.md
+	mv $(VENV)/zoo.md docs/zoo.md
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from moenas.parts import DenseFFN, MoE, MoEFFN, Router
-from moenas.parts.experts import activate
 
 D_MODEL, D_EXPERT, TOKENS = 256, 512, 2048
 CELLS = [(e, k) for e in (4, 8, 16, 32, 64) for k in (1, 2, 4, 8) if k <= e // 2 or e == k == 4]
@@ -46,7 +45,7 @@ def loop(moe: MoE, x: Tensor) -> Tensor:
     for e in range(moe.experts.n_experts):
         token, place = torch.where(choice.experts == e)
         h = tokens[token] @ moe.experts.up[e].to(x.dtype).T
-        out = activate(h, moe.experts.activation) @ moe.experts.down[e].to(x.dtype).T
+        out = moe.experts.activation(h) @ moe.experts.down[e].to(x.dtype).T
         y = y.index_add(0, token, out * choice.weights[token, place].unsqueeze(-1).to(out.dtype))
     return y.view_as(x)
 

@@ -15,12 +15,21 @@ from torch import Tensor, nn
 
 from moenas import describe, grammar
 from moenas.component import Component, fields, setting
-from moenas.parts.blocks import Block, BlockGroup, build_norm, norm_cost
+from moenas.parts.blocks import Block, BlockGroup, NormPosition, Stream
 from moenas.parts.experts import MoE
+from moenas.parts.norms import NormKind
 from moenas.records import Cost
 from moenas.refs import sha256
 
-RESIDUAL = ("mixer.out.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
+RESIDUAL = (
+    "mixer.out.weight",
+    "ffn.down.weight",
+    "ffn.experts.down",
+    "ffn.experts.inner.down",
+    "ffn.experts.leave.weight",
+    "ffn.shared.down.weight",
+    "ffn.values",
+)
 """Ends of the names of the weights that write into the residual stream."""
 
 
@@ -30,10 +39,29 @@ class Architecture(Component):
 
     vocab_size: int = setting("tokens of the vocabulary", low=2)
     d_model: int = setting("width of the residual stream", low=8, multiple=8)
-    norm: Literal["rmsnorm", "layernorm"] = setting(
-        "the norm before each part and before the head; neither has a bias", default="rmsnorm"
+    norm: NormKind = setting(
+        "layernorm has no bias, layernorm_bias has one; dyt is a tanh with a learned slope",
+        default="rmsnorm",
+    )
+    norm_eps: float = setting("added to the mean square or variance", default=1e-6, low=0.0)
+    norm_position: NormPosition = setting(
+        "before each part, after the sum, on a part's output, or before and on the output",
+        default="pre",
+    )
+    positions: Literal["none", "learned"] = setting(
+        "learned: a vector for each position is added to the embedding (GPT-2)", default="none"
+    )
+    max_positions: int | None = setting(
+        "rows of the learned positions: the longest context", default=None, low=256
     )
     tie_embeddings: bool = setting("the head is the embedding table, transposed", default=True)
+    embedding_multiplier: float = setting("factor of the embedding", default=1.0)
+    residual_multiplier: float = setting("factor of what each part adds", default=1.0)
+    logit_multiplier: float = setting("factor of the logits", default=1.0)
+    logit_softcap: float | None = setting(
+        "logits become c tanh(logit / c) (Gemma 2, arXiv 2408.00118)", default=None, low=0.1
+    )
+    head_bias: bool = setting("the head has a bias", default=False)
     blocks: tuple[BlockGroup, ...] = setting("groups of layers, from the input to the output")
 
     @classmethod
@@ -46,27 +74,39 @@ class Architecture(Component):
         return grammar.parse(cls, plain)
 
     def invalid(self) -> str | None:
-        """Return why a block does not fit the width, or None."""
+        """Return why a block does not fit the width, or fields do not go together, or None."""
         for i, group in enumerate(self.blocks):
             if (reason := group.invalid_at(self.d_model)) is not None:
                 return f"blocks.{i}.{reason}"
+        if self.positions == "learned" and self.max_positions is None:
+            return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
-        """The groups written out, one a layer."""
-        single = ((replace(g, repeat=1, vary=False), g.repeat) for g in self.blocks)
-        return tuple(layer for layer, repeat in single for _ in range(repeat))
+        """The groups and patterns written out, one a layer."""
+        return tuple(layer for group in self.blocks for layer in group.layers)
+
+    @property
+    def stream(self) -> Stream:
+        """What the layers share."""
+        return Stream(
+            self.d_model, self.norm, self.norm_eps, self.norm_position, self.residual_multiplier
+        )
 
     def canonical(self) -> Self:
         """Return the one spelling of all architectures that train and compute alike.
 
-        Canonical parts, and each run of equal layers as one group.
+        Canonical parts, patterns written out, each run of equal layers as one group, and fields
+        without effect at their defaults.
         """
         layers = (layer.canonical_at(self.d_model) for layer in self.layers)
         runs = itertools.groupby(layers)
         return replace(
-            self, blocks=tuple(replace(layer, repeat=len(list(run))) for layer, run in runs)
+            self,
+            blocks=tuple(replace(layer, repeat=len(list(run))) for layer, run in runs),
+            norm_eps=1e-6 if self.norm == "dyt" else self.norm_eps,
+            max_positions=self.max_positions if self.positions == "learned" else None,
         )
 
     @property
@@ -78,20 +118,40 @@ class Architecture(Component):
     def cost(self, context: int) -> Cost:
         """Return the exact cost of the whole model at a context length in tokens."""
         table = self.vocab_size * self.d_model
-        head = Cost(table, table, 2 * table, 0, 2 * table)
-        lookup = Cost(params=table, active_params=self.d_model, weight_bytes=2 * table)
-        blocks = (group.cost(self.d_model, context) for group in self.blocks)
-        whole = sum(blocks, start=head + norm_cost(self.d_model))
-        return whole if self.tie_embeddings else whole + lookup
+        bias = self.vocab_size if self.head_bias else 0
+        rows = self.d_model * (self.max_positions or 0) if self.positions == "learned" else 0
+        head = Cost(table + bias, table + bias, 2 * table, 0, 2 * (table + bias))
+        lookups = [Cost(rows, min(rows, self.d_model), 0, 0, 2 * rows)]
+        if not self.tie_embeddings:
+            lookups.append(Cost(table, self.d_model, 0, 0, 2 * table))
+        if self.norm_position != "post":
+            head = head + self.stream.norm_cost()
+        blocks = [group.cost(self.stream, context) for group in self.blocks]
+        return sum([*lookups, *blocks], start=head)
 
     def build(self, device: torch.device | str = "cpu", seed: int = 0) -> Model:
         """Build the model and draw its weights; the same seed gives the same model."""
+        rows = self.max_positions if self.positions == "learned" else None
         with torch.device(device):
-            blocks = [b for group in self.blocks for b in group.build(self.d_model, self.norm)]
-            norm = build_norm(self.norm, self.d_model)
-            model = Model(self.vocab_size, self.d_model, blocks, norm, self.tie_embeddings)
+            model = Model(
+                self.vocab_size,
+                self.d_model,
+                Stem(self.d_model, rows, self.embedding_multiplier),
+                [block for group in self.blocks for block in group.build(self.stream)],
+                None if self.norm_position == "post" else self.stream.build_norm(),
+                self._build_head(),
+            )
         initialise(model, seed)
         return model
+
+    def _build_head(self) -> Head:
+        return Head(
+            self.vocab_size,
+            None if self.tie_embeddings else self.d_model,
+            self.head_bias,
+            self.logit_multiplier,
+            self.logit_softcap,
+        )
 
     def describe(self) -> str:
         """Say in one line what it is: `96d rmsnorm, 4x(attention 3q/1kv, moe 8e top2 ...)`."""
@@ -102,7 +162,8 @@ class Architecture(Component):
 
         The fields of the architecture, of the layer's parts and of its router by their own
         names in their canonical form, `n_layers`, and the kinds as `mixer` and `ffn`. Fields that
-        are null are left out.
+        are null are left out; of two parts of a layer with a field of one name, the later one
+        counts.
         """
         whole = _scalars(self) | {"n_layers": len(self.layers)}
         found = []
@@ -133,15 +194,81 @@ def initialise(model: Model, seed: int) -> None:
 
     Normal with standard deviation sqrt(2 / (5 d_model)) (Nguyen and Salazar, arXiv 1910.05895:
     Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(2 n_layers) where a
-    weight writes into the residual stream (GPT-2). Norms start at 1 and selection biases at 0.
+    weight writes into the residual stream (GPT-2). Norms start at 1 and biases at 0. A module
+    with a method `start` draws its own parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * model.d_model))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not parameter.is_meta:
-            scale = math.sqrt(2 * len(model.blocks)) if name.endswith(RESIDUAL) else 1.0
-            drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
-            parameter.data.copy_(drawn)
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for place, module in modules:
+        if hasattr(module, "start"):
+            module.start(generator)
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and not parameter.is_meta:
+                into_residual = f"{place}.{own}".endswith(RESIDUAL)
+                scale = math.sqrt(2 * len(model.blocks)) if into_residual else 1.0
+                drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
+                parameter.data.copy_(drawn)
+
+
+class Stem(nn.Module):
+    """The way into the stream: embedding times a multiplier, plus the position's own vector."""
+
+    def __init__(self, d_model: int, max_positions: int | None, multiplier: float) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.max_positions = max_positions
+        self.multiplier = multiplier
+        empty = None if max_positions is None else torch.empty(max_positions, d_model)
+        self.positions = None if empty is None else nn.Parameter(empty)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Map the embeddings (B, S, D) of tokens at start, start + 1, ... to the stream."""
+        x = x if self.multiplier == 1 else x * self.multiplier
+        if self.positions is None:
+            return x
+        end = start + int(x.shape[1])  # a tensor while the model is traced
+        if end > len(self.positions):
+            raise ValueError(f"{end} tokens; max_positions is {len(self.positions)}")
+        return x + self.positions[start:end].to(x.dtype)
+
+
+class Head(nn.Module):
+    """The way out: `(x W^T + bias) * multiplier`, soft-capped; W is the embedding if tied."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int | None,
+        biased: bool,
+        multiplier: float,
+        softcap: float | None,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.d_model = d_model  # None if the head is the embedding table
+        self.biased = biased
+        self.multiplier = multiplier
+        self.softcap = softcap
+        empty = None if d_model is None else torch.empty(vocab_size, d_model)
+        self.weight = None if empty is None else nn.Parameter(empty)
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if biased else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map (B, S, D) to float32 logits (B, S, V)."""
+        weight = embedding if self.weight is None else self.weight
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        logits = F.linear(x, weight.to(x.dtype), bias).float()
+        logits = logits if self.multiplier == 1 else logits * self.multiplier
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+class Caches(list[Any]):
+    """The cache of each layer, None where it has no mixer."""
+
+    length = 0
+    """Tokens seen so far."""
 
 
 class Model(nn.Module):
@@ -151,21 +278,22 @@ class Model(nn.Module):
         self,
         vocab_size: int,
         d_model: int,
+        stem: Stem,
         blocks: list[Block],
-        norm: nn.Module,
-        tie_embeddings: bool,
+        norm: nn.Module | None,
+        head: Head,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.d_model = d_model
-        self.tie_embeddings = tie_embeddings
         self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self.head = None if tie_embeddings else nn.Parameter(torch.empty(vocab_size, d_model))
+        self.head = head
 
     def forward(
-        self, tokens: Tensor, cache: list[Any] | None = None, dtype: torch.dtype | None = None
+        self, tokens: Tensor, cache: Caches | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Return the float32 logits (B, S, V) of the token after each of `tokens` (B, S), int64.
 
@@ -173,15 +301,21 @@ class Model(nn.Module):
         of the parameters.
         """
         x = F.embedding(tokens, self.embedding).to(dtype or self.embedding.dtype)
+        x = self.stem(x, 0 if cache is None else cache.length)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i])
-        head = self.embedding if self.head is None else self.head
-        return F.linear(self.norm(x), head.to(x.dtype)).float()
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        logits: Tensor = self.head(x if self.norm is None else self.norm(x), self.embedding)
+        return logits
 
-    def new_cache(self, batch: int, context: int) -> list[Any]:
-        """Return an empty cache for each layer, for `batch` sequences of up to `context` tokens."""
+    def new_cache(self, batch: int, context: int) -> Caches:
+        """Return an empty cache for each layer, for `batch` sequences of up to `context` tokens.
+
+        A layer without a mixer has none.
+        """
         mixers: list[Any] = [block.mixer for block in self.blocks]
-        return [mixer.new_cache(batch, context) for mixer in mixers]
+        return Caches(None if m is None else m.new_cache(batch, context) for m in mixers)
 
     def loss(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the mean cross entropy in nats a token, without auxiliary losses."""

@@ -7,30 +7,65 @@ from moenas.records import Plain
 
 def one_line(architecture: Plain) -> str:
     """Describe a canonical architecture: `96d rmsnorm, 3x(attention 16/2kv, moe 8e top2 d128)`."""
-    blocks = " + ".join(_group(group) for group in architecture["blocks"])
-    return f"{architecture['d_model']}d {architecture['norm']}, {blocks}"
+    groups = [(_block(group), group["repeat"]) for group in architecture["blocks"]]
+    return f"{architecture['d_model']}d {architecture['norm']}, {' + '.join(_folded(groups))}"
 
 
-def _group(group: Plain) -> str:
-    return f"{group['repeat']}x({_mixer(group['mixer'])}, {_ffn(group['ffn'])})"
+def _folded(groups: list[tuple[str, int]]) -> list[str]:
+    """Write groups of equal layers; what repeats as a pattern is written once: 12x[a, 3x b]."""
+    found = []
+    while groups:
+        best, times = 1, 1
+        for size in range(2, len(groups) // 2 + 1):
+            n = 1
+            while groups[n * size : (n + 1) * size] == groups[:size]:
+                n += 1
+            if n > 1 and n * size > best * times:
+                best, times = size, n
+        texts = [f"{repeat}x({text})" for text, repeat in groups[:best]]
+        found.append(texts[0] if times == 1 else f"{times}x[{', '.join(texts)}]")
+        groups = groups[best * times :]
+    return found
+
+
+def _block(group: Plain) -> str:
+    parts = ((group["mixer"], _mixer), (group["ffn"], _ffn))
+    return ", ".join(write(part) for part, write in parts if part is not None)
 
 
 def _mixer(mixer: Plain) -> str:
-    heads = [f"{mixer[key]}{unit}" for key, unit in _HEADS if mixer.get(key) is not None]
-    return " ".join([mixer["kind"], "/".join(heads)]).strip()
+    units = _HEADS if "n_kv_heads" in mixer or "kv_rank" in mixer else _STATE_HEADS
+    heads = "/".join(f"{mixer[key]}{unit}" for key, unit in units if mixer.get(key) is not None)
+    words = [mixer["kind"], heads]
+    words += [f"{word}{mixer[key]}" for key, word in _WORDS if mixer.get(key) is not None]
+    return " ".join(word for word in words if word)
 
 
 _HEADS = (("n_heads", "q"), ("n_kv_heads", "kv"))
+_STATE_HEADS = (("n_heads", "h"), ("n_key_heads", "key"))
+_WORDS = (
+    ("window", "window "),
+    ("chunk", "chunk "),
+    ("kv_rank", "rank "),
+    ("d_inner", "d"),
+    ("d_state", "state "),
+)
 
 
 def _ffn(ffn: Plain) -> str:
+    if ffn["kind"] == "product_key":
+        return f"product_key {ffn['n_keys']}x{ffn['n_keys']} {ffn['n_heads']}h top{ffn['top_k']}"
     if ffn["kind"] != "moe":
         return f"{ffn['kind']} {ffn.get('d_ff', '')} {ffn.get('activation', '')}".strip()
     router = ffn["router"]
     words = [f"moe {ffn['n_experts']}e top{router['top_k']} d{ffn['d_expert']}"]
     if ffn.get("n_shared_experts"):
-        words.append(f"+{ffn['n_shared_experts']} shared")
+        words.append(f"+{ffn['n_shared_experts']} shared d{ffn['d_shared']}")
+    if ffn.get("n_zero_experts"):
+        words.append(f"+{ffn['n_zero_experts']} {ffn['zero_kind']}")
     words += [str(ffn["activation"]), str(router["score"])]
+    if router.get("selection") not in (None, "top_k"):
+        words.append(str(router["selection"]))
     if router.get("balance") not in (None, "none"):
         words.append(str(router["balance"]))
     if router.get("capacity_factor") is not None:

@@ -88,6 +88,8 @@ HANDLERS: dict[str, Handler] = {
     # Rows sorted by group (T, K), one matrix for each group (E, K, N): every row meets one matrix.
     "aten::_grouped_mm": _product(0),
     "aten::scaled_dot_product_attention": _attention,
+    # The full square of the system (Q, Q) with its right sides (Q, N), zeros and all.
+    "aten::linalg_solve_triangular": _product(0),
 }
 """Operators with matrix products -> multiply-adds. They replace fvcore's own handlers, which round
 an einsum and miss broadcast batch axes of a matmul."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from moenas.architecture import Architecture, Model
 from moenas.lease import DeviceLease
 from moenas.objective import Measurement
-from moenas.parts.routers import TopKRouter
+from moenas.parts.gating import Gating
 from moenas.records import Plain
 from moenas.sections import Protocol
 
@@ -283,7 +283,7 @@ def deployed(architecture: Architecture, model: Model, dtype: torch.dtype) -> Mo
     Routers, norms and biases stay float32, so tokens go where they went. What keeps its type is
     shared with `model`.
     """
-    kept = tuple(n for n, m in model.named_modules() if isinstance(m, TopKRouter))
+    kept = tuple(n for n, m in model.named_modules() if isinstance(m, Gating))
     state = {
         name: value.to(dtype) if value.ndim >= 2 and not name.startswith(kept) else value
         for name, value in model.state_dict().items()
@@ -302,8 +302,10 @@ def prepare(model: Model, tokens: Tensor, phase: str) -> Callable[[], object]:
     model(tokens[:, :-1], cache)
 
     def step() -> object:
+        cache.length = length - 1
         for layer in cache:
-            layer.length = length - 1
+            if layer is not None:
+                layer.length = length - 1
         return model(tokens[:, -1:], cache)
 
     return step

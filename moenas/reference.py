@@ -143,7 +143,7 @@ def _family(name: str, family: type[Component], level: str) -> Iterator[str]:
             yield _table(("preset", "fields"), presets)
     for cls in kinds or [family]:
         for field in fields(cls).values():
-            if field.component is not None:
+            if field.component not in (None, family):  # a pattern of blocks holds blocks
                 yield from _family(field.name, field.component, "###")
 
 

@@ -213,18 +213,23 @@ def listing(folder: str, suffix: str) -> dict[str, Path]:
 def find(folder: str, suffix: str, ref: str) -> Path:
     """Resolve a reference: a path as given, then the folder here, then what was shipped.
 
+    A name may lead into a folder below, like `zoo/mixtral_8x7b`.
+
     Raises:
         NotFoundError: naming what there is, with the nearest name.
     """
     path = Path(ref).expanduser()
-    if path.suffix == suffix or "/" in ref:
-        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
-            if path.is_file():
-                return path
-        raise NotFoundError(f"{_short(ref)}: no such file")
-    known = listing(folder, suffix)
+    parent, slash, _ = ref.rpartition("/")
+    known: dict[str, Path] = {}
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        if (path.suffix == suffix or slash) and path.is_file():
+            return path
+        found = listing(folder + slash + parent, suffix)
+        known = {parent + slash + name: place for name, place in found.items()}
     if ref in known:
         return known[ref]
+    if path.suffix == suffix or (slash and not known):
+        raise NotFoundError(f"{_short(ref)}: no such file")
     names = ", ".join(known) or "none"
     raise NotFoundError(
         f"no '{_short(ref)}' in {folder}/.{suggestion(ref, known)} There are: {names}."

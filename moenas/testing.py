@@ -19,7 +19,8 @@ from moenas.component import Component, Field, Part, fields
 from moenas.errors import InputError, SpaceError
 from moenas.measure import evaluate
 from moenas.objective import Objective, load_objective
-from moenas.parts.experts import FFN, DenseFFN, MoEFFN
+from moenas.parts.experts import MoEFFN
+from moenas.parts.ffn import FFN, DenseFFN
 from moenas.parts.mixers import Mixer
 from moenas.records import Evaluation, FrontPoint, Job, ObjectiveInfo, Plain, StudyRecord, View
 from moenas.sections import Protocol, Recipe
@@ -46,9 +47,12 @@ def random_architecture(seed: int, kind: type[Part] | None = None, **given: Any)
     reason = ""
     for _ in range(TRIES):
         try:
-            return Architecture.parse(_draw(Architecture, rng, kind) | given)
+            architecture = Architecture.parse(_draw(Architecture, rng, kind) | given)
         except SpaceError as error:
             reason = str(error)
+            continue
+        if all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers):
+            return architecture
     raise InputError(f"{kind or Architecture}: no random fields are valid; the last: {reason}")
 
 
@@ -60,13 +64,21 @@ def _draw(family: type[Component], rng: random.Random, kind: type[Part] | None) 
         cls = kind if fixed and kind else rng.choice(list(family.kinds.values()))
     found: Plain = {} if cls.kind is None else {"kind": cls.kind}
     for name, field in fields(cls).items():
-        if field.component is not None and field.is_list:
+        if field.component is not None and field.optional and _left_out(field, rng, kind):
+            found[name] = None
+        elif field.component is not None and field.is_list:
             found[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
         elif field.component is not None:
             found[name] = _draw(field.component, rng, kind)
         else:
             found[name] = _draw_scalar(field, rng)
     return found
+
+
+def _left_out(field: Field, rng: random.Random, kind: type[Part] | None) -> bool:
+    """Whether a component that may be null is: a pattern always, the wanted kind never."""
+    wanted = kind is not None and field.component is not None and issubclass(kind, field.component)
+    return field.is_list or (not wanted and rng.random() < 0.2)
 
 
 def _draw_scalar(field: Field, rng: random.Random) -> Any:

@@ -236,7 +236,7 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     """
     device = next(model.parameters()).device
     layers = model.moe_layers()
-    loads = [torch.zeros(moe.experts.n_experts, dtype=torch.int64) for _, moe in layers]
+    loads = [torch.zeros(moe.balance.n_experts, dtype=torch.int64) for _, moe in layers]
     lost = [0.0 for _ in layers]
     total, count = 0.0, 0
     was_training = model.training

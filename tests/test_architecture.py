@@ -473,5 +473,5 @@ def test_the_loss_teaches_every_router(top_k: int) -> None:
     tokens = torch.randint(16, (2, 16), generator=torch.Generator().manual_seed(0))
     model.loss(tokens, tokens).backward()
     ((_, moe),) = model.moe_layers()
-    assert moe.router.weight.grad is not None
-    assert moe.router.weight.grad.norm() > 1e-4
+    assert moe.router.logits.weight.grad is not None
+    assert moe.router.logits.weight.grad.norm() > 1e-4

@@ -24,8 +24,13 @@ FLOORS = """
     draws schema sections objective migrations.env migrations.versions database figures
     store
     dashboard
-    parts.layers
-    parts.mixers parts.routers
+    parts.layers parts.norms parts.scan
+    parts.activations parts.dispatch parts.selection
+    parts.mixers parts.gating parts.ffn
+    parts.attention parts.ssm
+    parts.latent parts.linear
+    parts.balance parts.product_key
+    parts.routers
     parts.experts
     parts.blocks
     parts

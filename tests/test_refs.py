@@ -130,6 +130,23 @@ def test_the_folder_here_shadows_what_was_shipped(
     assert refs.find("spaces", ".yaml", "tiny") == Path("spaces/tiny.yaml")
 
 
+def test_a_name_may_lead_into_a_folder_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = refs.shipped("spaces") / "zoo" / "mixtral_8x7b.yaml"
+    assert refs.find("spaces", ".yaml", "zoo/mixtral_8x7b") == shipped
+    with pytest.raises(NotFoundError, match="Did you mean 'zoo/mixtral_8x7b'"):
+        refs.find("spaces", ".yaml", "zoo/mixtral_8x7")
+    mine = Path("spaces/zoo/mixtral_8x7b.yaml")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert refs.find("spaces", ".yaml", "zoo/mixtral_8x7b") == mine
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "mixtral_8x7b").write_text("a path comes first")
+    assert refs.find("spaces", ".yaml", "zoo/mixtral_8x7b") == Path("zoo/mixtral_8x7b")
+
+
 def test_a_missing_name_suggests_the_nearest() -> None:
     with pytest.raises(NotFoundError, match="Did you mean 'tiny'"):
         refs.find("spaces", ".yaml", "tyny")

@@ -25,7 +25,8 @@ def shipped_files() -> set[str]:
     ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in {".py", ".yaml"})
     found = {str(p.relative_to(ROOT)) for p in ours} | {"moenas/py.typed"}
     for folder, pattern in FOLDERS.items():
-        found |= {f"moenas/_shipped/{folder}/{p.name}" for p in (ROOT / folder).glob(pattern)}
+        shipped = (p.relative_to(ROOT) for p in (ROOT / folder).rglob(pattern) if p.is_file())
+        found |= {f"moenas/_shipped/{p}" for p in shipped if "__pycache__" not in p.parts}
     return found
 
 
@@ -62,7 +63,9 @@ def test_installed_it_finds_what_was_shipped(wheel: Path, tmp_path: Path) -> Non
 import sys
 sys.path.insert(0, sys.argv[1])
 from moenas import refs
-for folder, suffix in (("spaces", ".yaml"), ("objectives", ".py"), ("dashboards", ".py")):
+for folder, suffix in (
+    ("spaces", ".yaml"), ("spaces/zoo", ".yaml"), ("objectives", ".py"), ("dashboards", ".py")
+):
     for path in refs.listing(folder, suffix).values():
         assert path.is_relative_to(sys.argv[1]), path
         print(f"{folder}/{path.name}")
@@ -77,7 +80,7 @@ for folder, suffix in (("spaces", ".yaml"), ("objectives", ".py"), ("dashboards"
     assert done.returncode == 0, done.stderr
     expected = {
         f"{folder}/{path.name}"
-        for folder, pattern in FOLDERS.items()
+        for folder, pattern in {**FOLDERS, "spaces/zoo": "*.yaml"}.items()
         for path in (ROOT / folder).glob(f"[!_]{pattern}")
     }
     assert set(done.stdout.split()) == expected

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+from moenas.parts.activations import Activation
+from moenas.parts.attention import Attend, Attention, AttentionMixer
+from moenas.parts.balance import Balance, Routing
 from moenas.parts.blocks import Block, BlockGroup
-from moenas.parts.experts import FFN, DenseFFN, Experts, FeedForward, MoE, MoEFFN
-from moenas.parts.layers import LayerNorm, Linear, RMSNorm
-from moenas.parts.mixers import Attention, AttentionMixer, KVCache, Mixer, Rotary
-from moenas.parts.routers import Balance, Choice, Router, Routing, TopKRouter
+from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
+from moenas.parts.ffn import FFN, DenseFFN, FeedForward, GatedFeedForward
+from moenas.parts.gating import Choice, Gating
+from moenas.parts.latent import LatentAttention, LatentAttentionMixer
+from moenas.parts.layers import Convolution, Linear
+from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
+from moenas.parts.mixers import KVCache, Mixer, Rotary, StateCache
+from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
+from moenas.parts.product_key import ProductKeyFFN, ProductKeys
+from moenas.parts.routers import Router
+from moenas.parts.ssm import Mamba, Mamba2, Mamba2Mixer, MambaMixer
 
 __all__ = [
     "FFN",
+    "Activation",
+    "Attend",
     "Attention",
     "AttentionMixer",
     "Balance",
     "Block",
     "BlockGroup",
     "Choice",
+    "Convolution",
     "DenseFFN",
+    "DynamicTanh",
     "Experts",
     "FeedForward",
+    "GatedDelta",
+    "GatedDeltaMixer",
+    "GatedFeedForward",
+    "GatedNorm",
+    "Gating",
     "KVCache",
+    "LatentAttention",
+    "LatentAttentionMixer",
+    "LatentExperts",
     "LayerNorm",
     "Linear",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Mixer",
+    "MambaMixer",
     "Mixer",
     "MoE",
     "MoEFFN",
+    "ProductKeyFFN",
+    "ProductKeys",
     "RMSNorm",
     "Rotary",
     "Router",
     "Routing",
-    "TopKRouter",
+    "ShortConv",
+    "ShortConvMixer",
+    "StateCache",
+    "ZeroExperts",
 ]

@@ -1,75 +1,83 @@
-"""Feed-forward layers: dense, and a mixture of experts by sorting tokens. Kinds: dense, moe."""
+"""Mixtures of experts: a layer of many feed-forward networks, a few for each token. Kind: moe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moenas.component import Part, setting
+from moenas.component import setting
+from moenas.parts.activations import Activated, Activation, up_width
+from moenas.parts.balance import Balance, Routing
+from moenas.parts.dispatch import row_multiple, sort_slots, within_capacity
+from moenas.parts.ffn import FFN, FeedForward, GatedFeedForward, network_cost
+from moenas.parts.gating import Choice, Gating
 from moenas.parts.layers import Linear
-from moenas.parts.routers import Balance, Router, Routing, TopKRouter
+from moenas.parts.routers import Router
 from moenas.records import Cost
 
-# Shapes: B sequences of S tokens, T = B S tokens, D model width, E experts, K experts chosen for a
-# token, F width of an expert, N = T K slots (a slot is one token at one of its experts).
-
-Activation = Literal["swiglu", "geglu", "reglu", "gelu", "relu2"]
-
-# GLU variants (Shazeer, arXiv 2002.05202): act(gate) * up. Plain: gelu, or relu(x)^2 (Primer,
-# arXiv 2109.08668).
-GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "reglu": F.relu,
-}
+# Shapes: B sequences of S tokens, T = B S tokens, D model width, E experts, Z zero-computation
+# experts, K experts chosen for a token, F width of an expert, N = T K slots (a slot is one token at
+# one of its experts).
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFN(Part):
-    """The family of feed-forward layers: modules (B, S, D) -> (B, S, D), token by token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseFFN(FFN, kind="dense"):
-    """One feed-forward network for every token."""
-
-    d_ff: int = setting("width of the hidden layer", low=8, multiple=8)
-    activation: Activation = setting(
-        "swiglu, geglu and reglu are gated: their up projection is twice as wide",
-        default="swiglu",
-    )
-
-    def cost(self, d_model: int, context: int) -> Cost:
-        """Count two projections, the up one doubled if gated."""
-        return _ffn_cost(d_model, self.d_ff, self.activation)
-
-    def build(self, d_model: int) -> nn.Module:
-        """Build the layer at a model width."""
-        return FeedForward(d_model, self.d_ff, self.activation)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEFFN(FFN, kind="moe"):
+class MoEFFN(Activated, FFN, kind="moe"):
     """Many small feed-forward networks (experts), a few of which see each token.
 
     Fine-grained experts are many experts of a small `d_expert` (DeepSeekMoE, arXiv 2401.06066);
-    shared experts see every token, with weight 1.
+    shared experts see every token, with weight 1 or through a gate of their own.
     """
 
     n_experts: int = setting("routed experts", low=1)
     d_expert: int = setting("width of the hidden layer of an expert", low=8, multiple=8)
-    activation: Activation = setting("activation of all experts", default="swiglu")
+    expert_bias: bool = setting(
+        "both projections of the routed experts add a bias (gpt-oss)", default=False
+    )
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
     n_shared_experts: int = setting("experts that every token passes", default=0, low=0)
     d_shared: int | None = setting(
         "width of a shared expert; null: d_expert", default=None, low=8, multiple=8
     )
+    shared_gate: bool = setting(
+        "the shared experts are multiplied by sigmoid(w x) (Qwen2-MoE)", default=False
+    )
+    d_latent: int | None = setting(
+        "width that routed experts work at, between a projection down before and up after them"
+        " (Nemotron 3 Super); null: d_model",
+        default=None,
+        low=8,
+        multiple=8,
+    )
+    n_zero_experts: int = setting(
+        "experts without a network that the router chooses among, too (MoE++, arXiv 2410.07348,"
+        " section 3.1; LongCat-Flash). The cost counts the networks of an even load",
+        default=0,
+        low=0,
+    )
+    zero_kind: Literal["identity", "zero", "constant"] = setting(
+        "what such an expert gives: the token, nothing, or a mix of the token and a vector",
+        default="identity",
+    )
+
+    @property
+    def causal(self) -> bool:
+        """Whether the output at a token depends on no later token, in training too."""
+        return self.router.causal
+
+    @property
+    def even(self) -> bool:
+        """Whether the cost is that of an even load, and not of every load."""
+        return self.n_zero_experts > 0 or self.router.selection == "threshold"
+
+    @property
+    def n_choices(self) -> int:
+        """Experts that the router chooses among."""
+        return self.n_experts + self.n_zero_experts
 
     @property
     def shared_width(self) -> int:
@@ -78,76 +86,98 @@ class MoEFFN(FFN, kind="moe"):
 
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
-        if self.router.top_k > self.n_experts:
-            return f"top_k ({self.router.top_k}) must be at most n_experts ({self.n_experts})"
-        return None
+        if self.router.top_k > self.n_choices:
+            zeros = f" + n_zero_experts ({self.n_zero_experts})" if self.n_zero_experts else ""
+            return f"top_k ({self.router.top_k}) must be at most n_experts ({self.n_experts})" + (
+                zeros
+            )
+        return self.router.invalid_among(self.n_choices)
 
     def canonical(self) -> Self:
-        """Write the shared experts as one, and the router in its canonical form."""
+        """Write the shared experts as one, the router canonically, and reset what has no effect."""
+        router = self.router.canonical_among(self.n_choices)
+        # relu(w x) = w relu(x) for w > 0, so it is the same weight before and after such experts.
+        linear = self.activation == "relu" and not self.expert_bias
+        if linear and (self.n_zero_experts == 0 or self.zero_kind != "constant"):
+            router = replace(router, weight_on="output")
         return replace(
             self,
-            router=self.router.canonical_among(self.n_experts),
+            **self.canonical_activation(),
+            router=router,
             n_shared_experts=min(self.n_shared_experts, 1),
             d_shared=self.shared_width or None,
+            shared_gate=self.shared_gate and self.shared_width > 0,
+            zero_kind=self.zero_kind if self.n_zero_experts else "identity",
         )
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count all experts as parameters, and top_k of them as active."""
-        expert = _ffn_cost(d_model, self.d_expert, self.activation)
-        idle = expert.params * (self.n_experts - self.router.top_k)
+        """Count all experts as parameters, and top_k of them as active.
+
+        Of top_k experts an even load sends n_experts / (n_experts + n_zero_experts) to networks,
+        rounded down to a whole operation.
+        """
+        width = self.d_latent or d_model
+        expert = network_cost(width, self.d_expert, self.activation, self.expert_bias)
+        used = [x * self.n_experts * self.router.top_k // self.n_choices for x in (
+            expert.active_params, expert.flops_per_token)]  # fmt: skip
+        params = expert.params * self.n_experts
+        latent = 2 * d_model * self.d_latent if self.d_latent else 0
+        zero = 3 * d_model * self.n_zero_experts if self.zero_kind == "constant" else 0
+        gate = d_model if self.shared_gate and self.shared_width else 0
+        rest = latent + zero + gate
         return (
-            expert * self.router.top_k
-            + Cost(params=idle, weight_bytes=2 * idle)
-            + self.router.cost(d_model, self.n_experts)
-            + _ffn_cost(d_model, self.shared_width, self.activation)
+            Cost(params, used[0], used[1], 0, 2 * params)
+            + Cost(rest, rest, 2 * rest, 0, 2 * rest)
+            + self.router.cost(d_model, self.n_choices)
+            + network_cost(d_model, self.shared_width, self.activation, False)
         )
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
-        width = self.shared_width
+        width, experts = self.shared_width, self.build_experts(d_model)
+        network = GatedFeedForward if self.shared_gate else FeedForward
+        zeros = self.n_zero_experts
         return MoE(
-            self.router.build(d_model, self.n_experts),
-            self.router.build_balance(self.n_experts),
-            Experts(self.n_experts, d_model, self.d_expert, self.activation),
-            FeedForward(d_model, width, self.activation) if width else None,
+            self.router.build(d_model, self.n_choices),
+            self.router.build_balance(self.n_choices),
+            experts,
+            network(d_model, width, self.build_activation()) if width else None,
+            ZeroExperts(zeros, d_model, self.zero_kind) if zeros else None,
             self.router.capacity_factor,
         )
 
-
-def _ffn_cost(d_model: int, width: int, activation: str) -> Cost:
-    """Return the cost of one feed-forward network that a token passes."""
-    params = d_model * up_width(width, activation) + width * d_model
-    return Cost(params, params, 2 * params, 0, 2 * params)
-
-
-def up_width(width: int, activation: str) -> int:
-    """Return how wide the up projection is: gate and value side by side, if gated."""
-    return 2 * width if activation in GATED else width
-
-
-def activate(h: Tensor, activation: str) -> Tensor:
-    """Apply the activation to (..., up_width) and return (..., width)."""
-    if activation in GATED:
-        gate, up = h.chunk(2, dim=-1)
-        return GATED[activation](gate) * up
-    return F.gelu(h) if activation == "gelu" else F.relu(h).square()
+    def build_experts(self, d_model: int) -> nn.Module:
+        """Build the experts with networks."""
+        experts = Experts(
+            self.n_experts,
+            self.d_latent or d_model,
+            self.d_expert,
+            self.build_activation(),
+            self.expert_bias,
+            self.router.weight_on,
+        )
+        return LatentExperts(experts, d_model) if self.d_latent else experts
 
 
-class FeedForward(nn.Module):
-    """down(act(up(x))): one network for every token."""
+class ExpertBias(nn.Module):
+    """A bias for each expert; starts at 0."""
 
-    def __init__(self, d_model: int, width: int, activation: str) -> None:
+    def __init__(self, n_experts: int, width: int) -> None:
         super().__init__()
-        self.d_model = d_model
+        self.n_experts = n_experts
         self.width = width
-        self.activation = activation
-        self.up = Linear(d_model, up_width(width, activation))
-        self.down = Linear(width, d_model)
+        self.weight = nn.Parameter(torch.zeros(n_experts, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
-        y: Tensor = self.down(activate(self.up(x), self.activation))
-        return y
+    def start(self, generator: torch.Generator) -> None:
+        """Keep the zeros."""
+
+    def forward(self, rows: Tensor, expert: Tensor, empty: Tensor | None) -> Tensor:
+        """Add to each of `rows` (N, F) the bias of its `expert` (N,).
+
+        Nothing is added where `empty` (N, 1): the gradient of such a row is never written.
+        """
+        added = self.weight.to(rows.dtype).index_select(0, expert)
+        return rows + (added if empty is None else added.masked_fill(empty, 0))
 
 
 class Experts(nn.Module):
@@ -157,79 +187,104 @@ class Experts(nn.Module):
     product serves all of them: no loop, no wait of the host for the device.
     """
 
-    def __init__(self, n_experts: int, d_model: int, width: int, activation: str) -> None:
+    def __init__(
+        self,
+        n_experts: int,
+        d_model: int,
+        width: int,
+        activation: Activation,
+        bias: bool = False,
+        weight_on: str = "output",
+    ) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.d_model = d_model
         self.width = width
         self.activation = activation
-        self.up = nn.Parameter(torch.empty(n_experts, up_width(width, activation), d_model))
+        self.bias = bias
+        self.weight_on = weight_on
+        up = up_width(width, activation.name)
+        self.up = nn.Parameter(torch.empty(n_experts, up, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.up_bias = ExpertBias(n_experts, up) if bias else None
+        self.down_bias = ExpertBias(n_experts, d_model) if bias else None
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Return (T, D): for each token of `x` (T, D) the weighted sum over its experts.
+    def forward(self, x: Tensor, choice: Choice, kept: Tensor | None = None) -> Tensor:
+        """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts.
 
-        `experts` and `weights` are (T, K). Slots at number E are those of no expert; their weight
-        must be 0.
+        Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
+        from number E on must not be kept.
         """
+        experts = choice.experts
         multiple = row_multiple(x, experts, self.n_experts)
-        token, weight, ends = lay_out(experts, weights, self.n_experts, multiple)
-        h = x.index_select(0, token)  # (N, D)
-        h = F.grouped_mm(h, self.up.to(x.dtype).transpose(-2, -1), offs=ends)
-        h = activate(h, self.activation)
-        h = F.grouped_mm(h, self.down.to(x.dtype).transpose(-2, -1), offs=ends)
-        h = h * weight.to(h.dtype).unsqueeze(-1)
-        return torch.zeros_like(x).index_add(0, token, h)
+        slot, ends, empty = sort_slots(experts, self.n_experts, kept, multiple)
+        token = slot // experts.shape[1] if choice.tokens is None else choice.tokens[slot]
+        weights = choice.weights.flatten()[slot].unsqueeze(-1).to(x.dtype)
+        rows = x.index_select(0, token)  # (N, D)
+        if self.weight_on == "input":
+            rows = rows * weights
+        # grouped_mm leaves rows behind the last end uninitialised, in its output and in the
+        # gradient of its input: both sides are masked.
+        rows = rows if empty is None else rows.masked_fill(empty, 0)
+        # Numbers from E on are those of zero experts, whose rows are empty.
+        expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
+        h = F.grouped_mm(rows, self.up.to(x.dtype).transpose(-2, -1), offs=ends)
+        h = h if self.up_bias is None else self.up_bias(h, expert, empty)
+        h = self.activation(h)
+        y = F.grouped_mm(h, self.down.to(x.dtype).transpose(-2, -1), offs=ends)
+        y = y if self.down_bias is None else self.down_bias(y, expert, empty)
+        y = y if empty is None else y.masked_fill(empty, 0)
+        if self.weight_on == "output":
+            y = y * weights
+        return torch.zeros_like(x).index_add(0, token, y)
 
 
-def lay_out(
-    experts: Tensor, weights: Tensor, n_experts: int, multiple: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Order the slots as rows, those of each expert together and rounded up to `multiple`.
+class LatentExperts(nn.Module):
+    """Experts at a smaller width: leave(experts(enter(x)))."""
 
-    Returns the token and the weight of each row (N,), and where each expert's rows end (E,),
-    int32. Rows that are left over, and slots of no expert, go to the last one with weight 0:
-    grouped_mm would leave rows behind the last end uninitialised, in its output and its gradient.
+    def __init__(self, inner: Experts, d_model: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.d_model = d_model
+        self.n_experts = inner.n_experts
+        self.enter = Linear(d_model, inner.d_model)
+        self.leave = Linear(inner.d_model, d_model)
+
+    def forward(self, x: Tensor, choice: Choice, kept: Tensor | None = None) -> Tensor:
+        """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts."""
+        y: Tensor = self.leave(self.inner(self.enter(x), choice, kept))
+        return y
+
+
+class ZeroExperts(nn.Module):
+    """Z experts without a network: identity gives x, zero gives 0, constant gives a x + b v.
+
+    The constants have (a, b) = softmax(W x), with W and v of their own (MoE++, arXiv 2410.07348,
+    eq. 5); they are worked out for all tokens, as two thin matrix products.
     """
-    slots, order = experts.flatten().sort(stable=True)
-    numbers = torch.arange(n_experts, device=slots.device)
-    ends = torch.searchsorted(slots, numbers, right=True, out_int32=True)
-    token, weight = order // experts.shape[1], weights.flatten()[order]
-    if multiple > 1:
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        rounded = ((counts + multiple - 1) // multiple * multiple).cumsum(0, dtype=ends.dtype)
-        moved = F.pad(rounded - ends, (1, 0))  # (E + 1,): how far each expert's rows move
-        row = torch.arange(len(slots), device=slots.device) + moved[slots]
-        room = (-(-len(slots) // multiple) + n_experts) * multiple
-        token = token.new_zeros(room).scatter(0, row, token)
-        weight = weight.new_zeros(room).scatter(0, row, weight)
-        ends = rounded
-    return token, weight, F.pad(ends[:-1], (0, 1), value=len(token))
 
+    mix: Tensor | None
+    vector: Tensor | None
 
-def row_multiple(x: Tensor, experts: Tensor, n_experts: int) -> int:
-    """Return what the rows of an expert are rounded up to: at most a sixteenth of the mean load.
+    def __init__(self, n_experts: int, d_model: int, kind: str) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.d_model = d_model
+        self.kind = kind
+        constant = kind == "constant"
+        self.mix = nn.Parameter(torch.empty(2 * n_experts, d_model)) if constant else None
+        self.vector = nn.Parameter(torch.empty(n_experts, d_model)) if constant else None
 
-    oneDNN compiles a kernel (2 ms) for each number of rows it has not seen, and routing makes new
-    ones at every step. Unrounded, these products in bfloat16 took 6 times as long as in float32,
-    which needs no such kernels (Xeon with AMX, torch 2.13).
-    """
-    if x.device.type != "cpu" or x.dtype == torch.float32:
-        return 1
-    return 1 << max(0, (experts.numel() // (16 * n_experts)).bit_length() - 1)
-
-
-def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
-    """Return which slots of `experts` (B, S, K) are among the first `capacity` at their expert.
-
-    Each sequence counts for itself and slots come in the order of the tokens, all of a token's
-    slots before those of the next: what comes later never takes the place of what came earlier.
-    """
-    batch = torch.arange(experts.shape[0], device=experts.device).view(-1, 1, 1)
-    slots, order = (experts + n_experts * batch).flatten().sort(stable=True)
-    places = torch.arange(slots.numel(), device=slots.device) - torch.searchsorted(slots, slots)
-    kept = torch.empty_like(slots, dtype=torch.bool).scatter(0, order, places < capacity)
-    return kept.view_as(experts)
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum over the experts for tokens (T, D), with `weights` (T, Z)."""
+        if self.kind == "zero":
+            return torch.zeros_like(x)
+        if self.mix is None or self.vector is None:
+            return x * weights.sum(dim=-1, keepdim=True).to(x.dtype)
+        mix = F.linear(x, self.mix.to(x.dtype)).float().unflatten(-1, (-1, 2)).softmax(dim=-1)
+        part, whole = (mix * weights.unsqueeze(-1)).to(x.dtype).unbind(dim=-1)  # (T, Z) each
+        y: Tensor = x * part.sum(dim=-1, keepdim=True) + whole @ self.vector.to(x.dtype)
+        return y
 
 
 class MoE(nn.Module):
@@ -245,10 +300,11 @@ class MoE(nn.Module):
 
     def __init__(
         self,
-        router: TopKRouter,
+        router: Gating,
         balance: Balance,
-        experts: Experts,
+        experts: Any,  # Experts or LatentExperts
         shared: nn.Module | None,
+        zero: nn.Module | None,
         capacity_factor: float | None,
     ) -> None:
         super().__init__()
@@ -256,29 +312,47 @@ class MoE(nn.Module):
         self.balance = balance
         self.experts = experts
         self.shared = shared
+        self.zero = zero
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing."""
-        batch, length, _ = x.shape
-        tokens, n_experts = x.flatten(0, 1), self.experts.n_experts
-        choice = self.router(tokens, self.balance.bias)
-        experts, weights = choice.experts, choice.weights
-        dropped = weights.new_zeros(())
-        if self.training and self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * self.router.top_k * length / n_experts)
-            kept = within_capacity(experts.view(batch, length, -1), n_experts, capacity)
-            full = ~kept.view_as(experts)
-            experts, weights = experts.masked_fill(full, n_experts), weights.masked_fill(full, 0)
-            dropped = full.float().mean()
-        self.routing = self.balance(choice, dropped)
-        y: Tensor = self.experts(tokens, experts, weights).view_as(x)
+        tokens = x.flatten(0, 1)
+        choice: Choice = self.router(tokens, self.balance.bias)
+        kept, dropped = self.with_room(choice, len(x))
+        y: Tensor = self.experts(tokens, choice, kept)
+        if self.zero is not None:
+            y = y + self.zero(tokens, choice.table()[:, self.experts.n_experts :])
+        self.routing = self.balance(choice, dropped, len(x))
+        y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x)
+
+    def with_room(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
+        """Return which slots pass through a network, None if all do, and the share dropped."""
+        wanted, none_dropped = choice.kept, choice.weights.new_zeros(())
+        n_choices = choice.scores.shape[-1]
+        if self.zero is not None:
+            network = choice.experts < self.experts.n_experts
+            wanted = network if wanted is None else wanted & network
+        if self.capacity_factor is None or not self.training or choice.tokens is not None:
+            return wanted, none_dropped
+        # Slots that need no network wait at a place of their own, behind the last expert.
+        experts = choice.experts
+        experts = experts if wanted is None else experts.masked_fill(~wanted, n_choices)
+        experts = experts.unflatten(0, (sequences, -1))
+        slots = self.capacity_factor * self.router.top_k * experts.shape[1]
+        room = within_capacity(experts, n_choices + 1, math.ceil(slots / n_choices))
+        kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
+        share = 1 - kept.float().mean()
+        if wanted is not None:
+            share = 1 - kept.sum() / wanted.sum().clamp_min(1)
+        return kept, share
 
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted losses of the last forward pass, a scalar."""
         return self.balance.auxiliary_loss(self.routing)
 
     def after_step(self) -> None:
-        """Move the selection bias by the load of the last forward pass, if there is one."""
+        """Move selection bias and cut-offs by the last forward pass, if there are any."""
         self.balance.step(self.routing)
+        self.router.after_step()

@@ -1,8 +1,9 @@
-"""The small layers that every part is made of: Linear and the two norms, all without bias.
+"""The small layers that every part is made of: Linear, and a short causal convolution.
 
 Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
 is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
-Every module keeps each argument of its constructor as an attribute of the same name.
+Every module keeps each argument of its constructor as an attribute of the same name. A module
+with a method `start(generator)` draws the first values of its own parameters by it.
 """
 
 from __future__ import annotations
@@ -13,46 +14,53 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """A matrix product without bias, `x @ weight.T`."""
+    """A matrix product, `x @ weight.T`, plus a bias if there is one."""
 
-    def __init__(self, d_in: int, d_out: int) -> None:
+    def __init__(self, d_in: int, d_out: int, biased: bool = False) -> None:
         super().__init__()
         self.d_in = d_in
         self.d_out = d_out
+        self.biased = biased
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out) in the dtype of `x`."""
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+class Convolution(nn.Module):
+    """Each channel is mixed over the last `kernel` tokens: `sum_i weight[:, i] x[t - K + 1 + i]`.
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.width = width
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the dtype stays."""
-        return F.rms_norm(x.float(), (self.width,), self.weight.float(), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(var + eps) * weight`, in float32 (Ba et al., arXiv 1607.06450).
-
-    Without the additive bias, as in PaLM (arXiv 2204.02311, section 2).
+    A sum of `kernel` shifted copies, element by element: there is no matrix product in it.
     """
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, kernel: int, biased: bool) -> None:
         super().__init__()
         self.width = width
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.kernel = kernel
+        self.biased = biased
+        self.weight = nn.Parameter(torch.empty(width, kernel))
+        self.bias = nn.Parameter(torch.zeros(width)) if biased else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the dtype stays."""
-        weight = self.weight.float()
-        return F.layer_norm(x.float(), (self.width,), weight, None, self.eps).to(x.dtype)
+    def start(self, generator: torch.Generator) -> None:
+        """Draw uniform weights of deviation 1 / sqrt(3 kernel), as torch.nn.Conv1d does."""
+        bound = self.kernel**-0.5
+        drawn = torch.empty(self.width, self.kernel).uniform_(-bound, bound, generator=generator)
+        self.weight.data.copy_(drawn)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map (B, S, width) to the same shape; `before` holds the last K - 1 tokens, else 0.
+
+        Also returns the K - 1 tokens that the next call needs.
+        """
+        length, past = x.shape[1], self.kernel - 1
+        x = F.pad(x, (0, 0, past, 0)) if before is None else torch.cat((before, x), dim=1)
+        weight = self.weight.to(x.dtype)
+        y = x[:, past:] * weight[:, past]
+        for i in range(past):
+            y = y + x[:, i : i + length] * weight[:, i]
+        if self.bias is not None:
+            y = y + self.bias.to(x.dtype)
+        return y, x[:, length:]

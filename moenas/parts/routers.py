@@ -3,70 +3,184 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Self
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import ClassVar, Literal, Self
 
 from moenas.component import Component, setting
+from moenas.parts.balance import Balance
+from moenas.parts.gating import Gating, Noise, RouterLogits
+from moenas.parts.selection import (
+    ExpertChoice,
+    ExpertSelection,
+    GroupedTopK,
+    Sinkhorn,
+    Threshold,
+    TopK,
+)
 from moenas.records import Cost, Plain
 
-# Shapes: T tokens, D model width, E experts, K experts chosen for a token.
+Balancing = Literal["none", "aux_loss", "importance_load", "bias", "bias_and_loss"]
+
+BY_TOKEN = ("top_k", "noisy_top_k")
+"""Selections that rank the experts of each token by themselves."""
+ACAUSAL = ("sinkhorn", "expert_choice")
+"""Selections that look at the tokens of the whole batch."""
+
+# What depends on the number of experts (groups) is left out of the presets.
+_MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02}
+_DEEPSEEK_V3: Plain = {
+    "score": "sigmoid",
+    "top_k": 8,
+    "normalize": True,
+    "scale": 2.5,
+    "balance": "bias",
+    "bias_rate": 0.001,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Router(Component):
     """A router as independent fields; a preset is only a spelling of them.
 
-    Each token scores all experts, the `top_k` best are chosen, and their outputs are added up
-    with weights. Balancing acts in training only.
+    Each token scores all experts, some are chosen, and their outputs are added up with weights.
+    Balancing, noise and capacity act in training only.
     """
 
     presets: ClassVar[dict[str, Plain]] = {
-        # Switch Transformer, arXiv 2101.03961: eq. 2 to 6; capacity 1.25, alpha 1e-2 (without
-        # the jitter of the input).
-        "switch": {"top_k": 1, "normalize": False, "capacity_factor": 1.25, "aux_coef": 0.01},
+        # Shazeer et al., arXiv 1701.06538: eq. 3 to 11; k 4 and both losses 0.1.
+        "shazeer": {
+            "selection": "noisy_top_k",
+            "top_k": 4,
+            "balance": "importance_load",
+            "aux_coef": 0.1,
+        },
         # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts
         # (without the random dispatch of the second expert).
         "gshard": {"top_k": 2, "normalize": True, "capacity_factor": 1.0, "aux_coef": 0.01},
+        # Switch Transformer, arXiv 2101.03961: eq. 2 to 6; capacity 1.25, alpha 1e-2 (without
+        # the jitter of the input, which section 2.4 sets to 0.01).
+        "switch": {"top_k": 1, "normalize": False, "capacity_factor": 1.25, "aux_coef": 0.01},
+        # ST-MoE, arXiv 2202.08906, section 4: GShard's top 2 with the z-loss.
+        "st_moe": {
+            "top_k": 2,
+            "normalize": True,
+            "capacity_factor": 1.25,
+            "aux_coef": 0.01,
+            "z_coef": 0.001,
+        },
         # Mixtral 8x7B, arXiv 2401.04088, section 2.1; coefficient of its released configuration.
-        "mixtral": {"top_k": 2, "normalize": True, "aux_coef": 0.02},
+        "mixtral": _MIXTRAL,
+        # The released configurations of Jamba v0.1, Granite 3.0 MoE, Qwen2-MoE and Qwen3-MoE.
+        "jamba": {"top_k": 2, "normalize": False, "aux_coef": 0.001},
+        "granite": {"top_k": 8, "normalize": True, "aux_coef": 0.001},
+        "qwen2_moe": {"top_k": 4, "normalize": False, "aux_coef": 0.001},
+        "qwen3_moe": {"top_k": 8, "normalize": True, "aux_coef": 0.001},
         # OLMoE, arXiv 2409.02060, section 2 and table 1.
         "olmoe": {"top_k": 8, "normalize": False, "aux_coef": 0.01, "z_coef": 0.001},
-        # DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16 (without groups and sequence-wise loss).
-        "deepseek_v3": {
+        # DeepSeekMoE 16B, arXiv 2401.06066, section 5.1.
+        "deepseek_moe": {"top_k": 6, "normalize": False, "aux_coef": 0.001},
+        # DeepSeek-V2, arXiv 2405.04434, section 2.2 (236B: 8 groups of which 3, scale 16).
+        "deepseek_v2": {
+            "top_k": 6,
+            "normalize": False,
+            "scale": 16.0,
+            "group_score": "max",
+            "aux_coef": 0.003,
+            "aux_scope": "sequence",
+        },
+        # DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16 (671B: 8 groups of which 4; without the
+        # sequence-wise loss, which balance: bias_and_loss with aux_coef 1e-4 adds).
+        "deepseek_v3": _DEEPSEEK_V3,
+        # The released configurations of Kimi K2, GLM-4.5 and Nemotron 3 Nano.
+        "kimi_k2": _DEEPSEEK_V3 | {"scale": 2.827},
+        "glm_4_5": _DEEPSEEK_V3,
+        "nemotron_3": _DEEPSEEK_V3 | {"top_k": 6},
+        # gpt-oss, released code: a linear layer with bias, softmax over the chosen.
+        "gpt_oss": {"top_k": 4, "normalize": True, "logit_bias": True, "aux_coef": 0.001},
+        # Llama 4, released code: the sigmoid multiplies what goes into the expert.
+        "llama4": {
             "score": "sigmoid",
-            "top_k": 8,
-            "normalize": True,
-            "scale": 2.5,
-            "balance": "bias",
-            "bias_rate": 0.001,
+            "top_k": 1,
+            "normalize": False,
+            "weight_on": "input",
+            "aux_coef": 0.001,
+        },
+        # LongCat-Flash, arXiv 2509.01322, section 2.1, beside 256 identity experts.
+        "longcat": {"top_k": 12, "normalize": False, "scale": 6.0, "balance": "bias"},
+        # Expert threshold routing, arXiv 2603.11535: the causal form of expert choice.
+        "threshold": {
+            "selection": "threshold",
+            "score": "sigmoid",
+            "normalize": False,
+            "balance": "none",
         },
     }
 
-    score: Literal["softmax", "sigmoid"] = setting(
-        "turns the router's logits into scores, over all experts or one by one", default="softmax"
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "relu"] = setting(
+        "turns the router's logits into scores: over all experts (softmax) or one by one"
+        " (sqrt_softplus: DeepSeek-V4; relu: ReMoE, arXiv 2412.14711)",
+        default="softmax",
     )
-    top_k: int = setting("experts chosen for a token", default=2, low=1)
+    selection: Literal["top_k", "noisy_top_k", "sinkhorn", "expert_choice", "threshold"] = setting(
+        "the best top_k of each token; the same after learned noise on the logits (arXiv"
+        " 1701.06538); in training the best of a balanced plan (arXiv 2202.01169); each expert its"
+        " best tokens (arXiv 2202.09368); every expert above its moving cut-off (arXiv 2603.11535)",
+        default="top_k",
+    )
+    allow_acausal: bool = setting(
+        "let a selection look at later tokens (sinkhorn, in training; expert_choice): a language"
+        " model's loss is then better than what it can write",
+        default=False,
+    )
+    top_k: int = setting(
+        "experts chosen for a token; the mean with expert_choice and threshold", default=2, low=1
+    )
+    n_groups: int = setting(
+        "equal groups of experts, with selection: top_k and noisy_top_k", default=1, low=1
+    )
+    top_groups: int = setting(
+        "groups of which a token chooses experts; beyond n_groups: all", default=1, low=1
+    )
+    group_score: Literal["max", "top2_sum"] = setting(
+        "ranks groups by their best expert (DeepSeek-V2) or best two (DeepSeek-V3)", default="max"
+    )
     normalize: bool | None = setting(
         "divide the weights of a token by their sum; null: if top_k is over 1, for a single"
         " weight would always be 1 and teach the router nothing",
         default=None,
     )
     scale: float = setting("factor on the weights after that", default=1.0, low=1e-6)
+    weight_on: Literal["output", "input"] = setting(
+        "what the weight multiplies: what an expert gives, or what it gets (Llama 4)",
+        default="output",
+    )
+    logit_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
+    hidden: int | None = setting(
+        "width of a gelu layer before the logits; null: none", default=None, low=8, multiple=8
+    )
+    jitter: float = setting(
+        "in training what enters the router is multiplied by 1 - jitter to 1 + jitter (arXiv"
+        " 2101.03961, section 2.4)",
+        default=0.0,
+        low=0.0,
+        high=1.0,
+    )
     capacity_factor: float | None = setting(
         "in training an expert takes ceil(factor * top_k * tokens / n_experts) slots of a"
         " sequence, first come first served, and drops the rest; null: none is dropped",
         default=None,
         low=1e-3,
     )
-    balance: Literal["none", "aux_loss", "bias"] = setting(
-        "evens out the load by a loss (Switch) or by a bias on the selection (DeepSeek-V3)",
+    balance: Balancing = setting(
+        "evens out the load by a loss (Switch), by the loss of arXiv 1701.06538 (eq. 6 to 11), by"
+        " a bias on the selection (DeepSeek-V3; with top_k and noisy_top_k), or by that and the"
+        " first loss",
         default="aux_loss",
     )
-    aux_coef: float = setting(
-        "weight of the load-balancing loss, with balance: aux_loss", default=0.01, low=0.0
+    aux_coef: float = setting("weight of the load-balancing loss", default=0.01, low=0.0)
+    aux_scope: Literal["batch", "sequence"] = setting(
+        "what aux_loss evens out: the load of a batch, or of each sequence (arXiv 2412.19437,"
+        " eq. 17 to 20)",
+        default="batch",
     )
     z_coef: float = setting(
         "weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)", default=0.0, low=0.0
@@ -76,169 +190,144 @@ class Router(Component):
     )
 
     @property
+    def causal(self) -> bool:
+        """Whether a token's experts depend on no later token, in training and evaluation."""
+        return self.selection not in ACAUSAL
+
+    @property
+    def uses_loss(self) -> bool:
+        """Whether a balancing loss has an effect; expert_choice has an even load without one."""
+        losses = ("aux_loss", "importance_load", "bias_and_loss")
+        even = self.selection == "expert_choice" and self.balance != "importance_load"
+        return self.balance in losses and self.aux_coef > 0 and not even
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether a bias on the selection has an effect."""
+        biased = self.balance in ("bias", "bias_and_loss") and self.selection in BY_TOKEN
+        return biased and self.bias_rate > 0
+
+    @property
     def normalizes(self) -> bool:
         """Whether the weights of a token are divided by their sum."""
         return self.top_k > 1 if self.normalize is None else self.normalize
 
     def invalid(self) -> str | None:
-        """Refuse a router that no gradient reaches: a single weight divided by itself is 1."""
-        if self.top_k == 1 and self.normalize:
+        """Refuse a router that no gradient reaches, and one that looks ahead unless allowed to.
+
+        A single weight divided by itself is 1.
+        """
+        if self.top_k == 1 and self.normalize and self.selection in (*BY_TOKEN, "sinkhorn"):
             return (
                 "with top_k: 1 and normalize: true the router learns nothing; leave normalize out"
             )
+        if self.causal or self.allow_acausal:
+            return None
+        return (
+            f"selection: '{self.selection}' lets a token's experts depend on later tokens, so a"
+            " language model would be trained on what it must predict; take 'threshold' or"
+            " 'top_k', or set allow_acausal: true"
+        )
+
+    def invalid_among(self, n_experts: int) -> str | None:
+        """Return why the router does not fit a number of experts, or None."""
+        if self.selection not in BY_TOKEN or self.n_groups == 1:
+            return None
+        if n_experts % self.n_groups:
+            return f"n_groups ({self.n_groups}) must divide the number of experts ({n_experts})"
+        open_to = n_experts // self.n_groups * min(self.top_groups, self.n_groups)
+        if self.top_k > open_to:
+            return f"top_k ({self.top_k}) must be at most the {open_to} experts of top_groups"
         return None
 
     def canonical(self) -> Self:
         """Reset every field that has no effect beside the others."""
-        balance = self.balance
-        if (balance, self.aux_coef) == ("aux_loss", 0) or (balance, self.bias_rate) == ("bias", 0):
-            balance = "none"
+        words: dict[tuple[bool, bool], Balancing] = {
+            (False, False): "none",
+            (False, True): "bias",
+            (True, False): "importance_load" if self.balance == "importance_load" else "aux_loss",
+            (True, True): "bias_and_loss",
+        }
+        balance = words[self.uses_loss, self.uses_bias]
+        # All groups stay open where as many as chosen experts do, ranked by their best.
+        grouped = self.selection in BY_TOKEN and 1 < self.n_groups > self.top_groups
+        grouped = grouped and (self.group_score != "max" or self.top_groups < self.top_k)
+        per_sequence = balance in ("aux_loss", "bias_and_loss")
         return replace(
             self,
+            allow_acausal=not self.causal,
+            n_groups=self.n_groups if grouped else 1,
+            top_groups=self.top_groups if grouped else 1,
+            group_score=self.group_score if grouped else "max",
             normalize=self.normalizes,
+            capacity_factor=None if self.selection == "expert_choice" else self.capacity_factor,
             balance=balance,
-            aux_coef=self.aux_coef if balance == "aux_loss" else Router.aux_coef,
-            bias_rate=self.bias_rate if balance == "bias" else Router.bias_rate,
+            aux_coef=self.aux_coef if self.uses_loss else Router.aux_coef,
+            aux_scope=self.aux_scope if per_sequence else "batch",
+            bias_rate=self.bias_rate if self.uses_bias else Router.bias_rate,
         )
 
     def canonical_among(self, n_experts: int) -> Self:
         """Return the canonical form among a number of experts."""
-        all_chosen = self.top_k == n_experts
-        never_drops = (self.capacity_factor or 0) * self.top_k >= n_experts
-        return replace(
-            self,
-            # With every expert chosen the load is even, and softmax scores add up to 1.
-            balance="none" if all_chosen else self.balance,
-            normalize=self.normalizes
-            or (all_chosen and self.score == "softmax" and self.top_k > 1),
-            capacity_factor=None if never_drops else self.capacity_factor,
-        ).canonical()
+        found = self.canonical()
+        if (found.capacity_factor or 0) * found.top_k >= n_experts:
+            found = replace(found, capacity_factor=None)
+        if found.top_k == n_experts and found.selection != "threshold":
+            # The load is even, only the weights can differ, and softmax scores add up to 1.
+            found = replace(
+                found,
+                selection=found.selection if found.selection in BY_TOKEN else "top_k",
+                balance="importance_load" if found.balance == "importance_load" else "none",
+                n_groups=1,
+                normalize=found.normalizes or (found.score == "softmax" and found.top_k > 1),
+            )
+        elif found.n_groups == n_experts:  # groups of one
+            found = replace(found, n_groups=1)
+        return found.canonical()
 
     def cost(self, d_model: int, n_experts: int) -> Cost:
-        """Count the one matrix of the router; the selection bias is not trained by gradients."""
-        params = d_model * n_experts
-        return Cost(params, params, 2 * params, 0, 2 * params)
+        """Count the matrices of the router; the selection bias is not trained by gradients.
 
-    def build(self, d_model: int, n_experts: int) -> TopKRouter:
+        The noise is drawn in training only: its matrix is a parameter, and neither active nor
+        an operation.
+        """
+        width = self.hidden or d_model
+        weights = width * n_experts + (d_model * self.hidden if self.hidden else 0)
+        params = weights + (n_experts if self.logit_bias else 0)
+        noise = d_model * n_experts if self.selection == "noisy_top_k" else 0
+        return Cost(params + noise, params, 2 * weights, 0, 2 * (params + noise))
+
+    def build(self, d_model: int, n_experts: int) -> Gating:
         """Build the part that chooses."""
-        return TopKRouter(d_model, n_experts, self.top_k, self.score, self.normalizes, self.scale)
+        noisy = self.selection == "noisy_top_k"
+        return Gating(
+            RouterLogits(d_model, n_experts, self.hidden, self.logit_bias, self.jitter),
+            Noise(d_model, n_experts) if noisy else None,
+            self.build_selection(n_experts),
+            self.score,
+            self.normalizes,
+            self.scale,
+        )
+
+    def build_selection(self, n_experts: int) -> ExpertSelection:
+        """Build the selection among a number of experts."""
+        if self.selection == "sinkhorn":
+            return Sinkhorn(self.top_k)
+        if self.selection == "expert_choice":
+            return ExpertChoice(self.top_k)
+        if self.selection == "threshold":
+            return Threshold(self.top_k, n_experts)
+        if self.n_groups > self.top_groups:
+            return GroupedTopK(self.top_k, self.n_groups, self.top_groups, self.group_score)
+        return TopK(self.top_k)
 
     def build_balance(self, n_experts: int) -> Balance:
         """Build the part that evens out the load."""
         return Balance(
             n_experts,
-            self.aux_coef if self.balance == "aux_loss" else 0.0,
+            self.aux_coef if self.uses_loss else 0.0,
             self.z_coef,
-            self.bias_rate if self.balance == "bias" else None,
+            self.bias_rate if self.uses_bias else None,
+            "importance" if self.balance == "importance_load" else "load",
+            self.aux_scope,
         )
-
-
-class Choice(NamedTuple):
-    """What a router decided for T tokens; float32 where not said otherwise."""
-
-    experts: Tensor
-    """(T, K) numbers of the chosen experts, int64."""
-    weights: Tensor
-    """(T, K) factors on their outputs."""
-    scores: Tensor
-    """(T, E) scores of all experts."""
-    logits: Tensor
-    """(T, E)"""
-
-
-class TopKRouter(nn.Module):
-    """Scores, selection and weights of `top_k` experts a token, all in float32.
-
-    softmax: s = softmax(W x); sigmoid: s = sigmoid(W x). The experts with the largest s + bias
-    are chosen; the weight is s without the bias, divided by the sum of the chosen if
-    `normalize`, times `scale` (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). A softmax over all
-    experts that is normalised over the chosen is the softmax over the chosen (Mixtral, arXiv
-    2401.04088).
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        top_k: int,
-        score: str,
-        normalize: bool,
-        scale: float,
-    ) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.n_experts = n_experts
-        self.top_k = top_k
-        self.score = score
-        self.normalize = normalize
-        self.scale = scale
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Choice:
-        """Choose for (T, D) tokens, with an (E,) bias on the selection."""
-        logits = F.linear(x.float(), self.weight.float())
-        scores = logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
-        ranked = scores if bias is None else scores + bias.float()
-        experts = ranked.topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if self.normalize:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return Choice(experts, weights * self.scale, scores, logits)
-
-
-@dataclass
-class Routing:
-    """What the last forward pass sent where."""
-
-    load: Tensor
-    """(E,) slots that chose each expert, before any were dropped, int64."""
-    dropped: Tensor
-    """Share of the slots that found no room, a scalar."""
-    balance_loss: Tensor
-    """Differentiable scalar, 1 when the load is even; 0 outside training."""
-    z_loss: Tensor
-    """Differentiable scalar; 0 outside training."""
-
-
-class Balance(nn.Module):
-    """Keeps the load of the experts even: by a loss, or by a bias on the selection."""
-
-    bias: Tensor | None
-
-    def __init__(
-        self, n_experts: int, aux_coef: float, z_coef: float, bias_rate: float | None
-    ) -> None:
-        super().__init__()
-        self.n_experts = n_experts
-        self.aux_coef = aux_coef
-        self.z_coef = z_coef
-        self.bias_rate = bias_rate
-        self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
-
-    def forward(self, choice: Choice, dropped: Tensor) -> Routing:
-        """Count the load and, in training, work out the losses."""
-        slots = choice.experts.flatten()
-        load = torch.zeros(self.n_experts, dtype=slots.dtype, device=slots.device)
-        load = load.scatter_add(0, slots, torch.ones_like(slots))
-        if not self.training:
-            nothing = choice.scores.new_zeros(())
-            return Routing(load, dropped, nothing, nothing)
-        # Switch Transformer (arXiv 2101.03961), eq. 4 to 6, for K slots a token: E sum_i f_i P_i,
-        # f_i the share of slots and P_i the mean of s_i / sum s (softmax scores add up to 1).
-        share = load / slots.numel()
-        scores = choice.scores / choice.scores.sum(dim=-1, keepdim=True)
-        balance_loss = self.n_experts * (share * scores.mean(dim=0)).sum()
-        # ST-MoE (arXiv 2202.08906), eq. 5.
-        z_loss = choice.logits.logsumexp(dim=-1).square().mean()
-        return Routing(load, dropped, balance_loss, z_loss)
-
-    def auxiliary_loss(self, routing: Routing) -> Tensor:
-        """Return the weighted sum of the losses of one forward pass, a scalar."""
-        return self.aux_coef * routing.balance_loss + self.z_coef * routing.z_loss
-
-    @torch.no_grad()
-    def step(self, routing: Routing) -> None:
-        """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1)."""
-        if self.bias is not None and self.bias_rate is not None:
-            load = routing.load.float()
-            self.bias += self.bias_rate * torch.sign(load.mean() - load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moenas.parts import DenseFFN, MoE, MoEFFN, Router
-from moenas.parts.experts import lay_out, within_capacity
+from moenas.parts.dispatch import sort_slots, within_capacity
 
 D_MODEL = 16
 ACTIVATIONS = ["swiglu", "geglu", "reglu", "gelu", "relu2"]
@@ -52,10 +53,10 @@ def all_on_all(moe: MoE, x: Tensor, kept: Tensor | None = None) -> Tensor:
     y = torch.zeros_like(x)
     for e in range(moe.experts.n_experts):
         up, down = moe.experts.up[e], moe.experts.down[e]
-        y = y + table[..., e : e + 1] * one_expert(x, up, down, moe.experts.activation)
+        y = y + table[..., e : e + 1] * one_expert(x, up, down, moe.experts.activation.name)
     if moe.shared is not None:
         shared = moe.shared
-        y = y + one_expert(x, shared.up.weight, shared.down.weight, shared.activation)
+        y = y + one_expert(x, shared.up.weight, shared.down.weight, shared.activation.name)
     return y
 
 
@@ -134,27 +135,30 @@ def test_capacity_serves_each_sequence_in_order(experts: list[list[list[int]]], 
 
 
 @given(
-    experts=st.lists(st.integers(0, 5), min_size=2, max_size=60),
+    experts=st.lists(st.integers(0, 4), min_size=2, max_size=60),
+    dropped=st.sets(st.integers(0, 59)),
     multiple=st.sampled_from([1, 2, 8, 16]),
     top_k=st.sampled_from([1, 2]),
 )
 def test_rows_lie_together_by_expert_and_hold_each_slot_once(
-    experts: list[int], multiple: int, top_k: int
+    experts: list[int], dropped: set[int], multiple: int, top_k: int
 ) -> None:
-    """Five experts; number 5 is no expert."""
     experts = experts[: len(experts) // top_k * top_k]
-    numbers = [i + 1.0 if e < 5 else 0.0 for i, e in enumerate(experts)]
-    chosen, weights = torch.tensor([experts, numbers]).view(2, -1, top_k)
-    token, weight, ends = lay_out(chosen.long(), weights, 5, multiple)
-    assert ends[-1] == len(token) == len(weight)
+    kept = torch.tensor([i not in dropped for i in range(len(experts))])
+    chosen = torch.tensor(experts).view(-1, top_k)
+    slot, ends, empty = sort_slots(chosen, 5, kept.view_as(chosen), multiple)
+    assert empty is not None
+    rows = [s for s, e in zip(slot.tolist(), empty.flatten().tolist(), strict=True) if not e]
+    assert sorted(rows) == [i for i in range(len(experts)) if kept[i]]
     start = 0
     for e, end in enumerate(ends.tolist()):
-        assert e == 4 or (end - start) % multiple == 0
-        held = [i for i in range(start, end) if weight[i]]
-        wanted = [i for i, x in enumerate(experts) if x == e]
-        assert [weight[i].item() - 1 for i in held] == wanted
-        assert [token[i].item() for i in held] == [i // top_k for i in wanted]
+        assert (end - start) % multiple == 0
+        held = [i for i in range(start, end) if not empty[i]]
+        assert [slot[i].item() for i in held] == [
+            i for i in range(len(experts)) if kept[i] and experts[i] == e
+        ]
         start = end
+    assert empty[start:].all()
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])
@@ -172,6 +176,36 @@ def test_slots_without_room_add_nothing_in_value_or_gradient(factor: float) -> N
     assert moe.routing.dropped.item() == pytest.approx(1 - kept.float().mean().item())
     torch.testing.assert_close(y, reference, rtol=1e-4, atol=1e-4)
     assert_same_gradients(moe, x, y, reference)
+
+
+def test_memory_that_was_never_written_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """grouped_mm may leave anything behind its last row, so fill that with NaN."""
+    real = F.grouped_mm
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b, offs):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(a, b, offs)
+            behind = torch.arange(len(a)).unsqueeze(-1) >= offs[-1]
+            return real(a, b, offs=offs).masked_fill(behind, math.nan)
+
+        @staticmethod
+        def backward(ctx, g):  # type: ignore[no-untyped-def]
+            a, b, offs = ctx.saved_tensors
+            behind = torch.arange(len(a)).unsqueeze(-1) >= offs[-1]
+            with torch.enable_grad():
+                a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+                grads = torch.autograd.grad(real(a, b, offs=offs), (a, b), g)
+            return grads[0].masked_fill(behind, math.nan), grads[1], None
+
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: Poisoned.apply(a, b, offs))
+    moe = build(router=Router(top_k=2, capacity_factor=0.25), n_experts=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = some_tokens(3, 16).detach().to(dtype).requires_grad_()
+        y = moe(x)
+        assert y.isfinite().all()
+        for gradient in torch.autograd.grad(y.float().square().sum(), [x, *moe.parameters()]):
+            assert gradient.isfinite().all()
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -211,7 +245,7 @@ def test_more_chosen_than_there_are_is_refused() -> None:
 def test_shared_experts_are_one_wide_expert() -> None:
     two = MoEFFN(n_experts=4, d_expert=8, n_shared_experts=2, d_shared=16)
     one = MoEFFN(n_experts=4, d_expert=8, n_shared_experts=1, d_shared=32)
-    assert two.canonical() == one.canonical()
+    assert two.canonical() == one.canonical() == replace(one, router=Router().canonical())
     assert two.cost(16, 1) == one.cost(16, 1)
     unused = MoEFFN(n_experts=4, d_expert=8, d_shared=16)
     assert unused.canonical() == MoEFFN(n_experts=4, d_expert=8).canonical()

@@ -40,11 +40,11 @@ def normed(vector: list[float], weight: Tensor | None) -> list[float]:
 
 def textbook(attention: Attention, x: Tensor) -> Tensor:
     """One sequence (S, D), in float64, without any batching."""
-    width, theta = attention.rotary.head_dim, attention.rotary.theta
-    heads, kv_heads = attention.n_heads, attention.n_kv_heads
+    width, theta = attention.qkv.head_dim, attention.rotary.theta
+    heads, kv_heads = attention.qkv.n_heads, attention.qkv.n_kv_heads
     rows = (x.double() @ attention.qkv.weight.double().T).view(len(x), -1, width).tolist()
-    q_weight = None if attention.q_norm is None else attention.q_norm.weight
-    k_weight = None if attention.k_norm is None else attention.k_norm.weight
+    q_weight = None if attention.norm is None else attention.norm.q.weight
+    k_weight = None if attention.norm is None else attention.norm.k.weight
     out = torch.zeros(len(x), heads * width, dtype=torch.float64)
     for now in range(len(x)):
         for head in range(heads):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from moenas import grammar
-from moenas.parts import Balance, Choice, Router, TopKRouter
+from moenas.parts import Balance, Choice, Gating, Router
 
 D_MODEL, N_EXPERTS, TOKENS = 16, 6, 40
 
 
-def build(router: Router, seed: int = 0) -> TopKRouter:
+def build(router: Router, seed: int = 0) -> Gating:
     module = router.build(D_MODEL, N_EXPERTS)
-    module.weight.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
+    module.logits.weight.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
     return module
 
 
@@ -52,7 +52,7 @@ def test_experts_and_weights_follow_the_formula(router: Router, biased: bool) ->
     module, x = build(router), some_tokens()
     bias = torch.linspace(-0.4, 0.4, N_EXPERTS) if biased else None
     choice = module(x, bias)
-    logits = (x.double() @ module.weight.double().T).tolist()
+    logits = (x.double() @ module.logits.weight.double().T).tolist()
     for token in range(TOKENS):
         want = written_out(router, logits[token], bias.tolist() if biased else [0.0] * N_EXPERTS)
         found = dict(
@@ -132,7 +132,7 @@ def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
     router = Router(score="sigmoid", top_k=1, balance="bias", bias_rate=0.01)
     module, balance, x = build(router), router.build_balance(N_EXPERTS), some_tokens()
     x[:, 0] = 1.0
-    module.weight.data[0, 0] = 4.0
+    module.logits.weight.data[0, 0] = 4.0
     busiest = []
     for _ in range(150):
         routing = balance(module(x, balance.bias), torch.zeros(()))

@@ -1,0 +1,77 @@
+"""Print docs/zoo.md: the counts of the models in spaces/zoo, and what checks them.
+
+    python benchmarks/zoo.py > docs/zoo.md
+
+Counted by arithmetic from the files. Name, source and what was published stand in their comments.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moenas.draws import RandomSuggest
+from moenas.space import Space
+
+ROOT = Path(__file__).parents[1]
+CHECKS = {"logits": "tests/parity/families.py", "counts": "tests/parity/test_counts.py"}
+"""What a test compares with transformers -> the file that names the models it is done for."""
+PAGE = """\
+# The zoo
+
+Published models as spaces of one point, in `spaces/zoo/`: `moenas check zoo/mixtral_8x7b` counts
+one without building it, and a copy with a hole in it is a search around that model.
+
+Of the active parameters all are counted that one token passes through, of an input embedding with
+a table of its own one row. FLOPs are for a token of the forward pass at a context of 4,096, two for
+each multiply-add. Published figures are rounded, and often leave out embeddings.
+
+| file | source | parameters | active | GFLOP/token | published | same as in transformers |
+| --- | --- | ---: | ---: | ---: | --- | --- |
+{rows}
+
+- counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
+  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone. For
+  DeepSeekMoE it is GLM's definition with the sizes of DeepSeekMoE, as transformers has no other.
+- logits: the file, made small, and a small random model of transformers give the same logits with
+  the weights of either, in float32 to 1e-5, and 1e-4 for Jamba (tests/parity/test_models.py).
+
+What a file leaves out of its model is said in its first lines. `python benchmarks/zoo.py` writes
+this page.
+"""
+
+
+def comment(text: str) -> str:
+    """Return the comment that a file begins with, as one line."""
+    lines = re.match(r"(?:#.*\n)*", text)
+    return " ".join(line.lstrip("# ") for line in lines.group().splitlines()) if lines else ""
+
+
+def row(path: Path) -> str:
+    """Return one model's row of the table."""
+    space = Space.load(path)
+    cost = space.architecture(space.draw(RandomSuggest(0))).cost(4096)
+    said = comment(space.text)
+    source = re.match(r"[^(]+\([^)]*\)", said)
+    published = re.search(r"published: (.+?)\.(?= |$)", said, re.IGNORECASE)
+    checks = [c for c, file in CHECKS.items() if f'"{path.stem}"' in (ROOT / file).read_text()]
+    cells = [
+        f"`{path.stem}`",
+        source.group() if source else "",
+        f"{cost.params:,}",
+        f"{cost.active_params:,}",
+        f"{cost.flops_per_token / 1e9:.2f}",
+        published.group(1) if published else "",
+        ", ".join(checks),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """Return the whole page."""
+    rows = (row(path) for path in sorted((ROOT / "spaces" / "zoo").glob("*.yaml")))
+    return PAGE.format(rows="\n".join(rows))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

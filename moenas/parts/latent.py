@@ -1,0 +1,179 @@
+"""Attention whose keys and values are read out of one small latent. Kinds: latent_attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from moenas.component import setting
+from moenas.parts.attention import Attend
+from moenas.parts.layers import Linear
+from moenas.parts.mixers import KVCache, Mixer, Rotary
+from moenas.parts.norms import RMSNorm
+from moenas.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionMixer(Mixer, kind="latent_attention"):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    The cache keeps the latent of `kv_rank` numbers and one rotary key for all heads. A step of
+    decoding works on the latent itself: the key matrix moves to the query, the value matrix to
+    the output (the same section).
+    """
+
+    n_heads: int = setting("heads", low=1)
+    q_rank: int | None = setting(
+        "width of the latent of the queries, with a norm; null: no latent", default=None, low=1
+    )
+    kv_rank: int = setting("width of the latent of keys and values, with a norm", low=1)
+    nope_dim: int = setting("elements of a query or key without a position", low=8, multiple=8)
+    rope_dim: int = setting("elements that turn; all heads share their key", low=2, multiple=2)
+    v_dim: int = setting("width of the values of a head", low=8, multiple=8)
+    rope_theta: float | None = setting(
+        "base of the rotary wavelengths; null: nothing turns (NoPE)", default=10000.0, low=1.0
+    )
+    inner_eps: float = setting("added to the mean square in the norms", default=1e-6, low=0.0)
+    rank_scale: bool = setting(
+        "a normed latent of width r is multiplied by sqrt(d_model / r) (LongCat-Flash)",
+        default=False,
+    )
+    scale: float | None = setting(
+        "factor of the scores; null: 1 / sqrt(nope_dim + rope_dim)", default=None, low=0.0
+    )
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied with."""
+        return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
+
+    def canonical(self) -> Self:
+        """Write the usual scale as null."""
+        usual = (self.nope_dim + self.rope_dim) ** -0.5
+        return replace(self, scale=None) if self.scale == usual else self
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count the projections, and scores and values of all heads over the full context."""
+        q_width = self.n_heads * (self.nope_dim + self.rope_dim)
+        out_width = self.n_heads * self.v_dim
+        q_rank = self.q_rank or 0
+        products = (d_model + q_width) * q_rank if q_rank else d_model * q_width
+        products += d_model * (self.kv_rank + self.rope_dim)
+        products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
+        products += out_width * d_model
+        params = products + q_rank + self.kv_rank
+        return Cost(
+            params=params,
+            active_params=params,
+            flops_per_token=2 * products + 2 * context * (q_width + out_width),
+            kv_bytes_per_token=2 * (self.kv_rank + self.rope_dim),
+            weight_bytes=2 * params,
+        )
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the attention at a model width."""
+        q_width = self.n_heads * (self.nope_dim + self.rope_dim)
+        kv_width = self.n_heads * (self.nope_dim + self.v_dim)
+        query: nn.Module = Linear(d_model, q_width)
+        if self.q_rank is not None:
+            query = self._build_bottleneck(d_model, self.q_rank, 0, q_width)
+        return LatentAttention(
+            query,
+            self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
+            self.nope_dim,
+            None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta),
+            Attend(self.n_heads, self.factor),
+            Linear(self.n_heads * self.v_dim, d_model),
+        )
+
+    def _build_bottleneck(self, d_model: int, rank: int, beside: int, width: int) -> Bottleneck:
+        return Bottleneck(
+            Linear(d_model, rank + beside),
+            RMSNorm(rank, self.inner_eps),
+            Linear(rank, width),
+            (d_model / rank) ** 0.5 if self.rank_scale else 1.0,
+        )
+
+
+class Bottleneck(nn.Module):
+    """up(norm(down(x)) * scale): a product through a latent; `down` may give more than that."""
+
+    def __init__(self, down: Linear, norm: RMSNorm, up: Linear, scale: float) -> None:
+        super().__init__()
+        self.down = down
+        self.norm = norm
+        self.up = up
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, width)."""
+        y: Tensor = self.up(self.latent(x)[0])
+        return y
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
+        rank = self.up.d_in
+        latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
+        latent = self.norm(latent)
+        return latent if self.scale == 1 else latent * self.scale, beside
+
+
+class LatentAttention(nn.Module):
+    """Attention over keys and values that are made from a latent, and one rotary key for all."""
+
+    def __init__(
+        self,
+        query: nn.Module,
+        keys: Bottleneck,
+        nope_dim: int,
+        rotary: nn.Module | None,
+        attend: Attend,
+        out: Linear,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.keys = keys
+        self.nope_dim = nope_dim
+        self.rotary = rotary
+        self.attend = attend
+        self.out = out
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+        q = self.query(x).unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q.split((self.nope_dim, q.shape[-1] - self.nope_dim), dim=-1)
+        latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
+        start = 0 if cache is None else cache.length
+        if self.rotary is not None:
+            q_rope, k_rope = self.rotary(q_rope, start), self.rotary(k_rope, start)
+        if cache is not None:
+            latent, k_rope = cache.extend(latent, k_rope)
+        if start:
+            y = self.on_latent(q_nope, q_rope, latent, k_rope, start)
+        else:
+            kv = self.keys.up(latent.squeeze(1)).unflatten(-1, (self.attend.n_heads, -1))
+            kv = kv.transpose(1, 2)
+            k_nope, v = kv.split((self.nope_dim, kv.shape[-1] - self.nope_dim), dim=-1)
+            k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
+            q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
+            y = self.attend(q, k, v, start)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(-2))
+        return out
+
+    def on_latent(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, start: int
+    ) -> Tensor:
+        """Attend with the latent as key and value of every head, (B, H, S, C of the values)."""
+        up = self.keys.up.weight.to(q_nope.dtype).unflatten(0, (self.attend.n_heads, -1))
+        up_k, up_v = up[:, : self.nope_dim], up[:, self.nope_dim :]  # (H, C, rank)
+        q = torch.cat((q_nope @ up_k, q_rope), dim=-1)
+        k = torch.cat((latent, k_rope), dim=-1)
+        y: Tensor = self.attend(q, k, latent, start) @ up_v.transpose(-2, -1)
+        return y
+
+    def new_cache(self, batch: int, context: int) -> KVCache:
+        """Return an empty cache."""
+        return KVCache(batch, context)

@@ -1,0 +1,185 @@
+"""Linear attention and short convolutions as mixers. Kinds: gated_delta, short_conv."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moenas.component import setting
+from moenas.parts.layers import Convolution, Linear
+from moenas.parts.mixers import Mixer, StateCache
+from moenas.parts.norms import GatedNorm
+from moenas.parts.scan import delta_macs, delta_rule
+from moenas.parts.ssm import first_dt_bias
+from moenas.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaMixer(Mixer, kind="gated_delta"):
+    """The gated delta rule (arXiv 2412.06464): a state that a token decays, corrects and reads.
+
+    A short convolution runs over queries, keys and values; queries and keys have length 1; the
+    output passes a norm over each head and a gate, as in Qwen3-Next. FLOPs are those of the
+    projections and of the chunked form's products.
+    """
+
+    n_heads: int = setting("heads of the values and the state", low=1)
+    n_key_heads: int | None = setting(
+        "heads of queries and keys, each shared by n_heads / n_key_heads; null: n_heads",
+        default=None,
+        low=1,
+    )
+    key_dim: int = setting("width of a query or key of a head", low=8, multiple=8)
+    value_dim: int = setting("width of the values of a head", low=8, multiple=8)
+    d_conv: int = setting("tokens under the convolution", default=4, low=2)
+    inner_eps: float = setting("added to the mean square in the norm", default=1e-6, low=0.0)
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of queries and keys."""
+        return self.n_key_heads or self.n_heads
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of all queries, and of all values."""
+        return self.key_heads * self.key_dim, self.n_heads * self.value_dim
+
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if self.n_heads % self.key_heads:
+            return f"n_key_heads ({self.key_heads}) must divide n_heads ({self.n_heads})"
+        return None
+
+    def canonical(self) -> Self:
+        """Write out the number of key heads."""
+        return replace(self, n_key_heads=self.key_heads)
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count the projections and the products of the rule; the state does not grow."""
+        keys, values = self.widths
+        products = d_model * (2 * keys + 2 * values + 2 * self.n_heads) + values * d_model
+        params = products + (2 * keys + values) * self.d_conv + 2 * self.n_heads + self.value_dim
+        rule = delta_macs(self.n_heads, self.key_dim, self.value_dim, context)
+        flops = 2 * products + -(-2 * rule // context)
+        return Cost(params, params, flops, 0, 2 * params)
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the mixer at a model width."""
+        keys, values = self.widths
+        return GatedDelta(
+            Linear(d_model, 2 * keys + 2 * values + 2 * self.n_heads),
+            Convolution(2 * keys + values, self.d_conv, False),
+            GatedNorm(values, self.n_heads, self.inner_eps, False),
+            Linear(values, d_model),
+            self.n_heads,
+            self.key_heads,
+        )
+
+
+class GatedDelta(nn.Module):
+    """out(norm(rule(convolution(q, k, v), decay, beta)) * silu(gate))."""
+
+    def __init__(
+        self,
+        project: Linear,
+        convolution: Convolution,
+        norm: GatedNorm,
+        out: Linear,
+        n_heads: int,
+        n_key_heads: int,
+    ) -> None:
+        super().__init__()
+        self.project = project
+        self.convolution = convolution
+        self.norm = norm
+        self.out = out
+        self.n_heads = n_heads
+        self.n_key_heads = n_key_heads
+        self.log_rate = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw rates of 1 to 16 and time steps as in Mamba-2."""
+        rates = torch.empty(self.n_heads).uniform_(1, 16, generator=generator)
+        self.log_rate.data.copy_(rates.log())
+        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
+
+    def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+        cache = cache or StateCache()
+        values, mixed_width = self.out.d_in, self.convolution.width
+        widths = (mixed_width, values, self.n_heads, self.n_heads)
+        mixed, gate, beta, dt = self.project(x).split(widths, dim=-1)
+        mixed, cache.before = self.convolution(mixed, cache.before)
+        keys = (mixed_width - values) // 2
+        q, k, v = F.silu(mixed).float().split((keys, keys, values), dim=-1)
+        q, k = self.directions(q), self.directions(k)
+        q = q * q.shape[-1] ** -0.5
+        v = v.unflatten(-1, (self.n_heads, -1))
+        steps = -F.softplus(dt.float() + self.dt_bias.float()) * self.log_rate.float().exp()
+        y, cache.state = delta_rule((q, k, v), steps, beta.float().sigmoid(), cache.state)
+        cache.length += x.shape[1]
+        out: Tensor = self.out(self.norm(y.flatten(-2), gate))
+        return out
+
+    def directions(self, x: Tensor) -> Tensor:
+        """Return (B, S, H, M) of length 1 for queries or keys (B, S, width)."""
+        x = x.unflatten(-1, (self.n_key_heads, -1))
+        x = x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        return x.repeat_interleave(self.n_heads // self.n_key_heads, dim=2)
+
+    def new_cache(self, batch: int, context: int) -> StateCache:
+        """Return an empty cache."""
+        return StateCache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortConvMixer(Mixer, kind="short_conv"):
+    """A gated convolution over the last few tokens (LFM2).
+
+    `out(c * convolution(b * v))` with b, c and v from one projection.
+    """
+
+    d_conv: int = setting("tokens under the convolution", default=3, low=2)
+    bias: bool = setting("projections and convolution have a bias", default=False)
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count two projections; the convolution is element by element."""
+        products = 4 * d_model * d_model
+        params = products + d_model * self.d_conv + 5 * d_model * self.bias
+        return Cost(params, params, 2 * products, 0, 2 * params)
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the mixer at a model width."""
+        return ShortConv(
+            Linear(d_model, 3 * d_model, self.bias),
+            Convolution(d_model, self.d_conv, self.bias),
+            Linear(d_model, d_model, self.bias),
+        )
+
+
+class ShortConv(nn.Module):
+    """out(c * convolution(b * v))."""
+
+    def __init__(self, project: Linear, convolution: Convolution, out: Linear) -> None:
+        super().__init__()
+        self.project = project
+        self.convolution = convolution
+        self.out = out
+
+    def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+        cache = cache or StateCache()
+        b, c, v = self.project(x).chunk(3, dim=-1)
+        y, cache.before = self.convolution(b * v, cache.before)
+        cache.length += x.shape[1]
+        out: Tensor = self.out(c * y)
+        return out
+
+    def new_cache(self, batch: int, context: int) -> StateCache:
+        """Return an empty cache."""
+        return StateCache()

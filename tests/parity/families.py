@@ -1,0 +1,484 @@
+"""Published families, small: what makes the file of the zoo small, and their model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers as hf
+from torch import Tensor
+from weights import (
+    Row,
+    halves,
+    same,
+    squeezed,
+    stacked,
+    transposed,
+    transposed_halves,
+    turned,
+)
+
+VOCABULARY, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 256, 32, 4, 2, 16
+LAYER = "model.layers.{}."
+ATTENTION = LAYER + "self_attn."
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 256,
+}
+ATTENDING = {"head_dim": HEAD_DIM, "n_heads": HEADS, "n_kv_heads": KV_HEADS}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: `overrides` shrink the zoo's file to the model that `build` makes."""
+
+    zoo: str
+    overrides: dict[str, Any]
+    build: Callable[[], Any]
+    table: list[Row]
+    tolerance: float = 1e-5
+    """Of logits of the order of 1, in float32."""
+
+
+def shrink(groups: dict[str, dict[str, Any]], **whole: Any) -> dict[str, Any]:
+    """Write overrides: of the architecture, and of groups of its blocks."""
+    found = {"vocab_size": VOCABULARY, "d_model": WIDTH} | whole
+    for group, fields in groups.items():
+        found |= {f"blocks.{group}.{name}": value for name, value in fields.items()}
+    return {f"architecture.{name}": value for name, value in found.items()}
+
+
+def parts(mixer: dict[str, Any], ffn: dict[str, Any], **group: Any) -> dict[str, Any]:
+    """Write overrides of one group of blocks."""
+    found = {f"mixer.{name}": value for name, value in mixer.items()}
+    return found | {f"ffn.{name}": value for name, value in ffn.items()} | group
+
+
+WHOLE: list[Row] = [
+    ("embedding", ("model.embed_tokens.weight",), same),
+    ("norm.weight", ("model.norm.weight",), same),
+    ("head.weight", ("lm_head.weight",), same),
+    ("blocks.{}.norm1.weight", (LAYER + "input_layernorm.weight",), same),
+    ("blocks.{}.norm2.weight", (LAYER + "post_attention_layernorm.weight",), same),
+    ("blocks.{}.mixer.out.weight", (ATTENTION + "o_proj.weight",), same),
+]
+
+
+def qkv(suffix: str = "weight") -> Row:
+    names = tuple(f"{ATTENTION}{x}_proj.{suffix}" for x in "qkv")
+    return (f"blocks.{{}}.mixer.qkv.{suffix}", names, stacked)
+
+
+QK_NORMS: list[Row] = [
+    (f"blocks.{{}}.mixer.norm.{x}.weight", (f"{ATTENTION}{x}_norm.weight",), same) for x in "qk"
+]
+
+
+def dense(ours: str, theirs: str) -> list[Row]:
+    """Rows of a gated network, with its gate and its value in two matrices."""
+    up = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
+    return [
+        (f"blocks.{{}}.{ours}.up.weight", up, stacked),
+        (f"blocks.{{}}.{ours}.down.weight", (f"{theirs}down_proj.weight",), same),
+    ]
+
+
+def experts(router: str = "mlp.gate", place: str = "mlp.experts") -> list[Row]:
+    """Rows of the experts, with gate and value in one stack of matrices."""
+    bias = f"{LAYER}{router}.e_score_correction_bias"
+    return [
+        ("blocks.{}.ffn.router.logits.weight", (f"{LAYER}{router}.weight",), same),
+        ("blocks.{}.ffn.balance.bias", (bias,), same),
+        ("blocks.{}.ffn.experts.up", (f"{LAYER}{place}.gate_up_proj",), same),
+        ("blocks.{}.ffn.experts.down", (f"{LAYER}{place}.down_proj",), same),
+    ]
+
+
+MIXTRAL = Family(
+    "mixtral_8x7b",
+    shrink({"0": parts(ATTENDING, {"d_expert": 24}, repeat=2)}),
+    lambda: hf.MixtralForCausalLM(
+        hf.MixtralConfig(**SIZES, num_hidden_layers=2, intermediate_size=24)
+    ),
+    [*WHOLE, qkv(), *experts()],
+)
+
+QWEN3_MOE = Family(
+    "qwen3_30b_a3b",
+    shrink({"0": parts(ATTENDING, {"d_expert": 24, "n_experts": 16}, repeat=2)}),
+    lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **SIZES,
+            num_hidden_layers=2,
+            moe_intermediate_size=24,
+            num_experts=16,
+            norm_topk_prob=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        )
+    ),
+    [*WHOLE, qkv(), *QK_NORMS, *experts()],
+)
+
+OLMOE = Family(
+    "olmoe_1b_7b",
+    shrink(
+        {"0": parts({"head_dim": 8, "n_heads": 4}, {"d_expert": 24, "n_experts": 16}, repeat=2)}
+    ),
+    lambda: hf.OlmoeForCausalLM(
+        hf.OlmoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_experts=16,
+        )
+    ),
+    [*WHOLE, qkv(), *QK_NORMS, *experts()],
+)
+
+RANKS = {"n_heads": 4, "q_rank": 24, "kv_rank": 16, "nope_dim": 16, "rope_dim": 8, "v_dim": 8}
+LATENT: list[Row] = [
+    ("blocks.{}.mixer.query.down.weight", (ATTENTION + "q_a_proj.weight",), same),
+    ("blocks.{}.mixer.query.norm.weight", (ATTENTION + "q_a_layernorm.weight",), same),
+    ("blocks.{}.mixer.query.up.weight", (ATTENTION + "q_b_proj.weight",), turned(4, 24, 8)),
+    (
+        "blocks.{}.mixer.keys.down.weight",
+        (ATTENTION + "kv_a_proj_with_mqa.weight",),
+        turned(1, 24, 8),
+    ),
+    ("blocks.{}.mixer.keys.norm.weight", (ATTENTION + "kv_a_layernorm.weight",), same),
+    ("blocks.{}.mixer.keys.up.weight", (ATTENTION + "kv_b_proj.weight",), same),
+]
+LATENT_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 32,
+    "first_k_dense_replace": 1,
+}
+
+
+def latent_shrink(top_k: int) -> dict[str, Any]:
+    first = parts(RANKS, {"d_ff": 40}, repeat=1)
+    rest = {"d_expert": 24, "n_experts": 32, "router.top_k": top_k}
+    return shrink({"0": first, "1": parts(RANKS, rest, repeat=2)})
+
+
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    latent_shrink(8),
+    lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**LATENT_SIZES)),
+    [
+        *WHOLE,
+        *LATENT,
+        *experts(),
+        *dense("ffn", LAYER + "mlp."),
+        *dense("ffn.shared", LAYER + "mlp.shared_experts."),
+    ],
+)
+
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    latent_shrink(6),
+    lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(
+            **LATENT_SIZES,
+            num_experts_per_tok=6,
+            n_group=8,
+            topk_group=3,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=16.0,
+        )
+    ),
+    DEEPSEEK_V3.table,
+)
+
+GPT_OSS = Family(
+    "gpt_oss_20b",
+    shrink(
+        {
+            "0.blocks.0": parts(ATTENDING | {"window": 5}, {"d_expert": 24, "n_experts": 8}),
+            "0.blocks.1": parts(ATTENDING, {"d_expert": 24, "n_experts": 8}),
+            "0": {"repeat": 1},
+        }
+    ),
+    lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **SIZES,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_local_experts=8,
+            sliding_window=5,
+            rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+        )
+    ),
+    [
+        *WHOLE,
+        qkv(),
+        qkv("bias"),
+        ("blocks.{}.mixer.attend.sinks", (ATTENTION + "sinks",), same),
+        ("blocks.{}.mixer.out.bias", (ATTENTION + "o_proj.bias",), same),
+        ("blocks.{}.ffn.router.logits.weight", (LAYER + "mlp.router.weight",), same),
+        ("blocks.{}.ffn.router.logits.bias", (LAYER + "mlp.router.bias",), same),
+        (
+            "blocks.{}.ffn.experts.up",
+            (LAYER + "mlp.experts.gate_up_proj",),
+            transposed_halves,
+        ),
+        (
+            "blocks.{}.ffn.experts.up_bias.weight",
+            (LAYER + "mlp.experts.gate_up_proj_bias",),
+            halves,
+        ),
+        ("blocks.{}.ffn.experts.down", (LAYER + "mlp.experts.down_proj",), transposed),
+        (
+            "blocks.{}.ffn.experts.down_bias.weight",
+            (LAYER + "mlp.experts.down_proj_bias",),
+            same,
+        ),
+    ],
+)
+
+GLM_4_5 = Family(
+    "glm_4_5",
+    shrink(
+        {
+            "0": parts(ATTENDING, {"d_ff": 40}, repeat=1),
+            "1": parts(ATTENDING, {"d_expert": 24, "n_experts": 16}, repeat=2),
+        }
+    ),
+    lambda: hf.Glm4MoeForCausalLM(
+        hf.Glm4MoeConfig(
+            **SIZES,
+            num_hidden_layers=3,
+            intermediate_size=40,
+            moe_intermediate_size=24,
+            n_routed_experts=16,
+            routed_scaling_factor=2.5,
+            use_qk_norm=True,
+            attention_bias=True,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        )
+    ),
+    [*DEEPSEEK_V3.table, qkv(), qkv("bias"), *QK_NORMS],
+)
+
+GRANITE = Family(
+    "granite_3_0_1b_a400m",
+    shrink(
+        {
+            "0": parts(
+                {"head_dim": 8, "n_heads": 4, "n_kv_heads": 2},
+                {"d_expert": 24, "n_experts": 16},
+                repeat=2,
+            )
+        }
+    ),
+    lambda: hf.GraniteMoeForCausalLM(
+        hf.GraniteMoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_local_experts=16,
+            num_experts_per_tok=8,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.015625,
+            logits_scaling=6.0,
+            tie_word_embeddings=True,
+        )
+    ),
+    [*WHOLE, qkv(), *experts("block_sparse_moe.router", "block_sparse_moe.experts")],
+)
+
+
+def turned_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    turn = turned(HEADS, HEAD_DIM, HEAD_DIM), turned(KV_HEADS, HEAD_DIM, HEAD_DIM)
+    return stacked(turn[0](q), turn[1](k), v)
+
+
+LLAMA_FFN = {"d_expert": 24, "n_experts": 8}
+LLAMA_4 = Family(
+    "llama_4_scout",
+    shrink(
+        {
+            "0.blocks.0": parts(ATTENDING | {"chunk": 5}, LLAMA_FFN),
+            "0.blocks.1": parts(ATTENDING, LLAMA_FFN),
+            "0": {"repeat": 1},
+        }
+    ),
+    lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **SIZES,
+            num_hidden_layers=4,
+            intermediate_size=24,
+            num_local_experts=8,
+            attention_chunk_size=5,
+        )
+    ),
+    [
+        *WHOLE,
+        ("blocks.{}.mixer.qkv.weight", qkv()[1], turned_qkv),
+        ("blocks.{}.ffn.router.logits.weight", (LAYER + "feed_forward.router.weight",), same),
+        ("blocks.{}.ffn.experts.up", (LAYER + "feed_forward.experts.gate_up_proj",), transposed),
+        ("blocks.{}.ffn.experts.down", (LAYER + "feed_forward.experts.down_proj",), transposed),
+        *dense("ffn.shared", LAYER + "feed_forward.shared_expert."),
+    ],
+)
+
+MAMBA: list[Row] = [
+    (f"blocks.{{}}.mixer.{ours}", (f"{LAYER}mamba.{theirs}",), same)
+    for ours, theirs in {
+        "project.weight": "in_proj.weight",
+        "convolution.bias": "conv1d.bias",
+        "choose.project.weight": "x_proj.weight",
+        "choose.dt.weight": "dt_proj.weight",
+        "choose.dt_bias": "dt_proj.bias",
+        "choose.norms.0.weight": "dt_layernorm.weight",
+        "choose.norms.1.weight": "b_layernorm.weight",
+        "choose.norms.2.weight": "c_layernorm.weight",
+        "out.weight": "out_proj.weight",
+        "log_rate": "A_log",
+        "skip": "D",
+    }.items()
+]
+MAMBA_SIZES = {"d_inner": 64, "d_state": 6, "dt_rank": 3}
+JAMBA_DENSE, JAMBA_MOE = {"d_ff": 24}, {"d_expert": 24, "n_experts": 8}
+JAMBA = Family(
+    "jamba_v0_1",
+    shrink(
+        {
+            "0.blocks.0.blocks.0": parts(MAMBA_SIZES, JAMBA_DENSE),
+            "0.blocks.0.blocks.1": parts(MAMBA_SIZES, JAMBA_MOE),
+            "0.blocks.1": parts(ATTENDING, JAMBA_DENSE),
+            "0.blocks.2": parts(MAMBA_SIZES, JAMBA_MOE),
+            "0.blocks.3": parts(MAMBA_SIZES, JAMBA_DENSE),
+            "0.blocks.4": parts(MAMBA_SIZES, JAMBA_MOE),
+            "0": {"repeat": 1},
+        }
+    ),
+    lambda: hf.JambaForCausalLM(
+        hf.JambaConfig(
+            **SIZES,
+            num_hidden_layers=8,
+            intermediate_size=24,
+            num_experts=8,
+            mamba_d_state=6,
+            mamba_dt_rank=3,
+            use_mamba_kernels=False,
+        )
+    ),
+    [
+        *WHOLE,
+        *MAMBA,
+        ("norm.weight", ("model.final_layernorm.weight",), same),
+        ("blocks.{}.norm2.weight", (LAYER + "pre_ff_layernorm.weight",), same),
+        ("blocks.{}.mixer.convolution.weight", (LAYER + "mamba.conv1d.weight",), squeezed),
+        qkv(),
+        *dense("ffn", LAYER + "feed_forward."),
+        *experts("feed_forward.router", "feed_forward.experts"),
+    ],
+    1e-4,  # transformers' own logits in float32 are 5e-5 away from those in float64
+)
+
+NEMOTRON_GROUPS = ("MEMEM*", "EMEMEM*", "EMEMEMEM*", "EMEMEMEME")
+NEMOTRON_KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
+NEMOTRON_SIZES = {
+    "M": parts({"n_heads": 4, "head_dim": 8, "d_state": 6, "n_state_groups": 2}, {}),
+    "E": parts({}, {"d_expert": 24, "n_experts": 16, "d_shared": 40}),
+    "*": parts(ATTENDING, {}),
+}
+MIXER = LAYER + "mixer."
+NEMOTRON = Family(
+    "nemotron_3_nano",
+    shrink(
+        {
+            f"{i}.blocks.{j}": NEMOTRON_SIZES[kind]
+            for i, group in enumerate(NEMOTRON_GROUPS)
+            for j, kind in enumerate(group)
+        }
+        | {"1": {"repeat": 1}}
+    ),
+    lambda: hf.NemotronHForCausalLM(
+        hf.NemotronHConfig(
+            **SIZES,
+            layers_block_type=[NEMOTRON_KINDS[kind] for kind in "".join(NEMOTRON_GROUPS)],
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            ssm_state_size=6,
+            n_groups=2,
+            chunk_size=16,
+            moe_intermediate_size=24,
+            moe_shared_expert_intermediate_size=40,
+            n_routed_experts=16,
+            num_experts_per_tok=6,
+            routed_scaling_factor=2.5,
+        )
+    ),
+    [
+        ("embedding", ("model.embeddings.weight",), same),
+        ("norm.weight", ("model.norm_f.weight",), same),
+        ("head.weight", ("lm_head.weight",), same),
+        *(
+            (f"blocks.{i}.{'norm2' if kind == 'E' else 'norm1'}.weight", (name,), same)
+            for i, kind in enumerate("".join(NEMOTRON_GROUPS))
+            for name in (f"model.layers.{i}.norm.weight",)
+        ),
+        ("blocks.{}.mixer.qkv.weight", tuple(f"{MIXER}{x}_proj.weight" for x in "qkv"), stacked),
+        ("blocks.{}.mixer.out.weight", (MIXER + "o_proj.weight",), same),
+        ("blocks.{}.mixer.project.weight", (MIXER + "in_proj.weight",), same),
+        ("blocks.{}.mixer.convolution.weight", (MIXER + "conv1d.weight",), squeezed),
+        ("blocks.{}.mixer.convolution.bias", (MIXER + "conv1d.bias",), same),
+        ("blocks.{}.mixer.norm.weight", (MIXER + "norm.weight",), same),
+        ("blocks.{}.mixer.out.weight", (MIXER + "out_proj.weight",), same),
+        ("blocks.{}.mixer.log_rate", (MIXER + "A_log",), same),
+        ("blocks.{}.mixer.dt_bias", (MIXER + "dt_bias",), same),
+        ("blocks.{}.mixer.skip", (MIXER + "D",), same),
+        ("blocks.{}.ffn.router.logits.weight", (MIXER + "gate.weight",), same),
+        ("blocks.{}.ffn.balance.bias", (MIXER + "gate.e_score_correction_bias",), same),
+        ("blocks.{}.ffn.experts.up", (MIXER + "experts.up_proj",), same),
+        ("blocks.{}.ffn.experts.down", (MIXER + "experts.down_proj",), same),
+        ("blocks.{}.ffn.shared.up.weight", (MIXER + "shared_experts.up_proj.weight",), same),
+        ("blocks.{}.ffn.shared.down.weight", (MIXER + "shared_experts.down_proj.weight",), same),
+    ],
+)
+
+FAMILIES = {
+    family.zoo: family
+    for family in (
+        MIXTRAL,
+        QWEN3_MOE,
+        OLMOE,
+        DEEPSEEK_V3,
+        DEEPSEEK_V2,
+        GPT_OSS,
+        GLM_4_5,
+        GRANITE,
+        LLAMA_4,
+        JAMBA,
+        NEMOTRON,
+    )
+}

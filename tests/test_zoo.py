@@ -1,0 +1,105 @@
+"""Published models as spaces of one point: their exact counts, by arithmetic."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from moenas import refs
+from moenas.architecture import Architecture
+from moenas.cli import app
+from moenas.draws import RandomSuggest
+from moenas.space import Space
+
+ZOO = Path(__file__).parents[1] / "spaces" / "zoo"
+
+# Parameters and active parameters, as transformers 5.23.0 has them (tests/parity/test_counts.py);
+# of the input embedding one row is active. In the last column what was published, in 1e9.
+COUNTS = {
+    "deepseek_moe_16b": (16_375_728_128, 2_618_937_344, 16.4),
+    "deepseek_v2": (235_741_434_880, 20_851_517_440, 236),
+    "deepseek_v3": (671_026_404_352, 36_625_610_752, 671),
+    "glm_4_5": (352_797_814_784, 32_856_310_784, None),
+    "gpt_oss_120b": (116_829_156_672, 5_132_852_352, 116.8),
+    "gpt_oss_20b": (20_914_757_184, 3_608_310_144, 20.9),
+    "granite_3_0_1b_a400m": (1_334_628_352, 428_658_688, None),
+    "gshard": (13_152_602_112, 469_026_816, None),
+    "jamba_v0_1": (51_570_323_328, 11_841_879_936, 51.6),
+    "kimi_k2": (1_026_408_209_408, 31_687_079_936, None),
+    "llama_4_scout": (107_769_861_120, 16_138_414_080, None),
+    "mixtral_8x7b": (46_702_792_704, 12_748_857_344, 46.7),
+    "nemotron_3_nano": (31_577_937_344, 3_227_754_560, 31.6),
+    "olmoe_1b_7b": (6_919_161_856, 1_178_996_736, 6.9),
+    "qwen3_235b_a22b": (235_093_634_560, 21_568_437_760, 235),
+    "qwen3_30b_a3b": (30_532_122_624, 3_041_869_824, 30.5),
+    "switch_base_8": (307_845_888, 109_665_024, None),
+}
+
+
+def architecture(name: str) -> Architecture:
+    space = Space.load(ZOO / f"{name}.yaml")
+    assert space.size == 1
+    assert [o.name for o in space.objectives] == [
+        "active_params",
+        "total_params",
+        "flops_per_token",
+    ]
+    return space.architecture(space.draw(RandomSuggest(0)))
+
+
+def test_every_model_of_the_zoo_is_counted() -> None:
+    assert {path.stem for path in ZOO.iterdir()} == set(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_counts_are_those_of_the_model(name: str) -> None:
+    params, active, published = COUNTS[name]
+    cost = architecture(name).cost(4096)
+    assert (cost.params, cost.active_params) == (params, active)
+    if published is not None:
+        assert params == pytest.approx(published * 1e9, rel=5e-3)
+
+
+def test_the_counts_of_gshard_are_those_of_its_coordinates() -> None:
+    attention, expert, norms = 4 * 1024 * 2048, 2 * 1024 * 8192, 4 * 1024
+    dense, experts = expert, 128 * expert + 128 * 1024
+    rest = 64_000 * 1024 + 2 * 1024
+    total = 6 * (2 * (attention + norms) + dense + experts) + rest
+    assert total == COUNTS["gshard"][0]
+    assert total - 6 * 126 * expert == COUNTS["gshard"][1]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_written_out_point_is_the_same_point(name: str) -> None:
+    point = architecture(name)
+    assert point.canonical() == point
+    text = refs.to_yaml(point.plain())
+    again = Architecture.parse(refs.parse_yaml(text, name).plain)
+    assert again == point
+    assert again.fingerprint == point.fingerprint
+
+
+def test_no_two_models_have_one_fingerprint() -> None:
+    assert len({architecture(name).fingerprint for name in COUNTS}) == len(COUNTS)
+
+
+def test_check_counts_without_building_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(Architecture, "build", build)
+    with pytest.raises(SystemExit) as end:
+        app(["check", "zoo/kimi_k2", "-o", "json"])
+    assert not end.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["params"], found["active_params"]) == COUNTS["kimi_k2"][:2]
+
+
+def test_the_page_of_the_zoo_is_what_its_command_prints() -> None:
+    page = runpy.run_path(str(ZOO.parents[1] / "benchmarks" / "zoo.py"))["page"]
+    assert (ZOO.parents[1] / "docs" / "zoo.md").read_text(encoding="utf-8") == page()
