@@ -1,21 +1,26 @@
-"""Time of one MoE layer, forward and backward, over a dense layer of the same active FLOPs.
+"""Time of a training step of an MoE layer, over a dense layer of the same active FLOPs.
 
-    python benchmarks/layers.py [--quick] [--dtype bfloat16] [--threads 1] [--rounds 5]
+    python benchmarks/layers.py [--quick] [--dtype bfloat16] [--threads 1] [--rounds 7]
 
-A row for each number of experts E and of chosen experts K. `grouped` is the layer of moenas,
-`loop` the usual Python loop over experts with the same weights. Each pass routes new tokens, as
-training does. All three take turns, and the least time of each counts: CPU time with one thread,
-which other work on the machine disturbs less, else wall time.
+A row for each number of experts E and of chosen experts K, with m = T K / E, the rows of a mean
+expert. A step routes new tokens and goes through router, dispatch, experts and combination forward
+and backward, from empty gradients. `moenas` also counts its load and works out its balance losses,
+and goes backward through them; the others have none. `eager`, `grouped_mm` and `batched_mm` are the
+Qwen3-MoE layer of transformers with the same weights; batched_mm copies an expert's weights for
+every slot, which for these 2048 tokens takes over 6 GB for each expert of a token: `--batched` adds
+it at 64 tokens. All take turns. A ratio is that of the least times: CPU time with one thread, which
+other work on the machine disturbs less, else wall time.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import peers
 import torch
 from torch import Tensor, nn
 
@@ -27,92 +32,105 @@ QUICK = [(4, 1), (8, 2), (16, 2), (16, 4), (64, 8)]
 
 
 @dataclass(frozen=True)
-class Row:
-    """Milliseconds of the dense layer, and the ratios to it."""
+class Cell:
+    """Experts, experts of a token, tokens, and the seconds of each layer."""
 
     n_experts: int
     top_k: int
-    dense_ms: float
-    grouped: float
-    loop: float
+    tokens: int
+    seconds: dict[str, float]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a mean expert."""
+        return self.tokens * self.top_k // self.n_experts
+
+    def ratios(self) -> list[float]:
+        """Return the time of each MoE layer over that of the dense layer."""
+        dense, *others = self.seconds.values()
+        return [x / dense for x in others]
+
+    def line(self) -> str:
+        """Write a row of the table."""
+        dense_ms = self.seconds["dense"] * 1e3
+        cells = [str(self.n_experts), str(self.top_k), str(self.rows), f"{dense_ms:.1f}"]
+        return f"| {' | '.join(cells + [f'{x:.2f}' for x in self.ratios()])} |"
 
 
-def loop(moe: MoE, x: Tensor) -> Tensor:
-    """Compute the layer expert by expert, as most published models are written."""
-    tokens = x.flatten(0, 1)
-    choice = moe.router(tokens)
-    y = torch.zeros_like(tokens)
-    for e in range(moe.experts.n_experts):
-        token, place = torch.where(choice.experts == e)
-        h = tokens[token] @ moe.experts.up[e].to(x.dtype).T
-        out = moe.experts.activation(h) @ moe.experts.down[e].to(x.dtype).T
-        y = y.index_add(0, token, out * choice.weights[token, place].unsqueeze(-1).to(out.dtype))
-    return y.view_as(x)
+def step(layer: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor) -> None:
+    """Go forward and backward through a layer."""
+    y = layer(x)
+    if isinstance(layer, MoE):
+        torch.autograd.backward((y, layer.auxiliary_loss()), (torch.ones_like(y), None))
+    else:
+        y.backward(torch.ones_like(y))
 
 
-def filled(module: nn.Module) -> nn.Module:
-    """Give every weight a usual size."""
-    for parameter in module.parameters():
-        parameter.data.normal_(0, 0.04)
-    return module
-
-
-def measure(n_experts: int, top_k: int, rounds: int, dtype: torch.dtype) -> Row:
-    """Time the three layers in turn."""
-    router = Router(top_k=top_k)
-    moe = filled(MoEFFN(n_experts=n_experts, d_expert=D_EXPERT, router=router).build(D_MODEL))
-    dense = filled(DenseFFN(d_ff=top_k * D_EXPERT).build(D_MODEL))
+def measure(
+    shape: tuple[int, int, int], theirs: tuple[str, ...], rounds: int, dtype: torch.dtype
+) -> Cell:
+    """Time all layers in turn, for (E, K, T)."""
+    n_experts, top_k, tokens = shape
+    router = Router(top_k=top_k, normalize=True)
+    moe = peers.filled(MoEFFN(n_experts=n_experts, d_expert=D_EXPERT, router=router).build(D_MODEL))
     assert isinstance(moe, MoE)
-    layers: dict[str, Callable[[Tensor], Tensor]] = {
-        "dense": dense,
-        "grouped": moe,
-        "loop": lambda x: loop(moe, x),
+    layers: dict[str, nn.Module] = {
+        "dense": peers.filled(DenseFFN(d_ff=top_k * D_EXPERT).build(D_MODEL)),
+        "moenas": moe,
     }
+    layers |= {name: peers.block_of(moe, name, dtype) for name in theirs}
+    for name in theirs:
+        peers.agree(moe, layers[name], torch.randn(1, 64, D_MODEL).to(dtype))
     best = dict.fromkeys(layers, math.inf)
     for _ in range(rounds + 1):
-        x = torch.randn(1, TOKENS, D_MODEL).to(dtype)
+        drawn = torch.randn(1, tokens, D_MODEL).to(dtype)
         for name, layer in layers.items():
-            best[name] = min(best[name], once(layer, x))
-    dense_s = best["dense"]
-    return Row(n_experts, top_k, dense_s * 1e3, best["grouped"] / dense_s, best["loop"] / dense_s)
+            layer.zero_grad(set_to_none=True)
+            x = drawn.clone().requires_grad_()
+            seconds, _ = peers.timed(step, layer, layer, x)
+            best[name] = min(best[name], seconds)
+    return Cell(n_experts, top_k, tokens, best)
 
 
-def once(layer: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Return the seconds of one forward and backward pass."""
-    x = x.detach().requires_grad_()
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    y = layer(x)
-    y.backward(torch.ones_like(y))
-    return clock() - start
+def mean(values: list[float]) -> float:
+    """Return the geometric mean."""
+    return math.prod(values) ** (1 / len(values))
 
 
-def table(rows: Iterator[Row]) -> Iterator[str]:
-    """Write the rows as they come, then the geometric means."""
-    yield f"{'E':>3} {'K':>3} {'dense ms':>9} {'grouped':>8} {'loop':>6}"
-    ratios = []
-    for row in rows:
-        ratios.append((row.grouped, row.loop))
-        cells = f"{row.n_experts:3d} {row.top_k:3d} {row.dense_ms:9.1f}"
-        yield f"{cells} {row.grouped:8.2f} {row.loop:6.2f}"
-    grouped, looped = (math.prod(r) ** (1 / len(r)) for r in zip(*ratios, strict=True))
-    yield f"{'geometric mean':>17} {grouped:8.2f} {looped:6.2f}"
+def table(cells: Iterator[Cell], names: list[str]) -> Iterator[str]:
+    """Write the cells as they come, then the geometric means of all and by rows of an expert."""
+    yield f"| E | K | m | dense ms | {' | '.join(names)} |"
+    yield "| --: | --: | --: | --: |" + " --: |" * len(names)
+    by_rows: dict[int, list[list[float]]] = defaultdict(list)
+    for cell in cells:
+        by_rows[cell.rows].append(cell.ratios())
+        yield cell.line()
+    groups = {f"m = {m}": found for m, found in sorted(by_rows.items())}
+    groups["all"] = [ratios for found in by_rows.values() for ratios in found]
+    for name, found in groups.items():
+        means = (f"{mean(list(column)):.2f}" for column in zip(*found, strict=True))
+        yield f"| {name} | | | | {' | '.join(means)} |"
 
 
 def main() -> None:
     """Read the flags and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="five cells only")
+    parser.add_argument("--batched", action="store_true", help="64 tokens, and batched_mm, too")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    print(f"T={TOKENS} d={D_MODEL} f={D_EXPERT} {given.dtype}, {given.threads} thread(s)")
+    tokens = 64 if given.batched else TOKENS
+    theirs = peers.IMPLEMENTATIONS if given.batched else peers.IMPLEMENTATIONS[:2]
+    print(peers.machine())
+    print(f"T={tokens} d={D_MODEL} f={D_EXPERT} {given.dtype}, {given.threads} thread(s)\n")
     dtype = getattr(torch, given.dtype)
-    cells = QUICK if given.quick else CELLS
-    for line in table(measure(e, k, given.rounds, dtype) for e, k in cells):
+    shapes = [(e, k, tokens) for e, k in (QUICK if given.quick else CELLS)]
+    cells = (measure(shape, theirs, given.rounds, dtype) for shape in shapes)
+    for line in table(cells, ["moenas", *theirs]):
         print(line, flush=True)
 
 

@@ -14,8 +14,11 @@ from moenas.draws import RandomSuggest
 from moenas.space import Space
 
 ROOT = Path(__file__).parents[1]
-CHECKS = {"logits": "tests/parity/families.py", "counts": "tests/parity/test_counts.py"}
-"""What a test compares with transformers -> the file that names the models it is done for."""
+CHECKS = {
+    "logits": ("tests/parity/families.py", "tests/parity/variants.py"),
+    "counts": ("tests/parity/test_counts.py",),
+}
+"""What a test compares with transformers -> the files that name the models it is done for."""
 PAGE = """\
 # The zoo
 
@@ -31,10 +34,12 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
 {rows}
 
 - counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
-  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone. For
-  DeepSeekMoE it is GLM's definition with the sizes of DeepSeekMoE, as transformers has no other.
+  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone, of
+  LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's definition with the sizes of
+  DeepSeekMoE, as transformers has no other. Arctic, Grok-1 and GShard are not in transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
-  the weights of either, in float32 to 1e-5, and 1e-4 for Jamba (tests/parity/test_models.py).
+  the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
+  Linear (tests/parity/test_models.py).
 
 What a file leaves out of its model is said in its first lines. `python benchmarks/zoo.py` writes
 this page.
@@ -54,7 +59,8 @@ def row(path: Path) -> str:
     said = comment(space.text)
     source = re.match(r"[^(]+\([^)]*\)", said)
     published = re.search(r"published: (.+?)\.(?= |$)", said, re.IGNORECASE)
-    checks = [c for c, file in CHECKS.items() if f'"{path.stem}"' in (ROOT / file).read_text()]
+    texts = {c: "".join((ROOT / file).read_text() for file in f) for c, f in CHECKS.items()}
+    checks = [check for check, text in texts.items() if f'"{path.stem}"' in text]
     cells = [
         f"`{path.stem}`",
         source.group() if source else "",

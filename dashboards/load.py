@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -14,12 +11,8 @@ from moenas.records import Evaluation, Plain, View
 TITLE = "Expert load by layer"
 SHOWN = 12
 COLUMNS = 3
-EDGE = 2.0
-"""The colours end at 2^-2 and 2^2 times the balanced load."""
 WHOLE = {"showgrid": False, "showline": False, "ticks": "", "type": "category"}
 """An axis of names: layers and experts are not quantities."""
-SCALE = [[0.0, "#B35806"], [0.25, "#FDB863"], [0.5, "#F7F7F7"], [0.75, "#B2ABD2"], [1.0, "#542788"]]
-"""ColorBrewer's PuOr: two hues that colour-blind readers tell apart, white where balanced."""
 
 
 def figure(view: View) -> go.Figure:
@@ -52,21 +45,22 @@ def figure(view: View) -> go.Figure:
     drawn.update_xaxes(**WHOLE)
     drawn.update_yaxes(**WHOLE, autorange="reversed")
     drawn.update_annotations(font_size=12)
-    drawn.update_layout(coloraxis=_colours(), margin_t=96)
+    drawn.update_layout(coloraxis=figures.load_colours(), margin_t=96)
     return drawn
 
 
 def _ratios(row: Plain) -> list[float]:
     """Return the load of each expert of a layer over the balanced load; [] if it has none."""
-    load = row.get("load") or []
-    total = math.fsum(load)
-    return [len(load) * share / total for share in load] if total > 0 else []
+    return figures.load_ratios(row.get("load") or [])
 
 
 def _map(evaluation: Evaluation) -> go.Heatmap:
     layers = {int(row["layer"]): _ratios(row) for row in evaluation.routing if _ratios(row)}
     width = max(map(len, layers.values()))
-    z = [[*map(_level, ratios), *[None] * (width - len(ratios))] for ratios in layers.values()]
+    z = [
+        [*map(figures.load_level, ratios), *[None] * (width - len(ratios))]
+        for ratios in layers.values()
+    ]
     text = [[f"{ratio:.2f}" for ratio in ratios] for ratios in layers.values()]
     return go.Heatmap(
         z=z,
@@ -79,20 +73,3 @@ def _map(evaluation: Evaluation) -> go.Heatmap:
         xgap=1,
         ygap=1,
     )
-
-
-def _level(ratio: float) -> float:
-    """Return the base-2 logarithm of a load ratio, within the colours."""
-    return round(max(-EDGE, min(EDGE, math.log2(ratio))), 3) if ratio > 0 else -EDGE
-
-
-def _colours() -> dict[str, Any]:
-    ticks = [-2, -1, 0, 1, 2]
-    bar = {
-        "outlinewidth": 0,
-        "thickness": 12,
-        "tickvals": ticks,
-        "ticktext": ["1/4 or less", "1/2", "1", "2", "4 or more"],
-        "title": {"text": "load<br> ", "side": "top"},
-    }
-    return {"cmin": -EDGE, "cmax": EDGE, "colorscale": SCALE, "colorbar": bar}

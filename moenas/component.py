@@ -27,12 +27,14 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     multiple: int | None = None,
+    words: type[Component] | None = None,
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
-    `low` and `high` are inclusive. `multiple` asks for a multiple of that number.
+    `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `words` is a
+    family: the field, a str, is the name of one of its kinds, those of guests included.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple}
+    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "words": words}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -44,8 +46,10 @@ class Field:
     doc: str
     scalars: tuple[type, ...]
     """Accepted scalar types: bool, int, float, str."""
-    choices: tuple[Scalar, ...]
-    """The words of a Literal; empty if any value of the type will do."""
+    literals: tuple[Scalar, ...]
+    """The words of a Literal."""
+    words: type[Component] | None
+    """The family whose kinds the field names."""
     component: type[Component] | None
     """The family that stands here, if the field is a component."""
     is_list: bool
@@ -55,6 +59,11 @@ class Field:
     low: float | None = None
     high: float | None = None
     multiple: int | None = None
+
+    @property
+    def choices(self) -> tuple[Scalar, ...]:
+        """The words that the field accepts; empty if any value of the type will do."""
+        return self.literals if self.words is None else tuple(self.words.kinds)
 
     @property
     def required(self) -> bool:
@@ -134,10 +143,19 @@ class Component:
         if kind is None:
             cls.kinds = {}
             return
-        if kind in cls.kinds and cls.kinds[kind].__qualname__ != cls.__qualname__:
-            raise SpaceError(f"the kind '{kind}' is defined twice: {cls.kinds[kind]}, {cls}")
+        known = cls.kinds.get(kind)
+        if known is not None and _origin(known) != _origin(cls):
+            raise SpaceError(
+                f"the kind '{kind}' is there already: {known.__qualname__} of {known.__module__};"
+                " choose another name"
+            )
         cls.kind = kind
         cls.kinds[kind] = cls
+
+    @classmethod
+    def named(cls, kind: str) -> Self:
+        """Return the kind of this family with that name, which has no fields of its own."""
+        return cast(Self, cls.kinds[kind]())
 
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None. Overridden where they can clash."""
@@ -160,6 +178,11 @@ class Component:
         return found
 
 
+def _origin(cls: type) -> tuple[str, str]:
+    """Return what stays the same when a guest edits a file: modules end in a digest of it."""
+    return cls.__module__.rpartition("_")[0] or cls.__module__, cls.__qualname__
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part(Component):
     """A component of a model: it counts its cost and builds itself at a model width."""
@@ -171,6 +194,14 @@ class Part(Component):
     def cost(self, d_model: int, context: int) -> Cost:
         """Return the exact cost of this part at a model width and a context length in tokens."""
         raise NotImplementedError
+
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Return the operations of a pass beyond `context * flops_per_token` of the cost.
+
+        Of one sequence of `context` tokens: what a count of the built part finds and the cost
+        leaves out, such as rows that carry nothing, less what the cost was rounded up by.
+        """
+        return 0
 
     def build(self, d_model: int) -> nn.Module:
         """Build the part at a model width."""
@@ -192,11 +223,11 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
     """Read one declaration; the annotation says what is accepted."""
     args = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     scalars: list[type] = []
-    choices: list[Scalar] = []
+    literals: list[Scalar] = []
     component, is_list = None, False
     for arg in args:
         if get_origin(arg) is Literal:
-            choices += get_args(arg)
+            literals += get_args(arg)
         elif get_origin(arg) is tuple:
             component, is_list = get_args(arg)[0], True
         elif isinstance(arg, type) and issubclass(arg, Component):
@@ -208,7 +239,8 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         name=declared.name,
         doc=meta.get("doc", ""),
         scalars=tuple(scalars),
-        choices=tuple(choices),
+        literals=tuple(literals),
+        words=meta.get("words"),
         component=component,
         is_list=is_list,
         optional=types.NoneType in args,

@@ -10,12 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from moenas import texts
+from moenas.counts import MAX_ORDER_1, Counts, Tokens
+from moenas.domains import Domains, table
 from moenas.errors import DataError, suggestion
 from moenas.records import Plain
 from moenas.refs import Node, sha256
@@ -34,11 +35,6 @@ WANTED = (
 )
 TAIL = 0.05
 """Share of one array of tokens, at its end, that validates."""
-MAX_ORDER_1 = 4096
-"""Largest vocabulary whose table of pairs is counted."""
-CHUNK = 1 << 20
-
-Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
 # --- the corpus --------------------------------------------------------------------------------
@@ -63,6 +59,8 @@ class Corpus:
     4096 words."""
     manifest: Plain = field(repr=False)
     """Where the tokens come from: files, sizes, digests, rules; stored with a study."""
+    domains: Domains | None = field(default=None, repr=False)
+    """The domain of each token; None if there is one at most, or if it is not known."""
 
     def require(self, context: int, vocab_size: int) -> None:
         """Check that sequences of `context` tokens can be cut and that a model knows all tokens.
@@ -90,9 +88,15 @@ class Corpus:
         Crops start anywhere in train, drawn uniformly and with replacement by Philox keyed with
         (seed, step): the same for every candidate, whatever came before, on every machine.
         """
+        return self._crops(self.train, self._starts(step, batch, context, seed), context)
+
+    def batch_domains(self, step: int, batch: int, context: int, seed: int) -> torch.Tensor | None:
+        """Return the domains of the tokens of a batch (batch, context), int64, or None."""
+        return self._domains("train", self._starts(step, batch, context, seed), context)
+
+    def _starts(self, step: int, batch: int, context: int, seed: int) -> Tokens:
         raw = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(batch)
-        starts = raw % np.uint64(len(self.train) - context)
-        return self._crops(self.train, starts.astype(np.int64), context)
+        return (raw % np.uint64(len(self.train) - context)).astype(np.int64)
 
     def val_batches(
         self, context: int, batch: int, tokens: int
@@ -101,11 +105,25 @@ class Corpus:
 
         There are tokens // context windows, at least one, and no more than val holds.
         """
+        for starts in self._val_starts(context, batch, tokens):
+            yield self._crops(self.val, starts, context)
+
+    def val_domains(self, context: int, batch: int, tokens: int) -> Iterator[torch.Tensor | None]:
+        """Yield the domains of the tokens of each of `val_batches`, (batch, context), or None."""
+        for starts in self._val_starts(context, batch, tokens):
+            yield self._domains("val", starts, context)
+
+    def _val_starts(self, context: int, batch: int, tokens: int) -> Iterator[Tokens]:
         last = len(self.val) - context - 1
         count = max(1, min(tokens // context, last // context + 1))
         starts = np.arange(count, dtype=np.int64) * last // max(1, count - 1)
         for i in range(0, count, batch):
-            yield self._crops(self.val, starts[i : i + batch], context)
+            yield starts[i : i + batch]
+
+    def _domains(self, split: str, starts: Tokens, context: int) -> torch.Tensor | None:
+        if self.domains is None:
+            return None
+        return torch.from_numpy(self.domains.at(split, starts[:, None] + np.arange(context)))
 
     @staticmethod
     def _crops(split: Tokens, starts: Tokens, context: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +319,7 @@ def _text_corpus(text: Text) -> Corpus:
     """Assemble a corpus of bytes."""
     train = np.frombuffer(b"".join(text.train), dtype=np.uint8)
     val = np.frombuffer(b"".join(text.val), dtype=np.uint8)
-    counts = _Counts(256)
+    counts = Counts(256)
     for split in (train, val):
         counts.add(split)
     manifest = {
@@ -315,6 +333,12 @@ def _text_corpus(text: Text) -> Corpus:
         "is_bytes": True,
         "entropy": counts.entropy(),
         **text.details,
+        "domains": table(
+            {
+                split: list(zip(text.domains[split], map(len, parts), strict=True))
+                for split, parts in (("train", text.train), ("val", text.val))
+            }
+        ),
         "files": text.files,
     }
     return _corpus(manifest, train, val)
@@ -330,6 +354,7 @@ def _corpus(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
         sha256=manifest["sha256"],
         entropy=manifest["entropy"],
         manifest=manifest,
+        domains=Domains.parse(manifest["domains"]) if manifest["domains"] else None,
     )
 
 
@@ -360,7 +385,7 @@ def _load_tokens(section: Plain) -> Corpus:
         return _corpus(json.loads(place.read_text()), arrays[0], arrays[1])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    counts = _Counts(vocab_size)
+    counts = Counts(vocab_size)
     counts.add(arrays[0], paths[0])
     counts.add(arrays[1], paths[-1], start=cut)
     manifest = {
@@ -374,6 +399,7 @@ def _load_tokens(section: Plain) -> Corpus:
         "is_bytes": False,
         "dtype": dtype,
         "entropy": counts.entropy(),
+        "domains": None,
         "files": files,
     }
     if vocab_size > MAX_ORDER_1:
@@ -387,61 +413,6 @@ def _map(path: str, dtype: str) -> Tokens:
         array: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         return array
     return np.memmap(path, dtype=dtype, mode="r")
-
-
-class _Counts:
-    """Counts tokens and pairs of neighbours, and digests them, in one pass."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.ones = np.zeros(vocab_size, dtype=np.int64)
-        has_pairs = vocab_size <= MAX_ORDER_1
-        self.pairs = np.zeros(vocab_size**2, dtype=np.int64) if has_pairs else None
-        self.digest = hashlib.sha256()
-
-    @property
-    def sha256(self) -> str:
-        """Digest of all that was added."""
-        return self.digest.hexdigest()
-
-    def add(self, tokens: Tokens, path: str = "", start: int = 0) -> None:
-        """Count one split, which begins at token `start` of what lies at `path`.
-
-        Raises:
-            DataError: at the first token that is not below `vocab_size`.
-        """
-        self.digest.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
-        before: int | None = None
-        for i in range(0, len(tokens), CHUNK):
-            part = np.ascontiguousarray(tokens[i : i + CHUNK])
-            self.digest.update(part.data)
-            wide = part.astype(np.int64)
-            if len(strange := np.flatnonzero(wide >= self.vocab_size)):
-                at = int(strange[0])
-                raise DataError(
-                    f"{path}: token {wide[at]} at position {start + i + at} is not below vocab_size"
-                    f" {self.vocab_size}; give the tokenizer's vocab_size, or the right dtype"
-                )
-            self.ones += np.bincount(wide, minlength=self.vocab_size)
-            if self.pairs is not None:
-                joined = wide if before is None else np.concatenate(([before], wide))
-                np.add.at(self.pairs, joined[:-1] * self.vocab_size + joined[1:], 1)
-            before = int(wide[-1])
-
-    def entropy(self) -> list[float | None]:
-        """Return [H(token), H(token | token before)] in nats; None where it was not counted."""
-        if self.pairs is None:
-            return [_entropy(self.ones), None]
-        first = self.pairs.reshape(self.vocab_size, -1).sum(1)
-        return [_entropy(self.ones), _entropy(self.pairs) - _entropy(first)]
-
-
-def _entropy(counts: Tokens) -> float:
-    """Return the entropy of a distribution given by counts, in nats."""
-    some = counts[counts > 0]
-    if not len(some):
-        return 0.0
-    return float(np.log(some.sum()) - (some * np.log(some)).sum() / some.sum())
 
 
 # --- the cache ---------------------------------------------------------------------------------

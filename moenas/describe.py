@@ -29,8 +29,9 @@ def _folded(groups: list[tuple[str, int]]) -> list[str]:
 
 
 def _block(group: Plain) -> str:
-    parts = ((group["mixer"], _mixer), (group["ffn"], _ffn))
-    return ", ".join(write(part) for part, write in parts if part is not None)
+    parts = ((group["mixer"], _mixer), (group["ffn"], _ffn), (group.get("shortcut"), _shortcut))
+    between = " | " if group.get("parallel") else ", "
+    return between.join(write(part) for part, write in parts if part is not None)
 
 
 def _mixer(mixer: Plain) -> str:
@@ -71,6 +72,10 @@ def _ffn(ffn: Plain) -> str:
     if router.get("capacity_factor") is not None:
         words.append(f"cf{router['capacity_factor']:g}")
     return " ".join(words)
+
+
+def _shortcut(ffn: Plain) -> str:
+    return f"shortcut {_ffn(ffn)}"
 
 
 def short(number: float) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from moenas.claims import STALE_S
 from moenas.describe import one_line
 from moenas.errors import (
     InputError,
@@ -22,6 +20,7 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
+from moenas.heartbeat import Lease
 from moenas.objective import rebase
 from moenas.pool import Pool, Result
 from moenas.records import Evaluation, Failure, Job, Plain, Status
@@ -46,8 +45,8 @@ BARREN = 1000
 """Draws in a row that break a requirement before the run stops."""
 POLL = 0.5
 """Seconds between looks at the lease and the figures."""
-BEAT = 5.0
-"""Seconds between the signs of life of this process."""
+FINAL = ("diverged", "acausal", "collapsed")
+"""Kinds of failure that another candidate of the same model would end with, too."""
 PUBLISH = 60.0
 """Seconds between updates of the dashboard's figures."""
 
@@ -103,47 +102,6 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-class Lease:
-    """Holds the claim of this process on a study, with a sign of life every few seconds."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="moenas-lease", daemon=True)
-        self._error: Exception | None = None
-
-    def __enter__(self) -> Self:
-        """Claim the study, or raise StudyBusyError."""
-        self._store.claim(self._name)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._end.set()
-        self._thread.join()
-        with suppress(MoenasError):
-            self._store.release(self._name)
-
-    def _beat(self) -> None:
-        """Beat on through errors that pass, but not until another process may take over."""
-        good = time.monotonic()
-        while not self._end.wait(BEAT):
-            began = time.monotonic()
-            try:
-                self._store.beat(self._name)
-                good = began
-            except Exception as error:
-                taken_over = isinstance(error, StudyBusyError)
-                if taken_over or time.monotonic() + BEAT >= good + STALE_S:
-                    self._error = error
-                    return
-
-    def check(self) -> None:
-        """Raise what went wrong with the lease since it was taken."""
-        if self._error is not None:
-            raise self._error
-
-
 @dataclass
 class _Candidate:
     """A trial between ask and tell."""
@@ -178,7 +136,7 @@ class Driver:
         self.twins: dict[str, list[_Candidate]] = {}
         """Fingerprint -> trials that wait for one in flight, which is the same model."""
         self.known: dict[str, int] = {}
-        """Fingerprint -> a trial that is complete or diverged: another one would end alike."""
+        """Fingerprint -> a trial that was trained, or failed for good: another one ends alike."""
         self.timed: dict[str, str] = {}
         """Objective -> the key of the reference time that all its values share."""
         self.counts: Counter[str] = Counter()
@@ -301,6 +259,7 @@ class Driver:
             train=space.train.plain(),
             measure=space.measure.plain(),
             seed=space.search.seed,
+            use={guest.path: guest.source for guest in space.use},
             time_limit_s=space.search.time_limit,
             reference_ms=self.store.reference_ms(self.name),
         )
@@ -343,7 +302,7 @@ class Driver:
         bad = [n for n in self.directions if not math.isfinite(found.values.get(n, math.nan))]
         if bad:
             return _failed(found, "error", f"no finite value for {', '.join(bad)}")
-        found = self._on_one_reference(found)
+        found = self._as_required(candidate, self._on_one_reference(found))
         if found.status == "complete" and result.weights is not None:
             with self._writing():
                 digest = write_weights(self.store.runs, self.name, candidate.number, result.weights)
@@ -363,6 +322,17 @@ class Driver:
                 return _failed(found, "refused", text)
         fixed = {key: self.store.set_reference_ms(self.name, key, ms) for key, ms in keys.values()}
         return rebase(found, fixed)
+
+    def _as_required(self, candidate: _Candidate, found: Evaluation) -> Evaluation:
+        """Make an evaluation infeasible if the trained model breaks a requirement."""
+        if found.status != "complete":
+            return found
+        architecture = self.space.architecture(candidate.architecture)
+        violations = self.space.trained_violations(architecture, found.routing)
+        broken = {name: value for name, value in violations.items() if value > 0}
+        if not broken:
+            return found
+        return replace(found, status="infeasible", violations=broken, weights_sha256=None)
 
     def _copy(self, candidate: _Candidate, source: int) -> None:
         """Give a trial the evaluation of an earlier one of the same model."""
@@ -425,7 +395,8 @@ class Driver:
         """Take a finished trial into the figures that this run keeps."""
         self.counts[found.status] += 1
         # The recipe, the data and the seed are those of the study, so that a model diverges again.
-        if found.status == "complete" or (found.failure or {}).get("kind") == "diverged":
+        trained = found.status != "failed" and bool(found.values)
+        if trained or (found.failure or {}).get("kind") in FINAL:
             self.known.setdefault(found.fingerprint, found.trial)
         if found.status != "complete":
             return

@@ -11,6 +11,8 @@ MoenasError                      1   anything that moenas itself raises
 |-- StudyBusyError               6   another process is running this study
 `-- CandidateError                   one candidate failed; becomes a row with a reason
     |-- DivergedError                its loss stopped being finite
+    |-- AcausalError                 it looks at later tokens, or at other sequences
+    |-- CollapsedError               hardly any expert of one of its layers is used
     `-- TimeLimitError               it used up its time limit
 """
 
@@ -76,6 +78,18 @@ class DivergedError(CandidateError):
     """The loss of a candidate stopped being finite."""
 
     kind = "diverged"
+
+
+class AcausalError(CandidateError):
+    """A logit of a candidate depends on a later token or on another sequence."""
+
+    kind = "acausal"
+
+
+class CollapsedError(CandidateError):
+    """Almost no expert of a layer of a candidate gets tokens."""
+
+    kind = "collapsed"
 
 
 class TimeLimitError(CandidateError):

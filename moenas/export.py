@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import lift
+from moenas import guests, lift
 from moenas.architecture import Architecture, Model, initialise
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.parts.experts import MoE
@@ -67,6 +67,7 @@ def export(store: Archive, study: str, trial: int, out: Path) -> Path:
     record = store.study(study)
     evaluation = _trained(store, study, trial)
     _check_free(out)
+    guests.load_all(guests.stored(record.space))
     architecture = Architecture.parse(store.architecture(study, trial))
     weights = read_weights(store.runs, study, trial, str(evaluation.weights_sha256))
     config = _config(record, evaluation, architecture)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from plotly import graph_objects as go
 
@@ -27,7 +27,18 @@ RIM = {"color": "rgba(255,255,255,0.7)", "width": 0.8}
 LOG_FROM = 20.0
 """An axis is logarithmic if its largest value is this many times the smallest."""
 
-ORDER = ("front", "hypervolume", "curves", "load")
+LOAD_EDGE = 2.0
+"""The colours of loads end at 2^-2 and 2^2 times the balanced one."""
+LOAD_SCALE = [
+    [0.0, "#B35806"],
+    [0.25, "#FDB863"],
+    [0.5, "#F7F7F7"],
+    [0.75, "#B2ABD2"],
+    [1.0, "#542788"],
+]
+"""ColorBrewer's PuOr: two hues that colour-blind readers tell apart, white where balanced."""
+
+ORDER = ("front", "hypervolume", "curves", "load", "routing", "domains")
 """Shipped figures in the order of reading; others follow by name."""
 
 Item = TypeVar("Item")
@@ -141,6 +152,31 @@ def hover(view: View, evaluation: Evaluation) -> str:
 def rounded(values: Sequence[float]) -> list[float]:
     """Keep five digits: enough for any axis, and the dashboard sends figures on every poll."""
     return [float(f"{value:.5g}") for value in values]
+
+
+def load_ratios(load: Sequence[float]) -> list[float]:
+    """Return the load of each expert over the balanced load; [] if there is none."""
+    total = math.fsum(load)
+    return [len(load) * share / total for share in load] if total > 0 else []
+
+
+def load_level(ratio: float) -> float:
+    """Return the base-2 logarithm of a load ratio, within the colours."""
+    if ratio <= 0:
+        return -LOAD_EDGE
+    return round(max(-LOAD_EDGE, min(LOAD_EDGE, math.log2(ratio))), 3)
+
+
+def load_colours(title: str = "load") -> dict[str, Any]:
+    """Return the colour axis of load levels."""
+    bar = {
+        "outlinewidth": 0,
+        "thickness": 12,
+        "tickvals": [-2, -1, 0, 1, 2],
+        "ticktext": ["1/4 or less", "1/2", "1", "2", "4 or more"],
+        "title": {"text": f"{title}<br> ", "side": "top"},
+    }
+    return {"cmin": -LOAD_EDGE, "cmax": LOAD_EDGE, "colorscale": LOAD_SCALE, "colorbar": bar}
 
 
 def thin(items: Sequence[Item], limit: int) -> list[Item]:

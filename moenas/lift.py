@@ -275,13 +275,22 @@ class Closure:
         if name in file.definitions:
             self.visit((file.module, name), visited)
         elif name in file.imports:
-            module, there = file.imports[name]
+            module, there = self.source(*file.imports[name])
             if module.partition(".")[0] in LIBRARIES:
                 self.imports.add((module, there, name))
             elif there == name and name in self.file(module).definitions:
                 self.visit((module, name), visited)
             else:
                 raise InputError(f"{file.module}: '{name}' of {module} cannot be lifted out")
+
+    def source(self, module: str, name: str) -> Key:
+        """Follow a name through the packages that hand it on to where it is defined."""
+        while name and module.partition(".")[0] not in LIBRARIES:
+            file = self.file(module)
+            if name in file.definitions or name not in file.imports:
+                break
+            module, name = file.imports[name]
+        return module, name
 
     def file(self, module: str) -> _File:
         """Return the parsed file of a module that is loaded."""

@@ -15,10 +15,11 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import data, grammar
+from moenas import data, grammar, guests
 from moenas.architecture import Architecture, Model
+from moenas.causality import Leak, allowed, find_leaks, text_size
 from moenas.data import Corpus
-from moenas.errors import CandidateError, InputError, TimeLimitError
+from moenas.errors import AcausalError, CandidateError, InputError, TimeLimitError
 from moenas.flops import count_flops
 from moenas.latency import (
     Workload,
@@ -31,7 +32,6 @@ from moenas.latency import (
 from moenas.lease import DeviceLease
 from moenas.memory import peak_bytes
 from moenas.objective import Measurement, Objective, load_objective, shipped_objective
-from moenas.parts import MoEFFN
 from moenas.records import Cost, Evaluation, Failure, Job, Plain
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
@@ -54,9 +54,12 @@ class Training:
     """Mean of the last row of the curve, nats per token."""
     seconds: float
     curve: list[Plain]
-    """Rows of {tokens, train_loss, lr, grad_norm, seconds}; the last one has val_loss too."""
+    """Rows of {tokens, train_loss, lr, grad_norm, seconds, routing}; the last one has val_loss."""
     routing: list[Plain]
-    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped}."""
+    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped, logit_rms,
+    logit_max, domains}, in validation."""
+    acausal: list[str] | None = None
+    """Where a model that may look at later tokens did: in training, evaluation; else None."""
 
 
 @dataclass
@@ -118,21 +121,19 @@ class Subject:
         with self.lease.working():
             tokens = torch.zeros(1, context, dtype=torch.int64, device=self.device)
             counted = count_flops(self.model, tokens)
-        closed = self.cost.flops_per_token
-        # A trace does not see which slots meet no expert, so then it counts at least the cost.
-        parts = (layer.ffn for layer in self.architecture.layers)
-        even = any(isinstance(part, MoEFFN) and part.even for part in parts)
-        if counted.per_token < closed or (counted.per_token > closed and not even):
+        foreseen = self.architecture.pass_flops(context)
+        if 2 * counted.macs != foreseen:
             raise CandidateError(
-                f"flops_per_token: fvcore counts {counted.per_token} on the built model, the closed"
-                f" form says {closed}; the `cost` of one of its parts is wrong"
+                f"flops_per_token: fvcore counts {2 * counted.macs} operations in a pass of"
+                f" {context} tokens, the closed form says {foreseen}; `cost` or `surplus_flops` of"
+                " one of the parts is wrong"
             )
         details = {
             "context": context,
             "macs": counted.macs,
             "macs_by_operator": counted.by_operator,
         }
-        return Measurement(closed, details)
+        return Measurement(self.cost.flops_per_token, details)
 
     def peak_memory(self) -> Measurement:
         """Return the peak of memory of a training step in MiB; see `memory.peak_bytes`.
@@ -248,6 +249,7 @@ class _Run:
     def evaluate(self) -> bytes | None:
         """Do the job; return the trained weights if it was trained."""
         job, device = self.job, default_device()
+        guests.load_all(job.use)
         architecture = Architecture.parse(job.architecture)
         recipe = grammar.parse(Recipe, job.train)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
@@ -315,10 +317,12 @@ class _Run:
     def train(self, subject: Subject) -> Training:
         """Train and validate the model."""
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
+        self.require_causal(subject, "with its first weights")
         with self.phase("train"):
             for row in train(model, corpus, recipe, subject.seed, subject.lease, self.deadline):
                 self.curve.append(row.plain())
         self.check_time()
+        leaks = self.require_causal(subject, "trained")
         with self.phase("validate"), subject.lease.working():
             validation = validate(model, corpus, recipe)
         self.curve[-1]["val_loss"] = validation.loss
@@ -331,6 +335,7 @@ class _Run:
             "lr": recipe.lr,
             "tokens_per_second": recipe.steps * recipe.batch * recipe.context / seconds,
             "order1_entropy": corpus.entropy[1],
+            "causal": float(leaks is None),
         }
         self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}
         return Training(
@@ -340,7 +345,22 @@ class _Run:
             seconds,
             self.curve,
             validation.routing,
+            None if leaks is None else [leak.mode for leak in leaks],
         )
+
+    def require_causal(self, subject: Subject, state: str) -> list[Leak] | None:
+        """Return what looks ahead in a model that was given leave to; None if it was not.
+
+        Raises:
+            AcausalError: if a model without leave looks ahead.
+        """
+        leave = allowed(subject.architecture)
+        with self.phase("causality"), subject.lease.working():
+            text = excerpts(subject.corpus, *text_size(subject.recipe.context))
+            leaks = find_leaks(subject.model, text)
+        if leaks and not leave:
+            raise AcausalError(f"{state}, {leaks[0]}")
+        return leaks if leave else None
 
     def measure(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure some objectives."""

@@ -30,7 +30,9 @@ class Cost:
     product (a multiplication and an addition), attention over the full context, nothing for
     element-wise work. A training step costs about three times that."""
     kv_bytes_per_token: int = 0
-    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16)."""
+    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16): keys and
+    values of every token, those behind a window or chunk too; of latent attention the latent and
+    the rotary key. A state of fixed size adds 0."""
     weight_bytes: int = 0
     """Size of the parameters, 2 bytes an element (bfloat16)."""
 
@@ -87,6 +89,8 @@ class Job(_Record):
     """The `measure` section of the space file, defaults filled in."""
     seed: int
     time_limit_s: float | None = None
+    use: dict[str, str] = field(default_factory=dict)
+    """Path -> source text of a guest's file of parts."""
     reference_ms: dict[str, float] = field(default_factory=dict)
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
 
@@ -96,7 +100,7 @@ class Failure(_Record):
     """Why a candidate has no values."""
 
     kind: str
-    """diverged | timeout | out_of_memory | crashed | error | refused"""
+    """diverged | acausal | collapsed | timeout | out_of_memory | crashed | error | refused"""
     message: str
     traceback: str = ""
 
@@ -115,11 +119,14 @@ class Evaluation(_Record):
     measurements: dict[str, Plain] = field(default_factory=dict)
     """Objective name -> how the value came about: unit, ratio, spread, n, reference_ms ..."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Further numbers of the trained model: val_loss, bits_per_byte, train_loss, lr ..."""
+    """Further numbers of the trained model: val_loss, bits_per_byte, train_loss, lr, causal (0 if
+    it was given leave to look at later tokens) ..."""
     curve: list[Plain] = field(default_factory=list)
-    """Rows of {tokens, train_loss, lr, grad_norm, seconds} in order, and val_loss at the end."""
+    """Rows of {tokens, train_loss, lr, grad_norm, seconds, routing} in order, and val_loss at the
+    end. `routing` is that of training since the row before, without domains but in the last."""
     routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped}."""
+    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped, logit_rms,
+    logit_max, domains}, in validation."""
     cost: dict[str, int] = field(default_factory=dict)
     violations: dict[str, float] = field(default_factory=dict)
     """Requirement -> by how much it is broken (over 0), for an infeasible candidate."""

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from moenas import refs, space
 from moenas.architecture import Architecture
-from moenas.component import Component, Field, fields
+from moenas.component import Component, Field, Part, fields
 from moenas.objective import load_objective
 from moenas.records import Cost, Plain
+from moenas.require import TRAINED
 from moenas.sections import Protocol, Recipe, Search
 
 INTRODUCTION = """\
@@ -29,8 +30,9 @@ error with line and column. `moenas check FILE` reads a file and says what is in
 
 SECTIONS = {
     "name": "name of the study; the file's name without `.yaml` if left out",
+    "use": "Python files with [parts of your own](parts.md), a list of paths",
     "architecture": "a language model with [holes](#holes)",
-    "require": "comparisons that every candidate must meet before it is built",
+    "require": "comparisons that every candidate must meet",
     "objectives": "the numbers to measure, by name or by path",
     "data": "the corpus; `stdlib` if left out",
     "train": "the training run that every candidate gets",
@@ -75,6 +77,12 @@ A candidate that breaks one is told to the sampler as infeasible, with the amoun
 built nor trained. A name that is a field of a layer is compared layer by layer, and the worst
 layer counts; a layer without that field is passed over. `mixer` and `ffn` are the kind as a word:
 `ffn == "moe"`.
+"""
+
+REQUIRE_TRAINED = """\
+A comparison with one of these names is decided on the trained model, by the routing of the text
+that validates; the worst layer counts. A candidate that breaks it is infeasible, too: its values
+are kept, it is never on the front, and the sampler is told the amount.
 """
 
 DATA_FORMS = {
@@ -136,23 +144,44 @@ def _family(name: str, family: type[Component], level: str) -> Iterator[str]:
     for cls in kinds or [family]:
         if cls.kind is not None:
             yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
+        if issubclass(cls, Part):
+            yield f"Cost: {inspect.getdoc(cls.cost)}\n"
         rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
         yield _table(("field", "accepts", "default", "is"), rows)
+        for field in fields(cls).values():
+            if field.words is not None:
+                words = [(f"`{n}`", inspect.getdoc(c) or "") for n, c in field.words.kinds.items()]
+                yield _table((field.name, "is"), words)
         if cls.presets:
             presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
             yield _table(("preset", "fields"), presets)
     for cls in kinds or [family]:
         for field in fields(cls).values():
-            if field.component not in (None, family):  # a pattern of blocks holds blocks
+            if field.component is not None and _heading(field.component) == field.name != name:
                 yield from _family(field.name, field.component, "###")
+
+
+def _heading(family: type[Component]) -> str:
+    """Return the name of the first field, from the architecture down, that a family stands in."""
+    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture)]
+    for name, cls in todo:
+        if cls is family:
+            return name
+        for kind in cls.kinds.values() if cls.kind is None and cls.kinds else (cls,):
+            inner = ((f.name, f.component) for f in fields(kind).values())
+            todo += [(n, c) for n, c in inner if c is not None and c not in dict(todo).values()]
+    return family.__name__.lower()
 
 
 def _require() -> Iterator[str]:
     yield REQUIRE
     costs = _field_docs(Cost) | {"total_params": "The same as `params`."}
     yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
-    names = ", ".join(f"`{name}`" for name in sorted(space.known_names() - set(costs)))
+    plain = {name for name in space.known_names() - set(costs) if "." not in name}
+    names = ", ".join(f"`{name}`" for name in sorted(plain))
     yield textwrap.fill(f"Fields: {names}.", 100) + "\n"
+    yield REQUIRE_TRAINED
+    yield _table(("of the routing", "is"), [(f"`{n}`", doc) for n, (_, doc) in TRAINED.items()])
 
 
 def _objectives() -> Iterator[str]:
@@ -175,7 +204,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _accepted(field: Field) -> str:
     if field.component is None:
         return field.wanted()
-    return f"{'list of ' if field.is_list else ''}[`{field.name}`](#{field.name})"
+    name = _heading(field.component)
+    return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
 
 
 def _default(field: Field) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import linecache
 import re
 import sys
 from collections.abc import Iterator
@@ -266,6 +267,8 @@ def load_module(path: Path, source: str | None = None) -> ModuleType:
     try:
         code = compile(text, str(path), "exec", dont_inherit=True)
         sys.modules[name] = module
+        # The text is at hand for tracebacks and exports even where the file is not.
+        linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
         exec(code, module.__dict__)
     except SyntaxError as error:
         raise InputError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from None

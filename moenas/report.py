@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 SHOWN_DRAWS = 3
 COSTS = ("params", "active_params", "flops_per_token")
+SHOWN_EXPERTS = 32
+"""Experts of a layer whose loads are printed."""
+SHOWN_BEST = 3
+"""Experts that are named for a domain: those that get the most of it."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -220,10 +224,20 @@ def front_caption(view: View) -> list[str]:
     entropy = _entropy(view)
     if entropy is not None and view.front:
         lines.append(f"a model that knows only the previous token has a loss of {entropy:.4g} nats")
+    ahead = [e.trial for e in done if e.trial in view.front and looks_ahead(e)]
+    if ahead:
+        lines.append(
+            f"allowed to look at later tokens, so their losses say little: {_spans(ahead)}"
+        )
     names = sorted({str(e.device.get("name")) for e in done})
     if names:
         lines.append(f"measured on {', '.join(names)}")
     return lines
+
+
+def looks_ahead(evaluation: Evaluation) -> bool:
+    """Whether a model was given leave to look at later tokens, so that its loss means little."""
+    return evaluation.metrics.get("causal") == 0
 
 
 # --- a trial -----------------------------------------------------------------------------------
@@ -275,23 +289,36 @@ def trial_text(found: Plain) -> str:
     if found["device"]:
         lines.append(f"  device: {found['device'].get('name')}, {found['device'].get('dtype')}")
     lines += [f"  {phase}: {took:.1f} s" for phase, took in found["seconds"].items()]
-    lines += [_routing_line(row) for row in found["routing"]]
+    lines += [line for row in found["routing"] for line in _routing_lines(row)]
     if found["architecture"]:
         lines += ["", to_yaml(found["architecture"]).rstrip()]
     return "\n".join(lines)
 
 
 def _details(found: Plain, name: str) -> str:
-    """Say how sure a measured value is."""
+    """Say how sure a measured value is, or what it must not be mistaken for."""
     details = found["measurements"].get(name, {})
+    if "acausal" in details:
+        seen = " and ".join(details["acausal"]) or "no pass that was tried"
+        return f" (NOT CAUSAL: may look at later tokens, and did in {seen})"
     if "ratio" not in details:
         return ""
     spread = f"{100 * details['spread']:.1f} %" if "spread" in details else "unknown"
     return f" ({details['ratio']:.3f} of the reference, spread {spread}, n = {details['n']})"
 
 
-def _routing_line(row: Evaluation | Plain) -> str:
-    assert isinstance(row, dict)
+def _routing_lines(row: Plain) -> list[str]:
+    """Return the routing of a layer: its figures, the loads, and where each domain mostly goes."""
     numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "layer"}
     text = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items() if not math.isnan(v))
-    return f"  layer {row['layer']} routing: {text}"
+    lines = [f"  layer {row['layer']} routing: {text}"]
+    if load := row.get("load"):
+        total = math.fsum(load) or 1.0
+        shares = [f"{100 * share / total:.3g}" for share in load[:SHOWN_EXPERTS]]
+        more = [f"and {len(load) - len(shares)} more"] if len(load) > len(shares) else []
+        lines.append(f"    load by expert, %: {', '.join(shares + more)}")
+    for name, shares in row.get("domains", {}).items():
+        best = sorted(range(len(shares)), key=lambda i: -shares[i])[:SHOWN_BEST]
+        experts = ", ".join(f"expert {i} {100 * shares[i]:.3g} %" for i in best)
+        lines.append(f"    {name}: {experts}")
+    return lines

@@ -19,6 +19,18 @@ MAX_LENGTH = 500
 LARGEST = 1e30
 """The largest number that a requirement can hold."""
 
+TRAINED = {
+    "max_vio": ("max_vio", "the largest load of an expert over the mean, minus 1"),
+    "load_cv": ("cv", "standard deviation of the loads over their mean"),
+    "load_entropy": ("entropy", "entropy of the shares of the load over that of an even one"),
+    "dead_experts": ("dead", "experts with less than 1 % of the mean load"),
+    "dropped_share": ("dropped", "share of the slots without room at the capacity of training"),
+    "logit_rms": ("logit_rms", "root of the mean square of the router's logits"),
+    "logit_max": ("logit_max", "the largest absolute logit of the router"),
+}
+"""Names of what is known of a layer's routing once it was trained, over the text of validation: the
+key of a row of it, and what it is."""
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -41,6 +53,11 @@ class Requirement:
     names: frozenset[str]
     mark: Mark
 
+    @property
+    def trained(self) -> bool:
+        """Whether it can be decided on the trained model alone."""
+        return not self.names.isdisjoint(TRAINED)
+
     def violation(self, layers: list[Names]) -> float:
         """Return by how much the requirement is broken: over 0 if broken, else 0 or less.
 
@@ -56,8 +73,10 @@ class Requirement:
         return max(found, default=0.0)
 
 
-def parse_requirement(text: str, mark: Mark, known: set[str]) -> Requirement:
-    """Read one requirement.
+def parse_requirement(
+    text: str, mark: Mark, known: set[str], several: Mapping[str, list[str]] | None = None
+) -> Requirement:
+    """Read one requirement; `several` maps names that are ambiguous to those to write instead.
 
     Raises:
         SpaceError: at the column of what is wrong.
@@ -74,6 +93,11 @@ def parse_requirement(text: str, mark: Mark, known: set[str]) -> Requirement:
         ) from None
     names: set[str] = set()
     _check_logic(tree, names, mark, known)
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.expr)):
+        name = _dotted(node)
+        if name in names and several and name in several:
+            which = " or ".join(several[name])
+            raise _refuse(node, mark, f"'{name}' is a field of several parts; write {which}")
     return Requirement(text, tree, frozenset(names), mark)
 
 
@@ -117,11 +141,11 @@ def _check_value(node: ast.expr, names: set[str], mark: Mark, known: set[str]) -
         if not isinstance(node.value, str) and not abs(node.value) <= LARGEST:
             raise _refuse(node, mark, f"numbers go up to {LARGEST:g}")
         return
-    if isinstance(node, ast.Name):
-        if node.id not in known:
-            near = suggestion(node.id, known)
-            raise _refuse(node, mark, f"no cost or field '{node.id}'.{near}")
-        names.add(node.id)
+    if (name := _dotted(node)) is not None:
+        if name not in known:
+            near = suggestion(name, known)
+            raise _refuse(node, mark, f"no cost or field '{name}'.{near}")
+        names.add(name)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         _check_value(node.left, names, mark, known)
         _check_value(node.right, names, mark, known)
@@ -133,6 +157,13 @@ def _check_value(node: ast.expr, names: set[str], mark: Mark, known: set[str]) -
     else:
         allowed = "numbers, names, + - * / // %, min, max and abs"
         raise _refuse(node, mark, f"not allowed here: '{ast.unparse(node)}'; use {allowed}")
+
+
+def _dotted(node: ast.AST) -> str | None:
+    """Return the name that an expression is, such as `scale` or `mixer.scale`, or None."""
+    if isinstance(node, ast.Attribute) and (before := _dotted(node.value)) is not None:
+        return f"{before}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _is_function(node: ast.Call) -> bool:
@@ -180,8 +211,8 @@ def _value(node: ast.expr, names: Names) -> float | str:
     if isinstance(node, ast.Constant):
         assert isinstance(node.value, int | float | str)
         return node.value
-    if isinstance(node, ast.Name):
-        value = names[node.id]
+    if (name := _dotted(node)) is not None:
+        value = names[name]
         assert value is not None
         return value
     if isinstance(node, ast.UnaryOp):

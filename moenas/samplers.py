@@ -204,8 +204,15 @@ class Asker:
     def tell(self, trial: Trial, found: Evaluation) -> None:
         """Tell what came of a trial. Its attributes come first: a told trial is closed.
 
-        An infeasible trial has no values, so it is PRUNED; TPE knows it by its constraints.
+        A trial that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it
+        by its constraints. One that breaks a requirement of the trained model has values: it is
+        COMPLETE, and its constraints, told here, keep every sampler from taking it for good.
         """
+        trained = found.status != "failed" and found.values.keys() >= self._directions.keys()
+        if trained:
+            plain = self._store.architecture(found.study, found.trial)
+            architecture = self._space.architecture(plain)
+            self.constrain(trial, self._space.trained_violations(architecture, found.routing))
         known: dict[str, Any] = {
             "architecture": one_line(self._store.architecture(found.study, found.trial)),
             "fingerprint": found.fingerprint or None,
@@ -218,10 +225,10 @@ class Asker:
         for name, value in known.items():
             if value is not None:
                 trial.set_user_attr(name, value)
-        if found.status == "complete":
-            self._optuna.tell(trial, [found.values[name] for name in self._directions])
-        elif found.status == "failed":
+        if found.status == "failed":
             self._optuna.tell(trial, state=TrialState.FAIL)
+        elif trained:
+            self._optuna.tell(trial, [found.values[name] for name in self._directions])
         else:
             self._optuna.tell(trial, state=TrialState.PRUNED)
 

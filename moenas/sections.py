@@ -39,6 +39,13 @@ class Recipe(Component):
     grad_clip: float = setting(
         "largest gradient norm of a step; 0 for no limit", default=1.0, low=0.0
     )
+    max_dead: float | None = setting(
+        "largest share of the experts of a layer that may be dead (below 1 % of the mean load) over"
+        " a row of the curve after warm-up; above it the candidate ends; null: any",
+        default=0.9,
+        low=0.0,
+        high=1.0,
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "compute type of training, weights stay float32; auto takes bfloat16 on GPUs that have it,"
         " float32 on CPUs, whose bfloat16 kernels are slow at rows of changing number",

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
-from moenas import data, draws, grammar
+from moenas import data, draws, grammar, guests, naming
 from moenas.architecture import Architecture
-from moenas.component import Component, Part, fields
+from moenas.component import Component
 from moenas.errors import InputError, SpaceError, suggestion
+from moenas.guests import Guest
 from moenas.objective import Objective, load_objective
 from moenas.records import Cost, Plain
 from moenas.refs import MAX_DEPTH, Mark, Node, find, parse_yaml, read_text, sha256
-from moenas.require import Names, Requirement, parse_requirement
+from moenas.require import TRAINED, Names, Requirement, parse_requirement
 from moenas.schema import SchemaWriter
 from moenas.sections import Protocol, Recipe, Search
 
-KEYS = ("name", "architecture", "require", "objectives", "data", "train", "measure", "search")
+KEYS = ("name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search")
 RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 MAX_NAME = 200
@@ -39,6 +40,8 @@ class Space:
     text: str
     """The file, verbatim."""
     overrides: tuple[str, ...]
+    use: tuple[Guest, ...]
+    """Files of parts that are not moenas's own."""
     tree: grammar.Tree
     requirements: tuple[Requirement, ...]
     objectives: tuple[Objective, ...]
@@ -78,13 +81,15 @@ class Space:
         for key in ("architecture", "objectives"):
             if key not in found:
                 raise root.error("", f"the section '{key}' is missing")
+        use = tuple(_read_use(found.get("use")))
         tree = grammar.read(Architecture, found["architecture"], "architecture")
         space = cls(
             name=_read_name(found.get("name"), source),
             text=text,
             overrides=tuple(overrides),
+            use=use,
             tree=tree,
-            requirements=tuple(_read_requirements(found.get("require"))),
+            requirements=tuple(_read_requirements(found.get("require"), tree)),
             objectives=tuple(_read_objectives(found["objectives"])),
             data=data.parse(found.get("data") or Node("stdlib", Mark(source))),
             train=_read_section(Recipe, "train", found, source),
@@ -99,6 +104,13 @@ class Space:
         draws.check_options(Architecture, self.tree)
         if not any(True for _ in self.holes):
             self.architecture(self.draw(draws.RandomSuggest(0)), found["architecture"].mark)
+        untrained = all(objective.needs != "training" for objective in self.objectives)
+        for requirement in self.requirements if untrained else ():
+            if requirement.trained:
+                raise SpaceError(
+                    f"{requirement.mark}: require: '{requirement.text}' is decided on the trained"
+                    " model, and no objective trains it; add val_loss to the objectives"
+                )
         needed = self.data.get("vocab_size", 256)
         for value, mark in _values(self.tree, "vocab_size"):
             if value < needed:
@@ -142,11 +154,35 @@ class Space:
         return grammar.parse(Architecture, plain, source).canonical()
 
     def violations(self, architecture: Architecture) -> dict[str, float]:
-        """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less."""
+        """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less.
+
+        Of those that are decided before anything is built.
+        """
+        layers = self._names(architecture)
+        return {r.text: r.violation(layers) for r in self.requirements if not r.trained}
+
+    def trained_violations(
+        self, architecture: Architecture, routing: Sequence[Plain]
+    ) -> dict[str, float]:
+        """Return the same of the requirements that are decided on the routing after training.
+
+        `routing` are the rows of an evaluation. A model without MoE layers breaks none.
+        """
+        wanted = [r for r in self.requirements if r.trained]
+        if not wanted:
+            return {}
+        rows = {row["layer"]: row for row in routing}
+        layers: list[Names] = [
+            {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
+            for i, names in enumerate(self._names(architecture))
+        ]
+        return {r.text: r.violation(layers) for r in wanted}
+
+    def _names(self, architecture: Architecture) -> list[Names]:
+        """Return the values of the names that a requirement can use, for each layer."""
         cost = self.cost(architecture)
         shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}
-        layers: list[Names] = [{**layer, **shared} for layer in architecture.names()]
-        return {r.text: r.violation(layers) for r in self.requirements}
+        return [{**layer, **shared} for layer in architecture.names()]
 
     def feasible(self, n_draws: int) -> Iterator[Architecture | str]:
         """Draw random architectures; yield each that is feasible, or why it is not.
@@ -186,7 +222,8 @@ class Space:
 
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""
-        return {
+        use: Plain = {"use": [guest.plain() for guest in self.use]} if self.use else {}
+        return use | {
             "architecture": grammar.unparse(self.tree),
             "require": [r.text for r in self.requirements],
             "objectives": [{"name": o.name, "sha256": o.info().sha256} for o in self.objectives],
@@ -213,24 +250,9 @@ def digest(plain: Plain) -> str:
 
 
 def known_names() -> set[str]:
-    """Return every name that a requirement may use: costs, and scalar fields of any part."""
-    names = {*Cost().plain(), "total_params", "n_layers"}
-    todo: list[type[Component]] = [Architecture]
-    seen: set[type[Component]] = set()
-    while todo:
-        cls = todo.pop()
-        if cls in seen:
-            continue
-        seen.add(cls)
-        todo += cls.kinds.values() if cls.kind is None else ()
-        if issubclass(cls, Part) and cls.kinds and cls.kind is None:
-            names.add(cls.__name__.lower())
-        for name, field in fields(cls).items():
-            if field.component is not None:
-                todo.append(field.component)
-            else:
-                names.add(name)
-    return names - {"repeat", "vary"}
+    """Return every name that a requirement may use: costs, and ends of the paths of fields."""
+    paths = naming.declared(Architecture) | {f"{naming.WHOLE}.n_layers"}
+    return {*Cost().plain(), "total_params", *(end for path in paths for end in naming.ends(path))}
 
 
 def file_schema() -> Plain:
@@ -239,6 +261,7 @@ def file_schema() -> Plain:
     text = {"type": "string"}
     properties: Plain = {
         "name": {"type": "string", "description": "the study's name; the file's name if left out"},
+        "use": {"type": "array", "items": text, "description": "files of parts of your own"},
         "architecture": writer.family(Architecture),
         "require": {"type": "array", "items": text, "description": "comparisons to meet"},
         "objectives": {"type": "array", "minItems": 1, "items": text},
@@ -318,16 +341,31 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
 
 
-def _read_requirements(node: Node | None) -> Iterator[Requirement]:
+def _read_use(node: Node | None) -> Iterator[Guest]:
+    """Load the files of parts, so that the architecture can name them."""
+    if node is None or node.value is None:
+        return
+    if not isinstance(node.value, list):
+        raise node.error("use", "write a list of Python files: [./my_router.py]")
+    for item in node.value:
+        if not isinstance(item.value, str):
+            raise item.error("use", f"{item.plain!r} is not the path of a Python file")
+        try:
+            yield guests.load(item.value)
+        except InputError as error:
+            raise item.error("use", str(error)) from None
+
+
+def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requirement]:
     if node is None or node.value is None:
         return
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
-    known = known_names()
+    known, several = known_names() | set(TRAINED), naming.ambiguous(tree)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known)
+        yield parse_requirement(item.value, item.mark, known, several)
 
 
 def _read_objectives(node: Node) -> Iterator[Objective]:

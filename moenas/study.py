@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from moenas import samplers
+from moenas import guests, samplers
 from moenas.describe import one_line
-from moenas.driver import Driver, Event, Interrupted, Lease, Listener, Tally
+from moenas.driver import Driver, Event, Interrupted, Listener, Tally
 from moenas.errors import InputError, NotFoundError, StorageLostError
+from moenas.heartbeat import Lease
 from moenas.pool import Pool, Workers, open_pool
 from moenas.records import Evaluation, Plain, StudyRecord, View
 from moenas.store import Store
@@ -135,6 +136,7 @@ class Study:
         """Return the architecture of a trial."""
         from moenas.architecture import Architecture
 
+        guests.load_all(guests.stored(self.view.study.space))
         return Architecture.parse(self.store.architecture(self.name, trial))
 
     def front(self) -> Front:
@@ -312,7 +314,7 @@ def _refuse_changes(known: StudyRecord, space: Space, corpus: Corpus) -> None:
         lines = [
             f"  {path}: {_shown(old, path)} -> {_shown(new, path)}"
             for path in {**old, **new}
-            if old.get(path, old) != new.get(path, new) and not _is_resource(path)
+            if old.get(path, old) != new.get(path, new) and not _is_silent(path)
         ]
         if len(lines) > MAX_DIFFERENCES:
             lines[MAX_DIFFERENCES:] = [f"  and {len(lines) - MAX_DIFFERENCES} more"]
@@ -326,12 +328,13 @@ def _refuse_changes(known: StudyRecord, space: Space, corpus: Corpus) -> None:
         )
 
 
-def _is_resource(path: str) -> bool:
-    """Whether a resumed run may change a value: it does not touch what a result means."""
+def _is_silent(path: str) -> bool:
+    """Whether a difference is not told: a resumed run may change it, or its digest says it."""
     from moenas.space import RESOURCES
 
     section, _, field = path.partition(".")
-    return section == "search" and field in RESOURCES
+    resource = section == "search" and field in RESOURCES
+    return resource or (section == "use" and field.endswith(".source"))
 
 
 def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

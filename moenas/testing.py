@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moenas import data, lift, refs
+from moenas import data, grammar, lift, refs
 from moenas.architecture import Architecture, Model
-from moenas.component import Component, Field, Part, fields
+from moenas.component import Component, Field, fields
 from moenas.errors import InputError, SpaceError
 from moenas.measure import evaluate
 from moenas.objective import Objective, load_objective
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
 from moenas.parts.mixers import Mixer
+from moenas.parts.scores import Score
+from moenas.parts.selection import Selection
 from moenas.records import Evaluation, FrontPoint, Job, ObjectiveInfo, Plain, StudyRecord, View
 from moenas.sections import Protocol, Recipe
 
 TRIES = 1000
 """Random architectures drawn before the fields of a part are called impossible to meet."""
+REDRAWS = 50
+"""Random fields drawn for one component before its architecture is given up."""
 BATCH, TOKENS = 2, 12
 """Size of the batches that parts are tried on."""
 
@@ -34,10 +38,13 @@ BATCH, TOKENS = 2, 12
 # --- random architectures -----------------------------------------------------------------------
 
 
-def random_architecture(seed: int, kind: type[Part] | None = None, **given: Any) -> Architecture:
+def random_architecture(
+    seed: int, kind: type[Component] | None = None, **given: Any
+) -> Architecture:
     """Return a valid architecture with every field at random, as small as the fields allow.
 
-    With a `kind` of mixer or feed-forward layer, every layer has it. `given` sets fields of the
+    With a `kind` of mixer or feed-forward layer, every layer has it; with one of score or
+    selection, every layer is a mixture of experts whose router has it. `given` sets fields of the
     architecture, e.g. `vocab_size=256`.
 
     Raises:
@@ -47,38 +54,60 @@ def random_architecture(seed: int, kind: type[Part] | None = None, **given: Any)
     reason = ""
     for _ in range(TRIES):
         try:
-            architecture = Architecture.parse(_draw(Architecture, rng, kind) | given)
+            return Architecture.parse(_draw(Architecture, rng, kind) | given)
         except SpaceError as error:
             reason = str(error)
-            continue
-        if all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers):
-            return architecture
     raise InputError(f"{kind or Architecture}: no random fields are valid; the last: {reason}")
 
 
-def _draw(family: type[Component], rng: random.Random, kind: type[Part] | None) -> Plain:
-    """Draw the fields of a family as plain data."""
+def _draw(family: type[Component], rng: random.Random, kind: type[Component] | None) -> Plain:
+    """Draw fields of a family that go together, as plain data; no other kind looks ahead."""
+    found: Plain = {}
+    for _ in range(REDRAWS):
+        found = _draw_once(family, rng, kind)
+        try:
+            component = grammar.parse(family, found)
+        except SpaceError:
+            continue
+        if getattr(component, "causal", True) or not getattr(kind, "causal", True):
+            break
+    return found
+
+
+def _draw_once(family: type[Component], rng: random.Random, kind: type[Component] | None) -> Plain:
+    """Draw each field by itself."""
     cls = family
     if family.kinds and family.kind is None:
-        fixed = kind is not None and issubclass(kind, family)
-        cls = kind if fixed and kind else rng.choice(list(family.kinds.values()))
+        wanted = _part_with(kind)
+        fixed = wanted is not None and issubclass(wanted, family)
+        cls = wanted if fixed and wanted else rng.choice(list(family.kinds.values()))
     found: Plain = {} if cls.kind is None else {"kind": cls.kind}
     for name, field in fields(cls).items():
-        if field.component is not None and field.optional and _left_out(field, rng, kind):
+        if field.component is not None and field.optional and _left_out(field, rng, kind, found):
             found[name] = None
         elif field.component is not None and field.is_list:
             found[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
         elif field.component is not None:
             found[name] = _draw(field.component, rng, kind)
+        elif kind is not None and field.words is not None and issubclass(kind, field.words):
+            found[name] = kind.kind
         else:
             found[name] = _draw_scalar(field, rng)
     return found
 
 
-def _left_out(field: Field, rng: random.Random, kind: type[Part] | None) -> bool:
-    """Whether a component that may be null is: a pattern always, the wanted kind never."""
+def _part_with(kind: type[Component] | None) -> type[Component] | None:
+    """Return the kind of part that a kind of any family stands in."""
+    return MoEFFN if kind is not None and issubclass(kind, Score | Selection) else kind
+
+
+def _left_out(field: Field, rng: random.Random, kind: type[Component] | None, found: Plain) -> bool:
+    """Whether a component that may be null is: a pattern always, the first of the kind never."""
+    kind = _part_with(kind)
     wanted = kind is not None and field.component is not None and issubclass(kind, field.component)
-    return field.is_list or (not wanted and rng.random() < 0.2)
+    drawn = [part.get("kind") for part in found.values() if isinstance(part, dict)]
+    first = wanted and kind is not None and kind.kind not in drawn
+    return field.is_list or (not first and rng.random() < 0.2)
 
 
 def _draw_scalar(field: Field, rng: random.Random) -> Any:
@@ -103,8 +132,8 @@ def _draw_scalar(field: Field, rng: random.Random) -> Any:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def check_part(kind: type[Part], instances: int = 10) -> None:
-    """Check a kind of mixer or feed-forward layer inside random small models.
+def check_part(kind: type[Component], instances: int = 10) -> None:
+    """Check a kind of mixer, feed-forward layer, score or selection inside random small models.
 
     Plain data read back as the same part; the cost is that of the built model; weights are all
     set by the seed; the output is finite, looks at no later token, and is the same with a cache;
@@ -113,8 +142,10 @@ def check_part(kind: type[Part], instances: int = 10) -> None:
     Raises:
         InputError: naming the part, its fields and what does not hold.
     """
-    if not issubclass(kind, Mixer | FFN):
-        raise InputError(f"{kind.__name__}: not a kind of mixer or feed-forward layer")
+    if not issubclass(kind, Mixer | FFN | Score | Selection):
+        raise InputError(
+            f"{kind.__name__}: not a kind of mixer, feed-forward layer, score or selection"
+        )
     for seed in range(instances):
         architecture = random_architecture(seed, kind)
         try:
@@ -163,11 +194,12 @@ def _problem(architecture: Architecture) -> str | None:
         return f"the seed does not set {wild[0]}; give it a value in the constructor"
     lift.Closure.of(lift.record(architecture.build)[1], ["forward"]).texts()
     twin = canonical.build(seed=1).eval()
-    return _forward_problem(model.eval(), twin) or _gradient_problem(model.train())
+    causal = all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers)
+    return _forward_problem(model.eval(), twin, causal) or _gradient_problem(model.train())
 
 
 @torch.no_grad()
-def _forward_problem(model: Model, twin: Model) -> str | None:
+def _forward_problem(model: Model, twin: Model, causal: bool) -> str | None:
     """Compare logits: after a change of the last token, and token by token with a cache."""
     tokens = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) * 5 % model.vocab_size
     logits = model(tokens)
@@ -177,12 +209,12 @@ def _forward_problem(model: Model, twin: Model) -> str | None:
         return "the canonical part computes something else"
     later = tokens.clone()
     later[:, -1] = (later[:, -1] + 1) % model.vocab_size
-    if not _close(model(later)[:, :-1], logits[:, :-1]):
+    if causal and not _close(model(later)[:, :-1], logits[:, :-1]):
         return "the output at a token depends on a later token"
     cache, parts = model.new_cache(BATCH, TOKENS), []
     for part in tokens.split([TOKENS // 2, 1, TOKENS - TOKENS // 2 - 1], dim=1):
         parts.append(model(part, cache))
-    if not _close(torch.cat(parts, dim=1), logits):
+    if causal and not _close(torch.cat(parts, dim=1), logits):
         return "with a cache the output is another one"
     if not model(tokens, dtype=torch.bfloat16).isfinite().all():
         return "the output is not finite in bfloat16"
@@ -375,7 +407,7 @@ def check_file(path: Path) -> Iterator[str]:
     nothing = True
     for kind in vars(module).values():
         own = isinstance(kind, type) and kind.__module__ == module.__name__
-        if own and issubclass(kind, Part) and kind.kind is not None:
+        if own and issubclass(kind, Component) and kind.kind is not None:
             check_part(kind)
             yield f"{path}: the part '{kind.kind}' keeps its contract in 10 random models"
             nothing = False

@@ -8,10 +8,11 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moenas import domains
 from moenas.errors import DataError
 from moenas.records import Plain
 from moenas.refs import sha256
@@ -52,12 +53,15 @@ class Text:
     """How the splits were chosen."""
     train: list[bytes] = field(default_factory=list)
     val: list[bytes] = field(default_factory=list)
+    domains: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})
+    """Split -> the domain of each of its texts."""
     files: list[Plain] = field(default_factory=list)
     """A row for each file or topic: path, bytes and sha256 (as cleaned), split."""
 
-    def add(self, name: str, text: bytes, split: str) -> None:
+    def add(self, name: str, text: bytes, split: str, domain: str) -> None:
         """Put a whole text into a split, with exactly one newline at its end."""
         self.note(name, text, split)
+        self.domains[split].append(domain)
         (self.val if split == "val" else self.train).append(text.rstrip(b"\r\n") + b"\n")
 
     def note(self, name: str, text: bytes, split: str) -> None:
@@ -102,7 +106,8 @@ def stdlib(sources: list[Named]) -> Text:
         "read": {"files": len(sources), "bytes": size},
         "near_duplicates": dropped,
     }
-    return _split_by_name(Text("stdlib", details), kept)
+    packages = domains.of_library([name for name, _ in kept])
+    return _split_by_name(Text("stdlib", details), kept, packages)
 
 
 def pydoc() -> Text:
@@ -128,7 +133,8 @@ def pydoc() -> Text:
                 seen.add(words)
         kept.append((name, b"\n\n".join(paragraphs)))
     kept = [(name, text) for name, text in kept if text]
-    return _split_by_name(Text("pydoc", {"python": platform.python_version()}), kept)
+    topic = {name: name for name, _ in kept}
+    return _split_by_name(Text("pydoc", {"python": platform.python_version()}), kept, topic)
 
 
 def files(paths: list[str]) -> Text:
@@ -187,18 +193,19 @@ def without_near_duplicates(files: Iterable[Named]) -> tuple[list[Named], list[s
     return kept, dropped
 
 
-def _split_by_name(text: Text, sources: list[Named]) -> Text:
+def _split_by_name(text: Text, sources: list[Named], domain: Mapping[str, str]) -> Text:
     """Split by the hash of a name, so that it stays in its split in every Python version."""
     text.rule = f"val if sha256(path) is in the lowest {VAL_SHARE:.0%}"
     for name, part in sources:
         low = int(sha256(name.encode())[:8], 16) < VAL_SHARE * 16**8
-        text.add(name, part, "val" if low else "train")
+        text.add(name, part, "val" if low else "train", domain[name])
     return text
 
 
 def _split_by_size(text: Text, sources: list[Named]) -> Text:
     """Split by file where that comes out at 5 to 20 % of the bytes, else by the tails of files."""
     total = sum(len(part) for _, part in sources)
+    domain = domains.of_files([name for name, _ in sources])
     size, chosen = 0, set()
     for name, part in sorted(sources, key=lambda source: sha256(source[1])):
         if size < TAIL * total and size + len(part) <= 4 * TAIL * total:
@@ -207,7 +214,7 @@ def _split_by_size(text: Text, sources: list[Named]) -> Text:
     if size >= TAIL * total:
         text.rule = f"files in order of sha256 are val until it holds {TAIL:.0%}"
         for name, part in sources:
-            text.add(name, part, "val" if name in chosen else "train")
+            text.add(name, part, "val" if name in chosen else "train", domain[name])
         return text
     text.rule = f"the last {TAIL:.0%} of each file is val"
     for name, part in sources:
@@ -215,4 +222,6 @@ def _split_by_size(text: Text, sources: list[Named]) -> Text:
         text.note(name, part, "both")
         text.train.append(part[:cut])
         text.val.append(part[cut:])
+        for split in text.domains.values():
+            split.append(domain[name])
     return text

@@ -15,16 +15,15 @@ from torch.optim.adamw import adamw
 
 from moenas.architecture import Architecture, Model
 from moenas.data import Corpus
-from moenas.errors import DivergedError, TimeLimitError
+from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.records import Plain
+from moenas.routing import Meter, Reading, Watch
 from moenas.sections import Recipe
 
 ROWS = 40
 """Rows of a learning curve."""
 BASE_WIDTH, BASE_RATE = 64, 0.004
 """The width at which all weights learn at one rate, and that rate."""
-DEAD = 0.01
-"""An expert with less than this share of the mean load is dead."""
 
 
 class Gate(Protocol):
@@ -47,10 +46,13 @@ class Progress:
     """Norm of the last step's gradient, before clipping."""
     seconds: float
     """Wall seconds since the run began."""
+    routing: list[Plain] = field(default_factory=list)
+    """A row for each MoE layer, over the steps since the row before, as `Reading.short` gives it;
+    with domains in the last row alone."""
 
     def plain(self) -> Plain:
-        """Return the row as a JSON object."""
-        return asdict(self)
+        """Return the row as a JSON object; a model without MoE layers has no `routing`."""
+        return {name: value for name, value in asdict(self).items() if value != []}
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Validation:
     tokens: int
     """Predictions that the loss is the mean of."""
     routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer: `layer`, `routing_health`, and `dropped`, the share of the slots
-    of this text that find no room at the capacity of training."""
+    """A row for each MoE layer, as `Reading.plain` gives it; `dropped` is the share of the slots of
+    this text that find no room at the capacity of training."""
 
 
 def compute_dtype(recipe: Recipe, device: torch.device | str) -> torch.dtype:
@@ -123,6 +125,8 @@ def train(
 
     Raises:
         DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
+        CollapsedError: if more than `recipe.max_dead` of the experts of a layer are dead, after
+            the row of the curve that shows it.
         TimeLimitError: once the deadline has passed.
     """
     assert recipe.lr is not None
@@ -130,15 +134,20 @@ def train(
     dtype = compute_dtype(recipe, device)
     optimizer = AdamW(model, recipe)
     began, since, last = time.monotonic(), 0.0, math.nan
-    since_step = 0
+    since_step, last_row = 0, (recipe.steps - 1) * ROWS // recipe.steps
+    names = corpus.domains.names if corpus.domains else ()
+    layers = model.moe_layers()
+    meter, watch = Meter(layers, len(names)), Watch(layers, recipe.max_dead)
     model.train()
     for step in range(recipe.steps):
         if deadline is not None and time.monotonic() > deadline:
             raise TimeLimitError(f"the time limit came in step {step} of {recipe.steps}")
         lr = recipe.lr * schedule(step, recipe)
         with gate.working() if gate else nullcontext(), _threads(recipe.threads):
-            batch = corpus.batch(step, recipe.batch, recipe.context, seed)
-            loss, norm = _step(model, optimizer, batch, dtype, lr)
+            place = (step, recipe.batch, recipe.context, seed)
+            loss, norm = _step(model, optimizer, corpus.batch(*place), dtype, lr)
+            ends = step * ROWS // recipe.steps == last_row
+            meter.add(corpus.batch_domains(*place) if ends and layers else None)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "loss" if not math.isfinite(loss) else "gradient"
             raise DivergedError(
@@ -149,8 +158,23 @@ def train(
         if (step + 1) * ROWS // recipe.steps > step * ROWS // recipe.steps:
             tokens = (step + 1) * recipe.batch * recipe.context
             mean = since / (step + 1 - since_step)
-            yield Progress(tokens, mean, lr, norm, time.monotonic() - began)
+            readings = meter.read()
+            rows = [reading.short(names if ends else ()) for reading in readings]
+            yield Progress(tokens, mean, lr, norm, time.monotonic() - began, rows)
+            if since_step >= recipe.warmup * recipe.steps:
+                _require_alive(watch, readings, step, recipe.steps)
             since, since_step = 0.0, step + 1
+
+
+def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int) -> None:
+    """Raise CollapsedError if a layer has collapsed."""
+    collapsed = watch.judge(readings)
+    if collapsed is not None:
+        layer, share = collapsed
+        raise CollapsedError(
+            f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, over"
+            f" train.max_dead: {watch.max_dead:g}"
+        )
 
 
 class AdamW:
@@ -235,51 +259,31 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
         DivergedError: if the loss is not finite.
     """
     device = next(model.parameters()).device
+    names = corpus.domains.names if corpus.domains else ()
     layers = model.moe_layers()
-    loads = [torch.zeros(moe.balance.n_experts, dtype=torch.int64) for _, moe in layers]
-    lost = [0.0 for _ in layers]
+    meter, crowded = Meter(layers, len(names)), Meter(layers)
+    sizes = (recipe.context, recipe.batch, recipe.val_tokens)
     total, count = 0.0, 0
     was_training = model.training
     with torch.inference_mode(), _threads(recipe.threads):
-        for batch in corpus.val_batches(recipe.context, recipe.batch, recipe.val_tokens):
+        for batch, where in zip(
+            corpus.val_batches(*sizes), corpus.val_domains(*sizes), strict=True
+        ):
             tokens, targets = (part.to(device) for part in batch)
             model.eval()
             total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
             count += targets.numel()
-            for i, (_, moe) in enumerate(layers):
-                loads[i] += moe.routing.load.cpu()
+            meter.add(where)
             if any(moe.capacity_factor is not None for _, moe in layers):
                 model.train()
                 model(tokens, dtype=torch.float32)
-                for i, (_, moe) in enumerate(layers):
-                    lost[i] += moe.routing.dropped.item() * targets.numel()
+                crowded.add()
     model.train(was_training)
     loss = total / count
     if not math.isfinite(loss):
         raise DivergedError("the validation loss was not finite")
-    rows = zip(layers, loads, lost, strict=True)
-    return Validation(
-        loss,
-        loss / math.log(2) if corpus.is_bytes else None,
-        count,
-        [{"layer": i, **routing_health(load), "dropped": x / count} for (i, _), load, x in rows],
-    )
-
-
-def routing_health(load: torch.Tensor) -> Plain:
-    """Say how evenly slots fell on experts, from their (E,) counts.
-
-    load: share of each expert, adding up to 1. max_vio: largest load over mean load, minus 1
-    (arXiv 2408.15664, eq. 4). cv: standard deviation over mean. entropy: that of the shares over
-    log E, 1 when even. dead: experts with less than 1 % of the mean load.
-    """
-    share = load.double() / load.sum()
-    relative = share * len(share)
-    entropy = -(share * share.clamp_min(1e-300).log()).sum() / math.log(max(2, len(share)))
-    return {
-        "load": [round(x, 6) for x in share.tolist()],
-        "max_vio": relative.max().item() - 1,
-        "cv": relative.std(correction=0).item(),
-        "entropy": entropy.item() if len(share) > 1 else 1.0,
-        "dead": int((relative < DEAD).sum()),
-    }
+    rows = [reading.plain(names) for reading in meter.read()]
+    for row, reading in zip(rows, crowded.read(), strict=False):
+        row["dropped"] = reading.dropped
+    bits = loss / math.log(2) if corpus.is_bytes else None
+    return Validation(loss, bits, count, rows)

@@ -2,7 +2,8 @@
 
 The mean cross-entropy of next-token prediction over `train.val_tokens` tokens that no training
 step has seen. Read it beside the corpus's order-1 entropy, which `order1_entropy` of every
-evaluation holds: a model above it has learned less than a table of token pairs.
+evaluation holds: a model above it has learned less than a table of token pairs. The loss of a model
+with `allow_acausal: true` is better than what it can write; the details say so under `acausal`.
 """
 
 from __future__ import annotations
@@ -21,5 +22,7 @@ needs = "training"
 
 def measure(subject: Subject) -> Measurement:
     """Return the loss, and how many tokens it is the mean of."""
+    training = subject.training
     details = {"val_tokens": subject.recipe.val_tokens, "train_tokens": subject.recipe.tokens}
-    return Measurement(subject.training.val_loss, details)
+    marked = {} if training.acausal is None else {"acausal": training.acausal}
+    return Measurement(training.val_loss, details | marked)

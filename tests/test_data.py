@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moenas import data, texts
+from moenas import counts, data, texts
 from moenas.data import Corpus, load, parse
 from moenas.errors import DataError, SpaceError
 from moenas.records import Plain
@@ -197,7 +197,7 @@ def test_two_arrays_are_the_two_splits(tmp_path: Path) -> None:
 def test_a_token_outside_the_vocabulary_is_found(
     tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "CHUNK", 256)
+    monkeypatch.setattr(counts, "CHUNK", 256)
     tokens = np.zeros(2600, dtype=np.uint16)
     tokens[[place, 2599]] = 50, 60
     path = write_tokens(tmp_path / "t.bin", tokens)

@@ -109,7 +109,9 @@ def test_a_job_gives_all_its_values_and_the_trained_weights(make_job: MakeJob) -
     assert [row["tokens"] for row in found.curve] == [64 * step for step in range(1, 9)]
     assert [row["layer"] for row in found.routing] == [1]
     assert found.values["load_imbalance"] == found.routing[0]["max_vio"]
-    assert {"data", "build", "train", "validate", "measure", "total"} == found.seconds.keys()
+    assert found.seconds.keys() == {
+        *("data", "build", "causality", "train", "validate", "measure", "total")
+    }
     assert found.data["sha256"] == job.data_sha256
     assert {"python", "torch", "moenas", "cpu"} <= found.versions.keys()
     assert found.device["dtype"] == "float32"
@@ -264,7 +266,35 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         lambda self, context: replace(cost(self, context), flops_per_token=1),
     )
     found, _ = evaluate(make_job("flops_per_token"))
-    assert "the closed form says 1;" in failure(found)["message"]
+    assert "the closed form says 16;" in failure(found)["message"]
+
+
+@pytest.mark.parametrize("context", [16, 67])
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        MOE | {"n_zero_experts": 3},
+        MOE | {"router": {"selection": "threshold", "top_k": 1}},
+        MOE | {"n_experts": 3, "router": {"selection": "expert_choice", "allow_acausal": True}},
+        MOE | {"router": {"n_groups": 2, "top_groups": 1}},
+    ],
+    ids=["zero experts", "threshold", "expert choice", "groups"],
+)
+def test_rows_that_carry_nothing_are_foreseen_and_cost_nothing(
+    make_job: MakeJob, ffn: dict[str, Any], context: int
+) -> None:
+    """A slot of a zero expert, or below its cut-off, is counted by a trace; the value is the cost."""
+    mixer = {"kind": "mamba2", "n_heads": 2, "head_dim": 8, "d_state": 4}
+    architecture = Architecture.parse({**PLAIN, "blocks": [{"mixer": mixer, "ffn": ffn}]})
+    changes = {
+        "architecture": architecture.plain(),
+        "train": {**RECIPE.plain(), "context": context},
+    }
+    found, _ = evaluate(make_job("flops_per_token", **changes))
+    assert found.failure is None
+    assert found.values["flops_per_token"] == architecture.cost(context).flops_per_token
+    counted = 2 * found.measurements["flops_per_token"]["macs"]
+    assert counted == architecture.pass_flops(context)
 
 
 def test_the_reference_of_the_study_is_used(make_job: MakeJob) -> None:

@@ -25,11 +25,14 @@ MOE = {"kind": "moe", "n_experts": 4, "d_expert": 32, "router": {"top_k": 2}}
 DENSE = {"kind": "dense", "d_ff": 64, "activation": "gelu"}
 NAMES = {
     "active_params": ("cost", "parameters"),
+    "dead_experts": ("training", "experts"),
     "decode_ms": ("training", "ms/step"),
+    "dropped_share": ("training", ""),
     "flops_per_token": ("model", "FLOP/token"),
     "load_imbalance": ("training", ""),
     "peak_memory": ("model", "MiB"),
     "prefill_ms": ("training", "ms"),
+    "routing_entropy": ("training", ""),
     "total_params": ("cost", "parameters"),
     "val_loss": ("training", "nats/token"),
 }
@@ -53,7 +56,10 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
     with closing(device_lease(device)) as lease:
         found = Subject(one, one.cost(16), recipe, protocol, corpus, device, 0, lease)
         found.built = one.build()
-        routing = [{"layer": 1, "max_vio": 0.25}, {"layer": 3, "max_vio": 0.75}]
+        routing = [
+            {"layer": 1, "max_vio": 0.25, "entropy": 0.9, "dead": 1, "dropped": 0.0},
+            {"layer": 3, "max_vio": 0.75, "entropy": 0.7, "dead": 2, "dropped": 0.5},
+        ]
         found.trained = Training(2.5, 3.6, 2.4, 1.0, [], routing)
         yield found
 
@@ -61,7 +67,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
 def test_every_shipped_file_is_an_objective() -> None:
     shipped = {name: shipped_objective(name) for name in listing("objectives", ".py")}
     assert {n: (o.needs, o.unit) for n, o in shipped.items()} == NAMES
-    assert {o.direction for o in shipped.values()} == {"minimize"}
+    assert [n for n, o in shipped.items() if o.direction == "maximize"] == ["routing_entropy"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,6 +99,23 @@ def test_load_imbalance_is_the_mean_over_moe_layers(subject: Subject) -> None:
     assert subject.trained is not None
     subject.trained = replace(subject.trained, routing=[])
     assert objective.measure(subject).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "without"),
+    [("routing_entropy", 0.8, 1.0), ("dead_experts", 3, 0), ("dropped_share", 0.25, 0.0)],
+)
+def test_routing_objectives_over_moe_layers(
+    subject: Subject, name: str, value: float, without: float
+) -> None:
+    objective = shipped_objective(name)
+    found = objective.measure(subject)
+    assert found.value == pytest.approx(value)
+    (layers,) = found.details.values()
+    assert set(layers) == {"1", "3"}
+    assert subject.trained is not None
+    subject.trained = replace(subject.trained, routing=[])
+    assert objective.measure(subject).value == without
 
 
 def test_peak_memory_repeats_and_grows_by_what_is_added(subject: Subject) -> None:

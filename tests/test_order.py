@@ -18,17 +18,21 @@ ROOT = Path(__file__).parents[1]
 # folder that is not named here stands where the folder stands.
 FLOORS = """
     __init__ errors
-    records refs
+    records refs counts
+    domains
     component front weights describe require lease tables texts
-    grammar migrations membership rows claims
+    grammar guests migrations membership rows claims
+    naming
     draws schema sections objective migrations.env migrations.versions database figures
     store
-    dashboard
+    dashboard heartbeat
     parts.layers parts.norms parts.scan
-    parts.activations parts.dispatch parts.selection
+    parts.activations parts.dispatch parts.scores parts.selection
+    parts.assignment
     parts.mixers parts.gating parts.ffn
     parts.attention parts.ssm
     parts.latent parts.linear
+    parts.kda
     parts.balance parts.product_key
     parts.routers
     parts.experts
@@ -37,6 +41,7 @@ FLOORS = """
     architecture
     data
     space
+    routing causality
     train latency flops memory lift
     measure
     pool samplers
@@ -53,7 +58,7 @@ ROOMS = {
     "alembic": "database migrations",
     "click": "cli",
     "fvcore": "flops",
-    "numpy": "front data export",
+    "numpy": "front data counts domains export",
     "optuna": "samplers driver study dashboard store",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -63,7 +68,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data train latency flops memory lift measure export testing",
+    "torch": "parts architecture data routing causality train latency flops memory lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }

@@ -53,12 +53,14 @@ def test_every_kind_counts_what_fvcore_counts(context: int) -> None:
         {**LOCAL, "v_head_dim": 16, "output_gate": "element", "n_kv_heads": 1},
         {**LOCAL, "sinks": True, "softcap": 3.0, "output_gate": "head", "qkv_bias": True},
         {**WHOLE, "chunk": 5, "rope_fraction": 0.5, "qk_norm": "full", "out_bias": True},
+        {**WHOLE, "qkv_clip": 0.1, "qk_norm": "head", "qk_norm_after_rope": True},
         {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5, "nope_dim": 8}
-        | {"rope_dim": 4, "v_dim": 16},
+        | {"rope_dim": 4, "v_dim": 16, "output_gate": "head"},
         {**STATE, "n_state_groups": 2},
         {"kind": "mamba", "d_inner": 24, "d_state": 4, "inner_norm": True},
         {"kind": "gated_delta", "n_heads": 2, "n_key_heads": 1, "key_dim": 8, "value_dim": 16},
         {"kind": "short_conv"},
+        {"kind": "kimi_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16, "rank": 4},
     ]
     architecture = parse(*({"mixer": mixer} for mixer in mixers))
     counted = count_flops(architecture.build(), torch.zeros(1, context, dtype=torch.int64))
@@ -74,6 +76,7 @@ def test_one_model_of_all_kinds_is_timed_and_exported(tmp_path: Path) -> None:
         {"kind": "mamba", "d_inner": 24},
         {"kind": "gated_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16},
         {"kind": "short_conv"},
+        {"kind": "kimi_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16, "decay_limit": 5.0},
     ]
     moe = {"kind": "moe", "n_experts": 4, "d_expert": 8}
     architecture = parse({"ffn": moe}, *({"mixer": mixer, "ffn": moe} for mixer in mixers))
@@ -229,6 +232,11 @@ def test_fields_without_effect_share_a_fingerprint() -> None:
         ),
         (parse(block), parse({**block, "mixer": {**WHOLE, "scale": 8**-0.5, "inner_eps": 0.1}})),
         (parse(block), parse({**block, "mixer": {**WHOLE, "v_head_dim": 8}})),
+        (parse(block), parse({**block, "mixer": {**WHOLE, "qk_norm_after_rope": True}})),
+        (
+            parse({"mixer": {**WHOLE, "qk_norm": "weightless"}}),
+            parse({"mixer": {**WHOLE, "qk_norm": "weightless", "qk_norm_after_rope": True}}),
+        ),
     ]:
         assert one.fingerprint == other.fingerprint
     assert parse(block).fingerprint != parse(block, norm_eps=0.1).fingerprint

@@ -10,7 +10,7 @@ from moenas.errors import SpaceError
 from moenas.refs import Mark
 from moenas.require import parse_requirement
 
-KNOWN = {"a", "b", "c", "norm", "top_k", "n_experts"}
+KNOWN = {"a", "b", "c", "norm", "top_k", "n_experts", "m.q", "f.r.q", "q"}
 MARK = Mark("f", 3, 10)
 
 
@@ -75,6 +75,12 @@ def test_the_worst_layer_counts_and_layers_without_the_names_do_not() -> None:
     assert violation("top_k <= n_experts", {"top_k": None, "n_experts": 4}) == 0
 
 
+def test_a_name_may_say_of_which_part_it_is() -> None:
+    assert violation("m.q * 2 <= f.r.q", {"m.q": 2.0, "f.r.q": 4.0}) == 0
+    assert violation("m.q * 2 < f.r.q", {"m.q": 3.0, "f.r.q": 4.0}) == pytest.approx(1 / 3)
+    assert violation("f.r.q < 1", {"m.q": 3.0}) == 0
+
+
 def test_a_wider_break_is_a_larger_violation() -> None:
     near, far = violation("a < 10", {"a": 11}), violation("a < 10", {"a": 30})
     assert 0 < near < far
@@ -88,7 +94,10 @@ def test_a_wider_break_is_a_larger_violation() -> None:
         ("aa < 3", 10, "Did you mean 'a'?"),
         ("a < d", 14, "no cost or field 'd'"),
         ("__import__('os').system('x') < 1", 10, "not allowed"),
-        ("a.b < 1", 10, "not allowed"),
+        ("a.b < 1", 10, "no cost or field 'a.b'"),
+        ("a().b < 1", 10, "not allowed"),
+        ("(a + b).real < 1", 10, "not allowed"),
+        ("c < 1 and top_k + q < 3", 28, "'q' is a field of several parts; write m.q or f.r.q"),
         ("[a] < 1", 10, "not allowed"),
         ("a in b", 10, "compare with"),
         ("a ** 9999999 < 1", 10, "not allowed"),
@@ -104,7 +113,7 @@ def test_a_wider_break_is_a_larger_violation() -> None:
 )
 def test_anything_else_is_refused_at_its_column(text: str, column: int, words: str) -> None:
     with pytest.raises(SpaceError) as error:
-        parse_requirement(text, MARK, KNOWN)
+        parse_requirement(text, MARK, KNOWN, {"q": ["m.q", "f.r.q"]})
     message = str(error.value)
     assert words in message
     assert message.startswith("f:3:")

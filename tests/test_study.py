@@ -19,7 +19,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from moenas import driver, measure, samplers, study
+from moenas import driver, heartbeat, measure, samplers, study
 from moenas.errors import (
     InputError,
     MoenasError,
@@ -549,9 +549,9 @@ def test_a_lease_outlives_what_another_process_cannot_see(
             raise outcome
 
     monkeypatch.setattr(Store, "beat", beat)
-    monkeypatch.setattr(driver, "BEAT", 0.001)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.001)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with driver.Lease(Store.open(), "s") as lease:
+    with heartbeat.Lease(Store.open(), "s") as lease:
         if ends_with is None:
             assert over.wait(20)
             lease.check()

@@ -19,22 +19,41 @@ ZOO = Path(__file__).parents[1] / "spaces" / "zoo"
 # Parameters and active parameters, as transformers 5.23.0 has them (tests/parity/test_counts.py);
 # of the input embedding one row is active. In the last column what was published, in 1e9.
 COUNTS = {
+    "arctic": (478_584_608_768, 17_089_278_976, 480),
+    "dbrx": (131_596_523_520, 35_853_152_256, 132),
     "deepseek_moe_16b": (16_375_728_128, 2_618_937_344, 16.4),
     "deepseek_v2": (235_741_434_880, 20_851_517_440, 236),
+    "deepseek_v2_lite": (15_706_484_224, 2_451_437_056, 15.7),
     "deepseek_v3": (671_026_404_352, 36_625_610_752, 671),
+    "dots_llm1": (142_774_373_888, 13_393_731_072, None),
+    "ernie_4_5_21b_a3b": (21_825_436_160, 3_352_148_480, None),
     "glm_4_5": (352_797_814_784, 32_856_310_784, None),
+    "glm_4_5_air": (106_852_245_504, 12_803_371_008, None),
     "gpt_oss_120b": (116_829_156_672, 5_132_852_352, 116.8),
     "gpt_oss_20b": (20_914_757_184, 3_608_310_144, 20.9),
     "granite_3_0_1b_a400m": (1_334_628_352, 428_658_688, None),
+    "granite_4_0_h_tiny": (6_939_037_248, 1_465_470_528, None),
+    "grok_1": (315_684_820_992, 83_756_587_008, None),
     "gshard": (13_152_602_112, 469_026_816, None),
+    "hunyuan_a13b": (80_393_183_232, 12_747_448_320, 80),
     "jamba_v0_1": (51_570_323_328, 11_841_879_936, 51.6),
     "kimi_k2": (1_026_408_209_408, 31_687_079_936, None),
+    "lfm2_8b_a1b": (8_339_929_856, 1_557_740_288, 8.3),
+    "llama_4_maverick": (400_711_848_960, 16_150_210_560, 400),
     "llama_4_scout": (107_769_861_120, 16_138_414_080, None),
+    "longcat_flash": (560_664_958_976, 27_149_496_320, 560),
+    "mimo_v2_flash": (308_778_768_832, 14_820_977_088, 309),
+    "minimax_m2": (228_689_748_992, 10_415_943_680, None),
+    "mixtral_8x22b": (140_620_634_112, 38_955_429_888, 141),
     "mixtral_8x7b": (46_702_792_704, 12_748_857_344, 46.7),
     "nemotron_3_nano": (31_577_937_344, 3_227_754_560, 31.6),
     "olmoe_1b_7b": (6_919_161_856, 1_178_996_736, 6.9),
+    "phi_3_5_moe": (41_873_153_344, 6_509_669_696, 41.9),
+    "qwen1_5_moe_a2_7b": (14_315_784_192, 2_378_010_624, 14.3),
+    "qwen2_57b_a14b": (57_408_658_944, 13_704_735_744, None),
     "qwen3_235b_a22b": (235_093_634_560, 21_568_437_760, 235),
     "qwen3_30b_a3b": (30_532_122_624, 3_041_869_824, 30.5),
+    "qwen3_next_80b_a3b": (79_674_391_296, 3_563_766_528, 80),
     "switch_base_8": (307_845_888, 109_665_024, None),
 }
 
@@ -70,6 +89,20 @@ def test_the_counts_of_gshard_are_those_of_its_coordinates() -> None:
     total = 6 * (2 * (attention + norms) + dense + experts) + rest
     assert total == COUNTS["gshard"][0]
     assert total - 6 * 126 * expert == COUNTS["gshard"][1]
+
+
+def test_the_counts_of_grok_are_those_of_its_coordinates() -> None:
+    attention, expert = 2 * 6144 * (48 + 8) * 128, 3 * 6144 * 32768
+    rest = 131_072 * 6144 + 6144
+    total = 64 * (attention + 8 * expert + 8 * 6144 + 4 * 6144) + rest
+    assert COUNTS["grok_1"][:2] == (total, total - 64 * 6 * expert)
+
+
+def test_the_counts_of_arctic_are_those_of_its_coordinates() -> None:
+    attention, expert, beside = 2 * 7168 * (56 + 8) * 128, 3 * 7168 * 4864, 3 * 7168 * 7168
+    table = 32_000 * 7168
+    total = 35 * (attention + beside + 128 * (expert + 7168) + 3 * 7168) + 2 * table + 7168
+    assert COUNTS["arctic"][:2] == (total, total - 35 * 126 * expert - table + 7168)
 
 
 @pytest.mark.parametrize("name", COUNTS)

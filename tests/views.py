@@ -47,6 +47,21 @@ def architecture(rng: random.Random) -> Plain:
     }
 
 
+def routing(layer: int, load: list[float]) -> Plain:
+    """Return the routing of a layer; each domain prefers an expert of its own."""
+    domains = {}
+    for i, name in enumerate(("modules", "asyncio", "a package of a long name", "other")):
+        slots = [x + (2.0 if j == i else 0.0) for j, x in enumerate(load)]
+        domains[name] = [x / sum(slots) for x in slots]
+    return {"layer": layer, "load": load, "max_vio": 0.3, "domains": domains}
+
+
+def drifting(row: Plain, share: float) -> Plain:
+    """Return the routing of a layer at a share of the run: even at first."""
+    load = [1 + share * (x - 1) for x in row["load"]]
+    return {"layer": row["layer"], "load": load}
+
+
 def evaluation(trial: int, plain: Plain, rng: random.Random, objectives: list[Plain]) -> Evaluation:
     """Return a complete evaluation: cheap candidates lose more, with noise."""
     size = rng.lognormvariate(0, 0.7)
@@ -66,7 +81,11 @@ def evaluation(trial: int, plain: Plain, rng: random.Random, objectives: list[Pl
         }
         for i in range(120)
     ]
-    load = [[rng.expovariate(1) for _ in range(ffn.get("n_experts", 0))] for _ in range(layers)]
+    experts = ffn.get("n_experts", 0)
+    load = [[rng.expovariate(1) for _ in range(experts)] for _ in range(layers)]
+    rows = [routing(i, row) for i, row in enumerate(load) if row]
+    for i, point in enumerate(curve[::3] if rows else ()):
+        point["routing"] = [drifting(row, i / 40) for row in rows]
     return Evaluation(
         study="made_up",
         trial=trial,
@@ -77,7 +96,7 @@ def evaluation(trial: int, plain: Plain, rng: random.Random, objectives: list[Pl
         measurements={"decode_ms": {"ratio": 1.1, "spread": 0.02, "n": 30}},
         metrics={"val_loss": loss, "bits_per_byte": loss / math.log(2)},
         curve=curve,
-        routing=[{"layer": i, "load": row, "max_vio": 0.3} for i, row in enumerate(load) if row],
+        routing=rows,
         cost={"params": 1_234_567, "active_params": 345_678, "flops_per_token": 1_000_000},
         seconds={"train": 12.0, "total": 14.0},
         device=dict(DEVICE),

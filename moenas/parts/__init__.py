@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from moenas.parts.activations import Activation
+from moenas.parts.assignment import Base, ExpertChoice, Sinkhorn
 from moenas.parts.attention import Attend, Attention, AttentionMixer
 from moenas.parts.balance import Balance, Routing
-from moenas.parts.blocks import Block, BlockGroup
+from moenas.parts.blocks import Block, BlockGroup, Join, ParallelBlock, Shortcut
 from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
 from moenas.parts.ffn import FFN, DenseFFN, FeedForward, GatedFeedForward
 from moenas.parts.gating import Choice, Gating
+from moenas.parts.kda import KimiDelta, KimiDeltaMixer
 from moenas.parts.latent import LatentAttention, LatentAttentionMixer
 from moenas.parts.layers import Convolution, Linear
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
@@ -16,6 +18,8 @@ from moenas.parts.mixers import KVCache, Mixer, Rotary, StateCache
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
 from moenas.parts.product_key import ProductKeyFFN, ProductKeys
 from moenas.parts.routers import Router
+from moenas.parts.scores import Score
+from moenas.parts.selection import ExpertSelection, Picked, Selection
 from moenas.parts.ssm import Mamba, Mamba2, Mamba2Mixer, MambaMixer
 
 __all__ = [
@@ -25,12 +29,15 @@ __all__ = [
     "Attention",
     "AttentionMixer",
     "Balance",
+    "Base",
     "Block",
     "BlockGroup",
     "Choice",
     "Convolution",
     "DenseFFN",
     "DynamicTanh",
+    "ExpertChoice",
+    "ExpertSelection",
     "Experts",
     "FeedForward",
     "GatedDelta",
@@ -38,7 +45,10 @@ __all__ = [
     "GatedFeedForward",
     "GatedNorm",
     "Gating",
+    "Join",
     "KVCache",
+    "KimiDelta",
+    "KimiDeltaMixer",
     "LatentAttention",
     "LatentAttentionMixer",
     "LatentExperts",
@@ -51,14 +61,20 @@ __all__ = [
     "Mixer",
     "MoE",
     "MoEFFN",
+    "ParallelBlock",
+    "Picked",
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",
     "Rotary",
     "Router",
     "Routing",
+    "Score",
+    "Selection",
     "ShortConv",
     "ShortConvMixer",
+    "Shortcut",
+    "Sinkhorn",
     "StateCache",
     "ZeroExperts",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,14 @@ class AttentionMixer(Mixer, kind="attention"):
         " (OLMoE), or over each head without a weight (Llama 4)",
         default="none",
     )
+    qk_norm_after_rope: bool = setting(
+        "qk_norm comes after the positions, not before them (Hunyuan)", default=False
+    )
     inner_eps: float = setting("added to the mean square in qk_norm", default=1e-6, low=0.0)
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
+    qkv_clip: float | None = setting(
+        "queries, keys and values are cut to -c..c (DBRX: 8); null: no cut", default=None, low=1e-3
+    )
     out_bias: bool = setting("the output projection has a bias", default=False)
     window: int | None = setting(
         "a token sees itself and the window - 1 tokens before (Longformer, arXiv 2004.05150)",
@@ -113,13 +119,16 @@ class AttentionMixer(Mixer, kind="attention"):
     def canonical_at(self, d_model: int) -> Self:
         """Write out the numbers that follow from others and reset fields without effect."""
         n_heads, n_kv_heads = self.heads_at(d_model)
+        # To turn a vector changes neither its length nor what has no weight.
+        ordered = self.rope_dim > 0 and self.qk_norm in ("head", "full")
         return replace(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             v_head_dim=self.v_dim,
-            rope_theta=self.rope_theta if self.rope_dim else 10000.0,
+            rope_theta=self.rope_theta if self.rope_dim > 2 else 10000.0,
             rope_fraction=self.rope_dim / self.head_dim,
+            qk_norm_after_rope=self.qk_norm_after_rope and ordered,
             inner_eps=1e-6 if self.qk_norm == "none" else self.inner_eps,
             scale=None if self.factor == self.head_dim**-0.5 else self.scale,
         )
@@ -148,7 +157,13 @@ class AttentionMixer(Mixer, kind="attention"):
         width = n_heads * self.v_dim
         gate = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
         return Attention(
-            QKV(d_model, n_heads, n_kv_heads, self.head_dim, self.v_dim, self.qkv_bias),
+            QKV(
+                d_model,
+                (n_heads, n_kv_heads),
+                (self.head_dim, self.v_dim),
+                self.qkv_bias,
+                self.qkv_clip,
+            ),
             Rotary(self.rope_dim, self.rope_theta) if self.rope_dim else None,
             self._build_norm(n_heads, n_kv_heads),
             Attend(n_heads, self.factor, self.window, self.chunk, self.softcap, self.sinks),
@@ -161,38 +176,43 @@ class AttentionMixer(Mixer, kind="attention"):
             return None
         full, weighted = self.qk_norm == "full", self.qk_norm != "weightless"
         widths = [self.head_dim * (n if full else 1) for n in (n_heads, n_kv_heads)]
-        return QKNorm(*(RMSNorm(width, self.inner_eps, weighted) for width in widths))
+        q, k = (RMSNorm(width, self.inner_eps, weighted) for width in widths)
+        return QKNorm(q, k, self.qk_norm_after_rope)
 
 
 class QKV(Linear):
-    """The queries, keys and values of each token, in one matrix product."""
+    """The queries, keys and values of each token, in one matrix product.
+
+    `counts` are the query heads and key-value heads, `widths` those of a key and of a value. With
+    a `clip` c all are cut to -c..c.
+    """
 
     def __init__(
         self,
         d_model: int,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        v_dim: int,
+        counts: tuple[int, int],
+        widths: tuple[int, int],
         biased: bool,
+        clip: float | None = None,
     ) -> None:
-        width = n_heads * head_dim + n_kv_heads * (head_dim + v_dim)
-        super().__init__(d_model, width, biased)
+        super().__init__(d_model, counts[0] * widths[0] + counts[1] * sum(widths), biased)
         self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads
-        self.head_dim = head_dim
-        self.v_dim = v_dim
+        self.n_heads, self.n_kv_heads = counts
+        self.head_dim, self.v_dim = widths
+        self.counts = counts
+        self.widths = widths
+        self.clip = clip
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
         counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        rows = self(x) if self.clip is None else self(x).clamp(-self.clip, self.clip)
         if self.v_dim == self.head_dim:
-            qkv = self(x).unflatten(-1, (sum(counts), -1)).transpose(1, 2)
+            qkv = rows.unflatten(-1, (sum(counts), -1)).transpose(1, 2)
             q, k, v = qkv.split(counts, dim=1)
             return q, k, v
         widths = (self.head_dim, self.head_dim, self.v_dim)
-        parts = self(x).split([n * c for n, c in zip(counts, widths, strict=True)], dim=-1)
+        parts = rows.split([n * c for n, c in zip(counts, widths, strict=True)], dim=-1)
         heads = zip(parts, counts, strict=True)
         q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in heads)
         return q, k, v
@@ -201,10 +221,11 @@ class QKV(Linear):
 class QKNorm(nn.Module):
     """Norms of queries and keys, over each head or over all heads of a token together."""
 
-    def __init__(self, q: RMSNorm, k: RMSNorm) -> None:
+    def __init__(self, q: RMSNorm, k: RMSNorm, after_rope: bool = False) -> None:
         super().__init__()
         self.q = q
         self.k = k
+        self.after_rope = after_rope
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise (B, H, S, C) queries and (B, K, S, C) keys."""
@@ -244,23 +265,31 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         q, k, v = self.qkv.heads(x)
-        if self.norm is not None:
-            q, k = self.norm(q, k)
+        norm: Any = self.norm
+        if norm is not None and not norm.after_rope:
+            q, k = norm(q, k)
         start = 0 if cache is None else cache.length
         if self.rotary is not None:
             q, k = self.rotary(q, start), self.rotary(k, start)
+        if norm is not None and norm.after_rope:
+            q, k = norm(q, k)
         if cache is not None:
             k, v = cache.extend(k, v)
         y = self.attend(q, k, v, start).transpose(1, 2)
         if self.gate is not None:
-            gate = self.gate(x).unflatten(-1, (y.shape[2], -1))
-            y = y * gate.float().sigmoid().to(y.dtype)
+            y = gated(y, self.gate(x))
         out: Tensor = self.out(y.flatten(-2))
         return out
 
     def new_cache(self, batch: int, context: int) -> KVCache:
         """Return an empty cache."""
         return KVCache(batch, context)
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
+    factors: Tensor = gate.unflatten(-1, (y.shape[2], -1)).float().sigmoid()
+    return y * factors.to(y.dtype)
 
 
 class Attend(nn.Module):

@@ -25,6 +25,8 @@ class Routing:
     (importance_load)."""
     z_loss: Tensor
     """Differentiable scalar; 0 outside training."""
+    choice: Choice
+    """What was decided: the slots, and the logits of the router."""
 
 
 def squared_variation(x: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Balance(nn.Module):
         load = self.load(choice, groups)
         if not self.training:
             nothing = choice.scores.new_zeros(())
-            return Routing(load.sum(dim=0), dropped, nothing, nothing)
+            return Routing(load.sum(dim=0), dropped, nothing, nothing, choice)
         balance_loss = (
             self.even_importance(choice)
             if self.loss == "importance"
@@ -72,7 +74,7 @@ class Balance(nn.Module):
         )
         # ST-MoE (arXiv 2202.08906), eq. 5.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
-        return Routing(load.sum(dim=0), dropped, balance_loss, z_loss)
+        return Routing(load.sum(dim=0), dropped, balance_loss, z_loss, choice)
 
     def load(self, choice: Choice, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""

@@ -1,4 +1,4 @@
-"""Blocks: a mixer and a feed-forward layer, each with norm and residual; groups and patterns."""
+"""Blocks: a mixer and feed-forward layers, each with norm and residual; groups and patterns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.component import Component, setting
+from moenas.component import Component, Part, setting
 from moenas.parts.ffn import FFN
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
@@ -26,6 +26,8 @@ class Stream:
     norm_position: NormPosition
     multiplier: float
     """Of what a part adds to the stream."""
+    skip: float = 1.0
+    """Of the stream that a part is added to."""
 
     def norm_cost(self) -> Cost:
         """Return the cost of one norm of the stream."""
@@ -40,11 +42,20 @@ class Stream:
         """Return the cost of the norms around one part."""
         return self.norm_cost() * (2 if self.norm_position == "sandwich" else 1)
 
-    def build_join(self) -> nn.Module:
+    def build_norms(self) -> nn.Module:
         """Build the norm around one part, or the two norms."""
         if self.norm_position == "sandwich":
             return Sandwich(self.build_norm(), self.build_norm())
         return self.build_norm()
+
+    def build_join(self) -> Join:
+        """Build what adds a part to the stream."""
+        return Join(self.norm_position, self.multiplier, self.skip)
+
+    def shortcut_norms(self, source: str) -> tuple[bool, bool]:
+        """Return whether a shortcut that reads `source` has a norm before and one after it."""
+        before = source == "block" and self.norm_position in ("pre", "sandwich")
+        return before, self.norm_position in ("output", "sandwich")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +71,28 @@ class BlockGroup(Component):
     vary: bool = setting("draw each of the layers by itself", default=False)
     mixer: Mixer | None = setting("how a token reads the tokens before it", default=None)
     ffn: FFN | None = setting("what happens to each token by itself", default=None)
+    parallel: bool = setting(
+        "mixer and ffn read the same normed input and are added together (PaLM, arXiv 2204.02311,"
+        " section 2; Command A)",
+        default=False,
+    )
+    shortcut: FFN | None = setting(
+        "a second feed-forward layer beside ffn: the mixture of a shortcut-connected MoE (ScMoE,"
+        " arXiv 2404.05019; LongCat-Flash) or of a dense-MoE hybrid (Snowflake Arctic)",
+        default=None,
+    )
+    shortcut_input: Literal["ffn", "block"] = setting(
+        "what the shortcut reads: the normed input of ffn (LongCat-Flash), or the stream before"
+        " the block through a norm of its own (Arctic)",
+        default="ffn",
+    )
+    shortcut_delay: int = setting(
+        "blocks after this one at whose end the shortcut joins the stream, at the latest the last"
+        " (0: Arctic; 1: LongCat-Flash)",
+        default=0,
+        low=0,
+        high=1000,
+    )
     blocks: tuple[BlockGroup, ...] | None = setting(
         "a pattern of blocks; then this group has no mixer and ffn of its own", default=None
     )
@@ -67,22 +100,32 @@ class BlockGroup(Component):
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
         own = self.mixer is not None or self.ffn is not None
-        if self.blocks is not None and own:
+        if self.blocks is not None and (own or self.shortcut is not None):
             return "a group has either 'blocks' or 'mixer' and 'ffn'; leave one of them out"
         if self.blocks is None and not own:
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
+        if self.shortcut is not None and self.ffn is None:
+            return "a shortcut stands beside an ffn; give 'ffn', or make the shortcut the ffn"
+        mixtures = [part for part in (self.ffn, self.shortcut) if part and part.kind == "moe"]
+        if len(mixtures) > 1:
+            return "a block has one mixture of experts: make 'ffn' or 'shortcut' another kind"
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
         """Return why a part does not fit a model of this width, or None."""
-        inner: list[tuple[str, Any]] = [("mixer", self.mixer), ("ffn", self.ffn)]
-        inner = [(name, part) for name, part in inner if part is not None]
-        for i, group in enumerate(self.blocks or ()):
-            inner.append((f"blocks.{i}", group))
-        for name, part in inner:
+        for name, part in self.parts.items():
             if (reason := part.invalid_at(d_model)) is not None:
-                return f"{name}{'.' if part in (self.blocks or ()) else ': '}{reason}"
+                return f"{name}: {reason}"
+        for i, group in enumerate(self.blocks or ()):
+            if (reason := group.invalid_at(d_model)) is not None:
+                return f"blocks.{i}.{reason}"
         return None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts of a block, by the names of their fields."""
+        found = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
@@ -91,30 +134,62 @@ class BlockGroup(Component):
             return (replace(self, repeat=1, vary=False),) * self.repeat
         return tuple(layer for group in self.blocks for layer in group.layers) * self.repeat
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the block has two parts that read the same."""
+        return self.parallel and self.mixer is not None and self.ffn is not None
+
     def canonical_at(self, d_model: int) -> Self:
         """Return the canonical form of one layer at a model width."""
         mixer = None if self.mixer is None else self.mixer.canonical_at(d_model)
         ffn = None if self.ffn is None else self.ffn.canonical()
-        return replace(self, mixer=mixer, ffn=ffn)
+        shortcut = None if self.shortcut is None else self.shortcut.canonical()
+        return replace(
+            self,
+            mixer=mixer,
+            ffn=ffn,
+            parallel=self.is_parallel,
+            shortcut=shortcut,
+            shortcut_input=self.shortcut_input if shortcut else "ffn",
+            shortcut_delay=self.shortcut_delay if shortcut else 0,
+        )
+
+    def canonical_in(self, stream: Stream) -> Self:
+        """Return the canonical form of one layer of a model."""
+        found = self.canonical_at(stream.d_model)
+        # The ffn reads the stream before the block, too, if nothing was added to it before.
+        alike = found.mixer is None or found.parallel
+        alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
+        return replace(found, shortcut_input="ffn") if alike else found
 
     def cost(self, stream: Stream, context: int) -> Cost:
         """Return the cost of all layers of the group."""
         one = sum((group.cost(stream, context) for group in self.blocks or ()), start=Cost())
-        for part in (self.mixer, self.ffn):
-            if part is not None:
-                one = one + part.cost(stream.d_model, context) + stream.join_cost()
+        for part in self.parts.values():
+            one = one + part.cost(stream.d_model, context)
+        joins = sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
+        one = one + stream.join_cost() * joins
+        if self.shortcut is not None:
+            one = one + stream.norm_cost() * sum(stream.shortcut_norms(self.shortcut_input))
         return one * self.repeat
-
-    def build(self, stream: Stream) -> list[Block]:
-        """Build the layers of the group."""
-        return [layer.build_block(stream) for layer in self.layers]
 
     def build_block(self, stream: Stream) -> Block:
         """Build the one layer of a group of one."""
-        parts = (self.mixer, self.ffn)
-        norms = [None if part is None else stream.build_join() for part in parts]
-        mixer, ffn = (None if part is None else part.build(stream.d_model) for part in parts)
-        return Block(norms[0], mixer, norms[1], ffn, stream.norm_position, stream.multiplier)
+        mixer = None if self.mixer is None else self.mixer.build(stream.d_model)
+        ffn = None if self.ffn is None else self.ffn.build(stream.d_model)
+        norms = [None if part is None else stream.build_norms() for part in (mixer, ffn)]
+        shortcut = self._build_shortcut(stream)
+        if self.is_parallel:
+            return ParallelBlock(norms[0], mixer, None, ffn, stream.build_join(), shortcut)
+        return Block(norms[0], mixer, norms[1], ffn, stream.build_join(), shortcut)
+
+    def _build_shortcut(self, stream: Stream) -> Shortcut | None:
+        if self.shortcut is None:
+            return None
+        norms = stream.shortcut_norms(self.shortcut_input)
+        before, after = (stream.build_norm() if norm else None for norm in norms)
+        ffn = self.shortcut.build(stream.d_model)
+        return Shortcut(before, ffn, after, self.shortcut_input == "block", self.shortcut_delay)
 
 
 class Sandwich(nn.Module):
@@ -126,39 +201,20 @@ class Sandwich(nn.Module):
         self.after = after
 
 
-class Block(nn.Module):
-    """A mixer, then a feed-forward layer, each added to the stream; either may be missing.
+class Join(nn.Module):
+    """How a part is joined to the stream.
 
-    With a part f, a norm n and a multiplier m, the stream becomes `x + m f(n(x))` (pre, arXiv
-    2002.04745), `n(x + m f(x))` (post, arXiv 1706.03762), `x + m n(f(x))` (output, OLMo 2, arXiv
-    2501.00656) or `x + m n'(f(n(x)))` (sandwich, CogView, arXiv 2105.13290).
+    With a part f, a norm n, a multiplier m and a skip multiplier a, the stream becomes
+    `a x + m f(n(x))` (pre, arXiv 2002.04745), `n(a x + m f(x))` (post, arXiv 1706.03762; with a
+    above 1 DeepNorm, arXiv 2203.00555), `a x + m n(f(x))` (output, OLMo 2, arXiv 2501.00656) or
+    `a x + m n'(f(n(x)))` (sandwich, CogView, arXiv 2105.13290).
     """
 
-    def __init__(
-        self,
-        norm1: nn.Module | None,
-        mixer: nn.Module | None,
-        norm2: nn.Module | None,
-        ffn: nn.Module | None,
-        norm_position: str = "pre",
-        multiplier: float = 1.0,
-    ) -> None:
+    def __init__(self, norm_position: str, multiplier: float, skip: float) -> None:
         super().__init__()
-        self.norm1 = norm1
-        self.mixer = mixer
-        self.norm2 = norm2
-        self.ffn = ffn
         self.norm_position = norm_position
         self.multiplier = multiplier
-
-    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
-        norm1, norm2, mixer, ffn = self.norm1, self.norm2, self.mixer, self.ffn
-        if mixer is not None:
-            x = self.joined(x, self.scaled(mixer(self.entering(x, norm1), cache), norm1), norm1)
-        if ffn is not None:
-            x = self.joined(x, self.scaled(ffn(self.entering(x, norm2)), norm2), norm2)
-        return x
+        self.skip = skip
 
     def entering(self, x: Tensor, norm: Any) -> Tensor:
         """Return what a part reads of the stream."""
@@ -168,15 +224,140 @@ class Block(nn.Module):
             x = norm.before(x)
         return x
 
-    def scaled(self, y: Tensor, norm: Any) -> Tensor:
-        """Return what a part adds to the stream."""
+    def scaled(self, y: Tensor) -> Tensor:
+        """Return `y` as it is added to the stream."""
+        return y if self.multiplier == 1 else y * self.multiplier
+
+    def forward(self, x: Tensor, y: Tensor, norm: Any, beside: Tensor | None = None) -> Tensor:
+        """Return the stream with `y` of a part added, and `beside` of another as it is."""
         if self.norm_position == "output":
             y = norm(y)
         elif self.norm_position == "sandwich":
             y = norm.after(y)
-        return y if self.multiplier == 1 else y * self.multiplier
-
-    def joined(self, x: Tensor, y: Tensor, norm: Any) -> Tensor:
-        """Return the stream with `y` added."""
-        x = x + y
+        y = self.scaled(y)
+        y = y if beside is None else y + beside
+        x = (x if self.skip == 1 else x * self.skip) + y
         return norm(x) if self.norm_position == "post" else x
+
+
+Late = list[Tensor | None]
+"""What joins the stream at the end of a block, of the block after it, and so on."""
+
+
+class Block(nn.Module):
+    """A mixer, then a feed-forward layer, each joined to the stream; either may be missing.
+
+    A shortcut is a second feed-forward layer, whose output joins with that of a later part.
+    """
+
+    def __init__(
+        self,
+        norm1: nn.Module | None,
+        mixer: nn.Module | None,
+        norm2: nn.Module | None,
+        ffn: nn.Module | None,
+        join: Join,
+        shortcut: Shortcut | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.mixer = mixer
+        self.norm2 = norm2
+        self.ffn = ffn
+        self.join = join
+        self.shortcut = shortcut
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: Any = None,
+        numbers: Tensor | None = None,
+        late: Late | None = None,
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
+
+        `numbers` (B, S) are those of the tokens in the vocabulary. `late` is what shortcuts have
+        sent ahead; the block takes its own out of it. Without it nothing joins later than here.
+        """
+        first, join = x, self.join
+        if self.mixer is not None:
+            y = self.mixer(join.entering(x, self.norm1), cache)
+            x = join(x, y, self.norm1)
+        if self.ffn is None:
+            beside = self.beside(first, x, numbers, late)
+            return x if beside is None else x + beside
+        read = join.entering(x, self.norm2)
+        y = fed(self.ffn, read, numbers)
+        x = join(x, y, self.norm2, self.beside(first, read, numbers, late))
+        return x
+
+    def beside(
+        self, first: Tensor, read: Tensor, numbers: Tensor | None, late: Late | None
+    ) -> Tensor | None:
+        """Return what shortcuts add to the stream at the end of this block, and send its own on.
+
+        `first` (B, S, D) is the stream before the block, `read` what its ffn reads.
+        """
+        due = late.pop(0) if late else None
+        if self.shortcut is None:
+            return due
+        y = self.join.scaled(self.shortcut(first, read, numbers))
+        delay = 0 if late is None else self.shortcut.delay
+        if late is None or delay == 0:
+            return y if due is None else due + y
+        late += [None] * (delay - len(late))
+        other = late[delay - 1]
+        late[delay - 1] = y if other is None else other + y
+        return due
+
+
+class ParallelBlock(Block):
+    """A mixer and a feed-forward layer that read the same, joined to the stream together."""
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: Any = None,
+        numbers: Tensor | None = None,
+        late: Late | None = None,
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D), with the arguments of Block."""
+        mixer: Any = self.mixer
+        read = self.join.entering(x, self.norm1)
+        y = mixer(read, cache) + fed(self.ffn, read, numbers)
+        x = self.join(x, y, self.norm1, self.beside(x, read, numbers, late))
+        return x
+
+
+class Shortcut(nn.Module):
+    """A feed-forward layer beside another, with norms of its own where it has any.
+
+    It reads what the other reads, or the stream before the block, and joins `delay` blocks later.
+    """
+
+    def __init__(
+        self,
+        before: nn.Module | None,
+        ffn: nn.Module,
+        after: nn.Module | None,
+        of_block: bool,
+        delay: int,
+    ) -> None:
+        super().__init__()
+        self.before = before
+        self.ffn = ffn
+        self.after = after
+        self.of_block = of_block
+        self.delay = delay
+
+    def forward(self, first: Tensor, read: Tensor, numbers: Tensor | None) -> Tensor:
+        """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
+        x = first if self.of_block else read
+        y = fed(self.ffn, x if self.before is None else self.before(x), numbers)
+        return y if self.after is None else self.after(y)
+
+
+def fed(ffn: Any, x: Tensor, numbers: Tensor | None) -> Tensor:
+    """Return what a feed-forward layer makes of (B, S, D)."""
+    y: Tensor = ffn(x, numbers) if getattr(ffn, "reads_tokens", False) else ffn(x)
+    return y

@@ -70,11 +70,6 @@ class MoEFFN(Activated, FFN, kind="moe"):
         return self.router.causal
 
     @property
-    def even(self) -> bool:
-        """Whether the cost is that of an even load, and not of every load."""
-        return self.n_zero_experts > 0 or self.router.selection == "threshold"
-
-    @property
     def n_choices(self) -> int:
         """Experts that the router chooses among."""
         return self.n_experts + self.n_zero_experts
@@ -97,8 +92,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
         """Write the shared experts as one, the router canonically, and reset what has no effect."""
         router = self.router.canonical_among(self.n_choices)
         # relu(w x) = w relu(x) for w > 0, so it is the same weight before and after such experts.
-        linear = self.activation == "relu" and not self.expert_bias
-        if linear and (self.n_zero_experts == 0 or self.zero_kind != "constant"):
+        if self.activation == "relu" and not self.expert_bias:
             router = replace(router, weight_on="output")
         return replace(
             self,
@@ -131,6 +125,15 @@ class MoEFFN(Activated, FFN, kind="moe"):
             + self.router.cost(d_model, self.n_choices)
             + network_cost(d_model, self.shared_width, self.activation, False)
         )
+
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Count a row of a network for every slot, whether it counts or not."""
+        expert = network_cost(
+            self.d_latent or d_model, self.d_expert, self.activation, self.expert_bias
+        ).flops_per_token
+        top_k, n_choices = self.router.top_k, self.n_choices
+        counted = expert * self.n_experts * top_k // n_choices
+        return expert * self.router.chooses.slots(top_k, context, n_choices) - context * counted
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
@@ -295,6 +298,8 @@ class MoE(nn.Module):
     carries its token on. Evaluation drops nothing.
     """
 
+    reads_tokens = True
+    """`forward` also takes the numbers of the tokens."""
     routing: Routing
     """Of the last forward pass."""
 
@@ -315,10 +320,14 @@ class MoE(nn.Module):
         self.zero = zero
         self.capacity_factor = capacity_factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, D) to (B, S, D) and note the routing."""
+    def forward(self, x: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D) and note the routing.
+
+        `numbers` (B, S) are those of the tokens in the vocabulary, for selections by them.
+        """
         tokens = x.flatten(0, 1)
-        choice: Choice = self.router(tokens, self.balance.bias)
+        named = None if numbers is None else numbers.flatten()
+        choice: Choice = self.router(tokens, self.balance.bias, named)
         kept, dropped = self.with_room(choice, len(x))
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:

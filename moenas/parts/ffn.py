@@ -16,7 +16,10 @@ from moenas.records import Cost
 
 @dataclass(frozen=True, kw_only=True)
 class FFN(Part):
-    """The family of feed-forward layers: modules (B, S, D) -> (B, S, D), token by token."""
+    """The family of feed-forward layers: modules (B, S, D) -> (B, S, D), token by token.
+
+    A module with `reads_tokens = True` is also given the numbers (B, S) of the tokens.
+    """
 
     @property
     def causal(self) -> bool:

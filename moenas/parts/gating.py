@@ -84,6 +84,18 @@ class RouterLogits(nn.Module):
         return F.linear(x, self.weight.float(), bias)
 
 
+class NoLogits(nn.Module):
+    """0 for every expert."""
+
+    def __init__(self, n_experts: int) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, D) to (T, E)."""
+        return torch.zeros(len(x), self.n_experts, device=x.device)
+
+
 class Noise(nn.Module):
     """softplus(W_n x): the standard deviation of the noise (arXiv 1701.06538, eq. 4)."""
 
@@ -96,17 +108,6 @@ class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, D) to (T, E), float32."""
         return F.softplus(F.linear(x.float(), self.weight.float()))
-
-
-def score(logits: Tensor, name: str) -> Tensor:
-    """Turn logits (T, E) into scores of at least 0, each rising with its logit."""
-    if name == "softmax":
-        return logits.softmax(dim=-1)
-    if name == "sigmoid":
-        return logits.sigmoid()
-    if name == "sqrt_softplus":
-        return F.softplus(logits).clamp_min(1e-30).sqrt()  # sqrt has no slope at 0
-    return F.relu(logits)
 
 
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
@@ -131,10 +132,10 @@ class Gating(nn.Module):
 
     def __init__(
         self,
-        logits: RouterLogits,
+        logits: nn.Module,
         noise: nn.Module | None,
         selection: ExpertSelection,
-        score: str,
+        score: nn.Module,
         normalize: bool,
         scale: float,
     ) -> None:
@@ -147,8 +148,13 @@ class Gating(nn.Module):
         self.normalize = normalize
         self.scale = scale
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Choice:
-        """Choose for (T, D) tokens, with an (E,) bias on the selection."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Choice:
+        """Choose for (T, D), with an (E,) bias on the selection.
+
+        `tokens` (T,) are the numbers of the tokens in the vocabulary, for selections by them.
+        """
         logits: Tensor = self.logits(x)
         chance = None
         if self.noise is not None and self.training:
@@ -156,9 +162,9 @@ class Gating(nn.Module):
             logits = clean + torch.randn_like(clean) * spread
             if self.top_k < logits.shape[-1]:
                 chance = chance_over_noise(clean, spread, logits, self.top_k)
-        scores = score(logits, self.score)
+        scores: Tensor = self.score(logits)
         ranked = scores if bias is None else scores + bias.float()
-        picked: Picked = self.selection(ranked, logits)
+        picked: Picked = self.selection(ranked, logits, tokens)
         weights = self.weigh(scores, picked) * self.scale
         return Choice(picked.experts, weights, scores, logits, picked.tokens, picked.kept, chance)
 

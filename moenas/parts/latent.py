@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from moenas.component import setting
-from moenas.parts.attention import Attend
+from moenas.parts.attention import Attend, gated
 from moenas.parts.layers import Linear
 from moenas.parts.mixers import KVCache, Mixer, Rotary
 from moenas.parts.norms import RMSNorm
@@ -41,9 +41,21 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         "a normed latent of width r is multiplied by sqrt(d_model / r) (LongCat-Flash)",
         default=False,
     )
+    output_gate: Literal["none", "head", "element"] = setting(
+        "the heads' output times sigmoid(W x), one gate a head (Ling hybrid) or an element (arXiv"
+        " 2505.06708)",
+        default="none",
+    )
     scale: float | None = setting(
         "factor of the scores; null: 1 / sqrt(nope_dim + rope_dim)", default=None, low=0.0
     )
+
+    @property
+    def gates(self) -> int:
+        """Gates of a token."""
+        return {"none": 0, "head": self.n_heads, "element": self.n_heads * self.v_dim}[
+            self.output_gate
+        ]
 
     @property
     def factor(self) -> float:
@@ -51,9 +63,11 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
 
     def canonical(self) -> Self:
-        """Write the usual scale as null."""
+        """Write the usual scale as null; a single pair turns by the position, whatever theta."""
         usual = (self.nope_dim + self.rope_dim) ** -0.5
-        return replace(self, scale=None) if self.scale == usual else self
+        theta = 10000.0 if self.rope_theta and self.rope_dim == 2 else self.rope_theta
+        scale = None if self.scale == usual else self.scale
+        return replace(self, scale=scale, rope_theta=theta)
 
     def cost(self, d_model: int, context: int) -> Cost:
         """Count the projections, and scores and values of all heads over the full context."""
@@ -63,7 +77,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         products = (d_model + q_width) * q_rank if q_rank else d_model * q_width
         products += d_model * (self.kv_rank + self.rope_dim)
         products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
-        products += out_width * d_model
+        products += (out_width + self.gates) * d_model
         params = products + q_rank + self.kv_rank
         return Cost(
             params=params,
@@ -83,9 +97,9 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         return LatentAttention(
             query,
             self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
-            self.nope_dim,
             None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta),
             Attend(self.n_heads, self.factor),
+            Linear(d_model, self.gates) if self.gates else None,
             Linear(self.n_heads * self.v_dim, d_model),
         )
 
@@ -128,24 +142,25 @@ class LatentAttention(nn.Module):
         self,
         query: nn.Module,
         keys: Bottleneck,
-        nope_dim: int,
         rotary: nn.Module | None,
         attend: Attend,
+        gate: Linear | None,
         out: Linear,
     ) -> None:
         super().__init__()
         self.query = query
         self.keys = keys
-        self.nope_dim = nope_dim
         self.rotary = rotary
         self.attend = attend
+        self.gate = gate
         self.out = out
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         q = self.query(x).unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2)
-        q_nope, q_rope = q.split((self.nope_dim, q.shape[-1] - self.nope_dim), dim=-1)
         latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
+        nope = int(q.shape[-1] - k_rope.shape[-1])  # tensors while the model is traced
+        q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
         start = 0 if cache is None else cache.length
         if self.rotary is not None:
             q_rope, k_rope = self.rotary(q_rope, start), self.rotary(k_rope, start)
@@ -156,11 +171,12 @@ class LatentAttention(nn.Module):
         else:
             kv = self.keys.up(latent.squeeze(1)).unflatten(-1, (self.attend.n_heads, -1))
             kv = kv.transpose(1, 2)
-            k_nope, v = kv.split((self.nope_dim, kv.shape[-1] - self.nope_dim), dim=-1)
+            k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
             k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
             q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
             y = self.attend(q, k, v, start)
-        out: Tensor = self.out(y.transpose(1, 2).flatten(-2))
+        y = y.transpose(1, 2)
+        out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))
         return out
 
     def on_latent(
@@ -168,7 +184,8 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attend with the latent as key and value of every head, (B, H, S, C of the values)."""
         up = self.keys.up.weight.to(q_nope.dtype).unflatten(0, (self.attend.n_heads, -1))
-        up_k, up_v = up[:, : self.nope_dim], up[:, self.nope_dim :]  # (H, C, rank)
+        nope = int(q_nope.shape[-1])
+        up_k, up_v = up[:, :nope], up[:, nope:]  # (H, C, rank)
         q = torch.cat((q_nope @ up_k, q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
         y: Tensor = self.attend(q, k, latent, start) @ up_v.transpose(-2, -1)

@@ -1,4 +1,4 @@
-"""The small layers that every part is made of: Linear, and a short causal convolution.
+"""The small layers that every part is made of: matrix products, and a short causal convolution.
 
 Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
 is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
@@ -28,6 +28,23 @@ class Linear(nn.Module):
         """Map (..., d_in) to (..., d_out) in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LowRank(nn.Module):
+    """A matrix product through a narrow width, `up(down(x))`."""
+
+    def __init__(self, d_in: int, rank: int, d_out: int) -> None:
+        super().__init__()
+        self.d_in = d_in
+        self.rank = rank
+        self.d_out = d_out
+        self.down = Linear(d_in, rank)
+        self.up = Linear(rank, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out) in the dtype of `x`."""
+        y: Tensor = self.up(self.down(x))
+        return y
 
 
 class Convolution(nn.Module):

@@ -63,9 +63,16 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
         keys, values = self.widths
         products = d_model * (2 * keys + 2 * values + 2 * self.n_heads) + values * d_model
         params = products + (2 * keys + values) * self.d_conv + 2 * self.n_heads + self.value_dim
-        rule = delta_macs(self.n_heads, self.key_dim, self.value_dim, context)
-        flops = 2 * products + -(-2 * rule // context)
+        flops = 2 * products + -(-self.rule_flops(context) // context)
         return Cost(params, params, flops, 0, 2 * params)
+
+    def rule_flops(self, context: int) -> int:
+        """Return the operations of the rule over a sequence."""
+        return 2 * delta_macs(self.n_heads, self.key_dim, self.value_dim, context)
+
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Take back what the rule of a token was rounded up by."""
+        return -(-self.rule_flops(context) % context)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the mixer at a model width."""
@@ -117,8 +124,9 @@ class GatedDelta(nn.Module):
         mixed, cache.before = self.convolution(mixed, cache.before)
         keys = (mixed_width - values) // 2
         q, k, v = F.silu(mixed).float().split((keys, keys, values), dim=-1)
-        q, k = self.directions(q), self.directions(k)
-        q = q * q.shape[-1] ** -0.5
+        q, k = (directions(x, self.n_key_heads) for x in (q, k))
+        shared = self.n_heads // self.n_key_heads
+        q, k = (x.repeat_interleave(shared, dim=2) for x in (q * q.shape[-1] ** -0.5, k))
         v = v.unflatten(-1, (self.n_heads, -1))
         steps = -F.softplus(dt.float() + self.dt_bias.float()) * self.log_rate.float().exp()
         y, cache.state = delta_rule((q, k, v), steps, beta.float().sigmoid(), cache.state)
@@ -126,15 +134,15 @@ class GatedDelta(nn.Module):
         out: Tensor = self.out(self.norm(y.flatten(-2), gate))
         return out
 
-    def directions(self, x: Tensor) -> Tensor:
-        """Return (B, S, H, M) of length 1 for queries or keys (B, S, width)."""
-        x = x.unflatten(-1, (self.n_key_heads, -1))
-        x = x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
-        return x.repeat_interleave(self.n_heads // self.n_key_heads, dim=2)
-
     def new_cache(self, batch: int, context: int) -> StateCache:
         """Return an empty cache."""
         return StateCache()
+
+
+def directions(x: Tensor, n_heads: int) -> Tensor:
+    """Return (B, S, H, M) of length 1 for queries or keys (B, S, width)."""
+    x = x.unflatten(-1, (n_heads, -1))
+    return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,24 +84,27 @@ class DynamicTanh(nn.Module):
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm over each of `groups` equal parts, and a gate: silu(z) before it or after it.
+    """RMSNorm over each of `groups` equal parts, and a gate: act(z) before it or after it.
 
-    Before: `norm(x silu(z)) * weight`, with a weight for all parts (Mamba-2, arXiv 2405.21060).
-    After: `norm(x) * weight * silu(z)`, the weight shared by the parts (gated DeltaNet, arXiv
-    2412.06464: the parts are heads).
+    Before: `norm(x act(z)) * weight`, with a weight for all parts (Mamba-2, arXiv 2405.21060).
+    After: `norm(x) * weight * act(z)`, the weight shared by the parts (gated DeltaNet, arXiv
+    2412.06464: the parts are heads). The gate is silu, or sigmoid (Kimi Linear).
     """
 
-    def __init__(self, width: int, groups: int, eps: float, gate_first: bool) -> None:
+    def __init__(
+        self, width: int, groups: int, eps: float, gate_first: bool, gate: str = "silu"
+    ) -> None:
         super().__init__()
         self.width = width
         self.groups = groups
         self.eps = eps
         self.gate_first = gate_first
+        self.gate = gate
         self.weight = nn.Parameter(torch.ones(width if gate_first else width // groups))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """Normalise `x` (..., width) by the gate `z` of the same shape, to the dtype of `z`."""
-        gate = F.silu(z.float())
+        gate = z.float().sigmoid() if self.gate == "sigmoid" else F.silu(z.float())
         y = x.float() * gate if self.gate_first else x.float()
         parts = y.unflatten(-1, (self.groups, -1))
         weight = self.weight.float()

@@ -36,6 +36,8 @@ class ProductKeyFFN(FFN, kind="product_key"):
         """Return why the fields do not go together, or None."""
         if self.top_k > self.n_keys:
             return f"top_k ({self.top_k}) must be at most n_keys ({self.n_keys})"
+        if self.top_k == 1:
+            return "with top_k: 1 the keys learn nothing: the only weight is 1; take 2 or more"
         return None
 
     def cost(self, d_model: int, context: int) -> Cost:

@@ -7,23 +7,12 @@ from typing import ClassVar, Literal, Self
 
 from moenas.component import Component, setting
 from moenas.parts.balance import Balance
-from moenas.parts.gating import Gating, Noise, RouterLogits
-from moenas.parts.selection import (
-    ExpertChoice,
-    ExpertSelection,
-    GroupedTopK,
-    Sinkhorn,
-    Threshold,
-    TopK,
-)
+from moenas.parts.gating import Gating, Noise, NoLogits, RouterLogits
+from moenas.parts.scores import Score
+from moenas.parts.selection import ExpertSelection, GroupedTopK, Selection
 from moenas.records import Cost, Plain
 
 Balancing = Literal["none", "aux_loss", "importance_load", "bias", "bias_and_loss"]
-
-BY_TOKEN = ("top_k", "noisy_top_k")
-"""Selections that rank the experts of each token by themselves."""
-ACAUSAL = ("sinkhorn", "expert_choice")
-"""Selections that look at the tokens of the whole batch."""
 
 # What depends on the number of experts (groups) is left out of the presets.
 _MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02}
@@ -115,20 +104,17 @@ class Router(Component):
         },
     }
 
-    score: Literal["softmax", "sigmoid", "sqrt_softplus", "relu"] = setting(
-        "turns the router's logits into scores: over all experts (softmax) or one by one"
-        " (sqrt_softplus: DeepSeek-V4; relu: ReMoE, arXiv 2412.14711)",
+    score: str = setting(
+        "how much a token wants each expert, from the router's logits",
         default="softmax",
+        words=Score,
     )
-    selection: Literal["top_k", "noisy_top_k", "sinkhorn", "expert_choice", "threshold"] = setting(
-        "the best top_k of each token; the same after learned noise on the logits (arXiv"
-        " 1701.06538); in training the best of a balanced plan (arXiv 2202.01169); each expert its"
-        " best tokens (arXiv 2202.09368); every expert above its moving cut-off (arXiv 2603.11535)",
-        default="top_k",
+    selection: str = setting(
+        "which experts a token goes to, by their scores", default="top_k", words=Selection
     )
     allow_acausal: bool = setting(
-        "let a selection look at later tokens (sinkhorn, in training; expert_choice): a language"
-        " model's loss is then better than what it can write",
+        "let a selection look at later tokens (sinkhorn and base, in training; expert_choice): a"
+        " language model's loss is then better than what it can write",
         default=False,
     )
     top_k: int = setting(
@@ -178,8 +164,8 @@ class Router(Component):
     )
     aux_coef: float = setting("weight of the load-balancing loss", default=0.01, low=0.0)
     aux_scope: Literal["batch", "sequence"] = setting(
-        "what aux_loss evens out: the load of a batch, or of each sequence (arXiv 2412.19437,"
-        " eq. 17 to 20)",
+        "what aux_loss evens out: the load of each sequence (arXiv 2412.19437, eq. 17 to 20), or of"
+        " a batch, which one device holds whole, so it is the global batch of arXiv 2501.11873",
         default="batch",
     )
     z_coef: float = setting(
@@ -190,21 +176,32 @@ class Router(Component):
     )
 
     @property
+    def chooses(self) -> Selection:
+        """What is known of the selection."""
+        return Selection.named(self.selection)
+
+    @property
+    def scores(self) -> Score:
+        """What is known of the score."""
+        return Score.named(self.score)
+
+    @property
     def causal(self) -> bool:
         """Whether a token's experts depend on no later token, in training and evaluation."""
-        return self.selection not in ACAUSAL
+        return self.chooses.causal
 
     @property
     def uses_loss(self) -> bool:
-        """Whether a balancing loss has an effect; expert_choice has an even load without one."""
+        """Whether a balancing loss has an effect; where experts choose, the load is even anyway."""
         losses = ("aux_loss", "importance_load", "bias_and_loss")
-        even = self.selection == "expert_choice" and self.balance != "importance_load"
-        return self.balance in losses and self.aux_coef > 0 and not even
+        even = self.chooses.by_expert and self.balance != "importance_load"
+        learned = self.chooses.learned and self.scores.from_logits
+        return self.balance in losses and self.aux_coef > 0 and learned and not even
 
     @property
     def uses_bias(self) -> bool:
         """Whether a bias on the selection has an effect."""
-        biased = self.balance in ("bias", "bias_and_loss") and self.selection in BY_TOKEN
+        biased = self.balance in ("bias", "bias_and_loss") and self.chooses.alone
         return biased and self.bias_rate > 0
 
     @property
@@ -217,12 +214,16 @@ class Router(Component):
 
         A single weight divided by itself is 1.
         """
-        if self.top_k == 1 and self.normalize and self.selection in (*BY_TOKEN, "sinkhorn"):
+        chooses, learned = self.chooses, self.scores.from_logits
+        single = self.top_k == 1 and not chooses.variable and not chooses.by_expert
+        if single and self.normalize and learned:
             return (
                 "with top_k: 1 and normalize: true the router learns nothing; leave normalize out"
             )
+        if chooses.learned and not learned:
+            return f"score: '{self.score}' ranks no expert before another; take selection: 'hash'"
         if self.causal or self.allow_acausal:
-            return None
+            return chooses.invalid_with(self.top_k)
         return (
             f"selection: '{self.selection}' lets a token's experts depend on later tokens, so a"
             " language model would be trained on what it must predict; take 'threshold' or"
@@ -231,7 +232,9 @@ class Router(Component):
 
     def invalid_among(self, n_experts: int) -> str | None:
         """Return why the router does not fit a number of experts, or None."""
-        if self.selection not in BY_TOKEN or self.n_groups == 1:
+        if n_experts == 1 and self.normalize and self.scores.from_logits:
+            return "with one expert and normalize: true the router learns nothing; leave it out"
+        if not self.chooses.alone or self.n_groups == 1:
             return None
         if n_experts % self.n_groups:
             return f"n_groups ({self.n_groups}) must divide the number of experts ({n_experts})"
@@ -250,17 +253,24 @@ class Router(Component):
         }
         balance = words[self.uses_loss, self.uses_bias]
         # All groups stay open where as many as chosen experts do, ranked by their best.
-        grouped = self.selection in BY_TOKEN and 1 < self.n_groups > self.top_groups
+        grouped = self.chooses.alone and 1 < self.n_groups > self.top_groups
         grouped = grouped and (self.group_score != "max" or self.top_groups < self.top_k)
         per_sequence = balance in ("aux_loss", "bias_and_loss")
+        learned = self.scores.from_logits
         return replace(
             self,
+            # Without logits each weight is scale, or scale / top_k if normalised.
+            normalize=self.normalizes and learned,
+            scale=self.scale if learned or not self.normalizes else self.scale / self.top_k,
+            logit_bias=self.logit_bias and learned,
+            hidden=self.hidden if learned else None,
+            jitter=self.jitter if learned else 0.0,
+            z_coef=self.z_coef if learned else 0.0,
             allow_acausal=not self.causal,
             n_groups=self.n_groups if grouped else 1,
             top_groups=self.top_groups if grouped else 1,
             group_score=self.group_score if grouped else "max",
-            normalize=self.normalizes,
-            capacity_factor=None if self.selection == "expert_choice" else self.capacity_factor,
+            capacity_factor=None if self.chooses.by_expert else self.capacity_factor,
             balance=balance,
             aux_coef=self.aux_coef if self.uses_loss else Router.aux_coef,
             aux_scope=self.aux_scope if per_sequence else "batch",
@@ -272,17 +282,20 @@ class Router(Component):
         found = self.canonical()
         if (found.capacity_factor or 0) * found.top_k >= n_experts:
             found = replace(found, capacity_factor=None)
-        if found.top_k == n_experts and found.selection != "threshold":
+        weighed = found.chooses.learned or found.scores.from_logits
+        if found.top_k == n_experts and not found.chooses.variable and weighed:
             # The load is even, only the weights can differ, and softmax scores add up to 1.
             found = replace(
                 found,
-                selection=found.selection if found.selection in BY_TOKEN else "top_k",
+                selection=found.selection if found.chooses.alone else "top_k",
                 balance="importance_load" if found.balance == "importance_load" else "none",
                 n_groups=1,
-                normalize=found.normalizes or (found.score == "softmax" and found.top_k > 1),
+                normalize=found.normalizes or (found.scores.adds_up_to_1 and found.top_k > 1),
             )
         elif found.n_groups == n_experts:  # groups of one
             found = replace(found, n_groups=1)
+        if n_experts == 1:
+            found = replace(found, balance="none")
         return found.canonical()
 
     def cost(self, d_model: int, n_experts: int) -> Cost:
@@ -291,35 +304,33 @@ class Router(Component):
         The noise is drawn in training only: its matrix is a parameter, and neither active nor
         an operation.
         """
+        if not self.scores.from_logits:
+            return Cost()
         width = self.hidden or d_model
         weights = width * n_experts + (d_model * self.hidden if self.hidden else 0)
         params = weights + (n_experts if self.logit_bias else 0)
-        noise = d_model * n_experts if self.selection == "noisy_top_k" else 0
+        noise = d_model * n_experts if self.chooses.noisy else 0
         return Cost(params + noise, params, 2 * weights, 0, 2 * (params + noise))
 
     def build(self, d_model: int, n_experts: int) -> Gating:
         """Build the part that chooses."""
-        noisy = self.selection == "noisy_top_k"
+        learned = self.scores.from_logits
         return Gating(
-            RouterLogits(d_model, n_experts, self.hidden, self.logit_bias, self.jitter),
-            Noise(d_model, n_experts) if noisy else None,
+            RouterLogits(d_model, n_experts, self.hidden, self.logit_bias, self.jitter)
+            if learned
+            else NoLogits(n_experts),
+            Noise(d_model, n_experts) if self.chooses.noisy else None,
             self.build_selection(n_experts),
-            self.score,
+            self.scores.build(),
             self.normalizes,
             self.scale,
         )
 
     def build_selection(self, n_experts: int) -> ExpertSelection:
         """Build the selection among a number of experts."""
-        if self.selection == "sinkhorn":
-            return Sinkhorn(self.top_k)
-        if self.selection == "expert_choice":
-            return ExpertChoice(self.top_k)
-        if self.selection == "threshold":
-            return Threshold(self.top_k, n_experts)
-        if self.n_groups > self.top_groups:
+        if self.chooses.alone and self.n_groups > self.top_groups:
             return GroupedTopK(self.top_k, self.n_groups, self.top_groups, self.group_score)
-        return TopK(self.top_k)
+        return self.chooses.build(self.top_k, n_experts)
 
     def build_balance(self, n_experts: int) -> Balance:
         """Build the part that evens out the load."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 CHUNK = 64
 """Most tokens in a chunk."""
+CHANNEL_CHUNK = 16
+"""The same where every channel decays by itself: a factor for each pair of tokens and channel."""
 
 
 def chunk_length(length: int, longest: int = CHUNK) -> int:
@@ -25,9 +27,9 @@ def chunk_length(length: int, longest: int = CHUNK) -> int:
     return longest
 
 
-def padded(length: int) -> int:
+def padded(length: int, longest: int = CHUNK) -> int:
     """Return how many tokens are computed for `length` of them: whole chunks."""
-    chunk = chunk_length(length)
+    chunk = chunk_length(length, longest)
     return -(-length // chunk) * chunk
 
 
@@ -122,29 +124,33 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Return y (B, S, H, P) and the last state (B, H, M, P) of the gated delta rule.
 
-    S_t = exp(steps_t) (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T and y_t = S_t^T q_t, with
-    `qkv` (B, S, H, M), (B, S, H, M) and (B, S, H, P), `steps` and `beta` (B, S, H). Chunked by
-    the WY form (arXiv 2412.06464, section 3.3): a triangular system for each chunk gives what its
-    tokens write, then one state is carried from chunk to chunk.
+    S_t = (I - beta_t k_t k_t^T) exp(steps_t) S_(t-1) + beta_t k_t v_t^T and y_t = S_t^T q_t, with
+    `qkv` (B, S, H, M), (B, S, H, M) and (B, S, H, P) and `beta` (B, S, H). The `steps` are
+    (B, S, H), or (B, S, H, M) where each row of the state decays by itself (Kimi delta attention,
+    arXiv 2510.26692). Chunked by the WY form (arXiv 2412.06464, section 3.3): a triangular system
+    for each chunk gives what its tokens write, then one state is carried from chunk to chunk.
     """
-    length = int(beta.shape[1])
-    chunk = chunk_length(length)
+    length, by_channel = int(beta.shape[1]), steps.dim() == 4
+    chunk = chunk_length(length, CHANNEL_CHUNK if by_channel else CHUNK)
     q, k, v = (in_chunks(x, chunk).transpose(2, 3) for x in qkv)  # B N H Q .
-    steps, beta = (in_chunks(x, chunk).transpose(2, 3) for x in (steps, beta))  # B N H Q
-    decays, since = decays_between(steps), steps.cumsum(dim=-1).exp().unsqueeze(-1)
+    steps, beta = (in_chunks(x, chunk).transpose(2, 3) for x in (steps, beta))  # B N H Q [M]
+    steps = steps.transpose(-2, -1) if by_channel else steps.unsqueeze(-2)
+    decays = decays_between(steps).permute(0, 1, 2, 4, 5, 3)  # B N H Q Q M, or 1 for M
+    since = steps.cumsum(dim=-1).exp().transpose(-2, -1)  # B N H Q M, or 1 for M
     keys = k * beta.unsqueeze(-1)
-    system = ((keys @ k.transpose(-2, -1)) * decays).tril(-1)
+    system = products(keys, k, decays).tril(-1)
     wanted = torch.cat((v * beta.unsqueeze(-1), keys * since), dim=-1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     values, reads = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
-    scores = (q @ k.transpose(-2, -1)) * decays
-    to_end = (k * decays[..., -1, :].unsqueeze(-1)).transpose(-2, -1)
+    scores = products(q, k, decays)
+    to_end = (k * decays[..., -1, :, :]).transpose(-2, -1)
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[-1], v.shape[-1])
     # Two products a chunk: what reads the state, then what takes up what is written.
     readers = torch.cat((reads, q * since), dim=-2).unbind(1)
     takers = torch.cat((scores, to_end), dim=-2).unbind(1)
-    carry, sizes, found = since[..., -1:, :].unbind(1), (chunk, k.shape[-1]), []
+    carry = since[..., -1:, :].transpose(-2, -1).unbind(1)
+    sizes, found = (chunk, k.shape[-1]), []
     for reader, taker, kept, value in zip(readers, takers, carry, values.unbind(1), strict=True):
         expected, seen = (reader @ state).chunk(2, dim=-2)
         now, added = (taker @ (value - expected)).split(sizes, dim=-2)
@@ -154,11 +160,21 @@ def delta_rule(
     return y[:, :length], state
 
 
-def delta_macs(heads: int, key: int, value: int, length: int) -> int:
+def products(a: Tensor, b: Tensor, decays: Tensor) -> Tensor:
+    """Return (..., Q, Q), the sums over M of a_i b_j decays_ij.
+
+    `a` and `b` (..., Q, M), `decays` (..., Q, Q, M), or 1 for M.
+    """
+    if decays.shape[-1] == 1:
+        return (a @ b.transpose(-2, -1)) * decays.squeeze(-1)
+    return ((decays * b.unsqueeze(-3)) @ a.unsqueeze(-1)).squeeze(-1)
+
+
+def delta_macs(heads: int, key: int, value: int, length: int, longest: int = CHUNK) -> int:
     """Return the multiply-adds of `delta_rule` over a sequence, full squares inside a chunk.
 
     The triangular system counts as the product of its full square with its right sides.
     """
-    chunk = chunk_length(length)
+    chunk = chunk_length(length, longest)
     a_token = chunk * (3 * key + 2 * value) + 3 * key * value
-    return padded(length) * heads * a_token
+    return padded(length, longest) * heads * a_token

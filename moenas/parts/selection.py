@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moenas.component import Component
+
 # Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Component):
+    """The family of selections: modules that map the scores of T tokens to `Picked` slots."""
+
+    causal: ClassVar[bool] = True
+    """A token's experts depend on no other token of its batch, in training too."""
+    alone: ClassVar[bool] = False
+    """It ranks the experts of each token by themselves, so a bias and groups have an effect."""
+    learned: ClassVar[bool] = True
+    """The load of an expert depends on what was learned, so a balancing loss has an effect."""
+    by_expert: ClassVar[bool] = False
+    """Experts choose tokens: the load is even, and top_k is what a token gets in the mean."""
+    variable: ClassVar[bool] = False
+    """top_k is only a mean that is aimed at: a cost is that of the mean."""
+    noisy: ClassVar[bool] = False
+    """In training, learned noise is added to the logits."""
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        raise NotImplementedError
+
+    def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
+        """Return how many slots a batch of tokens has, those that do not count among them."""
+        return top_k * n_tokens
+
+    def invalid_with(self, top_k: int) -> str | None:
+        """Return why so many experts cannot be chosen, or None."""
+        return None
 
 
 class Picked(NamedTuple):
@@ -23,7 +56,10 @@ class Picked(NamedTuple):
 
 
 class ExpertSelection(nn.Module):
-    """Maps `ranked` (T, E), the scores with the bias on the selection, and the logits to slots."""
+    """Maps `ranked` (T, E), the scores with the bias on the selection, and the logits to slots.
+
+    `tokens` (T,) are the numbers of the tokens in the vocabulary, where the model has them.
+    """
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
@@ -33,10 +69,33 @@ class ExpertSelection(nn.Module):
         """Learn from the last training batch; most have nothing to learn."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopKSelection(Selection, kind="top_k"):
+    """The best top_k of each token."""
+
+    alone = True
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return TopK(top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopKSelection(Selection, kind="noisy_top_k"):
+    """The best top_k; in training after learned noise on the logits (arXiv 1701.06538, eq. 4)."""
+
+    alone = True
+    noisy = True
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return TopK(top_k)
+
+
 class TopK(ExpertSelection):
     """The K best of each token, where the load may fall as it likes."""
 
-    def forward(self, ranked: Tensor, logits: Tensor) -> Picked:
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
         """Choose by `ranked` (T, E): the scores, with the bias on the selection."""
         return Picked(ranked.topk(self.top_k, dim=-1).indices)
 
@@ -55,54 +114,65 @@ class GroupedTopK(ExpertSelection):
         self.top_groups = top_groups
         self.group_score = group_score
 
-    def forward(self, ranked: Tensor, logits: Tensor) -> Picked:
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
         """Choose by `ranked` (T, E)."""
         members = ranked.unflatten(-1, (self.n_groups, -1))  # (T, G, E / G)
         best = 1 if self.group_score == "max" else min(2, members.shape[-1])
         groups = members.topk(best, dim=-1).values.sum(dim=-1)
         inside = groups.topk(self.top_groups, dim=-1).indices
-        outside = torch.ones_like(groups, dtype=torch.bool).scatter(-1, inside, False)
+        outside = torch.ones_like(groups, dtype=torch.bool).scatter(-1, inside, 0)
         open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
         return Picked(open_to.topk(self.top_k, dim=-1).indices)
 
 
-class Sinkhorn(ExpertSelection):
-    """In training the K best of a balanced plan, else the K best scores.
+@dataclass(frozen=True, kw_only=True)
+class HashSelection(Selection, kind="hash"):
+    """A fixed pseudo-random set of top_k experts for each token of the vocabulary (Hash layers,
+    arXiv 2106.04426, section 3.2; the first layers of DeepSeek-V4)."""
 
-    The plan scales exp(logits) until every expert has the same share of all tokens (Clark et al.,
-    arXiv 2202.01169, section 3.1: S-BASE, which softens the linear assignment of BASE, arXiv
-    2103.16716). It sees all tokens of the batch, so training is not causal.
+    learned = False
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return Hash(top_k, n_experts)
+
+
+class Hash(ExpertSelection):
+    """Of E pseudo-random numbers, made from a token's number and the expert's, the K largest.
+
+    Rendezvous hashing: any K experts are distinct, all sets are alike likely, and no table of the
+    vocabulary is kept.
     """
 
-    def __init__(self, top_k: int, rounds: int = 8) -> None:
+    def __init__(self, top_k: int, n_experts: int) -> None:
         super().__init__(top_k)
-        self.rounds = rounds
+        self.n_experts = n_experts
 
-    def forward(self, ranked: Tensor, logits: Tensor) -> Picked:
-        """Choose by `logits` in training and by `ranked` otherwise, both (T, E)."""
-        if self.training:
-            plan = logits.detach()
-            for _ in range(self.rounds):
-                plan = plan - plan.logsumexp(dim=0, keepdim=True)
-                plan = plan - plan.logsumexp(dim=1, keepdim=True)
-            ranked = plan
-        return Picked(ranked.topk(self.top_k, dim=-1).indices)
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+        """Choose by `tokens` (T,)."""
+        if tokens is None:
+            raise ValueError("selection: hash needs the numbers of the tokens")
+        experts = torch.arange(self.n_experts, device=tokens.device)
+        mixed = tokens.unsqueeze(-1) * 73856093 + (experts + 1) * 19349663
+        for _ in range(2):  # an integer finaliser of shifts and odd factors, modulo 2^32
+            mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
+        return Picked((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
 
 
-class ExpertChoice(ExpertSelection):
-    """Each expert takes its ceil(K T / E) best tokens of the batch (arXiv 2202.09368, section 3.2).
+@dataclass(frozen=True, kw_only=True)
+class ThresholdSelection(Selection, kind="threshold"):
+    """Every expert that scores a token above its moving cut-off: the causal form of expert choice
+    (arXiv 2603.11535)."""
 
-    A token may get any number of experts. Whether it gets one depends on the tokens after it, so
-    this is not causal, in training or evaluation.
-    """
+    variable = True
 
-    def forward(self, ranked: Tensor, logits: Tensor) -> Picked:
-        """Choose by `ranked` (T, E)."""
-        n_tokens, n_experts = ranked.shape
-        room = math.ceil(self.top_k * n_tokens / n_experts)
-        tokens = ranked.topk(room, dim=0).indices.T  # (E, room)
-        experts = torch.arange(n_experts, device=tokens.device).unsqueeze(-1).expand_as(tokens)
-        return Picked(experts.reshape(-1, 1), tokens.flatten())
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return Threshold(top_k, n_experts)
+
+    def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
+        """Return how many slots a batch of tokens has, those that do not count among them."""
+        return min(2 * top_k, n_experts) * n_tokens
 
 
 class Threshold(ExpertSelection):
@@ -123,7 +193,7 @@ class Threshold(ExpertSelection):
         self.register_buffer("cutoff", torch.zeros(n_experts))  # 0: none yet
         self.seen: Tensor | None = None
 
-    def forward(self, ranked: Tensor, logits: Tensor) -> Picked:
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
         """Choose by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:

@@ -66,10 +66,17 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         products = d_model * (into + self.width)
         params = products + self.conv_width * (self.d_conv + self.conv_bias)
         params += 3 * self.n_heads + self.width + (into + d_model) * self.proj_bias
-        groups = self.n_state_groups
-        scan = scan_macs(self.n_heads, groups, self.d_state, self.head_dim, context)
-        flops = 2 * products + -(-2 * scan // context)
+        flops = 2 * products + -(-self.scan_flops(context) // context)
         return Cost(params, params, flops, 0, 2 * params)
+
+    def scan_flops(self, context: int) -> int:
+        """Return the operations of the scan over a sequence."""
+        groups = self.n_state_groups
+        return 2 * scan_macs(self.n_heads, groups, self.d_state, self.head_dim, context)
+
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Take back what the scan of a token was rounded up by."""
+        return -(-self.scan_flops(context) % context)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the mixer at a model width."""

@@ -39,6 +39,7 @@ class Family:
     """One family: `overrides` shrink the zoo's file to the model that `build` makes."""
 
     zoo: str
+    """Name of the file; or the text of a space where the zoo has none of this family."""
     overrides: dict[str, Any]
     build: Callable[[], Any]
     table: list[Row]

@@ -1,8 +1,8 @@
 """Weights between models of transformers and ours, by one small table for each family.
 
 A row names a weight of ours, those of theirs, and how theirs become ours. `{}` stands for the
-number of a layer; a row whose weights a layer does not have is left out. Every rule only moves
-numbers, so the way back is found by moving their places.
+number of a layer; a row whose weights a layer does not have is left out. Every rule but `from_one`
+only moves numbers, so the way back is found by moving their places.
 """
 
 from __future__ import annotations
@@ -18,6 +18,20 @@ Weights = dict[str, Tensor]
 
 def same(x: Tensor) -> Tensor:
     return x
+
+
+def from_one(x: Tensor) -> Tensor:
+    """A weight that is written as its distance from 1."""
+    return 1 + x
+
+
+def first_row(x: Tensor) -> Tensor:
+    return x[0]
+
+
+def first(n: int) -> Callable[[Tensor], Tensor]:
+    """The first n matrices of a stack; the others are never read."""
+    return lambda x: x[:n]
 
 
 def stacked(*parts: Tensor) -> Tensor:
@@ -55,15 +69,14 @@ def turned(n_heads: int, head_dim: int, turning: int) -> Callable[[Tensor], Tens
 
 
 def rows_of(table: list[Row], theirs: Weights, n_layers: int) -> list[Row]:
-    """Write out the rows for every layer; together they take every weight of theirs once."""
+    """Write out the rows for every layer; together they take every weight of theirs."""
     found = []
     for ours, names, form in table:
         for i in range(n_layers if "{}" in ours else 1):
             written = tuple(name.format(i) for name in names)
             if all(name in theirs for name in written):
                 found.append((ours.format(i), written, form))
-    taken = [name for _, names, _ in found for name in names]
-    assert sorted(taken) == sorted(theirs)
+    assert {name for _, names, _ in found for name in names} == set(theirs)
     return found
 
 
@@ -72,14 +85,19 @@ def to_ours(rows: list[Row], theirs: Weights) -> Weights:
 
 
 def to_theirs(rows: list[Row], ours: Weights, shapes: Weights) -> Weights:
-    """Return the weights of which `to_ours` makes `ours`, in the shapes of `shapes`."""
-    found: Weights = {}
+    """Return the weights of which `to_ours` makes `ours`, in the shapes of `shapes`.
+
+    Numbers that no row takes are NaN.
+    """
+    found = {n: torch.full_like(x, torch.nan).flatten() for n, x in shapes.items()}
     for name, names, form in rows:
+        if form is from_one:
+            found[names[0]] = ours[name] - 1
+            continue
         sizes = [shapes[n].numel() for n in names]
         numbers = torch.arange(sum(sizes)).split(sizes)
         places = form(*(x.view(shapes[n].shape) for x, n in zip(numbers, names, strict=True)))
-        flat = torch.empty(sum(sizes))
+        flat = torch.cat([found[n] for n in names])
         flat[places.flatten()] = ours[name].flatten()
-        for part, n in zip(flat.split(sizes), names, strict=True):
-            found[n] = part.view(shapes[n].shape)
-    return found
+        found |= zip(names, flat.split(sizes), strict=True)
+    return {n: x.view(shapes[n].shape) for n, x in found.items()}

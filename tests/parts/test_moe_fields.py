@@ -102,14 +102,14 @@ def all_on_all(moe: MoE, x: Tensor) -> Tensor:
 
 
 def fields_of(seed: int, kind: type[FFN] | None = None) -> FFN:
-    """Random valid fields of a kind."""
+    """Random valid fields of a kind that needs no numbers of tokens."""
     rng = random.Random(seed)
     while True:
         try:
             part = grammar.parse(FFN, _draw(kind or FFN, rng, None))
         except SpaceError:
             continue
-        if part.causal:
+        if part.causal and not (isinstance(part, MoEFFN) and part.router.selection == "hash"):
             return part
 
 
@@ -176,17 +176,11 @@ def test_parameters_of_any_fields_are_counted(seed: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**9))
-def test_operations_are_counted_where_routing_is_fixed(seed: int) -> None:
-    part = fields_of(seed)
-    if isinstance(part, MoEFFN) and part.router.selection == "threshold":
-        part = replace(part, router=replace(part.router, selection="top_k"))
-        part = part if part.invalid() is None else replace(part, router=Router(top_k=1))
-    if isinstance(part, MoEFFN):
-        part = replace(part, n_zero_experts=0, router=replace(part.router, n_groups=1))
-        part = replace(part, router=replace(part.router, top_k=min(2, part.n_experts)))
-    architecture = whole(part)
+def test_operations_of_any_fields_are_foreseen(seed: int) -> None:
+    """With the rows of zero experts, and of those below their cut-off, that carry nothing."""
+    architecture = whole(fields_of(seed))
     counted = count_flops(architecture.build(), torch.zeros(1, 12, dtype=torch.int64))
-    assert counted.per_token == architecture.cost(12).flops_per_token
+    assert 2 * counted.macs == architecture.pass_flops(12)
 
 
 def test_zero_experts_cost_their_share_of_an_even_load() -> None:

@@ -73,24 +73,27 @@ def test_channels_with_a_decay_for_each_state_follow_the_recurrence(length: int)
     agrees(state, h)
 
 
+@pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("alike", [False, True], ids=["free keys", "equal keys"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_delta_rule_decays_corrects_and_reads(length: int, alike: bool) -> None:
+def test_the_delta_rule_decays_corrects_and_reads(length: int, alike: bool, decay: str) -> None:
     """Equal keys and beta near 1 make the triangular system as large as it can be."""
     batch, heads, keys, values = 2, 2, 4, 3
     q, k = numbers(batch, length, heads, keys), numbers(batch, length, heads, keys, seed=1)
     k = k[:, :1].expand_as(k) if alike else k
     k = k / k.norm(dim=-1, keepdim=True)
-    v, steps = numbers(batch, length, heads, values), -numbers(batch, length, heads).abs() / 10
+    v, shape = numbers(batch, length, heads, values), (batch, length, heads)
+    steps = -numbers(*shape, keys if decay == "channel" else 1).abs() / 10
     beta = torch.sigmoid(numbers(batch, length, heads, seed=3) + (5 if alike else 0))
     s, wanted = torch.zeros(batch, heads, keys, values, dtype=torch.float64), []
     for t in range(length):
         key, rate = k[:, t].unsqueeze(-1), beta[:, t, :, None, None]
-        s = s * steps[:, t].exp()[..., None, None]
+        s = s * steps[:, t].exp().unsqueeze(-1)
         s = s - rate * key * (key * s).sum(dim=-2, keepdim=True)
         s = s + rate * key * v[:, t].unsqueeze(-2)
         wanted.append((s * q[:, t].unsqueeze(-1)).sum(dim=-2))
     found, state = [], None
+    steps = steps if decay == "channel" else steps.squeeze(-1)
     parts = [m.float().split(pieces(length), dim=1) for m in (q, k, v, steps, beta)]
     for q_now, k_now, v_now, step, rate in zip(*parts, strict=True):
         y, state = delta_rule((q_now, k_now, v_now), step, rate, state)
@@ -98,6 +101,15 @@ def test_the_delta_rule_decays_corrects_and_reads(length: int, alike: bool) -> N
     agrees(torch.cat(found, dim=1), torch.stack(wanted, dim=1))
     assert state is not None
     agrees(state, s)
+
+
+def test_long_decays_of_channels_leave_gradients_finite() -> None:
+    steps = torch.full((1, 40, 2, 4), -50.0, requires_grad=True)
+    x, beta = torch.ones(1, 40, 2, 4), torch.full((1, 40, 2), 0.5)
+    y, _ = delta_rule((x, x / 2, x), steps, beta, None)
+    y.sum().backward()
+    assert steps.grad is not None
+    assert steps.grad.isfinite().all()
 
 
 def test_long_decays_leave_gradients_finite() -> None:

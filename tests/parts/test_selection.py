@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moenas import grammar
+from moenas.architecture import Architecture
 from moenas.errors import SpaceError
 from moenas.parts import MoE, MoEFFN, Router
-from moenas.parts.selection import ExpertChoice, Sinkhorn, Threshold
+from moenas.parts.assignment import Base, ExpertChoice, Sinkhorn
+from moenas.parts.selection import Hash, Threshold
 
 D_MODEL, LENGTH = 16, 12
 
@@ -55,6 +58,95 @@ def test_the_plan_is_that_of_the_scaling_written_out() -> None:
     assert Sinkhorn(2)(logits, logits).experts.tolist() == wanted
 
 
+@pytest.mark.parametrize(("n_tokens", "n_experts"), [(24, 4), (23, 4), (3, 5), (40, 2), (6, 1)])
+def test_the_assignment_is_even_and_the_best_there_is(n_tokens: int, n_experts: int) -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(n_tokens, n_experts, generator=generator) * 3
+        logits[:, 0] += 2.0
+        selection, room = Base(1, step=0.01), math.ceil(n_tokens / n_experts)
+        chosen = selection(logits, logits).experts
+        assert torch.bincount(chosen.flatten(), minlength=n_experts).max() <= room
+        places = logits.repeat_interleave(room, dim=1).numpy()  # an expert is `room` places
+        rows, columns = linear_sum_assignment(places, maximize=True)
+        best = places[rows, columns].sum()
+        assert best - n_tokens * 0.01 <= logits.gather(-1, chosen).sum() <= best + 1e-4
+        assert torch.equal(selection.eval()(logits, logits).experts[:, 0], logits.argmax(-1))
+
+
+def test_equal_tokens_are_assigned_too() -> None:
+    logits = torch.zeros(64, 4)
+    load = torch.bincount(Base(1)(logits, logits).experts.flatten(), minlength=4)
+    assert load.tolist() == [16, 16, 16, 16]
+
+
+def test_a_hash_sends_a_token_to_the_same_distinct_experts_and_all_experts_alike() -> None:
+    n_tokens, n_experts, top_k = 50_000, 16, 3
+    nothing, ids = torch.zeros(n_tokens, n_experts), torch.arange(n_tokens)
+    chosen = Hash(top_k, n_experts)(nothing, nothing, ids).experts
+    assert all(len(set(row)) == top_k for row in chosen[:2000].tolist())
+    mean = n_tokens * top_k / n_experts
+    load = torch.bincount(chosen.flatten(), minlength=n_experts)
+    # The deviation of a binomial load is 88; pairs of experts meet as often as by chance.
+    assert (load - mean).abs().max() < 5 * math.sqrt(mean)
+    pairs = torch.bincount((chosen[:, 0] * n_experts + chosen[:, 1]), minlength=n_experts**2)
+    expected = n_tokens / (n_experts * (n_experts - 1))
+    off = ~torch.eye(n_experts, dtype=torch.bool).flatten()
+    assert (pairs[off] - expected).abs().max() < 6 * math.sqrt(expected)
+    again = Hash(top_k, n_experts)(nothing[:5], nothing[:5], ids[:5].flip(0)).experts
+    assert torch.equal(again.flip(0), chosen[:5])
+
+
+def test_a_hash_needs_the_numbers_of_the_tokens() -> None:
+    moe = MoEFFN(n_experts=4, d_expert=8, router=Router(selection="hash")).build(D_MODEL)
+    with pytest.raises(ValueError, match="numbers of the tokens"):
+        moe(torch.randn(1, 3, D_MODEL))
+
+
+def hashed(**router: object) -> Architecture:
+    ffn = {"kind": "moe", "n_experts": 4, "d_expert": 8, "router": {"selection": "hash", **router}}
+    blocks = [{"mixer": {"kind": "attention", "head_dim": 8}, "ffn": ffn}]
+    return Architecture.parse({"vocab_size": 50, "d_model": 16, "blocks": blocks})
+
+
+def test_a_model_routes_equal_tokens_alike() -> None:
+    model = hashed(score="uniform", top_k=1).build().eval()
+    tokens = torch.tensor([[7, 8, 7, 9, 8]])
+    model(tokens)
+    [(_, moe)] = model.moe_layers()
+    nothing = torch.zeros(5, 4)
+    wanted = moe.router.selection(nothing, nothing, tokens.flatten()).experts
+    assert wanted[0] == wanted[2]
+    assert moe.routing.load.tolist() == torch.bincount(wanted.flatten(), minlength=4).tolist()
+
+
+def test_hash_layers_have_no_router_to_learn() -> None:
+    plain = hashed(score="uniform", top_k=2, normalize=False)
+    assert not any("router" in name for name, _ in plain.build().named_parameters())
+    same = [{"balance": "bias"}, {"hidden": 8}, {"jitter": 0.1}, {"z_coef": 0.1}, {"logit_bias": 1}]
+    for fields in ({k: bool(v) if k == "logit_bias" else v for k, v in f.items()} for f in same):
+        other = hashed(score="uniform", top_k=2, normalize=False, **fields)
+        assert other.fingerprint == plain.fingerprint
+    halved = hashed(score="uniform", top_k=2, normalize=True, scale=2.0)
+    assert halved.fingerprint == plain.fingerprint
+    assert hashed(top_k=2).fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"score": "uniform"}, "take selection: 'hash'"),
+        ({"selection": "base", "allow_acausal": True}, "write top_k: 1"),
+        ({"selection": "hash", "top_k": 1, "normalize": True}, "learns nothing"),
+        ({"selection": "hsh"}, "top_k, noisy_top_k"),
+        ({"score": "sofmax"}, "one of softmax, sigmoid"),
+    ],
+)
+def test_selections_that_do_not_go_are_refused(fields: dict[str, object], wanted: str) -> None:
+    with pytest.raises(SpaceError, match=wanted):
+        grammar.parse(Router, fields)
+
+
 def test_the_cut_off_is_a_moving_average_of_the_last_score_taken() -> None:
     selection, cutoff = Threshold(1, 4), [0.0] * 4
     for step in range(3):
@@ -91,12 +183,15 @@ SELECTIONS = {
     "noisy": Router(selection="noisy_top_k", balance="importance_load"),
     "jitter": Router(jitter=0.1),
     "bias": Router(balance="bias_and_loss", aux_scope="sequence", score="sigmoid"),
+    "hash": Router(selection="hash", score="sqrt_softplus"),
+    "hash layers": Router(selection="hash", score="uniform", top_k=1, capacity_factor=1.0),
     "threshold": Router(selection="threshold"),
     "threshold with room": Router(selection="threshold", capacity_factor=0.5),
 }
 LOOK_AHEAD = {
     "expert_choice": Router(selection="expert_choice", allow_acausal=True),
     "sinkhorn": Router(selection="sinkhorn", allow_acausal=True, top_k=1, normalize=False),
+    "base": Router(selection="base", score="sigmoid", allow_acausal=True, top_k=1),
 }
 
 
@@ -107,14 +202,20 @@ def layer(router: Router) -> MoE:
     generator = torch.Generator().manual_seed(0)
     for parameter in moe.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
-    moe(torch.randn(4, LENGTH, D_MODEL, generator=generator))
+    x = torch.randn(4, LENGTH, D_MODEL, generator=generator)
+    moe(x, numbers(x))
     moe.after_step()
     return moe
 
 
+def numbers(x: Tensor) -> Tensor:
+    """Numbers of the tokens: equal vectors have equal ones."""
+    return (x[..., 0] * 1000).round().long() % 50
+
+
 def seeded(moe: MoE, x: Tensor) -> Tensor:
     torch.manual_seed(3)
-    y: Tensor = moe(x).detach()
+    y: Tensor = moe(x, numbers(x)).detach()
     return y
 
 
@@ -143,7 +244,8 @@ def test_alone_and_in_a_batch_are_the_same(name: str) -> None:
     moe = layer(SELECTIONS[name]).eval()
     x = torch.randn(3, LENGTH, D_MODEL, generator=torch.Generator().manual_seed(1))
     for i in range(3):
-        torch.testing.assert_close(moe(x[i : i + 1])[0], moe(x)[i], rtol=1e-4, atol=1e-5)
+        alone, beside = seeded(moe, x[i : i + 1])[0], seeded(moe, x)[i]
+        torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOOK_AHEAD)
@@ -159,4 +261,5 @@ def test_what_is_marked_as_looking_ahead_does(name: str) -> None:
 def test_looking_ahead_is_refused_unless_asked_for(name: str) -> None:
     with pytest.raises(SpaceError, match=r"depend on later tokens.*allow_acausal: true"):
         grammar.parse(Router, {"selection": name})
-    assert grammar.parse(Router, {"selection": name, "allow_acausal": True}).selection == name
+    given = {"selection": name, "allow_acausal": True, "top_k": 1}
+    assert grammar.parse(Router, given).selection == name

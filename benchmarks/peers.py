@@ -1,0 +1,125 @@
+"""The peer of the benchmarks: the same layers and models in transformers, with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from moenas.architecture import Architecture, Model
+from moenas.parts import MoE
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
+from families import QWEN3_MOE
+from weights import rows_of, to_theirs
+
+T = TypeVar("T")
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+"""Those of transformers that run on a CPU; the others need kernels for a GPU. `batched_mm` copies
+the weights of an expert for every slot: 17 GB for 2048 tokens of 2 experts of 3 x 256 x 512."""
+
+
+def machine() -> str:
+    """Name the processor, the instructions that torch uses on it, and the libraries compared."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "unknown")
+    capability = torch.backends.cpu.get_cpu_capability()
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{name}, {capability}, {libraries}"
+
+
+def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
+    """Return the seconds that a call takes, and what it returns.
+
+    CPU time with one thread, else wall time.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    found = work(*given)
+    return clock() - start, found
+
+
+def block_of(moe: MoE, implementation: str, dtype: torch.dtype) -> Qwen3MoeSparseMoeBlock:
+    """Return the layer of Qwen3-MoE with the weights of ours, in the type that it computes in.
+
+    In float32 they are shared. In bfloat16 it has copies, as it casts nothing.
+    """
+    experts: Any = moe.experts
+    logits: Any = moe.router.logits
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=experts.d_model,
+        moe_intermediate_size=experts.width,
+        num_experts=experts.n_experts,
+        num_experts_per_tok=moe.router.top_k,
+        norm_topk_prob=True,
+        experts_implementation=implementation,
+    )
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config)
+    block.gate.weight = logits.weight
+    block.experts.gate_up_proj, block.experts.down_proj = experts.up, experts.down
+    return block if dtype == torch.float32 else copy.deepcopy(block).to(dtype)
+
+
+def architecture(n_experts: int, top_k: int, d_expert: int) -> Architecture:
+    """Return a model of the Qwen3-MoE family: 4 layers of width 256, a vocabulary of 4096."""
+    attention = {"head_dim": 64, "n_heads": 4, "n_kv_heads": 2, "qk_norm": "head"}
+    router = {"preset": "qwen3_moe", "top_k": top_k}
+    ffn = {"kind": "moe", "n_experts": n_experts, "d_expert": d_expert, "router": router}
+    block = {"repeat": 4, "mixer": {"kind": "attention", **attention}, "ffn": ffn}
+    return Architecture.parse(
+        {"vocab_size": 4096, "d_model": 256, "tie_embeddings": False, "blocks": [block]}
+    )
+
+
+def model_of(ours: Model, implementation: str) -> Any:
+    """Return the model of transformers that computes what a model of `architecture` computes."""
+    (_, moe), *_ = ours.moe_layers()
+    mixer: Any = ours.blocks[0].mixer
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.d_model,
+        num_hidden_layers=len(ours.blocks),
+        num_attention_heads=mixer.qkv.n_heads,
+        num_key_value_heads=mixer.qkv.n_kv_heads,
+        head_dim=mixer.qkv.head_dim,
+        moe_intermediate_size=moe.experts.width,
+        num_experts=moe.experts.n_experts,
+        num_experts_per_tok=moe.router.top_k,
+        norm_topk_prob=True,
+        router_aux_loss_coef=moe.balance.aux_coef,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": mixer.rotary.theta},
+        attn_implementation="sdpa",
+        experts_implementation=implementation,
+    )
+    theirs = transformers.Qwen3MoeForCausalLM(config)
+    state = theirs.state_dict()
+    rows = rows_of(QWEN3_MOE.table, state, len(ours.blocks))
+    theirs.load_state_dict(to_theirs(rows, dict(ours.state_dict()), state))
+    return theirs
+
+
+def agree(found: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Stop unless two functions give the same, up to the rounding of the type of `x`."""
+    a, b = found(x).detach().float(), wanted(x).detach().float()
+    limit = 2e-2 if x.dtype == torch.bfloat16 else 1e-4
+    error = float((a - b).norm() / b.norm())
+    if not error < limit:
+        raise SystemExit(f"the functions differ by {error:.1e}; there is nothing to compare")
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Give every weight a usual size."""
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.04)
+    return module
