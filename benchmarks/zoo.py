@@ -41,8 +41,26 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).
 
-What a file leaves out of its model is said in its first lines. `python benchmarks/zoo.py` writes
-this page.
+What a file leaves out of its model is said in its first lines. Further families agree with
+transformers in their logits as small models and have no file: Command A (parallel blocks), Trinity,
+FlexOlmo, Ling hybrid.
+
+## What has no point
+
+Of published mixtures these have parts that the space has no field for:
+
+- stretched positions (YaRN, Llama 3), and temperatures that depend on the position: a file gives
+  the model before them;
+- sparse attention with an indexer (DeepSeek-V3.2, GLM-5), compressed keys and values (DeepSeek-V4,
+  ZAYA1), keys and values shared by layers (Hunyuan-Large), values that are the keys and a norm of
+  the values (Gemma 4), queries through a low rank beside plain keys (Step-3);
+- experts of attention (JetMoE), routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
+  its file gives the networks), soft caps and norms in the router (Laguna, Skywork-MoE, Gemma 4), a
+  fixed number of experts from each group (Pangu Pro MoE);
+- several residual streams, and gates on them (DeepSeek-V4, Muse Spark), multi-token prediction,
+  encoders (NLLB-MoE).
+
+`python benchmarks/zoo.py` writes this page.
 """
 
 

@@ -9,7 +9,7 @@ from moenas import figures
 from moenas.records import Evaluation, Plain, View
 
 TITLE = "Domains by expert"
-SHOWN = 4
+SHOWN = 3
 MOST_EXPERTS = 128
 """Of one map: the layers that come first, as many as have so many experts together."""
 NAME_LENGTH = 18
@@ -32,7 +32,7 @@ def figure(view: View) -> go.Figure:
     drawn = make_subplots(
         rows=len(shown),
         cols=1,
-        vertical_spacing=0.4 / (len(shown) + 1),
+        vertical_spacing=0.48 / (len(shown) + 1),
         subplot_titles=[f"trial {e.trial}" for e in shown],
         figure=figures.drawing(TITLE, words),
     )
@@ -41,9 +41,15 @@ def figure(view: View) -> go.Figure:
         places, texts = _ticks(evaluation)
         drawn.update_xaxes(tickvals=places, ticktext=texts, row=row, col=1)
     drawn.update_xaxes(title_text="layer", row=len(shown), col=1)
-    drawn.update_xaxes(showgrid=False, showline=False, ticks="")
+    drawn.update_xaxes(showgrid=False, showline=False, ticks="", type="category")
     drawn.update_yaxes(
-        showgrid=False, showline=False, ticks="", type="category", autorange="reversed"
+        autorange="reversed",
+        dtick=1,
+        showgrid=False,
+        showline=False,
+        tickfont_size=12 if len(shown) == 1 else 9,
+        ticks="",
+        type="category",
     )
     drawn.update_annotations(font_size=12)
     drawn.update_layout(coloraxis=figures.load_colours("slots"), margin_t=96)
@@ -71,18 +77,17 @@ def _map(evaluation: Evaluation) -> go.Heatmap:
     for i, row in enumerate(layers):
         experts = max(map(len, row["domains"].values()))
         gap = i > 0
-        names += [""] * gap + [f"layer {row['layer']}, expert {j}" for j in range(experts)]
+        names += [" " * i] * gap + [f"layer {row['layer']}, expert {j}" for j in range(experts)]
         for line, domain in zip(lines, domains, strict=True):
             shares = row["domains"].get(domain) or [None] * experts
             line += [None] * gap + [None if s is None else experts * s for s in shares]
     return go.Heatmap(
         z=[[None if x is None else figures.load_level(x) for x in line] for line in lines],
-        x=list(range(len(names))),
+        x=names,
         y=[_cut(domain) for domain in domains],
         coloraxis="coloraxis",
-        customdata=[names] * len(domains),
         hoverongaps=False,
-        hovertemplate=f"trial {evaluation.trial}, %{{customdata}}<br>%{{text}} times its even share"
+        hovertemplate=f"trial {evaluation.trial}, %{{x}}<br>%{{text}} times its even share"
         " of %{y}<extra></extra>",
         text=[["" if x is None else f"{x:.2f}" for x in line] for line in lines],
         xgap=1,
@@ -94,12 +99,10 @@ def _cut(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
 
 
-def _ticks(evaluation: Evaluation) -> tuple[list[float], list[str]]:
-    """Return the middle of the experts of each layer, and its number."""
-    places, texts, start = [], [], 0
-    for row in _layers(evaluation):
-        experts = max(map(len, row["domains"].values()))
-        places.append(start + (experts - 1) / 2)
-        texts.append(str(row["layer"]))
-        start += experts + 1
-    return places, texts
+def _ticks(evaluation: Evaluation) -> tuple[list[str], list[str]]:
+    """Return the expert in the middle of each layer, and the number of the layer."""
+    rows = _layers(evaluation)
+    sizes = [max(map(len, row["domains"].values())) for row in rows]
+    layers = [str(row["layer"]) for row in rows]
+    places = [f"layer {n}, expert {(size - 1) // 2}" for n, size in zip(layers, sizes, strict=True)]
+    return places, layers

@@ -13,8 +13,10 @@ from moenas.records import Evaluation, View
 TITLE = "Expert load over training"
 SHOWN = 6
 COLUMNS = 3
-MOST_CELLS = 2400
-"""Of one map: experts of all layers times points of time. Beyond it points are left out."""
+MOST_CELLS = 12_000
+"""Of all maps together: experts times points of time. Beyond it points are left out."""
+MOST_EXPERTS = 512
+"""Of one map: the layers that come first, as many as have so many experts together."""
 
 Column = dict[int, list[float]]
 """Layer -> load of each expert over the balanced load."""
@@ -22,7 +24,7 @@ Column = dict[int, list[float]]
 
 def figure(view: View) -> go.Figure:
     """Draw experts by tokens seen for members of the front, the layers above one another."""
-    members = [e for e in figures.members(view) if _columns(e)]
+    members = [e for e in figures.members(view) if _columns(e, 1)]
     if not members:
         reason = (
             "no candidate is complete yet"
@@ -46,73 +48,67 @@ def figure(view: View) -> go.Figure:
     )
     for index, evaluation in enumerate(shown):
         row, column = index // columns + 1, index % columns + 1
-        drawn.add_trace(_map(evaluation), row=row, col=column)
+        found = _columns(evaluation, MOST_CELLS // len(shown))
+        drawn.add_trace(_map(evaluation.trial, found), row=row, col=column)
         last = index + columns >= len(shown)
         drawn.update_xaxes(title_text="tokens" if last else "", row=row, col=column)
         title = "layer" if column == 1 else ""
-        drawn.update_yaxes(_layers(evaluation), title_text=title, row=row, col=column)
+        drawn.update_yaxes(_layers(found[0][1]), title_text=title, row=row, col=column)
     drawn.update_xaxes(showgrid=False, tickformat="~s", nticks=5)
     drawn.update_annotations(font_size=12)
     drawn.update_layout(coloraxis=figures.load_colours(), margin_t=96)
     return drawn
 
 
-def _columns(evaluation: Evaluation) -> list[tuple[float, Column]]:
+def _columns(evaluation: Evaluation, cells: int) -> list[tuple[float, Column]]:
     """Return tokens and loads of the rows of the curve that know them, the layers in order."""
     found = []
     for row in evaluation.curve:
-        layers = {
-            int(r["layer"]): figures.load_ratios(r.get("load") or [])
-            for r in row.get("routing") or []
-        }
-        kept = {layer: ratios for layer, ratios in sorted(layers.items()) if ratios}
+        layers = {int(r["layer"]): r.get("load") or [] for r in row.get("routing") or []}
+        kept: Column = {}
+        for layer, load in sorted(layers.items()):
+            size = sum(map(len, kept.values())) + len(load)
+            if (ratios := figures.load_ratios(load)) and (not kept or size <= MOST_EXPERTS):
+                kept[layer] = ratios
         if row.get("tokens") and kept:
             found.append((float(row["tokens"]), kept))
-    if not found:
-        return []
-    height = sum(map(len, found[0][1].values()))
-    return figures.thin(found, max(2, MOST_CELLS // height))
+    height = sum(map(len, found[0][1].values())) if found else 1
+    return figures.thin(found, max(2, cells // height))
 
 
-def _map(evaluation: Evaluation) -> go.Heatmap:
+def _map(trial: int, columns: list[tuple[float, Column]]) -> go.Heatmap:
     """Return the loads; a blank row parts two layers."""
-    columns = _columns(evaluation)
-    names: list[str] = []
-    for i, (layer, ratios) in enumerate(columns[0][1].items()):
-        names += [""] * (i > 0) + [f"layer {layer}, expert {j}" for j in range(len(ratios))]
     stacks = [_stack(column) for _, column in columns]
-    z = [[stack[i] for stack in stacks] for i in range(len(names))]
+    z = [[stack.get(name) for stack in stacks] for name in stacks[0]]
     return go.Heatmap(
         z=[[None if x is None else figures.load_level(x) for x in line] for line in z],
         x=figures.rounded([tokens for tokens, _ in columns]),
-        y=list(range(len(names))),
+        y=list(stacks[0]),
         coloraxis="coloraxis",
-        customdata=[[name] * len(columns) for name in names],
         hoverongaps=False,
-        hovertemplate=f"trial {evaluation.trial}, %{{customdata}}<br>%{{x:.3s}} tokens: 2 to the"
-        " %{z:.2f} of the balanced load<extra></extra>",
+        hovertemplate=f"trial {trial}, %{{y}}<br>%{{x:.3s}} tokens: 2 to the %{{z:.2f}} of the"
+        " balanced load<extra></extra>",
     )
 
 
-def _stack(column: Column) -> list[float | None]:
-    stack: list[float | None] = []
-    for i, ratios in enumerate(column.values()):
-        stack += [None] * (i > 0) + ratios
+def _stack(column: Column) -> dict[str, float | None]:
+    """Return name of an expert -> its load, with a nameless one before each layer but the first."""
+    stack: dict[str, float | None] = {}
+    for i, (layer, ratios) in enumerate(column.items()):
+        if i:
+            stack[" " * i] = None
+        stack |= {f"layer {layer}, expert {j}": ratio for j, ratio in enumerate(ratios)}
     return stack
 
 
-def _layers(evaluation: Evaluation) -> dict[str, Any]:
+def _layers(column: Column) -> dict[str, Any]:
     """Return an axis with the number of each layer in the middle of its experts."""
-    (_, first), places, start = _columns(evaluation)[0], [], 0
-    for ratios in first.values():
-        places.append(start + (len(ratios) - 1) / 2)
-        start += len(ratios) + 1
-    texts = [str(layer) for layer in first]
     return {
         "autorange": "reversed",
         "showgrid": False,
         "showline": False,
         "ticks": "",
-        "tickvals": places,
-        "ticktext": texts,
+        "tickvals": [f"layer {n}, expert {(len(r) - 1) // 2}" for n, r in column.items()],
+        "ticktext": [str(layer) for layer in column],
+        "type": "category",
     }

@@ -334,6 +334,10 @@ class Model(nn.Module):
         self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
+        for i, block in enumerate(blocks):
+            mixer: Any = block.mixer
+            if hasattr(mixer, "stand"):
+                mixer.stand(i, len(blocks))
         self.norm = norm
         self.head = head
 

@@ -170,6 +170,8 @@ def _sureness(measurement: Plain) -> str:
         words.append(f"spread {100 * measurement['spread']:.1f} %")
     if "n" in measurement:
         words.append(f"n = {measurement['n']}")
+    if "acausal" in measurement:
+        words.append("NOT CAUSAL: the model may look at later tokens")
     return ", ".join(words)
 
 

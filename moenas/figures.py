@@ -145,6 +145,8 @@ def hover(view: View, evaluation: Evaluation) -> str:
     lines = [f"<b>trial {evaluation.trial}</b>"]
     for info in objectives(view):
         lines.append(escape(f"{info.name} {quantity(evaluation.values[info.name], info.unit)}"))
+    if evaluation.metrics.get("causal") == 0:
+        lines.append("NOT CAUSAL: it may look at later tokens")
     words = escape(described(view, evaluation.trial)).replace(", ", ",<br>  ", 1)
     return "<br>".join([*lines, words.replace(" + ", "<br>  + ")])
 

@@ -68,9 +68,11 @@ def _recording(classes: Iterable[type[nn.Module]]) -> Iterator[Calls]:
     """Record the arguments of every constructor of `classes` that is called meanwhile."""
     calls: Calls = {}
     own = {cls: cls.__dict__.get("__init__") for cls in classes}
+    # All read before one is replaced: a class may have inherited the constructor of another.
+    originals: dict[type[nn.Module], Callable[..., None]] = {cls: cls.__init__ for cls in own}
 
     def recorder(cls: type[nn.Module]) -> Callable[..., None]:
-        original: Callable[..., None] = cls.__init__
+        original = originals[cls]
         signature = inspect.signature(original)
 
         def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -77,6 +77,10 @@ A candidate that breaks one is told to the sampler as infeasible, with the amoun
 built nor trained. A name that is a field of a layer is compared layer by layer, and the worst
 layer counts; a layer without that field is passed over. `mixer` and `ffn` are the kind as a word:
 `ffn == "moe"`.
+
+The name of a field may have the names of what it stands in before it: `mixer.scale`,
+`ffn.router.scale`, `architecture.norm`. A name that several parts of one layer have is refused
+without them.
 """
 
 REQUIRE_TRAINED = """\

@@ -20,6 +20,9 @@ DEAD = 0.01
 ENOUGH = 100
 """Slots for each expert, in the mean, before an expert without any is called dead for good."""
 
+JUDGED = 4
+"""Rows of a learning curve before that: a tenth of a run of 40 rows."""
+
 Layers = Sequence[tuple[int, MoE]]
 """Mixtures of experts with the numbers of their layers, as `Model.moe_layers` gives them."""
 
@@ -147,31 +150,34 @@ class Meter:
 class Watch:
     """Looks out for layers whose router sends almost everything to few experts.
 
-    Judged over rows of the curve, as many as it takes until each expert could have had 100
-    slots: over fewer a rare expert is not told from a dead one. Layers that choose by a fixed
-    hash are left out, for nothing about them can collapse.
+    Judged over 4 rows of the curve at a time, and over as many more as it takes until each expert
+    could have had 100 slots: over fewer a rare expert is not told from a dead one. A router
+    without balancing often leaves 15 of 16 experts idle for a row or two after warm-up and then
+    finds them again: no expert counts that had a share of the load in any of the rows. Layers that
+    choose by a fixed hash are left out, for nothing about them can collapse.
     """
 
     def __init__(self, layers: Layers, max_dead: float | None) -> None:
         self.max_dead = max_dead
+        self._rows = 0
         self._loads: dict[int, Tensor] = {}
-        fixed = [layer for layer, moe in layers if isinstance(moe.router.selection, Hash)]
-        self._skipped = set(fixed)
+        self._fixed = {layer for layer, moe in layers if isinstance(moe.router.selection, Hash)}
 
     def judge(self, readings: Iterable[Reading]) -> tuple[int, float] | None:
         """Take in a row; return layer and share of dead experts of the first that collapsed."""
+        if self.max_dead is None:
+            return None
+        self._rows += 1
         for reading in readings:
-            layer = reading.layer
-            if self.max_dead is None or layer in self._skipped:
-                continue
-            load = self._loads.pop(layer, 0) + reading.load
-            if load.sum() < ENOUGH * len(load):
-                self._loads[layer] = load
-                continue
-            share = routing_health(load)["dead"] / len(load)
-            if share > self.max_dead:
-                return layer, share
-        return None
+            if reading.layer not in self._fixed:
+                known = self._loads.get(reading.layer, 0)
+                self._loads[reading.layer] = known + reading.load
+        few = any(load.sum() < ENOUGH * len(load) for load in self._loads.values())
+        if self._rows < JUDGED or few:
+            return None
+        shares = {i: routing_health(load)["dead"] / len(load) for i, load in self._loads.items()}
+        self._rows, self._loads = 0, {}
+        return next(((i, share) for i, share in shares.items() if share > self.max_dead), None)
 
 
 def routing_health(load: Tensor) -> Plain:

@@ -50,10 +50,9 @@ class SchemaWriter:
             inner = self.family(field.component, holes=holes)
             if field.is_list:
                 inner = {"type": "array", "minItems": 1, "items": inner}
-            options = [inner, _choice(inner)]
-            if field.optional:
-                options.append({"type": "null"})
-            return {"anyOf": options}
+            null: list[Plain] = [{"type": "null"}] if field.optional else []
+            option = {"anyOf": [inner, *null]} if null else inner
+            return {"anyOf": [inner, _choice(option), *null]}
         value = _scalar(field)
         if not holes:
             return value

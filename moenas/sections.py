@@ -41,7 +41,7 @@ class Recipe(Component):
     )
     max_dead: float | None = setting(
         "largest share of the experts of a layer that may be dead (below 1 % of the mean load) over"
-        " a row of the curve after warm-up; above it the candidate ends; null: any",
+        " a tenth of the run after warm-up; above it the candidate ends; null: any",
         default=0.9,
         low=0.0,
         high=1.0,

@@ -24,7 +24,9 @@ from moenas.require import TRAINED, Names, Requirement, parse_requirement
 from moenas.schema import SchemaWriter
 from moenas.sections import Protocol, Recipe, Search
 
-KEYS = ("name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search")
+KEYS = (
+    "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
+)  # fmt: skip
 RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 MAX_NAME = 200

@@ -27,10 +27,8 @@ from moenas.parts.selection import Selection
 from moenas.records import Evaluation, FrontPoint, Job, ObjectiveInfo, Plain, StudyRecord, View
 from moenas.sections import Protocol, Recipe
 
-TRIES = 1000
-"""Random architectures drawn before the fields of a part are called impossible to meet."""
-REDRAWS = 50
-"""Random fields drawn for one component before its architecture is given up."""
+TRIES = 200
+"""Random fields drawn for a component before they are called impossible to meet."""
 BATCH, TOKENS = 2, 12
 """Size of the batches that parts are tried on."""
 
@@ -62,16 +60,17 @@ def random_architecture(
 
 def _draw(family: type[Component], rng: random.Random, kind: type[Component] | None) -> Plain:
     """Draw fields of a family that go together, as plain data; no other kind looks ahead."""
-    found: Plain = {}
-    for _ in range(REDRAWS):
+    reason = "it looks at later tokens"
+    for _ in range(TRIES):
         found = _draw_once(family, rng, kind)
         try:
             component = grammar.parse(family, found)
-        except SpaceError:
+        except SpaceError as error:
+            reason = str(error)
             continue
         if getattr(component, "causal", True) or not getattr(kind, "causal", True):
-            break
-    return found
+            return found
+    raise InputError(f"{kind or family}: no random fields are valid; the last: {reason}")
 
 
 def _draw_once(family: type[Component], rng: random.Random, kind: type[Component] | None) -> Plain:

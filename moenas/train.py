@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from moenas.architecture import Architecture, Model
 from moenas.data import Corpus
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
+from moenas.memory import keep_freed_memory
 from moenas.records import Plain
 from moenas.routing import Meter, Reading, Watch
 from moenas.sections import Recipe
@@ -73,9 +74,11 @@ class Validation:
 def compute_dtype(recipe: Recipe, device: torch.device | str) -> torch.dtype:
     """Return the type that a run computes in; weights and optimizer stay float32.
 
-    `auto` takes bfloat16 on a GPU that multiplies in it (compute capability 8.0) and float32 on a
-    CPU: there the kernels of bfloat16 are compiled for each number of rows, and experts get
-    another number in every step (d_model 64, 8 experts, AMX: 4700 tokens a second, not 17100).
+    `auto` takes bfloat16 on a GPU that multiplies in it (compute capability 8.0) and float32 on
+    every CPU. One without instructions for bfloat16 emulates it, at a tenth of the speed (AVX2).
+    On one with them (AMX) a mixture of d_model 64 and 8 experts learned from 4700 tokens a second
+    instead of 17100, as oneDNN compiled a kernel for each number of rows; rows are rounded since
+    then (`dispatch.row_multiple`), and whether bfloat16 is faster there now was not measured.
     It never depends on the candidate or on a timing, so that all candidates agree.
     """
     if recipe.dtype != "auto":
@@ -130,6 +133,7 @@ def train(
         TimeLimitError: once the deadline has passed.
     """
     assert recipe.lr is not None
+    keep_freed_memory()
     device = next(model.parameters()).device
     dtype = compute_dtype(recipe, device)
     optimizer = AdamW(model, recipe)
@@ -172,8 +176,8 @@ def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int)
     if collapsed is not None:
         layer, share = collapsed
         raise CollapsedError(
-            f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, over"
-            f" train.max_dead: {watch.max_dead:g}"
+            f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, more"
+            f" than train.max_dead: {watch.max_dead:g}"
         )
 
 

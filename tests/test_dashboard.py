@@ -22,7 +22,7 @@ from optuna_dashboard import _app, _serializer
 from PIL import Image
 from shelf import add, shelve, study_of
 
-from moenas import dashboard
+from moenas import dashboard, figures
 from moenas.errors import InputError, NotFoundError
 from moenas.refs import parse_yaml
 from moenas.store import Store
@@ -217,7 +217,7 @@ def test_a_note_that_was_there_before_stays(store):
 
 def test_the_figures_reach_the_page_in_the_order_of_reading(published):
     objects = detail(dashboard.application(published))["plotly_graph_objects"]
-    assert [o["id"] for o in objects] == ["front", "hypervolume", "curves", "load"]
+    assert [o["id"] for o in objects] == list(figures.ORDER)
     for found in objects:
         plain = json.loads(found["graph_object"])
         assert plain["data"]
@@ -233,7 +233,7 @@ def test_an_empty_study_is_published_too(tmp_path):
     store = shelve(tmp_path, views.view(0, n_failed=0))
     dashboard.publish(store, "made_up")
     assert "**On the front: 0** of 0 complete" in study_note(store)
-    assert len(detail(dashboard.application(store))["plotly_graph_objects"]) == 4
+    assert len(detail(dashboard.application(store))["plotly_graph_objects"]) == len(figures.ORDER)
 
 
 # --- what is mended ----------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_a_server_publishes_and_answers_at_its_url(server):
     with urllib.request.urlopen(server.url + "api/studies/1?after=0") as answer:
         found = json.load(answer)
     assert found["name"] == "made_up"
-    assert len(found["plotly_graph_objects"]) == 4
+    assert len(found["plotly_graph_objects"]) == len(figures.ORDER)
     assert found["objective_names"] == ["val_loss", "decode_ms", "flops_per_token"]
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": "evil.example"}))
@@ -487,15 +487,15 @@ def test_a_browser_shows_the_study_its_notes_and_figures_in_light_and_dark(
         for dark in (False, True):
             page.open(study, dark=dark)
             page.wait(
-                "document.querySelectorAll('[id^=\"user-defined-plot\"] .main-svg').length >= 4"
+                "document.querySelectorAll('[id^=\"user-defined-plot\"] .main-svg').length >= 6"
             )
-            page.wait_for("Expert load by layer")
+            page.wait_for("Domains by expert")
             text = page.text()
             for words in ("made_up", "val_loss", "decode_ms", "flops_per_token", "Hypervolume"):
                 assert words in text
             assert "val_loss (nats/token)" in text
             background = (30, 30, 30) if dark else (255, 255, 255)
-            for name in ("front", "hypervolume", "curves", "load"):
+            for name in figures.ORDER:
                 found = colours(page.picture(f'[id="user-defined-plot:{name}"]'))
                 assert 0.3 < found.pop(background) < 0.99, (name, dark)
                 assert len(found) > 50, (name, dark)

@@ -17,7 +17,7 @@ from moenas import figures
 from moenas.records import Evaluation
 from moenas.refs import load_module, shipped
 
-NAMES = {"front", "hypervolume", "curves", "load"}
+NAMES = {"front", "hypervolume", "curves", "load", "routing", "domains"}
 MAX_BYTES = 200_000
 """The dashboard sends every figure whole at every poll."""
 
@@ -59,6 +59,28 @@ STRANGE = {
     "nothing moves": replace(
         views.view(6),
         history=[replace(p, hypervolume=0.0) for p in views.view(6).history],
+    ),
+    "routing of an older version": replace(
+        views.view(6),
+        evaluations=[
+            replace(
+                e,
+                routing=[{"layer": r["layer"], "load": r["load"]} for r in e.routing],
+                curve=[{k: v for k, v in row.items() if k != "routing"} for row in e.curve],
+            )
+            for e in views.view(6).evaluations
+        ],
+    ),
+    "no load at all": replace(
+        views.view(6),
+        evaluations=[
+            replace(
+                e,
+                routing=[{"layer": 0, "load": [0.0, 0.0], "domains": {}}],
+                curve=[{"tokens": 9, "routing": [{"layer": 0, "load": [0.0, 0.0]}]}],
+            )
+            for e in views.view(6).evaluations
+        ],
     ),
     "no architectures": replace(views.view(6), architectures={}),
     "a guest's architecture": replace(
@@ -129,6 +151,14 @@ def test_a_hover_on_the_front_has_the_trial_the_units_and_the_architecture():
         assert "nats/token" in text
         assert "ms/token" in text
         assert "attention 3q/1kv" in text
+
+
+def test_a_hover_says_that_a_model_may_look_ahead():
+    view = views.view(20, 2)
+    marked = [replace(e, metrics=e.metrics | {"causal": 0.0}) for e in view.evaluations[:1]]
+    marked += [replace(e, metrics=e.metrics | {"causal": 1.0}) for e in view.evaluations[1:]]
+    hovers = [figures.hover(view, e) for e in marked if e.status == "complete"]
+    assert ["NOT CAUSAL" in hover for hover in hovers] == [True] + [False] * 19
 
 
 def test_the_entropy_of_the_corpus_is_a_dashed_line_across_the_loss_alone():
@@ -274,6 +304,83 @@ def test_each_member_with_experts_has_a_map_under_its_number():
     assert "no MoE" in drawn("load", without_moe(view)).layout.annotations[0].text
 
 
+# --- routing over training, domains --------------------------------------------------------------
+
+
+def test_the_load_over_training_is_by_layer_and_expert_with_a_gap_between_layers():
+    view = views.view(1, 2, n_failed=0)
+    curve = [
+        {"tokens": 100, "routing": [{"layer": 2, "load": [3, 1]}, {"layer": 0, "load": [1, 1, 1]}]},
+        {"tokens": 150, "train_loss": 3.0},
+        {"tokens": 200, "routing": [{"layer": 2, "load": [0, 4]}, {"layer": 0, "load": [2, 1, 0]}]},
+    ]
+    one = replace(view, evaluations=[replace(view.evaluations[0], curve=curve)])
+    figure = drawn("routing", one)
+    (heat,) = figure.data
+    assert list(heat.x) == [100, 200]
+    levels = [[0, 1], [0, 0], [0, -2], [None, None], [0.585, -2], [-1, 1]]
+    assert [list(line) for line in heat.z] == levels
+    experts = ["layer 0, expert 0", "layer 0, expert 1", "layer 0, expert 2"]
+    assert list(heat.y) == [*experts, " ", "layer 2, expert 0", "layer 2, expert 1"]
+    assert list(figure.layout.yaxis.tickvals) == [experts[1], "layer 2, expert 0"]
+    assert list(figure.layout.yaxis.ticktext) == ["0", "2"]
+
+
+@pytest.mark.parametrize("name", ["routing", "domains", "load"])
+def test_maps_of_many_experts_stay_small(name):
+    view = views.view(12, 2, n_failed=0)
+    layers = [{"layer": i, "load": [1.37 ** (j % 7) for j in range(256)]} for i in range(6)]
+    shares = {f"a package {i}": [1 / 256] * 256 for i in range(9)}
+    changes = {
+        "curve": [{"tokens": 10 * (i + 1), "routing": layers} for i in range(40)],
+        "routing": [row | {"domains": shares} for row in layers],
+    }
+    many = replace(view, evaluations=[replace(e, **changes) for e in view.evaluations])
+    assert len(drawn(name, many).to_json()) < MAX_BYTES
+
+
+def test_domains_are_one_where_they_go_to_all_experts_alike():
+    view = views.view(1, 2, n_failed=0)
+    rows = [
+        {"layer": 3, "load": [1], "domains": {"b": [0.25, 0.75], "a": [0.5, 0.5]}},
+        {"layer": 1, "load": [1], "domains": {"a": [0.0, 1.0, 0.0]}},
+        {"layer": 0, "load": [1]},
+    ]
+    one = replace(view, evaluations=[replace(view.evaluations[0], routing=rows)])
+    figure = drawn("domains", one)
+    (heat,) = figure.data
+    assert list(heat.y) == ["a", "b"]
+    assert [list(line) for line in heat.z] == [
+        [-2, 1.585, -2, None, 0, 0],
+        [None, None, None, None, -1, 0.585],
+    ]
+    assert heat.text[1][4] == "0.50"
+    assert list(heat.x)[2:5] == ["layer 1, expert 2", " ", "layer 3, expert 0"]
+    assert list(figure.layout.xaxis.tickvals) == ["layer 1, expert 1", "layer 3, expert 0"]
+    assert list(figure.layout.xaxis.ticktext) == ["1", "3"]
+
+
+def test_domains_of_many_experts_show_the_first_layers():
+    view = views.view(1, 2, n_failed=0)
+    rows = [{"layer": i, "load": [1], "domains": {"a": [1 / 60] * 60}} for i in range(9)]
+    one = replace(view, evaluations=[replace(view.evaluations[0], routing=rows)])
+    assert list(drawn("domains", one).layout.xaxis.ticktext) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["routing", "domains"])
+def test_each_shown_member_with_experts_has_a_map(name):
+    view = views.view(20, 2)
+    module = load_module(shipped("dashboards") / f"{name}.py")
+    titles = [note.text for note in module.figure(view).layout.annotations]
+    found = {e.trial: e for e in view.evaluations}
+    routed_ = [t for t in view.front if found[t].routing]
+    assert titles == [f"trial {t}" for t in figures.thin(routed_, module.SHOWN)]
+    none = replace(
+        without_moe(view), evaluations=[replace(e, routing=[], curve=[]) for e in view.evaluations]
+    )
+    assert "no MoE layer" in drawn(name, none).layout.annotations[0].text
+
+
 # --- what the figures share --------------------------------------------------------------------
 
 
@@ -299,7 +406,8 @@ def test_a_figure_here_shadows_the_shipped_one_and_more_can_be_added(tmp_path, m
     (folder / "another.py").write_text(source + "blank('other', 'hello')\n")
     monkeypatch.chdir(tmp_path)
     made = figures.figures(views.view(3))
-    assert list(made) == ["front", "hypervolume", "curves", "load", "another"]
+    shipped_ = ["front", "hypervolume", "curves", "load", "routing", "domains"]
+    assert list(made) == [*shipped_, "another"]
     assert made["front"].layout.title.text == "mine"
 
 

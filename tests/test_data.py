@@ -264,12 +264,12 @@ def brute_entropy(splits: list[list[int]]) -> tuple[float, float]:
 )
 def test_entropies_are_those_of_their_definition(a: Any, b: Any, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "CHUNK", chunk)
-        counts = data._Counts(7)
-        counts.add(a)
-        counts.add(b)
+        patch.setattr(counts, "CHUNK", chunk)
+        found = counts.Counts(7)
+        found.add(a)
+        found.add(b)
     wanted = brute_entropy([a.tolist(), b.tolist()])
-    assert counts.entropy() == pytest.approx(wanted, abs=1e-9)
+    assert found.entropy() == pytest.approx(wanted, abs=1e-9)
 
 
 def test_large_vocabularies_have_no_order_1_entropy_and_say_so(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_tokens_are_read_whole_once_and_again_when_changed(
     found = section(f"{{tokens: {path}, vocab_size: 9}}")
     first = load(found)
     with monkeypatch.context() as patch:
-        patch.setattr(data._Counts, "add", lambda *args, **kwargs: pytest.fail("read again"))
+        patch.setattr(data.Counts, "add", lambda *args, **kwargs: pytest.fail("read again"))
         assert load(found).sha256 == first.sha256
     write_tokens(path, [3, 2, 1] * 30)
     assert load(found).sha256 != first.sha256

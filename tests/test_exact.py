@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from counter import count_on_meta
 from points import Noted, changed, difference, point, respelled, stir, tokens_of, trail, wide
 
@@ -23,8 +24,9 @@ from moenas.errors import SpaceError
 from moenas.flops import count_flops
 from moenas.grammar import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.parts import FFN, KVCache, Mixer, MoE, MoEFFN, Router, StateCache
+from moenas.parts.scores import Relu
 from moenas.records import Plain
-from moenas.testing import random_architecture
+from moenas.testing import _nothing_uninitialised, random_architecture
 
 SHARDS = 100
 PER_SHARD = 50
@@ -51,7 +53,7 @@ def check_cost(architecture: Architecture, length: int) -> None:
     assert 2 * counted.macs == foreseen
     if no_row_is_idle(architecture, length):
         assert 0 <= cost.flops_per_token * length - foreseen < length * len(architecture.layers)
-    check_cache(architecture, model, length)
+    check_cache(architecture, model)
 
 
 def no_row_is_idle(architecture: Architecture, length: int) -> bool:
@@ -66,10 +68,10 @@ def no_row_is_idle(architecture: Architecture, length: int) -> bool:
 
 
 @torch.no_grad()
-def check_cache(architecture: Architecture, model: Model, length: int) -> None:
+def check_cache(architecture: Architecture, model: Model) -> None:
     """Keys and values grow by what the cost says, and states do not grow."""
     states = []
-    for tokens in (length, 2 * length):
+    for tokens in (SHORT, 2 * SHORT):
         cache = model.new_cache(1, tokens)
         model(torch.zeros(1, tokens, dtype=torch.int64), cache, dtype=torch.bfloat16)
         held = [c for c in cache if isinstance(c, KVCache)]
@@ -105,8 +107,9 @@ def check_gradients(architecture: Architecture, length: int) -> None:
 def unreached(architecture: Architecture, model: Model) -> set[str]:
     """Return the parameters whose gradient may be 0 in a batch.
 
-    Time steps below their floor; what only a zero expert reads that no token went to; and a router
-    whose scores do not depend on its logits: of one expert, they are always 1.
+    Time steps below their floor; what only a zero expert reads that no token went to; experts whose
+    weights are all 0, as those of a relu can be; and a router whose scores do not depend on its
+    logits: of one expert, they are always 1.
     """
     found = set[str]()
     for i, layer in enumerate(architecture.layers):
@@ -116,9 +119,10 @@ def unreached(architecture: Architecture, model: Model) -> set[str]:
         if not isinstance(module, MoE):
             continue
         load = module.routing.load
-        if not load[module.experts.n_experts :].any():
+        relu = isinstance(module.router.score, Relu)
+        if relu or not load[module.experts.n_experts :].any():
             found |= {f"{name}.zero.mix", f"{name}.zero.vector"}
-        if not load[: module.experts.n_experts].any():
+        if relu or not load[: module.experts.n_experts].any():
             found |= {f"{name}.experts.{n}" for n, _ in module.experts.named_parameters()}
         if len(load) == 1 or not load.any():
             found |= {f"{name}.router.{n}" for n, _ in module.router.named_parameters()}
@@ -173,6 +177,7 @@ MAY_HIDE = {
     "selection": "all experts are below their cut-offs, or none",
     "zero_kind": "no token goes to such an expert",
     "dt_floor": "no time step is that short",
+    "slower_by_depth": "the first layer keeps its exponents",
 }
 """Fields whose change may show in no output on two short batches, and why."""
 
@@ -201,7 +206,8 @@ def check_point(number: int, plain: Plain, noted: Noted) -> None:
     architecture = Architecture.parse(plain)
     length = LENGTHS[number % 3]
     check_cost(architecture, length)
-    check_gradients(architecture, length)
+    with _nothing_uninitialised():
+        check_gradients(architecture, length)
     check_spellings(plain, number)
     check_neighbour(architecture, noted, number)
 
@@ -220,6 +226,19 @@ def check_points(first: int, wanted: int) -> None:
                 failures.append(f"point {number}: {place.name}: {place.line}: {error}")
         number += 1
     assert not failures, "\n".join(failures)
+
+
+class Convolved(torch.nn.Module):
+    """A product that stands in no list of the oracle."""
+
+    def forward(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Map (B, S) to (B, 1, S - 2)."""
+        return F.conv1d(tokens.to(dtype).unsqueeze(1), torch.ones(1, 1, 3, device="meta").to(dtype))
+
+
+def test_the_oracle_counts_nothing_in_silence() -> None:
+    with pytest.raises(AssertionError, match=r"operators in no list .*: convolution"):
+        count_on_meta(Convolved(), 1, 8)
 
 
 # --- points of the wide space ----------------------------------------------------------------------

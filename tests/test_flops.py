@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +151,47 @@ def test_an_operator_without_a_rule_is_named() -> None:
         count_flops(Unknown(), torch.ones(1, 8, dtype=torch.int64))
     assert "aten::_convolution, aten::erfinv" in str(error.value)
     assert "moenas/flops.py" in str(error.value)
+
+
+class Square(torch.autograd.Function):
+    """A product that a trace does not look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x @ x.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def hidden(x: Tensor) -> Tensor:
+    product: Tensor = Square.apply(x)
+    return product
+
+
+def in_place(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), 8).addmm_(x, torch.ones(8, 8))
+
+
+class Calls(nn.Module):
+    """Calls a function on (S, 8) rows."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (1, S) to what the function makes of it."""
+        return self.function(x.float().view(-1, 1).expand(-1, 8))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [(hidden, "prim::PythonOp.Square"), (in_place, "aten::addmm_")]
+)
+def test_no_product_hides_from_the_count(function: Callable[[Tensor], Tensor], name: str) -> None:
+    with pytest.raises(CandidateError, match=f"no rule for {name};"):
+        count_flops(Calls(function), torch.ones(1, 5, dtype=torch.int64))
 
 
 def test_no_operator_has_two_rules() -> None:

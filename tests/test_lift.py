@@ -175,6 +175,19 @@ def test_arguments_that_have_no_text_are_refused(tmp_path: Path, value: object) 
         lift.record(lambda: guest.Feed(8, value))
 
 
+def test_an_inherited_constructor_is_recorded_as_its_own(tmp_path: Path) -> None:
+    text = GUEST + "\n\nclass Louder(Feed):\n    pass\n\n\nclass Loudest(Louder):\n    pass\n"
+    guest = load(tmp_path, text)
+
+    def make() -> Any:
+        blocks = [kind(8, "relu") for kind in (guest.Feed, guest.Loudest, guest.Louder)]
+        return guest.Net(8, blocks, guest.Norm(8))
+
+    expression, _ = lift.record(make)
+    calls = ", ".join(f'{kind}(width=8, act="relu")' for kind in ("Feed", "Loudest", "Louder"))
+    assert f"blocks=[{calls}]" in expression.flat()
+
+
 def test_constructors_are_restored(tmp_path: Path) -> None:
     guest = load(tmp_path)
     before = guest.Feed.__init__, guest.Other.__dict__.get("__init__")

@@ -327,6 +327,104 @@ def test_timed_text_comes_from_the_validation_split(size: int) -> None:
     assert tokens.tolist() == expected
 
 
+# --- causality ---------------------------------------------------------------------------------
+
+
+def later_tokens(module: Any, given: Any, y: torch.Tensor) -> torch.Tensor:
+    return y + y.mean(dim=1, keepdim=True)
+
+
+def leak_when(
+    monkeypatch: pytest.MonkeyPatch, condition: Callable[[Any], bool], place: str = "blocks.0.ffn"
+) -> None:
+    """Give every model a part that looks at later tokens under a condition on it."""
+    build = Architecture.build
+
+    def leaky(*args: Any, **kwargs: Any) -> Any:
+        model = build(*args, **kwargs)
+        hook = lambda m, given, y: later_tokens(m, given, y) if condition(m) else y  # noqa: E731
+        model.get_submodule(place).register_forward_hook(hook)
+        return model
+
+    monkeypatch.setattr(Architecture, "build", leaky)
+
+
+def test_a_leak_costs_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    leak_when(monkeypatch, lambda part: True)
+    found, weights = evaluate(make_job("val_loss", "total_params"))
+    reason = failure(found)
+    assert reason["kind"] == "acausal"
+    assert reason["message"].startswith(
+        "with its first weights, in training, layer 0 (blocks.0.ffn) looks ahead"
+    )
+    assert weights is None
+    assert found.curve == []
+    assert "train" not in found.seconds
+    assert set(found.values) == {"total_params"}
+
+
+def test_a_leak_that_comes_with_training_is_found_before_the_loss(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Architecture.parse(PLAIN).build(seed=0).blocks[0].ffn.up.weight.clone()
+    leak_when(monkeypatch, lambda p: not p.training and not torch.equal(p.up.weight, start))
+    found, _ = evaluate(make_job("val_loss"))
+    assert failure(found)["kind"] == "acausal"
+    assert failure(found)["message"].startswith("trained, in evaluation, layer 0 (blocks.0.ffn)")
+    assert len(found.curve) == 8
+    assert "val_loss" not in found.values
+    assert "val_loss" not in found.metrics
+    assert "val_loss" not in found.curve[-1]
+
+
+def test_the_gate_changes_no_bit(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = {"selection": "noisy_top_k", "jitter": 0.1, "capacity_factor": 1.0}
+    blocks = [{"mixer": MIXER, "ffn": MOE | {"router": routed}}]
+    plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
+    first, weights = evaluate(make_job("val_loss", architecture=plain))
+    monkeypatch.setattr("moenas.measure.find_leaks", lambda model, text: [])
+    again, same = evaluate(make_job("val_loss", architecture=plain))
+    assert first.failure is None
+    assert first.values == again.values
+    assert [r["train_loss"] for r in first.curve] == [r["train_loss"] for r in again.curve]
+    assert first.routing == again.routing
+    assert weights is not None
+    assert same is not None
+    others = safetensors.torch.load(same)
+    assert all(torch.equal(w, others[n]) for n, w in safetensors.torch.load(weights).items())
+
+
+@pytest.mark.parametrize(
+    ("selection", "modes"),
+    [("expert_choice", ["training", "evaluation"]), ("sinkhorn", ["training"])],
+)
+def test_a_loss_with_leave_to_look_ahead_is_marked(
+    make_job: MakeJob, selection: str, modes: list[str]
+) -> None:
+    router = {"selection": selection, "allow_acausal": True}
+    blocks = [{"mixer": MIXER, "ffn": MOE | {"router": router}}]
+    plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
+    found, _ = evaluate(make_job("val_loss", architecture=plain))
+    assert found.failure is None
+    assert found.metrics["causal"] == 0
+    assert found.measurements["val_loss"]["acausal"] == modes
+    causal, _ = evaluate(make_job("val_loss"))
+    assert causal.metrics["causal"] == 1
+    assert "acausal" not in causal.measurements["val_loss"]
+
+
+def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) -> None:
+    router = {"top_k": 1, "balance": "none"}
+    blocks = [{"mixer": MIXER, "ffn": MOE | {"router": router}}]
+    plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
+    recipe = replace(RECIPE, tokens=80 * 64, lr=0.5, max_dead=0.0, grad_clip=0.0)
+    found, weights = evaluate(make_job("val_loss", architecture=plain, train=recipe.plain()))
+    assert failure(found)["kind"] == "collapsed"
+    assert "% of the experts of layer 0 were dead at step" in failure(found)["message"]
+    assert found.curve[-1]["routing"][0]["layer"] == 0
+    assert weights is None
+
+
 @pytest.mark.gpu
 def test_a_job_runs_on_a_gpu(make_job: MakeJob) -> None:
     names = ("decode_ms", "prefill_ms", "peak_memory", "flops_per_token", "val_loss")

@@ -31,7 +31,7 @@ FLOORS = """
     parts.assignment
     parts.mixers parts.gating parts.ffn
     parts.attention parts.ssm
-    parts.latent parts.linear
+    parts.latent parts.lightning parts.linear
     parts.kda
     parts.balance parts.product_key
     parts.routers
@@ -41,8 +41,8 @@ FLOORS = """
     architecture
     data
     space
-    routing causality
-    train latency flops memory lift
+    routing causality memory
+    train latency flops lift
     measure
     pool samplers
     driver

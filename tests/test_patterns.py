@@ -61,6 +61,7 @@ def test_every_kind_counts_what_fvcore_counts(context: int) -> None:
         {"kind": "gated_delta", "n_heads": 2, "n_key_heads": 1, "key_dim": 8, "value_dim": 16},
         {"kind": "short_conv"},
         {"kind": "kimi_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16, "rank": 4},
+        {"kind": "lightning_attention", "n_heads": 3, "head_dim": 8},
     ]
     architecture = parse(*({"mixer": mixer} for mixer in mixers))
     counted = count_flops(architecture.build(), torch.zeros(1, context, dtype=torch.int64))
@@ -77,6 +78,7 @@ def test_one_model_of_all_kinds_is_timed_and_exported(tmp_path: Path) -> None:
         {"kind": "gated_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16},
         {"kind": "short_conv"},
         {"kind": "kimi_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16, "decay_limit": 5.0},
+        {"kind": "lightning_attention", "n_heads": 3, "head_dim": 8, "slower_by_depth": True},
     ]
     moe = {"kind": "moe", "n_experts": 4, "d_expert": 8}
     architecture = parse({"ffn": moe}, *({"mixer": mixer, "ffn": moe} for mixer in mixers))

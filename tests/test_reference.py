@@ -41,12 +41,13 @@ def test_every_corpus_is_described() -> None:
 
 def test_every_name_of_a_requirement_is_listed(text: str) -> None:
     section = text.partition("\n## `require`")[2].partition("\n## ")[0]
-    assert all(f"`{name}`" in section for name in space.known_names())
+    assert all(f"`{name}`" in section for name in space.known_names() if "." not in name)
 
 
 def test_every_preset_is_spelled_out(text: str) -> None:
     for name, values in Router.presets.items():
-        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        table = text.partition("| preset | fields |")[2]
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(f"`{key}: " in row for key in values)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import jsonschema
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from moenas import draws, refs
 from moenas.architecture import Architecture
 from moenas.errors import InputError, NotFoundError, SpaceError
-from moenas.space import Space, digest, file_schema
+from moenas.require import TRAINED
+from moenas.space import Space, digest, file_schema, known_names
 
 SMALL = """\
 architecture:
@@ -71,6 +74,46 @@ def test_violations_are_over_zero_just_where_the_requirement_is_broken() -> None
         assert (violations["top_k <= n_experts"] > 0) is broken
         seen.add(ffn["kind"])
     assert seen == {"dense", "moe"}
+
+
+def test_requirements_of_the_trained_model_wait_for_its_routing() -> None:
+    limits = ["max_vio < 1", "dead_experts + 1 <= n_experts / 2", "dropped_share < 0.1"]
+    space = parse(
+        SMALL.replace("[top_k <= n_experts]", f"[top_k <= n_experts, {', '.join(limits)}]")
+    )
+    plain = json.loads(json.dumps(next(_drawn(space, "moe")).plain()))
+    plain["blocks"] = [{**plain["blocks"][0], "repeat": 2}]
+    moe = Architecture.parse(plain)
+    experts = next(iter(moe.layers)).ffn.n_experts  # type: ignore[union-attr]
+    assert list(space.violations(moe)) == ["top_k <= n_experts"]
+    even = {"max_vio": 0.2, "dead": 0, "dropped": 0.0}
+    rows = [{"layer": 0, **even}, {"layer": 1, **even, "max_vio": 3.0, "dead": experts}]
+    assert {t for t, v in space.trained_violations(moe, rows).items() if v > 0} == set(limits[:2])
+    assert set(space.trained_violations(moe, rows)) == set(limits)
+    assert max(space.trained_violations(moe, rows[:1]).values()) <= 0
+    assert space.trained_violations(moe, rows)["max_vio < 1"] == pytest.approx(2 / 3)
+    dense = next(_drawn(space, "dense"))
+    assert set(space.trained_violations(dense, []).values()) == {0.0}
+
+
+def _drawn(space: Space, kind: str) -> Iterator[Architecture]:
+    for seed in range(100):
+        plain = space.draw(draws.RandomSuggest(seed))
+        if plain["blocks"][0]["ffn"]["kind"] == kind:
+            with suppress(SpaceError):
+                yield space.architecture(plain)
+
+
+def test_names_of_the_routing_are_no_fields() -> None:
+    assert not known_names() & set(TRAINED)
+
+
+def test_a_requirement_of_the_trained_model_needs_an_objective_that_trains() -> None:
+    text = SMALL.replace("[top_k <= n_experts]", "[max_vio < 1]")
+    assert parse(text).requirements[0].trained
+    untrained = text.replace("[val_loss, flops_per_token]", "[flops_per_token]")
+    with pytest.raises(SpaceError, match=r"space.yaml:14:11: require: 'max_vio < 1' .* val_loss"):
+        parse(untrained)
 
 
 def test_a_drawn_architecture_printed_as_yaml_is_a_space_of_one_point() -> None:

@@ -20,6 +20,7 @@ import pytest
 from optuna.trial import TrialState
 
 from moenas import driver, heartbeat, measure, samplers, study
+from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,
     MoenasError,
@@ -239,6 +240,122 @@ def test_a_study_without_a_feasible_draw_says_so(
     with pytest.raises(NoCandidateError, match=f"4 draws in a row .* '{limit}'; loosen"):
         run(narrow, trials=100, workers="inline")
     assert jobs == []
+
+
+ROUTED = """
+architecture:
+  vocab_size: 256
+  d_model: {choice: [16, 24, 32]}
+  blocks:
+    - {mixer: {kind: attention, head_dim: 8}, ffn: {kind: dense, d_ff: 16}}
+    - repeat: {choice: [1, 2]}
+      mixer: {kind: attention, head_dim: 8}
+      ffn: {kind: moe, n_experts: {choice: [2, 4]}, d_expert: 16, router: {top_k: 1}}
+"""
+
+
+def routed(job: Job) -> tuple[Evaluation, bytes | None]:
+    """Wide models have the best loss, and a router in their last layer that prefers one expert."""
+    found, weights = fake(job)
+    layers = sum(group["repeat"] for group in job.architecture["blocks"])
+    vio = {16: 0.1, 24: 0.5, 32: 0.9}[job.architecture["d_model"]]
+    rows = [{"layer": i, "load": [0.5, 0.5], "max_vio": 0.0, "dead": 0} for i in range(1, layers)]
+    rows[-1] |= {"max_vio": vio}
+    return dataclasses.replace(found, routing=rows), weights
+
+
+def assert_routed(found: Study, limit: str, bound: float) -> None:
+    """Just the evaluations over the bound are infeasible, with their values; none is on the front."""
+    told = {t.number: t for t in found.optuna.get_trials()}
+    for row in found.view.evaluations:
+        broken = row.routing[-1]["max_vio"] >= bound
+        assert row.status == ("infeasible" if broken else "complete")
+        assert set(row.values) == {"val_loss", "flops_per_token"}
+        assert (row.weights_sha256 is None) is broken
+        assert list(row.violations) == ([limit] if broken else [])
+        trial = told[row.trial]
+        assert trial.state == TrialState.COMPLETE, "a sampler learns from the values"
+        assert trial.values == [row.values["val_loss"], row.values["flops_per_token"]]
+        assert set(trial.constraints) == {limit, driver.VALID}
+        assert (trial.constraints[limit] > 0) is broken
+        if broken:
+            assert row.violations[limit] == trial.constraints[limit]
+    on_front = {member.trial for member in found.front()}
+    rejected = {e.trial for e in found.view.evaluations if e.status == "infeasible"}
+    assert rejected, "the limit is meant to bite"
+    assert on_front
+    assert not on_front & rejected
+    assert not {t.number for t in found.optuna.best_trials} & rejected
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
+def test_a_requirement_of_the_trained_model_is_decided_after_training(
+    monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    seen: list[Job] = []
+
+    def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
+        seen.append(job)
+        return routed(job)
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    limit = "max_vio < 0.6"
+    sampled = SETTINGS.replace("seed: 3", f"seed: 3, sampler: {sampler}")
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", sampled)
+    wanted = space(ROUTED, more=f"require: [{limit}]")
+    found = run(wanted, trials=12, workers="inline")
+    assert_routed(found, limit, 0.6)
+    fingerprints = [Architecture.parse(job.architecture).fingerprint for job in seen]
+    assert len(set(fingerprints)) == len(fingerprints), "no infeasible model is trained twice"
+    again = run(wanted, trials=16, workers="inline")
+    assert_routed(again, limit, 0.6)
+    assert len({Architecture.parse(job.architecture).fingerprint for job in seen}) == len(seen)
+
+
+def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "evaluate", routed)
+    wanted = space(ROUTED, more="require: [max_vio < 0.4]")
+    with monkeypatch.context() as patch:
+        patch.setattr(samplers.Asker, "tell", stopping_at("infeasible"))
+        with pytest.raises(Interrupted):
+            run(wanted, trials=8, workers="inline")
+    stored = Study(Store.open(), "s").view.evaluations
+    assert stored[-1].status == "infeasible"
+    assert Study(Store.open(), "s").optuna.get_trials()[-1].state == TrialState.RUNNING
+    found = run(wanted, trials=8, workers="inline")
+    assert_routed(found, "max_vio < 0.4", 0.4)
+    assert [e.values for e in found.view.evaluations][: len(stored)] == [e.values for e in stored]
+
+
+def stopping_at(status: str) -> Callable[..., None]:
+    """A `tell` that is interrupted at the first evaluation of a status: our rows are written."""
+    tell = samplers.Asker.tell
+
+    def stopping(self: samplers.Asker, trial: Any, found: Evaluation) -> None:
+        if found.status == status:
+            raise KeyboardInterrupt
+        tell(self, trial, found)
+
+    return stopping
+
+
+def test_failures_without_values_carry_no_constraint_of_the_trained_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def script(job: Job) -> Evaluation | Failure:
+        if job.architecture["d_model"] == 16:
+            return Failure("acausal", "looks ahead")
+        return routed(job)[0]
+
+    scripted(monkeypatch, script)
+    found = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=10, workers=2)
+    failed = [e for e in found.view.evaluations if e.status == "failed"]
+    assert failed
+    for row in failed:
+        assert set(found.optuna.get_trials()[row.trial].constraints) == {driver.VALID}
+    copies = [e for e in failed if "copied_from" in e.metrics]
+    models = {e.fingerprint for e in failed}
+    assert len(failed) - len(copies) == len(models), "what looks ahead does so again"
 
 
 # --- one model is trained once -----------------------------------------------------------------

@@ -20,7 +20,8 @@ import torch
 
 from moenas.architecture import Architecture, Model
 from moenas.data import Corpus
-from moenas.errors import DivergedError, TimeLimitError
+from moenas.domains import Domains, table
+from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.records import Plain
 from moenas.sections import Recipe
 from moenas.train import (
@@ -202,7 +203,7 @@ def test_threads_are_set_for_the_run_and_put_back() -> None:
     before = torch.get_num_threads()
     model = architecture().build(seed=0)
     seen: list[int] = []
-    model.register_forward_hook(lambda *args: seen.append(torch.get_num_threads()))
+    model.blocks[0].register_forward_hook(lambda *args: seen.append(torch.get_num_threads()))
     list(train(model, corpus(), replace(RECIPE, threads=before + 1, tokens=64), 0))
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
@@ -272,7 +273,7 @@ def test_every_step_passes_the_gate() -> None:
 
     gate = Gate()
     model = architecture().build(seed=0)
-    model.register_forward_hook(lambda *args: seen.append(gate.inside))
+    model.blocks[0].register_forward_hook(lambda *args: seen.append(gate.inside))
     seen: list[bool] = []
     for _ in train(model, corpus(), RECIPE, 0, gate=gate):
         assert not gate.inside
@@ -382,3 +383,99 @@ def test_dropped_is_what_training_would_drop() -> None:
     assert row["dropped"] >= 0.5
     (free,) = validate(architecture(top_k=2).build(seed=0), corpus(), RECIPE).routing
     assert row["load"] == free["load"]
+
+
+# --- routing over training ---------------------------------------------------------------------
+
+
+def with_domains() -> Corpus:
+    """The corpus above in three domains, in turns of 100 tokens."""
+    turns = {"train": 50, "val": 10}
+    plain = table({split: [("abc"[i % 3], 100) for i in range(n)] for split, n in turns.items()})
+    assert plain is not None
+    return replace(corpus(), domains=Domains.parse(plain))
+
+
+def test_a_row_has_the_routing_since_the_row_before() -> None:
+    recipe = replace(RECIPE, tokens=100 * 64, warmup=0.0, decay=0.0)
+    model = architecture(top_k=2, capacity_factor=0.5).build(seed=0)
+    (layer, moe), *_ = model.moe_layers()
+    loads, dropped = [], []
+
+    def note(module: Any, given: Any, output: Any) -> None:
+        loads.append(moe.routing.load.tolist())
+        dropped.append(float(moe.routing.dropped))
+
+    model.blocks[1].register_forward_hook(note)
+    rows = list(train(model, with_domains(), recipe, 0))
+    ends = [row.tokens // 64 for row in rows]
+    for start, end, row in zip([0, *ends], ends, rows, strict=False):
+        (routing,) = row.routing
+        total = np.array(loads[start:end]).sum(axis=0)
+        assert routing["layer"] == layer == 1
+        assert routing["load"] == pytest.approx((total / total.sum()).tolist(), abs=1e-4)
+        assert routing["dropped"] == pytest.approx(np.mean(dropped[start:end]), abs=1e-4)
+        assert {"max_vio", "cv", "entropy", "dead", "logit_rms", "logit_max"} <= routing.keys()
+        assert ("domains" in routing) is (row is rows[-1])
+    shares = rows[-1].routing[0]["domains"]
+    assert set(shares) == {"a", "b", "c"}
+    assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares.values())
+    assert rows[0].plain()["routing"] == rows[0].routing
+
+
+def test_a_dense_model_has_no_routing() -> None:
+    dense = replace(architecture(), blocks=architecture().blocks[:1])
+    (row, *_) = train(dense.build(seed=0), with_domains(), RECIPE, 0)
+    assert "routing" not in row.plain()
+    assert validate(dense.build(seed=0), with_domains(), RECIPE).routing == []
+
+
+def test_domains_do_not_change_the_weights() -> None:
+    digests = set()
+    for found in (corpus(), with_domains()):
+        model = architecture().build(seed=0)
+        list(train(model, found, RECIPE, 0))
+        digests.add(digest(model))
+    assert len(digests) == 1
+
+
+def test_validation_says_where_each_domain_goes() -> None:
+    model, _ = trained()
+    (row,) = validate(model, with_domains(), RECIPE).routing
+    (_, moe), *_ = model.moe_layers()
+    counts = torch.zeros(3, 4)
+    model.eval()
+    sizes = (16, 1, 320)
+    both = zip(corpus().val_batches(*sizes), with_domains().val_domains(*sizes), strict=True)
+    for (tokens, _), where in both:
+        model(tokens)
+        assert where is not None
+        for domain, experts in zip(where.flatten(), moe.routing.choice.experts, strict=True):
+            counts[domain, experts] += 1
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    for name, share in zip(with_domains().domains.names, shares.tolist(), strict=True):  # type: ignore[union-attr]
+        assert row["domains"][name] == pytest.approx(share, abs=1e-4)
+
+
+def collapsing() -> Model:
+    """All tokens of layer 1 go to expert 2, whatever is learned."""
+    model = architecture(top_k=1, logit_bias=True, balance="none").build(seed=0)
+    (_, moe), *_ = model.moe_layers()
+    moe.router.logits.bias.data[2] = 50.0
+    return model
+
+
+def test_a_collapse_ends_the_run_with_layer_share_and_step() -> None:
+    recipe = replace(RECIPE, tokens=200 * 64, max_dead=0.7)
+    rows: list[Progress] = []
+    with pytest.raises(CollapsedError, match=r"75% of the experts of layer 1 were dead at step 39"):
+        rows.extend(train(collapsing(), corpus(), recipe, 0))
+    # 20 steps warm up, and a verdict is over 4 rows of 5 steps.
+    assert rows[-1].tokens == 40 * 64, "the row that shows it is given"
+    assert rows[-1].routing[0]["dead"] == 3
+
+
+@pytest.mark.parametrize("max_dead", [0.75, 1.0, None])
+def test_a_collapse_that_is_allowed_ends_nothing(max_dead: float | None) -> None:
+    recipe = replace(RECIPE, tokens=80 * 64, max_dead=max_dead)
+    assert len(list(train(collapsing(), corpus(), recipe, 0))) == 40

@@ -47,10 +47,13 @@ def architecture(rng: random.Random) -> Plain:
     }
 
 
+DOMAINS = ("modules", "asyncio", "a package of a long name", *"abcde", "other")
+
+
 def routing(layer: int, load: list[float]) -> Plain:
     """Return the routing of a layer; each domain prefers an expert of its own."""
     domains = {}
-    for i, name in enumerate(("modules", "asyncio", "a package of a long name", "other")):
+    for i, name in enumerate(DOMAINS):
         slots = [x + (2.0 if j == i else 0.0) for j, x in enumerate(load)]
         domains[name] = [x / sum(slots) for x in slots]
     return {"layer": layer, "load": load, "max_vio": 0.3, "domains": domains}

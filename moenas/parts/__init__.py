@@ -13,6 +13,7 @@ from moenas.parts.gating import Choice, Gating
 from moenas.parts.kda import KimiDelta, KimiDeltaMixer
 from moenas.parts.latent import LatentAttention, LatentAttentionMixer
 from moenas.parts.layers import Convolution, Linear
+from moenas.parts.lightning import LightningAttention, LightningAttentionMixer
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
 from moenas.parts.mixers import KVCache, Mixer, Rotary, StateCache
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
@@ -53,6 +54,8 @@ __all__ = [
     "LatentAttentionMixer",
     "LatentExperts",
     "LayerNorm",
+    "LightningAttention",
+    "LightningAttentionMixer",
     "Linear",
     "Mamba",
     "Mamba2",

@@ -257,7 +257,7 @@ class Block(nn.Module):
         norm2: nn.Module | None,
         ffn: nn.Module | None,
         join: Join,
-        shortcut: Shortcut | None = None,
+        shortcut: Any = None,  # Shortcut or None
     ) -> None:
         super().__init__()
         self.norm1 = norm1

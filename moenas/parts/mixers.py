@@ -16,7 +16,10 @@ from moenas.component import Part
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer(Part):
-    """The family of mixers: modules (B, S, D) -> (B, S, D) that never look ahead."""
+    """The family of mixers: modules (B, S, D) -> (B, S, D) that never look ahead.
+
+    A module with a method `stand(layer, n_layers)` is told its place in the model, from 0.
+    """
 
     def canonical_at(self, d_model: int) -> Self:
         """Return the canonical form with all that follows from the width written out."""

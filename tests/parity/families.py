@@ -45,6 +45,8 @@ class Family:
     table: list[Row]
     tolerance: float = 1e-5
     """Of logits of the order of 1, in float32."""
+    constants: tuple[str, ...] = ()
+    """Ends of the names of what theirs keep with their weights and is none."""
 
 
 def shrink(groups: dict[str, dict[str, Any]], **whole: Any) -> dict[str, Any]:

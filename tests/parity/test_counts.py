@@ -157,6 +157,16 @@ MIXTRAL_8X22B: dict[str, Any] = {
     "num_hidden_layers": 56,
     "num_attention_heads": 48,
 }
+MINIMAX_TEXT_01: dict[str, Any] = {
+    "vocab_size": 200064,
+    "hidden_size": 6144,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "num_local_experts": 32,
+    "layer_types": ["full_attention" if i % 8 == 7 else "linear_attention" for i in range(80)],
+}
 MAVERICK: dict[str, Any] = {"num_local_experts": 128, "interleave_moe_layer_step": 2}
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 NEMOTRON: dict[str, Any] = {
@@ -199,6 +209,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama_4_scout": lambda: hf.Llama4ForCausalLM(hf.Llama4TextConfig()),
     "mimo_v2_flash": lambda: hf.MiMoV2FlashForCausalLM(hf.MiMoV2FlashConfig()),
     "minimax_m2": lambda: hf.MiniMaxM2ForCausalLM(hf.MiniMaxM2Config()),
+    "minimax_text_01": lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**MINIMAX_TEXT_01)),
     "mixtral_8x22b": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MIXTRAL_8X22B)),
     "mixtral_8x7b": lambda: hf.MixtralForCausalLM(hf.MixtralConfig()),
     "nemotron_3_nano": lambda: hf.NemotronHForCausalLM(hf.NemotronHConfig(**NEMOTRON)),

@@ -657,7 +657,165 @@ LING = Family(
         *experts(),
         *SHARED,
     ],
-    1e-4,  # as Kimi Linear
+    3e-5,  # as Kimi Linear, with fewer layers
+)
+
+
+def by_kind(qkv: Tensor) -> Tensor:
+    """Rows by head (query, key, value) as all queries, all keys, all values."""
+    return qkv.unflatten(0, (HEADS, 3, HEAD_DIM)).transpose(0, 1).flatten(0, 2)
+
+
+DEEP_NORM = 3.5565588200778455
+MINIMAX_01 = Family(
+    "minimax_text_01",
+    shrink(
+        {
+            "0.blocks.0": parts({"n_heads": 4, "head_dim": 16}, MOE, repeat=2),
+            # Theirs turn whole heads; the released rotary_dim is half of one.
+            "0.blocks.1": parts(ATTENDING | {"rope_fraction": 1}, MOE),
+            "0": {"repeat": 1},
+        }
+    ),
+    lambda: hf.MiniMaxForCausalLM(
+        hf.MiniMaxConfig(
+            **SIZES,
+            num_hidden_layers=3,
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+            block_size=7,
+            intermediate_size=24,
+            num_local_experts=16,
+            **{f"{part}_alpha_factor": DEEP_NORM for part in ("full_attn", "linear_attn", "mlp")},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e7},
+        )
+    ),
+    [
+        ("embedding", ("model.embed_tokens.weight",), same),
+        ("head.weight", ("lm_head.weight",), same),
+        # A norm after a part of ours is the one before the next part of theirs.
+        ("stem.norm.weight", ("model.layers.0.input_layernorm.weight",), same),
+        ("blocks.{}.norm1.weight", (LAYER + "post_attention_layernorm.weight",), same),
+        ("blocks.0.norm2.weight", ("model.layers.1.input_layernorm.weight",), same),
+        ("blocks.1.norm2.weight", ("model.layers.2.input_layernorm.weight",), same),
+        ("blocks.2.norm2.weight", ("model.norm.weight",), same),
+        ("blocks.{}.mixer.project.weight", (LAYER + "self_attn.qkv_proj.weight",), by_kind),
+        ("blocks.{}.mixer.gate.weight", (LAYER + "self_attn.output_gate.weight",), same),
+        ("blocks.{}.mixer.norm.weight", (LAYER + "self_attn.norm.weight",), same),
+        ("blocks.{}.mixer.out.weight", (LAYER + "self_attn.out_proj.weight",), same),
+        qkv(),
+        WHOLE[-1],
+        *experts(),
+    ],
+    constants=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
+)
+
+TRINITY_SPACE = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  norm_eps: 1e-5
+  norm_position: sandwich
+  embedding_multiplier: 5.656854249492381    # sqrt(32)
+  tie_embeddings: false
+  blocks:
+    - mixer:
+        kind: attention
+        head_dim: 16
+        n_heads: 4
+        n_kv_heads: 2
+        qk_norm: head
+        inner_eps: 1e-5
+        window: 5
+        output_gate: element
+      ffn: {kind: dense, d_ff: 40}
+    - mixer:
+        kind: attention
+        head_dim: 16
+        n_heads: 4
+        n_kv_heads: 2
+        rope_fraction: 0
+        qk_norm: head
+        inner_eps: 1e-5
+        output_gate: element
+      ffn:
+        kind: moe
+        n_experts: 16
+        d_expert: 24
+        n_shared_experts: 1
+        router: {score: sigmoid, top_k: 6, normalize: true, scale: 2.5, balance: bias}
+objectives: [active_params]
+"""
+TRINITY = Family(
+    TRINITY_SPACE,
+    {},
+    lambda: hf.AfmoeForCausalLM(
+        hf.AfmoeConfig(
+            **SIZES,
+            num_hidden_layers=2,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=5,
+            num_dense_layers=1,
+            intermediate_size=40,
+            moe_intermediate_size=24,
+            num_experts=16,
+            num_shared_experts=1,
+            route_scale=2.5,
+            mup_enabled=True,
+        )
+    ),
+    [
+        *WHOLE[:3],
+        WHOLE[-1],
+        ("blocks.{}.norm1.before.weight", (LAYER + "input_layernorm.weight",), same),
+        ("blocks.{}.norm1.after.weight", (LAYER + "post_attention_layernorm.weight",), same),
+        ("blocks.{}.norm2.before.weight", (LAYER + "pre_mlp_layernorm.weight",), same),
+        ("blocks.{}.norm2.after.weight", (LAYER + "post_mlp_layernorm.weight",), same),
+        qkv(),
+        *QK_NORMS,
+        ("blocks.{}.mixer.gate.weight", (ATTENTION + "gate_proj.weight",), same),
+        *dense("ffn", LAYER + "mlp."),
+        *experts("mlp.router.gate"),
+        ("blocks.{}.ffn.balance.bias", (LAYER + "mlp.expert_bias",), same),
+        *SHARED,
+    ],
+)
+
+FLEX_OLMO_SPACE = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  norm_position: output
+  tie_embeddings: false
+  blocks:
+    - repeat: 2
+      mixer: {kind: attention, head_dim: 8, n_kv_heads: 2, qk_norm: full, rope_theta: 500000}
+      ffn: {kind: moe, n_experts: 7, d_expert: 24, router: {top_k: 5, normalize: false}}
+objectives: [active_params]
+"""
+FLEX_OLMO = Family(
+    FLEX_OLMO_SPACE,
+    {},
+    lambda: hf.FlexOlmoForCausalLM(
+        hf.FlexOlmoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ),
+    [
+        *WHOLE[:3],
+        WHOLE[-1],
+        ("blocks.{}.norm1.weight", (LAYER + "post_attention_layernorm.weight",), same),
+        ("blocks.{}.norm2.weight", (LAYER + "post_feedforward_layernorm.weight",), same),
+        qkv(),
+        *QK_NORMS,
+        *experts(),
+    ],
 )
 
 VARIANTS: dict[str, Family] = {
@@ -674,5 +832,11 @@ VARIANTS: dict[str, Family] = {
         GRANITE_4,
         QWEN3_NEXT,
         KIMI_LINEAR,
+        MINIMAX_01,
     )
-} | {"command": COMMAND, "ling_hybrid": LING}
+} | {
+    "command": COMMAND,
+    "flex_olmo": FLEX_OLMO,
+    "ling_hybrid": LING,
+    "trinity": TRINITY,
+}

@@ -251,3 +251,75 @@ def test_shared_experts_are_one_wide_expert() -> None:
     assert unused.canonical() == MoEFFN(n_experts=4, d_expert=8).canonical()
     default_width = MoEFFN(n_experts=4, d_expert=8, n_shared_experts=1)
     assert default_width.canonical().d_shared == 8
+
+
+ROUTERS = {
+    "plain": Router(top_k=2),
+    "capacity": Router(top_k=2, capacity_factor=0.5),
+    "groups": Router(top_k=2, n_groups=2, top_groups=1, score="sigmoid", balance="bias"),
+    "noise": Router(top_k=2, selection="noisy_top_k", jitter=0.01),
+    "threshold": Router(top_k=2, selection="threshold"),
+    "sinkhorn": Router(top_k=1, selection="sinkhorn", allow_acausal=True),
+    "expert choice": Router(top_k=2, selection="expert_choice", allow_acausal=True),
+}
+
+
+def one_step(moe: MoE, x: Tensor) -> Tensor:
+    y = moe(x)
+    torch.autograd.backward((y.float().square().mean() + moe.auxiliary_loss(),))
+    moe.after_step()
+    return y
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_a_step_reads_no_value_of_a_tensor(router: Router, zeros: int) -> None:
+    """On the meta device there is none: .item(), a mask as an index or a loop over counts raise."""
+    with torch.device("meta"):
+        moe = MoEFFN(
+            n_experts=4, d_expert=8, router=router, expert_bias=True, n_zero_experts=zeros
+        ).build(D_MODEL)
+        x = torch.empty(2, 24, D_MODEL, dtype=torch.bfloat16, requires_grad=True)
+    assert isinstance(moe, MoE)
+    y = one_step(moe, x)
+    assert (y.shape, y.dtype) == (x.shape, x.dtype)
+    assert all(p.grad is not None for p in [x, moe.experts.up, moe.experts.down])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "noise"])
+def test_a_step_captured_in_a_cuda_graph_is_the_step(name: str) -> None:
+    """Without noise: each replay of a graph draws another."""
+    moe = MoEFFN(n_experts=8, d_expert=32, router=ROUTERS[name]).build(64).cuda()
+    torch.manual_seed(0)
+    for parameter in moe.parameters():
+        parameter.data.normal_(0, 0.2)
+    batches = torch.randn(4, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+    x = batches[0].clone().requires_grad_()
+    state = {name: value.clone() for name, value in moe.state_dict().items()}
+
+    def step() -> Tensor:
+        for leaf in (x, *moe.parameters()):
+            leaf.grad = None
+        return one_step(moe, x)
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # warm-up, as capture asks for
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    leaves = [x, *moe.parameters()]
+    held = [leaf.grad for leaf in leaves]
+    for batch in batches:
+        with torch.no_grad():
+            x.copy_(batch)
+            moe.load_state_dict(state)
+        graph.replay()
+        found = [captured.clone(), *(g.clone() for g in held if g is not None)]
+        moe.load_state_dict(state)
+        wanted = [step(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
