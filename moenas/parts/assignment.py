@@ -68,13 +68,14 @@ class Base(ExpertSelection):
     """In training a balanced assignment of the most logits, at most ceil(T / E) tokens an expert.
 
     An auction (Bertsekas, 1992): each token without an expert offers its best one what it gains
-    over the second best, plus `step`; an expert keeps its highest offers, and its price is the
-    least of them. The sum of logits is within T * step of the largest there is.
+    over the second best, plus a step; an expert keeps its highest offers, and its price is the
+    least of them. The step is `share` of the spread of the logits, so that the rounds are bounded
+    at any size of them; their sum is within T steps of the largest there is.
     """
 
-    def __init__(self, top_k: int, step: float = 0.01) -> None:
+    def __init__(self, top_k: int, share: float = 0.005) -> None:
         super().__init__(top_k)
-        self.step = step
+        self.share = share
 
     def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
         """Choose by `logits` in training and by `ranked` otherwise, both (T, E)."""
@@ -91,6 +92,8 @@ class Base(ExpertSelection):
         if n_experts == 1:
             return torch.zeros(n_tokens, dtype=torch.int64, device=value.device)
         room = math.ceil(n_tokens / n_experts)
+        value = value.nan_to_num().double()  # a model that diverges is found by its loss
+        step = (value.max() - value.min()) * self.share + 1e-9
         offers = torch.full_like(value, -math.inf)  # one at most in each row
         prices = value.new_zeros(n_experts)
         while True:
@@ -99,7 +102,7 @@ class Base(ExpertSelection):
                 return offers.argmax(dim=-1)
             best = (value[free] - prices).topk(2, dim=-1)
             chosen = best.indices[:, :1]
-            rise = best.values[:, :1] - best.values[:, 1:] + self.step
+            rise = best.values[:, :1] - best.values[:, 1:] + step
             made = torch.full_like(value[free], -math.inf)
             offers[free] = made.scatter(-1, chosen, prices[chosen] + rise)
             kept = offers.topk(room, dim=0)
