@@ -350,7 +350,7 @@ class MoE(nn.Module):
         experts = experts if wanted is None else experts.masked_fill(~wanted, n_choices)
         experts = experts.unflatten(0, (sequences, -1))
         slots = self.capacity_factor * self.router.top_k * experts.shape[1]
-        room = within_capacity(experts, n_choices + 1, math.ceil(slots / n_choices))
+        room = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
         kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
         share = 1 - kept.float().mean()
         if wanted is not None:

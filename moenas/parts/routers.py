@@ -14,7 +14,9 @@ from moenas.records import Cost, Plain
 
 Balancing = Literal["none", "aux_loss", "importance_load", "bias", "bias_and_loss"]
 
-# What depends on the number of experts (groups) is left out of the presets.
+# What depends on the number of experts (groups) is left out of the presets. An aux_coef is the
+# published number; of a loss that is 1 for an even layer and added up over layers. Where a source
+# takes the mean over layers or multiplies by top_k (transformers), its pull is another one there.
 _MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02}
 _DEEPSEEK_V3: Plain = {
     "score": "sigmoid",
@@ -337,7 +339,7 @@ class Router(Component):
         return Balance(
             n_experts,
             self.aux_coef if self.uses_loss else 0.0,
-            self.z_coef,
+            self.z_coef if self.scores.from_logits else 0.0,
             self.bias_rate if self.uses_bias else None,
             "importance" if self.balance == "importance_load" else "load",
             self.aux_scope,

@@ -106,7 +106,7 @@ def fields_of(seed: int, kind: type[FFN] | None = None) -> FFN:
     rng = random.Random(seed)
     while True:
         try:
-            part = grammar.parse(FFN, _draw(kind or FFN, rng, None))
+            part = grammar.parse(FFN, _draw(FFN, rng, kind))
         except SpaceError:
             continue
         if part.causal and not (isinstance(part, MoEFFN) and part.router.selection == "hash"):
