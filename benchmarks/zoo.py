@@ -36,7 +36,8 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
 - counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
   defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone, of
   LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's definition with the sizes of
-  DeepSeekMoE, as transformers has no other. Arctic, Grok-1 and GShard are not in transformers.
+  DeepSeekMoE, as transformers has no other. Arctic, Grok-1, GShard and Step-3 are not in
+  transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).
@@ -49,14 +50,15 @@ FlexOlmo, Ling hybrid.
 
 Of published mixtures these have parts that the space has no field for:
 
-- stretched positions (YaRN, Llama 3), and temperatures that depend on the position: a file gives
-  the model before them;
+- positions whose stretch follows the length of the text (dynamic NTK; LongRoPE: Phi-3.5-MoE's file
+  gives the model before it), and position biases (T5: Switch's file has rotary positions);
 - sparse attention with an indexer (DeepSeek-V3.2, GLM-5), compressed keys and values (DeepSeek-V4,
   ZAYA1), keys and values shared by layers (Hunyuan-Large), values that are the keys and a norm of
-  the values (Gemma 4), queries through a low rank beside plain keys (Step-3);
+  the values (Gemma 4);
 - experts of attention (JetMoE), routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
-  its file gives the networks), soft caps and norms in the router (Laguna, Skywork-MoE, Gemma 4), a
-  fixed number of experts from each group (Pangu Pro MoE);
+  its file gives the networks), top-p routing (arXiv 2403.07652), cosine scores (X-MoE), soft caps
+  and norms in the router (Laguna, Skywork-MoE, Gemma 4), a fixed number of experts from each group
+  (Pangu Pro MoE), a penalty that adapts to the load (ReMoE);
 - several residual streams, and gates on them (DeepSeek-V4, Muse Spark), multi-token prediction,
   encoders (NLLB-MoE).
 

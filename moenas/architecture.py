@@ -15,22 +15,13 @@ from torch import Tensor, nn
 
 from moenas import describe, grammar, naming
 from moenas.component import Component, setting
-from moenas.parts.blocks import Block, BlockGroup, Late, NormPosition, Shortcut, Stream
+from moenas.parts.balance import joined_loss
+from moenas.parts.blocks import Block, BlockGroup, Late, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
+from moenas.parts.layers import writers
 from moenas.parts.norms import NormKind
 from moenas.records import Cost
 from moenas.refs import sha256
-
-RESIDUAL = (
-    "mixer.out.weight",
-    "ffn.down.weight",
-    "ffn.experts.down",
-    "ffn.experts.inner.down",
-    "ffn.experts.leave.weight",
-    "ffn.shared.down.weight",
-    "ffn.values",
-)
-"""Ends of the names of the weights that write into the residual stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +103,10 @@ class Architecture(Component):
     def canonical(self) -> Self:
         """Return the one spelling of all architectures that train and compute alike.
 
-        Canonical parts, patterns written out, each run of equal layers as one group, and fields
-        without effect at their defaults.
+        Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
+        of equal layers as one group, and fields without effect at their defaults.
         """
-        layers = (layer.canonical_in(self.stream) for layer in self.layers)
+        layers = merged([layer.canonical_in(self.stream) for layer in self.layers])
         runs = itertools.groupby(layers)
         return replace(
             self,
@@ -126,8 +117,11 @@ class Architecture(Component):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for the canonical architecture."""
-        text = json.dumps(self.canonical().plain(), sort_keys=True, separators=(",", ":"))
+        """16 hexadecimal digits that stand for the canonical architecture.
+
+        They are made of what differs from the defaults, so a field that comes later changes none.
+        """
+        text = json.dumps(self.canonical().brief(), sort_keys=True, separators=(",", ":"))
         return sha256(text.encode())[:16]
 
     def cost(self, context: int) -> Cost:
@@ -154,17 +148,30 @@ class Architecture(Component):
         parts = (part for layer in self.layers for part in layer.parts.values())
         return found + sum(part.surplus_flops(self.d_model, context) for part in parts)
 
+    def kv_cache_bytes(self, context: int) -> int:
+        """Return the bytes of keys and values that decoding one sequence of `context` tokens needs.
+
+        2 bytes an element. Tokens behind a window or chunk are not needed; the cache of a built
+        model keeps them, too: `context * kv_bytes_per_token` of the cost. States of a fixed size
+        are left out.
+        """
+        needed = 0
+        for mixer in (layer.mixer for layer in self.layers):
+            if mixer is not None:
+                a_token = mixer.cost(self.d_model, context).kv_bytes_per_token
+                needed += a_token * min(context, mixer.reach or context)
+        return needed
+
     def build(self, device: torch.device | str = "cpu", seed: int = 0) -> Model:
         """Build the model and draw its weights; the same seed gives the same model."""
         rows = self.max_positions if self.positions == "learned" else None
         with torch.device(device):
             model = Model(
-                self.vocab_size,
-                self.d_model,
                 self._build_stem(rows),
                 [layer.build_block(self.stream) for layer in self.layers],
                 None if self.norm_position == "post" else self.stream.build_norm(),
                 self._build_head(),
+                sum(len(layer.parts) for layer in self.canonical().layers),
             )
         initialise(model, seed)
         return model
@@ -187,15 +194,15 @@ class Architecture(Component):
         return describe.one_line(self.canonical().plain())
 
     def names(self) -> list[dict[str, float | str]]:
-        """Return for each layer the names that a requirement can use, and their values.
+        """Return for each canonical layer the names that a requirement can use, and their values.
 
         The fields of the architecture, of the layer, of its parts and of their routers in
         canonical form, `n_layers`, and the kinds as `mixer` and `ffn`: see `naming`. Fields that
         are null are left out, and so are names that mean several fields of the layer.
         """
         whole = naming.scalars(self, naming.WHOLE)
-        whole[f"{naming.WHOLE}.n_layers"] = len(self.layers)
-        layers = (layer.canonical_in(self.stream) for layer in self.layers)
+        layers = self.canonical().layers
+        whole[f"{naming.WHOLE}.n_layers"] = len(layers)
         return [naming.named(whole | naming.scalars(layer, naming.LAYER)) for layer in layers]
 
 
@@ -203,21 +210,21 @@ def initialise(model: Model, seed: int) -> None:
     """Draw all weights on the CPU from a generator of its own, in the order of their names.
 
     Normal with standard deviation sqrt(2 / (5 d_model)) (Nguyen and Salazar, arXiv 1910.05895:
-    Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(2 n_layers) where a
+    Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(model.n_writes) where a
     weight writes into the residual stream (GPT-2). Norms start at 1 and biases at 0. A module
     with a method `start` draws its own parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * model.d_model))
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for place, module in modules:
+    into_stream = {id(weight) for _, part in model.parts() for weight in writers(part)}
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if hasattr(module, "start"):
             module.start(generator)
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter.dim() > 1 and not parameter.is_meta:
-                into_residual = f"{place}.{own}".endswith(RESIDUAL)
-                scale = math.sqrt(2 * len(model.blocks)) if into_residual else 1.0
+                scale = math.sqrt(model.n_writes) if id(parameter) in into_stream else 1.0
                 drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
                 parameter.data.copy_(drawn)
 
@@ -288,8 +295,8 @@ class Head(nn.Module):
     def loss(self, x: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy of (B, S, D) in nats a token.
 
-        On a CPU many logits are made and used by pieces of 256 tokens, which stay in its cache:
-        head and loss together take 0.82 of the time at 2048 tokens, 4096 words and width 256.
+        On a CPU many logits are made and used by pieces of 1024 tokens, which takes the memory of
+        these alone, in the same time.
         """
         plain = self.multiplier == 1 and self.softcap is None
         many = targets.numel() * self.vocab_size >= MANY_LOGITS
@@ -301,7 +308,7 @@ class Head(nn.Module):
             targets.flatten(),
             linear_bias=None if self.bias is None else self.bias.float(),
             options=nn.LinearCrossEntropyOptions(
-                batch_chunk_size=256,
+                batch_chunk_size=1024,
                 chunking_method=None,
                 acc_policy="accurate",
                 allow_retain_graph=True,
@@ -317,21 +324,26 @@ class Caches(list[Any]):
 
 
 class Model(nn.Module):
-    """A decoder-only language model: embedding, blocks, norm, head."""
+    """A decoder-only language model: embedding, blocks, norm, head.
+
+    `n_writes` parts add to the residual stream: mixers, feed-forward layers and shortcuts, counted
+    in the canonical architecture, so that all spellings start alike. A mixture with its shared
+    experts is one.
+    """
 
     def __init__(
         self,
-        vocab_size: int,
-        d_model: int,
         stem: Stem,
         blocks: list[Block],
         norm: nn.Module | None,
         head: Head,
+        n_writes: int,
     ) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
-        self.d_model = d_model
-        self.embedding = nn.Parameter(torch.empty(vocab_size, d_model))
+        self.vocab_size = head.vocab_size
+        self.d_model = stem.d_model
+        self.n_writes = n_writes
+        self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.d_model))
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         for i, block in enumerate(blocks):
@@ -381,26 +393,46 @@ class Model(nn.Module):
 
     def moe_layers(self) -> list[tuple[int, MoE]]:
         """Return the mixtures of experts, with the numbers from 0 of their layers."""
-        layers = [(i, part) for i, block in enumerate(self.blocks) for part in block.children()]
-        inside = [(i, part.ffn if isinstance(part, Shortcut) else part) for i, part in layers]
-        return [(i, part) for i, part in inside if isinstance(part, MoE)]
+        return [(i, part) for i, part in self.parts() if isinstance(part, MoE)]
+
+    def parts(self) -> list[tuple[int, nn.Module]]:
+        """Return mixers and feed-forward layers, those of shortcuts, too, with their layers."""
+        blocks: list[Any] = list(self.blocks)
+        found = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
+        return [(i, part) for i, parts in enumerate(found) for part in parts if part is not None]
 
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted balance and z losses of the last forward pass, over all layers."""
-        losses = [moe.auxiliary_loss() for _, moe in self.moe_layers()]
-        return torch.stack(losses).sum() if losses else self.embedding.new_zeros(())
+        layers = [(moe.balance, moe.routing) for _, moe in self.moe_layers()]
+        return joined_loss(layers) if layers else self.embedding.new_zeros(())
 
     def after_step(self) -> None:
-        """Move the selection biases by the loads of the last forward pass; call after each step."""
+        """Move selection biases by the loads of the last training pass; call it each step."""
         for _, moe in self.moe_layers():
             moe.after_step()
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n: int) -> Tensor:
-        """Return `tokens` (B, S) followed by the `n` most likely next tokens, one after another."""
-        cache = self.new_cache(len(tokens), tokens.shape[1] + n)
-        new = tokens
-        for _ in range(n):
-            new = self(new, cache)[:, -1:].argmax(dim=-1)
-            tokens = torch.cat((tokens, new), dim=1)
+        """Return `tokens` (B, S) followed by the `n` most likely next tokens, one after another.
+
+        In evaluation mode, whatever mode the model is in; that is left as it was.
+
+        Raises:
+            ValueError: if there is no token to begin with, or n is below 0.
+        """
+        if tokens.dim() != 2 or not tokens.numel():
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens are (B, S) with B and S at least 1, not {shape}")
+        if n < 0:
+            raise ValueError(f"n is the number of new tokens, at least 0, not {n}")
+        was_training = self.training
+        self.eval()
+        try:
+            cache = self.new_cache(len(tokens), tokens.shape[1] + n)
+            new = tokens
+            for _ in range(n):
+                new = self(new, cache)[:, -1:].argmax(dim=-1)
+                tokens = torch.cat((tokens, new), dim=1)
+        finally:
+            self.train(was_training)
         return tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from moenas.architecture import Architecture, Model
+from moenas.parts.scan import chunk_length
 
 # Shapes: B sequences of S tokens.
 
 SEQUENCES = 3
 """Sequences of the batch that is looked at; a text holds three times as many."""
-LENGTH = 64
-"""Tokens of each, at most."""
+LENGTH = 256
+"""Tokens of each, at most, unless a window or chunk is longer: four whole chunks of a scan."""
 TIGHT = 1e-5
 """Change of a logit, over the largest one, that float32 needs no second look at."""
 EXACT = 1e-9
@@ -72,18 +73,33 @@ def allowed(architecture: Architecture) -> bool:
     return any(getattr(r, "allow_acausal", False) and not r.causal for r in routers if r)
 
 
-def text_size(context: int) -> tuple[int, int]:
-    """Return how many sequences of how many tokens `find_leaks` wants of a text."""
-    return 3 * SEQUENCES, min(context, LENGTH)
+def periods(architecture: Architecture) -> set[int]:
+    """Return the windows and chunks of an architecture in tokens: behind them masks change."""
+    parts = (part for layer in architecture.layers for part in layer.parts.values())
+    return {part.reach for part in parts if part.reach is not None}
 
 
-def find_leaks(model: Model, text: Tensor) -> list[Leak]:
+def text_size(context: int, periods: Collection[int] = ()) -> tuple[int, int]:
+    """Return how many sequences of how many tokens `find_leaks` wants of a text.
+
+    All of the training context up to LENGTH, or up to twice the longest period and a token more: a
+    whole period lies before the last one that begins.
+    """
+    return 3 * SEQUENCES, min(context, max(LENGTH, 2 * max(periods, default=0) + 1))
+
+
+def find_leaks(model: Model, text: Tensor, periods: Collection[int] = ()) -> list[Leak]:
     """Return what makes a logit depend on a later token or another sequence, one a mode at most.
 
     `text` (9, S) is real text, S at least 2. In training and in evaluation mode, of one sequence
     alone and of a batch of 3, tokens behind a cut and all other sequences are replaced, several
     cuts one after another; passes that are compared have one shape and draw the same noise. The
     model and the generators are left exactly as they were.
+
+    Cuts lie at the first and the last token, at two within chunks of scans and attention, and at
+    the ends of the first two chunks of a scan and of each of `periods`: off by one shows only
+    there. What needs more tokens than `text` has is not seen, nor what only another content of the
+    text calls up, nor a change below TIGHT of the largest logit in float32.
 
     Rounding is told from a leak in float64, where it is a hundred million times smaller: float32
     rounds otherwise where experts get other numbers of rows, and a tie between two experts may
@@ -99,27 +115,34 @@ def find_leaks(model: Model, text: Tensor) -> list[Leak]:
             model.train(training)
             # Attention may take another way where gradients are wanted.
             with torch.enable_grad() if training else torch.no_grad():
-                leak = _first_leak(model, text.to(device))
+                leak = _first_leak(model, text.to(device), _cuts(text.shape[1], periods))
             if leak is not None:
                 found.append(leak)
     return found
 
 
-def _first_leak(model: Model, text: Tensor) -> Leak | None:
+def _cuts(length: int, periods: Collection[int]) -> list[int]:
+    """Return where sequences are cut; odd numbers lie within chunks, which are even."""
+    chunk = chunk_length(length)
+    cuts = {1, length // 3 | 1, 2 * length // 3 | 1, length - 1, chunk, 2 * chunk, *periods}
+    return sorted(cut for cut in cuts if 0 < cut < length)
+
+
+def _first_leak(model: Model, text: Tensor, cuts: list[int]) -> Leak | None:
     """Return the first leak in the mode that the model is in."""
     tokens, others = _parts(text, model.vocab_size, 0)
-    suspect = _search(model, _plain_run(model), tokens, others, TIGHT)
+    suspect = _search(model, _plain_run(model), (tokens, others), cuts, TIGHT)
     if suspect is None:
         return None
     bound = GROSS
     try:
-        leak = _search(model, _exact_run(model), tokens.cpu(), others.cpu(), EXACT)
+        leak = _search(model, _exact_run(model), (tokens.cpu(), others.cpu()), cuts, EXACT)
     except Exception:  # whatever a guest's operator raises in a type it was not written for
         leak, bound = None, TIGHT
     if leak is not None:
         return leak
     again = (_parts(text, model.vocab_size, turn) for turn in range(3))
-    leaks = [_search(model, _named_run(model), a, b, bound) for a, b in again]
+    leaks = [_search(model, _named_run(model), pair, cuts, bound) for pair in again]
     return leaks[0] if all(leaks) else None
 
 
@@ -130,10 +153,11 @@ def _parts(text: Tensor, vocab_size: int, turn: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.where(others == tokens, (others + 1) % vocab_size, others)
 
 
-def _search(model: Model, run: Run, tokens: Tensor, others: Tensor, bound: float) -> Leak | None:
+def _search(
+    model: Model, run: Run, pair: tuple[Tensor, Tensor], cuts: list[int], bound: float
+) -> Leak | None:
     """Look for a change over `bound`, of a sequence alone and in the batch, cut by cut."""
-    length = tokens.shape[1]
-    cuts = sorted({1, length // 3 | 1, 2 * length // 3 | 1, length - 1} & set(range(1, length)))
+    tokens, others = pair
     for sequences in (1, SEQUENCES):
         kept, changed = tokens[:sequences], others[:sequences]
         before = run(kept)

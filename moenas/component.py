@@ -178,6 +178,21 @@ class Component:
         return found
 
 
+    def brief(self) -> Plain:
+        """Return the component as a JSON object without the fields that have their defaults."""
+        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        for name, field in fields(type(self)).items():
+            value = getattr(self, name)
+            if value == field.default:
+                continue
+            if isinstance(value, Component):
+                value = value.brief()
+            elif isinstance(value, tuple):
+                value = [item.brief() for item in value]
+            found[name] = value
+        return found
+
+
 def _origin(cls: type) -> tuple[str, str]:
     """Return what stays the same when a guest edits a file: modules end in a digest of it."""
     return cls.__module__.rpartition("_")[0] or cls.__module__, cls.__qualname__
@@ -186,6 +201,17 @@ def _origin(cls: type) -> tuple[str, str]:
 @dataclass(frozen=True, kw_only=True)
 class Part(Component):
     """A component of a model: it counts its cost and builds itself at a model width."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether what is built depends on the number of its layer in the model."""
+        return False
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens one can see, itself included: a field `window` or `chunk`; None: all."""
+        found: int | None = getattr(self, "window", None) or getattr(self, "chunk", None)
+        return found
 
     def invalid_at(self, d_model: int) -> str | None:
         """Return why the part does not fit a model of this width, or None."""

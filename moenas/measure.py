@@ -17,8 +17,9 @@ import torch
 import moenas
 from moenas import data, grammar, guests
 from moenas.architecture import Architecture, Model
-from moenas.causality import Leak, allowed, find_leaks, text_size
+from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.data import Corpus
+from moenas.dtypes import deployed_dtype, training_dtype
 from moenas.errors import AcausalError, CandidateError, InputError, TimeLimitError
 from moenas.flops import count_flops
 from moenas.latency import (
@@ -35,7 +36,7 @@ from moenas.objective import Measurement, Objective, load_objective, shipped_obj
 from moenas.records import Cost, Evaluation, Failure, Job, Plain
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
-from moenas.train import compute_dtype, learning_rate, train, validate
+from moenas.train import learning_rate, train, validate
 
 MIB = 2**20
 TRACEBACK_LINES = 30
@@ -96,8 +97,8 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the candidate computes in."""
-        return compute_dtype(self.recipe, self.device)
+        """The type that training computes in."""
+        return training_dtype(self.recipe, self.device)
 
     def time(self, phase: Literal["decode", "prefill"]) -> Measurement:
         """Time the model on text of the validation split, in ms; see `latency.measure_latency`."""
@@ -106,9 +107,10 @@ class Subject:
             "decode": (protocol.decode_batch, protocol.decode_context),
             "prefill": (protocol.prefill_batch, protocol.prefill_tokens),
         }
-        workload = Workload(phase, *sizes[phase], self.dtype, protocol.threads, self.device)
+        dtype = deployed_dtype(protocol, self.device)
+        workload = Workload(phase, *sizes[phase], dtype, protocol.threads, self.device)
         tokens = excerpts(self.corpus, *workload.tokens).to(self.device)
-        model = deployed(self.architecture, self.model, self.dtype)
+        model = deployed(self.architecture, self.model, dtype)
         return measure_latency(model, tokens, workload, protocol, self.lease, self.reference_ms)
 
     def flops(self) -> Measurement:
@@ -256,7 +258,7 @@ class _Run:
         cost = architecture.cost(recipe.context)
         self.found["fingerprint"] = architecture.fingerprint
         self.found["cost"] = cost.plain()
-        self.found["device"] = device_info(device, recipe.threads, compute_dtype(recipe, device))
+        self.found["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
         torch.set_num_threads(recipe.threads)
         torch.manual_seed(job.seed)
         with self.phase("data"):
@@ -356,8 +358,9 @@ class _Run:
         """
         leave = allowed(subject.architecture)
         with self.phase("causality"), subject.lease.working():
-            text = excerpts(subject.corpus, *text_size(subject.recipe.context))
-            leaks = find_leaks(subject.model, text)
+            ends = periods(subject.architecture)
+            text = excerpts(subject.corpus, *text_size(subject.recipe.context, ends))
+            leaks = find_leaks(subject.model, text, ends)
         if leaks and not leave:
             raise AcausalError(f"{state}, {leaks[0]}")
         return leaks if leave else None

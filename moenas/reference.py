@@ -159,10 +159,10 @@ def _family(name: str, family: type[Component], level: str) -> Iterator[str]:
         if cls.presets:
             presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
             yield _table(("preset", "fields"), presets)
-    for cls in kinds or [family]:
-        for field in fields(cls).values():
-            if field.component is not None and _heading(field.component) == field.name != name:
-                yield from _family(field.name, field.component, "###")
+    found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
+    for component, inner in dict.fromkeys(found):
+        if component is not None and _heading(component) == inner != name:
+            yield from _family(inner, component, "###")
 
 
 def _heading(family: type[Component]) -> str:

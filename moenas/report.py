@@ -11,10 +11,10 @@ from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
 from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
-from moenas.store import Store
 
 if TYPE_CHECKING:
     from moenas.space import Space
+    from moenas.store import Store
 
 SHOWN_DRAWS = 3
 COSTS = ("params", "active_params", "flops_per_token")

@@ -47,8 +47,8 @@ class Recipe(Component):
         high=1.0,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "compute type of training, weights stay float32; auto takes bfloat16 on GPUs that have it,"
-        " float32 on CPUs, whose bfloat16 kernels are slow at rows of changing number",
+        "compute type of training, weights stay float32; auto takes bfloat16 where the GPU or CPU"
+        " has instructions for it. Name it if the machines of a study differ in that",
         default="auto",
     )
     val_tokens: int = setting("validation tokens of every candidate", default=65_536, low=1)
@@ -83,6 +83,11 @@ class Protocol(Component):
         "stop once the confidence interval's half-width is below this share", default=0.02, low=0.0
     )
     max_seconds: float = setting("longest time for one figure, seconds", default=4.0, low=0.1)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "type of the weights and activations of a model that is timed; auto takes bfloat16 on GPUs"
+        " that have it, float32 on CPUs",
+        default="auto",
+    )
     threads: int = setting("CPU threads while timing", default=1, low=1, high=1024)
 
     def invalid(self) -> str | None:

@@ -251,6 +251,20 @@ def digest(plain: Plain) -> str:
     return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
 
 
+def brought_up(plain: Plain) -> Plain:
+    """Return the stored plain form of a space with the fields that came later at their defaults.
+
+    What cannot be read any more is returned as it is.
+    """
+    sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
+    try:
+        tree = grammar.read(Architecture, Node.wrap(plain["architecture"], "<stored>"))
+        found = {name: grammar.parse(cls, plain[name]).plain() for name, cls in sections.items()}
+    except SpaceError:
+        return plain
+    return {**plain, "architecture": grammar.unparse(tree), **found}
+
+
 def known_names() -> set[str]:
     """Return every name that a requirement may use: costs, and ends of the paths of fields."""
     paths = naming.declared(Architecture) | {f"{naming.WHOLE}.n_layers"}

@@ -308,9 +308,11 @@ def _record(space: Space, corpus: Corpus, trials: int | None) -> StudyRecord:
 
 def _refuse_changes(known: StudyRecord, space: Space, corpus: Corpus) -> None:
     """Raise InputError if a study was begun with another space or another corpus."""
+    from moenas.space import brought_up, digest
+
     way_out = "; give the space another `name` for a new study"
-    if known.space_sha256 != space.sha256:
-        old, new = dict(_leaves(known.space)), dict(_leaves(space.plain()))
+    if known.space_sha256 != space.sha256 and digest(brought_up(known.space)) != space.sha256:
+        old, new = dict(_leaves(brought_up(known.space))), dict(_leaves(space.plain()))
         lines = [
             f"  {path}: {_shown(old, path)} -> {_shown(new, path)}"
             for path in {**old, **new}

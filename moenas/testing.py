@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,8 @@ def _problem(architecture: Architecture) -> str | None:
     if wild:
         return f"the seed does not set {wild[0]}; give it a value in the constructor"
     lift.Closure.of(lift.record(architecture.build)[1], ["forward"]).texts()
-    twin = canonical.build(seed=1).eval()
+    layers = tuple(layer.canonical_at(architecture.d_model) for layer in architecture.layers)
+    twin = replace(architecture, blocks=layers).build(seed=1).eval()
     causal = all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers)
     return _forward_problem(model.eval(), twin, causal) or _gradient_problem(model.train())
 

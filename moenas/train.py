@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from moenas.architecture import Architecture, Model
 from moenas.data import Corpus
+from moenas.dtypes import training_dtype
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.memory import keep_freed_memory
 from moenas.records import Plain
@@ -71,24 +72,6 @@ class Validation:
     this text that find no room at the capacity of training."""
 
 
-def compute_dtype(recipe: Recipe, device: torch.device | str) -> torch.dtype:
-    """Return the type that a run computes in; weights and optimizer stay float32.
-
-    `auto` takes bfloat16 on a GPU that multiplies in it (compute capability 8.0) and float32 on
-    every CPU. One without instructions for bfloat16 emulates it, at a tenth of the speed (AVX2).
-    On one with them (AMX) a mixture of d_model 64 and 8 experts learned from 4700 tokens a second
-    instead of 17100, as oneDNN compiled a kernel for each number of rows; rows are rounded since
-    then (`dispatch.row_multiple`), and whether bfloat16 is faster there now was not measured.
-    It never depends on the candidate or on a timing, so that all candidates agree.
-    """
-    if recipe.dtype != "auto":
-        return torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
-    fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False
-    )
-    return torch.bfloat16 if fast else torch.float32
-
-
 def learning_rate(architecture: Architecture, recipe: Recipe) -> float:
     """Return the peak rate of a candidate's matrices: the recipe's, or by the rule 0.256 / d_model.
 
@@ -135,7 +118,7 @@ def train(
     assert recipe.lr is not None
     keep_freed_memory()
     device = next(model.parameters()).device
-    dtype = compute_dtype(recipe, device)
+    dtype = training_dtype(recipe, device)
     optimizer = AdamW(model, recipe)
     began, since, last = time.monotonic(), 0.0, math.nan
     since_step, last_row = 0, (recipe.steps - 1) * ROWS // recipe.steps

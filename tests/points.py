@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moenas.architecture import Architecture, Model
 from moenas.component import Component, Scalar, fields
 from moenas.draws import RandomSuggest
 from moenas.errors import SpaceError
+from moenas.parts import FeedForward, MoE
 from moenas.records import Plain
 from moenas.space import Space
 
@@ -103,13 +104,93 @@ def tokens_of(architecture: Architecture, length: int, seed: int = 0) -> Tensor:
     return torch.randint(architecture.vocab_size, (2, length), generator=generator)
 
 
+def labels(model: Model) -> dict[str, str]:
+    """Return the names of parameters and buffers by the numbers of parts in place of blocks.
+
+    They stay the same when a mixer and the ffn after it become one block.
+    """
+    counts, found = {"norm1": 0, "norm2": 0}, {}
+    for i, block in enumerate(model.blocks):
+        for part, norm in (("mixer", "norm1"), ("ffn", "norm2")):
+            if getattr(block, part) is not None:
+                for child in (part, norm):
+                    found[f"blocks.{i}.{child}"] = f"{child}.{counts[norm]}"
+                counts[norm] += 1
+        found[f"blocks.{i}.shortcut"] = f"shortcut.{counts['norm2']}"
+
+    def label(name: str) -> str:
+        place = ".".join(name.split(".")[:3])
+        return found.get(place, place) + name.removeprefix(place)
+
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: label(name) for name, _ in named}
+
+
 @torch.no_grad()
 def stir(model: Model, seed: int) -> None:
     """Move every parameter away from its start, so that zeros and ones hide nothing."""
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(model.named_parameters()):
+    label = labels(model)
+    for _, parameter in sorted((label[n], p) for n, p in model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(0.4 * noise + (parameter if parameter.dim() == 1 else 0))
+
+
+@torch.no_grad()
+def carry(architecture: Architecture, model: Model, canonical: Model) -> None:
+    """Give the model of an architecture the weights of its canonical one."""
+    for name in ("stem", "norm", "head"):
+        copy(getattr(canonical, name), getattr(model, name))
+    model.embedding.copy_(canonical.embedding)
+    mixers = [[b for b in m.blocks if b.mixer is not None] for m in (canonical, model)]
+    for one, other in zip(*mixers, strict=True):
+        copy(one.mixer, other.mixer)
+        copy(one.norm1, other.norm1)
+    fed = [[b for b in m.blocks if b.ffn is not None] for m in (canonical, model)]
+    layers = [
+        [layer for layer in a.layers if layer.ffn is not None]
+        for a in (architecture.canonical(), architecture)
+    ]
+    for one, other, wanted, layer in zip(*fed, *layers, strict=True):
+        copy(one.norm2, other.norm2)
+        if layer.shortcut is not None and wanted.shortcut is None:
+            split(one.ffn, other.ffn, other.shortcut.ffn)
+        elif layer.shortcut is not None and wanted.ffn != layer.ffn.canonical():
+            copy(one.ffn, other.shortcut.ffn)
+            copy(one.shortcut.ffn, other.ffn)
+            norms = [getattr(b.norm2, "after", b.norm2) for b in (one, other)]
+            if one.shortcut.after is not None:
+                copy(norms[0], other.shortcut.after)
+                copy(one.shortcut.after, norms[1])
+        else:
+            copy(one.ffn, other.ffn)
+            copy(one.shortcut, other.shortcut)
+
+
+def copy(source: nn.Module | None, target: nn.Module | None) -> None:
+    """Copy parameters and buffers; a norm without parameters may be missing on one side."""
+    state = {} if source is None else source.state_dict()
+    assert state.keys() == ({} if target is None else target.state_dict()).keys()
+    if target is not None:
+        target.load_state_dict(state)
+
+
+def split(whole: Any, *parts: Any) -> None:
+    """Lay the width of a network, or of the shared expert of a mixture, out over two layers."""
+    if isinstance(whole, MoE):
+        (mixture,) = (part for part in parts if isinstance(part, MoE))
+        rest = {k: v for k, v in whole.state_dict().items() if not k.startswith("shared.")}
+        assert not mixture.load_state_dict(rest, strict=False).unexpected_keys
+        parts = (mixture.shared, *(part for part in parts if part is not mixture))
+        whole = whole.shared
+    networks = [part for part in parts if part is not None]
+    assert all(type(part) is FeedForward for part in (whole, *networks))
+    widths = [part.width for part in networks]
+    ups = whole.up.weight.unflatten(0, (-1, whole.width)).split(widths, dim=1)
+    downs = whole.down.weight.split(widths, dim=1)
+    for network, up, down in zip(networks, ups, downs, strict=True):
+        network.up.weight.copy_(up.flatten(0, 1))
+        network.down.weight.copy_(down)
 
 
 def trail(model: Model, length: int, steps: int = 2) -> dict[str, Tensor]:
@@ -119,6 +200,7 @@ def trail(model: Model, length: int, steps: int = 2) -> dict[str, Tensor]:
     which only the slope matters), and buffers after each step of gradient descent.
     """
     found: dict[str, Tensor] = {}
+    label = labels(model)
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
         tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
@@ -132,10 +214,10 @@ def trail(model: Model, length: int, steps: int = 2) -> dict[str, Tensor]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    found[f"{step} {name}"] = parameter.grad.clone()
+                    found[f"{step} {label[name]}"] = parameter.grad.clone()
                     parameter -= 0.02 * parameter.grad
         model.after_step()
-        buffers = {f"{step} buffer {name}": b.clone() for name, b in model.named_buffers()}
+        buffers = {f"{step} buffer {label[name]}": b.clone() for name, b in model.named_buffers()}
         found |= buffers
     return found
 

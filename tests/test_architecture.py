@@ -217,6 +217,34 @@ def test_generation_takes_the_most_likely_token_each_time() -> None:
     assert torch.equal(model.generate(start, 6), tokens)
 
 
+def test_generation_is_in_evaluation_mode_and_leaves_the_mode_alone() -> None:
+    router = {"preset": "switch", "capacity_factor": 0.5, "jitter": 0.3}
+    model = parse(moe(router=router)).build(seed=1)
+    start = some_tokens(4, 8)
+    wanted = model.eval().generate(start, 6)
+    for training in (True, False):
+        assert torch.equal(model.train(training).generate(start, 6), wanted)
+        assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(model.generate(start, 0), start)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "reason"),
+    [
+        ((2, 0), 3, r"not \(2, 0\)"),
+        ((4,), 3, r"tokens are \(B, S\)"),
+        ((2, 3), -1, "at least 0, not -1"),
+    ],
+)
+def test_generation_refuses_what_it_cannot_continue(
+    shape: tuple[int, ...], n: int, reason: str
+) -> None:
+    model = parse(block(DENSE)).build().train()
+    with pytest.raises(ValueError, match=reason):
+        model.generate(torch.zeros(shape, dtype=torch.int64), n)
+    assert model.training
+
+
 def test_a_seed_fixes_every_bit_of_weights_and_training() -> None:
     def trained() -> dict[str, Tensor]:
         model = EVERYTHING.build(seed=7)
@@ -285,7 +313,8 @@ def test_auxiliary_losses_are_weighted_and_added_over_the_layers() -> None:
     layers = dict(model.moe_layers())
     assert list(layers) == [0, 1, 3]
     switch, olmoe = layers[0].routing, layers[3].routing
-    wanted = 0.01 * switch.balance_loss + 0.01 * olmoe.balance_loss + 0.001 * olmoe.z_loss
+    mean = (0.01 * olmoe.balance_loss + 0.001 * olmoe.z_loss) / 3  # of the mixtures
+    wanted = 0.01 * switch.balance_loss + mean
     torch.testing.assert_close(model.auxiliary_loss(), wanted)
     assert parse(block(DENSE)).build().auxiliary_loss() == 0
 
@@ -368,7 +397,7 @@ ALIKE = {
     ),
     "preset": (
         plain(moe(router={"preset": "mixtral"})),
-        plain(moe(router={"top_k": 2, "normalize": True, "aux_coef": 0.02})),
+        plain(moe(router={"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"})),
     ),
     "shared experts": (
         plain(moe(n_shared_experts=2, d_shared=8)),

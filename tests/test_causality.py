@@ -164,6 +164,48 @@ def test_what_depends_on_a_later_token_being_there_is_found() -> None:
     assert find_leaks(leaky("blocks.0", odd), text())
 
 
+def test_the_text_is_as_long_as_what_the_parts_look_at() -> None:
+    def periods(*mixers: Plain) -> set[int]:
+        blocks = [{"mixer": {"kind": "attention", "head_dim": 8, **m}} for m in mixers]
+        plain = {"vocab_size": 32, "d_model": 16, "blocks": blocks}
+        return causality.periods(Architecture.parse(plain))
+
+    assert periods({}, {"window": 200}, {"chunk": 50}) == {200, 50}
+    assert text_size(100) == (9, 100)
+    assert text_size(5000) == (9, 256)
+    assert text_size(5000, {200, 50}) == (9, 401)
+    assert text_size(300, {200, 50}) == (9, 300)
+
+
+def behind(start: int) -> Callable[..., Tensor]:
+    """What goes wrong in long sequences alone, as the mask of a window can."""
+
+    def hook(module: nn.Module, given: Any, y: Tensor) -> Tensor:
+        if y.shape[1] <= start:
+            return y
+        return torch.cat((y[:, :start], seeing_all(module, given, y[:, start:])), dim=1)
+
+    return hook
+
+
+def at_the_end_of(chunk: int) -> Callable[..., Tensor]:
+    """The last token of a chunk sees the first of the next."""
+
+    def hook(module: nn.Module, given: Any, y: Tensor) -> Tensor:
+        ends = torch.tensor(range(chunk - 1, y.shape[1] - 1, chunk), dtype=torch.int64)
+        return y.index_add(1, ends, y[:, ends + 1])
+
+    return hook
+
+
+@pytest.mark.parametrize("hook", [behind(128), at_the_end_of(64), at_the_end_of(100)])
+def test_a_leak_of_long_sequences_is_found(hook: Callable[..., Tensor]) -> None:
+    model = leaky("blocks.1.mixer", hook)
+    found = find_leaks(model, text(length=text_size(512)[1]), {100})
+    assert [leak.place for leak in found] == ["blocks.1.mixer"] * 2
+    assert find_leaks(model, text(length=60), {100}) == []
+
+
 # --- rounding ----------------------------------------------------------------------------------
 
 
@@ -176,9 +218,9 @@ def test_rounding_in_float32_is_no_leak() -> None:
         return y * (1 + 3e-5 * y[:, -1:, :1].sign())
 
     model = leaky("blocks.0", rounded)
-    tokens, others = causality._parts(text(), 32, 0)
+    pair = causality._parts(text(), 32, 0)
     run = causality._plain_run(model.train())
-    assert causality._search(model, run, tokens, others, causality.TIGHT) is not None
+    assert causality._search(model, run, pair, causality._cuts(40, ()), causality.TIGHT) is not None
     assert find_leaks(model, text()) == []
 
 
@@ -207,9 +249,9 @@ def test_without_float64_a_leak_must_show_in_every_text() -> None:
     ] * 2
     model = leaky("blocks.0", once)
     model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    tokens, others = causality._parts(text(), 32, 0)
+    pair = causality._parts(text(), 32, 0)
     run = causality._plain_run(model.eval())
-    assert causality._search(model, run, tokens, others, causality.TIGHT) is not None
+    assert causality._search(model, run, pair, causality._cuts(40, ()), causality.TIGHT) is not None
     assert find_leaks(model, text()) == []
 
 

@@ -68,6 +68,59 @@ def test_the_count_equals_the_closed_form(seed: int) -> None:
     assert model.training == (seed % 2 == 0)
 
 
+EXPERT = 2 * 3 * 16 * 8
+"""Operations of a row of an expert: three matrices of 16 x 8."""
+CONTEXT = 16
+SURPLUS: dict[str, tuple[dict[str, object], int]] = {
+    "every row counts": ({"router": {"top_k": 2}}, 0),
+    "three experts take 6 of 16 tokens each": (
+        {"n_experts": 3, "router": {"selection": "expert_choice", "top_k": 1}},
+        2 * EXPERT,
+    ),
+    "two rows for the one token that counts in the mean": (
+        {"router": {"selection": "threshold", "top_k": 1}},
+        CONTEXT * EXPERT,
+    ),
+    "half the choices have no network": (
+        {"n_zero_experts": 4, "router": {"top_k": 2}},
+        CONTEXT * EXPERT,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SURPLUS)
+def test_a_pass_is_the_cost_and_the_rows_that_carry_nothing(name: str) -> None:
+    """By pencil and paper; two layers have twice the surplus of one."""
+    fields, surplus = SURPLUS[name]
+    router = {"allow_acausal": True, **fields["router"]}  # type: ignore[dict-item]
+    ffn = {"kind": "moe", "n_experts": 4, "d_expert": 8, **fields, "router": router}
+    for repeat in (1, 2):
+        architecture = Architecture.parse(
+            {"vocab_size": 32, "d_model": 16, "blocks": [{"ffn": ffn, "repeat": repeat}]}
+        )
+        (part,) = {layer.ffn for layer in architecture.layers}
+        assert part is not None
+        assert part.surplus_flops(16, CONTEXT) == surplus
+        cost = architecture.cost(CONTEXT).flops_per_token * CONTEXT
+        assert architecture.pass_flops(CONTEXT) == cost + repeat * surplus
+        counted = count_flops(architecture.build(), torch.zeros(1, CONTEXT, dtype=torch.int64))
+        assert 2 * counted.macs == cost + repeat * surplus
+
+
+@pytest.mark.parametrize("context", [1, 63, 67, 100])
+def test_a_scan_takes_back_what_its_tokens_were_rounded_up_by(context: int) -> None:
+    mixer = {"kind": "gated_delta", "n_heads": 2, "key_dim": 8, "value_dim": 16}
+    architecture = Architecture.parse(
+        {"vocab_size": 32, "d_model": 16, "blocks": [{"mixer": mixer, "repeat": 3}]}
+    )
+    surplus = (
+        architecture.pass_flops(context) - context * architecture.cost(context).flops_per_token
+    )
+    assert -3 * context < surplus <= 0
+    counted = count_flops(architecture.build(), torch.zeros(1, context, dtype=torch.int64))
+    assert 2 * counted.macs == architecture.pass_flops(context)
+
+
 def test_the_count_leaves_the_model_as_it_was() -> None:
     architecture = random_architecture(1)
     tokens = torch.arange(8).view(1, 8) % architecture.vocab_size

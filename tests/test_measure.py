@@ -19,6 +19,7 @@ from moenas import data
 from moenas.architecture import Architecture
 from moenas.data import Corpus
 from moenas.measure import evaluate, excerpts
+from moenas.parts import MoEFFN
 from moenas.records import Evaluation, Job
 from moenas.refs import Node, sha256
 from moenas.sections import Protocol, Recipe
@@ -277,8 +278,10 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         MOE | {"router": {"selection": "threshold", "top_k": 1}},
         MOE | {"n_experts": 3, "router": {"selection": "expert_choice", "allow_acausal": True}},
         MOE | {"router": {"n_groups": 2, "top_groups": 1}},
+        MOE | {"n_experts": 3, "router": {"selection": "sinkhorn", "allow_acausal": True}},
+        MOE | {"n_experts": 3, "router": {"selection": "base", "top_k": 1, "allow_acausal": True}},
     ],
-    ids=["zero experts", "threshold", "expert choice", "groups"],
+    ids=["zero experts", "threshold", "expert choice", "groups", "sinkhorn", "base"],
 )
 def test_rows_that_carry_nothing_are_foreseen_and_cost_nothing(
     make_job: MakeJob, ffn: dict[str, Any], context: int
@@ -295,6 +298,24 @@ def test_rows_that_carry_nothing_are_foreseen_and_cost_nothing(
     assert found.values["flops_per_token"] == architecture.cost(context).flops_per_token
     counted = 2 * found.measurements["flops_per_token"]["macs"]
     assert counted == architecture.pass_flops(context)
+
+
+@pytest.mark.parametrize("selection", ["top_k", "expert_choice", "threshold"])
+def test_a_row_too_many_is_an_error(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, selection: str
+) -> None:
+    """The count has to be exact, too, where not every row counts."""
+    ffn = MOE | {"router": {"selection": selection, "top_k": 1, "allow_acausal": True}}
+    architecture = Architecture.parse({**PLAIN, "blocks": [{"mixer": MIXER, "ffn": ffn}]})
+    job = make_job("flops_per_token", architecture=architecture.plain())
+    assert evaluate(job)[0].failure is None
+    surplus = MoEFFN.surplus_flops
+    row = 2 * 3 * 16 * 16
+    monkeypatch.setattr(
+        MoEFFN, "surplus_flops", lambda self, width, context: surplus(self, width, context) + row
+    )
+    wanted = architecture.pass_flops(16)
+    assert f"the closed form says {wanted};" in failure(evaluate(job)[0])["message"]
 
 
 def test_the_reference_of_the_study_is_used(make_job: MakeJob) -> None:
@@ -382,7 +403,7 @@ def test_the_gate_changes_no_bit(make_job: MakeJob, monkeypatch: pytest.MonkeyPa
     blocks = [{"mixer": MIXER, "ffn": MOE | {"router": routed}}]
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
     first, weights = evaluate(make_job("val_loss", architecture=plain))
-    monkeypatch.setattr("moenas.measure.find_leaks", lambda model, text: [])
+    monkeypatch.setattr("moenas.measure.find_leaks", lambda *given: [])
     again, same = evaluate(make_job("val_loss", architecture=plain))
     assert first.failure is None
     assert first.values == again.values

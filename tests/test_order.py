@@ -29,7 +29,7 @@ FLOORS = """
     parts.layers parts.norms parts.scan
     parts.activations parts.dispatch parts.scores parts.selection
     parts.assignment
-    parts.mixers parts.gating parts.ffn
+    parts.mixers parts.rotary parts.attend parts.gating parts.ffn
     parts.attention parts.ssm
     parts.latent parts.lightning parts.linear
     parts.kda
@@ -41,7 +41,7 @@ FLOORS = """
     architecture
     data
     space
-    routing causality memory
+    dtypes routing causality memory
     train latency flops lift
     measure
     pool samplers
@@ -68,7 +68,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data routing causality train latency flops memory lift measure export testing",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }

@@ -95,6 +95,17 @@ def test_a_mixer_of_linear_time_has_a_cache_that_does_not_grow() -> None:
     assert architecture.cost(64).kv_bytes_per_token == 2 * 2 * 16
 
 
+def test_keys_behind_a_window_or_chunk_are_not_needed() -> None:
+    mixers: list[Plain] = [LOCAL, {**WHOLE, "chunk": 5}, WHOLE, STATE]
+    architecture = parse(*({"mixer": mixer} for mixer in mixers))
+    a_token = 2 * 2 * 16
+    for context in (1, 3, 5, 20):
+        seen = [max(min(t, 3) + 1 for t in range(context))]
+        seen += [max(t % 5 + 1 for t in range(context)), context]
+        assert architecture.kv_cache_bytes(context) == a_token * sum(seen)
+    assert architecture.kv_cache_bytes(3) == 3 * architecture.cost(3).kv_bytes_per_token
+
+
 # --- patterns -----------------------------------------------------------------------------------
 
 
@@ -111,10 +122,10 @@ def test_a_pattern_is_a_spelling_of_its_layers() -> None:
 
 
 def test_the_description_folds_patterns() -> None:
-    blocks = [{"mixer": LOCAL, "repeat": 2}, {"ffn": DENSE}]
+    blocks = [{"mixer": LOCAL, "repeat": 2}, {"mixer": WHOLE, "ffn": DENSE}]
     text = parse({"repeat": 12, "blocks": blocks}, {"mixer": WHOLE}).describe()
     assert text.startswith(
-        "16d rmsnorm, 12x[2x(attention 2q/2kv window 4), 1x(dense 16 swiglu)] + 1x("
+        "16d rmsnorm, 12x[2x(attention 2q/2kv window 4), 1x(attention 2q/2kv, dense 16 swiglu)] + 1x("
     )
 
 

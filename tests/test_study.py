@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -520,6 +522,24 @@ def test_a_changed_space_is_refused_with_the_difference(jobs: list[Job]) -> None
 
     other = Space.parse(found.record.space_text, "s.yaml", ["search.trials=4", "search.workers=1"])
     assert_sound(run(other, workers="inline"), 4)
+
+
+def test_a_study_begun_before_a_field_was_known_is_taken_up(jobs: list[Job]) -> None:
+    record = run(space(), trials=2, workers="inline").record
+    older = json.loads(json.dumps(record.space))
+    del older["train"]["max_dead"], older["measure"]["dtype"], older["architecture"]["head_bias"]
+    older["train"]["beta1"] = 0.8
+    stored = {"space": json.dumps(older), "space_sha256": "that of its time"}
+    with sqlite3.connect("moenas.db") as database:
+        columns = ", ".join(f"{name} = :{name}" for name in stored)
+        database.execute(f"UPDATE moenas_study SET {columns}", stored)
+    with pytest.raises(InputError) as refused:
+        run(space(), trials=3, workers="inline")
+    assert str(refused.value).splitlines()[1:] == ["  train.beta1: 0.8 -> 0.9"]
+    older["train"]["beta1"] = 0.9
+    with sqlite3.connect("moenas.db") as database:
+        database.execute("UPDATE moenas_study SET space = ?", [json.dumps(older)])
+    assert_sound(run(space(), trials=3, workers="inline"), 3)
 
 
 def test_a_changed_corpus_is_refused(jobs: list[Job]) -> None:

@@ -27,7 +27,6 @@ from moenas.sections import Recipe
 from moenas.train import (
     AdamW,
     Progress,
-    compute_dtype,
     learning_rate,
     schedule,
     train,
@@ -281,27 +280,6 @@ def test_every_step_passes_the_gate() -> None:
 
 
 # --- types and rates ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_a_named_type_is_taken(name: str) -> None:
-    recipe = replace(RECIPE, dtype=name)  # type: ignore[arg-type]
-    assert compute_dtype(recipe, "cpu") == getattr(torch, name)
-
-
-@pytest.mark.parametrize(
-    ("device", "fast", "dtype"),
-    [
-        ("cpu", True, torch.float32),
-        ("cuda", True, torch.bfloat16),
-        ("cuda:1", False, torch.float32),
-    ],
-)
-def test_the_type_depends_on_the_hardware_alone(
-    device: str, fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
-    assert compute_dtype(replace(RECIPE, dtype="auto"), device) == dtype
 
 
 def test_weights_stay_float32_whatever_is_computed_in() -> None:

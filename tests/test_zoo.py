@@ -56,6 +56,7 @@ COUNTS = {
     "qwen3_235b_a22b": (235_093_634_560, 21_568_437_760, 235),
     "qwen3_30b_a3b": (30_532_122_624, 3_041_869_824, 30.5),
     "qwen3_next_80b_a3b": (79_674_391_296, 3_563_766_528, 80),
+    "step_3": (316_294_538_240, 37_917_989_888, 316),
     "switch_base_8": (307_845_888, 109_665_024, None),
 }
 
@@ -105,6 +106,15 @@ def test_the_counts_of_arctic_are_those_of_its_coordinates() -> None:
     table = 32_000 * 7168
     total = 35 * (attention + beside + 128 * (expert + 7168) + 3 * 7168) + 2 * table + 7168
     assert COUNTS["arctic"][:2] == (total, total - 35 * 126 * expert - table + 7168)
+
+
+def test_the_counts_of_step_are_those_of_its_coordinates() -> None:
+    heads, expert, table = 64 * 256, 3 * 7168 * 5120, 128_815 * 7168
+    queries = 7168 * 2048 + 2048 + 2048 * heads
+    layer = queries + 2 * 7168 * 256 + heads * 7168 + 2 * 7168
+    rest = 5 * 3 * 7168 * 18_432 + 2 * table + 7168
+    total = 61 * layer + 56 * (49 * expert + 48 * 7168) + rest
+    assert COUNTS["step_3"][:2] == (total, total - 56 * 45 * expert - table + 7168)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moenas.parts.activations import Activation
 from moenas.parts.assignment import Base, ExpertChoice, Sinkhorn
-from moenas.parts.attention import Attend, Attention, AttentionMixer
+from moenas.parts.attend import Attend, Reach
+from moenas.parts.attention import Attention, AttentionMixer
 from moenas.parts.balance import Balance, Routing
 from moenas.parts.blocks import Block, BlockGroup, Join, ParallelBlock, Shortcut
 from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
@@ -15,9 +16,10 @@ from moenas.parts.latent import LatentAttention, LatentAttentionMixer
 from moenas.parts.layers import Convolution, Linear
 from moenas.parts.lightning import LightningAttention, LightningAttentionMixer
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
-from moenas.parts.mixers import KVCache, Mixer, Rotary, StateCache
+from moenas.parts.mixers import KVCache, Mixer, StateCache
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
 from moenas.parts.product_key import ProductKeyFFN, ProductKeys
+from moenas.parts.rotary import RopeScaling, Rotary
 from moenas.parts.routers import Router
 from moenas.parts.scores import Score
 from moenas.parts.selection import ExpertSelection, Picked, Selection
@@ -69,6 +71,8 @@ __all__ = [
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",
+    "Reach",
+    "RopeScaling",
     "Rotary",
     "Router",
     "Routing",

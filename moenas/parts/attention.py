@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.component import setting
+from moenas.parts.attend import SINK_WIDTH, Attend, Reach, Temperature, gated
 from moenas.parts.layers import Linear
-from moenas.parts.mixers import KVCache, Mixer, Rotary
+from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
+from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling, folded
 from moenas.records import Cost
 
 
@@ -35,11 +36,21 @@ class AttentionMixer(Mixer, kind="attention"):
     v_head_dim: int | None = setting(
         "width of the values of a head; null: head_dim", default=None, low=8, multiple=8
     )
+    q_rank: int | None = setting(
+        "width of a latent of the queries, with a norm (MFA, arXiv 2412.19255; Step-3); null: no"
+        " latent",
+        default=None,
+        low=1,
+    )
     rope_theta: float = setting(
         "base of the rotary wavelengths (RoFormer, arXiv 2104.09864)", default=10000.0, low=1.0
     )
+    rope_scaling: RopeScaling | None = setting(
+        "how the rotary wavelengths are stretched; null: not at all", default=None
+    )
     rope_fraction: float = setting(
-        "share of a head that turns, to the next even number of elements; 0: no positions (NoPE)",
+        "share of a head that turns, as the nearest even number of elements (of two as near, the"
+        " multiple of 4); 0: no positions (NoPE)",
         default=1.0,
         low=0.0,
         high=1.0,
@@ -52,7 +63,9 @@ class AttentionMixer(Mixer, kind="attention"):
     qk_norm_after_rope: bool = setting(
         "qk_norm comes after the positions, not before them (Hunyuan)", default=False
     )
-    inner_eps: float = setting("added to the mean square in qk_norm", default=1e-6, low=0.0)
+    inner_eps: float = setting(
+        "added to the mean square in qk_norm and in the norm of q_rank", default=1e-6, low=0.0
+    )
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
     qkv_clip: float | None = setting(
         "queries, keys and values are cut to -c..c (DBRX: 8); null: no cut", default=None, low=1e-3
@@ -80,6 +93,14 @@ class AttentionMixer(Mixer, kind="attention"):
     scale: float | None = setting(
         "factor of the scores; null: 1 / sqrt(head_dim)", default=None, low=0.0
     )
+    floor_scale: int | None = setting(
+        "queries from position floor_scale - 1 on are multiplied by"
+        " 1 + attn_scale ln(1 + floor((position + 1) / floor_scale)) (arXiv 2501.19399; Llama 4:"
+        " 8192 where nothing turns); null: none is",
+        default=None,
+        low=1,
+    )
+    attn_scale: float = setting("of floor_scale", default=0.1, low=0.0)
 
     def heads_at(self, d_model: int) -> tuple[int, int]:
         """Return the query heads and the key-value heads at a model width."""
@@ -93,7 +114,7 @@ class AttentionMixer(Mixer, kind="attention"):
 
     @property
     def rope_dim(self) -> int:
-        """How many elements of a head turn with the position."""
+        """How many elements of a head turn with the position: pairs, rounded half to even."""
         return 2 * round(self.rope_fraction * self.head_dim / 2)
 
     @property
@@ -105,6 +126,8 @@ class AttentionMixer(Mixer, kind="attention"):
         """Return why the fields do not go together, or None."""
         if self.window is not None and self.chunk is not None:
             return "window and chunk exclude each other; set one of them to null"
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
@@ -119,18 +142,62 @@ class AttentionMixer(Mixer, kind="attention"):
     def canonical_at(self, d_model: int) -> Self:
         """Write out the numbers that follow from others and reset fields without effect."""
         n_heads, n_kv_heads = self.heads_at(d_model)
-        # To turn a vector changes neither its length nor what has no weight.
-        ordered = self.rope_dim > 0 and self.qk_norm in ("head", "full")
-        return replace(
+        one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
+        tempered = self.floor_scale is not None and self.attn_scale > 0
+        found = replace(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             v_head_dim=self.v_dim,
-            rope_theta=self.rope_theta if self.rope_dim > 2 else 10000.0,
-            rope_fraction=self.rope_dim / self.head_dim,
-            qk_norm_after_rope=self.qk_norm_after_rope and ordered,
-            inner_eps=1e-6 if self.qk_norm == "none" else self.inner_eps,
-            scale=None if self.factor == self.head_dim**-0.5 else self.scale,
+            qk_norm="head" if one_head else self.qk_norm,
+            inner_eps=self.inner_eps if self.q_rank or self.qk_norm != "none" else 1e-6,
+            window=1 if self.chunk == 1 else self.window,
+            chunk=None if self.chunk == 1 else self.chunk,
+            floor_scale=self.floor_scale if tempered else None,
+            attn_scale=self.attn_scale if tempered else 0.1,
+        )
+        if found.window == 1 and not found.sinks:
+            return found._without_scores()
+        return found._with_canonical_positions()
+
+    def _without_scores(self) -> Self:
+        """Reset what acts on the scores alone: over one token their softmax is 1."""
+        return replace(
+            self,
+            rope_theta=10000.0,
+            rope_scaling=None,
+            rope_fraction=1.0,
+            qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
+            qk_norm_after_rope=False,
+            inner_eps=1e-6,
+            softcap=None,
+            scale=None,
+            floor_scale=None,
+            attn_scale=0.1,
+        )
+
+    def _with_canonical_positions(self) -> Self:
+        """Reset what has no effect in rotary positions; let `scale` say what it can."""
+        width, theta = self.rope_dim, self.rope_theta
+        scaling, stronger = None, 1.0
+        if width and self.rope_scaling is not None:
+            scaling = self.rope_scaling.canonical_for(width, theta)
+        # To turn a vector changes neither its length nor what has no weight; YaRN's factor does.
+        longer = scaling is not None and scaling.attention != 1
+        ordered = width > 0 and (self.qk_norm in ("head", "full") or longer)
+        after = self.qk_norm_after_rope and ordered and self.qk_norm != "none"
+        if width == self.head_dim and not after and scaling is not None:
+            scaling, stronger = folded(scaling, width, theta)
+        factor, usual = self.factor * stronger, self.head_dim**-0.5
+        is_usual = factor == usual or (stronger != 1 and math.isclose(factor, usual, rel_tol=1e-10))
+        scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
+        return replace(
+            self,
+            rope_theta=theta if width > 2 or isinstance(scaling, YarnScaling) else 10000.0,
+            rope_scaling=scaling,
+            rope_fraction=width / self.head_dim,
+            qk_norm_after_rope=after,
+            scale=None if is_usual else scale,
         )
 
     def cost(self, d_model: int, context: int) -> Cost:
@@ -139,8 +206,10 @@ class AttentionMixer(Mixer, kind="attention"):
         widths = n_heads * self.head_dim, n_kv_heads * self.head_dim
         out_width, kv_width = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim)
         gates = {"none": 0, "head": n_heads, "element": out_width}[self.output_gate]
-        products = d_model * (widths[0] + kv_width + gates) + out_width * d_model
-        params = products + (n_heads if self.sinks else 0)
+        q_rank = self.q_rank or 0
+        products = (d_model + widths[0]) * q_rank if q_rank else d_model * widths[0]
+        products += d_model * (kv_width + gates) + out_width * d_model
+        params = products + q_rank + (n_heads if self.sinks else 0)
         params += {"head": 2 * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
         params += (widths[0] + kv_width) * self.qkv_bias + d_model * self.out_bias
         return Cost(
@@ -151,24 +220,53 @@ class AttentionMixer(Mixer, kind="attention"):
             weight_bytes=2 * params,
         )
 
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Return what the one more key of a sink takes, and the elements that it adds to all."""
+        if not self.sinks or self.softcap is not None or context == 1 or not self.factor:
+            return 0
+        width = self.head_dim + self.v_dim
+        added = SINK_WIDTH * (2 if self.v_dim == self.head_dim else 1)
+        pairs = (context + 1) * (width + added) - context * width
+        return 2 * self.heads_at(d_model)[0] * context * pairs
+
     def build(self, d_model: int) -> nn.Module:
         """Build the attention at a model width."""
         n_heads, n_kv_heads = self.heads_at(d_model)
         width = n_heads * self.v_dim
         gate = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
         return Attention(
-            QKV(
-                d_model,
-                (n_heads, n_kv_heads),
-                (self.head_dim, self.v_dim),
-                self.qkv_bias,
-                self.qkv_clip,
-            ),
-            Rotary(self.rope_dim, self.rope_theta) if self.rope_dim else None,
+            self._build_qkv(d_model),
+            self._build_rotary(),
             self._build_norm(n_heads, n_kv_heads),
-            Attend(n_heads, self.factor, self.window, self.chunk, self.softcap, self.sinks),
+            self._build_attend(n_heads),
             Linear(d_model, gate) if gate else None,
             Linear(width, d_model, self.out_bias),
+        )
+
+    def _build_qkv(self, d_model: int) -> nn.Module:
+        counts, widths = self.heads_at(d_model), (self.head_dim, self.v_dim)
+        if self.q_rank is None:
+            return QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
+        query = Bottleneck(
+            Linear(d_model, self.q_rank),
+            RMSNorm(self.q_rank, self.inner_eps),
+            Linear(self.q_rank, counts[0] * self.head_dim, self.qkv_bias),
+        )
+        keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
+        return LowRankQKV(query, keys, counts, widths, self.qkv_clip)
+
+    def _build_rotary(self) -> Rotary | None:
+        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
+        return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
+
+    def _build_attend(self, n_heads: int) -> Attend:
+        return Attend(
+            n_heads,
+            self.factor,
+            Reach(self.window, self.chunk),
+            self.softcap,
+            self.sinks,
+            None if self.floor_scale is None else Temperature(self.floor_scale, self.attn_scale),
         )
 
     def _build_norm(self, n_heads: int, n_kv_heads: int) -> QKNorm | None:
@@ -218,6 +316,59 @@ class QKV(Linear):
         return q, k, v
 
 
+class Bottleneck(nn.Module):
+    """up(norm(down(x)) * scale): a product through a latent; `down` may give more than that."""
+
+    def __init__(self, down: Linear, norm: RMSNorm, up: Linear, scale: float = 1.0) -> None:
+        super().__init__()
+        self.down = down
+        self.norm = norm
+        self.up = up
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, width)."""
+        y: Tensor = self.up(self.latent(x)[0])
+        return y
+
+    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
+        rank = self.up.d_in
+        latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
+        latent = self.norm(latent)
+        return latent if self.scale == 1 else latent * self.scale, beside
+
+
+class LowRankQKV(nn.Module):
+    """Queries through a latent; keys and values in one matrix product. Arguments as of `QKV`."""
+
+    def __init__(
+        self,
+        query: Bottleneck,
+        keys: Linear,
+        counts: tuple[int, int],
+        widths: tuple[int, int],
+        clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.keys = keys
+        self.counts = counts
+        self.widths = widths
+        self.clip = clip
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
+        rows = self.query(x), self.keys(x)
+        if self.clip is not None:
+            rows = rows[0].clamp(-self.clip, self.clip), rows[1].clamp(-self.clip, self.clip)
+        n_heads, n_kv_heads = self.counts
+        k, v = rows[1].split([n_kv_heads * width for width in self.widths], dim=-1)
+        parts = (rows[0], n_heads), (k, n_kv_heads), (v, n_kv_heads)
+        q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in parts)
+        return q, k, v
+
+
 class QKNorm(nn.Module):
     """Norms of queries and keys, over each head or over all heads of a token together."""
 
@@ -247,7 +398,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        qkv: QKV,
+        qkv: nn.Module,
         rotary: nn.Module | None,
         norm: nn.Module | None,
         attend: Attend,
@@ -264,7 +415,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
-        q, k, v = self.qkv.heads(x)
+        qkv: Any = self.qkv
+        q, k, v = qkv.heads(x)
         norm: Any = self.norm
         if norm is not None and not norm.after_rope:
             q, k = norm(q, k)
@@ -284,96 +436,3 @@ class Attention(nn.Module):
     def new_cache(self, batch: int, context: int) -> KVCache:
         """Return an empty cache."""
         return KVCache(batch, context)
-
-
-def gated(y: Tensor, gate: Tensor) -> Tensor:
-    """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
-    factors: Tensor = gate.unflatten(-1, (y.shape[2], -1)).float().sigmoid()
-    return y * factors.to(y.dtype)
-
-
-class Attend(nn.Module):
-    """Scores, softmax and the mean of the values, over the tokens that a token may see.
-
-    Soft caps and sinks are computed step by step; all else by torch's own kernel.
-    """
-
-    def __init__(
-        self,
-        n_heads: int,
-        scale: float,
-        window: int | None = None,
-        chunk: int | None = None,
-        softcap: float | None = None,
-        sinks: bool = False,
-    ) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.scale = scale
-        self.window = window
-        self.chunk = chunk
-        self.softcap = softcap
-        self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Return (B, H, S, C of v) for queries at start, start + 1, ... and keys from 0 on.
-
-        On CPUs a bfloat16 gradient goes through float32: the kernel's own is up to 3 times slower.
-        """
-        dtype = q.dtype
-        if q.requires_grad and q.device.type == "cpu":
-            q, k, v = q.float(), k.float(), v.float()
-        first = self.first_seen(start)
-        if first:
-            k, v = k[:, :, first:], v[:, :, first:]
-        length = int(q.shape[2])  # a tensor while the model is traced
-        mask = None
-        step_by_step = self.softcap is not None or self.sinks is not None
-        causal = length > 1 and start == first and not self.is_limited(start, length)
-        if length > 1 and (step_by_step or not causal):
-            mask = self.seen(start, length, first, q.device)
-        if step_by_step:
-            return self.by_hand(q, k, v, mask).to(dtype)
-        grouped = int(k.shape[1]) < self.n_heads
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
-        )
-        return y.to(dtype)
-
-    def first_seen(self, start: int) -> int:
-        """Return the first position that a query at `start` sees."""
-        if self.chunk is not None:
-            return start // self.chunk * self.chunk
-        return 0 if self.window is None else max(0, start - self.window + 1)
-
-    def is_limited(self, start: int, length: int) -> bool:
-        """Whether the last of `length` queries from `start` on sees less than the first one."""
-        return self.first_seen(start + length - 1) > self.first_seen(start)
-
-    def seen(self, start: int, length: int, first: int, device: torch.device) -> Tensor:
-        """Return (S, L) which keys, from position `first` on, each query sees."""
-        query = torch.arange(start, start + length, device=device).unsqueeze(-1)
-        key = torch.arange(first, start + length, device=device)
-        seen = key <= query
-        if self.window is not None:
-            seen = seen & (key > query - self.window)
-        if self.chunk is not None:
-            seen = seen & (key >= query - query % self.chunk)
-        return seen
-
-    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each."""
-        kv_heads = k.shape[1]
-        q = q.unflatten(1, (kv_heads, -1))  # (B, K, H / K, S, C)
-        scores = (q @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
-        if self.softcap is not None:
-            scores = (scores / self.softcap).tanh() * self.softcap
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        if self.sinks is not None:
-            sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1)
-            sinks = sinks.expand(*scores.shape[:-1], 1)
-            shares = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            shares = scores.softmax(dim=-1)
-        return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from moenas.parts.gating import Choice
 
-# Shapes: T tokens in B sequences, E experts.
+# Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
+# with a load of its own.
 
 
 @dataclass
@@ -27,6 +29,10 @@ class Routing:
     """Differentiable scalar; 0 outside training."""
     choice: Choice
     """What was decided: the slots, and the logits of the router."""
+    slots: Tensor | None = None
+    """(G, E) slots of a token at each expert in the mean, in training."""
+    probabilities: Tensor | None = None
+    """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
 
 
 def squared_variation(x: Tensor) -> Tensor:
@@ -34,10 +40,32 @@ def squared_variation(x: Tensor) -> Tensor:
     return x.var(correction=0) / (x.mean().square() + 1e-20)
 
 
+def even_load(slots: Tensor, probabilities: Tensor) -> Tensor:
+    """Return E sum_i f_i P_i for (G, E) slots and P, the mean over the groups.
+
+    f_i is the share of the slots at expert i and P_i the mean of s_i / sum s: Switch Transformer
+    (arXiv 2101.03961), eq. 4 to 6, for K slots a token; for each sequence DeepSeek-V3 (arXiv
+    2412.19437), eq. 17 to 20.
+    """
+    shares = slots / slots.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return slots.shape[-1] * (shares * probabilities).sum(dim=-1).mean()
+
+
+def unbiased(choice: Choice) -> Choice:
+    """Return the K best scores of each token, without bias and groups, as what was chosen.
+
+    They are what the loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts.
+    """
+    best = choice.scores.topk(choice.experts.shape[-1], dim=-1)
+    return choice._replace(experts=best.indices, weights=best.values, tokens=None, kept=None)
+
+
 class Balance(nn.Module):
     """Keeps the load of the experts even: by a loss, or by a bias on the selection.
 
-    `loss` is "load" (Switch) or "importance" (Shazeer), `scope` is "batch" or "sequence".
+    The loss has a `form` of three words: "load" (Switch) or "importance" (Shazeer); whose load is
+    even, that of a "batch" or of each "sequence"; how the losses of all layers join, "sum", "mean"
+    or "pooled" (`joined_loss`).
     """
 
     bias: Tensor | None
@@ -48,33 +76,37 @@ class Balance(nn.Module):
         aux_coef: float,
         z_coef: float,
         bias_rate: float | None,
-        loss: str = "load",
-        scope: str = "batch",
+        form: Sequence[str] = ("load", "batch", "sum"),
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.aux_coef = aux_coef
         self.z_coef = z_coef
         self.bias_rate = bias_rate
-        self.loss = loss
-        self.scope = scope
+        self.form = form
+        self.loss, self.scope, self.reduce = form
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
+        self.seen: Tensor | None = None
 
     def forward(self, choice: Choice, dropped: Tensor, sequences: int = 1) -> Routing:
         """Count the load and, in training, work out the losses over B `sequences`."""
         groups = sequences if self.scope == "sequence" else 1
         load = self.load(choice, groups)
+        whole = load.sum(dim=0)
         if not self.training:
             nothing = choice.scores.new_zeros(())
-            return Routing(load.sum(dim=0), dropped, nothing, nothing, choice)
-        balance_loss = (
-            self.even_importance(choice)
-            if self.loss == "importance"
-            else self.even_load(choice, load)
-        )
+            return Routing(whole, dropped, nothing, nothing, choice)
+        self.seen = whole
         # ST-MoE (arXiv 2202.08906), eq. 5.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
-        return Routing(load.sum(dim=0), dropped, balance_loss, z_loss, choice)
+        if self.loss == "importance":
+            return Routing(whole, dropped, self.even_importance(choice), z_loss, choice)
+        if self.bias is not None:
+            load = self.load(unbiased(choice), groups)
+        slots = load * groups / len(choice.scores)
+        scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
+        mean = scores.view(groups, -1, self.n_experts).mean(dim=1)
+        return Routing(whole, dropped, even_load(slots, mean), z_loss, choice, slots, mean)
 
     def load(self, choice: Choice, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
@@ -83,18 +115,6 @@ class Balance(nn.Module):
         ones = torch.ones_like(slots) if choice.kept is None else choice.kept.flatten().long()
         load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)
         return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
-
-    def even_load(self, choice: Choice, load: Tensor) -> Tensor:
-        """Return E sum_i f_i P_i, the mean over the groups of the `load`.
-
-        f_i is the share of the slots at expert i and P_i the mean of s_i / sum s: Switch
-        Transformer (arXiv 2101.03961), eq. 4 to 6, for K slots a token; for each sequence
-        DeepSeek-V3 (arXiv 2412.19437), eq. 17 to 20.
-        """
-        share = load / load.sum(dim=-1, keepdim=True).clamp_min(1)
-        scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
-        mean = scores.view(len(load), -1, self.n_experts).mean(dim=1)
-        return self.n_experts * (share * mean).sum(dim=-1).mean()
 
     def even_importance(self, choice: Choice) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
@@ -110,8 +130,41 @@ class Balance(nn.Module):
         return self.aux_coef * routing.balance_loss + self.z_coef * routing.z_loss
 
     @torch.no_grad()
-    def step(self, routing: Routing) -> None:
-        """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1)."""
-        if self.bias is not None and self.bias_rate is not None:
-            load = routing.load.float()
+    def step(self) -> None:
+        """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
+
+        The load is that of the last forward pass in training since the step before, if there was
+        one; of several, as of the parts of a batch, the others do not count.
+        """
+        if self.seen is not None and self.bias is not None and self.bias_rate is not None:
+            load = self.seen.float()
             self.bias += self.bias_rate * torch.sign(load.mean() - load)
+        self.seen = None
+
+
+def joined_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
+    """Return the weighted losses of the L layers of a model that have a router, a scalar.
+
+    By `reduce` of a layer: "sum" adds its losses up; "mean" divides them by L (MegaBlocks);
+    "pooled" counts the tokens of all layers as those of one, and slots instead of shares, so that
+    an even load has K instead of 1: E sum_i n_i P_i, n_i the slots of a token at expert i
+    (load_balancing_loss_func of transformers). Pooled layers that differ in E, K or coefficient
+    have one such loss for each kind, weighted by the share of its layers in L.
+    """
+    losses = []
+    pooled: dict[tuple[int, int, float, str], list[Routing]] = {}
+    for balance, routing in layers:
+        parts = 1 if balance.reduce == "sum" else len(layers)
+        if balance.reduce == "pooled" and routing.slots is not None:
+            top_k = routing.choice.experts.shape[-1]
+            kind = (balance.n_experts, top_k, balance.aux_coef, balance.scope)
+            pooled.setdefault(kind, []).append(routing)
+            losses.append(balance.z_coef * routing.z_loss / parts)
+        else:
+            losses.append(balance.auxiliary_loss(routing) / parts)
+    for (n_experts, _, coefficient, _), routings in pooled.items():
+        slots = torch.stack([x.slots for x in routings if x.slots is not None]).mean(dim=0)
+        means = [x.probabilities for x in routings if x.probabilities is not None]
+        even = n_experts * (slots * torch.stack(means).mean(dim=0)).sum(dim=-1).mean()
+        losses.append(coefficient * even * len(routings) / len(layers))
+    return torch.stack(losses).sum()

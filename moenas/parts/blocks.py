@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
 from moenas.component import Component, Part, setting
-from moenas.parts.ffn import FFN
+from moenas.parts.experts import MoEFFN
+from moenas.parts.ffn import FFN, DenseFFN
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
 from moenas.records import Cost
@@ -52,17 +56,24 @@ class Stream:
         """Build what adds a part to the stream."""
         return Join(self.norm_position, self.multiplier, self.skip)
 
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether each part's output has a norm of its own before it is added."""
+        return self.norm_position in ("output", "sandwich")
+
     def shortcut_norms(self, source: str) -> tuple[bool, bool]:
         """Return whether a shortcut that reads `source` has a norm before and one after it."""
         before = source == "block" and self.norm_position in ("pre", "sandwich")
-        return before, self.norm_position in ("output", "sandwich")
+        return before, self.norms_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockGroup(Component):
     """`repeat` equal blocks after one another, or a pattern of blocks `repeat` times.
 
-    A block has a mixer, a feed-forward layer or both. A pattern is a list of groups instead.
+    A block has a mixer, a feed-forward layer or both. A pattern is a list of groups instead. A
+    mixer alone in a block and an ffn alone in the next are the same as one block of both, and are
+    counted as one layer.
     """
 
     repeat: int = setting(
@@ -160,7 +171,28 @@ class BlockGroup(Component):
         # The ffn reads the stream before the block, too, if nothing was added to it before.
         alike = found.mixer is None or found.parallel
         alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
-        return replace(found, shortcut_input="ffn") if alike else found
+        found = replace(found, shortcut_input="ffn") if alike else found
+        return found._side_by_side(stream)
+
+    def _side_by_side(self, stream: Stream) -> Self:
+        """Order two feed-forward layers that read and join alike, or write them as one.
+
+        With norms of their outputs they stay two, and those of a parallel block do not join alike:
+        there one norm is of the sum of mixer and ffn.
+        """
+        late = self.shortcut_delay > 0 or self.shortcut_input == "block"
+        if self.ffn is None or self.shortcut is None or late:
+            return self
+        if stream.norms_outputs:
+            if self.parallel:
+                return self
+            whole = None
+        else:
+            whole = united(self.ffn, self.shortcut) or united(self.shortcut, self.ffn)
+        if whole is not None:
+            return replace(self, ffn=whole, shortcut=None)
+        first, second = sorted((self.ffn, self.shortcut), key=_order)
+        return replace(self, ffn=first, shortcut=second)
 
     def cost(self, stream: Stream, context: int) -> Cost:
         """Return the cost of all layers of the group."""
@@ -190,6 +222,58 @@ class BlockGroup(Component):
         before, after = (stream.build_norm() if norm else None for norm in norms)
         ffn = self.shortcut.build(stream.d_model)
         return Shortcut(before, ffn, after, self.shortcut_input == "block", self.shortcut_delay)
+
+
+def _order(ffn: FFN) -> tuple[bool, str]:
+    """Return what two feed-forward layers side by side are ordered by: a mixture comes first."""
+    return ffn.kind != "moe", json.dumps(ffn.plain(), sort_keys=True)
+
+
+def united(ffn: FFN, beside: FFN) -> FFN | None:
+    """Return the one layer that is the sum of two canonical ones of the same input, or None.
+
+    A network without biases beside another is a wider one, and beside a mixture it is a shared
+    expert. The weights of the two, laid end to end, are those of the one.
+    """
+    if type(beside) is not DenseFFN or type(ffn) not in (DenseFFN, MoEFFN) or beside.bias:
+        return None
+    if _activation(ffn) != _activation(beside):
+        return None
+    if isinstance(ffn, DenseFFN) and not ffn.bias:
+        return replace(ffn, d_ff=ffn.d_ff + beside.d_ff)
+    if isinstance(ffn, MoEFFN) and not ffn.shared_gate:
+        return replace(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
+    return None
+
+
+def _activation(ffn: Any) -> tuple[Any, ...]:
+    return ffn.activation, ffn.gate_limit, ffn.gate_alpha, ffn.up_shift
+
+
+def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
+    """Return canonical layers, each mixer alone in one block with the ffn alone after it.
+
+    They are the halves of a block at every position of the norm, unless a shortcut joins the stream
+    between them, or the shortcut beside the ffn reads it there through a norm of its own. Delays
+    are counted anew. Nothing changes where the number of a layer matters.
+    """
+    if any(part.placed for layer in layers for part in layer.parts.values()):
+        return tuple(layers)
+    joined = {i + layer.shortcut_delay for i, layer in enumerate(layers) if layer.shortcut}
+    halves = {
+        i
+        for i, (one, other) in enumerate(pairwise(layers))
+        if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
+    } - joined
+    number = [i - sum(half < i for half in halves) for i in range(len(layers))]
+    found = []
+    for i, layer in enumerate(layers):
+        if i in halves:
+            continue
+        mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
+        delay = number[i + layer.shortcut_delay] - number[i]
+        found.append(replace(layer, mixer=mixer, shortcut_delay=delay))
+    return tuple(found)
 
 
 class Sandwich(nn.Module):
@@ -247,7 +331,9 @@ Late = list[Tensor | None]
 class Block(nn.Module):
     """A mixer, then a feed-forward layer, each joined to the stream; either may be missing.
 
-    A shortcut is a second feed-forward layer, whose output joins with that of a later part.
+    A shortcut is a second feed-forward layer, whose output joins the stream with that of the last
+    part of a block, its own or a later one: of the ffn, or of the mixer where there is no ffn. So
+    under `post` one norm is of all that is added there.
     """
 
     def __init__(
@@ -282,10 +368,10 @@ class Block(nn.Module):
         first, join = x, self.join
         if self.mixer is not None:
             y = self.mixer(join.entering(x, self.norm1), cache)
-            x = join(x, y, self.norm1)
+            beside = self.beside(first, x, numbers, late) if self.ffn is None else None
+            x = join(x, y, self.norm1, beside)
         if self.ffn is None:
-            beside = self.beside(first, x, numbers, late)
-            return x if beside is None else x + beside
+            return x
         read = join.entering(x, self.norm2)
         y = fed(self.ffn, read, numbers)
         x = join(x, y, self.norm2, self.beside(first, read, numbers, late))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.activations import Activated, Activation, up_width
-from moenas.parts.balance import Balance, Routing
+from moenas.parts.balance import Balance, Routing, joined_loss
 from moenas.parts.dispatch import row_multiple, sort_slots, within_capacity
 from moenas.parts.ffn import FFN, FeedForward, GatedFeedForward, network_cost
 from moenas.parts.gating import Choice, Gating
@@ -187,7 +187,9 @@ class Experts(nn.Module):
     """E feed-forward networks in two stacked matrices; each slot passes through one of them.
 
     Slots are sorted by expert, so that each expert's rows lie together and one grouped matrix
-    product serves all of them: no loop, no wait of the host for the device.
+    product serves all of them: no loop, no wait of the host for the device. A matrix lies as a
+    product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it up to
+    1.5 times as fast as the transposed form.
     """
 
     def __init__(
@@ -207,8 +209,8 @@ class Experts(nn.Module):
         self.bias = bias
         self.weight_on = weight_on
         up = up_width(width, activation.name)
-        self.up = nn.Parameter(torch.empty(n_experts, up, d_model))
-        self.down = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.up = nn.Parameter(torch.empty(n_experts, d_model, up))
+        self.down = nn.Parameter(torch.empty(n_experts, width, d_model))
         self.up_bias = ExpertBias(n_experts, up) if bias else None
         self.down_bias = ExpertBias(n_experts, d_model) if bias else None
 
@@ -220,23 +222,25 @@ class Experts(nn.Module):
         """
         experts = choice.experts
         multiple = row_multiple(x, experts, self.n_experts)
-        slot, ends, empty = sort_slots(experts, self.n_experts, kept, multiple)
+        slot, ends, empty, all_read = sort_slots(experts, self.n_experts, kept, multiple)
         token = slot // experts.shape[1] if choice.tokens is None else choice.tokens[slot]
         weights = choice.weights.flatten()[slot].unsqueeze(-1).to(x.dtype)
+        weights = weights if empty is None else weights.masked_fill(empty, 0)
         rows = x.index_select(0, token)  # (N, D)
         if self.weight_on == "input":
             rows = rows * weights
         # grouped_mm leaves rows behind the last end uninitialised, in its output and in the
-        # gradient of its input: both sides are masked.
-        rows = rows if empty is None else rows.masked_fill(empty, 0)
+        # gradient of its input: both sides are masked then.
+        masked = None if all_read and self.weight_on == "output" else empty
+        rows = rows if masked is None else rows.masked_fill(masked, 0)
         # Numbers from E on are those of zero experts, whose rows are empty.
         expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
-        h = F.grouped_mm(rows, self.up.to(x.dtype).transpose(-2, -1), offs=ends)
+        h = F.grouped_mm(rows, self.up.to(x.dtype), offs=ends)
         h = h if self.up_bias is None else self.up_bias(h, expert, empty)
         h = self.activation(h)
-        y = F.grouped_mm(h, self.down.to(x.dtype).transpose(-2, -1), offs=ends)
+        y = F.grouped_mm(h, self.down.to(x.dtype), offs=ends)
         y = y if self.down_bias is None else self.down_bias(y, expert, empty)
-        y = y if empty is None else y.masked_fill(empty, 0)
+        y = y if masked is None else y.masked_fill(masked, 0)
         if self.weight_on == "output":
             y = y * weights
         return torch.zeros_like(x).index_add(0, token, y)
@@ -359,9 +363,9 @@ class MoE(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted losses of the last forward pass, a scalar."""
-        return self.balance.auxiliary_loss(self.routing)
+        return joined_loss([(self.balance, self.routing)])
 
     def after_step(self) -> None:
-        """Move selection bias and cut-offs by the last forward pass, if there are any."""
-        self.balance.step(self.routing)
+        """Move selection bias and cut-offs by the last training pass, if there are any."""
+        self.balance.step()
         self.router.after_step()

@@ -113,7 +113,9 @@ class Noise(nn.Module):
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     """Return Phi((z_i - the K-th largest of the others with noise) / spread_i), (T, E).
 
-    Shazeer et al., arXiv 1701.06538, eq. 8 and 9; all (T, E), with K below E.
+    Shazeer et al., arXiv 1701.06538, eq. 8 and 9; all (T, E), with K below E. It is the chance
+    to be among the K best of all experts: groups and a bias on the selection, which the paper does
+    not have, are left out.
     """
     best = noisy.topk(top_k + 1, dim=-1).values
     bar = torch.where(noisy >= best[:, -2:-1], best[:, -1:], best[:, -2:-1])

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from moenas.component import setting
-from moenas.parts.attention import Attend, gated
+from moenas.parts.attend import Attend, Reach, gated
+from moenas.parts.attention import Bottleneck
 from moenas.parts.layers import Linear
-from moenas.parts.mixers import KVCache, Mixer, Rotary
+from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
+from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling
 from moenas.records import Cost
 
 
@@ -35,6 +37,9 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
     v_dim: int = setting("width of the values of a head", low=8, multiple=8)
     rope_theta: float | None = setting(
         "base of the rotary wavelengths; null: nothing turns (NoPE)", default=10000.0, low=1.0
+    )
+    rope_scaling: RopeScaling | None = setting(
+        "how the rotary wavelengths are stretched; null: not at all", default=None
     )
     inner_eps: float = setting("added to the mean square in the norms", default=1e-6, low=0.0)
     rank_scale: bool = setting(
@@ -62,12 +67,27 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         """What the scores are multiplied with."""
         return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
 
-    def canonical(self) -> Self:
-        """Write the usual scale as null; a single pair turns by the position, whatever theta."""
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
+        return None
+
+    def canonical_at(self, d_model: int) -> Self:
+        """Reset fields without effect; a single pair turns by the position, whatever theta."""
         usual = (self.nope_dim + self.rope_dim) ** -0.5
-        theta = 10000.0 if self.rope_theta and self.rope_dim == 2 else self.rope_theta
-        scale = None if self.scale == usual else self.scale
-        return replace(self, scale=scale, rope_theta=theta)
+        theta, scaling = self.rope_theta, None
+        if theta is not None and self.rope_scaling is not None:
+            scaling = self.rope_scaling.canonical_for(self.rope_dim, theta)
+        one_pair = self.rope_dim == 2 and not isinstance(scaling, YarnScaling)
+        narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
+        return replace(
+            self,
+            rope_theta=10000.0 if theta and one_pair else theta,
+            rope_scaling=scaling,
+            rank_scale=self.rank_scale and narrow,
+            scale=None if self.scale == usual else self.scale,
+        )
 
     def cost(self, d_model: int, context: int) -> Cost:
         """Count the projections, and scores and values of all heads over the full context."""
@@ -97,11 +117,15 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         return LatentAttention(
             query,
             self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
-            None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta),
-            Attend(self.n_heads, self.factor),
+            self._build_rotary(),
+            Attend(self.n_heads, self.factor, Reach()),
             Linear(d_model, self.gates) if self.gates else None,
             Linear(self.n_heads * self.v_dim, d_model),
         )
+
+    def _build_rotary(self) -> Rotary | None:
+        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
+        return None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta, scaling)
 
     def _build_bottleneck(self, d_model: int, rank: int, beside: int, width: int) -> Bottleneck:
         return Bottleneck(
@@ -110,29 +134,6 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             Linear(rank, width),
             (d_model / rank) ** 0.5 if self.rank_scale else 1.0,
         )
-
-
-class Bottleneck(nn.Module):
-    """up(norm(down(x)) * scale): a product through a latent; `down` may give more than that."""
-
-    def __init__(self, down: Linear, norm: RMSNorm, up: Linear, scale: float) -> None:
-        super().__init__()
-        self.down = down
-        self.norm = norm
-        self.up = up
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, D) to (B, S, width)."""
-        y: Tensor = self.up(self.latent(x)[0])
-        return y
-
-    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
-        rank = self.up.d_in
-        latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
-        latent = self.norm(latent)
-        return latent if self.scale == 1 else latent * self.scale, beside
 
 
 class LatentAttention(nn.Module):

@@ -3,14 +3,38 @@
 Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
 is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
 Every module keeps each argument of its constructor as an attribute of the same name. A module
-with a method `start(generator)` draws the first values of its own parameters by it.
+with a method `start(generator)` draws the first values of its own parameters by it. The weights
+that write into the residual stream are found by their names: see `writers`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+WRITES = ("out", "down", "leave", "experts", "shared", "zero", "vector")
+"""Names in a part, and in what they name, of what its output comes out of."""
+
+
+def writers(part: Any) -> list[nn.Parameter]:
+    """Return the weights whose products are what a part adds to the residual stream.
+
+    The output is proportional to them, biases and experts that pass their input on aside. They are
+    found from the part on by the names in WRITES, or in the attribute `writes` of a module that has
+    others; a module with none of them writes by its `weight`.
+    """
+    found: list[nn.Parameter] = []
+    for name in getattr(part, "writes", WRITES):
+        child = getattr(part, name, None)
+        if isinstance(child, nn.Parameter):
+            found.append(child)
+        elif isinstance(child, nn.Module):
+            found += writers(child)
+    weight = getattr(part, "weight", None)
+    return [weight] if not found and isinstance(weight, nn.Parameter) else found
 
 
 class Linear(nn.Module):
@@ -32,6 +56,8 @@ class Linear(nn.Module):
 
 class LowRank(nn.Module):
     """A matrix product through a narrow width, `up(down(x))`."""
+
+    writes = ("up",)
 
     def __init__(self, d_in: int, rank: int, d_out: int) -> None:
         super().__init__()

@@ -65,6 +65,11 @@ class LightningAttentionMixer(Mixer, kind="lightning_attention"):
             self.slower_by_depth,
         )
 
+    @property
+    def placed(self) -> bool:
+        """Whether the layer's number matters."""
+        return self.slower_by_depth
+
 
 class LightningAttention(nn.Module):
     """out(norm(scan(silu(q, k, v))) * sigmoid(gate))."""
@@ -97,6 +102,7 @@ class LightningAttention(nn.Module):
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         cache = cache or StateCache()
+        cache.check_batch(x.shape[0])
         qkv = F.silu(self.project(x)).float().unflatten(-1, (3, self.n_heads, -1))
         q, k, v = qkv.unbind(2)
         head = torch.arange(1, self.n_heads + 1, device=x.device, dtype=torch.float32)

@@ -15,9 +15,9 @@ from moenas.records import Cost, Plain
 Balancing = Literal["none", "aux_loss", "importance_load", "bias", "bias_and_loss"]
 
 # What depends on the number of experts (groups) is left out of the presets. An aux_coef is the
-# published number; of a loss that is 1 for an even layer and added up over layers. Where a source
-# takes the mean over layers or multiplies by top_k (transformers), its pull is another one there.
-_MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02}
+# published number, and aux_reduce says of which loss: a router_aux_loss_coef of a released
+# configuration is that of the pooled loss.
+_MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"}
 _DEEPSEEK_V3: Plain = {
     "score": "sigmoid",
     "top_k": 8,
@@ -44,8 +44,9 @@ class Router(Component):
             "balance": "importance_load",
             "aux_coef": 0.1,
         },
-        # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts
-        # (without the random dispatch of the second expert).
+        # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts. Not as
+        # there: the second expert is not dispatched at random, the loss counts both choices, not
+        # the first alone, and capacity is given out token by token, not to all first choices first.
         "gshard": {"top_k": 2, "normalize": True, "capacity_factor": 1.0, "aux_coef": 0.01},
         # Switch Transformer, arXiv 2101.03961: eq. 2 to 6; capacity 1.25, alpha 1e-2 (without
         # the jitter of the input, which section 2.4 sets to 0.01).
@@ -61,12 +62,19 @@ class Router(Component):
         # Mixtral 8x7B, arXiv 2401.04088, section 2.1; coefficient of its released configuration.
         "mixtral": _MIXTRAL,
         # The released configurations of Jamba v0.1, Granite 3.0 MoE, Qwen2-MoE and Qwen3-MoE.
-        "jamba": {"top_k": 2, "normalize": False, "aux_coef": 0.001},
-        "granite": {"top_k": 8, "normalize": True, "aux_coef": 0.001},
-        "qwen2_moe": {"top_k": 4, "normalize": False, "aux_coef": 0.001},
-        "qwen3_moe": {"top_k": 8, "normalize": True, "aux_coef": 0.001},
-        # OLMoE, arXiv 2409.02060, section 2 and table 1.
-        "olmoe": {"top_k": 8, "normalize": False, "aux_coef": 0.01, "z_coef": 0.001},
+        "jamba": {"top_k": 2, "normalize": False, "aux_coef": 0.001, "aux_reduce": "pooled"},
+        "granite": {"top_k": 8, "normalize": True, "aux_coef": 0.001, "aux_reduce": "pooled"},
+        "qwen2_moe": {"top_k": 4, "normalize": False, "aux_coef": 0.001, "aux_reduce": "pooled"},
+        "qwen3_moe": {"top_k": 8, "normalize": True, "aux_coef": 0.001, "aux_reduce": "pooled"},
+        # OLMoE, arXiv 2409.02060, section 2 and table 1; it was trained with MegaBlocks, whose
+        # batched_load_balancing_loss is a mean over layers.
+        "olmoe": {
+            "top_k": 8,
+            "normalize": False,
+            "aux_coef": 0.01,
+            "z_coef": 0.001,
+            "aux_reduce": "mean",
+        },
         # DeepSeekMoE 16B, arXiv 2401.06066, section 5.1.
         "deepseek_moe": {"top_k": 6, "normalize": False, "aux_coef": 0.001},
         # DeepSeek-V2, arXiv 2405.04434, section 2.2 (236B: 8 groups of which 3, scale 16).
@@ -85,8 +93,15 @@ class Router(Component):
         "kimi_k2": _DEEPSEEK_V3 | {"scale": 2.827},
         "glm_4_5": _DEEPSEEK_V3,
         "nemotron_3": _DEEPSEEK_V3 | {"top_k": 6},
-        # gpt-oss, released code: a linear layer with bias, softmax over the chosen.
-        "gpt_oss": {"top_k": 4, "normalize": True, "logit_bias": True, "aux_coef": 0.001},
+        # gpt-oss, released code: a linear layer with bias, softmax over the chosen; coefficient of
+        # its released configuration.
+        "gpt_oss": {
+            "top_k": 4,
+            "normalize": True,
+            "logit_bias": True,
+            "aux_coef": 0.9,
+            "aux_reduce": "pooled",
+        },
         # Llama 4, released code: the sigmoid multiplies what goes into the expert.
         "llama4": {
             "score": "sigmoid",
@@ -169,6 +184,12 @@ class Router(Component):
         "what aux_loss evens out: the load of each sequence (arXiv 2412.19437, eq. 17 to 20), or of"
         " a batch, which one device holds whole, so it is the global batch of arXiv 2501.11873",
         default="batch",
+    )
+    aux_reduce: Literal["sum", "mean", "pooled"] = setting(
+        "how the losses of all layers join: added up; their mean (MegaBlocks); or aux_loss of the"
+        " slots of all layers together, top_k for an even load (a router_aux_loss_coef of"
+        " transformers), and the mean of the others",
+        default="sum",
     )
     z_coef: float = setting(
         "weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)", default=0.0, low=0.0
@@ -276,8 +297,15 @@ class Router(Component):
             balance=balance,
             aux_coef=self.aux_coef if self.uses_loss else Router.aux_coef,
             aux_scope=self.aux_scope if per_sequence else "batch",
+            aux_reduce=self._reduce(per_sequence),
             bias_rate=self.bias_rate if self.uses_bias else Router.bias_rate,
         )
+
+    def _reduce(self, evens_load: bool) -> Literal["sum", "mean", "pooled"]:
+        """Return how losses join: pooled is a mean where there is no aux_loss."""
+        if not self.uses_loss and not (self.z_coef and self.scores.from_logits):
+            return "sum"
+        return "mean" if self.aux_reduce == "pooled" and not evens_load else self.aux_reduce
 
     def canonical_among(self, n_experts: int) -> Self:
         """Return the canonical form among a number of experts."""
@@ -336,11 +364,11 @@ class Router(Component):
 
     def build_balance(self, n_experts: int) -> Balance:
         """Build the part that evens out the load."""
+        how = (self.aux_scope, self.aux_reduce)
         return Balance(
             n_experts,
             self.aux_coef if self.uses_loss else 0.0,
             self.z_coef if self.scores.from_logits else 0.0,
             self.bias_rate if self.uses_bias else None,
-            "importance" if self.balance == "importance_load" else "load",
-            self.aux_scope,
+            ("importance" if self.balance == "importance_load" else "load", *how),
         )

@@ -180,17 +180,19 @@ class Threshold(ExpertSelection):
 
     The causal form of expert choice (arXiv 2603.11535): the cut-off is a moving average of the
     score of the last token that the expert would have taken, ceil(K T / E) of T, in the training
-    batches before this one. At most the 2 K best experts take a token, which bounds the rows; an
-    expert without a cut-off yet takes the tokens that have it among their K best.
+    batches before this one: of several between two steps, the last. At most the 2 K best experts
+    take a token, which bounds the rows; until there are cut-offs, the K best do.
     """
 
     cutoff: Tensor
+    known: Tensor
 
     def __init__(self, top_k: int, n_experts: int, decay: float = 0.9) -> None:
         super().__init__(top_k)
         self.n_experts = n_experts
         self.decay = decay
-        self.register_buffer("cutoff", torch.zeros(n_experts))  # 0: none yet
+        self.register_buffer("cutoff", torch.zeros(n_experts))
+        self.register_buffer("known", torch.zeros(()))  # 1 once there are cut-offs
         self.seen: Tensor | None = None
 
     def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
@@ -202,7 +204,7 @@ class Threshold(ExpertSelection):
         best = ranked.topk(min(2 * self.top_k, n_experts), dim=-1)
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
-        kept = torch.where(cutoff == 0, place < self.top_k, best.values > cutoff)
+        kept = torch.where(self.known > 0, best.values > cutoff, place < self.top_k)
         return Picked(best.indices, kept=kept)
 
     @torch.no_grad()
@@ -210,4 +212,6 @@ class Threshold(ExpertSelection):
         """Move the cut-offs towards those of the last training batch."""
         if self.seen is not None:
             moved = self.decay * self.cutoff + (1 - self.decay) * self.seen
-            self.cutoff.copy_(torch.where(self.cutoff == 0, self.seen, moved))
+            self.cutoff.copy_(torch.where(self.known > 0, moved, self.seen))
+            self.known.fill_(1)
+        self.seen = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ from weights import (
     squeezed,
     stacked,
     transposed,
-    transposed_halves,
     turned,
 )
 
@@ -98,8 +98,8 @@ def experts(router: str = "mlp.gate", place: str = "mlp.experts") -> list[Row]:
     return [
         ("blocks.{}.ffn.router.logits.weight", (f"{LAYER}{router}.weight",), same),
         ("blocks.{}.ffn.balance.bias", (bias,), same),
-        ("blocks.{}.ffn.experts.up", (f"{LAYER}{place}.gate_up_proj",), same),
-        ("blocks.{}.ffn.experts.down", (f"{LAYER}{place}.down_proj",), same),
+        ("blocks.{}.ffn.experts.up", (f"{LAYER}{place}.gate_up_proj",), transposed),
+        ("blocks.{}.ffn.experts.down", (f"{LAYER}{place}.down_proj",), transposed),
     ]
 
 
@@ -177,16 +177,33 @@ LATENT_SIZES: dict[str, Any] = {
 }
 
 
-def latent_shrink(top_k: int) -> dict[str, Any]:
-    first = parts(RANKS, {"d_ff": 40}, repeat=1)
+STRETCHED = 8
+"""Tokens of the context before positions were stretched: the tests go on to 17."""
+
+
+def yarn(factor: float, theta: float, mscale: float | None = None, **more: Any) -> dict[str, Any]:
+    """Parameters of stretched positions for transformers; mscale as DeepSeek has it."""
+    scales = {} if mscale is None else {"mscale": mscale, "mscale_all_dim": mscale}
+    tokens = {"original_max_position_embeddings": STRETCHED}
+    return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **tokens, **scales, **more}
+
+
+def latent_shrink(top_k: int, factor: float, mscale: float) -> dict[str, Any]:
+    stretched = RANKS | {
+        "rope_scaling.original_max_position_embeddings": STRETCHED,
+        "scale": (0.1 * mscale * math.log(factor) + 1) ** 2 / math.sqrt(16 + 8),
+    }
+    first = parts(stretched, {"d_ff": 40}, repeat=1)
     rest = {"d_expert": 24, "n_experts": 32, "router.top_k": top_k}
-    return shrink({"0": first, "1": parts(RANKS, rest, repeat=2)})
+    return shrink({"0": first, "1": parts(stretched, rest, repeat=2)})
 
 
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
-    latent_shrink(8),
-    lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**LATENT_SIZES)),
+    latent_shrink(8, 40, 1.0),
+    lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(**LATENT_SIZES, rope_parameters=yarn(40.0, 10000.0, 1.0))
+    ),
     [
         *WHOLE,
         *LATENT,
@@ -196,9 +213,24 @@ DEEPSEEK_V3 = Family(
     ],
 )
 
+KIMI_K2 = Family(
+    "kimi_k2",
+    latent_shrink(8, 32, 1.0),
+    lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(
+            **LATENT_SIZES,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=2.827,
+            rope_parameters=yarn(32.0, 50000.0, 1.0, beta_fast=1.0),
+        )
+    ),
+    DEEPSEEK_V3.table,
+)
+
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
-    latent_shrink(6),
+    latent_shrink(6, 40, 0.707),
     lambda: hf.DeepseekV2ForCausalLM(
         hf.DeepseekV2Config(
             **LATENT_SIZES,
@@ -207,17 +239,37 @@ DEEPSEEK_V2 = Family(
             topk_group=3,
             topk_method="group_limited_greedy",
             routed_scaling_factor=16.0,
+            rope_parameters=yarn(40.0, 10000.0, 0.707),
         )
     ),
     DEEPSEEK_V3.table,
 )
 
+LITE_QUERY: Row = ("blocks.{}.mixer.query.weight", (ATTENTION + "q_proj.weight",), turned(4, 24, 8))
+LITE = {name: value for name, value in latent_shrink(6, 40, 0.707).items() if "q_rank" not in name}
+DEEPSEEK_V2_LITE = Family(
+    "deepseek_v2_lite",
+    LITE,
+    lambda: hf.DeepseekV2ForCausalLM(
+        hf.DeepseekV2Config(
+            **(LATENT_SIZES | {"q_lora_rank": None}),
+            num_experts_per_tok=6,
+            topk_method="greedy",
+            rope_parameters=yarn(40.0, 10000.0, 0.707),
+        )
+    ),
+    [*DEEPSEEK_V3.table, LITE_QUERY],
+)
+
+SHORT = {"rope_scaling.original_max_position_embeddings": STRETCHED}
 GPT_OSS = Family(
     "gpt_oss_20b",
     shrink(
         {
-            "0.blocks.0": parts(ATTENDING | {"window": 5}, {"d_expert": 24, "n_experts": 8}),
-            "0.blocks.1": parts(ATTENDING, {"d_expert": 24, "n_experts": 8}),
+            "0.blocks.0": parts(
+                ATTENDING | SHORT | {"window": 5}, {"d_expert": 24, "n_experts": 8}
+            ),
+            "0.blocks.1": parts(ATTENDING | SHORT, {"d_expert": 24, "n_experts": 8}),
             "0": {"repeat": 1},
         }
     ),
@@ -228,7 +280,7 @@ GPT_OSS = Family(
             intermediate_size=24,
             num_local_experts=8,
             sliding_window=5,
-            rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+            rope_parameters=yarn(32.0, 150000.0, truncate=False),
         )
     ),
     [
@@ -239,17 +291,13 @@ GPT_OSS = Family(
         ("blocks.{}.mixer.out.bias", (ATTENTION + "o_proj.bias",), same),
         ("blocks.{}.ffn.router.logits.weight", (LAYER + "mlp.router.weight",), same),
         ("blocks.{}.ffn.router.logits.bias", (LAYER + "mlp.router.bias",), same),
-        (
-            "blocks.{}.ffn.experts.up",
-            (LAYER + "mlp.experts.gate_up_proj",),
-            transposed_halves,
-        ),
+        ("blocks.{}.ffn.experts.up", (LAYER + "mlp.experts.gate_up_proj",), halves),
         (
             "blocks.{}.ffn.experts.up_bias.weight",
             (LAYER + "mlp.experts.gate_up_proj_bias",),
             halves,
         ),
-        ("blocks.{}.ffn.experts.down", (LAYER + "mlp.experts.down_proj",), transposed),
+        ("blocks.{}.ffn.experts.down", (LAYER + "mlp.experts.down_proj",), same),
         (
             "blocks.{}.ffn.experts.down_bias.weight",
             (LAYER + "mlp.experts.down_proj_bias",),
@@ -328,8 +376,8 @@ LLAMA_4 = Family(
     "llama_4_scout",
     shrink(
         {
-            "0.blocks.0": parts(ATTENDING | {"chunk": 5}, LLAMA_FFN),
-            "0.blocks.1": parts(ATTENDING, LLAMA_FFN),
+            "0.blocks.0": parts(ATTENDING | SHORT | {"chunk": 9}, LLAMA_FFN),
+            "0.blocks.1": parts(ATTENDING | {"floor_scale": 3}, LLAMA_FFN),
             "0": {"repeat": 1},
         }
     ),
@@ -339,17 +387,54 @@ LLAMA_4 = Family(
             num_hidden_layers=4,
             intermediate_size=24,
             num_local_experts=8,
-            attention_chunk_size=5,
+            attention_chunk_size=9,
+            floor_scale=3,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": STRETCHED,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+            },
         )
     ),
     [
         *WHOLE,
         ("blocks.{}.mixer.qkv.weight", qkv()[1], turned_qkv),
         ("blocks.{}.ffn.router.logits.weight", (LAYER + "feed_forward.router.weight",), same),
-        ("blocks.{}.ffn.experts.up", (LAYER + "feed_forward.experts.gate_up_proj",), transposed),
-        ("blocks.{}.ffn.experts.down", (LAYER + "feed_forward.experts.down_proj",), transposed),
+        ("blocks.{}.ffn.experts.up", (LAYER + "feed_forward.experts.gate_up_proj",), same),
+        ("blocks.{}.ffn.experts.down", (LAYER + "feed_forward.experts.down_proj",), same),
         *dense("ffn.shared", LAYER + "feed_forward.shared_expert."),
     ],
+)
+
+MAVERICK_DENSE = parts(ATTENDING | {"chunk": 9}, {"d_ff": 40})
+MAVERICK = Family(
+    "llama_4_maverick",
+    shrink(
+        {
+            "0.blocks.0": MAVERICK_DENSE,
+            "0.blocks.1": parts(ATTENDING | {"chunk": 9}, LLAMA_FFN),
+            "0.blocks.2": MAVERICK_DENSE,
+            "0.blocks.3": parts(ATTENDING | {"floor_scale": 3}, LLAMA_FFN),
+            "0": {"repeat": 1},
+        }
+    ),
+    lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(
+            **SIZES,
+            num_hidden_layers=4,
+            intermediate_size=24,
+            intermediate_size_mlp=40,
+            interleave_moe_layer_step=2,
+            num_local_experts=8,
+            use_qk_norm=False,
+            attention_chunk_size=9,
+            floor_scale=3,
+        )
+    ),
+    [*LLAMA_4.table, *dense("ffn", LAYER + "feed_forward.")],
 )
 
 MAMBA: list[Row] = [
@@ -462,11 +547,12 @@ NEMOTRON = Family(
         ("blocks.{}.mixer.skip", (MIXER + "D",), same),
         ("blocks.{}.ffn.router.logits.weight", (MIXER + "gate.weight",), same),
         ("blocks.{}.ffn.balance.bias", (MIXER + "gate.e_score_correction_bias",), same),
-        ("blocks.{}.ffn.experts.up", (MIXER + "experts.up_proj",), same),
-        ("blocks.{}.ffn.experts.down", (MIXER + "experts.down_proj",), same),
+        ("blocks.{}.ffn.experts.up", (MIXER + "experts.up_proj",), transposed),
+        ("blocks.{}.ffn.experts.down", (MIXER + "experts.down_proj",), transposed),
         ("blocks.{}.ffn.shared.up.weight", (MIXER + "shared_experts.up_proj.weight",), same),
         ("blocks.{}.ffn.shared.down.weight", (MIXER + "shared_experts.down_proj.weight",), same),
     ],
+    3e-5,  # a state that sums over tokens in another order
 )
 
 FAMILIES = {
@@ -476,11 +562,14 @@ FAMILIES = {
         QWEN3_MOE,
         OLMOE,
         DEEPSEEK_V3,
+        KIMI_K2,
         DEEPSEEK_V2,
+        DEEPSEEK_V2_LITE,
         GPT_OSS,
         GLM_4_5,
         GRANITE,
         LLAMA_4,
+        MAVERICK,
         JAMBA,
         NEMOTRON,
     )

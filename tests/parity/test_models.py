@@ -15,7 +15,7 @@ from families import FAMILIES, VOCABULARY, Family
 from variants import VARIANTS
 from weights import Weights, from_one, rows_of, to_ours, to_theirs
 
-from moenas.architecture import Model
+from moenas.architecture import Architecture, Model
 from moenas.draws import RandomSuggest
 from moenas.space import Space
 
@@ -29,7 +29,8 @@ def ours_of(family: Family) -> Model:
         space = Space.parse(family.zoo, "space.yaml")
     else:
         space = Space.load(ZOO / f"{family.zoo}.yaml", overrides)
-    return space.architecture(space.draw(RandomSuggest(0))).build().eval()
+    written = Architecture.parse(space.draw(RandomSuggest(0)))  # layer by layer as in the file
+    return written.build().eval()
 
 
 def theirs_of(family: Family) -> Any:

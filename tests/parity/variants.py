@@ -27,7 +27,17 @@ from families import (
     shrink,
 )
 from torch import Tensor
-from weights import Row, first, first_row, from_one, same, squeezed, stacked, turned
+from weights import (
+    Row,
+    first_row,
+    first_transposed,
+    from_one,
+    same,
+    squeezed,
+    stacked,
+    transposed,
+    turned,
+)
 
 MOE = {"d_expert": 24, "n_experts": 16}
 SHARED = dense("ffn.shared", LAYER + "mlp.shared_experts.")
@@ -49,8 +59,8 @@ def longcat_rows(n_layers: int) -> list[Row]:
         rows += [
             (ours + "router.logits.weight", (moe + "router.classifier.weight",), same),
             (ours + "balance.bias", (moe + "router.e_score_correction_bias",), same),
-            (ours + "experts.up", (moe + "experts.gate_up_proj",), first(16)),
-            (ours + "experts.down", (moe + "experts.down_proj",), same),
+            (ours + "experts.up", (moe + "experts.gate_up_proj",), first_transposed(16)),
+            (ours + "experts.down", (moe + "experts.down_proj",), transposed),
         ]
         for j in range(2):
             block = f"blocks.{2 * i + j}."
@@ -105,8 +115,8 @@ def of_experts(*matrices: Tensor) -> Tensor:
     return torch.cat([x.unflatten(0, (8, -1)) for x in matrices], dim=1)
 
 
-def of_experts_transposed(x: Tensor) -> Tensor:
-    return of_experts(x).mT
+def of_experts_transposed(*matrices: Tensor) -> Tensor:
+    return of_experts(*matrices).mT
 
 
 BLOCK = "transformer.blocks.{}."
@@ -144,15 +154,16 @@ DBRX = Family(
         (
             "blocks.{}.ffn.experts.up",
             (BLOCK + "ffn.experts.mlp.w1", BLOCK + "ffn.experts.mlp.v1"),
-            of_experts,
+            of_experts_transposed,
         ),
-        ("blocks.{}.ffn.experts.down", (BLOCK + "ffn.experts.mlp.w2",), of_experts_transposed),
+        ("blocks.{}.ffn.experts.down", (BLOCK + "ffn.experts.mlp.w2",), of_experts),
     ],
 )
 
 HUNYUAN = Family(
     "hunyuan_a13b",
-    shrink({"0": parts(ATTENDING, MOE, repeat=2)}),
+    # Its theta and alpha, as the file has them, at this width of a head.
+    shrink({"0": parts(ATTENDING | {"rope_theta": 1e4 * 1e3 ** (16 / 14)}, MOE, repeat=2)}),
     lambda: hf.HunYuanMoEV1ForCausalLM(
         hf.HunYuanMoEV1Config(
             **SIZES,
@@ -161,6 +172,12 @@ HUNYUAN = Family(
             num_experts=16,
             moe_topk=8,
             tie_word_embeddings=True,
+            rope_parameters={
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "alpha": 1000.0,
+                "factor": 1.0,
+            },
         )
     ),
     [

@@ -29,9 +29,9 @@ def first_row(x: Tensor) -> Tensor:
     return x[0]
 
 
-def first(n: int) -> Callable[[Tensor], Tensor]:
+def first_transposed(n: int) -> Callable[[Tensor], Tensor]:
     """The first n matrices of a stack; the others are never read."""
-    return lambda x: x[:n]
+    return lambda x: x[:n].mT
 
 
 def stacked(*parts: Tensor) -> Tensor:
@@ -50,10 +50,6 @@ def squeezed(x: Tensor) -> Tensor:
 def halves(x: Tensor) -> Tensor:
     """Gates and values that alternate in the last dimension, as two halves."""
     return torch.cat((x[..., ::2], x[..., 1::2]), dim=-1)
-
-
-def transposed_halves(x: Tensor) -> Tensor:
-    return halves(x).mT
 
 
 def turned(n_heads: int, head_dim: int, turning: int) -> Callable[[Tensor], Tensor]:

@@ -52,7 +52,7 @@ def all_on_all(moe: MoE, x: Tensor, kept: Tensor | None = None) -> Tensor:
     table = table.scatter(1, choice.experts, weights).view(*x.shape[:2], -1)
     y = torch.zeros_like(x)
     for e in range(moe.experts.n_experts):
-        up, down = moe.experts.up[e], moe.experts.down[e]
+        up, down = moe.experts.up[e].T, moe.experts.down[e].T
         y = y + table[..., e : e + 1] * one_expert(x, up, down, moe.experts.activation.name)
     if moe.shared is not None:
         shared = moe.shared
@@ -146,7 +146,7 @@ def test_rows_lie_together_by_expert_and_hold_each_slot_once(
     experts = experts[: len(experts) // top_k * top_k]
     kept = torch.tensor([i not in dropped for i in range(len(experts))])
     chosen = torch.tensor(experts).view(-1, top_k)
-    slot, ends, empty = sort_slots(chosen, 5, kept.view_as(chosen), multiple)
+    slot, ends, empty, all_read = sort_slots(chosen, 5, kept.view_as(chosen), multiple)
     assert empty is not None
     rows = [s for s, e in zip(slot.tolist(), empty.flatten().tolist(), strict=True) if not e]
     assert sorted(rows) == [i for i in range(len(experts)) if kept[i]]
@@ -159,6 +159,7 @@ def test_rows_lie_together_by_expert_and_hold_each_slot_once(
         ]
         start = end
     assert empty[start:].all()
+    assert not all_read or start == len(slot)
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])

@@ -163,7 +163,7 @@ def test_the_loss_of_a_sequence_is_its_own() -> None:
     """Two sequences of two tokens; DeepSeek-V3, eq. 17 to 20, written out."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     experts = [[0, 1], [0, 2], [0, 1], [1, 2]]
-    balance = Balance(3, 1.0, 0.0, None, "load", "sequence")
+    balance = Balance(3, 1.0, 0.0, None, ("load", "sequence", "sum"))
     found = balance(choice_of(experts, logits), torch.zeros(()), 2).balance_loss.item()
     wanted = 0.0
     for start in (0, 2):
@@ -175,6 +175,24 @@ def test_the_loss_of_a_sequence_is_its_own() -> None:
     whole = Balance(3, 1.0, 0.0, None)(choice_of(experts, logits), torch.zeros(()), 2)
     assert abs(whole.balance_loss.item() - found) > 1e-3
     assert whole.load.tolist() == [3, 3, 2]
+
+
+def test_beside_a_bias_the_loss_counts_the_best_scores_without_it() -> None:
+    """DeepSeek-V3, eq. 17 to 20: f counts the K best of s itself, wherever the tokens went."""
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    scores = logits.sigmoid()
+    sent = torch.tensor([[0, 1]] * 6)
+    choice = Choice(sent, scores.gather(-1, sent), scores, logits)
+    balance = Balance(4, 1.0, 0.0, 0.001, ("load", "sequence", "sum"))
+    routing = balance(choice, torch.zeros(()), 2)
+    wanted = 0.0
+    for rows in (scores[:3].tolist(), scores[3:].tolist()):
+        best = [sorted(range(4), key=lambda e: row[e], reverse=True)[:2] for row in rows]
+        for i in range(4):
+            f = 4 / (2 * 3) * sum(i in chosen for chosen in best)
+            wanted += f * sum(row[i] / sum(row) for row in rows) / 3 / 2
+    assert routing.balance_loss.item() == pytest.approx(wanted, abs=1e-6)
+    assert routing.load.tolist() == [6, 6, 0, 0]  # the bias follows what was sent
 
 
 def test_importance_and_load_follow_the_formula() -> None:
@@ -190,7 +208,7 @@ def test_importance_and_load_follow_the_formula() -> None:
     for sums in (importance, choice.chance.double().sum(0).tolist()):
         mean = sum(sums) / N_EXPERTS
         wanted += sum((v - mean) ** 2 for v in sums) / N_EXPERTS / mean**2
-    balance = Balance(N_EXPERTS, 0.1, 0.0, None, "importance")
+    balance = Balance(N_EXPERTS, 0.1, 0.0, None, ("importance", "batch", "sum"))
     routing = balance(choice, torch.zeros(()))
     assert routing.balance_loss.item() == pytest.approx(wanted, rel=1e-4)
     routing.balance_loss.backward()

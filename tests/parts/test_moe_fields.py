@@ -78,9 +78,9 @@ def all_on_all(moe: MoE, x: Tensor) -> Tensor:
     y = torch.zeros_like(source)
     for e in range(experts.n_experts):
         weight = table[:, e : e + 1]
-        h = (source * weight if experts.weight_on == "input" else source) @ experts.up[e].T
+        h = (source * weight if experts.weight_on == "input" else source) @ experts.up[e]
         h = h if experts.up_bias is None else h + experts.up_bias.weight[e]
-        out = act(h, experts.activation) @ experts.down[e].T
+        out = act(h, experts.activation) @ experts.down[e]
         out = out if experts.down_bias is None else out + experts.down_bias.weight[e]
         chosen = went[:, e : e + 1] if experts.weight_on == "input" else weight
         y = y + chosen * out

@@ -123,9 +123,20 @@ def test_an_even_load_has_balance_loss_1_and_an_uneven_one_more() -> None:
 def test_the_selection_bias_lifts_the_idle_and_lowers_the_busy() -> None:
     balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
     choice = choice_of([[0], [0], [0], [0], [1], [1]], torch.zeros(6, 3), "sigmoid")
-    balance.step(balance(choice, torch.zeros(())))
+    balance(choice, torch.zeros(()))
+    balance.step()
     assert balance.bias is not None
     assert balance.bias.tolist() == [-0.25, 0, 0.25]
+
+
+def test_an_evaluation_before_the_step_does_not_count() -> None:
+    balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
+    balance(choice_of([[0], [0], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
+    balance.eval()
+    balance(choice_of([[2], [2], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
+    for _ in range(2):  # the second has no training pass before it
+        balance.step()
+        assert balance.bias.tolist() == [-0.25, 0, 0.25]
 
 
 def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
@@ -137,7 +148,7 @@ def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
     for _ in range(150):
         routing = balance(module(x, balance.bias), torch.zeros(()))
         busiest.append(routing.load.max().item() / TOKENS)
-        balance.step(routing)
+        balance.step()
     assert busiest[0] > 0.6
     assert busiest[-1] < 0.3
 

@@ -174,6 +174,28 @@ def test_the_cut_off_is_a_moving_average_of_the_last_score_taken() -> None:
         assert selection.cutoff.tolist() == pytest.approx(cutoff, rel=1e-5)
 
 
+def test_a_cut_off_of_0_is_one() -> None:
+    """Scores of relu are 0 for most: then no token goes to an expert that scores it 0."""
+    selection = Threshold(1, 4)
+    silent = torch.zeros(8, 4)
+    silent[0] = 1.0
+    assert selection(silent, silent).kept.sum() == 8  # the best of each: no cut-offs yet
+    selection.after_step()
+    assert selection.cutoff.tolist() == [0.0] * 4
+    assert selection(silent, silent).kept.sum() == 2  # of the one that is over 0, the 2 K best
+
+
+def test_a_step_without_training_before_it_moves_no_cut_off() -> None:
+    selection = Threshold(1, 4)
+    selection(scores(10, 4), scores(10, 4))
+    selection.after_step()
+    before = selection.cutoff.clone()
+    selection.eval()
+    selection(scores(10, 4, seed=1), scores(10, 4))
+    selection.after_step()
+    assert torch.equal(selection.cutoff, before)
+
+
 def test_a_threshold_learns_to_send_top_k_on_average() -> None:
     torch.manual_seed(0)
     selection = Threshold(2, 8)

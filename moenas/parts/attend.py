@@ -1,0 +1,160 @@
+"""Scores, softmax and the mean of the values; which tokens a token sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
+    factors: Tensor = gate.unflatten(-1, (y.shape[2], -1)).float().sigmoid()
+    return y * factors.to(y.dtype)
+
+
+class Reach(nn.Module):
+    """Which tokens a token sees: of those so far, a window's or those of its own chunk."""
+
+    def __init__(self, window: int | None = None, chunk: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.chunk = chunk
+
+    def first_seen(self, start: int) -> int:
+        """Return the first position that a query at `start` sees."""
+        if self.chunk is not None:
+            return start // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def is_limited(self, start: int, length: int) -> bool:
+        """Whether the last of `length` queries from `start` on sees less than the first one."""
+        return self.first_seen(start + length - 1) > self.first_seen(start)
+
+    def seen(self, start: int, length: int, first: int, device: torch.device) -> Tensor:
+        """Return (S, L) which keys, from position `first` on, each query sees."""
+        query = torch.arange(start, start + length, device=device).unsqueeze(-1)
+        key = torch.arange(first, start + length, device=device)
+        seen = key <= query
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        if self.chunk is not None:
+            seen = seen & (key >= query - query % self.chunk)
+        return seen
+
+
+class Temperature(nn.Module):
+    """Sharper scores at late positions (scalable softmax, arXiv 2501.19399, as in Llama 4).
+
+    The query at position p, from 0, times 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+    """
+
+    def __init__(self, floor_scale: int, attn_scale: float) -> None:
+        super().__init__()
+        self.floor_scale = floor_scale
+        self.attn_scale = attn_scale
+
+    def forward(self, q: Tensor, start: int) -> Tensor:
+        """Scale (B, H, S, C) queries that stand at positions start, start + 1, ..."""
+        end = start + int(q.shape[2])
+        if end < self.floor_scale:
+            return q
+        steps = torch.arange(start + 1, end + 1, device=q.device) // self.floor_scale
+        factors = 1 + self.attn_scale * (1.0 + steps).log()
+        return (q * factors.unsqueeze(-1)).to(q.dtype)
+
+
+SINK_WIDTH = 8
+"""Elements that a sink adds to queries and keys: two for its logit, the others 0, for alignment."""
+
+
+class Attend(nn.Module):
+    """Scores, softmax and the mean of the values, over the tokens that a token may see.
+
+    Soft caps are computed step by step, and sinks at a single query; all else by torch's own
+    kernel, to which a sink is one more key: see `with_sinks`.
+    """
+
+    def __init__(
+        self,
+        n_heads: int,
+        scale: float,
+        reach: nn.Module,
+        softcap: float | None = None,
+        sinks: bool = False,
+        temperature: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.scale = scale
+        self.reach = reach
+        self.softcap = softcap
+        self.temperature = temperature
+        self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Return (B, H, S, C of v) for queries at start, start + 1, ... and keys from 0 on.
+
+        On CPUs a bfloat16 gradient goes through float32: the kernel's own is up to 3 times slower.
+        """
+        dtype = q.dtype
+        if self.temperature is not None:
+            q = self.temperature(q, start)
+        if q.requires_grad and q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        reach: Any = self.reach
+        first = reach.first_seen(start)
+        if first:
+            k, v = k[:, :, first:], v[:, :, first:]
+        length = int(q.shape[2])  # a tensor while the model is traced
+        plain = self.softcap is None and self.sinks is None
+        causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
+        mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
+        if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
+            return self.by_hand(q, k, v, mask).to(dtype)
+        width = int(v.shape[-1])
+        if self.sinks is not None and mask is not None:
+            q, k, v = self.with_sinks(q, k, v, self.sinks)
+            mask = F.pad(mask, (1, 0), value=True)
+        grouped = int(k.shape[1]) < self.n_heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
+        return y[..., :width].to(dtype)
+
+    def with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a first key whose score is each head's sink, and whose value is 0.
+
+        Queries end in sink / scale, as a number of their dtype and what that leaves over; the key
+        ends in ones, the other keys in zeros. Values that are as wide as keys stay so.
+        """
+        logits = (sinks.float() / self.scale).unsqueeze(-1)
+        near = logits.to(q.dtype)
+        parts = torch.cat((near, (logits - near).to(q.dtype)), dim=-1)  # (H, 2)
+        ends = F.pad(parts, (0, SINK_WIDTH - 2)).view(1, self.n_heads, 1, -1)
+        one = F.pad(torch.zeros_like(k[:, :, :1]), (0, 2), value=1.0)
+        keys = F.pad(one, (0, SINK_WIDTH - 2)), F.pad(k, (0, SINK_WIDTH))
+        wider = SINK_WIDTH if v.shape[-1] == k.shape[-1] else 0
+        q = torch.cat((q, ends.expand(q.shape[0], -1, q.shape[2], -1)), dim=-1)
+        return q, torch.cat(keys, dim=2), F.pad(v, (0, wider, 1, 0))
+
+    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each."""
+        kv_heads = k.shape[1]
+        q = q.unflatten(1, (kv_heads, -1))  # (B, K, H / K, S, C)
+        scores = (q @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1)
+            sinks = sinks.expand(*scores.shape[:-1], 1)
+            shares = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            shares = scores.softmax(dim=-1)
+        return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
