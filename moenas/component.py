@@ -177,7 +177,6 @@ class Component:
             found[name] = value
         return found
 
-
     def brief(self) -> Plain:
         """Return the component as a JSON object without the fields that have their defaults."""
         found: Plain = {} if self.kind is None else {"kind": self.kind}

@@ -397,7 +397,9 @@ ALIKE = {
     ),
     "preset": (
         plain(moe(router={"preset": "mixtral"})),
-        plain(moe(router={"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"})),
+        plain(
+            moe(router={"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"})
+        ),
     ),
     "shared experts": (
         plain(moe(n_shared_experts=2, d_shared=8)),

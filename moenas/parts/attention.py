@@ -13,7 +13,7 @@ from moenas.parts.attend import SINK_WIDTH, Attend, Reach, Temperature, gated
 from moenas.parts.layers import Linear
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
-from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling, folded
+from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.records import Cost
 
 
@@ -164,7 +164,7 @@ class AttentionMixer(Mixer, kind="attention"):
         """Reset what acts on the scores alone: over one token their softmax is 1."""
         return replace(
             self,
-            rope_theta=10000.0,
+            rope_theta=THETA,
             rope_scaling=None,
             rope_fraction=1.0,
             qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
@@ -193,7 +193,7 @@ class AttentionMixer(Mixer, kind="attention"):
         scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
         return replace(
             self,
-            rope_theta=theta if width > 2 or isinstance(scaling, YarnScaling) else 10000.0,
+            rope_theta=telling_theta(width, theta, scaling) if width else THETA,
             rope_scaling=scaling,
             rope_fraction=width / self.head_dim,
             qk_norm_after_rope=after,

@@ -14,7 +14,7 @@ from moenas.parts.attention import Bottleneck
 from moenas.parts.layers import Linear
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
-from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling
+from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling, telling_theta
 from moenas.records import Cost
 
 
@@ -79,11 +79,10 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         theta, scaling = self.rope_theta, None
         if theta is not None and self.rope_scaling is not None:
             scaling = self.rope_scaling.canonical_for(self.rope_dim, theta)
-        one_pair = self.rope_dim == 2 and not isinstance(scaling, YarnScaling)
         narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
         return replace(
             self,
-            rope_theta=10000.0 if theta and one_pair else theta,
+            rope_theta=theta and telling_theta(self.rope_dim, theta, scaling),
             rope_scaling=scaling,
             rank_scale=self.rank_scale and narrow,
             scale=None if self.scale == usual else self.scale,

@@ -13,6 +13,9 @@ from moenas.component import Component, setting
 
 # Of the first W elements of a head, pair i turns by theta^(-2i / W) radians a position.
 
+THETA = 10000.0
+"""The usual base (RoFormer, arXiv 2104.09864)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Component):
@@ -197,6 +200,19 @@ class Llama3Scaling(RopeScaling, kind="llama3"):
             "high_freq_factor": _rounded(self.high_freq_factor / self.low_freq_factor),
         }
         return [units] if tokens.is_integer() else []
+
+
+def telling_theta(width: int, theta: float, scaling: RopeScaling | None) -> float:
+    """Return theta, or the default where it has no effect: a single pair turns by the position.
+
+    Unless it tells YaRN by how much to stretch that pair.
+    """
+    if width > 2:
+        return theta
+    told = scaling is not None and not _same(
+        scaling.ratios(2, theta)[0], scaling.ratios(2, THETA)[0]
+    )
+    return theta if told else THETA
 
 
 def folded(scaling: RopeScaling, width: int, theta: float) -> tuple[RopeScaling | None, float]:

@@ -214,7 +214,7 @@ def test_a_part_is_proportional_to_what_it_writes_by(kind: Any) -> None:
     for seed in range(6):
         model = random_architecture(seed, kind, d_model=16).build(seed=1).eval()
         stir(model, 2)
-        for part in model.parts():
+        for _, part in model.parts():
             for name, parameter in part.named_parameters():
                 if parameter.dim() == 1 or name.endswith("_bias.weight"):
                     parameter.zero_()
@@ -244,7 +244,7 @@ def test_everything_that_writes_is_found() -> None:
     model = parse(
         {"mixer": STATE, "ffn": latent}, {"ffn": memory, "shortcut": MOE, "shortcut_delay": 1}
     ).build("meta")
-    found = {id(weight) for part in model.parts() for weight in writers(part)}
+    found = {id(weight) for _, part in model.parts() for weight in writers(part)}
     assert {name for name, p in model.named_parameters() if id(p) in found} == {
         "blocks.0.mixer.out.weight",
         "blocks.0.ffn.experts.leave.weight",
