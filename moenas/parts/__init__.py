@@ -7,13 +7,16 @@ from moenas.parts.assignment import Base, ExpertChoice, Sinkhorn
 from moenas.parts.attend import Attend, Reach
 from moenas.parts.attention import Attention, AttentionMixer
 from moenas.parts.balance import Balance, Routing
+from moenas.parts.bias import PositionBias
 from moenas.parts.blocks import Block, BlockGroup, Join, ParallelBlock, Shortcut
+from moenas.parts.borrowing import BorrowedAttention
 from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
 from moenas.parts.ffn import FFN, DenseFFN, FeedForward, GatedFeedForward
 from moenas.parts.gating import Choice, Gating
 from moenas.parts.kda import KimiDelta, KimiDeltaMixer
 from moenas.parts.latent import LatentAttention, LatentAttentionMixer
 from moenas.parts.layers import Convolution, Linear
+from moenas.parts.lending import Lending, Lent
 from moenas.parts.lightning import LightningAttention, LightningAttentionMixer
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
 from moenas.parts.mixers import KVCache, Mixer, StateCache
@@ -35,6 +38,7 @@ __all__ = [
     "Base",
     "Block",
     "BlockGroup",
+    "BorrowedAttention",
     "Choice",
     "Convolution",
     "DenseFFN",
@@ -56,6 +60,8 @@ __all__ = [
     "LatentAttentionMixer",
     "LatentExperts",
     "LayerNorm",
+    "Lending",
+    "Lent",
     "LightningAttention",
     "LightningAttentionMixer",
     "Linear",
@@ -68,6 +74,7 @@ __all__ = [
     "MoEFFN",
     "ParallelBlock",
     "Picked",
+    "PositionBias",
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",

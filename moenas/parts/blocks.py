@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moenas.component import Component, Part, setting
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
+from moenas.parts.lending import Lending, Lent
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
 from moenas.records import Cost
@@ -324,8 +325,15 @@ class Join(nn.Module):
         return norm(x) if self.norm_position == "post" else x
 
 
-Late = list[Tensor | None]
-"""What joins the stream at the end of a block, of the block after it, and so on."""
+class Late(list[Tensor | None]):
+    """What joins the stream at the end of a block, of the block after it, and so on.
+
+    Beside it, what mixers lend to those of later blocks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = Lent()
 
 
 class Block(nn.Module):
@@ -367,7 +375,7 @@ class Block(nn.Module):
         """
         first, join = x, self.join
         if self.mixer is not None:
-            y = self.mixer(join.entering(x, self.norm1), cache)
+            y = mixed(self.mixer, join.entering(x, self.norm1), cache, late)
             beside = self.beside(first, x, numbers, late) if self.ffn is None else None
             x = join(x, y, self.norm1, beside)
         if self.ffn is None:
@@ -408,9 +416,8 @@ class ParallelBlock(Block):
         late: Late | None = None,
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        mixer: Any = self.mixer
         read = self.join.entering(x, self.norm1)
-        y = mixer(read, cache) + fed(self.ffn, read, numbers)
+        y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers)
         x = self.join(x, y, self.norm1, self.beside(x, read, numbers, late))
         return x
 
@@ -441,6 +448,13 @@ class Shortcut(nn.Module):
         x = first if self.of_block else read
         y = fed(self.ffn, x if self.before is None else self.before(x), numbers)
         return y if self.after is None else self.after(y)
+
+
+def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
+    """Return what a mixer makes of (B, S, D)."""
+    lent = None if late is None else late.lent
+    y: Tensor = mixer(x, cache, lent) if isinstance(mixer, Lending) else mixer(x, cache)
+    return y
 
 
 def fed(ffn: Any, x: Tensor, numbers: Tensor | None) -> Tensor:
