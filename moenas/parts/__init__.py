@@ -20,6 +20,7 @@ from moenas.parts.lending import Lending, Lent
 from moenas.parts.lightning import LightningAttention, LightningAttentionMixer
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
 from moenas.parts.mixers import KVCache, Mixer, StateCache
+from moenas.parts.moa import HeadExperts, MoA, MoAMixer
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
 from moenas.parts.product_key import ProductKeyFFN, ProductKeys
 from moenas.parts.rotary import RopeScaling, Rotary
@@ -52,6 +53,7 @@ __all__ = [
     "GatedFeedForward",
     "GatedNorm",
     "Gating",
+    "HeadExperts",
     "Join",
     "KVCache",
     "KimiDelta",
@@ -70,6 +72,8 @@ __all__ = [
     "Mamba2Mixer",
     "MambaMixer",
     "Mixer",
+    "MoA",
+    "MoAMixer",
     "MoE",
     "MoEFFN",
     "ParallelBlock",

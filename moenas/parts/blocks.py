@@ -118,9 +118,13 @@ class BlockGroup(Component):
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
         if self.shortcut is not None and self.ffn is None:
             return "a shortcut stands beside an ffn; give 'ffn', or make the shortcut the ffn"
-        mixtures = [part for part in (self.ffn, self.shortcut) if part and part.kind == "moe"]
-        if len(mixtures) > 1:
+        if sum(map(is_mixture, (self.ffn, self.shortcut))) > 1:
             return "a block has one mixture of experts: make 'ffn' or 'shortcut' another kind"
+        if is_mixture(self.mixer) and (is_mixture(self.ffn) or is_mixture(self.shortcut)):
+            return (
+                "a block has one mixture of experts: give the mixer a block of its own, and"
+                " another one after it the mixture of networks"
+            )
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
@@ -225,6 +229,11 @@ class BlockGroup(Component):
         return Shortcut(before, ffn, after, self.shortcut_input == "block", self.shortcut_delay)
 
 
+def is_mixture(part: Part | None) -> bool:
+    """Whether a part has a router, whose load is watched layer by layer."""
+    return getattr(part, "router", None) is not None
+
+
 def _order(ffn: FFN) -> tuple[bool, str]:
     """Return what two feed-forward layers side by side are ordered by: a mixture comes first."""
     return ffn.kind != "moe", json.dumps(ffn.plain(), sort_keys=True)
@@ -255,8 +264,9 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
     They are the halves of a block at every position of the norm, unless a shortcut joins the stream
-    between them, or the shortcut beside the ffn reads it there through a norm of its own. Delays
-    are counted anew. Nothing changes where the number of a layer matters.
+    between them, or the shortcut beside the ffn reads it there through a norm of its own, or both
+    are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
+    matters.
     """
     if any(part.placed for layer in layers for part in layer.parts.values()):
         return tuple(layers)
@@ -265,6 +275,7 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         i
         for i, (one, other) in enumerate(pairwise(layers))
         if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
+        if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
     number = [i - sum(half < i for half in halves) for i in range(len(layers))]
     found = []
