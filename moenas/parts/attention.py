@@ -16,7 +16,7 @@ from moenas.parts.layers import Linear
 from moenas.parts.lending import Lending, Lent
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
-from moenas.parts.projections import QKV, Bottleneck, LowRankQKV, QKNorm
+from moenas.parts.projections import QKV, Bottleneck, LowRankQKV, NormedValues, QKNorm
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.records import Cost
 
@@ -84,8 +84,17 @@ class AttentionMixer(Mixer, kind="attention"):
     qk_norm_after_rope: bool = setting(
         "qk_norm comes after the positions, not before them (Hunyuan)", default=False
     )
+    v_norm: bool = setting(
+        "RMSNorm of the values of each head, without a weight (Gemma 4)", default=False
+    )
+    k_eq_v: bool = setting(
+        "the values are the keys as they are projected, before norms and positions (Gemma 4)",
+        default=False,
+    )
     inner_eps: float = setting(
-        "added to the mean square in qk_norm and in the norm of q_rank", default=1e-6, low=0.0
+        "added to the mean square in qk_norm, in v_norm and in the norm of q_rank",
+        default=1e-6,
+        low=0.0,
     )
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
     qkv_clip: float | None = setting(
@@ -173,6 +182,8 @@ class AttentionMixer(Mixer, kind="attention"):
         """Return why the fields do not go together, or None."""
         if self.window is not None and self.chunk is not None:
             return "window and chunk exclude each other; set one of them to null"
+        if self.k_eq_v and self.v_dim != self.head_dim:
+            return "k_eq_v: the values are as wide as the keys; leave v_head_dim out"
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
             return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return None
@@ -191,6 +202,8 @@ class AttentionMixer(Mixer, kind="attention"):
         n_heads, n_kv_heads = self.heads_at(d_model)
         one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
         tempered = self.floor_scale is not None and self.attn_scale > 0
+        own = self.kv_source is None
+        normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
         bias = self.position_bias and self.position_bias.canonical_within(self.reach)
         found = replace(
             self,
@@ -198,7 +211,9 @@ class AttentionMixer(Mixer, kind="attention"):
             n_kv_heads=n_kv_heads,
             v_head_dim=self.v_dim,
             qk_norm="head" if one_head else self.qk_norm,
-            inner_eps=self.inner_eps if self.q_rank or self.qk_norm != "none" else 1e-6,
+            v_norm=self.v_norm and own,
+            k_eq_v=self.k_eq_v and own,
+            inner_eps=self.inner_eps if normed else 1e-6,
             window=1 if self.chunk == 1 else self.window,
             chunk=None if self.chunk == 1 else self.chunk,
             floor_scale=self.floor_scale if tempered else None,
@@ -218,7 +233,7 @@ class AttentionMixer(Mixer, kind="attention"):
             rope_fraction=1.0,
             qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
             qk_norm_after_rope=False,
-            inner_eps=1e-6,
+            inner_eps=self.inner_eps if self.v_norm else 1e-6,
             softcap=None,
             scale=None,
             floor_scale=None,
@@ -255,7 +270,8 @@ class AttentionMixer(Mixer, kind="attention"):
         n_heads, n_kv_heads = self.heads_at(d_model)
         own = self.kv_source is None
         widths = n_heads * self.head_dim, n_kv_heads * self.head_dim * own
-        out_width, kv_width = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim) * own
+        out_width, kept = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim) * own
+        kv_width = widths[1] if self.k_eq_v else kept
         gates = {"none": 0, "head": n_heads, "element": out_width}[self.output_gate]
         q_rank = self.q_rank or 0
         products = (d_model + widths[0]) * q_rank if q_rank else d_model * widths[0]
@@ -268,7 +284,7 @@ class AttentionMixer(Mixer, kind="attention"):
             params=params,
             active_params=params,
             flops_per_token=2 * products + 2 * context * (widths[0] + out_width),
-            kv_bytes_per_token=2 * kv_width,
+            kv_bytes_per_token=2 * kept,
             weight_bytes=2 * params,
         )
 
@@ -312,11 +328,13 @@ class AttentionMixer(Mixer, kind="attention"):
         )
 
     def _build_qkv(self, d_model: int) -> nn.Module:
-        counts, widths = self.heads_at(d_model), (self.head_dim, self.v_dim)
+        counts, widths = self.heads_at(d_model), (self.head_dim, 0 if self.k_eq_v else self.v_dim)
         if self.q_rank is None:
-            return QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
-        keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
-        return LowRankQKV(self._build_query(d_model), keys, counts, widths, self.qkv_clip)
+            qkv: nn.Module = QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
+        else:
+            keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
+            qkv = LowRankQKV(self._build_query(d_model), keys, counts, widths, self.qkv_clip)
+        return NormedValues(qkv, self.v_dim, self.inner_eps) if self.v_norm else qkv
 
     def _build_rotary(self) -> Rotary | None:
         scaling = None if self.rope_scaling is None else self.rope_scaling.build()

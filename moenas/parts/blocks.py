@@ -251,7 +251,7 @@ def united(ffn: FFN, beside: FFN) -> FFN | None:
         return None
     if isinstance(ffn, DenseFFN) and not ffn.bias:
         return replace(ffn, d_ff=ffn.d_ff + beside.d_ff)
-    if isinstance(ffn, MoEFFN) and not ffn.shared_gate:
+    if isinstance(ffn, MoEFFN) and not ffn.shared_gate and not ffn.out_bias:
         return replace(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
     return None
 

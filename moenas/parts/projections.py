@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from moenas.parts.layers import Linear
@@ -14,8 +16,8 @@ from moenas.parts.norms import RMSNorm
 class QKV(Linear):
     """The queries, keys and values of each token, in one matrix product.
 
-    `counts` are the query heads and key-value heads, `widths` those of a key and of a value. With
-    a `clip` c all are cut to -c..c.
+    `counts` are the query heads and key-value heads, `widths` those of a key and of a value; with a
+    width of 0 the keys are the values, too. With a `clip` c all are cut to -c..c.
     """
 
     def __init__(
@@ -38,6 +40,9 @@ class QKV(Linear):
         """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
         counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         rows = self(x) if self.clip is None else self(x).clamp(-self.clip, self.clip)
+        if not self.v_dim:
+            q, k = rows.unflatten(-1, (sum(counts[:2]), -1)).transpose(1, 2).split(counts[:2], 1)
+            return q, k, k
         if self.v_dim == self.head_dim:
             qkv = rows.unflatten(-1, (sum(counts), -1)).transpose(1, 2)
             q, k, v = qkv.split(counts, dim=1)
@@ -96,7 +101,9 @@ class LowRankQKV(nn.Module):
         if self.clip is not None:
             rows = rows[0].clamp(-self.clip, self.clip), rows[1].clamp(-self.clip, self.clip)
         n_heads, n_kv_heads = self.counts
-        k, v = rows[1].split([n_kv_heads * width for width in self.widths], dim=-1)
+        k, v = rows[1], rows[1]  # of one width, where the keys are the values
+        if self.widths[1]:
+            k, v = rows[1].split([n_kv_heads * width for width in self.widths], dim=-1)
         parts = (rows[0], n_heads), (k, n_kv_heads), (v, n_kv_heads)
         q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in parts)
         return q, k, v
@@ -124,3 +131,20 @@ def normed(x: Tensor, norm: RMSNorm) -> Tensor:
         y = norm(x.transpose(1, 2).flatten(-2))
         y = y.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
     return y
+
+
+class NormedValues(nn.Module):
+    """Queries, keys and values, these through an RMSNorm of each head without a weight."""
+
+    def __init__(self, qkv: nn.Module, v_dim: int, eps: float) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.v_dim = v_dim
+        self.eps = eps
+        self.norm = RMSNorm(v_dim, eps, weighted=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
+        qkv: Any = self.qkv
+        q, k, v = qkv.heads(x)
+        return q, k, self.norm(v)
