@@ -265,7 +265,7 @@ def test_the_counts_of_switch_are_those_of_its_decoder() -> None:
     config = hf.SwitchTransformersConfig(**sizes, d_ff=3072)
     with torch.device("meta"):
         decoder = hf.SwitchTransformersForConditionalGeneration(config).decoder
-    left_out = ("EncDecAttention", "layer.1.layer_norm", "relative_attention_bias")
+    left_out = ("EncDecAttention", "layer.1.layer_norm")
     weights = {n: p for n, p in decoder.named_parameters() if not any(x in n for x in left_out)}
     idle = sum(p.numel() for n, p in weights.items() if ".experts." in n) * 7 // 8
     space = Space.load(ZOO / f"{SWITCH}.yaml")
@@ -294,3 +294,19 @@ def test_the_counts_of_longcat_are_those_of_its_networks() -> None:
     space = Space.load(ZOO / f"{LONGCAT}.yaml")
     cost = space.cost(space.architecture(space.draw(RandomSuggest(0))))
     assert (cost.params, cost.active_params) == (total, total - idle - rows)
+
+
+JETMOE = "jetmoe_8b"
+
+
+@pytest.mark.slow
+def test_the_counts_of_jetmoe_are_those_of_heads_and_networks() -> None:
+    with torch.device("meta"):
+        model = hf.JetMoeForCausalLM(hf.JetMoeConfig(num_hidden_layers=24))
+    weights = dict(model.named_parameters())
+    routed = ("input_linear.weight", "output_linear.weight")
+    idle = sum(p.numel() - p.numel() * 2 // 8 for n, p in weights.items() if n.endswith(routed))
+    space = Space.load(ZOO / f"{JETMOE}.yaml")
+    cost = space.cost(space.architecture(space.draw(RandomSuggest(0))))
+    assert cost.params == sum(p.numel() for p in weights.values())
+    assert cost.active_params == cost.params - idle
