@@ -78,6 +78,10 @@ class Architecture(Component):
                 return f"blocks.{i}.{reason}"
         if self.positions == "learned" and self.max_positions is None:
             return "positions: 'learned' needs max_positions; give it, at least the context"
+        return None
+
+    def invalid_together(self) -> str | None:
+        """Return why a layer cannot read what it would of an earlier one, or None."""
         return unfit([layer.mixer for layer in self.layers], self.d_model)
 
     @property

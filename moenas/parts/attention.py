@@ -20,7 +20,6 @@ from moenas.parts.projections import QKV, Bottleneck, LowRankQKV, NormedValues, 
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.records import Cost
 
-
 OF_KEYS = (
     "n_heads",
     "n_kv_heads",
@@ -376,9 +375,7 @@ class Attention(Lending):
         self.gate = gate
         self.out = out
 
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, lent: Lent | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, lent: Lent | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
         What other layers read is left in `lent`, and the table of a shared bias is found there.

@@ -37,10 +37,11 @@ class Queries(nn.Module):
         """Map (B, S, D) of tokens at start, start + 1, ... to (B, H, S, C)."""
         rows: Tensor = self.project(x)
         rows = rows if self.clip is None else rows.clamp(-self.clip, self.clip)
-        q = rows.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        q: Tensor = rows.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
         if self.norm is not None and not self.norm_after_rope:
             q = normed(q, self.norm)
-        q = q if self.rotary is None else self.rotary(q, start)
+        if self.rotary is not None:
+            q = self.rotary(q, start)
         if self.norm is not None and self.norm_after_rope:
             q = normed(q, self.norm)
         return q

@@ -82,7 +82,7 @@ class LowRankQKV(nn.Module):
 
     def __init__(
         self,
-        query: Bottleneck,
+        query: nn.Module,
         keys: Linear,
         counts: tuple[int, int],
         widths: tuple[int, int],

@@ -1,4 +1,4 @@
-"""Rotary positions, and how their wavelengths are stretched. Kinds: linear, yarn, llama3, proportional."""
+"""Rotary positions, and how they are stretched. Kinds: linear, yarn, llama3, proportional."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ def textbook(attention: Attention, x: Tensor) -> Tensor:
                 scores = (scores / attend.softcap).tanh() * attend.softcap
             scores = scores + torch.tensor([bias_of(attention, now - t, head) for t in seen])
             shares = scores.double().exp()
-            whole = shares.sum() + (attend.sinks[head].double().exp() if attend.sinks is not None else 0)
+            whole = shares.sum() + (
+                attend.sinks[head].double().exp() if attend.sinks is not None else 0
+            )
             out[head, now] = shares @ values[seen] / whole
     return out.transpose(0, 1).flatten(1) @ attention.out.weight.double().T
 
@@ -110,7 +112,10 @@ def test_a_bias_is_added_to_the_scores(bias: Any, training: bool, fields: Any) -
 
 def two_layers(**shared: Any) -> Architecture:
     mixer = {"kind": "attention", "head_dim": 8, "rope_fraction": 0.0}
-    blocks = [{"mixer": mixer | {"position_bias": T5}}, {"mixer": mixer | {"position_bias": shared}}]
+    blocks = [
+        {"mixer": mixer | {"position_bias": T5}},
+        {"mixer": mixer | {"position_bias": shared}},
+    ]
     return Architecture.parse({"vocab_size": 9, "d_model": D_MODEL, "blocks": blocks})
 
 

@@ -14,8 +14,7 @@ from moenas.parts.rotary import ProportionalScaling
 from moenas.records import Plain
 
 transformers = pytest.importorskip("transformers")
-
-from transformers.models.gemma4 import modeling_gemma4 as theirs
+theirs = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
 
 D_MODEL, LENGTH, WINDOW = 32, 30, 7
 SLIDING, FULL = "sliding_attention", "full_attention"
