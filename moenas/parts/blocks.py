@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moenas.component import Component, Part, setting
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
-from moenas.parts.lending import Lending, Lent
+from moenas.parts.lending import Lent
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
 from moenas.records import Cost
@@ -463,8 +463,9 @@ class Shortcut(nn.Module):
 
 def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
     """Return what a mixer makes of (B, S, D)."""
+    lends = getattr(mixer, "lends", False)
     lent = None if late is None else late.lent
-    y: Tensor = mixer(x, cache, lent) if isinstance(mixer, Lending) else mixer(x, cache)
+    y: Tensor = mixer(x, cache, lent) if lends else mixer(x, cache)
     return y
 
 

@@ -28,6 +28,9 @@ class Lending(nn.Module):
     has one, None: it needs none.
     """
 
+    lends = True
+    """`forward` also takes what is lent."""
+
     def __init__(self, kv_source: int | None, bias_shared: bool | None) -> None:
         super().__init__()
         self.kv_source = kv_source
