@@ -14,6 +14,7 @@ from toys import Cart, every_point
 from moenas import draws, grammar
 from moenas.errors import SpaceError
 from moenas.refs import Node, parse_yaml
+from moenas.space import Space
 
 
 def read(text: str) -> grammar.Tree:
@@ -76,7 +77,7 @@ def test_a_drawn_point_is_a_space_of_size_one_that_draws_itself(
     plain: dict[str, Any], seed: int
 ) -> None:
     tree = grammar.read(Cart, Node.wrap(plain))
-    point = draws.draw(tree, draws.RandomSuggest(seed))
+    point = draws.draw(tree, draws.draws.RandomSuggest(seed))
     again = grammar.read(Cart, Node.wrap(point))
     assert draws.count(again) == 1
     assert draws.draw(again, draws.RandomSuggest(seed + 1)) == point
@@ -149,3 +150,29 @@ def test_values_inside_a_range_are_checked_too() -> None:
     )
     with pytest.raises(SpaceError, match=r"axles\.1\.wheel\.used: 5 can never be valid"):
         draws.check_options(Cart, tree)
+
+
+def test_a_layer_that_reads_an_earlier_one_may_stand_in_a_list() -> None:
+    """Items are looked at by themselves; what must hold between them is asked of each draw."""
+    text = """
+architecture:
+  vocab_size: 256
+  d_model: 16
+  blocks:
+    - mixer: {kind: attention, head_dim: 8, rope_theta: {choice: [100.0, 1000.0]}}
+    - mixer: {kind: attention, head_dim: 8, rope_theta: 100.0, kv_source: {choice: [null, 1]}}
+objectives: [active_params]
+"""
+    space = Space.parse(text, "space.yaml")
+    valid = 0
+    for seed in range(40):
+        plain = space.draw(draws.RandomSuggest(seed))
+        first, second = (block["mixer"] for block in plain["blocks"])
+        alike = second["kv_source"] is None or first["rope_theta"] == 100.0
+        if alike:
+            valid += 1
+            space.architecture(plain)
+        else:
+            with pytest.raises(SpaceError, match="their rope_theta differ"):
+                space.architecture(plain)
+    assert 20 < valid < 40

@@ -23,12 +23,21 @@ def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
 
 
 class Reach(nn.Module):
-    """Which tokens a token sees: of those so far, a window's or those of its own chunk."""
+    """Which tokens a token sees: of those so far, a window's or those of its own chunk.
 
-    def __init__(self, window: int | None = None, chunk: int | None = None) -> None:
+    And what is added to its score by their distance, if there is a `bias`.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        chunk: int | None = None,
+        bias: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.window = window
         self.chunk = chunk
+        self.bias = bias
 
     def first_seen(self, start: int) -> int:
         """Return the first position that a query at `start` sees."""
@@ -92,16 +101,19 @@ class Attend(nn.Module):
         softcap: float | None = None,
         sinks: bool = False,
         temperature: nn.Module | None = None,
-        bias: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
         self.scale = scale
         self.reach = reach
         self.softcap = softcap
-        self.bias = bias
         self.temperature = temperature
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
+
+    @property
+    def bias(self) -> Any:
+        """The position bias, or None."""
+        return self.reach.bias
 
     @property
     def bias_shared(self) -> bool | None:

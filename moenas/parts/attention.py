@@ -340,14 +340,14 @@ class AttentionMixer(Mixer, kind="attention"):
         return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
 
     def _build_attend(self, n_heads: int) -> Attend:
+        bias = None if self.position_bias is None else self.position_bias.build(n_heads)
         return Attend(
             n_heads,
             self.factor,
-            Reach(self.window, self.chunk),
+            Reach(self.window, self.chunk, bias),
             self.softcap,
             self.sinks,
             None if self.floor_scale is None else Temperature(self.floor_scale, self.attn_scale),
-            None if self.position_bias is None else self.position_bias.build(n_heads),
         )
 
     def _build_norm(self, n_heads: int) -> RMSNorm:

@@ -216,6 +216,8 @@ class MoA(MoE):
     adds nothing.
     """
 
+    reads_tokens = False
+
     def __init__(
         self,
         router: Gating,

@@ -134,7 +134,7 @@ def switch_rows(n_layers: int) -> list[Row]:
     rows += [
         ("blocks.{}.mixer.qkv.weight", names, stacked),
         ("blocks.{}.mixer.out.weight", (attention + "SelfAttention.o.weight",), same),
-        ("blocks.{}.mixer.attend.bias.weight", (table,), same),
+        ("blocks.{}.mixer.attend.reach.bias.weight", (table,), same),
         ("blocks.{}.norm1.weight", (attention + "layer_norm.weight",), same),
         ("blocks.{}.norm2.weight", (feed + "layer_norm.weight",), same),
         ("blocks.{}.ffn.up.weight", (feed + "mlp.wi.weight",), same),
