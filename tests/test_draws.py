@@ -77,7 +77,7 @@ def test_a_drawn_point_is_a_space_of_size_one_that_draws_itself(
     plain: dict[str, Any], seed: int
 ) -> None:
     tree = grammar.read(Cart, Node.wrap(plain))
-    point = draws.draw(tree, draws.draws.RandomSuggest(seed))
+    point = draws.draw(tree, draws.RandomSuggest(seed))
     again = grammar.read(Cart, Node.wrap(point))
     assert draws.count(again) == 1
     assert draws.draw(again, draws.RandomSuggest(seed + 1)) == point
