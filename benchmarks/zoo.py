@@ -15,7 +15,11 @@ from moenas.space import Space
 
 ROOT = Path(__file__).parents[1]
 CHECKS = {
-    "logits": ("tests/parity/families.py", "tests/parity/variants.py"),
+    "logits": (
+        "tests/parity/families.py",
+        "tests/parity/variants.py",
+        "tests/parity/others.py",
+    ),
     "counts": ("tests/parity/test_counts.py",),
 }
 """What a test compares with transformers -> the files that name the models it is done for."""
@@ -34,28 +38,30 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
 {rows}
 
 - counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
-  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone, of
-  LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's definition with the sizes of
-  DeepSeekMoE, as transformers has no other. Arctic, Grok-1, GShard and Step-3 are not in
-  transformers.
+  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder without
+  cross-attention, of LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's
+  definition with the sizes of DeepSeekMoE, as transformers has no other. Arctic, GLaM, Grok-1,
+  GShard, Hunyuan-Large, Ling-mini and Step-3 are not in transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).
 
 What a file leaves out of its model is said in its first lines. Further families agree with
-transformers in their logits as small models and have no file: Command A (parallel blocks), Trinity,
-FlexOlmo, Ling hybrid.
+transformers in their logits as small models and have no file: Command A (parallel blocks),
+FlexOlmo, Ling hybrid. So does the attention of Gemma 4.
 
 ## What has no point
 
 Of published mixtures these have parts that the space has no field for:
 
-- positions whose stretch follows the length of the text (dynamic NTK; LongRoPE: Phi-3.5-MoE's file
-  gives the model before it), and position biases (T5: Switch's file has rotary positions);
+- positions whose stretch follows the length of the text (dynamic NTK), or has a factor for each
+  pair (LongRoPE: Phi-3.5-MoE's file gives the model before it);
 - sparse attention with an indexer (DeepSeek-V3.2, GLM-5), compressed keys and values (DeepSeek-V4,
-  ZAYA1), keys and values shared by layers (Hunyuan-Large), values that are the keys and a norm of
-  the values (Gemma 4);
-- experts of attention (JetMoE), routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
+  ZAYA1), a norm of its own for the keys that a layer reads of another (Hunyuan-Large: its file
+  reads them as normed), a temperature of late positions in latent attention (Mistral Small 4);
+- norms of the outputs of some parts only (A.X K1), a network and a mixture beside each other under
+  a norm of their sum, and a factor of a block (Gemma 4);
+- routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
   its file gives the networks), top-p routing (arXiv 2403.07652), cosine scores (X-MoE), soft caps
   and norms in the router (Laguna, Skywork-MoE, Gemma 4), a fixed number of experts from each group
   (Pangu Pro MoE), a penalty that adapts to the load (ReMoE);

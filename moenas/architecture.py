@@ -19,6 +19,7 @@ from moenas.parts.balance import joined_loss
 from moenas.parts.blocks import Block, BlockGroup, Late, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
 from moenas.parts.layers import writers
+from moenas.parts.lending import link, unfit
 from moenas.parts.norms import NormKind
 from moenas.records import Cost
 from moenas.refs import sha256
@@ -78,6 +79,10 @@ class Architecture(Component):
         if self.positions == "learned" and self.max_positions is None:
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
+
+    def invalid_together(self) -> str | None:
+        """Return why a layer cannot read what it would of an earlier one, or None."""
+        return unfit([layer.mixer for layer in self.layers], self.d_model)
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
@@ -317,7 +322,7 @@ class Head(nn.Module):
 
 
 class Caches(list[Any]):
-    """The cache of each layer, None where it has no mixer."""
+    """The cache of each layer, None where it needs none."""
 
     length = 0
     """Tokens seen so far."""
@@ -350,6 +355,7 @@ class Model(nn.Module):
             mixer: Any = block.mixer
             if hasattr(mixer, "stand"):
                 mixer.stand(i, len(blocks))
+        link([block.mixer for block in blocks])
         self.norm = norm
         self.head = head
 
@@ -370,7 +376,7 @@ class Model(nn.Module):
         """Return what the head reads, (B, S, D); see `forward`."""
         x = F.embedding(tokens, self.embedding).to(dtype or self.embedding.dtype)
         x = self.stem(x, 0 if cache is None else cache.length)
-        late: Late = []
+        late = Late()
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], tokens, late)
         if cache is not None:
@@ -381,7 +387,7 @@ class Model(nn.Module):
     def new_cache(self, batch: int, context: int) -> Caches:
         """Return an empty cache for each layer, for `batch` sequences of up to `context` tokens.
 
-        A layer without a mixer has none.
+        A layer without a mixer, or that reads the keys of another, has none.
         """
         mixers: list[Any] = [block.mixer for block in self.blocks]
         return Caches(None if m is None else m.new_cache(batch, context) for m in mixers)

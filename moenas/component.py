@@ -161,6 +161,10 @@ class Component:
         """Return why the fields do not go together, or None. Overridden where they can clash."""
         return None
 
+    def invalid_together(self) -> str | None:
+        """Return why items of its lists do not go together, or None. Asked of a whole alone."""
+        return None
+
     def canonical(self) -> Self:
         """Return the one spelling of all components that compute the same function."""
         return self

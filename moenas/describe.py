@@ -35,10 +35,15 @@ def _block(group: Plain) -> str:
 
 
 def _mixer(mixer: Plain) -> str:
+    if mixer["kind"] == "moa":
+        heads = f"{mixer['n_experts']}e top{mixer['router']['top_k']} {mixer['n_kv_heads']}kv"
+        return " ".join(["moa", heads, *_routed(mixer["router"])])
     units = _HEADS if "n_kv_heads" in mixer or "kv_rank" in mixer else _STATE_HEADS
     heads = "/".join(f"{mixer[key]}{unit}" for key, unit in units if mixer.get(key) is not None)
     words = [mixer["kind"], heads]
     words += [f"{word}{mixer[key]}" for key, word in _WORDS if mixer.get(key) is not None]
+    bias = mixer.get("position_bias")
+    words += [] if bias is None else [bias["kind"]]
     return " ".join(word for word in words if word)
 
 
@@ -47,6 +52,7 @@ _STATE_HEADS = (("n_heads", "h"), ("n_key_heads", "key"))
 _WORDS = (
     ("window", "window "),
     ("chunk", "chunk "),
+    ("kv_source", "keys of -"),
     ("kv_rank", "rank "),
     ("d_inner", "d"),
     ("d_state", "state "),
@@ -64,14 +70,19 @@ def _ffn(ffn: Plain) -> str:
         words.append(f"+{ffn['n_shared_experts']} shared d{ffn['d_shared']}")
     if ffn.get("n_zero_experts"):
         words.append(f"+{ffn['n_zero_experts']} {ffn['zero_kind']}")
-    words += [str(ffn["activation"]), str(router["score"])]
+    return " ".join([*words, str(ffn["activation"]), *_routed(router)])
+
+
+def _routed(router: Plain) -> list[str]:
+    """Return the words of a router."""
+    words = [str(router["score"])]
     if router.get("selection") not in (None, "top_k"):
         words.append(str(router["selection"]))
     if router.get("balance") not in (None, "none"):
         words.append(str(router["balance"]))
     if router.get("capacity_factor") is not None:
         words.append(f"cf{router['capacity_factor']:g}")
-    return " ".join(words)
+    return words
 
 
 def _shortcut(ffn: Plain) -> str:

@@ -246,7 +246,7 @@ def _check_option(cls: type[Component], tree: Tree, forced: dict[str, Any], plac
     reason = ""
     for seed in range(TRIES):
         try:
-            parse(cls, draw(tree, RandomSuggest(seed, forced)))
+            parse(cls, draw(tree, RandomSuggest(seed, forced)), whole=False)
             return
         except SpaceError as error:
             reason = str(error).removeprefix("<data>: ")

@@ -341,9 +341,21 @@ def construct(tree: Tree, path: str = "") -> Component:
     return component
 
 
-def parse(cls: type[C], plain: Mapping[str, Any], source: str = "<data>") -> C:
-    """Build a component of a family from plain data; the inverse of `Component.plain`."""
-    return cast(C, construct(read(cls, Node.wrap(dict(plain), source))))
+def parse(
+    cls: type[C], plain: Mapping[str, Any], source: str = "<data>", *, whole: bool = True
+) -> C:
+    """Build a component of a family from plain data; the inverse of `Component.plain`.
+
+    Not `whole`: lists may have items left out, so what must hold between items is not asked.
+
+    Raises:
+        SpaceError: naming the field that is wrong.
+    """
+    tree = read(cls, Node.wrap(dict(plain), source))
+    component = construct(tree)
+    if whole and (reason := component.invalid_together()) is not None:
+        raise SpaceError(f"{tree.mark}: {reason}")
+    return cast(C, component)
 
 
 def unparse(tree: Tree) -> Any:

@@ -130,19 +130,25 @@ def _pages() -> Iterator[str]:
     yield HOLES
     yield _table(("hole", "what may be drawn"), HOLE_FORMS.items())
     yield AFTER_HOLES
-    yield from _family("architecture", Architecture, "##")
+    yield from _family("architecture", Architecture, "##", set())
     yield from _require()
     yield from _objectives()
     yield "## `data`\n"
     yield _table(("corpus", "is"), DATA_FORMS.items())
     yield AFTER_DATA
     for name, cls in (("train", Recipe), ("measure", Protocol), ("search", Search)):
-        yield from _family(name, cls, "##")
+        yield from _family(name, cls, "##", set())
     yield OVERRIDES.format(resources=", ".join(f"`{name}`" for name in space.RESOURCES))
 
 
-def _family(name: str, family: type[Component], level: str) -> Iterator[str]:
-    """Yield what is known of a family and each of its kinds, then the families inside it."""
+def _family(
+    name: str, family: type[Component], level: str, written: set[type[Component]]
+) -> Iterator[str]:
+    """Yield what is known of a family and each of its kinds, then the families inside it.
+
+    Each family is written once, where it is met first.
+    """
+    written.add(family)
     yield f"{level} `{name}`\n\n{_prose(family)}\n"
     kinds = list(family.kinds.values()) if family.kind is None else []
     for cls in kinds or [family]:
@@ -161,8 +167,9 @@ def _family(name: str, family: type[Component], level: str) -> Iterator[str]:
             yield _table(("preset", "fields"), presets)
     found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
     for component, inner in dict.fromkeys(found):
-        if component is not None and _heading(component) == inner != name:
-            yield from _family(inner, component, "###")
+        new = component is not None and component not in written
+        if component is not None and new and _heading(component) == inner != name:
+            yield from _family(inner, component, "###", written)
 
 
 def _heading(family: type[Component]) -> str:

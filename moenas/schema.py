@@ -49,7 +49,8 @@ class SchemaWriter:
         if field.component is not None:
             inner = self.family(field.component, holes=holes)
             if field.is_list:
-                inner = {"type": "array", "minItems": 1, "items": inner}
+                item = {"anyOf": [inner, _choice(inner)]} if holes else inner
+                inner = {"type": "array", "minItems": 1, "items": item}
             null: list[Plain] = [{"type": "null"}] if field.optional else []
             option = {"anyOf": [inner, *null]} if null else inner
             return {"anyOf": [inner, _choice(option), *null]}

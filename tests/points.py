@@ -168,11 +168,16 @@ def carry(architecture: Architecture, model: Model, canonical: Model) -> None:
 
 
 def copy(source: nn.Module | None, target: nn.Module | None) -> None:
-    """Copy parameters and buffers; a norm without parameters may be missing on one side."""
+    """Copy parameters and buffers; a norm without parameters may be missing on one side.
+
+    So may a bias on the selection among all experts, which the canonical form does without.
+    """
     state = {} if source is None else source.state_dict()
-    assert state.keys() == ({} if target is None else target.state_dict()).keys()
+    wanted = {} if target is None else target.state_dict()
+    unread = {name for name in wanted.keys() - state.keys() if name.endswith("balance.bias")}
+    assert state.keys() == wanted.keys() - unread
     if target is not None:
-        target.load_state_dict(state)
+        target.load_state_dict(state, strict=not unread)
 
 
 def split(whole: Any, *parts: Any) -> None:

@@ -14,6 +14,7 @@ from toys import Cart, every_point
 from moenas import draws, grammar
 from moenas.errors import SpaceError
 from moenas.refs import Node, parse_yaml
+from moenas.space import Space
 
 
 def read(text: str) -> grammar.Tree:
@@ -149,3 +150,29 @@ def test_values_inside_a_range_are_checked_too() -> None:
     )
     with pytest.raises(SpaceError, match=r"axles\.1\.wheel\.used: 5 can never be valid"):
         draws.check_options(Cart, tree)
+
+
+def test_a_layer_that_reads_an_earlier_one_may_stand_in_a_list() -> None:
+    """Items are looked at by themselves; what must hold between them is asked of each draw."""
+    text = """
+architecture:
+  vocab_size: 256
+  d_model: 16
+  blocks:
+    - mixer: {kind: attention, head_dim: 8, rope_theta: {choice: [100.0, 1000.0]}}
+    - mixer: {kind: attention, head_dim: 8, rope_theta: 100.0, kv_source: {choice: [null, 1]}}
+objectives: [active_params]
+"""
+    space = Space.parse(text, "space.yaml")
+    valid = 0
+    for seed in range(40):
+        plain = space.draw(draws.RandomSuggest(seed))
+        first, second = (block["mixer"] for block in plain["blocks"])
+        alike = second["kv_source"] is None or first["rope_theta"] == 100.0
+        if alike:
+            valid += 1
+            space.architecture(plain)
+        else:
+            with pytest.raises(SpaceError, match="their rope_theta differ"):
+                space.architecture(plain)
+    assert 20 < valid < 40

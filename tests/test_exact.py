@@ -95,7 +95,9 @@ def check_cache(architecture: Architecture, model: Model) -> None:
         grown = sum(part.nbytes for c in held for part in (c.keys, c.values) if part is not None)
         assert grown == tokens * architecture.cost(tokens).kv_bytes_per_token
         rest = [c for c in cache if isinstance(c, StateCache)]
-        assert len(held) + len(rest) == sum(x.mixer is not None for x in architecture.layers)
+        keeping = [x.mixer for x in architecture.layers if x.mixer is not None]
+        keeping = [mixer for mixer in keeping if getattr(mixer, "kv_source", None) is None]
+        assert len(held) + len(rest) == len(keeping)
         parts = [part for c in rest for part in (c.before, c.state)]
         states.append([None if part is None else part.shape for part in parts])
     assert states[0] == states[1]

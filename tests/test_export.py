@@ -200,6 +200,29 @@ def test_model_py_holds_what_is_used_and_no_more(seed: int, tmp_path: Path) -> N
     assert all(torch.equal(fresh[name], tensor) for name, tensor in ours.state_dict().items())
 
 
+def test_layers_that_read_earlier_ones_still_do(tmp_path: Path) -> None:
+    """Keys, tables of biases and experts of heads: logits and what is generated with a cache."""
+    own = {"kind": "attention", "head_dim": 8, "n_kv_heads": 1}
+    table = {"kind": "t5", "num_buckets": 8, "max_distance": 12}
+    heads = {"kind": "moa", "n_experts": 4, "head_dim": 8, "out_bias": True}
+    mixers: list[Plain] = [
+        own | {"position_bias": table, "v_norm": True, "k_eq_v": True},
+        heads,
+        own | {"position_bias": table | {"shared": True}, "kv_source": 1},
+        own | {"position_bias": {"kind": "alibi"}, "rope_fraction": 0.0},
+    ]
+    experts: Plain = {"kind": "moe", "n_experts": 4, "d_expert": 8, "out_bias": True}
+    blocks = [*({"mixer": m} for m in mixers), {"ffn": experts}]
+    architecture = Architecture.parse({"vocab_size": 40, "d_model": 16, "blocks": blocks})
+    (tmp_path / "model.py").write_text(model_source(architecture))
+    alone = load_module(tmp_path / "model.py").build(seed=3).eval()
+    model = architecture.build(seed=3).eval()
+    tokens = torch.arange(40).view(2, 20) * 7 % 40
+    with torch.no_grad():
+        assert torch.equal(alone(tokens), model(tokens))
+    assert torch.equal(alone.generate(tokens, 6), model.generate(tokens, 6))
+
+
 def test_the_folder_is_whole(shelf: Shelf, tmp_path: Path) -> None:
     architecture = small()
     shelf.add(4, architecture)

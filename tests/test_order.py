@@ -26,17 +26,18 @@ FLOORS = """
     draws schema sections objective migrations.env migrations.versions database figures
     store
     dashboard heartbeat
-    parts.layers parts.norms parts.scan
+    parts.layers parts.norms parts.scan parts.lending parts.bias
     parts.activations parts.dispatch parts.scores parts.selection
-    parts.assignment
+    parts.assignment parts.projections
     parts.mixers parts.rotary parts.attend parts.gating parts.ffn
+    parts.borrowing
     parts.attention parts.ssm
     parts.latent parts.lightning parts.linear
     parts.kda
     parts.balance parts.product_key
     parts.routers
     parts.experts
-    parts.blocks
+    parts.moa parts.blocks
     parts
     architecture
     data

@@ -7,16 +7,20 @@ from moenas.parts.assignment import Base, ExpertChoice, Sinkhorn
 from moenas.parts.attend import Attend, Reach
 from moenas.parts.attention import Attention, AttentionMixer
 from moenas.parts.balance import Balance, Routing
+from moenas.parts.bias import PositionBias
 from moenas.parts.blocks import Block, BlockGroup, Join, ParallelBlock, Shortcut
+from moenas.parts.borrowing import BorrowedAttention
 from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
 from moenas.parts.ffn import FFN, DenseFFN, FeedForward, GatedFeedForward
 from moenas.parts.gating import Choice, Gating
 from moenas.parts.kda import KimiDelta, KimiDeltaMixer
 from moenas.parts.latent import LatentAttention, LatentAttentionMixer
 from moenas.parts.layers import Convolution, Linear
+from moenas.parts.lending import Lending, Lent
 from moenas.parts.lightning import LightningAttention, LightningAttentionMixer
 from moenas.parts.linear import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
 from moenas.parts.mixers import KVCache, Mixer, StateCache
+from moenas.parts.moa import HeadExperts, MoA, MoAMixer
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
 from moenas.parts.product_key import ProductKeyFFN, ProductKeys
 from moenas.parts.rotary import RopeScaling, Rotary
@@ -35,6 +39,7 @@ __all__ = [
     "Base",
     "Block",
     "BlockGroup",
+    "BorrowedAttention",
     "Choice",
     "Convolution",
     "DenseFFN",
@@ -48,6 +53,7 @@ __all__ = [
     "GatedFeedForward",
     "GatedNorm",
     "Gating",
+    "HeadExperts",
     "Join",
     "KVCache",
     "KimiDelta",
@@ -56,6 +62,8 @@ __all__ = [
     "LatentAttentionMixer",
     "LatentExperts",
     "LayerNorm",
+    "Lending",
+    "Lent",
     "LightningAttention",
     "LightningAttentionMixer",
     "Linear",
@@ -64,10 +72,13 @@ __all__ = [
     "Mamba2Mixer",
     "MambaMixer",
     "Mixer",
+    "MoA",
+    "MoAMixer",
     "MoE",
     "MoEFFN",
     "ParallelBlock",
     "Picked",
+    "PositionBias",
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",

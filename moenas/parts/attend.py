@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moenas.parts.bias import distances
+
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:
     """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
@@ -15,13 +17,27 @@ def gated(y: Tensor, gate: Tensor) -> Tensor:
     return y * factors.to(y.dtype)
 
 
-class Reach(nn.Module):
-    """Which tokens a token sees: of those so far, a window's or those of its own chunk."""
+def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
+    """Return biases (H, S, L), -inf where a key is not `seen` (S, L); None: all are."""
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
-    def __init__(self, window: int | None = None, chunk: int | None = None) -> None:
+
+class Reach(nn.Module):
+    """Which tokens a token sees: of those so far, a window's or those of its own chunk.
+
+    And what is added to its score by their distance, if there is a `bias`.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        chunk: int | None = None,
+        bias: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.window = window
         self.chunk = chunk
+        self.bias = bias
 
     def first_seen(self, start: int) -> int:
         """Return the first position that a query at `start` sees."""
@@ -94,8 +110,27 @@ class Attend(nn.Module):
         self.temperature = temperature
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    @property
+    def bias(self) -> Any:
+        """The position bias, or None."""
+        return self.reach.bias
+
+    @property
+    def bias_shared(self) -> bool | None:
+        """Whether the table of the bias is that of another layer; None: there is none."""
+        return getattr(self.bias, "shared", None)
+
+    @property
+    def table(self) -> Tensor | None:
+        """The table (buckets, H) of the bias, if it has one of its own."""
+        return getattr(self.bias, "weight", None)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, table: Tensor | None = None
+    ) -> Tensor:
         """Return (B, H, S, C of v) for queries at start, start + 1, ... and keys from 0 on.
+
+        `table` is that of an earlier layer's bias, where this one shares it.
 
         On CPUs a bfloat16 gradient goes through float32: the kernel's own is up to 3 times slower.
         """
@@ -109,15 +144,18 @@ class Attend(nn.Module):
         if first:
             k, v = k[:, :, first:], v[:, :, first:]
         length = int(q.shape[2])  # a tensor while the model is traced
-        plain = self.softcap is None and self.sinks is None
+        plain = self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
         mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
+        if self.bias is not None:
+            far = distances(start, length, first, q.device)
+            mask = masked(self.bias(far, table), mask).to(q.dtype)
         if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
             return self.by_hand(q, k, v, mask).to(dtype)
         width = int(v.shape[-1])
         if self.sinks is not None and mask is not None:
             q, k, v = self.with_sinks(q, k, v, self.sinks)
-            mask = F.pad(mask, (1, 0), value=True)
+            mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
         grouped = int(k.shape[1]) < self.n_heads
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
@@ -143,14 +181,19 @@ class Attend(nn.Module):
         return q, torch.cat(keys, dim=2), F.pad(v, (0, wider, 1, 0))
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each."""
+        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each.
+
+        `mask` (S, L) says what is seen, or (H, S, L) what is added to the scores.
+        """
         kv_heads = k.shape[1]
         q = q.unflatten(1, (kv_heads, -1))  # (B, K, H / K, S, C)
         scores = (q @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh() * self.softcap
-        if mask is not None:
+        if mask is not None and self.bias is None:
             scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask.float().unflatten(0, (kv_heads, -1))
         if self.sinks is not None:
             sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1)
             sinks = sinks.expand(*scores.shape[:-1], 1)

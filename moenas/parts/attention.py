@@ -10,11 +10,31 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.attend import SINK_WIDTH, Attend, Reach, Temperature, gated
+from moenas.parts.bias import PositionBias
+from moenas.parts.borrowing import BorrowedAttention, Queries
 from moenas.parts.layers import Linear
+from moenas.parts.lending import Lending, Lent
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
+from moenas.parts.projections import QKV, Bottleneck, LowRankQKV, NormedValues, QKNorm
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.records import Cost
+
+OF_KEYS = (
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "v_head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "rope_fraction",
+    "qk_norm",
+    "qk_norm_after_rope",
+    "window",
+    "chunk",
+    "sinks",
+)
+"""Fields in which a layer is like the one whose keys and values it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +83,17 @@ class AttentionMixer(Mixer, kind="attention"):
     qk_norm_after_rope: bool = setting(
         "qk_norm comes after the positions, not before them (Hunyuan)", default=False
     )
+    v_norm: bool = setting(
+        "RMSNorm of the values of each head, without a weight (Gemma 4)", default=False
+    )
+    k_eq_v: bool = setting(
+        "the values are the keys as they are projected, before norms and positions (Gemma 4)",
+        default=False,
+    )
     inner_eps: float = setting(
-        "added to the mean square in qk_norm and in the norm of q_rank", default=1e-6, low=0.0
+        "added to the mean square in qk_norm, in v_norm and in the norm of q_rank",
+        default=1e-6,
+        low=0.0,
     )
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
     qkv_clip: float | None = setting(
@@ -101,6 +130,17 @@ class AttentionMixer(Mixer, kind="attention"):
         low=1,
     )
     attn_scale: float = setting("of floor_scale", default=0.1, low=0.0)
+    position_bias: PositionBias | None = setting(
+        "added to the scores by the distance of their tokens; null: nothing is", default=None
+    )
+    kv_source: int | None = setting(
+        "reads the keys and values of an earlier layer: of the attention layers with keys of their"
+        " own, the so-many-th before (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or"
+        " 2); null: has its own",
+        default=None,
+        low=1,
+        high=1000,
+    )
 
     def heads_at(self, d_model: int) -> tuple[int, int]:
         """Return the query heads and the key-value heads at a model width."""
@@ -122,10 +162,27 @@ class AttentionMixer(Mixer, kind="attention"):
         """What the scores are multiplied with."""
         return float(self.head_dim**-0.5 if self.scale is None else self.scale)
 
+    @property
+    def bias_shared(self) -> bool | None:
+        """Whether the table of the position bias is that of an earlier layer; None: needs none."""
+        return getattr(self.position_bias, "shared", None)
+
+    def unlike(self, source: AttentionMixer, d_model: int) -> str | None:
+        """Return a field in which this and the layer whose keys it reads differ, or None.
+
+        What shapes the keys, and which of them are seen, is that of the source.
+        """
+        one, other = self.canonical_at(d_model), source.canonical_at(d_model)
+        names = (*OF_KEYS, "inner_eps") if one.qk_norm != "none" else OF_KEYS
+        unlike = (name for name in names if getattr(one, name) != getattr(other, name))
+        return next(unlike, None)
+
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
         if self.window is not None and self.chunk is not None:
             return "window and chunk exclude each other; set one of them to null"
+        if self.k_eq_v and self.v_dim != self.head_dim:
+            return "k_eq_v: the values are as wide as the keys; leave v_head_dim out"
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
             return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return None
@@ -144,17 +201,23 @@ class AttentionMixer(Mixer, kind="attention"):
         n_heads, n_kv_heads = self.heads_at(d_model)
         one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
         tempered = self.floor_scale is not None and self.attn_scale > 0
+        own = self.kv_source is None
+        normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
+        bias = self.position_bias and self.position_bias.canonical_within(self.reach)
         found = replace(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             v_head_dim=self.v_dim,
             qk_norm="head" if one_head else self.qk_norm,
-            inner_eps=self.inner_eps if self.q_rank or self.qk_norm != "none" else 1e-6,
+            v_norm=self.v_norm and own,
+            k_eq_v=self.k_eq_v and own,
+            inner_eps=self.inner_eps if normed else 1e-6,
             window=1 if self.chunk == 1 else self.window,
             chunk=None if self.chunk == 1 else self.chunk,
             floor_scale=self.floor_scale if tempered else None,
             attn_scale=self.attn_scale if tempered else 0.1,
+            position_bias=bias,
         )
         if found.window == 1 and not found.sinks:
             return found._without_scores()
@@ -169,11 +232,12 @@ class AttentionMixer(Mixer, kind="attention"):
             rope_fraction=1.0,
             qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
             qk_norm_after_rope=False,
-            inner_eps=1e-6,
+            inner_eps=self.inner_eps if self.v_norm else 1e-6,
             softcap=None,
             scale=None,
             floor_scale=None,
             attn_scale=0.1,
+            position_bias=self.position_bias if self.bias_shared is not None else None,
         )
 
     def _with_canonical_positions(self) -> Self:
@@ -203,20 +267,23 @@ class AttentionMixer(Mixer, kind="attention"):
     def cost(self, d_model: int, context: int) -> Cost:
         """Count the projections, and scores and values over the full context."""
         n_heads, n_kv_heads = self.heads_at(d_model)
-        widths = n_heads * self.head_dim, n_kv_heads * self.head_dim
-        out_width, kv_width = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim)
+        own = self.kv_source is None
+        widths = n_heads * self.head_dim, n_kv_heads * self.head_dim * own
+        out_width, kept = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim) * own
+        kv_width = widths[1] if self.k_eq_v else kept
         gates = {"none": 0, "head": n_heads, "element": out_width}[self.output_gate]
         q_rank = self.q_rank or 0
         products = (d_model + widths[0]) * q_rank if q_rank else d_model * widths[0]
         products += d_model * (kv_width + gates) + out_width * d_model
         params = products + q_rank + (n_heads if self.sinks else 0)
-        params += {"head": 2 * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
+        params += self.position_bias.params(n_heads) if self.position_bias else 0
+        params += {"head": (1 + own) * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
         params += (widths[0] + kv_width) * self.qkv_bias + d_model * self.out_bias
         return Cost(
             params=params,
             active_params=params,
             flops_per_token=2 * products + 2 * context * (widths[0] + out_width),
-            kv_bytes_per_token=2 * kv_width,
+            kv_bytes_per_token=2 * kept,
             weight_bytes=2 * params,
         )
 
@@ -233,167 +300,62 @@ class AttentionMixer(Mixer, kind="attention"):
         """Build the attention at a model width."""
         n_heads, n_kv_heads = self.heads_at(d_model)
         width = n_heads * self.v_dim
-        gate = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
-        return Attention(
-            self._build_qkv(d_model),
-            self._build_rotary(),
-            self._build_norm(n_heads, n_kv_heads),
-            self._build_attend(n_heads),
-            Linear(d_model, gate) if gate else None,
-            Linear(width, d_model, self.out_bias),
+        gates = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
+        rotary, attend = self._build_rotary(), self._build_attend(n_heads)
+        gate = Linear(d_model, gates) if gates else None
+        out = Linear(width, d_model, self.out_bias)
+        if self.kv_source is not None:
+            query = self._build_query(d_model)
+            norm = self._build_norm(n_heads) if self.qk_norm != "none" else None
+            entry = Queries(query, n_heads, self.qkv_clip, norm, rotary, self.qk_norm_after_rope)
+            return BorrowedAttention(self.kv_source, entry, attend, gate, out)
+        norms = None
+        if self.qk_norm != "none":
+            q, k = self._build_norm(n_heads), self._build_norm(n_kv_heads)
+            norms = QKNorm(q, k, self.qk_norm_after_rope)
+        return Attention(self._build_qkv(d_model), rotary, norms, attend, gate, out)
+
+    def _build_query(self, d_model: int) -> nn.Module:
+        """Build what makes the queries where they are made by themselves."""
+        width = self.heads_at(d_model)[0] * self.head_dim
+        if self.q_rank is None:
+            return Linear(d_model, width, self.qkv_bias)
+        return Bottleneck(
+            Linear(d_model, self.q_rank),
+            RMSNorm(self.q_rank, self.inner_eps),
+            Linear(self.q_rank, width, self.qkv_bias),
         )
 
     def _build_qkv(self, d_model: int) -> nn.Module:
-        counts, widths = self.heads_at(d_model), (self.head_dim, self.v_dim)
+        counts, widths = self.heads_at(d_model), (self.head_dim, 0 if self.k_eq_v else self.v_dim)
         if self.q_rank is None:
-            return QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
-        query = Bottleneck(
-            Linear(d_model, self.q_rank),
-            RMSNorm(self.q_rank, self.inner_eps),
-            Linear(self.q_rank, counts[0] * self.head_dim, self.qkv_bias),
-        )
-        keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
-        return LowRankQKV(query, keys, counts, widths, self.qkv_clip)
+            qkv: nn.Module = QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
+        else:
+            keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
+            qkv = LowRankQKV(self._build_query(d_model), keys, counts, widths, self.qkv_clip)
+        return NormedValues(qkv, self.v_dim, self.inner_eps) if self.v_norm else qkv
 
     def _build_rotary(self) -> Rotary | None:
         scaling = None if self.rope_scaling is None else self.rope_scaling.build()
         return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
 
     def _build_attend(self, n_heads: int) -> Attend:
+        bias = None if self.position_bias is None else self.position_bias.build(n_heads)
         return Attend(
             n_heads,
             self.factor,
-            Reach(self.window, self.chunk),
+            Reach(self.window, self.chunk, bias),
             self.softcap,
             self.sinks,
             None if self.floor_scale is None else Temperature(self.floor_scale, self.attn_scale),
         )
 
-    def _build_norm(self, n_heads: int, n_kv_heads: int) -> QKNorm | None:
-        if self.qk_norm == "none":
-            return None
-        full, weighted = self.qk_norm == "full", self.qk_norm != "weightless"
-        widths = [self.head_dim * (n if full else 1) for n in (n_heads, n_kv_heads)]
-        q, k = (RMSNorm(width, self.inner_eps, weighted) for width in widths)
-        return QKNorm(q, k, self.qk_norm_after_rope)
+    def _build_norm(self, n_heads: int) -> RMSNorm:
+        width = self.head_dim * (n_heads if self.qk_norm == "full" else 1)
+        return RMSNorm(width, self.inner_eps, self.qk_norm != "weightless")
 
 
-class QKV(Linear):
-    """The queries, keys and values of each token, in one matrix product.
-
-    `counts` are the query heads and key-value heads, `widths` those of a key and of a value. With
-    a `clip` c all are cut to -c..c.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        counts: tuple[int, int],
-        widths: tuple[int, int],
-        biased: bool,
-        clip: float | None = None,
-    ) -> None:
-        super().__init__(d_model, counts[0] * widths[0] + counts[1] * sum(widths), biased)
-        self.d_model = d_model
-        self.n_heads, self.n_kv_heads = counts
-        self.head_dim, self.v_dim = widths
-        self.counts = counts
-        self.widths = widths
-        self.clip = clip
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
-        counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
-        rows = self(x) if self.clip is None else self(x).clamp(-self.clip, self.clip)
-        if self.v_dim == self.head_dim:
-            qkv = rows.unflatten(-1, (sum(counts), -1)).transpose(1, 2)
-            q, k, v = qkv.split(counts, dim=1)
-            return q, k, v
-        widths = (self.head_dim, self.head_dim, self.v_dim)
-        parts = rows.split([n * c for n, c in zip(counts, widths, strict=True)], dim=-1)
-        heads = zip(parts, counts, strict=True)
-        q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in heads)
-        return q, k, v
-
-
-class Bottleneck(nn.Module):
-    """up(norm(down(x)) * scale): a product through a latent; `down` may give more than that."""
-
-    def __init__(self, down: Linear, norm: RMSNorm, up: Linear, scale: float = 1.0) -> None:
-        super().__init__()
-        self.down = down
-        self.norm = norm
-        self.up = up
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, D) to (B, S, width)."""
-        y: Tensor = self.up(self.latent(x)[0])
-        return y
-
-    def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
-        rank = self.up.d_in
-        latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
-        latent = self.norm(latent)
-        return latent if self.scale == 1 else latent * self.scale, beside
-
-
-class LowRankQKV(nn.Module):
-    """Queries through a latent; keys and values in one matrix product. Arguments as of `QKV`."""
-
-    def __init__(
-        self,
-        query: Bottleneck,
-        keys: Linear,
-        counts: tuple[int, int],
-        widths: tuple[int, int],
-        clip: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.query = query
-        self.keys = keys
-        self.counts = counts
-        self.widths = widths
-        self.clip = clip
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
-        rows = self.query(x), self.keys(x)
-        if self.clip is not None:
-            rows = rows[0].clamp(-self.clip, self.clip), rows[1].clamp(-self.clip, self.clip)
-        n_heads, n_kv_heads = self.counts
-        k, v = rows[1].split([n_kv_heads * width for width in self.widths], dim=-1)
-        parts = (rows[0], n_heads), (k, n_kv_heads), (v, n_kv_heads)
-        q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in parts)
-        return q, k, v
-
-
-class QKNorm(nn.Module):
-    """Norms of queries and keys, over each head or over all heads of a token together."""
-
-    def __init__(self, q: RMSNorm, k: RMSNorm, after_rope: bool = False) -> None:
-        super().__init__()
-        self.q = q
-        self.k = k
-        self.after_rope = after_rope
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise (B, H, S, C) queries and (B, K, S, C) keys."""
-        return normed(q, self.q), normed(k, self.k)
-
-
-def normed(x: Tensor, norm: RMSNorm) -> Tensor:
-    """Apply a norm to (B, H, S, C), over C or, if it is as wide, over H and C."""
-    if norm.width == x.shape[-1]:
-        y: Tensor = norm(x)
-    else:
-        y = norm(x.transpose(1, 2).flatten(-2))
-        y = y.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
-    return y
-
-
-class Attention(nn.Module):
+class Attention(Lending):
     """softmax(q k^T scale) v over the tokens so far (Vaswani et al., arXiv 1706.03762)."""
 
     def __init__(
@@ -405,7 +367,7 @@ class Attention(nn.Module):
         gate: Linear | None,
         out: Linear,
     ) -> None:
-        super().__init__()
+        super().__init__(None, attend.bias_shared)
         self.qkv = qkv
         self.rotary = rotary
         self.norm = norm
@@ -413,8 +375,11 @@ class Attention(nn.Module):
         self.gate = gate
         self.out = out
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, lent: Lent | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
+
+        What other layers read is left in `lent`, and the table of a shared bias is found there.
+        """
         qkv: Any = self.qkv
         q, k, v = qkv.heads(x)
         norm: Any = self.norm
@@ -427,7 +392,8 @@ class Attention(nn.Module):
             q, k = norm(q, k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        y = self.attend(q, k, v, start).transpose(1, 2)
+        self.lend_keys(k, v, lent)
+        y = self.attend(q, k, v, start, self.table(self.attend.table, lent)).transpose(1, 2)
         if self.gate is not None:
             y = gated(y, self.gate(x))
         out: Tensor = self.out(y.flatten(-2))

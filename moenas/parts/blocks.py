@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moenas.component import Component, Part, setting
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
+from moenas.parts.lending import Lent
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
 from moenas.records import Cost
@@ -117,9 +118,13 @@ class BlockGroup(Component):
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
         if self.shortcut is not None and self.ffn is None:
             return "a shortcut stands beside an ffn; give 'ffn', or make the shortcut the ffn"
-        mixtures = [part for part in (self.ffn, self.shortcut) if part and part.kind == "moe"]
-        if len(mixtures) > 1:
+        if sum(map(is_mixture, (self.ffn, self.shortcut))) > 1:
             return "a block has one mixture of experts: make 'ffn' or 'shortcut' another kind"
+        if is_mixture(self.mixer) and (is_mixture(self.ffn) or is_mixture(self.shortcut)):
+            return (
+                "a block has one mixture of experts: give the mixer a block of its own, and"
+                " another one after it the mixture of networks"
+            )
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
@@ -224,6 +229,11 @@ class BlockGroup(Component):
         return Shortcut(before, ffn, after, self.shortcut_input == "block", self.shortcut_delay)
 
 
+def is_mixture(part: Part | None) -> bool:
+    """Whether a part has a router, whose load is watched layer by layer."""
+    return getattr(part, "router", None) is not None
+
+
 def _order(ffn: FFN) -> tuple[bool, str]:
     """Return what two feed-forward layers side by side are ordered by: a mixture comes first."""
     return ffn.kind != "moe", json.dumps(ffn.plain(), sort_keys=True)
@@ -241,7 +251,7 @@ def united(ffn: FFN, beside: FFN) -> FFN | None:
         return None
     if isinstance(ffn, DenseFFN) and not ffn.bias:
         return replace(ffn, d_ff=ffn.d_ff + beside.d_ff)
-    if isinstance(ffn, MoEFFN) and not ffn.shared_gate:
+    if isinstance(ffn, MoEFFN) and not ffn.shared_gate and not ffn.out_bias:
         return replace(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
     return None
 
@@ -254,8 +264,9 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
     They are the halves of a block at every position of the norm, unless a shortcut joins the stream
-    between them, or the shortcut beside the ffn reads it there through a norm of its own. Delays
-    are counted anew. Nothing changes where the number of a layer matters.
+    between them, or the shortcut beside the ffn reads it there through a norm of its own, or both
+    are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
+    matters.
     """
     if any(part.placed for layer in layers for part in layer.parts.values()):
         return tuple(layers)
@@ -264,6 +275,7 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         i
         for i, (one, other) in enumerate(pairwise(layers))
         if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
+        if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
     number = [i - sum(half < i for half in halves) for i in range(len(layers))]
     found = []
@@ -324,8 +336,15 @@ class Join(nn.Module):
         return norm(x) if self.norm_position == "post" else x
 
 
-Late = list[Tensor | None]
-"""What joins the stream at the end of a block, of the block after it, and so on."""
+class Late(list[Tensor | None]):
+    """What joins the stream at the end of a block, of the block after it, and so on.
+
+    Beside it, what mixers lend to those of later blocks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = Lent()
 
 
 class Block(nn.Module):
@@ -367,7 +386,7 @@ class Block(nn.Module):
         """
         first, join = x, self.join
         if self.mixer is not None:
-            y = self.mixer(join.entering(x, self.norm1), cache)
+            y = mixed(self.mixer, join.entering(x, self.norm1), cache, late)
             beside = self.beside(first, x, numbers, late) if self.ffn is None else None
             x = join(x, y, self.norm1, beside)
         if self.ffn is None:
@@ -408,9 +427,8 @@ class ParallelBlock(Block):
         late: Late | None = None,
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        mixer: Any = self.mixer
         read = self.join.entering(x, self.norm1)
-        y = mixer(read, cache) + fed(self.ffn, read, numbers)
+        y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers)
         x = self.join(x, y, self.norm1, self.beside(x, read, numbers, late))
         return x
 
@@ -441,6 +459,14 @@ class Shortcut(nn.Module):
         x = first if self.of_block else read
         y = fed(self.ffn, x if self.before is None else self.before(x), numbers)
         return y if self.after is None else self.after(y)
+
+
+def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
+    """Return what a mixer makes of (B, S, D)."""
+    lends = getattr(mixer, "lends", False)
+    lent = None if late is None else late.lent
+    y: Tensor = mixer(x, cache, lent) if lends else mixer(x, cache)
+    return y
 
 
 def fed(ffn: Any, x: Tensor, numbers: Tensor | None) -> Tensor:

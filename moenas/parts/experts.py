@@ -46,6 +46,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
     shared_gate: bool = setting(
         "the shared experts are multiplied by sigmoid(w x) (Qwen2-MoE)", default=False
     )
+    out_bias: bool = setting("the layer adds a bias to its output (JetMoE)", default=False)
     d_latent: int | None = setting(
         "width that routed experts work at, between a projection down before and up after them"
         " (Nemotron 3 Super); null: d_model",
@@ -118,10 +119,10 @@ class MoEFFN(Activated, FFN, kind="moe"):
         latent = 2 * d_model * self.d_latent if self.d_latent else 0
         zero = 3 * d_model * self.n_zero_experts if self.zero_kind == "constant" else 0
         gate = d_model if self.shared_gate and self.shared_width else 0
-        rest = latent + zero + gate
+        rest, bias = latent + zero + gate, d_model * self.out_bias
         return (
             Cost(params, used[0], used[1], 0, 2 * params)
-            + Cost(rest, rest, 2 * rest, 0, 2 * rest)
+            + Cost(rest + bias, rest + bias, 2 * rest, 0, 2 * (rest + bias))
             + self.router.cost(d_model, self.n_choices)
             + network_cost(d_model, self.shared_width, self.activation, False)
         )
@@ -137,17 +138,23 @@ class MoEFFN(Activated, FFN, kind="moe"):
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
-        width, experts = self.shared_width, self.build_experts(d_model)
-        network = GatedFeedForward if self.shared_gate else FeedForward
-        zeros = self.n_zero_experts
+        experts, zeros = self.build_experts(d_model), self.n_zero_experts
         return MoE(
             self.router.build(d_model, self.n_choices),
             self.router.build_balance(self.n_choices),
             experts,
-            network(d_model, width, self.build_activation()) if width else None,
+            self.build_shared(d_model),
             ZeroExperts(zeros, d_model, self.zero_kind) if zeros else None,
             self.router.capacity_factor,
         )
+
+    def build_shared(self, d_model: int) -> nn.Module | None:
+        """Build what every token passes beside the routed experts, if there is anything."""
+        shared = None
+        if self.shared_width:
+            network = GatedFeedForward if self.shared_gate else FeedForward
+            shared = network(d_model, self.shared_width, self.build_activation())
+        return Biased(shared, d_model) if self.out_bias else shared
 
     def build_experts(self, d_model: int) -> nn.Module:
         """Build the experts with networks."""
@@ -160,6 +167,23 @@ class MoEFFN(Activated, FFN, kind="moe"):
             self.router.weight_on,
         )
         return LatentExperts(experts, d_model) if self.d_latent else experts
+
+
+class Biased(nn.Module):
+    """A network plus a bias, or the bias alone, whatever the token; it starts at 0."""
+
+    writes = ("network",)
+
+    def __init__(self, network: nn.Module | None, width: int) -> None:
+        super().__init__()
+        self.network = network
+        self.width = width
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, D), or to (D,) without a network."""
+        bias = self.bias.to(x.dtype)
+        return bias if self.network is None else self.network(x) + bias
 
 
 class ExpertBias(nn.Module):

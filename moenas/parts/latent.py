@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.attend import Attend, Reach, gated
-from moenas.parts.attention import Bottleneck
 from moenas.parts.layers import Linear
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
+from moenas.parts.projections import Bottleneck
 from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling, telling_theta
 from moenas.records import Cost
 

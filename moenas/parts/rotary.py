@@ -1,4 +1,4 @@
-"""Rotary positions, and how their wavelengths are stretched. Kinds: linear, yarn, llama3."""
+"""Rotary positions, and how they are stretched. Kinds: linear, yarn, llama3, proportional."""
 
 from __future__ import annotations
 
@@ -202,12 +202,37 @@ class Llama3Scaling(RopeScaling, kind="llama3"):
         return [units] if tokens.is_integer() else []
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProportionalScaling(RopeScaling, kind="proportional"):
+    """Only the fastest pairs of the whole width turn, the others stay (Gemma 4).
+
+    Unlike `rope_fraction`, which spreads the wavelengths over a part of a head.
+    """
+
+    fraction: float = setting(
+        "share of the pairs that turn, rounded down to whole pairs, at least one",
+        low=0.0,
+        high=1.0,
+    )
+    factor: float = setting("how many times longer their wavelengths become", default=1.0, low=1.0)
+
+    def build(self) -> nn.Module:
+        """Build the stretch."""
+        return Proportional(self.fraction, self.factor)
+
+    def canonical_for(self, width: int, theta: float) -> RopeScaling | None:
+        """Return the one spelling of what turns the pairs like this, or None if none is needed."""
+        turning = sum(ratio > 0 for ratio in self.ratios(width, theta))
+        found = replace(self, fraction=turning / (width // 2))
+        return super(ProportionalScaling, found).canonical_for(width, theta)
+
+
 def telling_theta(width: int, theta: float, scaling: RopeScaling | None) -> float:
     """Return theta, or the default where it has no effect: a single pair turns by the position.
 
     Unless it tells YaRN by how much to stretch that pair.
     """
-    if width > 2:
+    if width > 2 and (scaling is None or any(scaling.ratios(width, theta)[1:])):
         return theta
     told = scaling is not None and not _same(
         scaling.ratios(2, theta)[0], scaling.ratios(2, THETA)[0]
@@ -241,6 +266,22 @@ class Interpolation(nn.Module):
     def ratios(self, width: int, theta: float) -> list[float]:
         """Return by how much each of the width / 2 pairs turns slower."""
         return [1 / self.factor] * (width // 2)
+
+
+class Proportional(nn.Module):
+    """A share of the pairs turns, `factor` times slower; the slow ones stay."""
+
+    attention = 1.0
+
+    def __init__(self, fraction: float, factor: float) -> None:
+        super().__init__()
+        self.fraction = fraction
+        self.factor = factor
+
+    def ratios(self, width: int, theta: float) -> list[float]:
+        """Return by how much each of the width / 2 pairs turns slower."""
+        turning = max(1, math.floor(self.fraction * (width // 2) + 1e-9))
+        return [1 / self.factor] * turning + [0.0] * (width // 2 - turning)
 
 
 def yarn_attention(factor: float, attention_factor: float | None) -> float:

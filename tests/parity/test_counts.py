@@ -168,6 +168,65 @@ MINIMAX_TEXT_01: dict[str, Any] = {
     "layer_types": ["full_attention" if i % 8 == 7 else "linear_attention" for i in range(80)],
 }
 MAVERICK: dict[str, Any] = {"num_local_experts": 128, "interleave_moe_layer_step": 2}
+ARIA: dict[str, Any] = {
+    "vocab_size": 100352,
+    "hidden_size": 2560,
+    "intermediate_size": 1664,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 20,
+    "moe_num_experts": 64,
+    "moe_topk": 6,
+}
+JAMBA_LARGE: dict[str, Any] = {
+    "hidden_size": 8192,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 72,
+    "num_attention_heads": 64,
+    "mamba_dt_rank": 512,
+    "use_mamba_kernels": False,
+}
+GRANITE_4_SMALL: dict[str, Any] = GRANITE_4 | {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 768,
+    "shared_intermediate_size": 1536,
+    "num_local_experts": 72,
+    "num_experts_per_tok": 10,
+    "mamba_n_heads": 128,
+}
+MOONLIGHT: dict[str, Any] = {
+    "vocab_size": 163840,
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "intermediate_size": 11264,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+}
+QWEN3_CODER: dict[str, Any] = {
+    "hidden_size": 6144,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "moe_intermediate_size": 2560,
+    "num_experts": 160,
+}
+TRINITY_MINI: dict[str, Any] = {
+    "moe_intermediate_size": 1024,
+    "num_dense_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+}
 KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 NEMOTRON: dict[str, Any] = {
     "hidden_size": 2688,
@@ -180,6 +239,7 @@ NEMOTRON: dict[str, Any] = {
     "num_experts_per_tok": 6,
 }
 MODELS: dict[str, Callable[[], Any]] = {
+    "aria": lambda: hf.AriaTextForCausalLM(hf.AriaTextConfig(**ARIA)),
     "dbrx": lambda: hf.DbrxForCausalLM(hf.DbrxConfig(**DBRX)),
     # DeepSeekMoE has a code of its own; GLM's has the same weights and a selection bias more.
     "deepseek_moe_16b": lambda: hf.Glm4MoeForCausalLM(hf.Glm4MoeConfig(**DEEPSEEK_MOE)),
@@ -192,15 +252,20 @@ MODELS: dict[str, Callable[[], Any]] = {
     "glm_4_5_air": lambda: hf.Glm4MoeForCausalLM(
         hf.Glm4MoeConfig(head_dim=128, attention_bias=True)
     ),
+    "glm_4_7_flash": lambda: hf.Glm4MoeLiteForCausalLM(hf.Glm4MoeLiteConfig()),
     "gpt_oss_120b": lambda: hf.GptOssForCausalLM(hf.GptOssConfig()),
     "gpt_oss_20b": lambda: hf.GptOssForCausalLM(
         hf.GptOssConfig(num_hidden_layers=24, num_local_experts=32)
     ),
     "granite_3_0_1b_a400m": lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**GRANITE)),
+    "granite_4_0_h_small": lambda: hf.GraniteMoeHybridForCausalLM(
+        hf.GraniteMoeHybridConfig(**GRANITE_4_SMALL)
+    ),
     "granite_4_0_h_tiny": lambda: hf.GraniteMoeHybridForCausalLM(
         hf.GraniteMoeHybridConfig(**GRANITE_4)
     ),
     "hunyuan_a13b": lambda: hf.HunYuanMoEV1ForCausalLM(hf.HunYuanMoEV1Config(**HUNYUAN_A13B)),
+    "jamba_1_5_large": lambda: hf.JambaForCausalLM(hf.JambaConfig(**JAMBA_LARGE)),
     "jamba_v0_1": lambda: hf.JambaForCausalLM(hf.JambaConfig(use_mamba_kernels=False)),
     "kimi_k2": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**KIMI_K2)),
     "kimi_linear_48b_a3b": lambda: hf.KimiLinearForCausalLM(hf.KimiLinearConfig(**KIMI_LINEAR)),
@@ -212,6 +277,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "minimax_text_01": lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(**MINIMAX_TEXT_01)),
     "mixtral_8x22b": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MIXTRAL_8X22B)),
     "mixtral_8x7b": lambda: hf.MixtralForCausalLM(hf.MixtralConfig()),
+    "moonlight_16b_a3b": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**MOONLIGHT)),
     "nemotron_3_nano": lambda: hf.NemotronHForCausalLM(hf.NemotronHConfig(**NEMOTRON)),
     "olmoe_1b_7b": lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(intermediate_size=1024)),
     "phi_3_5_moe": lambda: hf.PhimoeForCausalLM(
@@ -223,7 +289,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_30b_a3b": lambda: hf.Qwen3MoeForCausalLM(
         hf.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128)
     ),
+    "qwen3_5_35b_a3b": lambda: hf.Qwen3_5MoeForCausalLM(hf.Qwen3_5MoeTextConfig()),
+    "qwen3_coder_480b_a35b": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**QWEN3_CODER)),
     "qwen3_next_80b_a3b": lambda: hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig()),
+    "solar_open_100b": lambda: hf.SolarOpenForCausalLM(hf.SolarOpenConfig()),
+    "trinity_mini": lambda: hf.AfmoeForCausalLM(hf.AfmoeConfig(**TRINITY_MINI)),
 }
 
 
@@ -238,6 +308,8 @@ def counts(model: Any) -> tuple[int, int]:
     config = model.config
     if isinstance(config, hf.DbrxConfig):  # a matrix has the rows of all experts
         k, n_experts = config.ffn_config.moe_top_k, config.ffn_config.moe_num_experts
+    elif isinstance(config, hf.AriaTextConfig):
+        k, n_experts = config.moe_topk, config.moe_num_experts
     else:
         k, n_experts = config.num_experts_per_tok, len(routed[0])
     idle = sum(p.numel() - p.numel() * k // n_experts for p in routed)
@@ -265,7 +337,7 @@ def test_the_counts_of_switch_are_those_of_its_decoder() -> None:
     config = hf.SwitchTransformersConfig(**sizes, d_ff=3072)
     with torch.device("meta"):
         decoder = hf.SwitchTransformersForConditionalGeneration(config).decoder
-    left_out = ("EncDecAttention", "layer.1.layer_norm", "relative_attention_bias")
+    left_out = ("EncDecAttention", "layer.1.layer_norm")
     weights = {n: p for n, p in decoder.named_parameters() if not any(x in n for x in left_out)}
     idle = sum(p.numel() for n, p in weights.items() if ".experts." in n) * 7 // 8
     space = Space.load(ZOO / f"{SWITCH}.yaml")
@@ -294,3 +366,19 @@ def test_the_counts_of_longcat_are_those_of_its_networks() -> None:
     space = Space.load(ZOO / f"{LONGCAT}.yaml")
     cost = space.cost(space.architecture(space.draw(RandomSuggest(0))))
     assert (cost.params, cost.active_params) == (total, total - idle - rows)
+
+
+JETMOE = "jetmoe_8b"
+
+
+@pytest.mark.slow
+def test_the_counts_of_jetmoe_are_those_of_heads_and_networks() -> None:
+    with torch.device("meta"):
+        model = hf.JetMoeForCausalLM(hf.JetMoeConfig(num_hidden_layers=24))
+    weights = dict(model.named_parameters())
+    routed = ("input_linear.weight", "output_linear.weight")
+    idle = sum(p.numel() - p.numel() * 2 // 8 for n, p in weights.items() if n.endswith(routed))
+    space = Space.load(ZOO / f"{JETMOE}.yaml")
+    cost = space.cost(space.architecture(space.draw(RandomSuggest(0))))
+    assert cost.params == sum(p.numel() for p in weights.values())
+    assert cost.active_params == cost.params - idle

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from families import FAMILIES, VOCABULARY, Family
+from others import OTHERS
 from variants import VARIANTS
 from weights import Weights, from_one, rows_of, to_ours, to_theirs
 
@@ -20,7 +21,7 @@ from moenas.draws import RandomSuggest
 from moenas.space import Space
 
 ZOO = Path(__file__).parents[2] / "spaces" / "zoo"
-MODELS = FAMILIES | VARIANTS
+MODELS = FAMILIES | VARIANTS | OTHERS
 
 
 def ours_of(family: Family) -> Model:

@@ -726,77 +726,6 @@ MINIMAX_01 = Family(
     constants=("slope_rate", "query_decay", "key_decay", "diagonal_decay"),
 )
 
-TRINITY_SPACE = """
-architecture:
-  vocab_size: 256
-  d_model: 32
-  norm_eps: 1e-5
-  norm_position: sandwich
-  embedding_multiplier: 5.656854249492381    # sqrt(32)
-  tie_embeddings: false
-  blocks:
-    - mixer:
-        kind: attention
-        head_dim: 16
-        n_heads: 4
-        n_kv_heads: 2
-        qk_norm: head
-        inner_eps: 1e-5
-        window: 5
-        output_gate: element
-      ffn: {kind: dense, d_ff: 40}
-    - mixer:
-        kind: attention
-        head_dim: 16
-        n_heads: 4
-        n_kv_heads: 2
-        rope_fraction: 0
-        qk_norm: head
-        inner_eps: 1e-5
-        output_gate: element
-      ffn:
-        kind: moe
-        n_experts: 16
-        d_expert: 24
-        n_shared_experts: 1
-        router: {score: sigmoid, top_k: 6, normalize: true, scale: 2.5, balance: bias}
-objectives: [active_params]
-"""
-TRINITY = Family(
-    TRINITY_SPACE,
-    {},
-    lambda: hf.AfmoeForCausalLM(
-        hf.AfmoeConfig(
-            **SIZES,
-            num_hidden_layers=2,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=5,
-            num_dense_layers=1,
-            intermediate_size=40,
-            moe_intermediate_size=24,
-            num_experts=16,
-            num_shared_experts=1,
-            route_scale=2.5,
-            mup_enabled=True,
-        )
-    ),
-    [
-        *WHOLE[:3],
-        WHOLE[-1],
-        ("blocks.{}.norm1.before.weight", (LAYER + "input_layernorm.weight",), same),
-        ("blocks.{}.norm1.after.weight", (LAYER + "post_attention_layernorm.weight",), same),
-        ("blocks.{}.norm2.before.weight", (LAYER + "pre_mlp_layernorm.weight",), same),
-        ("blocks.{}.norm2.after.weight", (LAYER + "post_mlp_layernorm.weight",), same),
-        qkv(),
-        *QK_NORMS,
-        ("blocks.{}.mixer.gate.weight", (ATTENTION + "gate_proj.weight",), same),
-        *dense("ffn", LAYER + "mlp."),
-        *experts("mlp.router.gate"),
-        ("blocks.{}.ffn.balance.bias", (LAYER + "mlp.expert_bias",), same),
-        *SHARED,
-    ],
-)
-
 FLEX_OLMO_SPACE = """
 architecture:
   vocab_size: 256
@@ -855,5 +784,4 @@ VARIANTS: dict[str, Family] = {
     "command": COMMAND,
     "flex_olmo": FLEX_OLMO,
     "ling_hybrid": LING,
-    "trinity": TRINITY,
 }

@@ -42,6 +42,11 @@ def transposed(x: Tensor) -> Tensor:
     return x.mT
 
 
+def stacked_transposed(*matrices: Tensor) -> Tensor:
+    """A matrix for each expert, as one stack of them, (in, out) each."""
+    return torch.stack(matrices).mT
+
+
 def squeezed(x: Tensor) -> Tensor:
     """The kernels (C, 1, K) of a convolution that runs over each channel by itself."""
     return x.squeeze(1)

@@ -14,7 +14,7 @@ from moenas import grammar
 from moenas.architecture import Architecture
 from moenas.flops import count_flops
 from moenas.parts import Attention, AttentionMixer, LatentAttentionMixer, Mixer, Rotary
-from moenas.parts.attention import QKV
+from moenas.parts.projections import QKV
 from moenas.records import Plain
 
 D_MODEL = 32

@@ -19,6 +19,7 @@ from moenas.errors import SpaceError
 from moenas.flops import count_flops
 from moenas.parts import FFN, DenseFFN, MoE, MoEFFN, ProductKeyFFN, Router
 from moenas.parts.activations import GATED, PLAIN, Activation
+from moenas.parts.experts import Biased
 from moenas.testing import _draw
 
 D_MODEL = 16
@@ -92,11 +93,14 @@ def all_on_all(moe: MoE, x: Tensor) -> Tensor:
         elif moe.zero.kind == "constant":
             mix = torch.softmax(inner @ moe.zero.mix[2 * z : 2 * z + 2].T, dim=-1)
             y = y + weight * (mix[:, :1] * inner + mix[:, 1:] * moe.zero.vector[z])
-    if moe.shared is not None:
-        shared = act(inner @ moe.shared.up.weight.T, moe.shared.activation)
-        shared = shared @ moe.shared.down.weight.T
-        if hasattr(moe.shared, "gate"):
-            shared = shared * torch.sigmoid(inner @ moe.shared.gate.weight.T)
+    network = moe.shared
+    if isinstance(network, Biased):
+        y, network = y + network.bias, network.network
+    if network is not None:
+        shared = act(inner @ network.up.weight.T, network.activation)
+        shared = shared @ network.down.weight.T
+        if hasattr(network, "gate"):
+            shared = shared * torch.sigmoid(inner @ network.gate.weight.T)
         y = y + shared
     return y.view_as(x)
 

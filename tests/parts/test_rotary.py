@@ -307,6 +307,8 @@ def test_random_fields_have_a_canonical_form_of_the_same_function(kind: str) -> 
                 plain[name] = rng.choice([7, 24, 100, 4096])
             elif name in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
                 plain[name] = rng.choice([0.25, 0.5, 1.0, 2.0, 3.3, 32.0])
+            elif name == "fraction":
+                plain[name] = rng.choice([0.1, 0.25, 0.3, 0.5, 1.0])
             elif name == "truncate":
                 plain[name] = rng.random() < 0.5
             elif name == "attention_factor":
