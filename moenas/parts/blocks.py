@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -172,7 +172,24 @@ class BlockGroup(Component):
         alike = found.mixer is None or found.parallel
         alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
         found = replace(found, shortcut_input="ffn") if alike else found
-        return found._side_by_side(stream)
+        return found._with_sources(stream)._side_by_side(stream)
+
+    def _with_sources(self, stream: Stream) -> Self:
+        """Write what routers read as `ffn`, else as `stream`, where these are the same."""
+        whole = self.mixer is None or self.parallel  # what the block reads, its ffn does, too
+        late = self.shortcut_input == "block"
+        normed = stream.norm_position in ("pre", "sandwich")
+
+        def written(part: FFN | None, of_block: bool) -> FFN | None:
+            if not isinstance(part, MoEFFN):
+                return part
+            word = part.router.router_input
+            if word != "ffn" and (whole or of_block):
+                word = "stream"
+            word = "ffn" if word == "stream" and not normed else word
+            return replace(part, router=replace(part.router, router_input=word))
+
+        return replace(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
     def _side_by_side(self, stream: Stream) -> Self:
         """Order two feed-forward layers that read and join alike, or write them as one.
@@ -324,6 +341,15 @@ class Join(nn.Module):
         return norm(x) if self.norm_position == "post" else x
 
 
+class Sources(NamedTuple):
+    """What a router can read in place of the input of its layer, (B, S, D) each."""
+
+    stream: Tensor
+    """What the norm before the layer reads."""
+    block: Tensor
+    """The stream before the mixer of the block."""
+
+
 Late = list[Tensor | None]
 """What joins the stream at the end of a block, of the block after it, and so on."""
 
@@ -368,26 +394,26 @@ class Block(nn.Module):
         first, join = x, self.join
         if self.mixer is not None:
             y = self.mixer(join.entering(x, self.norm1), cache)
-            beside = self.beside(first, x, numbers, late) if self.ffn is None else None
+            beside = self.beside(Sources(x, first), x, numbers, late) if self.ffn is None else None
             x = join(x, y, self.norm1, beside)
         if self.ffn is None:
             return x
-        read = join.entering(x, self.norm2)
-        y = fed(self.ffn, read, numbers)
-        x = join(x, y, self.norm2, self.beside(first, read, numbers, late))
+        read, sources = join.entering(x, self.norm2), Sources(x, first)
+        y = fed(self.ffn, read, numbers, sources)
+        x = join(x, y, self.norm2, self.beside(sources, read, numbers, late))
         return x
 
     def beside(
-        self, first: Tensor, read: Tensor, numbers: Tensor | None, late: Late | None
+        self, sources: Sources, read: Tensor, numbers: Tensor | None, late: Late | None
     ) -> Tensor | None:
         """Return what shortcuts add to the stream at the end of this block, and send its own on.
 
-        `first` (B, S, D) is the stream before the block, `read` what its ffn reads.
+        `read` (B, S, D) is what the ffn of this block reads.
         """
         due = late.pop(0) if late else None
         if self.shortcut is None:
             return due
-        y = self.join.scaled(self.shortcut(first, read, numbers))
+        y = self.join.scaled(self.shortcut(sources, read, numbers))
         delay = 0 if late is None else self.shortcut.delay
         if late is None or delay == 0:
             return y if due is None else due + y
@@ -409,9 +435,9 @@ class ParallelBlock(Block):
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
         mixer: Any = self.mixer
-        read = self.join.entering(x, self.norm1)
-        y = mixer(read, cache) + fed(self.ffn, read, numbers)
-        x = self.join(x, y, self.norm1, self.beside(x, read, numbers, late))
+        read, sources = self.join.entering(x, self.norm1), Sources(x, x)
+        y = mixer(read, cache) + fed(self.ffn, read, numbers, sources)
+        x = self.join(x, y, self.norm1, self.beside(sources, read, numbers, late))
         return x
 
 
@@ -436,14 +462,20 @@ class Shortcut(nn.Module):
         self.of_block = of_block
         self.delay = delay
 
-    def forward(self, first: Tensor, read: Tensor, numbers: Tensor | None) -> Tensor:
+    def forward(self, sources: Sources, read: Tensor, numbers: Tensor | None) -> Tensor:
         """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
-        x = first if self.of_block else read
-        y = fed(self.ffn, x if self.before is None else self.before(x), numbers)
+        x = read
+        if self.of_block:
+            x, sources = sources.block, Sources(sources.block, sources.block)
+        y = fed(self.ffn, x if self.before is None else self.before(x), numbers, sources)
         return y if self.after is None else self.after(y)
 
 
-def fed(ffn: Any, x: Tensor, numbers: Tensor | None) -> Tensor:
+def fed(ffn: Any, x: Tensor, numbers: Tensor | None, sources: Sources) -> Tensor:
     """Return what a feed-forward layer makes of (B, S, D)."""
-    y: Tensor = ffn(x, numbers) if getattr(ffn, "reads_tokens", False) else ffn(x)
+    given = (x, numbers) if getattr(ffn, "reads_tokens", False) else (x,)
+    source = getattr(ffn, "router_input", "ffn")
+    if source != "ffn":
+        given = (*given, sources.block if source == "block" else sources.stream)
+    y: Tensor = ffn(*given)
     return y
