@@ -36,15 +36,15 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
 - counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
   defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder alone, of
   LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's definition with the sizes of
-  DeepSeekMoE, as transformers has no other. Arctic, Grok-1, GShard and Step-3 are not in
-  transformers.
+  DeepSeekMoE, as transformers has no other. Arctic, Grok-1, GShard, Pangu Pro MoE, SmallThinker
+  and Step-3 are not in transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).
 
 What a file leaves out of its model is said in its first lines. Further families agree with
 transformers in their logits as small models and have no file: Command A (parallel blocks), Trinity,
-FlexOlmo, Ling hybrid.
+FlexOlmo, Ling hybrid. The routers alone of Gemma 4 and Laguna agree, too.
 
 ## What has no point
 
@@ -55,10 +55,9 @@ Of published mixtures these have parts that the space has no field for:
 - sparse attention with an indexer (DeepSeek-V3.2, GLM-5), compressed keys and values (DeepSeek-V4,
   ZAYA1), keys and values shared by layers (Hunyuan-Large), values that are the keys and a norm of
   the values (Gemma 4);
-- experts of attention (JetMoE), routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
-  its file gives the networks), top-p routing (arXiv 2403.07652), cosine scores (X-MoE), soft caps
-  and norms in the router (Laguna, Skywork-MoE, Gemma 4), a fixed number of experts from each group
-  (Pangu Pro MoE), a penalty that adapts to the load (ReMoE);
+- experts of attention (JetMoE), experts drawn in training and the estimator of their gradient
+  (SparseMixer: Phi-3.5-MoE's file has its weights), routers that read the one of the layer before
+  (ZAYA1), penalties that adapt to the load (ReMoE, Skywork-MoE);
 - several residual streams, and gates on them (DeepSeek-V4, Muse Spark), multi-token prediction,
   encoders (NLLB-MoE).
 

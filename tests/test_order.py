@@ -27,7 +27,7 @@ FLOORS = """
     store
     dashboard heartbeat
     parts.layers parts.norms parts.scan
-    parts.activations parts.dispatch parts.scores parts.selection
+    parts.activations parts.dispatch parts.scores parts.selection parts.logits parts.presets
     parts.assignment
     parts.mixers parts.rotary parts.attend parts.gating parts.ffn
     parts.attention parts.ssm

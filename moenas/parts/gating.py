@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moenas.parts.router_logits import RouterInput
+from moenas.parts.logits import RouterInput
 from moenas.parts.selection import ExpertSelection, Picked
 
 # Shapes: T tokens, D model width, E experts, K experts chosen for a token, N slots (N = T K where
@@ -129,7 +129,7 @@ class Weights(nn.Module):
         """Return SparseMixer's weights (T, K) (GRIN, arXiv 2409.12136; released Phi-3.5-MoE).
 
         Experts are taken one after another. The weight of one with the logit z is its softmax over
-        those that are not taken before it, and whose logit is less than 2 eps max(|z_j|, z) below.
+        those that are not taken before it, and whose logit z_j is at most 2 eps max(|z_j|, z) below.
         """
         best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)
         far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)  # (T, K, E)

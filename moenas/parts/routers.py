@@ -10,8 +10,7 @@ from torch import nn
 from moenas.component import Component, setting
 from moenas.parts.balance import Balance
 from moenas.parts.gating import Gating, Weights
-from moenas.parts.norms import RMSNorm
-from moenas.parts.router_logits import (
+from moenas.parts.logits import (
     CosineLogits,
     HiddenLayer,
     LogitShape,
@@ -20,7 +19,8 @@ from moenas.parts.router_logits import (
     RouterInput,
     RouterLogits,
 )
-from moenas.parts.router_presets import PRESETS
+from moenas.parts.norms import RMSNorm
+from moenas.parts.presets import PRESETS
 from moenas.parts.scores import Score
 from moenas.parts.selection import ExpertSelection, GroupedTopK, Selection
 from moenas.records import Cost, Plain
@@ -78,8 +78,8 @@ class Router(Component):
     )
     sparsemixer_eps: float | None = setting(
         "weighs each expert by SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
-        " 2409.12136): the softmax over the logits of experts not taken before it that are less"
-        " than 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
+        " 2409.12136): the softmax over the logits of experts not taken before it that are at"
+        " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
         " not by the paper's estimator. null: by the scores. With selection: top_k and noisy_top_k",
         default=None,
         low=1e-4,

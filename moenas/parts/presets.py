@@ -100,13 +100,13 @@ PRESETS: dict[str, Plain] = {
     },
     # Gemma 4, released code, which has a logit_scale of d_model^-0.5.
     "gemma_4": {
-        "top_k": 8,
         "normalize": True,
         "expert_scale": True,
         "router_input": "stream",
         "input_norm": True,
     },
-    # Phi-3.5-MoE, released configuration and code; also GRIN, arXiv 2409.12136.
+    # Phi-3.5-MoE, released configuration and code; also GRIN, arXiv 2409.12136. Not as there:
+    # experts are not drawn in training, and the jitter of their input is the router's alone.
     "phi_moe": {
         "top_k": 2,
         "normalize": False,
