@@ -41,14 +41,14 @@ each multiply-add. Published figures are rounded, and often leave out embeddings
   defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder without
   cross-attention, of LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's
   definition with the sizes of DeepSeekMoE, as transformers has no other. Arctic, GLaM, Grok-1,
-  GShard, Hunyuan-Large, Ling-mini and Step-3 are not in transformers.
+  GShard, Hunyuan-Large, Ling-mini, Pangu Pro MoE, SmallThinker and Step-3 are not in transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).
 
 What a file leaves out of its model is said in its first lines. Further families agree with
 transformers in their logits as small models and have no file: Command A (parallel blocks),
-FlexOlmo, Ling hybrid. So does the attention of Gemma 4.
+FlexOlmo, Ling hybrid. So do the attention of Gemma 4, and the routers of Gemma 4 and Laguna alone.
 
 ## What has no point
 
@@ -61,10 +61,9 @@ Of published mixtures these have parts that the space has no field for:
   reads them as normed), a temperature of late positions in latent attention (Mistral Small 4);
 - norms of the outputs of some parts only (A.X K1), a network and a mixture beside each other under
   a norm of their sum, and a factor of a block (Gemma 4);
-- routers before the mixer (SmallThinker), SparseMixer (Phi-3.5-MoE:
-  its file gives the networks), top-p routing (arXiv 2403.07652), cosine scores (X-MoE), soft caps
-  and norms in the router (Laguna, Skywork-MoE, Gemma 4), a fixed number of experts from each group
-  (Pangu Pro MoE), a penalty that adapts to the load (ReMoE);
+- experts drawn in training and the estimator of their gradient (SparseMixer: Phi-3.5-MoE's file has
+  its weights), routers that read the one of the layer before (ZAYA1), penalties that adapt to the
+  load (ReMoE, Skywork-MoE);
 - several residual streams, and gates on them (DeepSeek-V4, Muse Spark), multi-token prediction,
   encoders (NLLB-MoE).
 

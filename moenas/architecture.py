@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from moenas import describe, grammar, naming
 from moenas.component import Component, setting
 from moenas.parts.balance import joined_loss
-from moenas.parts.blocks import Block, BlockGroup, Late, NormPosition, Stream, merged
+from moenas.parts.blocks import Block, BlockGroup, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
 from moenas.parts.layers import writers
 from moenas.parts.lending import link, unfit
 from moenas.parts.norms import NormKind
+from moenas.parts.residual import Late
 from moenas.records import Cost
 from moenas.refs import sha256
 

@@ -96,7 +96,7 @@ HANDLERS: dict[str, Handler] = {
 an einsum and miss broadcast batch axes of a matmul."""
 
 _NO_PRODUCTS = """
-    layer_norm rms_norm softmax log_softmax logsumexp cumsum sum mean amax amin
+    layer_norm rms_norm linalg_vector_norm softmax log_softmax logsumexp cumsum sum mean amax amin
     silu gelu sigmoid tanh exp log sqrt rsqrt softplus sin cos neg abs sign pow square
     add sub rsub mul div minimum maximum outer clamp_min clamp_max
     __rshift__ __xor__ ne lt le gt ge logical_and logical_or logical_not where isfinite

@@ -30,13 +30,14 @@ COUNTED = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linalg_solve_triangu
 """Operators with matrix products that may occur: each has a formula, ours or torch's."""
 
 _FREE = """
-    __rshift__ _safe_softmax _softmax _to_copy _unsafe_view add add_ alias arange argmax
+    __rshift__ _safe_softmax _softmax _to_copy _unsafe_view abs add add_ alias arange argmax
     bitwise_and bitwise_not bitwise_xor cat clamp clamp_min clone constant_pad_nd copy_ cos
     cumsum detach div embedding eq exp expand floor_divide full gather ge gelu gt index
-    index_add index_select le log lt masked_fill mean mul native_layer_norm neg new_zeros ones
-    ones_like permute pow relu remainder rsqrt scalar_tensor scatter scatter_add searchsorted
-    select sigmoid silu sin slice softplus sort split split_with_sizes sqrt squeeze stack sub
-    sum t tanh topk transpose tril triu unbind unsqueeze view where zeros zeros_like
+    index_add index_select le linalg_vector_norm log lt masked_fill maximum mean mul
+    native_layer_norm neg new_zeros ones ones_like permute pow relu remainder rsqrt
+    scalar_tensor scatter scatter_add searchsorted select sigmoid silu sin slice softplus sort
+    split split_with_sizes sqrt squeeze stack sub sum t tanh topk transpose tril triu unbind
+    unsqueeze view where zeros zeros_like
 """
 FREE = frozenset(_FREE.split())
 """Operators that move, compare, choose or work element by element, of a row or a table."""

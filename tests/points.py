@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from moenas.architecture import Architecture, Model
 from moenas.component import Component, Scalar, fields
 from moenas.draws import RandomSuggest
 from moenas.errors import SpaceError
-from moenas.parts import FeedForward, MoE
+from moenas.parts import FFN, FeedForward, MoE, MoEFFN
 from moenas.records import Plain
 from moenas.space import Space
 
@@ -155,7 +156,7 @@ def carry(architecture: Architecture, model: Model, canonical: Model) -> None:
         copy(one.norm2, other.norm2)
         if layer.shortcut is not None and wanted.shortcut is None:
             split(one.ffn, other.ffn, other.shortcut.ffn)
-        elif layer.shortcut is not None and wanted.ffn != layer.ffn.canonical():
+        elif layer.shortcut is not None and reading_alike(wanted.ffn) != reading_alike(layer.ffn):
             copy(one.ffn, other.shortcut.ffn)
             copy(one.shortcut.ffn, other.ffn)
             norms = [getattr(b.norm2, "after", b.norm2) for b in (one, other)]
@@ -165,6 +166,14 @@ def carry(architecture: Architecture, model: Model, canonical: Model) -> None:
         else:
             copy(one.ffn, other.ffn)
             copy(one.shortcut, other.shortcut)
+
+
+def reading_alike(part: FFN) -> FFN:
+    """Return a layer in canonical form, whatever its router reads: the block renames that."""
+    part = part.canonical()
+    if not isinstance(part, MoEFFN):
+        return part
+    return replace(part, router=replace(part.router, router_input="ffn"))
 
 
 def copy(source: nn.Module | None, target: nn.Module | None) -> None:

@@ -26,6 +26,11 @@ SELECTIONS |= {
     "jitter": {"jitter": 0.2},
     "capacity": {"capacity_factor": 0.5, "top_k": 1},
     "noise": {"selection": "noisy_top_k", "capacity_factor": 1.0},
+    "even groups": {"n_groups": 2, "top_groups": 2, "even_groups": True, "expert_scale": True},
+    "top_p": {"top_k": 4, "top_p": 0.6, "entropy_coef": 0.1},
+    "sparsemixer": {"sparsemixer_eps": 0.3, "router_input": "block", "input_norm": True},
+    "cosine": {"logits": "cosine", "hidden": 8, "router_input": "stream", "logit_cap": 0.9},
+    "standardised": {"logit_norm": True, "logit_scale": 2.0},
 }
 
 

@@ -23,6 +23,7 @@ from points import (
     difference,
     labels,
     point,
+    reading_alike,
     respelled,
     stir,
     tokens_of,
@@ -205,8 +206,9 @@ def assert_same_function(one: Architecture, other: Architecture) -> None:
 
 def feed_forward(architecture: Architecture) -> list[Any]:
     """Return the canonical feed-forward layers and shortcuts in their order."""
-    layers = [layer.canonical_at(architecture.d_model) for layer in architecture.layers]
-    return [(layer.ffn, layer.shortcut) for layer in layers if layer.ffn is not None]
+    layers = [layer for layer in architecture.layers if layer.ffn is not None]
+    parts = [(layer.ffn, layer.shortcut) for layer in layers]
+    return [tuple(part and reading_alike(part) for part in pair) for pair in parts]
 
 
 MAY_HIDE = {

@@ -27,10 +27,10 @@ FLOORS = """
     store
     dashboard heartbeat
     parts.layers parts.norms parts.scan parts.lending parts.bias
-    parts.activations parts.dispatch parts.scores parts.selection
+    parts.activations parts.dispatch parts.scores parts.selection parts.logits parts.presets
     parts.assignment parts.projections
     parts.mixers parts.rotary parts.attend parts.gating parts.ffn
-    parts.borrowing
+    parts.borrowing parts.residual
     parts.attention parts.ssm
     parts.latent parts.lightning parts.linear
     parts.kda

@@ -59,6 +59,7 @@ COUNTS = {
     "moonlight_16b_a3b": (15_960_108_544, 2_579_232_256, None),
     "nemotron_3_nano": (31_577_937_344, 3_227_754_560, 31.6),
     "olmoe_1b_7b": (6_919_161_856, 1_178_996_736, 6.9),
+    "pangu_pro_moe": (71_988_781_056, 15_712_859_136, 72),
     "phi_3_5_moe": (41_873_153_344, 6_509_669_696, 41.9),
     "qwen1_5_moe_a2_7b": (14_315_784_192, 2_378_010_624, 14.3),
     "qwen2_57b_a14b": (57_408_658_944, 13_704_735_744, None),
@@ -67,6 +68,7 @@ COUNTS = {
     "qwen3_5_35b_a3b": (34_660_610_688, 2_946_431_616, None),
     "qwen3_coder_480b_a35b": (480_154_875_392, 34_541_276_672, 480),
     "qwen3_next_80b_a3b": (79_674_391_296, 3_563_766_528, 80),
+    "smallthinker_4b_a0_6b": (4_035_085_824, 864_192_000, None),
     "solar_open_100b": (102_651_793_408, 11_249_524_736, None),
     "step_3": (316_294_538_240, 37_917_989_888, 316),
     "switch_base_8": (307_846_272, 109_665_408, None),
@@ -155,6 +157,20 @@ def test_the_counts_of_glam_are_those_of_its_coordinates() -> None:
     total = 32 * pair + 256_000 * 8192 + 8192
     assert COUNTS["glam_64b_64e"][:2] == (total, total - 32 * 62 * expert)
     assert COUNTS["glam_64b_64e"][1] == pytest.approx(96.6e9, rel=5e-4)
+
+
+def test_the_counts_of_pangu_are_those_of_its_coordinates() -> None:
+    heads, expert, table = 5120 + 2 * 8 * 128, 3 * 5120 * 1344, 153_376 * 5120
+    attention = 5120 * heads + heads + 5120 * 5120 + 5120
+    layer = attention + 68 * expert + 5120 * 64 + 64 + 2 * 5120
+    total = 48 * layer + 2 * table + 5120
+    assert COUNTS["pangu_pro_moe"][:2] == (total, total - 48 * 56 * expert - table + 5120)
+
+
+def test_the_counts_of_smallthinker_are_those_of_its_coordinates() -> None:
+    attention, expert = 2 * 1536 * (12 + 2) * 128, 3 * 1536 * 768
+    total = 32 * (attention + 32 * expert + 1536 * 32 + 2 * 1536) + 151_936 * 1536 + 1536
+    assert COUNTS["smallthinker_4b_a0_6b"][:2] == (total, total - 32 * 28 * expert)
 
 
 @pytest.mark.parametrize("name", COUNTS)

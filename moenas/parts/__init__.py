@@ -8,7 +8,7 @@ from moenas.parts.attend import Attend, Reach
 from moenas.parts.attention import Attention, AttentionMixer
 from moenas.parts.balance import Balance, Routing
 from moenas.parts.bias import PositionBias
-from moenas.parts.blocks import Block, BlockGroup, Join, ParallelBlock, Shortcut
+from moenas.parts.blocks import Block, BlockGroup, ParallelBlock, Shortcut
 from moenas.parts.borrowing import BorrowedAttention
 from moenas.parts.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
 from moenas.parts.ffn import FFN, DenseFFN, FeedForward, GatedFeedForward
@@ -23,6 +23,7 @@ from moenas.parts.mixers import KVCache, Mixer, StateCache
 from moenas.parts.moa import HeadExperts, MoA, MoAMixer
 from moenas.parts.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
 from moenas.parts.product_key import ProductKeyFFN, ProductKeys
+from moenas.parts.residual import Join
 from moenas.parts.rotary import RopeScaling, Rotary
 from moenas.parts.routers import Router
 from moenas.parts.scores import Score

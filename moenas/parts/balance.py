@@ -27,6 +27,8 @@ class Routing:
     (importance_load)."""
     z_loss: Tensor
     """Differentiable scalar; 0 outside training."""
+    entropy: Tensor
+    """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training."""
     choice: Choice
     """What was decided: the slots, and the logits of the router."""
     slots: Tensor | None = None
@@ -49,6 +51,15 @@ def even_load(slots: Tensor, probabilities: Tensor) -> Tensor:
     """
     shares = slots / slots.sum(dim=-1, keepdim=True).clamp_min(1e-20)
     return slots.shape[-1] * (shares * probabilities).sum(dim=-1).mean()
+
+
+def mean_entropy(scores: Tensor) -> Tensor:
+    """Return the mean over T tokens of -sum_i p_i log p_i, p = s / sum s, for scores (T, E).
+
+    The loss of dynamic routing (arXiv 2403.07652) is this, of softmax scores.
+    """
+    p = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return -(p * (p + 1e-20).log()).sum(dim=-1).mean()
 
 
 def unbiased(choice: Choice) -> Choice:
@@ -77,6 +88,7 @@ class Balance(nn.Module):
         z_coef: float,
         bias_rate: float | None,
         form: Sequence[str] = ("load", "batch", "sum"),
+        entropy_coef: float = 0.0,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -84,6 +96,7 @@ class Balance(nn.Module):
         self.z_coef = z_coef
         self.bias_rate = bias_rate
         self.form = form
+        self.entropy_coef = entropy_coef
         self.loss, self.scope, self.reduce = form
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
         self.seen: Tensor | None = None
@@ -95,18 +108,20 @@ class Balance(nn.Module):
         whole = load.sum(dim=0)
         if not self.training:
             nothing = choice.scores.new_zeros(())
-            return Routing(whole, dropped, nothing, nothing, choice)
+            return Routing(whole, dropped, nothing, nothing, nothing, choice)
         self.seen = whole
         # ST-MoE (arXiv 2202.08906), eq. 5.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
+        entropy = mean_entropy(choice.scores)
         if self.loss == "importance":
-            return Routing(whole, dropped, self.even_importance(choice), z_loss, choice)
+            return Routing(whole, dropped, self.even_importance(choice), z_loss, entropy, choice)
         if self.bias is not None:
             load = self.load(unbiased(choice), groups)
         slots = load * groups / len(choice.scores)
         scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
         mean = scores.view(groups, -1, self.n_experts).mean(dim=1)
-        return Routing(whole, dropped, even_load(slots, mean), z_loss, choice, slots, mean)
+        even = even_load(slots, mean)
+        return Routing(whole, dropped, even, z_loss, entropy, choice, slots, mean)
 
     def load(self, choice: Choice, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
@@ -127,7 +142,11 @@ class Balance(nn.Module):
 
     def auxiliary_loss(self, routing: Routing) -> Tensor:
         """Return the weighted sum of the losses of one forward pass, a scalar."""
-        return self.aux_coef * routing.balance_loss + self.z_coef * routing.z_loss
+        return self.aux_coef * routing.balance_loss + self.other_losses(routing)
+
+    def other_losses(self, routing: Routing) -> Tensor:
+        """Return the weighted losses of one forward pass that do not even out the load."""
+        return self.z_coef * routing.z_loss + self.entropy_coef * routing.entropy
 
     @torch.no_grad()
     def step(self) -> None:
@@ -159,7 +178,7 @@ def joined_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
             top_k = routing.choice.experts.shape[-1]
             kind = (balance.n_experts, top_k, balance.aux_coef, balance.scope)
             pooled.setdefault(kind, []).append(routing)
-            losses.append(balance.z_coef * routing.z_loss / parts)
+            losses.append(balance.other_losses(routing) / parts)
         else:
             losses.append(balance.auxiliary_loss(routing) / parts)
     for (n_experts, _, coefficient, _), routings in pooled.items():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from moenas.component import Component, Part, setting
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
-from moenas.parts.lending import Lent
 from moenas.parts.mixers import Mixer
 from moenas.parts.norms import NormKind, build_norm, norm_params
+from moenas.parts.residual import Join, Late, Sandwich, Sources
 from moenas.records import Cost
 
 NormPosition = Literal["pre", "post", "output", "sandwich"]
@@ -177,7 +177,24 @@ class BlockGroup(Component):
         alike = found.mixer is None or found.parallel
         alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
         found = replace(found, shortcut_input="ffn") if alike else found
-        return found._side_by_side(stream)
+        return found._with_sources(stream)._side_by_side(stream)
+
+    def _with_sources(self, stream: Stream) -> Self:
+        """Write what routers read as `ffn`, else as `stream`, where these are the same."""
+        whole = self.mixer is None or self.parallel  # what the block reads, its ffn does, too
+        late = self.shortcut_input == "block"
+        normed = stream.norm_position in ("pre", "sandwich")
+
+        def written(part: FFN | None, of_block: bool) -> FFN | None:
+            if not isinstance(part, MoEFFN):
+                return part
+            word = part.router.router_input
+            if word != "ffn" and (whole or of_block):
+                word = "stream"
+            word = "ffn" if word == "stream" and not normed else word
+            return replace(part, router=replace(part.router, router_input=word))
+
+        return replace(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
     def _side_by_side(self, stream: Stream) -> Self:
         """Order two feed-forward layers that read and join alike, or write them as one.
@@ -288,65 +305,6 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     return tuple(found)
 
 
-class Sandwich(nn.Module):
-    """The norms before and after a part."""
-
-    def __init__(self, before: nn.Module, after: nn.Module) -> None:
-        super().__init__()
-        self.before = before
-        self.after = after
-
-
-class Join(nn.Module):
-    """How a part is joined to the stream.
-
-    With a part f, a norm n, a multiplier m and a skip multiplier a, the stream becomes
-    `a x + m f(n(x))` (pre, arXiv 2002.04745), `n(a x + m f(x))` (post, arXiv 1706.03762; with a
-    above 1 DeepNorm, arXiv 2203.00555), `a x + m n(f(x))` (output, OLMo 2, arXiv 2501.00656) or
-    `a x + m n'(f(n(x)))` (sandwich, CogView, arXiv 2105.13290).
-    """
-
-    def __init__(self, norm_position: str, multiplier: float, skip: float) -> None:
-        super().__init__()
-        self.norm_position = norm_position
-        self.multiplier = multiplier
-        self.skip = skip
-
-    def entering(self, x: Tensor, norm: Any) -> Tensor:
-        """Return what a part reads of the stream."""
-        if self.norm_position == "pre":
-            x = norm(x)
-        elif self.norm_position == "sandwich":
-            x = norm.before(x)
-        return x
-
-    def scaled(self, y: Tensor) -> Tensor:
-        """Return `y` as it is added to the stream."""
-        return y if self.multiplier == 1 else y * self.multiplier
-
-    def forward(self, x: Tensor, y: Tensor, norm: Any, beside: Tensor | None = None) -> Tensor:
-        """Return the stream with `y` of a part added, and `beside` of another as it is."""
-        if self.norm_position == "output":
-            y = norm(y)
-        elif self.norm_position == "sandwich":
-            y = norm.after(y)
-        y = self.scaled(y)
-        y = y if beside is None else y + beside
-        x = (x if self.skip == 1 else x * self.skip) + y
-        return norm(x) if self.norm_position == "post" else x
-
-
-class Late(list[Tensor | None]):
-    """What joins the stream at the end of a block, of the block after it, and so on.
-
-    Beside it, what mixers lend to those of later blocks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lent = Lent()
-
-
 class Block(nn.Module):
     """A mixer, then a feed-forward layer, each joined to the stream; either may be missing.
 
@@ -387,26 +345,26 @@ class Block(nn.Module):
         first, join = x, self.join
         if self.mixer is not None:
             y = mixed(self.mixer, join.entering(x, self.norm1), cache, late)
-            beside = self.beside(first, x, numbers, late) if self.ffn is None else None
+            beside = self.beside(Sources(x, first), x, numbers, late) if self.ffn is None else None
             x = join(x, y, self.norm1, beside)
         if self.ffn is None:
             return x
-        read = join.entering(x, self.norm2)
-        y = fed(self.ffn, read, numbers)
-        x = join(x, y, self.norm2, self.beside(first, read, numbers, late))
+        read, sources = join.entering(x, self.norm2), Sources(x, first)
+        y = fed(self.ffn, read, numbers, sources)
+        x = join(x, y, self.norm2, self.beside(sources, read, numbers, late))
         return x
 
     def beside(
-        self, first: Tensor, read: Tensor, numbers: Tensor | None, late: Late | None
+        self, sources: Sources, read: Tensor, numbers: Tensor | None, late: Late | None
     ) -> Tensor | None:
         """Return what shortcuts add to the stream at the end of this block, and send its own on.
 
-        `first` (B, S, D) is the stream before the block, `read` what its ffn reads.
+        `read` (B, S, D) is what the ffn of this block reads.
         """
         due = late.pop(0) if late else None
         if self.shortcut is None:
             return due
-        y = self.join.scaled(self.shortcut(first, read, numbers))
+        y = self.join.scaled(self.shortcut(sources, read, numbers))
         delay = 0 if late is None else self.shortcut.delay
         if late is None or delay == 0:
             return y if due is None else due + y
@@ -427,9 +385,9 @@ class ParallelBlock(Block):
         late: Late | None = None,
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        read = self.join.entering(x, self.norm1)
-        y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers)
-        x = self.join(x, y, self.norm1, self.beside(x, read, numbers, late))
+        read, sources = self.join.entering(x, self.norm1), Sources(x, x)
+        y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers, sources)
+        x = self.join(x, y, self.norm1, self.beside(sources, read, numbers, late))
         return x
 
 
@@ -454,10 +412,12 @@ class Shortcut(nn.Module):
         self.of_block = of_block
         self.delay = delay
 
-    def forward(self, first: Tensor, read: Tensor, numbers: Tensor | None) -> Tensor:
+    def forward(self, sources: Sources, read: Tensor, numbers: Tensor | None) -> Tensor:
         """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
-        x = first if self.of_block else read
-        y = fed(self.ffn, x if self.before is None else self.before(x), numbers)
+        x = read
+        if self.of_block:
+            x, sources = sources.block, Sources(sources.block, sources.block)
+        y = fed(self.ffn, x if self.before is None else self.before(x), numbers, sources)
         return y if self.after is None else self.after(y)
 
 
@@ -469,7 +429,11 @@ def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
     return y
 
 
-def fed(ffn: Any, x: Tensor, numbers: Tensor | None) -> Tensor:
+def fed(ffn: Any, x: Tensor, numbers: Tensor | None, sources: Sources) -> Tensor:
     """Return what a feed-forward layer makes of (B, S, D)."""
-    y: Tensor = ffn(x, numbers) if getattr(ffn, "reads_tokens", False) else ffn(x)
+    given = (x, numbers) if getattr(ffn, "reads_tokens", False) else (x,)
+    source = getattr(ffn, "router_input", "ffn")
+    if source != "ffn":
+        given = (*given, sources.block if source == "block" else sources.stream)
+    y: Tensor = ffn(*given)
     return y

@@ -93,7 +93,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
         """Write the shared experts as one, the router canonically, and reset what has no effect."""
         router = self.router.canonical_among(self.n_choices)
         # relu(w x) = w relu(x) for w > 0, so it is the same weight before and after such experts.
-        if self.activation == "relu" and not self.expert_bias:
+        if self.activation == "relu" and not self.expert_bias and not router.expert_scale:
             router = replace(router, weight_on="output")
         return replace(
             self,
@@ -328,6 +328,8 @@ class MoE(nn.Module):
 
     reads_tokens = True
     """`forward` also takes the numbers of the tokens."""
+    router_input: str
+    """What the router reads: "ffn", or a field of `Sources`, which `forward` then also takes."""
     routing: Routing
     """Of the last forward pass."""
 
@@ -342,20 +344,25 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.router = router
+        self.router_input = router.enter.source
         self.balance = balance
         self.experts = experts
         self.shared = shared
         self.zero = zero
         self.capacity_factor = capacity_factor
 
-    def forward(self, x: Tensor, numbers: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, numbers: Tensor | None = None, source: Tensor | None = None
+    ) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing.
 
-        `numbers` (B, S) are those of the tokens in the vocabulary, for selections by them.
+        `numbers` (B, S) are those of the tokens in the vocabulary, for selections by them. The
+        router reads `source` (B, S, D), or x.
         """
         tokens = x.flatten(0, 1)
+        read = tokens if source is None else source.flatten(0, 1)
         named = None if numbers is None else numbers.flatten()
-        choice: Choice = self.router(tokens, self.balance.bias, named)
+        choice: Choice = self.router(read, self.balance.bias, named)
         kept, dropped = self.with_room(choice, len(x))
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:

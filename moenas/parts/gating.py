@@ -1,4 +1,4 @@
-"""The gating network: logits, scores, the chosen experts and their weights."""
+"""The gating network: scores, the chosen experts and their weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moenas.parts.logits import RouterInput
 from moenas.parts.selection import ExpertSelection, Picked
 
 # Shapes: T tokens, D model width, E experts, K experts chosen for a token, N slots (N = T K where
@@ -50,66 +51,6 @@ class Choice(NamedTuple):
         return table.index_add(0, place, self.weights.flatten()).view(n_tokens, n_experts)
 
 
-class RouterLogits(nn.Module):
-    """z = W x + b in float32, or W gelu(V x) + b with a `hidden` layer.
-
-    In training x is multiplied by noise from 1 - jitter to 1 + jitter (Switch Transformer, arXiv
-    2101.03961, section 2.4).
-    """
-
-    bias: Tensor | None
-    inner: Tensor | None
-
-    def __init__(
-        self, d_model: int, n_experts: int, hidden: int | None, has_bias: bool, jitter: float
-    ) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.n_experts = n_experts
-        self.hidden = hidden
-        self.has_bias = has_bias
-        self.jitter = jitter
-        self.weight = nn.Parameter(torch.empty(n_experts, hidden or d_model))
-        self.bias = nn.Parameter(torch.zeros(n_experts)) if has_bias else None
-        self.inner = nn.Parameter(torch.empty(hidden, d_model)) if hidden else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, E)."""
-        x = x.float()
-        if self.jitter and self.training:
-            x = x * (1 + self.jitter * (2 * torch.rand_like(x) - 1))
-        if self.inner is not None:
-            x = F.gelu(F.linear(x, self.inner.float()))
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(x, self.weight.float(), bias)
-
-
-class NoLogits(nn.Module):
-    """0 for every expert."""
-
-    def __init__(self, n_experts: int) -> None:
-        super().__init__()
-        self.n_experts = n_experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, E)."""
-        return torch.zeros(len(x), self.n_experts, device=x.device)
-
-
-class Noise(nn.Module):
-    """softplus(W_n x): the standard deviation of the noise (arXiv 1701.06538, eq. 4)."""
-
-    def __init__(self, d_model: int, n_experts: int) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.n_experts = n_experts
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (T, D) to (T, E), float32."""
-        return F.softplus(F.linear(x.float(), self.weight.float()))
-
-
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     """Return Phi((z_i - the K-th largest of the others with noise) / spread_i), (T, E).
 
@@ -123,32 +64,106 @@ def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) 
     return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
+class Weights(nn.Module):
+    """The weights of the slots, and which of them count.
+
+    A weight is the score of the expert, divided by the sum of the chosen if `normalize`, times
+    `scale`, times a trained factor of the expert if there are `n_scales` (Gemma 4). With a `top_p`
+    only the first experts of a token count that reach this share of all its scores together (arXiv
+    2403.07652). With an `eps` the weights are those of SparseMixer in place of scores.
+    """
+
+    expert_scale: Tensor | None
+
+    def __init__(
+        self,
+        normalize: bool,
+        scale: float,
+        n_scales: int | None = None,
+        top_p: float | None = None,
+        eps: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.scale = scale
+        self.n_scales = n_scales
+        self.top_p = top_p
+        self.eps = eps
+        self.expert_scale = None if n_scales is None else nn.Parameter(torch.ones(n_scales))
+
+    def forward(
+        self, scores: Tensor, logits: Tensor, picked: Picked
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return weights and what is kept, for scores and logits (T, E)."""
+        kept = picked.kept
+        if self.top_p is not None:
+            enough = self.within_share(scores, picked.experts)
+            kept = enough if kept is None else kept & enough
+        if self.eps is not None:
+            weights = self.one_by_one(logits, picked.experts)
+        elif picked.tokens is None:
+            weights = scores.gather(-1, picked.experts)
+        else:
+            weights = scores[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
+        weights = weights if kept is None else weights.masked_fill(~kept, 0)
+        if self.normalize:
+            weights = weights / (self.sums(weights, picked, len(scores)) + 1e-20)
+        if self.expert_scale is not None:
+            factors = self.expert_scale.float().index_select(0, picked.experts.flatten())
+            weights = weights * factors.view_as(weights)
+        return weights * self.scale, kept
+
+    def sums(self, weights: Tensor, picked: Picked, n_tokens: int) -> Tensor:
+        """Return the sum of the weights of each slot's token, (T, 1) or (N, 1)."""
+        if picked.tokens is None:
+            return weights.sum(dim=-1, keepdim=True)
+        sums = weights.new_zeros(n_tokens).index_add(0, picked.tokens, weights.flatten())
+        return sums[picked.tokens].unsqueeze(-1)
+
+    def within_share(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """Return (T, K): whether the experts before it have less than `top_p` of all scores."""
+        shares = scores.gather(-1, experts) / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+        return (shares.cumsum(dim=-1) - shares) < (self.top_p or 1)
+
+    def one_by_one(self, logits: Tensor, experts: Tensor) -> Tensor:
+        """Return SparseMixer's weights (T, K) (GRIN, arXiv 2409.12136; released Phi-3.5-MoE).
+
+        Experts are taken one after another. The weight of one with the logit z is its softmax over
+        those not taken before it whose logit z_j is at most 2 eps max(|z_j|, z) below.
+        """
+        best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)
+        far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)  # (T, K, E)
+        own = F.one_hot(experts, logits.shape[-1])
+        near = each.masked_fill(far, -math.inf).masked_fill(own.cumsum(dim=1) > own, -math.inf)
+        return near.softmax(dim=-1).gather(-1, experts.unsqueeze(-1)).squeeze(-1)
+
+
 class Gating(nn.Module):
     """Scores, selection and weights of the experts of each token, all in float32.
 
-    s = score(z), with noise z + noise(x) * normal in training. The `selection` chooses by s + bias.
-    The weight is s without the bias, divided by the sum of the chosen if `normalize`, times
-    `scale` (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). A softmax over all experts that is
-    normalised over the chosen is the softmax over the chosen (Mixtral, arXiv 2401.04088).
+    s = score(z), with noise z + noise(x) * normal in training. The `selection` chooses by s + bias,
+    and `weights` are made of s without the bias (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). A
+    softmax over all experts that is normalised over the chosen is the softmax over the chosen
+    (Mixtral, arXiv 2401.04088).
     """
 
     def __init__(
         self,
+        enter: RouterInput,
         logits: nn.Module,
         noise: nn.Module | None,
         selection: ExpertSelection,
         score: nn.Module,
-        normalize: bool,
-        scale: float,
+        weights: Weights,
     ) -> None:
         super().__init__()
+        self.enter = enter
         self.logits = logits
         self.noise = noise
         self.selection = selection
         self.top_k = selection.top_k
         self.score = score
-        self.normalize = normalize
-        self.scale = scale
+        self.weights = weights
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, tokens: Tensor | None = None
@@ -157,6 +172,7 @@ class Gating(nn.Module):
 
         `tokens` (T,) are the numbers of the tokens in the vocabulary, for selections by them.
         """
+        x = self.enter(x)
         logits: Tensor = self.logits(x)
         chance = None
         if self.noise is not None and self.training:
@@ -167,25 +183,8 @@ class Gating(nn.Module):
         scores: Tensor = self.score(logits)
         ranked = scores if bias is None else scores + bias.float()
         picked: Picked = self.selection(ranked, logits, tokens)
-        weights = self.weigh(scores, picked) * self.scale
-        return Choice(picked.experts, weights, scores, logits, picked.tokens, picked.kept, chance)
-
-    def weigh(self, scores: Tensor, picked: Picked) -> Tensor:
-        """Return the scores (T, E) of the slots, normalised over those of each token."""
-        if picked.tokens is None:
-            weights = scores.gather(-1, picked.experts)
-        else:
-            weights = scores[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
-        if picked.kept is not None:
-            weights = weights.masked_fill(~picked.kept, 0)
-        if not self.normalize:
-            return weights
-        if picked.tokens is None:
-            whole = weights.sum(dim=-1, keepdim=True)
-        else:
-            sums = scores.new_zeros(len(scores)).index_add(0, picked.tokens, weights.flatten())
-            whole = sums[picked.tokens].unsqueeze(-1)
-        return weights / (whole + 1e-20)
+        weights, kept = self.weights(scores, logits, picked)
+        return Choice(picked.experts, weights, scores, logits, picked.tokens, kept, chance)
 
     def after_step(self) -> None:
         """Let the selection learn from the last training batch."""

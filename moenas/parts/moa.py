@@ -78,6 +78,11 @@ class MoAMixer(Mixer, kind="moa"):
                 f"selection: '{self.router.selection}' is not for heads; take 'top_k' or"
                 " 'noisy_top_k'"
             )
+        if self.router.router_input != "ffn":
+            return (
+                f"router_input: '{self.router.router_input}' is for feed-forward layers; a router"
+                " of heads reads what the mixer reads: leave it out"
+            )
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
             return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return self.router.invalid_among(self.n_experts)

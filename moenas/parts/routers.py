@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
+
+from torch import nn
 
 from moenas.component import Component, setting
 from moenas.parts.balance import Balance
-from moenas.parts.gating import Gating, Noise, NoLogits, RouterLogits
+from moenas.parts.gating import Gating, Weights
+from moenas.parts.logits import (
+    CosineLogits,
+    HiddenLayer,
+    LogitShape,
+    Noise,
+    NoLogits,
+    RouterInput,
+    RouterLogits,
+)
+from moenas.parts.norms import RMSNorm
+from moenas.parts.presets import PRESETS
 from moenas.parts.scores import Score
 from moenas.parts.selection import ExpertSelection, GroupedTopK, Selection
 from moenas.records import Cost, Plain
 
 Balancing = Literal["none", "aux_loss", "importance_load", "bias", "bias_and_loss"]
-
-# What depends on the number of experts (groups) is left out of the presets. An aux_coef is the
-# published number, and aux_reduce says of which loss: a router_aux_loss_coef of a released
-# configuration is that of the pooled loss.
-_MIXTRAL: Plain = {"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"}
-_DEEPSEEK_V3: Plain = {
-    "score": "sigmoid",
-    "top_k": 8,
-    "normalize": True,
-    "scale": 2.5,
-    "balance": "bias",
-    "bias_rate": 0.001,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,90 +36,7 @@ class Router(Component):
     Balancing, noise and capacity act in training only.
     """
 
-    presets: ClassVar[dict[str, Plain]] = {
-        # Shazeer et al., arXiv 1701.06538: eq. 3 to 11; k 4 and both losses 0.1.
-        "shazeer": {
-            "selection": "noisy_top_k",
-            "top_k": 4,
-            "balance": "importance_load",
-            "aux_coef": 0.1,
-        },
-        # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts. Not as
-        # there: the second expert is not dispatched at random, the loss counts both choices, not
-        # the first alone, and capacity is given out token by token, not to all first choices first.
-        "gshard": {"top_k": 2, "normalize": True, "capacity_factor": 1.0, "aux_coef": 0.01},
-        # Switch Transformer, arXiv 2101.03961: eq. 2 to 6; capacity 1.25, alpha 1e-2 (without
-        # the jitter of the input, which section 2.4 sets to 0.01).
-        "switch": {"top_k": 1, "normalize": False, "capacity_factor": 1.25, "aux_coef": 0.01},
-        # ST-MoE, arXiv 2202.08906, section 4: GShard's top 2 with the z-loss.
-        "st_moe": {
-            "top_k": 2,
-            "normalize": True,
-            "capacity_factor": 1.25,
-            "aux_coef": 0.01,
-            "z_coef": 0.001,
-        },
-        # Mixtral 8x7B, arXiv 2401.04088, section 2.1; coefficient of its released configuration.
-        "mixtral": _MIXTRAL,
-        # The released configurations of Jamba v0.1, Granite 3.0 MoE, Qwen2-MoE and Qwen3-MoE.
-        "jamba": {"top_k": 2, "normalize": False, "aux_coef": 0.001, "aux_reduce": "pooled"},
-        "granite": {"top_k": 8, "normalize": True, "aux_coef": 0.001, "aux_reduce": "pooled"},
-        "qwen2_moe": {"top_k": 4, "normalize": False, "aux_coef": 0.001, "aux_reduce": "pooled"},
-        "qwen3_moe": {"top_k": 8, "normalize": True, "aux_coef": 0.001, "aux_reduce": "pooled"},
-        # OLMoE, arXiv 2409.02060, section 2 and table 1; it was trained with MegaBlocks, whose
-        # batched_load_balancing_loss is a mean over layers.
-        "olmoe": {
-            "top_k": 8,
-            "normalize": False,
-            "aux_coef": 0.01,
-            "z_coef": 0.001,
-            "aux_reduce": "mean",
-        },
-        # DeepSeekMoE 16B, arXiv 2401.06066, section 5.1.
-        "deepseek_moe": {"top_k": 6, "normalize": False, "aux_coef": 0.001},
-        # DeepSeek-V2, arXiv 2405.04434, section 2.2 (236B: 8 groups of which 3, scale 16).
-        "deepseek_v2": {
-            "top_k": 6,
-            "normalize": False,
-            "scale": 16.0,
-            "group_score": "max",
-            "aux_coef": 0.003,
-            "aux_scope": "sequence",
-        },
-        # DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16 (671B: 8 groups of which 4; without the
-        # sequence-wise loss, which balance: bias_and_loss with aux_coef 1e-4 adds).
-        "deepseek_v3": _DEEPSEEK_V3,
-        # The released configurations of Kimi K2, GLM-4.5 and Nemotron 3 Nano.
-        "kimi_k2": _DEEPSEEK_V3 | {"scale": 2.827},
-        "glm_4_5": _DEEPSEEK_V3,
-        "nemotron_3": _DEEPSEEK_V3 | {"top_k": 6},
-        # gpt-oss, released code: a linear layer with bias, softmax over the chosen; coefficient of
-        # its released configuration.
-        "gpt_oss": {
-            "top_k": 4,
-            "normalize": True,
-            "logit_bias": True,
-            "aux_coef": 0.9,
-            "aux_reduce": "pooled",
-        },
-        # Llama 4, released code: the sigmoid multiplies what goes into the expert.
-        "llama4": {
-            "score": "sigmoid",
-            "top_k": 1,
-            "normalize": False,
-            "weight_on": "input",
-            "aux_coef": 0.001,
-        },
-        # LongCat-Flash, arXiv 2509.01322, section 2.1, beside 256 identity experts.
-        "longcat": {"top_k": 12, "normalize": False, "scale": 6.0, "balance": "bias"},
-        # Expert threshold routing, arXiv 2603.11535: the causal form of expert choice.
-        "threshold": {
-            "selection": "threshold",
-            "score": "sigmoid",
-            "normalize": False,
-            "balance": "none",
-        },
-    }
+    presets: ClassVar[dict[str, Plain]] = PRESETS
 
     score: str = setting(
         "how much a token wants each expert, from the router's logits",
@@ -146,19 +63,72 @@ class Router(Component):
     group_score: Literal["max", "top2_sum"] = setting(
         "ranks groups by their best expert (DeepSeek-V2) or best two (DeepSeek-V3)", default="max"
     )
+    even_groups: bool = setting(
+        "each group that a token chooses from gives as many of its top_k experts (MoGE, arXiv"
+        " 2505.21411, with as many top_groups as n_groups)",
+        default=False,
+    )
+    top_p: float | None = setting(
+        "of its top_k experts a token keeps the first that reach this share of all scores together"
+        " (arXiv 2403.07652, where top_k is n_experts); the cost counts top_k, the most that it"
+        " gets; null: all. With selection: top_k and noisy_top_k",
+        default=None,
+        low=1e-3,
+        high=1.0,
+    )
+    sparsemixer_eps: float | None = setting(
+        "weighs each expert by SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
+        " 2409.12136): the softmax over the logits of experts not taken before it that are at"
+        " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
+        " not by the paper's estimator. null: by the scores. With selection: top_k and noisy_top_k",
+        default=None,
+        low=1e-4,
+    )
     normalize: bool | None = setting(
         "divide the weights of a token by their sum; null: if top_k is over 1, for a single"
         " weight would always be 1 and teach the router nothing",
         default=None,
     )
     scale: float = setting("factor on the weights after that", default=1.0, low=1e-6)
+    expert_scale: bool = setting(
+        "a trained factor of each expert on its weights after that, 1 at first (Gemma 4, Pangu Pro"
+        " MoE)",
+        default=False,
+    )
     weight_on: Literal["output", "input"] = setting(
         "what the weight multiplies: what an expert gives, or what it gets (Llama 4)",
         default="output",
     )
-    logit_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
+    router_input: Literal["ffn", "stream", "block"] = setting(
+        "what the router reads: the input of its layer; what the norm before the layer reads (Gemma"
+        " 4); or the stream before the mixer of the block (SmallThinker, arXiv 2507.20984)",
+        default="ffn",
+    )
+    input_norm: bool = setting("an RMSNorm of what the router reads (Gemma 4)", default=False)
     hidden: int | None = setting(
-        "width of a gelu layer before the logits; null: none", default=None, low=8, multiple=8
+        "width of a layer before the logits; null: none", default=None, low=8, multiple=8
+    )
+    hidden_activation: Literal["gelu", "none"] = setting(
+        "what follows that layer; none: it is the projection of X-MoE", default="gelu"
+    )
+    logits: Literal["linear", "cosine"] = setting(
+        "products with a vector of each expert, or cosines with it times one trained factor (X-MoE,"
+        " arXiv 2204.09179)",
+        default="linear",
+    )
+    logit_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
+    logit_norm: bool = setting(
+        "the logits of a token are standardised over the experts (Skywork-MoE, arXiv 2406.06563,"
+        " eq. 6)",
+        default=False,
+    )
+    logit_scale: float = setting(
+        "factor on the logits after that (lambda of Skywork-MoE; Gemma 4: d_model^-0.5)",
+        default=1.0,
+        low=1e-6,
+    )
+    logit_cap: float | None = setting(
+        "logits then become c tanh(z / c) (Laguna); null: they do not", default=None, low=0.1
     )
     jitter: float = setting(
         "in training what enters the router is multiplied by 1 - jitter to 1 + jitter (arXiv"
@@ -194,6 +164,12 @@ class Router(Component):
     z_coef: float = setting(
         "weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)", default=0.0, low=0.0
     )
+    entropy_coef: float = setting(
+        "weight of the mean entropy of a token's scores over their sum, which makes top_p choose"
+        " fewer experts (arXiv 2403.07652)",
+        default=0.0,
+        low=0.0,
+    )
     bias_rate: float = setting(
         "step of the selection bias after each update, with balance: bias", default=0.001, low=0.0
     )
@@ -228,6 +204,11 @@ class Router(Component):
         return biased and self.bias_rate > 0
 
     @property
+    def cuts(self) -> bool:
+        """Whether a token may keep fewer than its top_k experts."""
+        return self.chooses.alone and self.top_k > 1 and (self.top_p or 1) < 1
+
+    @property
     def normalizes(self) -> bool:
         """Whether the weights of a token are divided by their sum."""
         return self.top_k > 1 if self.normalize is None else self.normalize
@@ -257,13 +238,32 @@ class Router(Component):
         """Return why the router does not fit a number of experts, or None."""
         if n_experts == 1 and self.normalize and self.scores.from_logits:
             return "with one expert and normalize: true the router learns nothing; leave it out"
+        if n_experts <= 2 and self.logit_norm and self.scores.from_logits:
+            return (
+                f"with logit_norm: true and {n_experts} experts all tokens have the same logits up"
+                " to their order, so the router learns nothing; take 3 experts or leave it out"
+            )
+        if self.cuts and (self.top_p or 1) * n_experts <= 1:
+            return (
+                f"top_p ({self.top_p:g}) is reached by one of {n_experts} experts; write top_k: 1,"
+                f" or a top_p above {1 / n_experts:.3g}"
+            )
+        return self._invalid_groups(n_experts)
+
+    def _invalid_groups(self, n_experts: int) -> str | None:
         if not self.chooses.alone or self.n_groups == 1:
             return None
         if n_experts % self.n_groups:
             return f"n_groups ({self.n_groups}) must divide the number of experts ({n_experts})"
-        open_to = n_experts // self.n_groups * min(self.top_groups, self.n_groups)
+        groups = min(self.top_groups, self.n_groups)
+        open_to = n_experts // self.n_groups * groups
         if self.top_k > open_to:
             return f"top_k ({self.top_k}) must be at most the {open_to} experts of top_groups"
+        if self.even_groups and self.top_k % groups:
+            return (
+                f"with even_groups: true top_k ({self.top_k}) must be a multiple of the {groups}"
+                " groups that a token chooses from"
+            )
         return None
 
     def canonical(self) -> Self:
@@ -275,24 +275,18 @@ class Router(Component):
             (True, True): "bias_and_loss",
         }
         balance = words[self.uses_loss, self.uses_bias]
-        # All groups stay open where as many as chosen experts do, ranked by their best.
-        grouped = self.chooses.alone and 1 < self.n_groups > self.top_groups
-        grouped = grouped and (self.group_score != "max" or self.top_groups < self.top_k)
         per_sequence = balance in ("aux_loss", "bias_and_loss")
         learned = self.scores.from_logits
         return replace(
             self,
+            **self._canonical_groups(),
+            **self._canonical_logits(),
             # Without logits each weight is scale, or scale / top_k if normalised.
             normalize=self.normalizes and learned,
             scale=self.scale if learned or not self.normalizes else self.scale / self.top_k,
-            logit_bias=self.logit_bias and learned,
-            hidden=self.hidden if learned else None,
-            jitter=self.jitter if learned else 0.0,
-            z_coef=self.z_coef if learned else 0.0,
+            top_p=self.top_p if self.cuts else None,
+            sparsemixer_eps=self.sparsemixer_eps if self.chooses.alone else None,
             allow_acausal=not self.causal,
-            n_groups=self.n_groups if grouped else 1,
-            top_groups=self.top_groups if grouped else 1,
-            group_score=self.group_score if grouped else "max",
             capacity_factor=None if self.chooses.by_expert else self.capacity_factor,
             balance=balance,
             aux_coef=self.aux_coef if self.uses_loss else Router.aux_coef,
@@ -301,9 +295,36 @@ class Router(Component):
             bias_rate=self.bias_rate if self.uses_bias else Router.bias_rate,
         )
 
+    def _canonical_groups(self) -> dict[str, Any]:
+        """Return the groups, of which all stay open where they leave the choice as it is."""
+        several = self.chooses.alone and self.n_groups > 1
+        open_groups = min(self.top_groups, self.n_groups)
+        even = several and self.even_groups and open_groups > 1
+        limited = several and self.n_groups > self.top_groups
+        # As many open groups as experts, ranked by their best, leave all open.
+        free = self.group_score == "max" and self.top_groups >= self.top_k
+        grouped = even or (limited and not free)
+        return {
+            "n_groups": self.n_groups if grouped else 1,
+            "top_groups": open_groups if grouped else 1,
+            "group_score": self.group_score if grouped and limited else "max",
+            "even_groups": even,
+        }
+
+    def _canonical_logits(self) -> dict[str, Any]:
+        """Return the fields of the logits, at their defaults where there are none."""
+        if self.scores.from_logits:
+            return {"hidden_activation": self.hidden_activation if self.hidden else "gelu"}
+        names = (
+            *("router_input", "input_norm", "hidden", "hidden_activation", "logits", "logit_bias"),
+            *("logit_norm", "logit_scale", "logit_cap", "jitter", "z_coef", "entropy_coef"),
+        )
+        return {name: getattr(Router, name) for name in names}
+
     def _reduce(self, evens_load: bool) -> Literal["sum", "mean", "pooled"]:
         """Return how losses join: pooled is a mean where there is no aux_loss."""
-        if not self.uses_loss and not (self.z_coef and self.scores.from_logits):
+        others = (self.z_coef or self.entropy_coef) and self.scores.from_logits
+        if not self.uses_loss and not others:
             return "sum"
         return "mean" if self.aux_reduce == "pooled" and not evens_load else self.aux_reduce
 
@@ -314,18 +335,26 @@ class Router(Component):
             found = replace(found, capacity_factor=None)
         weighed = found.chooses.learned or found.scores.from_logits
         if found.top_k == n_experts and not found.chooses.variable and weighed:
-            # The load is even, only the weights can differ, and softmax scores add up to 1.
+            # Without top_p the load is even, only the weights can differ, and softmax scores add
+            # up to 1.
+            by_score = found.top_p is None and found.sparsemixer_eps is None
+            whole = by_score and found.scores.adds_up_to_1 and found.top_k > 1
+            even: Balancing = "none"
+            if found.balance == "importance_load" or found.top_p is not None:
+                even = found.balance
             found = replace(
                 found,
                 selection=found.selection if found.chooses.alone else "top_k",
-                balance="importance_load" if found.balance == "importance_load" else "none",
+                balance=even,
                 n_groups=1,
-                normalize=found.normalizes or (found.scores.adds_up_to_1 and found.top_k > 1),
+                normalize=found.normalizes or whole,
             )
         elif found.n_groups == n_experts:  # groups of one
             found = replace(found, n_groups=1)
+        elif found.even_groups and found.top_k * found.n_groups == n_experts * found.top_groups:
+            found = replace(found, even_groups=False)  # all experts of the groups
         if n_experts == 1:
-            found = replace(found, balance="none")
+            found = replace(found, balance="none", entropy_coef=0.0)
         return found.canonical()
 
     def cost(self, d_model: int, n_experts: int) -> Cost:
@@ -334,41 +363,66 @@ class Router(Component):
         The noise is drawn in training only: its matrix is a parameter, and neither active nor
         an operation.
         """
+        factors = n_experts if self.expert_scale else 0
         if not self.scores.from_logits:
-            return Cost()
+            return Cost(factors, factors, 0, 0, 2 * factors)
         width = self.hidden or d_model
         weights = width * n_experts + (d_model * self.hidden if self.hidden else 0)
-        params = weights + (n_experts if self.logit_bias else 0)
+        bias, norm = n_experts * self.logit_bias, d_model * self.input_norm
+        temperature = self.logits == "cosine" and not self.logit_norm
+        params = weights + factors + bias + norm + temperature
         noise = d_model * n_experts if self.chooses.noisy else 0
         return Cost(params + noise, params, 2 * weights, 0, 2 * (params + noise))
 
     def build(self, d_model: int, n_experts: int) -> Gating:
         """Build the part that chooses."""
-        learned = self.scores.from_logits
+        normed = self.input_norm and self.scores.from_logits
         return Gating(
-            RouterLogits(d_model, n_experts, self.hidden, self.logit_bias, self.jitter)
-            if learned
-            else NoLogits(n_experts),
+            RouterInput(self.router_input, RMSNorm(d_model) if normed else None),
+            self.build_logits(d_model, n_experts),
             Noise(d_model, n_experts) if self.chooses.noisy else None,
             self.build_selection(n_experts),
             self.scores.build(),
-            self.normalizes,
-            self.scale,
+            Weights(
+                self.normalizes,
+                self.scale,
+                n_experts if self.expert_scale else None,
+                self.top_p if self.cuts else None,
+                self.sparsemixer_eps if self.chooses.alone else None,
+            ),
+        )
+
+    def build_logits(self, d_model: int, n_experts: int) -> nn.Module:
+        """Build the logits of E experts."""
+        if not self.scores.from_logits:
+            return NoLogits(n_experts)
+        width, kind = self.hidden, CosineLogits if self.logits == "cosine" else RouterLogits
+        return kind(
+            width or d_model,
+            n_experts,
+            self.logit_bias,
+            self.jitter,
+            HiddenLayer(d_model, width, self.hidden_activation) if width else None,
+            LogitShape(self.logit_scale, self.logit_norm, self.logit_cap),
         )
 
     def build_selection(self, n_experts: int) -> ExpertSelection:
         """Build the selection among a number of experts."""
-        if self.chooses.alone and self.n_groups > self.top_groups:
-            return GroupedTopK(self.top_k, self.n_groups, self.top_groups, self.group_score)
+        groups = min(self.top_groups, self.n_groups)
+        even = self.even_groups and groups > 1
+        if self.chooses.alone and (self.n_groups > groups or even):
+            return GroupedTopK(self.top_k, self.n_groups, groups, self.group_score, even)
         return self.chooses.build(self.top_k, n_experts)
 
     def build_balance(self, n_experts: int) -> Balance:
         """Build the part that evens out the load."""
         how = (self.aux_scope, self.aux_reduce)
+        learned = self.scores.from_logits
         return Balance(
             n_experts,
             self.aux_coef if self.uses_loss else 0.0,
-            self.z_coef if self.scores.from_logits else 0.0,
+            self.z_coef if learned else 0.0,
             self.bias_rate if self.uses_bias else None,
             ("importance" if self.balance == "importance_load" else "load", *how),
+            self.entropy_coef if learned else 0.0,
         )

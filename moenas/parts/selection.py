@@ -105,14 +105,18 @@ class GroupedTopK(ExpertSelection):
 
     Groups are of equal size, one after another. The score of a group is the best of its experts
     (max: DeepSeek-V2, arXiv 2405.04434, section 2.2.2) or the sum of its best two (top2_sum:
-    DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    DeepSeek-V3, arXiv 2412.19437, section 2.1.2). With `even` each of those groups gives its
+    K / top_groups best (MoGE, arXiv 2505.21411, eq. 6, where top_groups is the number of groups).
     """
 
-    def __init__(self, top_k: int, n_groups: int, top_groups: int, group_score: str) -> None:
+    def __init__(
+        self, top_k: int, n_groups: int, top_groups: int, group_score: str, even: bool = False
+    ) -> None:
         super().__init__(top_k)
         self.n_groups = n_groups
         self.top_groups = top_groups
         self.group_score = group_score
+        self.even = even
 
     def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
         """Choose by `ranked` (T, E)."""
@@ -121,6 +125,10 @@ class GroupedTopK(ExpertSelection):
         groups = members.topk(best, dim=-1).values.sum(dim=-1)
         inside = groups.topk(self.top_groups, dim=-1).indices
         outside = torch.ones_like(groups, dtype=torch.bool).scatter(-1, inside, 0)
+        if self.even:
+            first = members.topk(self.top_k // self.top_groups, dim=-1).indices
+            rest = torch.ones_like(members, dtype=torch.bool).scatter(-1, first, 0)
+            members = members.masked_fill(rest, -math.inf)
         open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
         return Picked(open_to.topk(self.top_k, dim=-1).indices)
 

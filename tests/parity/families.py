@@ -112,6 +112,32 @@ MIXTRAL = Family(
     [*WHOLE, qkv(), *experts()],
 )
 
+PHI_MOE = Family(
+    "phi_3_5_moe",
+    shrink({"0": parts(ATTENDING | {"head_dim": 8}, {"d_expert": 24, "n_experts": 8}, repeat=2)}),
+    lambda: hf.PhimoeForCausalLM(
+        hf.PhimoeConfig(
+            **SIZES | {"head_dim": 8},
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_local_experts=8,
+            attention_bias=True,
+            lm_head_bias=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ),
+    [
+        *WHOLE,
+        ("norm.bias", ("model.norm.bias",), same),
+        ("head.bias", ("lm_head.bias",), same),
+        ("blocks.{}.norm1.bias", (LAYER + "input_layernorm.bias",), same),
+        ("blocks.{}.norm2.bias", (LAYER + "post_attention_layernorm.bias",), same),
+        ("blocks.{}.mixer.out.bias", (ATTENTION + "o_proj.bias",), same),
+        *(qkv(), qkv("bias")),
+        *experts("mlp.router"),
+    ],
+)
+
 QWEN3_MOE = Family(
     "qwen3_30b_a3b",
     shrink({"0": parts(ATTENDING, {"d_expert": 24, "n_experts": 16}, repeat=2)}),
@@ -559,6 +585,7 @@ FAMILIES = {
     family.zoo: family
     for family in (
         MIXTRAL,
+        PHI_MOE,
         QWEN3_MOE,
         OLMOE,
         DEEPSEEK_V3,

@@ -29,8 +29,8 @@ def logits_of(module: Gating, x: Tensor) -> list[list[float]]:
     """z = W x + b, or W gelu(V x) + b, token by token."""
     front, rows = module.logits, []
     for token in x.double().tolist():
-        if front.inner is not None:
-            rows_in = front.inner.tolist()
+        if front.hidden is not None:
+            rows_in = front.hidden.weight.tolist()
             inner = [sum(a * b for a, b in zip(row, token, strict=True)) for row in rows_in]
             token = [0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in inner]
         z = [sum(a * b for a, b in zip(row, token, strict=True)) for row in front.weight.tolist()]
