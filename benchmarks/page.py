@@ -2,7 +2,7 @@
 
     python benchmarks/page.py [--quick] > docs/benchmarks.md
 
-It takes about 12 minutes, in which nothing else should run: with two threads on two cores that
+It takes about 10 minutes, in which nothing else should run: with two threads on two cores that
 other work uses, the threads wait for each other.
 """
 
@@ -16,14 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = {
     "A training step of an MoE layer": [
-        "layers.py --threads 1",
-        "layers.py --threads 2",
-        "layers.py --threads 1 --dtype bfloat16",
-        "layers.py --threads 2 --dtype bfloat16",
+        "layers.py --threads 1 --rounds 4",
+        "layers.py --threads 2 --rounds 4",
+        "layers.py --threads 1 --rounds 4 --dtype bfloat16",
+        "layers.py --threads 2 --rounds 4 --dtype bfloat16",
         "layers.py --quick --batched",
     ],
-    "A training step of a model": ["step.py --threads 1 --keep", "step.py --threads 2 --keep"],
-    "Batched decoding": ["decode.py --threads 1"],
+    "A training step of a model": ["step.py --threads 1 --rounds 6", "step.py --threads 1 --rounds 6 --keep"],
+    "Batched decoding": ["decode.py --threads 1 --rounds 11"],
 }
 """Heading -> the runs below it."""
 PAGE = """\

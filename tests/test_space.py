@@ -173,7 +173,7 @@ def test_a_space_is_found_by_name_and_its_file_names_the_study(tmp_path: Path) -
         ("head_dim: 16", "head_dim: 24", "space.yaml:"),
         ("top_k: {choice: [1, 2, 4]}", "top_k: 8", "can never be valid"),
         ("n_experts: {choice: [2, 4]}", "n_experts: 0", "architecture.blocks.0.ffn.moe.n_experts: 0 is not"),
-        ("[top_k <= n_experts]", "[top_q <= n_experts]", "space.yaml:14:11: require: no cost or field 'top_q'. Did you mean 'top_k'?"),
+        ("[top_k <= n_experts]", "[top_kk <= n_experts]", "space.yaml:14:11: require: no cost or field 'top_kk'. Did you mean 'top_k'?"),
         ("[top_k <= n_experts]", "['import os']", "space.yaml:14:"),
         ("[top_k <= n_experts]", "top_k <= n_experts", "write a list of comparisons"),
         ("[val_loss, flops_per_token]", "[val_los]", "space.yaml:15:14: objectives: no 'val_los' in objectives/. Did you mean 'val_loss'?"),

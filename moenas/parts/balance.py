@@ -28,7 +28,8 @@ class Routing:
     z_loss: Tensor
     """Differentiable scalar; 0 outside training."""
     entropy: Tensor
-    """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training."""
+    """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
+    no weight in the loss."""
     choice: Choice
     """What was decided: the slots, and the logits of the router."""
     slots: Tensor | None = None
@@ -106,13 +107,13 @@ class Balance(nn.Module):
         groups = sequences if self.scope == "sequence" else 1
         load = self.load(choice, groups)
         whole = load.sum(dim=0)
+        nothing = choice.scores.new_zeros(())
         if not self.training:
-            nothing = choice.scores.new_zeros(())
             return Routing(whole, dropped, nothing, nothing, nothing, choice)
         self.seen = whole
         # ST-MoE (arXiv 2202.08906), eq. 5.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
-        entropy = mean_entropy(choice.scores)
+        entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
         if self.loss == "importance":
             return Routing(whole, dropped, self.even_importance(choice), z_loss, entropy, choice)
         if self.bias is not None:
