@@ -22,7 +22,10 @@ RUNS = {
         "layers.py --threads 2 --rounds 4 --dtype bfloat16",
         "layers.py --quick --batched",
     ],
-    "A training step of a model": ["step.py --threads 1 --rounds 6", "step.py --threads 1 --rounds 6 --keep"],
+    "A training step of a model": [
+        "step.py --threads 1 --rounds 6",
+        "step.py --threads 1 --rounds 6 --keep",
+    ],
     "Batched decoding": ["decode.py --threads 1 --rounds 11"],
 }
 """Heading -> the runs below it."""
