@@ -2,7 +2,7 @@
 
     python benchmarks/page.py [--quick] > docs/benchmarks.md
 
-It takes about 10 minutes, in which nothing else should run: with two threads on two cores that
+It takes about 8 minutes, in which nothing else should run: with two threads on two cores that
 other work uses, the threads wait for each other.
 """
 
@@ -17,9 +17,9 @@ HERE = Path(__file__).parent
 RUNS = {
     "A training step of an MoE layer": [
         "layers.py --threads 1 --rounds 4",
-        "layers.py --threads 2 --rounds 4",
+        "layers.py --threads 2 --rounds 4 --quick",
         "layers.py --threads 1 --rounds 4 --dtype bfloat16",
-        "layers.py --threads 2 --rounds 4 --dtype bfloat16",
+        "layers.py --threads 2 --rounds 4 --quick --dtype bfloat16",
         "layers.py --quick --batched",
     ],
     "A training step of a model": [
