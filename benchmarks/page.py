@@ -35,6 +35,7 @@ PAGE = """\
 Ratios of times that were taken in turns in one process, so that they hold on another machine of the
 same kind; milliseconds say what this one was. Below 1 is faster. How each is measured stands at the
 top of its file. `python benchmarks/page.py` writes this page{how}.
+Other work on the machine moves even ratios: two runs of one command have differed by 0.1.
 
 Nearly all of the time goes to matrix products and the activation; to sort, gather and add up takes
 a few parts in a hundred. What a layer of many experts adds to a dense one is the lower speed of

@@ -167,11 +167,22 @@ class AttentionMixer(Mixer, kind="attention"):
         """Whether the table of the position bias is that of an earlier layer; None: needs none."""
         return getattr(self.position_bias, "shared", None)
 
+    @property
+    def stretch(self) -> float:
+        """By what the rotary positions multiply what turns."""
+        if not self.rope_dim or self.rope_scaling is None:
+            return 1.0
+        scaling = self.rope_scaling.canonical_for(self.rope_dim, self.rope_theta)
+        return 1.0 if scaling is None else scaling.attention
+
     def unlike(self, source: AttentionMixer, d_model: int) -> str | None:
         """Return a field in which this and the layer whose keys it reads differ, or None.
 
         What shapes the keys, and which of them are seen, is that of the source.
         """
+        # Folded into each one's own scores, a factor of the keys could not be told any more.
+        if self.stretch != source.stretch:
+            return "rope_scaling"
         one, other = self.canonical_at(d_model), source.canonical_at(d_model)
         names = (*OF_KEYS, "inner_eps") if one.qk_norm != "none" else OF_KEYS
         unlike = (name for name in names if getattr(one, name) != getattr(other, name))
@@ -183,6 +194,9 @@ class AttentionMixer(Mixer, kind="attention"):
             return "window and chunk exclude each other; set one of them to null"
         if self.k_eq_v and self.v_dim != self.head_dim:
             return "k_eq_v: the values are as wide as the keys; leave v_head_dim out"
+        alone = 1 in (self.window, self.chunk) and not self.sinks
+        if self.kv_source is not None and (alone or self.scale == 0):
+            return "kv_source: its queries have no effect; give a wider window and no scale of 0"
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
             return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return None

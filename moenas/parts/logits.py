@@ -111,8 +111,8 @@ class RouterLogits(nn.Module):
 class CosineLogits(RouterLogits):
     """shape(e^t cos(h, w_i) + b), with a trained t that starts at 0 (X-MoE, arXiv 2204.09179).
 
-    X-MoE divides by a trained temperature; e^t is its inverse. Where logits are standardised there
-    is none, for it would have no effect.
+    X-MoE divides by a trained temperature; e^t is its inverse. Where logits without a bias are
+    standardised there is none, for it would have no effect.
     """
 
     temperature: Tensor | None
@@ -127,7 +127,7 @@ class CosineLogits(RouterLogits):
         shape: LogitShape,
     ) -> None:
         super().__init__(width, n_experts, has_bias, jitter, hidden, shape)
-        trained = not shape.standardize
+        trained = has_bias or not shape.standardize
         self.temperature = nn.Parameter(torch.zeros(1)) if trained else None
 
     def products(self, h: Tensor, bias: Tensor | None) -> Tensor:

@@ -354,7 +354,9 @@ class Router(Component):
         elif found.even_groups and found.top_k * found.n_groups == n_experts * found.top_groups:
             found = replace(found, even_groups=False)  # all experts of the groups
         if n_experts == 1:
-            found = replace(found, balance="none", entropy_coef=0.0)
+            same = found.scores.adds_up_to_1  # as SparseMixer, the weight is 1
+            eps = None if same else found.sparsemixer_eps
+            found = replace(found, balance="none", entropy_coef=0.0, sparsemixer_eps=eps)
         return found.canonical()
 
     def cost(self, d_model: int, n_experts: int) -> Cost:
@@ -369,7 +371,7 @@ class Router(Component):
         width = self.hidden or d_model
         weights = width * n_experts + (d_model * self.hidden if self.hidden else 0)
         bias, norm = n_experts * self.logit_bias, d_model * self.input_norm
-        temperature = self.logits == "cosine" and not self.logit_norm
+        temperature = self.logits == "cosine" and (self.logit_bias or not self.logit_norm)
         params = weights + factors + bias + norm + temperature
         noise = d_model * n_experts if self.chooses.noisy else 0
         return Cost(params + noise, params, 2 * weights, 0, 2 * (params + noise))

@@ -29,6 +29,11 @@ def reading(n: int, **fields: Any) -> Plain:
     return ATTENTION | {"kv_source": n} | fields
 
 
+def stretched(attention: float, **fields: Any) -> Plain:
+    """Attention whose rotary positions multiply queries and keys."""
+    return ATTENTION | {"rope_scaling": YARN | {"attention_factor": attention}} | fields
+
+
 def stirred(found: Architecture) -> Model:
     model = found.build(seed=1).eval()
     stir(model, 2)
@@ -148,6 +153,9 @@ def test_costs_by_pencil_and_paper() -> None:
         ((ATTENTION, reading(1, n_kv_heads=2)), "layer 0, and their n_kv_heads differ"),
         ((ATTENTION, reading(1, window=4)), "layer 0, and their window differ"),
         ((ATTENTION | {"qk_norm": "head"}, reading(1, qk_norm="head", inner_eps=0.1)), "inner_eps"),
+        ((stretched(1.0, scale=4 * 8**-0.5), stretched(2.0, kv_source=1)), "their rope_scaling"),
+        ((ATTENTION | {"window": 1}, reading(1, window=1)), "its queries have no effect"),
+        ((ATTENTION, reading(1, scale=0.0)), "its queries have no effect"),
     ],
 )
 def test_what_cannot_be_read_is_refused(mixers: tuple[Plain, ...], reason: str) -> None:
