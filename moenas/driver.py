@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
+from optuna.exceptions import StorageInternalError
+
+from moenas import stops
+from moenas.asker import (
+    Asker,
+    ParametersError,
+    SamplerFailedError,
+    outcome,
+)
+from moenas.candidate import Candidate
 from moenas.describe import one_line
 from moenas.errors import (
-    InputError,
+    EnvironmentFaultError,
     MoenasError,
     NoCandidateError,
-    SpaceError,
     StorageLostError,
     StudyBusyError,
+    StudyStoppedError,
 )
 from moenas.heartbeat import Lease
-from moenas.objective import rebase
 from moenas.pool import Pool, Result
-from moenas.records import Evaluation, Failure, Job, Plain, Status
-from moenas.samplers import Asker
+from moenas.reconcile import correct, differences, repair
+from moenas.records import Evaluation, Failure, Job
+from moenas.results import Results
+from moenas.spool import Spool
+from moenas.stops import ENVIRONMENT, Draws, Faults, SameFailures, reason
 from moenas.store import Store
-from moenas.weights import copy_weights, write_weights
+from moenas.tally import Score, Tally
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
     from moenas.space import Space
 
-VALID = "the architecture is valid"
-"""The constraint that a draw breaks whose fields do not go together."""
-RETRIES = 2
-"""Times that a candidate is tried again after its worker process died."""
-CRASHES = 5
-"""Models in a row that use up their retries before the run stops: the fault is not theirs."""
-SAME_FAILURES = 5
-"""First candidates that all fail for one reason before the run stops."""
-BARREN = 1000
-"""Draws in a row that break a requirement before the run stops."""
 POLL = 0.5
 """Seconds between looks at the lease and the figures."""
 FINAL = ("diverged", "acausal", "collapsed")
 """Kinds of failure that another candidate of the same model would end with, too."""
 PUBLISH = 60.0
 """Seconds between updates of the dashboard's figures."""
+TRACEBACK_LINES = 30
+ENDS_A_RUN = (
+    StorageLostError,
+    StudyBusyError,
+    StudyStoppedError,
+    EnvironmentFaultError,
+    NoCandidateError,
+    StorageInternalError,
+)
+"""What is not the fault of one candidate."""
 
 Kind = Literal[
     "resumed", "started", "finished", "infeasible", "copied", "retried", "warning", "done"
@@ -61,30 +71,6 @@ class Interrupted(MoenasError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How far a study is."""
-
-    total: int
-    """Trials that it is to have."""
-    running: int
-    complete: int
-    failed: int
-    infeasible: int
-    best: dict[str, float]
-    """Objective -> the best value so far."""
-    front: int
-    """Members of the front."""
-    hypervolume: float | None
-    eta_s: float | None
-    """Seconds to the end at the pace of this run; None before its first result."""
-
-    @property
-    def finished(self) -> int:
-        """Trials that are over."""
-        return self.complete + self.failed + self.infeasible
 
 
 @dataclass(frozen=True)
@@ -102,74 +88,104 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-@dataclass
-class _Candidate:
-    """A trial between ask and tell."""
-
-    trial: Trial
-    fingerprint: str
-    architecture: Plain
-    cost: dict[str, int]
-    crashes: int = 0
-    """How often its worker process died in this run."""
-
-    @property
-    def number(self) -> int:
-        return self.trial.number
-
-
 class Driver:
     """The one process that asks and tells a study's sampler and writes its rows.
 
-    Order of writes for a result: the weights' file, our rows in one transaction, then Optuna's.
-    So a trial that Optuna holds for RUNNING at the start of a run has either an evaluation of ours
-    to be told from, or is evaluated again under its own number: it keeps its parameters, for
-    Optuna stored them when they were drawn.
+    Order of writes for a result: the weights' file, a file with the result, our rows in one
+    transaction, then Optuna's. So a trial that Optuna holds for RUNNING at the start of a run has
+    an evaluation of ours to be told from, or a file to be recorded, or is evaluated again under its
+    own number: it keeps its parameters, for Optuna stored them when they were drawn.
+
+    Whatever is raised between the draw of a candidate and its commit becomes a failed trial. Only
+    what ENDS_A_RUN names ends the run.
     """
 
     def __init__(self, store: Store, space: Space, data_sha256: str, listener: Listener) -> None:
         self.store, self.space, self.name = store, space, space.name
         self.data_sha256, self.listener = data_sha256, listener
-        self.directions = {o.name: o.direction for o in space.objectives}
+        self.names = [o.name for o in space.objectives]
         self.asker = Asker(store, space)
-        self.flying: dict[int, _Candidate] = {}
-        self.twins: dict[str, list[_Candidate]] = {}
-        """Fingerprint -> trials that wait for one in flight, which is the same model."""
+        self.results = Results(store, space)
+        self.score = Score({o.name: o.direction for o in space.objectives})
+        self.running: dict[int, Candidate] = {}
+        self.delayed: list[Candidate] = []
+        """Candidates that start again once the environment has had its pause."""
+        self.same: dict[str, list[Candidate]] = {}
+        """Fingerprint -> trials that wait for a running one, which is the same model."""
         self.known: dict[str, int] = {}
-        """Fingerprint -> a trial that was trained, or failed for good: another one ends alike."""
-        self.timed: dict[str, str] = {}
-        """Objective -> the key of the reference time that all its values share."""
-        self.counts: Counter[str] = Counter()
-        self.best: dict[str, float] = {}
-        self.broken: Counter[str] = Counter()
-        """Requirement -> how many of the draws since the last feasible one broke it."""
-        self.barren = 0
-        self.dead: set[str] = set()
-        """Fingerprints that died for good since a worker last gave a result."""
-        self.failures: list[str] = []
+        """Fingerprint -> a trial of that model whose outcome another one would share."""
+        self.crashed: list[tuple[Candidate, Evaluation]] = []
+        """Candidates whose workers died, until another candidate shows that workers live."""
+        self.total = 0
+        self.listener_error: Exception | None = None
+        self.draws = Draws(self.name)
+        self.faults = Faults(self.name)
+        self.failures = SameFailures(self.name)
+
+    # --- begin and end -------------------------------------------------------------------------
 
     def take_up(self, total: int) -> None:
-        """Load the study as it is; it is to have `total` trials."""
+        """Load the study as it is, and make both stores agree; it is to have `total` candidates."""
+        self.asker.open()
+        spool = self.spool = Spool(self.store.runs, self.name)
+        for path, result in spool.results():
+            if result is not None and self.store.attempts(self.name, result.trial) > 0:
+                self.store.record(result)
+            spool.drop(path)
         stored = {e.trial: e for e in self.store.evaluations(self.name)}
+        found = differences(
+            stored, self.store.asked_trials(self.name), self.asker.trials(), self.names
+        )
+        if found:
+            repair(self.store, self.asker.study, found, stored, self.names)
+            self.asker.open()  # Optuna caches finished trials
+            stored = {e.trial: e for e in self.store.evaluations(self.name)}
+            for difference in found:
+                if difference.kind == "untold":
+                    self._tell(None, stored[difference.trial])
+        self.asker.load(stored)
         for evaluation in stored.values():
             self._count(evaluation)
-        self.total = self.asker.take_up(total, stored)
+        self.total = max(total, self.score.evaluated)
         self.store.set_trials(self.name, self.total)
-        self.finished_before = len(stored)
-        self.began = self.published = time.monotonic()
+        self.score.start()
+        self.published = time.monotonic()
+        for kind, times in Counter(d.kind for d in found if d.kind != "untold").items():
+            first = next(d for d in found if d.kind == kind)
+            text = (
+                f"Optuna's tables differed in {times} trials, such as {first.trial}: {first.text}"
+            )
+            self._emit("warning", None, f"{text}; both agree now")
+
+    @property
+    def over(self) -> str | None:
+        """Why the study needs no more work; None if it does."""
+        if self.asker.orphans:
+            return None
+        if self.score.evaluated >= self.total:
+            return "trials"
+        if self.asker.stopped:
+            return "sampler"
+        if self.draws.over:
+            return "draws"
+        return "exhausted" if self.asker.exhausted else None
 
     def end(self) -> str:
         """Say that the study is over and return why; raise NoCandidateError if it has no value."""
-        why = self.asker.finished
+        why = self.over
         assert why is not None
-        if self.counts["complete"]:
+        if self.score.counts["complete"]:
             texts = {
                 "trials": f"all {self.total} trials of study '{self.name}' are finished",
                 "exhausted": f"every point of the space of study '{self.name}' was drawn",
+                "sampler": f"the sampler of study '{self.name}' proposes nothing more",
+                "draws": f"study '{self.name}' ends: {self.draws.text()}",
             }
             self._emit("done", None, texts[why])
             return why
-        reasons = Counter(_reason(e) for e in self.store.evaluations(self.name))
+        if why == "draws":
+            raise self.draws.error()
+        reasons = Counter(reason(e) for e in self.store.evaluations(self.name))
         most, times = reasons.most_common(1)[0]
         raise NoCandidateError(
             f"study '{self.name}': none of its {reasons.total()} trials is complete; {times} of"
@@ -179,80 +195,111 @@ class Driver:
     def work(self, pool: Pool, lease: Lease) -> None:
         """Bring the study to its end."""
         self.pool = pool
-        if self.finished_before:
-            text = f"{self.finished_before} finished trials of study '{self.name}' are there"
+        if count := self.score.counts.total():
+            text = f"{count} finished trials of study '{self.name}' are there"
             self._emit("resumed", None, text)
         while True:
-            trial = self.asker.next() if len(self.flying) < pool.capacity else None
-            if trial is not None:
-                self._draw(trial)
-            elif not self.flying:
+            started = self._start_next()
+            waiting = bool(self.running or self.delayed or self.faults.pause)
+            if not (started or waiting or self._give_up_crashed()):
                 break
-            for result in pool.wait(0.0 if trial else POLL):
-                self._land(result)
+            timeout = 0.0 if started else POLL
+            if self.running:
+                for result in pool.wait(timeout):
+                    self._land(result)
+            else:
+                time.sleep(min(timeout, self.faults.pause))
             lease.check()
+            if self.listener_error is not None:
+                raise self.listener_error
             if time.monotonic() - self.published > PUBLISH:
                 self._publish()
         self._publish()
 
     # --- from a trial to a candidate -----------------------------------------------------------
 
-    def _draw(self, trial: Trial) -> None:
-        """Fill the holes, and see whether what comes out may be built."""
-        plain = self.asker.draw(trial)
+    def _start_next(self) -> bool:
+        """Start or draw one candidate, if there is room and need; say whether one was."""
+        if self.faults.pause or len(self.running) >= self.pool.capacity:
+            return False
+        if self.delayed:
+            self._guarded(self.delayed.pop(0), self._start)
+            return True
+        pending = len(self.running) + len(self.crashed) + sum(map(len, self.same.values()))
+        needed = self.total - self.score.evaluated - pending
+        enough = needed <= 0 or self.draws.over or self.asker.stopped or self.asker.exhausted
+        if enough and not self.asker.orphans:
+            return False
         try:
-            architecture = self.space.architecture(plain)
-        except SpaceError as error:
-            candidate = _Candidate(trial, "", plain, {})
-            violations, text = {VALID: 1.0}, str(error)
-        else:
-            cost = self.space.cost(architecture).plain()
-            candidate = _Candidate(trial, architecture.fingerprint, architecture.plain(), cost)
-            violations = {VALID: 0.0, **self.space.violations(architecture)}
-            text = one_line(candidate.architecture)
+            trial = self.asker.next(self.draws.fruitless)
+        except SamplerFailedError as error:
+            self._fail(Candidate(error.trial, {}), Failure("sampler", str(error)))
+            return True
+        self._guarded(Candidate(trial, {}), self._draw)
+        return True
+
+    def _guarded(self, candidate: Candidate, step: Callable[[Candidate], None]) -> None:
+        """Take a step with a candidate; what it raises becomes the candidate's failure."""
+        try:
+            step(candidate)
+        except ENDS_A_RUN:
+            raise
+        except ParametersError as error:
+            self._fail(candidate, Failure("parameters", str(error)))
+        except SamplerFailedError as error:
+            self._fail(candidate, Failure("sampler", str(error)))
+        except Exception as error:
+            self._fail(candidate, internal(error))
+
+    def _draw(self, drawn: Candidate) -> None:
+        """Fill the holes, and see whether the architecture may be built."""
+        trial = drawn.trial
+        candidate = Candidate.drawn(trial, self.asker.draw(trial), self.space)
         self.store.asked(
-            self.name, trial.number, candidate.fingerprint, candidate.architecture, candidate.cost
+            self.name, trial.number, candidate.fingerprint, candidate.plain, candidate.cost
         )
-        self.asker.constrain(trial, violations)
-        broken = {name: value for name, value in violations.items() if value > 0}
-        if broken:
-            self._reject(candidate, broken, text)
-            return
-        self.barren = 0
-        self.broken.clear()
-        self._place(candidate)
-
-    def _reject(self, candidate: _Candidate, broken: dict[str, float], text: str) -> None:
-        """Record a draw that must not be built."""
-        evaluation = self._row(candidate, "infeasible", violations=broken)
-        self._finish(candidate, evaluation, "infeasible", text)
-        self.barren += 1
-        self.broken.update(broken.keys())
-        if self.barren >= BARREN:
-            most, times = self.broken.most_common(1)[0]
-            raise NoCandidateError(
-                f"study '{self.name}': {BARREN} draws in a row broke a requirement, {times} of"
-                f" them '{most}'; loosen it, or take the options out of the space that break it"
+        self.asker.constrain(trial, candidate.violations)
+        if broken := candidate.broken:
+            self.draws.add(broken)
+            text = candidate.clash or one_line(candidate.plain)
+            evaluation = candidate.evaluation(
+                self.name,
+                self.store.attempts(self.name, trial.number),
+                "infeasible",
+                violations=broken,
+                seed=self.space.search.seed,
             )
+            self._finish(candidate, evaluation, "infeasible", text)
+        else:
+            self._place(candidate)
 
-    def _place(self, candidate: _Candidate) -> None:
+    def _place(self, candidate: Candidate) -> None:
         """Evaluate a candidate, unless the same model is evaluated already, or is right now."""
         same = candidate.fingerprint
+        pending = [*self.running.values(), *self.delayed, *(c for c, _ in self.crashed)]
         if same in self.known:
+            self.draws.add({})
             self._copy(candidate, self.known[same])
-        elif any(other.fingerprint == same for other in self.flying.values()):
-            self.twins.setdefault(same, []).append(candidate)
+        elif any(other.fingerprint == same for other in pending):
+            self.same.setdefault(same, []).append(candidate)
         else:
             self._start(candidate)
 
-    def _start(self, candidate: _Candidate) -> None:
+    def _copy(self, candidate: Candidate, source: int) -> None:
+        """Give a trial the evaluation of an earlier one of the same model."""
+        evaluation, warning = self.results.copy(candidate, source)
+        if warning:
+            self._emit("warning", candidate.number, warning)
+        self._finish(candidate, evaluation, "copied", f"the same model as trial {source}")
+
+    def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool."""
         space = self.space
         job = Job(
             study=self.name,
             trial=candidate.number,
             attempt=self.store.start_attempt(self.name, candidate.number),
-            architecture=candidate.architecture,
+            architecture=candidate.plain,
             objectives={o.name: o.source if o.guest else None for o in space.objectives},
             data=space.data,
             data_sha256=self.data_sha256,
@@ -264,181 +311,162 @@ class Driver:
             reference_ms=self.store.reference_ms(self.name),
         )
         self.pool.submit(job)
-        self.flying[candidate.number] = candidate
-        self._emit("started", candidate.number, one_line(candidate.architecture))
+        self.draws.started()
+        self.running[candidate.number] = candidate
+        self._raise_total()
+        self._emit("started", candidate.number, one_line(candidate.plain))
+
+    def _raise_total(self) -> None:
+        """Count a trial of an earlier run, or of another program, that goes beyond the total."""
+        if (count := self.score.evaluated + len(self.running)) > self.total:
+            self.total = count
+            self.store.set_trials(self.name, count)
 
     # --- from a result to an evaluation --------------------------------------------------------
 
     def _land(self, result: Result) -> None:
-        """Take a result: retry it if its process died, else record and tell it."""
-        candidate, outcome = self.flying.pop(result.job.trial), result.outcome
-        died = isinstance(outcome, Failure) and outcome.kind == "crashed"
-        if isinstance(outcome, Failure) and died and candidate.crashes < RETRIES:
-            candidate.crashes += 1
-            self._emit("retried", candidate.number, outcome.message)
-            self._start(candidate)
+        """Take a result: retry it if that may help, else record and tell it."""
+        candidate, found = self.running.pop(result.job.trial), result.outcome
+        failure = found if isinstance(found, Failure) else None
+        if not isinstance(found, Failure) and found.status == "failed" and found.failure:
+            failure = Failure.parse(found.failure)
+        if failure and failure.kind == ENVIRONMENT and self._delay(candidate, failure, result.job):
             return
-        self.dead = self.dead | {candidate.fingerprint} if died else set()
-        evaluation = self._evaluated(candidate, result)
-        self._finish(candidate, evaluation, "finished", one_line(candidate.architecture))
-        if len(self.dead) >= CRASHES:
-            raise MoenasError(
-                f"study '{self.name}': the worker processes of {CRASHES} candidates in a row died,"
-                f" {RETRIES + 1} of each, the last: {_reason(evaluation)}; if memory is short, run"
-                " it again with fewer --workers"
-            )
-        for twin in self.twins.pop(candidate.fingerprint, []):
-            self._place(twin)
-        self._check_first_failures(evaluation)
-
-    def _evaluated(self, candidate: _Candidate, result: Result) -> Evaluation:
-        """Return what is to be stored of a result; write the weights if there are any."""
-        outcome, attempt = result.outcome, result.job.attempt
-        if isinstance(outcome, Failure):
-            return self._row(candidate, "failed", attempt=attempt, failure=outcome.plain())
-        found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
-        if found.status != "complete":
-            return found
-        bad = [n for n in self.directions if not math.isfinite(found.values.get(n, math.nan))]
-        if bad:
-            return _failed(found, "error", f"no finite value for {', '.join(bad)}")
-        found = self._as_required(candidate, self._on_one_reference(found))
-        if found.status == "complete" and result.weights is not None:
-            with self._writing():
-                digest = write_weights(self.store.runs, self.name, candidate.number, result.weights)
-            found = replace(found, weights_sha256=digest)
-        return found
-
-    def _on_one_reference(self, found: Evaluation) -> Evaluation:
-        """Express latencies by the study's reference times; refuse those of another device."""
-        keys = {
-            name: (details["reference_key"], details["reference_ms"])
-            for name, details in found.measurements.items()
-            if "reference_key" in details
-        }
-        for name, (key, _) in keys.items():
-            if (first := self.timed.get(name, key)) != key:
-                text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
-                return _failed(found, "refused", text)
-        fixed = {key: self.store.set_reference_ms(self.name, key, ms) for key, ms in keys.values()}
-        return rebase(found, fixed)
-
-    def _as_required(self, candidate: _Candidate, found: Evaluation) -> Evaluation:
-        """Make an evaluation infeasible if the trained model breaks a requirement."""
-        if found.status != "complete":
-            return found
-        architecture = self.space.architecture(candidate.architecture)
-        violations = self.space.trained_violations(architecture, found.routing)
-        broken = {name: value for name, value in violations.items() if value > 0}
-        if not broken:
-            return found
-        return replace(found, status="infeasible", violations=broken, weights_sha256=None)
-
-    def _copy(self, candidate: _Candidate, source: int) -> None:
-        """Give a trial the evaluation of an earlier one of the same model."""
-        original = self.store.evaluation(self.name, source)
-        assert original is not None
-        digest = original.weights_sha256
-        if digest is not None:
-            try:
-                with self._writing():
-                    copy_weights(self.store.runs, self.name, source, candidate.number, digest)
-            except InputError as error:
-                self._emit("warning", candidate.number, f"its weights are not copied: {error}")
-                digest = None
-        evaluation = replace(
-            original,
-            trial=candidate.number,
-            attempt=self.store.attempts(self.name, candidate.number),
-            seconds={},
-            metrics={**original.metrics, "copied_from": float(source)},
-            weights_sha256=digest,
-        )
-        self._finish(candidate, evaluation, "copied", f"the same model as trial {source}")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say that the storage is lost if a file cannot be written."""
+        died = failure is not None and failure.kind == "crashed"
+        if failure and died and candidate.crashes < stops.RETRIES:
+            candidate.crashes += 1
+            self.store.end_attempt(self.name, candidate.number, result.job.attempt, failure.plain())
+            self._emit("retried", candidate.number, failure.message)
+            self._guarded(candidate, self._start)
+            return
         try:
-            yield
-        except OSError as error:
-            raise StorageLostError(
-                f"{error.filename or self.store.runs}: cannot be written: {error.strerror}"
-            ) from error
+            evaluation = self.results.evaluation(candidate, result)
+        except ENDS_A_RUN:
+            raise
+        except Exception as error:
+            self._fail(candidate, internal(error))
+            return
+        if died and self._hold_crashed(candidate, evaluation):
+            return
+        if failure is None or failure.kind != ENVIRONMENT:
+            self.faults.succeeded()
+        self._land_crashed()
+        self._landed(candidate, evaluation)
 
-    def _row(self, candidate: _Candidate, status: Status, **known: Any) -> Evaluation:
-        """Return an evaluation of which only the architecture and `known` are known."""
-        known.setdefault("attempt", self.store.attempts(self.name, candidate.number))
-        return Evaluation(
-            study=self.name,
-            trial=candidate.number,
-            status=status,
-            fingerprint=candidate.fingerprint,
-            cost=candidate.cost,
-            seed=self.space.search.seed,
-            **known,
-        )
+    def _landed(self, candidate: Candidate, evaluation: Evaluation) -> None:
+        """Record an evaluation, and place the trials that waited for it."""
+        with self.spool.holding(evaluation):
+            self._finish(candidate, evaluation, "finished", one_line(candidate.plain))
+        for waiting in self.same.pop(candidate.fingerprint, []):
+            self._guarded(waiting, self._place)
+        self.failures.add(evaluation, bool(self.score.counts["complete"]))
+
+    def _delay(self, candidate: Candidate, failure: Failure, job: Job) -> bool:
+        """Let a candidate start again after a pause; False if it is to fail itself."""
+        self.store.end_attempt(self.name, job.trial, job.attempt, failure.plain())
+        tries = self.store.failed_attempts(self.name, job.trial, ENVIRONMENT)
+        if self.faults.exhausted(tries):
+            return False
+        self.faults.failed(failure)
+        self.delayed.append(candidate)
+        text = f"{failure.message}; it starts again in {self.faults.pause:.0f} s"
+        self._emit("retried", candidate.number, text)
+        return True
+
+    def _hold_crashed(self, candidate: Candidate, evaluation: Evaluation) -> bool:
+        """Hold a candidate back whose workers died, as all workers may; False if it is to fail.
+
+        Raises:
+            StudyStoppedError: if there are CRASHES of them; they stay to be evaluated.
+        """
+        number, attempt = candidate.number, evaluation.attempt
+        earlier = self.store.failed_attempts(self.name, number, "crashed")
+        if earlier >= 2 * (stops.RETRIES + 1):  # it was held back in two earlier runs
+            return False
+        self.store.end_attempt(self.name, number, attempt, evaluation.failure or {})
+        self.crashed.append((candidate, evaluation))
+        if len(self.crashed) >= stops.CRASHES:
+            raise StudyStoppedError(
+                f"study '{self.name}': the worker processes of {stops.CRASHES} candidates in a row"
+                f" died, {stops.RETRIES + 1} of each, the last: {reason(evaluation)}; if memory is"
+                " short, run it again with fewer --workers. No trial is used up"
+            )
+        return True
+
+    def _land_crashed(self) -> None:
+        """Record the candidates whose workers died: others live, so the fault is theirs."""
+        held, self.crashed = self.crashed, []
+        for candidate, evaluation in held:
+            self._landed(candidate, evaluation)
+
+    def _give_up_crashed(self) -> bool:
+        """Record crashed candidates when nothing else is left to run; say whether there were."""
+        there = bool(self.crashed)
+        self._land_crashed()
+        return there
 
     # --- what is over --------------------------------------------------------------------------
 
-    def _finish(self, candidate: _Candidate, found: Evaluation, kind: Kind, text: str) -> None:
-        """Store what came of a trial, then tell Optuna, then the listener."""
+    def _fail(self, candidate: Candidate, failure: Failure) -> None:
+        """Give an end to a trial that moenas itself could not bring to one."""
+        number = candidate.number
+        if self.store.fingerprint(self.name, number) is None:
+            self.store.asked(self.name, number, "", {}, {})
+        evaluation = candidate.evaluation(
+            self.name,
+            self.store.attempts(self.name, number),
+            "failed",
+            failure=failure.plain(),
+            seed=self.space.search.seed,
+        )
+        self.draws.add({})
+        self._finish(candidate, evaluation, "finished", failure.message)
+        for waiting in self.same.pop(candidate.fingerprint, []) if candidate.fingerprint else []:
+            self._guarded(waiting, self._place)
+        self.failures.add(evaluation, bool(self.score.counts["complete"]))
+
+    def _finish(self, candidate: Candidate, found: Evaluation, kind: Kind, text: str) -> None:
+        """Store the evaluation of a trial, then tell Optuna, then the listener."""
         if not self.store.record(found):
             raise StudyBusyError(
                 f"study '{self.name}': another process has evaluated trial {found.trial} meanwhile"
             )
         self._count(found)
-        self.asker.tell(candidate.trial, found)
+        self._tell(candidate.trial, found)
         self._emit(kind, candidate.number, text, found)
+
+    def _tell(self, trial: Trial | None, found: Evaluation) -> None:
+        """Tell Optuna an evaluation that is stored; correct its row if it does not take it."""
+        try:
+            if trial is None:
+                self.asker.tell_stored(found)
+            else:
+                self.asker.tell(trial, found)
+        except ENDS_A_RUN:
+            raise
+        except Exception as error:
+            correct(self.store, self.name, found.trial, *outcome(found, self.names))
+            self._emit("warning", found.trial, f"Optuna's row is corrected to ours: {error}")
 
     def _count(self, found: Evaluation) -> None:
         """Take a finished trial into the figures that this run keeps."""
-        self.counts[found.status] += 1
+        self.score.add(found)
+        self.results.add(found)
         # The recipe, the data and the seed are those of the study, so that a model diverges again.
         trained = found.status != "failed" and bool(found.values)
         if trained or (found.failure or {}).get("kind") in FINAL:
             self.known.setdefault(found.fingerprint, found.trial)
-        if found.status != "complete":
-            return
-        for name, details in found.measurements.items():
-            if "reference_key" in details:
-                self.timed.setdefault(name, details["reference_key"])
-        for name, direction in self.directions.items():
-            better = min if direction == "minimize" else max
-            self.best[name] = better(self.best.get(name, found.values[name]), found.values[name])
-
-    def _check_first_failures(self, found: Evaluation) -> None:
-        """Stop if the first candidates all fail for one reason: the fault is not theirs."""
-        if self.counts["complete"] or found.status != "failed":
-            return
-        self.failures.append(re.sub(r"\d+", "#", _reason(found)))
-        if len(self.failures) == SAME_FAILURES and len(set(self.failures)) == 1:
-            raise MoenasError(
-                f"study '{self.name}': the first {SAME_FAILURES} candidates all failed for one"
-                f" reason: {_reason(found)}; put that right and run it again"
-            )
 
     def _emit(
         self, kind: Kind, trial: int | None, text: str, found: Evaluation | None = None
     ) -> None:
-        self.listener(Event(kind, trial, text, found, self._tally()))
-
-    def _tally(self) -> Tally:
         size, hypervolume = self.store.standing(self.name)
-        finished = self.counts.total()
-        here = finished - self.finished_before
-        pace = (time.monotonic() - self.began) / here if here else None
-        return Tally(
-            total=self.total,
-            running=len(self.flying),
-            complete=self.counts["complete"],
-            failed=self.counts["failed"],
-            infeasible=self.counts["infeasible"],
-            best=dict(self.best),
-            front=size,
-            hypervolume=hypervolume,
-            eta_s=None if pace is None else pace * (self.total - finished),
-        )
+        tally = self.score.tally(self.total, len(self.running), size, hypervolume)
+        try:
+            self.listener(Event(kind, trial, text, found, tally))
+        except Exception as error:
+            # It ends the run, but not between two writes.
+            self.listener_error = self.listener_error or error
 
     def _publish(self) -> None:
         """Update the dashboard's figures; a fault there does not stop the study."""
@@ -452,14 +480,8 @@ class Driver:
         self.published = time.monotonic()
 
 
-def _failed(found: Evaluation, kind: str, message: str) -> Evaluation:
-    """Turn an evaluation into a failed one."""
-    failure = Failure(kind, message).plain()
-    return replace(found, status="failed", failure=failure, weights_sha256=None)
-
-
-def _reason(found: Evaluation) -> str:
-    """Say in one line why a trial has no values."""
-    if found.failure:
-        return f"{found.failure['kind']}: {found.failure['message']}"
-    return "breaks " + ", ".join(found.violations)
+def internal(error: Exception) -> Failure:
+    """Describe an exception of moenas itself."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return Failure("internal", text, "\n".join(lines[-TRACEBACK_LINES:]))

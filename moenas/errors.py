@@ -8,6 +8,8 @@ MoenasError                      1   anything that moenas itself raises
 |   `-- StorageError                 a database that cannot be opened, read or written at the start
 |-- NoCandidateError             3   the study ended without one feasible, complete trial
 |-- StorageLostError             4   the database or the Ray cluster went away in mid-study
+|-- EnvironmentFaultError        4   the machine fails every candidate; the same command resumes
+|-- StudyStoppedError            1   several candidates in a row failed for one reason
 |-- StudyBusyError               6   another process is running this study
 `-- CandidateError                   one candidate failed; becomes a row with a reason
     |-- DivergedError                its loss stopped being finite
@@ -60,6 +62,16 @@ class StorageLostError(MoenasError):
     """The database or the Ray cluster went away in mid-study."""
 
     exit_code = 4
+
+
+class EnvironmentFaultError(MoenasError):
+    """The machine or its surroundings fail every candidate: a full disk, a changed corpus."""
+
+    exit_code = 4
+
+
+class StudyStoppedError(MoenasError):
+    """Several candidates in a row failed for one reason, so the run stopped."""
 
 
 class StudyBusyError(MoenasError):

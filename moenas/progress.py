@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moenas.describe import short
-from moenas.driver import Event, Listener, Tally
+from moenas.driver import Event, Listener
 from moenas.space import Space
+from moenas.tally import Tally
 
 LAST = 6
 """Finished trials that stay in view."""

@@ -1,17 +1,13 @@
-"""Optuna's side of a study: the samplers by name, asking and telling."""
+"""The samplers by name: those of Optuna, the grid, and a class of the user's."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
@@ -22,16 +18,9 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.trial import Trial, TrialState
 
-from moenas.describe import one_line
 from moenas.errors import InputError, suggestion
-from moenas.records import Evaluation, Plain
 from moenas.refs import load_module
-from moenas.store import Store
-
-if TYPE_CHECKING:
-    from moenas.space import Space
 
 POPULATION = 24
 """NSGA's trials in a generation: studies of some hundred trials see several generations, and on
@@ -79,6 +68,8 @@ SAMPLERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
         seed=setup.seed, scramble=True, warn_independent_sampling=False
     ),
     "gp": lambda _, seed: GPSampler(seed=seed, warn_independent_sampling=False),
+    # The points themselves come from asker.Points; no parameter is left to this sampler.
+    "grid": lambda _, seed: RandomSampler(seed=seed),
 }
 """Name -> builder. `gp` takes seconds a trial and models only parameters that always exist."""
 
@@ -122,120 +113,3 @@ def _guest(name: str) -> Callable[..., BaseSampler]:
     if not (isinstance(found, type) and issubclass(found, BaseSampler)):
         raise InputError(f"{path}: no class '{cls}' derived from optuna.samplers.BaseSampler")
     return found
-
-
-class Asker:
-    """Asks Optuna for trials and tells it what came of them, over all runs of a study."""
-
-    def __init__(self, store: Store, space: Space) -> None:
-        self._store, self._space = store, space
-        self._directions = {o.name: o.direction for o in space.objectives}
-        self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
-        self._size = math.inf if space.continuous else space.size
-        self._points: set[str] = set()
-        """Points of the space that were drawn."""
-        self._orphans: deque[Trial] = deque()
-        """Trials that an earlier run left behind."""
-        self._total = self._asked = 0
-
-    def take_up(self, total: int, stored: Mapping[int, Evaluation]) -> int:
-        """Open the study, and tell what an earlier run stored but did not come to tell.
-
-        Returns how many trials the study will have: `total`, or as many as there are.
-        """
-        self._optuna = optuna.create_study(
-            study_name=self._space.name,
-            storage=self._store.optuna_storage(),
-            sampler=self._sampler(0),
-            directions=list(self._directions.values()),
-            load_if_exists=True,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            self._optuna.set_metric_names(list(self._directions))
-        trials = self._optuna.get_trials(deepcopy=False)
-        # A trial that somebody enqueued waits; it counts once it is asked for.
-        self._asked = sum(t.state != TrialState.WAITING for t in trials)
-        self._total = max(total, self._asked)
-        for frozen in trials:
-            if frozen.state.is_finished():
-                self._points.add(_point(frozen.params))
-            elif frozen.state == TrialState.RUNNING:
-                trial = Trial(self._optuna, frozen._trial_id)
-                if frozen.number in stored:
-                    self.tell(trial, stored[frozen.number])
-                else:
-                    self._orphans.append(trial)
-        return self._total
-
-    @property
-    def finished(self) -> str | None:
-        """Why nothing more is asked for: all `trials` are, or the finite space is `exhausted`."""
-        if self._orphans:
-            return None
-        if self._asked >= self._total:
-            return "trials"
-        return "exhausted" if len(self._points) >= self._size else None
-
-    def next(self) -> Trial | None:
-        """Take up a trial of an earlier run, or ask for a new one; None if there are enough."""
-        if self._orphans:
-            return self._orphans.popleft()
-        if self.finished is not None:
-            return None
-        self._optuna.sampler = self._sampler(self._asked)
-        self._asked += 1
-        return self._optuna.ask()
-
-    def draw(self, trial: Trial) -> Plain:
-        """Fill the holes of the space; a trial of an earlier run keeps the values it had."""
-        self._optuna.sampler = self._sampler(trial.number)
-        plain = self._space.draw(trial)
-        self._points.add(_point(trial.params))
-        return plain
-
-    def constrain(self, trial: Trial, violations: Mapping[str, float]) -> None:
-        """Say by how much each requirement is broken, over 0, or met."""
-        held = trial.constraints
-        for name, value in violations.items():
-            if name not in held:
-                trial.set_constraint(name, value)
-
-    def tell(self, trial: Trial, found: Evaluation) -> None:
-        """Tell what came of a trial. Its attributes come first: a told trial is closed.
-
-        A trial that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it
-        by its constraints. One that breaks a requirement of the trained model has values: it is
-        COMPLETE, and its constraints, told here, keep every sampler from taking it for good.
-        """
-        trained = found.status != "failed" and found.values.keys() >= self._directions.keys()
-        if trained:
-            plain = self._store.architecture(found.study, found.trial)
-            architecture = self._space.architecture(plain)
-            self.constrain(trial, self._space.trained_violations(architecture, found.routing))
-        known: dict[str, Any] = {
-            "architecture": one_line(self._store.architecture(found.study, found.trial)),
-            "fingerprint": found.fingerprint or None,
-            "failure": found.failure["kind"] if found.failure else None,
-            "params": found.cost.get("params"),
-            "active_params": found.cost.get("active_params"),
-            "seconds": found.seconds.get("total"),
-            **{name: found.metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
-        }
-        for name, value in known.items():
-            if value is not None:
-                trial.set_user_attr(name, value)
-        if found.status == "failed":
-            self._optuna.tell(trial, state=TrialState.FAIL)
-        elif trained:
-            self._optuna.tell(trial, [found.values[name] for name in self._directions])
-        else:
-            self._optuna.tell(trial, state=TrialState.PRUNED)
-
-    def _sampler(self, trial: int) -> BaseSampler:
-        return make(self._space.search.sampler, self._setup, trial)
-
-
-def _point(params: Mapping[str, Any]) -> str:
-    """Name a point of the space by its drawn values."""
-    return repr(sorted(params.items()))

@@ -8,7 +8,7 @@ from typing import Literal
 from moenas.component import Component, setting
 from moenas.errors import suggestion
 
-SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp")
+SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid")
 """Samplers by name; any other is `file.py:Class`."""
 
 
@@ -102,11 +102,13 @@ class Search(Component):
     """`search`: who proposes candidates, how many, and what each may use."""
 
     sampler: str = setting(
-        "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp, or `file.py:Class`",
+        "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp | grid (every point of a finite"
+        " space, in random order), or `file.py:Class`",
         default="tpe",
     )
     trials: int = setting(
-        "trials of the study in total, failed and infeasible included",
+        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
+        " models are recorded and do not count",
         default=24,
         low=1,
         high=1_000_000,

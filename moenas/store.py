@@ -6,11 +6,11 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -21,20 +21,24 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    inspect,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
-from moenas import claims, membership, rows, tables
+from moenas import claims, membership, optuna_rows, rows, tables
 from moenas.database import Database, engine_arguments, tune_sqlite
 from moenas.errors import InputError, NotFoundError, StorageError, suggestion
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.tally import is_evaluated
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def _now() -> str:
@@ -225,6 +229,43 @@ class Store:
         with self._reading(name) as connection:
             return _newest_attempt(connection, name, trial)
 
+    def end_attempt(self, name: str, trial: int, attempt: int, failure: Plain) -> None:
+        """Store why an attempt gave no evaluation; the trial stays without one."""
+        this = tables.attempt.c.attempt == attempt
+        with self._changing(name) as connection:
+            connection.execute(
+                update(tables.attempt)
+                .where(*_is(tables.attempt, name, trial), this)
+                .values(finished_at=_now(), status="ended", failure=rows.storable(failure))
+            )
+
+    def failed_attempts(self, name: str, trial: int, kind: str) -> int:
+        """Return how many attempts of a trial ended by a kind of failure, without an evaluation."""
+        wanted = select(tables.attempt.c.failure).where(
+            *_is(tables.attempt, name, trial), tables.attempt.c.status == "ended"
+        )
+        with self._reading(name) as connection:
+            found = connection.scalars(wanted).all()
+        return sum((failure or {}).get("kind") == kind for failure in found)
+
+    def fingerprint(self, name: str, trial: int) -> str | None:
+        """Return the fingerprint of a trial's architecture; None if it was never asked for."""
+        with self._reading(name) as connection:
+            found = _candidate(connection, name, trial)
+            return None if found is None else str(found.fingerprint)
+
+    def asked_trials(self, name: str) -> set[int]:
+        """Return the trials that have an architecture of ours."""
+        candidate = tables.candidate.c
+        wanted = select(candidate.trial).where(candidate.study == name, candidate.fingerprint != "")
+        with self._reading(name) as connection:
+            return set(connection.scalars(wanted))
+
+    def apply(self, name: str, change: Callable[[Connection], T]) -> T:
+        """Run a change of a study's rows in one transaction."""
+        with self._changing(name) as connection:
+            return change(connection)
+
     def architecture(self, name: str, trial: int) -> Plain:
         """Return the canonical architecture of a trial.
 
@@ -299,6 +340,27 @@ class Store:
         """Return all evaluations of a study in order of their trials."""
         with self._reading(name) as connection:
             return _evaluations(connection, name)
+
+    def evaluated(self, name: str) -> int:
+        """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
+        row = tables.evaluation.c
+        wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
+        valued = select(tables.value.c.trial).where(
+            tables.value.c.study == name, tables.value.c.value.is_not(None)
+        )
+        with self._reading(name) as connection:
+            found = connection.execute(wanted).all()
+            with_values = set(connection.scalars(valued))
+        return sum(
+            is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values) for r in found
+        )
+
+    def holds_optuna_study(self, name: str) -> bool:
+        """Say whether Optuna's tables hold a study of this name."""
+        with self._database.reading() as connection:
+            if not inspect(connection).has_table("studies"):
+                return False
+            return optuna_rows.has_study(connection, name)
 
     def count(self, name: str) -> int:
         """Return how many trials of a study have an evaluation."""

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from moenas import guests, samplers
+from moenas import guests, points, samplers
 from moenas.describe import one_line
-from moenas.driver import Driver, Event, Interrupted, Listener, Tally
+from moenas.driver import Driver, Event, Interrupted, Listener
 from moenas.errors import InputError, NotFoundError, StorageLostError
 from moenas.heartbeat import Lease
 from moenas.pool import Pool, Workers, open_pool
 from moenas.records import Evaluation, Plain, StudyRecord, View
 from moenas.store import Store
+from moenas.tally import Tally
 
 if TYPE_CHECKING:
     import pandas
@@ -111,8 +112,12 @@ class Study:
 
     @property
     def finished(self) -> str | None:
-        """Why the study is over, `trials` or `exhausted` (a finite space); None if it is not."""
-        if self._finished is None and self.store.count(self.name) >= self.record.trials:
+        """Why the study is over; None if it is not.
+
+        `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
+        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
+        """
+        if self._finished is None and self.store.evaluated(self.name) >= self.record.trials:
             return "trials"
         return self._finished
 
@@ -201,20 +206,24 @@ def run(
 ) -> Study:
     """Run a study to its end and return it; called again, it goes on where it stopped.
 
-    `trials` is how many trials the study is to have in total, failed and infeasible ones
-    included; None takes what the space file says, or what an earlier run asked for if that is
-    more. `workers` and `address` are those of `pool.open_pool`.
+    `trials` is how many candidates the study is to evaluate in total, failed ones included. Draws
+    that are infeasible and models that are evaluated already are recorded and do not count. None
+    takes what the space file says, or what an earlier run asked for if that is more. `workers` and
+    `address` are those of `pool.open_pool`.
 
     Raises:
         InputError: if nothing in the space is feasible, or the study of that name has another
             space or corpus; nothing is written.
         StudyBusyError: if another process runs it.
         NoCandidateError: if not one trial is complete at the end.
+        EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
+        StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
     from moenas.data import load
 
     samplers.check(space.search.sampler)
+    points.check_grid(space)
     space.require_feasible()
     corpus = load(space.data)
     corpus.require(space.train.context, min(space.vocab_sizes))
@@ -222,6 +231,11 @@ def run(
     known = next((r for r in store.studies() if r.name == space.name), None)
     if known is not None:
         _refuse_changes(known, space, corpus)
+    elif store.holds_optuna_study(space.name):
+        raise InputError(
+            f"study '{space.name}': Optuna's tables in {store.place} hold a study of that name"
+            " which moenas did not make; give the space another `name`"
+        )
     sigterm, quiet = _Sigterm(), optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -234,7 +248,7 @@ def run(
             lease = stack.enter_context(Lease(store, space.name))
             driver = Driver(store, space, corpus.sha256, listener or _silent)
             driver.take_up(_total(store.study(space.name), space, trials))
-            if driver.asker.finished is None:
+            if driver.over is None:
                 pool = pool or _opened(stack, space, workers, address)
                 stack.enter_context(sigterm.heeded())
                 driver.work(pool, lease)

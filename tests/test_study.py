@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -21,7 +22,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from moenas import driver, heartbeat, measure, samplers, study
+from moenas import asker, candidate, heartbeat, measure, results, stops, study
 from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,
@@ -147,17 +148,27 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> Scripted:
     return pool
 
 
+def counts(row: Evaluation) -> bool:
+    """Whether a worker evaluated the model of a trial."""
+    if "copied_from" in row.metrics:
+        return False
+    if row.failure:
+        return row.failure["kind"] not in ("parameters", "foreign", "sampler")
+    return bool(row.values)
+
+
 def assert_sound(found: Study, total: int) -> None:
-    """Our rows and Optuna's tell one story, and there are exactly `total` of them."""
+    """Our rows and Optuna's agree, and exactly `total` candidates were evaluated."""
     told = found.optuna.get_trials()
     rows = {e.trial: e for e in found.store.evaluations(found.name)}
-    assert [t.number for t in told] == sorted(rows) == list(range(total))
+    assert [t.number for t in told] == sorted(rows) == list(range(len(rows)))
     states = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED"}
     assert [t.state.name for t in told] == [states[rows[t.number].status] for t in told]
     names = list(found.record.directions)
     for trial in told:
         values = [rows[trial.number].values[n] for n in names] if trial.values else None
         assert trial.values == values
+    assert sum(map(counts, rows.values())) == found.store.evaluated(found.name) == total
     assert found.record.trials == total
 
 
@@ -173,7 +184,7 @@ def test_trials_is_the_total_of_the_study(jobs: list[Job]) -> None:
     assert_sound(first, 6)
     assert first.finished == "trials"
     evaluated = len(jobs)
-    assert evaluated == len({e.fingerprint for e in first.view.evaluations})
+    assert evaluated == 6 == len({e.fingerprint for e in first.view.evaluations})
 
     events: list[Event] = []
     run(space(), workers="inline", listener=events.append)
@@ -191,6 +202,7 @@ def test_a_study_in_pieces_asks_what_a_whole_one_asks(jobs: list[Job]) -> None:
     run(space(), storage="sqlite:///pieces.db", trials=11, workers="inline")
     pieces = run(space(), storage="sqlite:///pieces.db", trials=14, workers="inline")
     assert params(pieces) == params(whole)
+    assert_sound(pieces, 14)
 
 
 def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None:
@@ -201,6 +213,36 @@ def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None
     assert len(jobs) == 6, "each of the 6 models is trained once"
     assert len(found.optuna.trials) < 200
     assert "every point" in events[-1].text
+
+
+def test_a_finite_space_is_covered_by_as_many_trials_as_it_has_points(jobs: list[Job]) -> None:
+    found = run(space(SMALL), trials=6, workers="inline")
+    assert_sound(found, 6)
+    assert len({job.attempt for job in jobs}) == 1
+    assert len({Architecture.parse(job.architecture).fingerprint for job in jobs}) == 6
+
+
+@pytest.mark.parametrize("parts", [[8], [3, 5, 8]])
+def test_the_grid_evaluates_every_point_once(jobs: list[Job], parts: list[int]) -> None:
+    grid = space(SMALL).with_search(sampler="grid")
+    for trials in parts:
+        found = run(grid, trials=trials, workers="inline")
+    assert found.finished == "exhausted"
+    assert len(jobs) == len(found.optuna.trials) == 6, "no point is drawn twice"
+    run(grid, storage="sqlite:///whole.db", trials=8, workers="inline")
+    assert params(load_study("s", "sqlite:///whole.db")) == params(found)
+
+
+def test_the_grid_refuses_a_space_that_it_cannot_cover(jobs: list[Job]) -> None:
+    endless = SMALL.replace("d_model:", "embedding_multiplier: {float: [0.5, 2]}\n  d_model:")
+    with pytest.raises(
+        InputError, match="'embedding_multiplier' is a continuous range; give it a step"
+    ):
+        run(space(endless).with_search(sampler="grid"), workers="inline")
+    wide = SMALL.replace("d_ff: 16", "d_ff: {int: [1, 90000]}")
+    with pytest.raises(InputError, match="of at most 20,000, and the space has more"):
+        run(space(wide).with_search(sampler="grid"), workers="inline")
+    assert not Path("moenas.db").exists()
 
 
 # --- what may not be built ---------------------------------------------------------------------
@@ -217,7 +259,9 @@ def test_infeasible_draws_are_recorded_and_never_evaluated(jobs: list[Job]) -> N
         assert row.cost["active_params"] >= 12000
         assert list(row.violations) == [limit]
     for trial in found.optuna.get_trials():
-        assert set(trial.constraints) == {limit, driver.VALID}, "GP wants equally many everywhere"
+        assert set(trial.constraints) == {limit, candidate.VALID}, (
+            "GP wants equally many everywhere"
+        )
         assert (trial.constraints[limit] > 0) == (trial.state == TrialState.PRUNED)
 
 
@@ -227,21 +271,41 @@ def test_fields_that_do_not_go_together_are_infeasible(jobs: list[Job]) -> None:
     found = run(space(routed), trials=12, workers="inline")
     rejected = [e for e in found.view.evaluations if e.status == "infeasible"]
     assert rejected
-    assert {tuple(e.violations) for e in rejected} == {(driver.VALID,)}
+    assert {tuple(e.violations) for e in rejected} == {(candidate.VALID,)}
     assert_sound(found, 12)
 
 
-def test_a_study_without_a_feasible_draw_says_so(
+def test_a_narrow_requirement_costs_draws_and_no_trials(jobs: list[Job]) -> None:
+    narrow = space(more="require: [active_params < 6000]")  # about 1 of 80 draws meets it
+    found = run(narrow, trials=2, workers="inline")
+    assert_sound(found, 2)
+    assert len(jobs) == 2
+    assert sum(e.status == "infeasible" for e in found.view.evaluations) > 10
+
+
+def test_a_study_without_a_complete_trial_says_so(
     jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = "active_params < 6000"
-    narrow = space(more=f"require: [{limit}]")  # about 1 of 80 draws meets it
-    with pytest.raises(NoCandidateError, match="none of its 3 trials is complete; 3 of them: bre"):
-        run(narrow, trials=3, workers="inline")
-    monkeypatch.setattr(driver, "BARREN", 4)
+    monkeypatch.setattr(stops, "DRAWS", 4)
     with pytest.raises(NoCandidateError, match=f"4 draws in a row .* '{limit}'; loosen"):
-        run(narrow, trials=100, workers="inline")
+        run(space(more=f"require: [{limit}]"), trials=100, workers="inline")
     assert jobs == []
+    scripted(monkeypatch, lambda job: Failure("diverged", "loss is nan"))
+    with pytest.raises(NoCandidateError, match="none of its 3 trials is complete; 3 of them: div"):
+        run(space(name="t"), trials=3, workers="inline")
+
+
+def test_draws_in_a_row_without_a_candidate_end_a_study_that_has_some(
+    jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stops, "DRAWS", 5)
+    events: list[Event] = []
+    narrow = space(more="require: [active_params < 12000]")
+    found = run(narrow, trials=100, workers="inline", listener=events.append)
+    assert found.finished == "draws"
+    assert re.search(r"5 draws in a row gave no new candidate: \d of them bro", events[-1].text)
+    assert 0 < len(jobs) < 100
 
 
 ROUTED = """
@@ -278,7 +342,7 @@ def assert_routed(found: Study, limit: str, bound: float) -> None:
         trial = told[row.trial]
         assert trial.state == TrialState.COMPLETE, "a sampler learns from the values"
         assert trial.values == [row.values["val_loss"], row.values["flops_per_token"]]
-        assert set(trial.constraints) == {limit, driver.VALID}
+        assert set(trial.constraints) == {limit, candidate.VALID}
         assert (trial.constraints[limit] > 0) is broken
         if broken:
             assert row.violations[limit] == trial.constraints[limit]
@@ -318,7 +382,7 @@ def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(measure, "evaluate", routed)
     wanted = space(ROUTED, more="require: [max_vio < 0.4]")
     with monkeypatch.context() as patch:
-        patch.setattr(samplers.Asker, "tell", stopping_at("infeasible"))
+        patch.setattr(asker.Asker, "tell", stopping_at("infeasible"))
         with pytest.raises(Interrupted):
             run(wanted, trials=8, workers="inline")
     stored = Study(Store.open(), "s").view.evaluations
@@ -331,9 +395,9 @@ def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.Mon
 
 def stopping_at(status: str) -> Callable[..., None]:
     """A `tell` that is interrupted at the first evaluation of a status: our rows are written."""
-    tell = samplers.Asker.tell
+    tell = asker.Asker.tell
 
-    def stopping(self: samplers.Asker, trial: Any, found: Evaluation) -> None:
+    def stopping(self: asker.Asker, trial: Any, found: Evaluation) -> None:
         if found.status == status:
             raise KeyboardInterrupt
         tell(self, trial, found)
@@ -354,7 +418,7 @@ def test_failures_without_values_carry_no_constraint_of_the_trained_model(
     failed = [e for e in found.view.evaluations if e.status == "failed"]
     assert failed
     for row in failed:
-        assert set(found.optuna.get_trials()[row.trial].constraints) == {driver.VALID}
+        assert set(found.optuna.get_trials()[row.trial].constraints) == {candidate.VALID}
     copies = [e for e in failed if "copied_from" in e.metrics]
     models = {e.fingerprint for e in failed}
     assert len(failed) - len(copies) == len(models), "what looks ahead does so again"
@@ -400,6 +464,7 @@ def test_a_model_in_flight_is_waited_for(
     assert_sound(found, 3)
     assert params(found)[1] == params(found)[2]
     assert pool.most == 1, "the second one waits although there is room"
+    assert len(params(found)) == (3 if fault == "timeout" else 4), "a copy does not count"
     first, second = found.evaluation(1), found.evaluation(2)
     if fault == "timeout":
         assert (first.status, second.status) == ("failed", "complete")
@@ -417,13 +482,13 @@ def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again(
         return Failure("diverged", "nan") if job.architecture["d_model"] == 16 else fake(job)[0]
 
     scripted(monkeypatch, script)
-    found = run(space(SMALL), trials=2, workers=2)
-    for _ in range(2):
-        for width in (16, 24):
-            found.optuna.enqueue_trial({"d_model": width, "blocks.0.repeat": 1})
-        found = run(space(SMALL), trials=found.record.trials + 2, workers=2)
-    assert_sound(found, 6)
-    again = [found.evaluation(trial) for trial in (4, 5)]
+    found = run(space(SMALL), trials=6, workers=2)
+    drawn = len(found.optuna.trials)
+    for width in (16, 24):
+        found.optuna.enqueue_trial({"d_model": width, "blocks.0.repeat": 1})
+    found = run(space(SMALL), trials=7, workers=2)
+    assert found.finished == "exhausted"
+    again = [found.evaluation(trial) for trial in (drawn, drawn + 1)]
     assert ["copied_from" in e.metrics for e in again] == [True, True]
     assert [e.status for e in again] == ["failed", "complete"]
     assert again[0].failure == {"kind": "diverged", "message": "nan", "traceback": ""}
@@ -472,9 +537,29 @@ def test_a_run_whose_workers_all_die_stops(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(MoenasError, match="of 5 candidates in a row died, 3 of each, the last"):
         run(space(), trials=12, workers=2, listener=events.append)
     assert sum(e.kind == "retried" for e in events) == 2 * 5
-    assert load_study("s").store.count("s") == 5
+    assert load_study("s").store.count("s") == 0, "no trial is used up"
     scripted(monkeypatch, lambda job: fake(job)[0])
-    assert_sound(run(space(), trials=12, workers=2), 12)
+    found = run(space(), trials=12, workers=2)
+    assert_sound(found, 12)
+    assert all(e.status == "complete" for e in found.view.evaluations)
+
+
+def test_candidates_that_always_kill_their_workers_do_not_block_a_study(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are held back in two runs; in the third they fail, and the study goes on."""
+    deadly = {0, 1, 2, 3, 4, 5}
+
+    def script(job: Job) -> Evaluation | Failure:
+        return Failure("crashed", "worker died") if job.trial in deadly else fake(job)[0]
+
+    scripted(monkeypatch, script)
+    for _ in range(2):
+        with pytest.raises(MoenasError, match="5 candidates in a row died"):
+            run(space(), trials=8, workers=2)
+    found = run(space(), trials=8, workers=2)
+    assert_sound(found, 8)
+    assert {e.trial for e in found.view.evaluations if e.status == "failed"} == deadly
 
 
 def test_candidates_that_kill_their_workers_do_not_stop_a_study(
@@ -496,7 +581,7 @@ def test_a_run_whose_first_candidates_all_fail_alike_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool = scripted(monkeypatch, lambda job: Failure("error", f"x.py:{job.trial}: no module 'y'"))
-    with pytest.raises(MoenasError, match="first 5 candidates all failed for one reason: error: x"):
+    with pytest.raises(MoenasError, match="5 first candidates all failed for one reason: error: x"):
         run(space(), trials=40, workers=2)
     assert pool.most == 2
     scripted(monkeypatch, lambda job: fake(job)[0])
@@ -596,17 +681,17 @@ def test_a_latency_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_was_recorded_is_told_later(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends after our rows are written, before Optuna's are."""
-    tell = samplers.Asker.tell
+    tell = asker.Asker.tell
 
     def lost(self: Any, trial: optuna.Trial, found: Evaluation) -> None:
         if trial.number == 3:
             raise StorageLostError("gone")
         tell(self, trial, found)
 
-    monkeypatch.setattr(samplers.Asker, "tell", lost)
+    monkeypatch.setattr(asker.Asker, "tell", lost)
     with pytest.raises(StorageLostError):
         run(space(), trials=6, workers="inline")
-    monkeypatch.setattr(samplers.Asker, "tell", tell)
+    monkeypatch.setattr(asker.Asker, "tell", tell)
     assert_sound(run(space(), trials=6, workers="inline"), 6)
     assert [job.trial for job in jobs].count(3) == 1, "what was paid for is not paid for again"
 
@@ -638,7 +723,7 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, jobs: list[J
         raise OSError(28, "No space left on device", "/runs/x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "write_weights", full)
+        patch.setattr(results, "write_weights", full)
         with pytest.raises(StorageLostError, match="/runs/x: cannot be written: No space left"):
             run(space(), trials=3, workers="inline")
     assert_sound(run(space(), trials=3, workers="inline"), 3)
@@ -809,7 +894,7 @@ def test_a_study_is_read_back(jobs: list[Job]) -> None:
     assert found.architecture(first.trial).plain() == first.architecture
     assert list(front.dataframe()["trial"]) == [m.trial for m in front]
     table = found.dataframe()
-    assert len(table) == 8
+    assert len(table) == len(found.view.evaluations) > 8
     assert list(table.columns[:4]) == ["trial", "state", "val_loss", "flops_per_token"]
     rejected = table[table["state"] == "infeasible"]
     assert rejected["val_loss"].isna().all()
@@ -829,8 +914,11 @@ def test_a_listener_hears_of_every_trial(jobs: list[Job]) -> None:
         space(more="require: [active_params < 20000]"), workers="inline", listener=events.append
     )
     over = [e for e in events if e.evaluation is not None]
-    assert [e.trial for e in over] == list(range(6))
-    assert [e.tally.finished for e in over] == list(range(1, 7))
+    rows = {e.trial: e for e in found.view.evaluations}
+    assert [e.trial for e in over] == list(rows)
+    done = [sum(counts(rows[t]) for t in list(rows)[: i + 1]) for i in range(len(rows))]
+    assert [e.tally.finished for e in over] == done
+    assert done[-1] == 6
     kinds = {e.trial: e.kind for e in over}
     for row in found.view.evaluations:
         wanted = "copied" if "copied_from" in row.metrics else row.status

@@ -1,0 +1,85 @@
+"""Corrections of Optuna's finished trials, which its API does not allow.
+
+Optuna closes a trial for ever once it is told. Three cases need more: another program has told a
+trial of ours, a failed trial is to run again, and an objective was measured again. Both stores
+live in one database, so that a correction is one transaction with our own rows.
+
+The tables are those of Optuna's own models; `pyproject.toml` pins the major version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+from sqlalchemy import Connection, delete, insert, select, update
+
+from moenas.errors import StorageLostError
+
+TRIAL = models.TrialModel.__table__
+VALUE = models.TrialValueModel.__table__
+ATTRIBUTE = models.TrialUserAttributeModel.__table__
+STUDY = models.StudyModel.__table__
+FINITE = models.TrialValueModel.TrialValueType.FINITE
+
+
+def set_outcome(
+    connection: Connection,
+    study: str,
+    number: int,
+    state: TrialState,
+    values: Sequence[float] | None,
+) -> None:
+    """Close a trial with this state and these values, whatever it says now.
+
+    Raises:
+        StorageLostError: if Optuna has no such trial.
+    """
+    trial_id = _trial_id(connection, study, number)
+    # Optuna stores times as naive UTC.
+    now = datetime.now(UTC).replace(tzinfo=None)
+    changes = {"state": state, "datetime_complete": now}
+    connection.execute(update(TRIAL).where(TRIAL.c.trial_id == trial_id).values(changes))
+    connection.execute(delete(VALUE).where(VALUE.c.trial_id == trial_id))
+    rows = [
+        {"trial_id": trial_id, "objective": i, "value": value, "value_type": FINITE}
+        for i, value in enumerate(values or ())
+    ]
+    if rows:
+        connection.execute(insert(VALUE), rows)
+
+
+def reopen(connection: Connection, study: str, number: int) -> None:
+    """Let a finished trial run again: it keeps its number, parameters and constraints.
+
+    Raises:
+        StorageLostError: if Optuna has no such trial.
+    """
+    trial_id = _trial_id(connection, study, number)
+    changes = {"state": TrialState.RUNNING, "datetime_complete": None}
+    connection.execute(update(TRIAL).where(TRIAL.c.trial_id == trial_id).values(changes))
+    for table in (VALUE, ATTRIBUTE):
+        connection.execute(delete(table).where(table.c.trial_id == trial_id))
+
+
+def has_study(connection: Connection, study: str) -> bool:
+    """Say whether Optuna's tables hold a study of this name."""
+    wanted = select(STUDY.c.study_id).where(STUDY.c.study_name == study)
+    return connection.execute(wanted).first() is not None
+
+
+def _trial_id(connection: Connection, study: str, number: int) -> int:
+    wanted = (
+        select(TRIAL.c.trial_id)
+        .join(STUDY, STUDY.c.study_id == TRIAL.c.study_id)
+        .where(STUDY.c.study_name == study, TRIAL.c.number == number)
+    )
+    found = connection.execute(wanted).scalar()
+    if found is None:
+        raise StorageLostError(
+            f"study '{study}': Optuna's tables hold no trial {number} any more: another program"
+            " has deleted it; run the same command again to restore it from ours"
+        )
+    return int(found)

@@ -1,0 +1,67 @@
+"""Results on their way into the database: each lies in a file until it is committed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moenas.records import Evaluation
+from moenas.rows import storable
+from moenas.weights import weights_path
+
+FOLDER = "uncommitted"
+"""Folder beside those of a study's trials."""
+
+
+class Spool:
+    """Files of one study's results that are not known to be committed."""
+
+    def __init__(self, runs: Path, study: str) -> None:
+        self._folder = weights_path(runs, study, 0).parents[1] / FOLDER
+
+    @contextlib.contextmanager
+    def holding(self, found: Evaluation) -> Iterator[None]:
+        """Keep a result in a file until the block has ended without an exception.
+
+        A file that cannot be written, as on a full disk, is no reason not to try the commit.
+        """
+        path = self._folder / f"{found.trial}-{found.attempt}.json"
+        with contextlib.suppress(OSError):
+            self._write(path, found)
+        yield
+        self.drop(path)
+
+    def drop(self, path: Path) -> None:
+        """Remove the file of a result, and the folder if it was the last one."""
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            self._folder.rmdir()
+
+    def results(self) -> Iterator[tuple[Path, Evaluation | None]]:
+        """Yield each file and its result; None for a file that is not whole."""
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                yield path, Evaluation.parse(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                yield path, None
+        for draft in self._folder.glob(".*.tmp"):
+            self.drop(draft)
+
+    def _write(self, path: Path, found: Evaluation) -> None:
+        """Write a file whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(storable(found.plain()), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise

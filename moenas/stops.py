@@ -1,0 +1,156 @@
+"""When a run stops early: one failure again and again, a failing machine, no new candidate."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+
+from moenas.errors import EnvironmentFaultError, NoCandidateError, StudyStoppedError
+from moenas.records import Evaluation, Failure
+
+ENVIRONMENT = "environment"
+"""Kind of a failure that is the machine's, not the candidate's."""
+ENVIRONMENT_FAULTS = 5
+"""Faults of the environment in a row, pauses between them, before the run stops."""
+FIRST_PAUSE_S = 1.0
+"""Pause after a first fault of the environment; each further one in a row doubles it."""
+LONGEST_PAUSE_S = 30.0
+TRIES = 3
+"""Faults of the environment of one candidate, while others succeed, that make it fail."""
+TRIES_ALONE = 10
+"""The same for a candidate beside which no other one was evaluated in the run."""
+
+SAME_FAILURES = 5
+"""Candidates in a row that fail for one reason before the run stops."""
+OF_THE_CANDIDATE = ("diverged", "acausal", "collapsed", "timeout", "out_of_memory", ENVIRONMENT)
+"""Kinds of failure that stop a run only where no candidate has been complete yet: a space may hold
+many such models."""
+
+RETRIES = 2
+"""Times that a candidate is tried again after its worker process died."""
+CRASHES = 5
+"""Candidates in a row that use up their retries before the run stops."""
+DRAWS = 1000
+"""Draws in a row that give nothing to evaluate before a study ends."""
+
+
+def reason(found: Evaluation) -> str:
+    """Say in one line why a trial has no values."""
+    if found.failure:
+        return f"{found.failure['kind']}: {found.failure['message']}"
+    return "breaks " + ", ".join(found.violations)
+
+
+class Faults:
+    """The environment's faults: how long to pause after one, and when to give up."""
+
+    def __init__(self, study: str) -> None:
+        self._study = study
+        self._streak = 0
+        self._until = 0.0
+        self.healthy = False
+        """A candidate was evaluated in this run, so the environment did work."""
+
+    @property
+    def pause(self) -> float:
+        """Seconds for which nothing must be started."""
+        return max(0.0, self._until - time.monotonic())
+
+    def succeeded(self) -> None:
+        """A worker gave a result that is not a fault of the environment."""
+        self._streak, self.healthy = 0, True
+
+    def failed(self, failure: Failure) -> None:
+        """Count a fault; several at a time count once.
+
+        Raises:
+            EnvironmentFaultError: after ENVIRONMENT_FAULTS in a row.
+        """
+        if self.pause:
+            return
+        self._streak += 1
+        if self._streak >= ENVIRONMENT_FAULTS:
+            raise EnvironmentFaultError(
+                f"study '{self._study}': {self._streak} times in a row no candidate could be"
+                f" evaluated here: {failure.message}; put that right and resume. No trial is used"
+                " up"
+            )
+        pause = min(FIRST_PAUSE_S * 2 ** (self._streak - 1), LONGEST_PAUSE_S)
+        self._until = time.monotonic() + pause
+
+    def exhausted(self, tries: int) -> bool:
+        """Say whether a candidate with so many faults is to fail itself."""
+        return tries >= (TRIES if self.healthy else TRIES_ALONE)
+
+
+class SameFailures:
+    """Counts candidates in a row that fail for one reason."""
+
+    def __init__(self, study: str) -> None:
+        self._study = study
+        self._last = ""
+        self._times = 0
+
+    def add(self, found: Evaluation, any_complete: bool) -> None:
+        """Take in a finished trial.
+
+        Raises:
+            StudyStoppedError: at SAME_FAILURES in a row.
+        """
+        kind = (found.failure or {}).get("kind")
+        if kind == "crashed":  # the driver holds these back by itself
+            return
+        if found.status != "failed" or (any_complete and kind in OF_THE_CANDIDATE):
+            self._last, self._times = "", 0
+            return
+        # Numbers, such as those of a process or a shape, do not make another reason.
+        text = re.sub(r"\d+", "#", reason(found))
+        self._times = self._times + 1 if text == self._last else 1
+        self._last = text
+        if self._times >= SAME_FAILURES:
+            which = "candidates in a row" if any_complete else "first candidates"
+            raise StudyStoppedError(
+                f"study '{self._study}': the {self._times} {which} all failed for one reason:"
+                f" {reason(found)}; put that right, then `moenas retry` runs them again"
+            )
+
+
+class Draws:
+    """Counts draws in a row that give nothing to evaluate."""
+
+    def __init__(self, study: str) -> None:
+        self._study = study
+        self._broken: Counter[str] = Counter()
+        self.fruitless = 0
+        """Draws since the last one that was sent to a worker."""
+
+    @property
+    def over(self) -> bool:
+        """Whether the bound is reached."""
+        return self.fruitless >= DRAWS
+
+    def add(self, broken: dict[str, float]) -> None:
+        """Take in a draw that is not evaluated; `broken` are the requirements that it breaks."""
+        self.fruitless += 1
+        self._broken.update(broken.keys())
+
+    def started(self) -> None:
+        """A draw is sent to a worker."""
+        self.fruitless = 0
+        self._broken.clear()
+
+    def text(self) -> str:
+        """Say what the draws were."""
+        head = f"{self.fruitless} draws in a row gave no new candidate"
+        if not self._broken:
+            return f"{head}: all were models that are evaluated already"
+        most, times = self._broken.most_common(1)[0]
+        return (
+            f"{head}: {times} of them broke '{most}'; loosen it, or take the options out of the"
+            " space that break it"
+        )
+
+    def error(self) -> NoCandidateError:
+        """Return the error of a study without any complete trial."""
+        return NoCandidateError(f"study '{self._study}': {self.text()}")
