@@ -121,7 +121,7 @@ def holes(tree: Tree, path: str = "", given: dict[str, Any] | None = None) -> It
     """Yield every hole; a varied group of layers yields those of its first layer."""
     given = given or {}
     if isinstance(tree, Range):
-        yield Hole(path, tree, given)
+        yield Hole(path + tree.name, tree, given)
     elif isinstance(tree, Choice):
         yield Hole(path, tree, given)
         for label, option in zip(tree.labels, tree.options, strict=True):
@@ -185,10 +185,86 @@ def _draw_layers(tree: Record, suggest: Suggest, path: str) -> list[Plain]:
 
 
 def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
+    path += tree.name
+    if tree.log and tree.whole:
+        unit = tree.unit
+        low, high = int(tree.low) // unit, int(tree.high) // unit
+        return unit * suggest.suggest_int(path, low, high, step=1, log=True)
     if tree.whole:
         step = int(tree.step or 1)
-        return suggest.suggest_int(path, int(tree.low), int(tree.high), step=step, log=tree.log)
+        return suggest.suggest_int(path, int(tree.low), int(tree.high), step=step, log=False)
     return suggest.suggest_float(path, tree.low, tree.high, step=tree.step, log=tree.log)
+
+
+class _Walk:
+    """Answers each question with the option at a given place, and the first where none is given."""
+
+    def __init__(self, places: Sequence[int]) -> None:
+        self.places = list(places)
+        self.last: list[int] = []
+        """The place of the last option of each question."""
+        self.answers: dict[str, Any] = {}
+
+    def _next(self, name: str, options: Sequence[Any]) -> Any:
+        at = len(self.last)
+        if at == len(self.places):
+            self.places.append(0)
+        self.last.append(len(options) - 1)
+        self.answers[name] = options[self.places[at]]
+        return self.answers[name]
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Return the choice at the place."""
+        return self._next(name, choices)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        """Return the whole number at the place."""
+        return int(self._next(name, range(low, high + 1, step)))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float:
+        """Return the number at the place."""
+        assert step is not None, "continuous ranges are refused before"
+        count = round((high - low) / step) + 1
+        at = self._next(name, range(count))
+        self.answers[name] = min(high, low + step * at)
+        return float(self.answers[name])
+
+    def advanced(self) -> list[int] | None:
+        """Return the places of the next point: the last place that can move on does."""
+        places = self.places
+        while places and places[-1] == self.last[len(places) - 1]:
+            places = places[:-1]
+        return [*places[:-1], places[-1] + 1] if places else None
+
+
+def enumerate_points(tree: Tree, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield each point of a finite space, at most `limit`: what `draw` asks for -> the answer.
+
+    The order is fixed, the last hole moves first. Nothing is held but the current point.
+
+    Raises:
+        SpaceError: at once, naming a hole that is a continuous range.
+    """
+    for hole in holes(tree):
+        if isinstance(hole.tree, Range) and hole.tree.count is None:
+            raise SpaceError(
+                f"{hole.tree.mark}: {hole.name}: a continuous range has no end of values;"
+                " give it a step"
+            )
+    return _points(tree, limit)
+
+
+def _points(tree: Tree, limit: int | None) -> Iterator[dict[str, Any]]:
+    places: list[int] | None = []
+    yielded = 0
+    while places is not None and (limit is None or yielded < limit):
+        walk = _Walk(places)
+        draw(tree, walk)
+        yield walk.answers
+        yielded += 1
+        places = walk.advanced()
 
 
 def check_options(cls: type[Component], tree: Tree) -> None:
@@ -205,7 +281,9 @@ def check_options(cls: type[Component], tree: Tree) -> None:
         for hole in holes(narrow):
             for label, mark in _options(hole.tree):
                 forced = {**hole.given, hole.name: label}
-                _check_option(cls, narrow, forced, f"{mark}: {hole.name}")
+                unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
+                shown = repr(label) if unit == 1 else f"{unit} * {label}"
+                _check_option(cls, narrow, forced, f"{mark}: {hole.name}: {shown}")
 
 
 def _narrowed(tree: Tree) -> list[Tree]:
@@ -239,7 +317,8 @@ def _options(tree: Choice | Range) -> list[tuple[Scalar, Mark]]:
         return [(tree.low, tree.mark), (tree.high, tree.mark)]
     looks = min(tree.count, LOOKS)
     steps = {i * (tree.count - 1) // max(1, looks - 1) for i in range(looks)}
-    return [(tree.low + i * tree.step, tree.mark) for i in sorted(steps)]
+    values = [tree.low + i * tree.step for i in sorted(steps)]
+    return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
 
 
 def _check_option(cls: type[Component], tree: Tree, forced: dict[str, Any], place: str) -> None:
@@ -250,5 +329,4 @@ def _check_option(cls: type[Component], tree: Tree, forced: dict[str, Any], plac
             return
         except SpaceError as error:
             reason = str(error).removeprefix("<data>: ")
-    value = next(reversed(forced.values()))
-    raise SpaceError(f"{place}: {value!r} can never be valid: {reason}")
+    raise SpaceError(f"{place} can never be valid: {reason}")

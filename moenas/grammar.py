@@ -59,6 +59,17 @@ class Range:
             return int(self.high - self.low) // int(self.step) + 1
         return round((self.high - self.low) / self.step) + 1
 
+    @property
+    def unit(self) -> int:
+        """What the sampler counts in. Optuna has no step beside `log`: multiples of 8 are drawn
+        as a number of eights."""
+        return int(self.step or 1) if self.log else 1
+
+    @property
+    def name(self) -> str:
+        """The end of the hole's name: `/8` if it is drawn as a number of eights."""
+        return f"/{self.unit}" if self.unit > 1 else ""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -295,9 +306,7 @@ def _step_and_log(
         raise log.error(join(path, "log"), f"{log.plain!r} is not true or false")
     is_log = bool(log and log.value)
     if step is None:
-        if whole and field.multiple and not is_log:
-            return field.multiple, is_log
-        return (1 if whole else None), is_log
+        return ((field.multiple or 1) if whole else None), is_log
     number = isinstance(step.value, int | float) and not isinstance(step.value, bool)
     if not number or not 0 < cast(float, step.value) <= MAX_NUMBER:
         raise step.error(join(path, "step"), f"{step.plain!r} is not a number above 0")

@@ -83,6 +83,56 @@ def test_a_drawn_point_is_a_space_of_size_one_that_draws_itself(
     assert draws.draw(again, draws.RandomSuggest(seed + 1)) == point
 
 
+@settings(max_examples=100, deadline=None)
+@given(carts)
+def test_enumerated_points_are_those_of_brute_force(plain: dict[str, Any]) -> None:
+    tree = grammar.read(Cart, Node.wrap(plain))
+    if draws.count(tree) > 1000:
+        return
+    found = list(draws.enumerate_points(tree))
+    points = [draws.draw(tree, optuna.trial.FixedTrial(params)) for params in found]
+    assert points == list(every_point(tree))
+    assert len({repr(sorted(params.items())) for params in found}) == draws.count(tree)
+
+
+def test_enumerated_names_are_those_that_a_draw_asks_for() -> None:
+    tree = read(
+        "axles: [{repeat: {int: [1, 2]}, vary: true, wheel: {choice: [{kind: disc, radius:"
+        " {int: [4, 64], log: true}}, {kind: spoked, tension: {float: [0, 1], step: 0.25}}]}}]"
+    )
+    space = {repr(sorted(params.items())) for params in draws.enumerate_points(tree)}
+    assert len(space) == draws.count(tree) == 21 + 21**2
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3))
+    for _ in range(30):
+        trial = study.ask()
+        draws.draw(tree, trial)
+        assert repr(sorted(trial.params.items())) in space
+
+
+def test_enumeration_is_lazy_limited_and_refuses_continuous_ranges_at_once() -> None:
+    disc = "axles: [{repeat: 60, vary: true, wheel: {kind: disc, radius: {int: [4, 64]}}}]"
+    first = list(draws.enumerate_points(read(disc), 3))
+    assert [params["axles.0.59.wheel.radius"] for params in first] == [4, 8, 12]
+    assert list(draws.enumerate_points(read("axles: [{wheel: {kind: disc}}]"))) == [{}]
+    with pytest.raises(SpaceError, match="f:1:9: slack: a continuous range"):
+        draws.enumerate_points(read("{slack: {float: [0, 1]}, axles: [{wheel: {kind: disc}}]}"))
+
+
+def test_a_logarithmic_range_of_multiples_is_drawn_as_a_number_of_them() -> None:
+    tree = read("axles: [{wheel: {kind: disc, radius: {int: [4, 64], log: true}}}]")
+    draws.check_options(Cart, tree)
+    assert draws.count(tree) == 16
+    [hole] = draws.holes(tree)
+    assert hole.name == "axles.0.wheel.radius/4"
+    drawn = [
+        draws.draw(tree, draws.RandomSuggest(seed))["axles"][0]["wheel"]["radius"]
+        for seed in range(400)
+    ]
+    assert set(drawn) == set(range(4, 65, 4))
+    assert sum(radius <= 16 for radius in drawn) > 180  # half of the range by its logarithm
+    assert grammar.unparse(tree)["axles"][0]["wheel"]["radius"] == {"int": [4, 64], "log": True}
+
+
 def test_ten_to_the_thirty_points_are_counted_at_once() -> None:
     tree = read("axles: [{repeat: 30, vary: true, wheel: {kind: spoked, spokes: {int: [2, 11]}}}]")
     assert draws.count(tree) == 10**30
