@@ -34,6 +34,8 @@ class Candidate:
     """Why the drawn fields do not go together."""
     crashes: int = 0
     """How often its worker process died in this run."""
+    fault_at: int = 0
+    """Results that had come back in this run when it met a fault of the environment."""
 
     @classmethod
     def drawn(cls, trial: Trial, plain: Plain, space: Space) -> Candidate:

@@ -6,8 +6,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from optuna.exceptions import StorageInternalError
 
@@ -22,12 +21,12 @@ from moenas.candidate import Candidate
 from moenas.describe import one_line
 from moenas.errors import (
     EnvironmentFaultError,
-    MoenasError,
     NoCandidateError,
     StorageLostError,
     StudyBusyError,
     StudyStoppedError,
 )
+from moenas.events import Event, Kind, Listener
 from moenas.heartbeat import Lease
 from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
@@ -36,7 +35,7 @@ from moenas.results import Results
 from moenas.spool import Spool
 from moenas.stops import ENVIRONMENT, Draws, Faults, SameFailures, reason
 from moenas.store import Store
-from moenas.tally import Score, Tally
+from moenas.tally import Score
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -59,33 +58,6 @@ ENDS_A_RUN = (
     StorageInternalError,
 )
 """What is not the fault of one candidate."""
-
-Kind = Literal[
-    "resumed", "started", "finished", "infeasible", "copied", "retried", "warning", "done"
-]
-
-
-class Interrupted(MoenasError):
-    """The run was stopped by Ctrl-C or SIGTERM; the same call resumes the study."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that a listener may want to show."""
-
-    kind: Kind
-    trial: int | None
-    text: str
-    """The architecture in one line, or what happened."""
-    evaluation: Evaluation | None
-    tally: Tally
-
-
-Listener = Callable[[Event], None]
 
 
 class Driver:
@@ -110,6 +82,8 @@ class Driver:
         self.running: dict[int, Candidate] = {}
         self.delayed: list[Candidate] = []
         """Candidates that start again once the environment has had its pause."""
+        self.ended = 0
+        """Results that came back in this run."""
         self.same: dict[str, list[Candidate]] = {}
         """Fingerprint -> trials that wait for a running one, which is the same model."""
         self.known: dict[str, int] = {}
@@ -222,13 +196,13 @@ class Driver:
         """Start or draw one candidate, if there is room and need; say whether one was."""
         if self.faults.pause or len(self.running) >= self.pool.capacity:
             return False
-        if self.delayed:
-            self._guarded(self.delayed.pop(0), self._start)
-            return True
-        pending = len(self.running) + len(self.crashed) + sum(map(len, self.same.values()))
-        needed = self.total - self.score.evaluated - pending
-        enough = needed <= 0 or self.draws.over or self.asker.stopped or self.asker.exhausted
-        if enough and not self.asker.orphans:
+        # After a fault of the environment another candidate ends first, to tell whose it was.
+        for candidate in self.delayed:
+            if self.ended > candidate.fault_at or not (self.running or self._more_to_draw):
+                self.delayed.remove(candidate)
+                self._guarded(candidate, self._start)
+                return True
+        if not self._more_to_draw:
             return False
         try:
             trial = self.asker.next(self.draws.fruitless)
@@ -237,6 +211,17 @@ class Driver:
             return True
         self._guarded(Candidate(trial, {}), self._draw)
         return True
+
+    @property
+    def _more_to_draw(self) -> bool:
+        """Whether the study needs another candidate and can have one."""
+        if self.asker.orphans:
+            return True
+        pending = len(self.running) + len(self.delayed) + len(self.crashed)
+        pending += sum(map(len, self.same.values()))
+        if self.score.evaluated + pending >= self.total:
+            return False
+        return not (self.draws.over or self.asker.stopped or self.asker.exhausted)
 
     def _guarded(self, candidate: Candidate, step: Callable[[Candidate], None]) -> None:
         """Take a step with a candidate; what it raises becomes the candidate's failure."""
@@ -327,6 +312,7 @@ class Driver:
     def _land(self, result: Result) -> None:
         """Take a result: retry it if that may help, else record and tell it."""
         candidate, found = self.running.pop(result.job.trial), result.outcome
+        self.ended += 1
         failure = found if isinstance(found, Failure) else None
         if not isinstance(found, Failure) and found.status == "failed" and found.failure:
             failure = Failure.parse(found.failure)
@@ -365,9 +351,10 @@ class Driver:
         """Let a candidate start again after a pause; False if it is to fail itself."""
         self.store.end_attempt(self.name, job.trial, job.attempt, failure.plain())
         tries = self.store.failed_attempts(self.name, job.trial, ENVIRONMENT)
-        if self.faults.exhausted(tries):
+        if self.faults.exhausted(job.trial, tries):
             return False
         self.faults.failed(failure)
+        candidate.fault_at = self.ended
         self.delayed.append(candidate)
         text = f"{failure.message}; it starts again in {self.faults.pause:.0f} s"
         self._emit("retried", candidate.number, text)
@@ -427,7 +414,16 @@ class Driver:
 
     def _finish(self, candidate: Candidate, found: Evaluation, kind: Kind, text: str) -> None:
         """Store the evaluation of a trial, then tell Optuna, then the listener."""
-        if not self.store.record(found):
+        try:
+            recorded = self.store.record(found)
+        except ENDS_A_RUN:
+            raise
+        except Exception as error:  # a value that the tables do not take
+            found = candidate.evaluation(
+                self.name, found.attempt, "failed", failure=internal(error).plain()
+            )
+            recorded = self.store.record(found)
+        if not recorded:
             raise StudyBusyError(
                 f"study '{self.name}': another process has evaluated trial {found.trial} meanwhile"
             )

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moenas.describe import short
-from moenas.driver import Event, Listener
+from moenas.events import Event, Listener
 from moenas.space import Space
 from moenas.tally import Tally
 

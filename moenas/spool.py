@@ -27,10 +27,11 @@ class Spool:
     def holding(self, found: Evaluation) -> Iterator[None]:
         """Keep a result in a file until the block has ended without an exception.
 
-        A file that cannot be written, as on a full disk, is no reason not to try the commit.
+        A file that cannot be written, as on a full disk, is no reason not to try the commit; nor
+        is a result that is not JSON, which the commit will refuse.
         """
         path = self._folder / f"{found.trial}-{found.attempt}.json"
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError, ValueError):
             self._write(path, found)
         yield
         self.drop(path)

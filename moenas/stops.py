@@ -16,10 +16,10 @@ ENVIRONMENT_FAULTS = 5
 FIRST_PAUSE_S = 1.0
 """Pause after a first fault of the environment; each further one in a row doubles it."""
 LONGEST_PAUSE_S = 30.0
-TRIES = 3
-"""Faults of the environment of one candidate, while others succeed, that make it fail."""
-TRIES_ALONE = 10
-"""The same for a candidate beside which no other one was evaluated in the run."""
+TRIES = 4
+"""Faults of the environment of one candidate, others evaluated between them, that make it fail."""
+TRIES_ALONE = 2 * ENVIRONMENT_FAULTS + 1
+"""The same over all runs, where no other candidate shows that the environment works."""
 
 SAME_FAILURES = 5
 """Candidates in a row that fail for one reason before the run stops."""
@@ -49,8 +49,9 @@ class Faults:
         self._study = study
         self._streak = 0
         self._until = 0.0
-        self.healthy = False
-        """A candidate was evaluated in this run, so the environment did work."""
+        self._successes = 0
+        self._seen: dict[int, set[int]] = {}
+        """Trial -> how many candidates had been evaluated at each of its faults."""
 
     @property
     def pause(self) -> float:
@@ -59,7 +60,8 @@ class Faults:
 
     def succeeded(self) -> None:
         """A worker gave a result that is not a fault of the environment."""
-        self._streak, self.healthy = 0, True
+        self._streak = 0
+        self._successes += 1
 
     def failed(self, failure: Failure) -> None:
         """Count a fault; several at a time count once.
@@ -79,9 +81,11 @@ class Faults:
         pause = min(FIRST_PAUSE_S * 2 ** (self._streak - 1), LONGEST_PAUSE_S)
         self._until = time.monotonic() + pause
 
-    def exhausted(self, tries: int) -> bool:
-        """Say whether a candidate with so many faults is to fail itself."""
-        return tries >= (TRIES if self.healthy else TRIES_ALONE)
+    def exhausted(self, trial: int, tries: int) -> bool:
+        """Say whether a trial is to fail itself, now that it has met `tries` faults."""
+        seen = self._seen.setdefault(trial, set())
+        seen.add(self._successes)
+        return (len(seen) > 1 and tries >= TRIES) or tries >= TRIES_ALONE
 
 
 class SameFailures:

@@ -15,8 +15,9 @@ import optuna
 
 from moenas import guests, points, samplers
 from moenas.describe import one_line
-from moenas.driver import Driver, Event, Interrupted, Listener
+from moenas.driver import Driver
 from moenas.errors import InputError, NotFoundError, StorageLostError
+from moenas.events import Event, Interrupted, Listener
 from moenas.heartbeat import Lease
 from moenas.pool import Pool, Workers, open_pool
 from moenas.records import Evaluation, Plain, StudyRecord, View

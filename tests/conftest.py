@@ -99,6 +99,34 @@ def wait_for(server: subprocess.Popen[bytes], folder: Path) -> None:
             time.sleep(0.1)
 
 
+@pytest.fixture
+def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in an empty folder with a small corpus, and leave the dashboard alone."""
+    (tmp_path / "corpus.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(800)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOENAS_STORAGE", raising=False)
+    monkeypatch.delenv("MOENAS_RUNS", raising=False)
+    monkeypatch.setattr("moenas.dashboard.publish", lambda store, name: None)
+    return tmp_path
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Evaluate by the stand-in of `studies`; the list holds the jobs that were evaluated."""
+    from studies import fake
+
+    from moenas import measure
+
+    seen: list[Any] = []
+
+    def evaluate(job: Any) -> Any:
+        seen.append(job)
+        return fake(job)
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def no_connection_left_open() -> Iterator[None]:
     """Close what engines keep in their pools, Optuna's too: an open one is a ResourceWarning."""

@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from moenas.driver import Event, Kind, Tally
+from moenas.events import Event, Kind
+from moenas.tally import Tally
 from moenas.progress import Board, duration, line, listener, write_line
 from moenas.records import Evaluation
 from moenas.space import Space
@@ -26,7 +27,7 @@ objectives: [val_loss, flops_per_token]
 
 def event(kind: Kind, trial: int | None, text: str = "16d", **more: object) -> Event:
     best = {"val_loss": 2.25, "flops_per_token": 123456.0}
-    tally = Tally(12, 1, 7, 1, 1, best, front=3, hypervolume=1.0, eta_s=75.0)
+    tally = Tally(12, 1, 9, 7, 1, 1, 0, best, front=3, hypervolume=1.0, eta_s=75.0)
     if not more:
         return Event(kind, trial, text, None, tally)
     assert trial is not None

@@ -21,8 +21,9 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import TrialState
+from studies import ARCHITECTURE, SMALL, assert_sound, counts, fake, params, scripted, space
 
-from moenas import asker, candidate, heartbeat, measure, results, stops, study
+from moenas import asker, candidate, heartbeat, measure, results, stops
 from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,
@@ -32,148 +33,13 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
-from moenas.pool import Result
-from moenas.records import Evaluation, Failure, Job, Plain
+from moenas.records import Evaluation, Failure, Job
 from moenas.space import Space
 from moenas.store import Store
 from moenas.study import Event, Interrupted, Study, load_study, run
 from moenas.weights import read_weights, weights_path
 
-ARCHITECTURE = """
-architecture:
-  vocab_size: 256
-  d_model: {choice: [16, 24, 32]}
-  blocks:
-    - repeat: {int: [1, 4]}
-      mixer: {kind: attention, head_dim: 8}
-      ffn:
-        choice:
-          - {kind: dense, activation: swiglu, d_ff: {int: [16, 128], step: 16}}
-          - kind: moe
-            n_experts: {choice: [2, 4]}
-            d_expert: {int: [16, 64], step: 16}
-            activation: gelu
-            router: {top_k: {choice: [1, 2]}}
-"""
-SETTINGS = """
-objectives: [val_loss, flops_per_token]
-train: {tokens: 512, context: 16, batch: 4, val_tokens: 64}
-search: {trials: 6, seed: 3}
-"""
-SMALL = """
-architecture:
-  vocab_size: 256
-  d_model: {choice: [16, 24, 32]}
-  blocks:
-    - repeat: {choice: [1, 2]}
-      mixer: {kind: attention, head_dim: 8}
-      ffn: {kind: dense, activation: swiglu, d_ff: 16}
-"""
-"""A space of 6 points."""
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Work in an empty folder with a small corpus, and leave the dashboard alone."""
-    (tmp_path / "corpus.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(800)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MOENAS_STORAGE", raising=False)
-    monkeypatch.delenv("MOENAS_RUNS", raising=False)
-    monkeypatch.setattr("moenas.dashboard.publish", lambda store, name: None)
-    return tmp_path
-
-
-def space(architecture: str = ARCHITECTURE, more: str = "", name: str = "s") -> Space:
-    data = f"data: {{files: [{os.getcwd()}/corpus.txt]}}\n"
-    return Space.parse(f"name: {name}\n{architecture}{SETTINGS}{data}{more}", "s.yaml")
-
-
-def value_of(architecture: Plain) -> float:
-    """A made-up loss: wider is better, and more layers are better up to three."""
-    layers: int = sum(group["repeat"] for group in architecture["blocks"])
-    width: int = architecture["d_model"]
-    return 4.0 - width / 32 - min(layers, 3) / 4
-
-
-def fake(job: Job) -> tuple[Evaluation, bytes | None]:
-    """A stand-in for an evaluation."""
-    values = {"val_loss": value_of(job.architecture), "flops_per_token": float(len(str(job)))}
-    found = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
-    return found, f"weights of {job.trial}".encode()
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Evaluate by the stand-in; the list holds what was evaluated."""
-    seen: list[Job] = []
-
-    def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
-        seen.append(job)
-        return fake(job)
-
-    monkeypatch.setattr(measure, "evaluate", evaluate)
-    return seen
-
-
-Script = Callable[[Job], "Evaluation | Failure"]
-
-
-class Scripted:
-    """A pool of two whose results a test decides; the newest job is done first."""
-
-    capacity = 2
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.jobs: list[Job] = []
-        self.most = 0
-
-    def submit(self, job: Job) -> None:
-        self.jobs.append(job)
-        self.most = max(self.most, len(self.jobs))
-
-    def wait(self, timeout: float) -> list[Result]:
-        if timeout == 0.0 or not self.jobs:
-            return []
-        job = self.jobs.pop()
-        return [Result(job, self.script(job), None)]
-
-    def close(self) -> None:
-        self.jobs.clear()
-
-
-def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> Scripted:
-    pool = Scripted(script)
-    monkeypatch.setattr(study, "open_pool", lambda *args, **kwargs: pool)
-    return pool
-
-
-def counts(row: Evaluation) -> bool:
-    """Whether a worker evaluated the model of a trial."""
-    if "copied_from" in row.metrics:
-        return False
-    if row.failure:
-        return row.failure["kind"] not in ("parameters", "foreign", "sampler")
-    return bool(row.values)
-
-
-def assert_sound(found: Study, total: int) -> None:
-    """Our rows and Optuna's agree, and exactly `total` candidates were evaluated."""
-    told = found.optuna.get_trials()
-    rows = {e.trial: e for e in found.store.evaluations(found.name)}
-    assert [t.number for t in told] == sorted(rows) == list(range(len(rows)))
-    states = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED"}
-    assert [t.state.name for t in told] == [states[rows[t.number].status] for t in told]
-    names = list(found.record.directions)
-    for trial in told:
-        values = [rows[trial.number].values[n] for n in names] if trial.values else None
-        assert trial.values == values
-    assert sum(map(counts, rows.values())) == found.store.evaluated(found.name) == total
-    assert found.record.trials == total
-
-
-def params(found: Study) -> list[Any]:
-    return [t.params for t in found.optuna.get_trials()]
+pytestmark = pytest.mark.usefixtures("study_folder")
 
 
 # --- the total ---------------------------------------------------------------------------------
@@ -366,9 +232,7 @@ def test_a_requirement_of_the_trained_model_is_decided_after_training(
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
     limit = "max_vio < 0.6"
-    sampled = SETTINGS.replace("seed: 3", f"seed: 3, sampler: {sampler}")
-    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", sampled)
-    wanted = space(ROUTED, more=f"require: [{limit}]")
+    wanted = space(ROUTED, more=f"require: [{limit}]").with_search(sampler=sampler)
     found = run(wanted, trials=12, workers="inline")
     assert_routed(found, limit, 0.6)
     fingerprints = [Architecture.parse(job.architecture).fingerprint for job in seen]
@@ -788,7 +652,7 @@ def test_a_lease_outlives_what_another_process_cannot_see(
 DRIVER = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
-import test_study as t
+import studies as t
 from moenas import measure
 import moenas.dashboard
 moenas.dashboard.publish = lambda store, name: None
@@ -797,9 +661,10 @@ def evaluate(job):
     time.sleep(0.4)
     return t.fake(job)
 measure.evaluate = evaluate
+from moenas.study import Interrupted, run
 try:
-    t.run(t.space(), storage={storage!r}, trials=9, workers="inline")
-except t.Interrupted as stop:
+    run(t.space(), storage={storage!r}, trials=9, workers="inline")
+except Interrupted as stop:
     sys.exit(stop.exit_code)
 """
 
@@ -850,10 +715,11 @@ def test_a_killed_run_ends_with_exactly_the_asked_trials(url: str, jobs: list[Jo
 ON_RAY = """
 import sys
 sys.path.insert(0, {tests!r})
-import test_study as t
+import studies as t
+from moenas.study import Interrupted, run
 try:
-    t.run(t.space(), trials=5, workers=2, listener=lambda e: e.evaluation and print(e.trial, flush=True))
-except t.Interrupted as stop:
+    run(t.space(), trials=5, workers=2, listener=lambda e: e.evaluation and print(e.trial, flush=True))
+except Interrupted as stop:
     sys.exit(stop.exit_code)
 """
 
@@ -929,7 +795,7 @@ def test_a_listener_hears_of_every_trial(jobs: list[Job]) -> None:
     assert last.tally.best["val_loss"] == min(v["val_loss"] for v in complete)
 
 
-def test_a_study_of_real_models(place: Path) -> None:
+def test_a_study_of_real_models() -> None:
     found = run(space(), trials=3, workers="inline")
     assert_sound(found, 3)
     for row in found.view.evaluations:
