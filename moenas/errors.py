@@ -9,6 +9,7 @@ MoenasError                      1   anything that moenas itself raises
 |-- NoCandidateError             3   the study ended without one feasible, complete trial
 |-- StorageLostError             4   the database or the Ray cluster went away in mid-study
 |-- StudyBusyError               6   another process is running this study
+|-- MachineError                     this machine or its surroundings; no candidate is at fault
 `-- CandidateError                   one candidate failed; becomes a row with a reason
     |-- DivergedError                its loss stopped being finite
     |-- AcausalError                 it looks at later tokens, or at other sequences
@@ -66,6 +67,10 @@ class StudyBusyError(MoenasError):
     """Another process is running this study."""
 
     exit_code = 6
+
+
+class MachineError(MoenasError):
+    """The machine or its surroundings are at fault: a disk, a file, a lock, a device."""
 
 
 class CandidateError(MoenasError):

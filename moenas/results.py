@@ -1,0 +1,69 @@
+"""What a pool of jobs is, and what comes back from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moenas.checked import checked_evaluation
+from moenas.failures import MESSAGE, clean, one_line
+from moenas.records import Evaluation, Failure, Job
+from moenas.refs import sha256
+
+Evaluate = Callable[[Job], tuple[Evaluation, bytes | None]]
+"""Evaluates a job; gives back the safetensors of the trained weights too, if there are any."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job."""
+
+    job: Job
+    outcome: Evaluation | Failure
+    """An evaluation that was checked; a Failure if none came back, and for `environment`."""
+    weights: bytes | None = field(default=None, repr=False)
+
+
+class Pool(Protocol):
+    """Takes jobs and gives back results as they are done, in any order."""
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs are worked on at a time, at least 1; more must not be submitted."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job.
+
+        Raises:
+            StorageLostError: if what the jobs run on is gone.
+        """
+
+    def wait(self, timeout: float) -> list[Result]:
+        """Return what is done; wait for at least one result, at most `timeout` seconds.
+
+        Raises:
+            StorageLostError: if what the jobs run on is gone.
+        """
+
+    def close(self) -> None:
+        """Stop what is running, without a result, and free everything."""
+
+
+def checked_result(job: Job, sent: object, weights: object) -> Result:
+    """Return the result of a job from what came back for it; what is no evaluation is a Failure."""
+    try:
+        if isinstance(sent, Evaluation):
+            sent = sent.plain()
+        found = checked_evaluation(sent, job)
+        if weights is not None and not isinstance(weights, bytes):
+            raise ValueError(f"weights are a {type(weights).__name__}, not bytes")
+        if weights is not None and found.weights_sha256 not in (None, sha256(weights)):
+            raise ValueError("the weights are not those whose digest came with them")
+    except Exception as error:
+        text = clean(str(error) if type(error) is ValueError else one_line(error), MESSAGE)
+        return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
+    if found.failure is not None:
+        failure = Failure.parse(found.failure)
+        return Result(job, failure if failure.kind == "environment" else found)
+    return Result(job, found, weights)
