@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from moenas.errors import StudyBusyError
+from moenas.processes import born, machine
 from moenas.tables import driver
 
 STALE_S = 30.0
 """A driver that was not seen for this long is taken for dead."""
-
-PROC = Path("/proc")
 
 
 def clock(connection: Connection) -> float:
@@ -25,26 +23,6 @@ def clock(connection: Connection) -> float:
     return float(
         connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one()
     )
-
-
-def machine() -> str:
-    """Name the boot and the process namespace of this host; empty where neither is known."""
-    try:
-        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink(PROC / 'self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def born(pid: int) -> str | None:
-    """Return when a process of this machine began, in ticks since the boot; None if it is dead."""
-    try:
-        stat = (PROC / str(pid) / "stat").read_text()
-    except OSError:
-        return None
-    # man 5 proc: the fields behind the name in brackets are state (3) ... starttime (22).
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def _lives(row: Row[Any], now: float) -> bool:

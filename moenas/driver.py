@@ -28,10 +28,10 @@ from moenas.errors import (
 )
 from moenas.events import Event, Kind, Listener
 from moenas.heartbeat import Lease
+from moenas.intake import Intake
 from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
 from moenas.records import Evaluation, Failure, Job
-from moenas.results import Results
 from moenas.spool import Spool
 from moenas.stops import ENVIRONMENT, Draws, Faults, SameFailures, reason
 from moenas.store import Store
@@ -77,7 +77,7 @@ class Driver:
         self.data_sha256, self.listener = data_sha256, listener
         self.names = [o.name for o in space.objectives]
         self.asker = Asker(store, space)
-        self.results = Results(store, space)
+        self.intake = Intake(store, space)
         self.score = Score({o.name: o.direction for o in space.objectives})
         self.running: dict[int, Candidate] = {}
         self.delayed: list[Candidate] = []
@@ -272,7 +272,7 @@ class Driver:
 
     def _copy(self, candidate: Candidate, source: int) -> None:
         """Give a trial the evaluation of an earlier one of the same model."""
-        evaluation, warning = self.results.copy(candidate, source)
+        evaluation, warning = self.intake.copy(candidate, source)
         if warning:
             self._emit("warning", candidate.number, warning)
         self._finish(candidate, evaluation, "copied", f"the same model as trial {source}")
@@ -326,7 +326,7 @@ class Driver:
             self._guarded(candidate, self._start)
             return
         try:
-            evaluation = self.results.evaluation(candidate, result)
+            evaluation = self.intake.evaluation(candidate, result)
         except ENDS_A_RUN:
             raise
         except Exception as error:
@@ -447,7 +447,7 @@ class Driver:
     def _count(self, found: Evaluation) -> None:
         """Take a finished trial into the figures that this run keeps."""
         self.score.add(found)
-        self.results.add(found)
+        self.intake.add(found)
         # The recipe, the data and the seed are those of the study, so that a model diverges again.
         trained = found.status != "failed" and bool(found.values)
         if trained or (found.failure or {}).get("kind") in FINAL:

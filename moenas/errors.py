@@ -11,6 +11,7 @@ MoenasError                      1   anything that moenas itself raises
 |-- EnvironmentFaultError        4   the machine fails every candidate; the same command resumes
 |-- StudyStoppedError            1   several candidates in a row failed for one reason
 |-- StudyBusyError               6   another process is running this study
+|-- MachineError                     this machine or its surroundings; no candidate is at fault
 `-- CandidateError                   one candidate failed; becomes a row with a reason
     |-- DivergedError                its loss stopped being finite
     |-- AcausalError                 it looks at later tokens, or at other sequences
@@ -78,6 +79,10 @@ class StudyBusyError(MoenasError):
     """Another process is running this study."""
 
     exit_code = 6
+
+
+class MachineError(MoenasError):
+    """The machine or its surroundings are at fault: a disk, a file, a lock, a device."""
 
 
 class CandidateError(MoenasError):

@@ -4,27 +4,62 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moenas.errors import MoenasError
+from moenas.errors import MachineError
+from moenas.folders import is_private, roots
+from moenas.processes import machine
 
 
-def lease_folder() -> Path:
-    """Return the folder of this user's lease files, which nobody else may enter.
+def lease_folders() -> list[Path]:
+    """Return where the lease files of this user and boot may lie, best first.
+
+    All processes of a user agree on the first that can be used. The boot is part of the name, for
+    a home folder may be shared between machines.
+    """
+    name = f"moenas-leases-{os.getuid()}-{machine()[:8] or os.uname().nodename}"
+    return [root / name for root in roots()]
+
+
+def _opened(name: str) -> list[int]:
+    """Open the two lease files of a device in the first folder that is this user's alone.
 
     Raises:
-        MoenasError: if another user made it, or it is open to others.
+        MachineError: saying of each folder why it cannot be used.
     """
-    folder = Path(tempfile.gettempdir()) / f"moenas-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise MoenasError(f"{folder}: not a folder of this user alone; remove it, or set TMPDIR")
-    return folder
+    reasons = []
+    for folder in lease_folders():
+        handles: list[int] = []
+        try:
+            folder.mkdir(mode=0o700, parents=False, exist_ok=True)
+            if not is_private(folder):
+                reasons.append(f"{folder}: not a folder of this user alone")
+                continue
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            for file in ("turnstile", "main"):
+                handles.append(os.open(folder / f"{name}.{file}", flags, 0o600))
+            _require_locks(handles[0])
+        except OSError as error:
+            for handle in handles:
+                os.close(handle)
+            reasons.append(f"{folder}: {error.strerror}")
+        else:
+            return handles
+    raise MachineError(
+        "no folder for the locks of devices: " + "; ".join(reasons) + "; remove what is there, or"
+        " set XDG_RUNTIME_DIR or TMPDIR"
+    )
+
+
+def _require_locks(handle: int) -> None:
+    """Raise OSError if the file system knows no flock(2); a lock of another process is none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 class DeviceLease:
@@ -41,11 +76,7 @@ class DeviceLease:
 
     def __init__(self, key: str, settle: Callable[[], None] | None = None) -> None:
         self._settle = settle
-        name = key.replace(":", "-")
-        self._files = [
-            os.open(lease_folder() / f"{name}.{file}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            for file in ("turnstile", "main")
-        ]
+        self._files = _opened(key.replace(":", "-"))
 
     def close(self) -> None:
         """Let go of the files and of whatever is locked."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import platform
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ import moenas
 from moenas import data, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
+from moenas.checked import TIMED
 from moenas.data import Corpus
 from moenas.dtypes import deployed_dtype, training_dtype
-from moenas.errors import AcausalError, CandidateError, InputError, TimeLimitError
+from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
+from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.flops import count_flops
+from moenas.isolation import put_back
 from moenas.latency import (
     Workload,
     deployed,
@@ -39,8 +43,8 @@ from moenas.sections import Protocol, Recipe
 from moenas.train import learning_rate, train, validate
 
 MIB = 2**20
-TRACEBACK_LINES = 30
-"""Lines at the end of a traceback that a failure keeps."""
+OWN = "own_"
+"""Goes before a detail of an objective that has the name of one of a timed latency."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,24 @@ class Subject:
     reference_ms: Mapping[str, float] = field(default_factory=dict)
     built: Model | None = None
     trained: Training | None = None
+    original: Model | None = None
+    """The model that a copy is made of at first use: an objective of the user has a copy."""
+    timed: list[Plain] = field(default_factory=list)
+    """Details of the latencies that were timed."""
 
     @property
     def model(self) -> Model:
         """The model: with its first weights under `needs = "model"`, else trained."""
+        if self.built is None and self.original is not None:
+            self.built = _copied(self.architecture, self.original)
         if self.built is None:
             raise CandidateError('no model is built yet; write needs = "model" or "training"')
         return self.built
+
+    def apart(self) -> Subject:
+        """Return the subject with a model and results of its own, which may be changed freely."""
+        trained = copy.deepcopy(self.trained)
+        return dataclasses.replace(self, built=None, original=self.built, trained=trained, timed=[])
 
     @property
     def training(self) -> Training:
@@ -111,7 +126,9 @@ class Subject:
         workload = Workload(phase, *sizes[phase], dtype, protocol.threads, self.device)
         tokens = excerpts(self.corpus, *workload.tokens).to(self.device)
         model = deployed(self.architecture, self.model, dtype)
-        return measure_latency(model, tokens, workload, protocol, self.lease, self.reference_ms)
+        found = measure_latency(model, tokens, workload, protocol, self.lease, self.reference_ms)
+        self.timed.append(dict(found.details))
+        return found
 
     def flops(self) -> Measurement:
         """Count the forward FLOPs per token of the model at `recipe.context`, with fvcore.
@@ -189,36 +206,37 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     try:
         with run.phase("total"):
             weights = run.evaluate()
-    except Exception as error:
-        failure = _failure(error)
+    except KeyboardInterrupt:
+        raise  # by the user or by the candidate: the pool knows
+    except BaseException as error:
+        weights, failure = None, failure_of(error)
     finally:
         torch.set_num_threads(threads)
     return run.evaluation(weights, failure), weights
 
 
-def _failure(error: Exception) -> Failure:
-    """Say in one line why a candidate failed."""
-    lines = traceback.format_exception(error)
-    tail = "\n".join("".join(lines).splitlines()[-TRACEBACK_LINES:])
-    if isinstance(error, CandidateError):
-        return Failure(error.kind, str(error), tail if error.__cause__ else "")
-    if isinstance(error, InputError):
-        return Failure("refused", str(error))
-    kind = "out_of_memory" if _is_out_of_memory(error) else "error"
-    return Failure(kind, _one_line(error), tail)
+def _copied(architecture: Architecture, model: Model) -> Model:
+    """Return a copy of a model with weights of its own."""
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    made = architecture.build("meta")
+    made.load_state_dict(state, assign=True)
+    return made.train(model.training)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the CPU had no room; the CPU's allocator raises a plain RuntimeError."""
-    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def _with_own_names(found: Measurement, timed: list[Plain]) -> Measurement:
+    """Mark details by which a study would move the value to its reference time, but must not.
 
-
-def _one_line(error: Exception) -> str:
-    """Return `file:line: class: message` of an exception that nobody foresaw."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return f"{place}{type(error).__name__}: {error}".strip().splitlines()[0]
+    That is right for a latency that the subject has timed, with the value it was given back with.
+    """
+    details = found.details
+    if "reference_key" not in details:
+        return found
+    for one in timed:
+        same = all(details.get(name) == one[name] for name in TIMED)
+        if same and math.isclose(found.value, one["ratio"] * one["reference_ms"]):
+            return found
+    renamed = {OWN + name if name in TIMED else name: value for name, value in details.items()}
+    return Measurement(found.value, renamed)
 
 
 class _Run:
@@ -284,7 +302,10 @@ class _Run:
 
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
-        corpus = data.load(self.job.data)
+        try:
+            corpus = data.load(self.job.data)
+        except (InputError, OSError) as error:
+            raise MachineError(f"the corpus cannot be read here: {error}") from error
         self.found["data"] = {
             "name": corpus.name,
             "sha256": corpus.sha256,
@@ -293,7 +314,7 @@ class _Run:
             "vocab_size": corpus.vocab_size,
         }
         if corpus.sha256 != self.job.data_sha256:
-            raise InputError(
+            raise MachineError(
                 f"data '{corpus.name}': this machine has another corpus than the study: digest"
                 f" {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the same Python"
                 " version and the same files everywhere"
@@ -313,8 +334,9 @@ class _Run:
         if "training" not in needs:
             return None
         subject.trained = self.train(subject)
+        weights = _weights(subject, self.job)  # now: they are those of the stored loss
         self.measure(subject, [o for o in objectives if o.needs == "training"])
-        return _weights(subject, self.job)
+        return weights
 
     def train(self, subject: Subject) -> Training:
         """Train and validate the model."""
@@ -370,17 +392,25 @@ class _Run:
         for objective in objectives:
             self.check_time()
             with self.phase("measure"):
-                try:
-                    measured = objective.measure(subject)
-                except (CandidateError, InputError):
-                    raise
-                except Exception as error:
-                    if _is_out_of_memory(error):
-                        raise
-                    text = f"objective '{objective.name}': {_one_line(error)}"
-                    raise CandidateError(text) from error
+                measured = self.measured(subject, objective)
             self.values[objective.name] = measured.value
             self.measurements[objective.name] = {"unit": objective.unit, **measured.details}
+
+    def measured(self, subject: Subject, objective: Objective) -> Measurement:
+        """Measure one objective; one of the user gets a copy of the model, and leaves no trace."""
+        if objective.guest:
+            subject = subject.apart()
+        try:
+            with put_back():
+                found = objective.measure(subject)
+        except (CandidateError, InputError, MachineError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if is_out_of_memory(error) or machine_fault(error) is not None:
+                raise
+            text = f"objective '{objective.name}': {located(error)}"
+            raise CandidateError(text) from error
+        return _with_own_names(found, subject.timed)
 
     def check_time(self) -> None:
         """Raise TimeLimitError if the candidate is out of time."""

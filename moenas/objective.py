@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal, cast
 
 from moenas import refs
+from moenas.checked import DETAILS_BYTES, plain_json, real
 from moenas.errors import CandidateError, InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, ObjectiveInfo, Plain
 
@@ -54,8 +53,9 @@ class Objective:
         """Measure a subject; a plain number becomes a measurement without details.
 
         Raises:
-            CandidateError: naming file and line, if what comes back is not a finite number, or the
-                details are not a JSON object. What `measure` itself raises goes through.
+            CandidateError: naming file and line, if what comes back is not a finite number of
+                a size below 1e150, or the details are not a JSON object of at most 64 KiB. What
+                `measure` itself raises goes through.
         """
         found = self.function(subject)
         value, details = (
@@ -63,16 +63,16 @@ class Objective:
         )
         place = f"{self.path}:{_line(self.source, 'measure')}: measure"
         try:
-            number = float(cast(float, value))
-        except (TypeError, ValueError):
-            raise CandidateError(f"{place} gave {value!r}; give back a number") from None
-        if not math.isfinite(number):
-            raise CandidateError(f"{place} gave {number}; give back a finite number")
+            number = real(value)
+        except Exception as error:
+            raise CandidateError(f"{place} gave {error}") from None
         try:
-            json.dumps(details, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            plain = plain_json(details, DETAILS_BYTES)
+        except Exception as error:
             raise CandidateError(f"{place} gave details that are not JSON: {error}") from None
-        return Measurement(number, details)
+        if not isinstance(plain, dict):
+            raise CandidateError(f"{place} gave details that are not a JSON object")
+        return Measurement(number, plain)
 
     def info(self) -> ObjectiveInfo:
         """Return what a study stores of the objective."""

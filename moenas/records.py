@@ -100,7 +100,9 @@ class Failure(_Record):
     """Why a candidate has no values."""
 
     kind: str
-    """diverged | acausal | collapsed | timeout | out_of_memory | crashed | error | refused"""
+    """diverged | acausal | collapsed | timeout | out_of_memory | crashed | error | refused, or
+    environment: the machine or its surroundings are at fault, not the candidate; or
+    invalid: what a worker or an objective sent is no evaluation."""
     message: str
     traceback: str = ""
 

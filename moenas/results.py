@@ -1,136 +1,69 @@
-"""From what a worker sent to what is stored: values, latencies, requirements and weights."""
+"""What a pool of jobs is, and what comes back from one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from moenas.candidate import Candidate
-from moenas.errors import InputError, StorageLostError
-from moenas.objective import rebase
-from moenas.pool import Result
-from moenas.records import Evaluation, Failure
-from moenas.store import Store
-from moenas.weights import copy_weights, write_weights
+from moenas.checked import checked_evaluation
+from moenas.failures import MESSAGE, clean, one_line
+from moenas.records import Evaluation, Failure, Job
+from moenas.refs import sha256
 
-if TYPE_CHECKING:
-    from moenas.space import Space
-
-VALUE_LIMIT = 1e150
-"""Values of this size and above fail their candidate: their products overflow."""
+Evaluate = Callable[[Job], tuple[Evaluation, bytes | None]]
+"""Evaluates a job; gives back the safetensors of the trained weights too, if there are any."""
 
 
-class Results:
-    """Turns results of one study into evaluations."""
+@dataclass(frozen=True)
+class Result:
+    """What came of a job."""
 
-    def __init__(self, store: Store, space: Space) -> None:
-        self._store, self._space, self._study = store, space, space.name
-        self._names = [o.name for o in space.objectives]
-        self._timed: dict[str, str] = {}
-        """Objective -> the key of the reference time that all its values share."""
+    job: Job
+    outcome: Evaluation | Failure
+    """An evaluation that was checked; a Failure if none came back, and for `environment`."""
+    weights: bytes | None = field(default=None, repr=False)
 
-    def add(self, found: Evaluation) -> None:
-        """Take in a stored evaluation: its device is that of the study's latencies."""
-        if found.status == "complete":
-            for name, details in found.measurements.items():
-                if "reference_key" in details:
-                    self._timed.setdefault(name, details["reference_key"])
 
-    def evaluation(self, candidate: Candidate, result: Result) -> Evaluation:
-        """Return what is to be stored of a result; write the weights if there are any.
+class Pool(Protocol):
+    """Takes jobs and gives back results as they are done, in any order."""
+
+    @property
+    def capacity(self) -> int:
+        """How many jobs are worked on at a time, at least 1; more must not be submitted."""
+
+    def submit(self, job: Job) -> None:
+        """Take a job.
 
         Raises:
-            StorageLostError: if the weights cannot be written.
+            StorageLostError: if what the jobs run on is gone.
         """
-        outcome, attempt = result.outcome, result.job.attempt
-        if isinstance(outcome, Failure):
-            failure = outcome.plain()
-            seed = self._space.search.seed
-            return candidate.evaluation(self._study, attempt, "failed", failure=failure, seed=seed)
-        found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
-        if found.status != "complete":
-            return found
-        for name in self._names:
-            value = found.values.get(name, math.nan)
-            if not math.isfinite(value):
-                return failed(found, "error", f"no finite value for {name}")
-            if abs(value) >= VALUE_LIMIT:
-                text = f"{name} is {value:g}; the size of a value is below {VALUE_LIMIT:g}"
-                return failed(found, "error", text)
-        found = self._as_required(candidate, self._on_one_reference(found))
-        if found.status == "complete" and result.weights is not None:
-            with self.writing():
-                digest = write_weights(
-                    self._store.runs, self._study, candidate.number, result.weights
-                )
-            found = replace(found, weights_sha256=digest)
-        return found
 
-    def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
-        """Return the evaluation of an earlier trial of the same model as that of a candidate.
+    def wait(self, timeout: float) -> list[Result]:
+        """Return what is done; wait for at least one result, at most `timeout` seconds.
 
-        The second item says why the weights are not copied, if they are not.
+        Raises:
+            StorageLostError: if what the jobs run on is gone.
         """
-        original = self._store.evaluation(self._study, source)
-        assert original is not None
-        digest, warning = original.weights_sha256, None
-        if digest is not None:
-            try:
-                with self.writing():
-                    copy_weights(self._store.runs, self._study, source, candidate.number, digest)
-            except InputError as error:
-                digest, warning = None, f"its weights are not copied: {error}"
-        copied = replace(
-            original,
-            trial=candidate.number,
-            attempt=self._store.attempts(self._study, candidate.number),
-            seconds={},
-            metrics={**original.metrics, "copied_from": float(source)},
-            weights_sha256=digest,
-        )
-        return copied, warning
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Say that the storage is lost if a file cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            raise StorageLostError(
-                f"{error.filename or self._store.runs}: cannot be written: {error.strerror}"
-            ) from error
-
-    def _on_one_reference(self, found: Evaluation) -> Evaluation:
-        """Express latencies by the study's reference times; refuse those of another device."""
-        keys = {
-            name: (details["reference_key"], details["reference_ms"])
-            for name, details in found.measurements.items()
-            if "reference_key" in details
-        }
-        for name, (key, _) in keys.items():
-            if (first := self._timed.get(name, key)) != key:
-                text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
-                return failed(found, "refused", text)
-        fixed = {
-            key: self._store.set_reference_ms(self._study, key, ms) for key, ms in keys.values()
-        }
-        return rebase(found, fixed)
-
-    def _as_required(self, candidate: Candidate, found: Evaluation) -> Evaluation:
-        """Make an evaluation infeasible if the trained model breaks a requirement."""
-        if found.status != "complete" or candidate.architecture is None:
-            return found
-        violations = self._space.trained_violations(candidate.architecture, found.routing)
-        broken = {name: value for name, value in violations.items() if value > 0}
-        if not broken:
-            return found
-        return replace(found, status="infeasible", violations=broken, weights_sha256=None)
+    def close(self) -> None:
+        """Stop what is running, without a result, and free everything."""
 
 
-def failed(found: Evaluation, kind: str, message: str) -> Evaluation:
-    """Turn an evaluation into a failed one."""
-    failure = Failure(kind, message).plain()
-    return replace(found, status="failed", failure=failure, weights_sha256=None)
+def checked_result(job: Job, sent: object, weights: object) -> Result:
+    """Return the result of a job from what came back for it; what is no evaluation is a Failure."""
+    try:
+        if isinstance(sent, Evaluation):
+            sent = sent.plain()
+        found = checked_evaluation(sent, job)
+        if weights is not None and not isinstance(weights, bytes):
+            raise ValueError(f"weights are a {type(weights).__name__}, not bytes")
+        if weights is not None and found.weights_sha256 not in (None, sha256(weights)):
+            raise ValueError("the weights are not those whose digest came with them")
+    except Exception as error:
+        text = clean(str(error) if type(error) is ValueError else one_line(error), MESSAGE)
+        return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
+    if found.failure is not None:
+        failure = Failure.parse(found.failure)
+        return Result(job, failure if failure.kind == "environment" else found)
+    return Result(job, found, weights)

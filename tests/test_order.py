@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 # folder that is not named here stands where the folder stands.
 FLOORS = """
     __init__ errors
-    records refs counts
+    records refs counts processes
+    failures folders
+    checked
     domains
     component front weights describe require lease tables texts
     grammar guests migrations membership rows claims
@@ -42,9 +44,12 @@ FLOORS = """
     architecture
     data
     space
-    dtypes routing causality memory
+    dtypes routing causality memory isolation
     train latency flops lift
     measure
+    results ray_address
+    ray_worker ray_head ray_cluster
+    ray_pool
     pool samplers
     driver
     study
@@ -59,17 +64,17 @@ ROOMS = {
     "alembic": "database migrations",
     "click": "cli",
     "fvcore": "flops",
-    "numpy": "front data counts domains export",
+    "numpy": "front data counts domains export isolation",
     "optuna": "samplers driver study dashboard store",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
     "plotly": "figures dashboard dashboards",
     "rich": "cli progress",
-    "ray": "pool",
+    "ray": "ray_head ray_cluster",
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory lift measure export testing",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory lift isolation measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from moenas.events import Event, Kind
-from moenas.tally import Tally
 from moenas.progress import Board, duration, line, listener, write_line
 from moenas.records import Evaluation
 from moenas.space import Space
+from moenas.tally import Tally
 
 SPACE = """
 name: study

@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 from studies import ARCHITECTURE, SMALL, assert_sound, counts, fake, params, scripted, space
 
-from moenas import asker, candidate, heartbeat, measure, results, stops
+from moenas import asker, candidate, heartbeat, measure, stops
 from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,
@@ -587,7 +587,7 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, jobs: list[J
         raise OSError(28, "No space left on device", "/runs/x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "write_weights", full)
+        patch.setattr(intake, "write_weights", full)
         with pytest.raises(StorageLostError, match="/runs/x: cannot be written: No space left"):
             run(space(), trials=3, workers="inline")
     assert_sound(run(space(), trials=3, workers="inline"), 3)
