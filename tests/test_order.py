@@ -43,7 +43,7 @@ FLOORS = """
     data
     space
     dtypes routing causality memory
-    train latency flops lift
+    train latency flops lift footprint
     measure
     pool samplers
     driver
@@ -69,7 +69,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory lift measure export testing",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }
