@@ -170,17 +170,21 @@ class Architecture(Component):
 
     def build(self, device: torch.device | str = "cpu", seed: int = 0) -> Model:
         """Build the model and draw its weights; the same seed gives the same model."""
+        model = self.outline(device)
+        initialise(model, seed)
+        return model
+
+    def outline(self, device: torch.device | str = "meta") -> Model:
+        """Build the model without drawing weights; on the meta device it takes no memory."""
         rows = self.max_positions if self.positions == "learned" else None
         with torch.device(device):
-            model = Model(
+            return Model(
                 self._build_stem(rows),
                 [layer.build_block(self.stream) for layer in self.layers],
                 None if self.norm_position == "post" else self.stream.build_norm(),
                 self._build_head(),
                 sum(len(layer.parts) for layer in self.canonical().layers),
             )
-        initialise(model, seed)
-        return model
 
     def _build_stem(self, rows: int | None) -> Stem:
         norm = self.stream.build_norm() if self.embedding_norm else None

@@ -16,6 +16,7 @@ MoenasError                      1   anything that moenas itself raises
     |-- DivergedError                its loss stopped being finite
     |-- AcausalError                 it looks at later tokens, or at other sequences
     |-- CollapsedError               hardly any expert of one of its layers is used
+    |-- NoRoomError                  it needs more memory than its device has
     `-- TimeLimitError               it used up its time limit
 """
 
@@ -107,6 +108,12 @@ class CollapsedError(CandidateError):
     """Almost no expert of a layer of a candidate gets tokens."""
 
     kind = "collapsed"
+
+
+class NoRoomError(CandidateError):
+    """A candidate needs more memory than its device has; nothing was built."""
+
+    kind = "out_of_memory"
 
 
 class TimeLimitError(CandidateError):

@@ -1,4 +1,4 @@
-"""Forward FLOPs of a built model, counted by fvcore with a handler for every operator in it."""
+"""Forward FLOPs of a model, on the meta device or built, counted by fvcore."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moenas.architecture import Architecture
 from moenas.errors import CandidateError
 
 with warnings.catch_warnings():
@@ -109,6 +110,36 @@ NO_PRODUCTS = frozenset(f"aten::{name}" for name in _NO_PRODUCTS.split())
 """Operators, beside fvcore's own list of those that only move or compare, that hold no matrix
 product: norms, activations, reductions, arithmetic by element, choosing and moving rows. They count
 as nothing, by the convention of `Cost.flops_per_token`. What stands in no list is an error."""
+
+
+class _Lower(nn.Module):
+    """The model computing in bfloat16: `_grouped_mm` has no shapes for float32 on meta."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of `tokens`."""
+        logits: Tensor = self.model(tokens, dtype=torch.bfloat16)
+        return logits
+
+
+def count_outline(architecture: Architecture, context: int) -> Flops:
+    """Count one pass over `context` tokens on the meta device: no weight is allocated.
+
+    Raises:
+        CandidateError: naming the operators that are not known, or what has no shapes on meta.
+    """
+    model = architecture.outline()
+    tokens = torch.zeros(1, context, dtype=torch.int64, device="meta")
+    try:
+        return count_flops(_Lower(model), tokens)
+    except (NotImplementedError, RuntimeError) as error:
+        raise CandidateError(
+            "flops_per_token: a part needs the values of tensors, which are counted by their shapes"
+            f" alone: {str(error).splitlines()[0]}; let its shapes follow from those of its input"
+        ) from error
 
 
 def count_flops(model: nn.Module, tokens: Tensor) -> Flops:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from moenas.data import Corpus
 from moenas.dtypes import deployed_dtype, training_dtype
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
-from moenas.flops import count_flops
+from moenas.flops import count_outline
+from moenas.footprint import require_fit
 from moenas.isolation import put_back
 from moenas.latency import (
     Workload,
@@ -83,25 +84,39 @@ class Subject:
     lease: DeviceLease
     reference_ms: Mapping[str, float] = field(default_factory=dict)
     built: Model | None = None
+    build: Callable[[], Model] | None = None
+    """Builds the model, once an objective may ask for it."""
     trained: Training | None = None
-    original: Model | None = None
-    """The model that a copy is made of at first use: an objective of the user has a copy."""
+    original: Callable[[], Model] | None = None
+    """Gives the model that a copy is made of at first use: an objective of the user has a copy."""
     timed: list[Plain] = field(default_factory=list)
     """Details of the latencies that were timed."""
 
     @property
     def model(self) -> Model:
-        """The model: with its first weights under `needs = "model"`, else trained."""
+        """The model: with its first weights under `needs = "model"`, else trained.
+
+        Built when it is first asked for, if it fits the device.
+        """
         if self.built is None and self.original is not None:
-            self.built = _copied(self.architecture, self.original)
+            self.built = _copied(self.architecture, self.original())
+        if self.built is None and self.build is not None:
+            self.built = self.build()
         if self.built is None:
             raise CandidateError('no model is built yet; write needs = "model" or "training"')
         return self.built
 
     def apart(self) -> Subject:
         """Return the subject with a model and results of its own, which may be changed freely."""
-        trained = copy.deepcopy(self.trained)
-        return dataclasses.replace(self, built=None, original=self.built, trained=trained, timed=[])
+        there = self.built is not None or self.build is not None
+        return dataclasses.replace(
+            self,
+            built=None,
+            build=None,
+            original=(lambda: self.model) if there else None,
+            trained=copy.deepcopy(self.trained),
+            timed=[],
+        )
 
     @property
     def training(self) -> Training:
@@ -131,15 +146,13 @@ class Subject:
         return found
 
     def flops(self) -> Measurement:
-        """Count the forward FLOPs per token of the model at `recipe.context`, with fvcore.
+        """Count the forward FLOPs per token at `recipe.context`, with fvcore, on the meta device.
 
         Raises:
             CandidateError: if the count differs from the closed form, or knows an operator not.
         """
         context = self.recipe.context
-        with self.lease.working():
-            tokens = torch.zeros(1, context, dtype=torch.int64, device=self.device)
-            counted = count_flops(self.model, tokens)
+        counted = count_outline(self.architecture, context)
         foreseen = self.architecture.pass_flops(context)
         if 2 * counted.macs != foreseen:
             raise CandidateError(
@@ -162,6 +175,7 @@ class Subject:
         recipe = self.recipe
         two_steps = dataclasses.replace(recipe, tokens=2 * recipe.batch * recipe.context)
         with self.lease.working():
+            require_fit(self.architecture, recipe, self.device, training=True)
             model = self.architecture.build(self.device, self.seed)
             held = model.state_dict(keep_vars=True).values()
             steps = train(model, self.corpus, two_steps, self.seed)
@@ -328,8 +342,7 @@ class _Run:
         self.measure(subject, [o for o in objectives if o.needs == "cost"])
         if needs == {"cost"}:
             return None
-        with self.phase("build"), subject.lease.working():
-            subject.built = subject.architecture.build(subject.device, subject.seed)
+        subject.build = lambda: self.build(subject, training="training" in needs)
         self.measure(subject, [o for o in objectives if o.needs == "model"])
         if "training" not in needs:
             return None
@@ -337,6 +350,13 @@ class _Run:
         weights = _weights(subject, self.job)  # now: they are those of the stored loss
         self.measure(subject, [o for o in objectives if o.needs == "training"])
         return weights
+
+    def build(self, subject: Subject, *, training: bool) -> Model:
+        """Build the model if it fits its device, and training it does if it is to be trained."""
+        with self.phase("build"), subject.lease.working():
+            architecture, recipe, device = subject.architecture, subject.recipe, subject.device
+            require_fit(architecture, recipe, device, training=training)
+            return architecture.build(device, subject.seed)
 
     def train(self, subject: Subject) -> Training:
         """Train and validate the model."""

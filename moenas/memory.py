@@ -32,7 +32,8 @@ class _LiveTensors(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
+        meta = storage.device.type == "meta"  # without an address; so are those of fake tensors
+        address, size = storage._cdata if meta else storage.data_ptr(), storage.nbytes()
         if not size or address in self.storages:
             return
 

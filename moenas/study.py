@@ -229,14 +229,7 @@ def run(
     corpus = load(space.data)
     corpus.require(space.train.context, min(space.vocab_sizes))
     store = Store.open(storage, create=True)
-    known = next((r for r in store.studies() if r.name == space.name), None)
-    if known is not None:
-        _refuse_changes(known, space, corpus)
-    elif store.holds_optuna_study(space.name):
-        raise InputError(
-            f"study '{space.name}': Optuna's tables in {store.place} hold a study of that name"
-            " which moenas did not make; give the space another `name`"
-        )
+    known = _known(store, space, corpus)
     sigterm, quiet = _Sigterm(), optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -261,6 +254,23 @@ def run(
         raise Interrupted(word, code) from None
     finally:
         optuna.logging.set_verbosity(quiet)
+
+
+def _known(store: Store, space: Space, corpus: Corpus) -> StudyRecord | None:
+    """Return the stored study of a space, or None; refuse one that is another study.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    known = next((r for r in store.studies() if r.name == space.name), None)
+    if known is not None:
+        _refuse_changes(known, space, corpus)
+    elif store.holds_optuna_study(space.name):
+        raise InputError(
+            f"study '{space.name}': Optuna's tables in {store.place} hold a study of that name"
+            " which moenas did not make; give the space another `name`"
+        )
+    return known
 
 
 def _silent(event: Event) -> None:

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from points import point
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moenas.architecture import Architecture
+from moenas.draws import RandomSuggest
 from moenas.errors import CandidateError
-from moenas.flops import HANDLERS, NO_PRODUCTS, count_flops
+from moenas.flops import HANDLERS, NO_PRODUCTS, count_flops, count_outline
+from moenas.space import Space
 
 
 def random_architecture(seed: int) -> Architecture:
@@ -249,3 +252,28 @@ def test_no_product_hides_from_the_count(function: Callable[[Tensor], Tensor], n
 
 def test_no_operator_has_two_rules() -> None:
     assert not NO_PRODUCTS & set(HANDLERS)
+
+
+def test_a_model_that_fits_no_machine_is_counted_by_its_shapes() -> None:
+    space = Space.load("zoo/mixtral_8x22b")
+    architecture = space.architecture(space.draw(RandomSuggest(0)))
+    counted = count_outline(architecture, 64)
+    assert 2 * counted.macs == architecture.pass_flops(64)
+
+
+@pytest.mark.parametrize("numbers", [range(0, 20), range(20, 40)])
+def test_parts_of_every_kind_are_counted_without_values(numbers: range) -> None:
+    found = [Architecture.parse(p[0]) for p in map(point, numbers) if p is not None]
+    assert len(found) > 8
+    for architecture in found:
+        assert 2 * count_outline(architecture, 24).macs == architecture.pass_flops(24)
+
+
+def test_a_part_that_needs_values_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peeking(nn.Module):
+        def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            return tokens[: int(tokens.sum())]
+
+    monkeypatch.setattr(Architecture, "outline", lambda self: Peeking())
+    with pytest.raises(CandidateError, match="a part needs the values of tensors"):
+        count_outline(random_architecture(0), 8)

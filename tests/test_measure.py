@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -153,7 +154,7 @@ def test_a_job_repeats_to_the_last_bit_and_counting_does_not_disturb(make_job: M
 
 
 @pytest.mark.parametrize(
-    ("objective", "built"), [("total_params", 0), ("flops_per_token", 1), ("val_loss", 1)]
+    ("objective", "built"), [("total_params", 0), ("flops_per_token", 0), ("val_loss", 1)]
 )
 def test_nothing_is_built_or_trained_that_no_objective_needs(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, objective: str, built: int
@@ -455,3 +456,18 @@ def test_a_job_runs_on_a_gpu(make_job: MakeJob) -> None:
     assert found.device["name"] in found.measurements["decode_ms"]["reference_key"]
     assert found.measurements["peak_memory"]["device"] == "cuda"
     assert weights is not None
+
+
+def test_a_candidate_that_cannot_fit_is_not_built(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moenas.footprint.free_bytes", lambda device: 2**16)
+    monkeypatch.setattr(Architecture, "build", None)
+    for name in ("val_loss", "peak_memory"):
+        found, weights = evaluate(make_job(name, "flops_per_token"))
+        assert failure(found)["kind"] == "out_of_memory"
+        assert re.search(
+            r"needs at least .* of memory, .* has 0 MiB free", failure(found)["message"]
+        )
+        assert weights is None
+    assert "flops_per_token" in found.values

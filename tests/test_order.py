@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = """
     __init__ errors
     records refs counts processes
+    tally stops optuna_rows
     failures folders
     checked
     domains
@@ -45,12 +46,14 @@ FLOORS = """
     data
     space
     dtypes routing causality memory isolation
-    train latency flops lift
+    train latency flops lift footprint
     measure
     results ray_address
     ray_worker ray_head ray_cluster
     ray_pool
-    pool samplers
+    pool samplers points
+    candidate spool asker events
+    intake reconcile
     driver
     study
     export testing report reference
@@ -65,7 +68,7 @@ ROOMS = {
     "click": "cli",
     "fvcore": "flops",
     "numpy": "front data counts domains export isolation",
-    "optuna": "samplers driver study dashboard store",
+    "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard store",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
     "plotly": "figures dashboard dashboards",
@@ -73,8 +76,8 @@ ROOMS = {
     "ray": "ray_head ray_cluster",
     "safetensors": "measure export",
     "scipy": "none",
-    "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory lift isolation measure export testing",
+    "sqlalchemy": "store database claims membership rows tables migrations optuna_rows reconcile",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint lift isolation measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }

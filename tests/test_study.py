@@ -23,7 +23,7 @@ import pytest
 from optuna.trial import TrialState
 from studies import ARCHITECTURE, SMALL, assert_sound, counts, fake, params, scripted, space
 
-from moenas import asker, candidate, heartbeat, measure, stops
+from moenas import asker, candidate, heartbeat, intake, measure, stops
 from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from moenas.parts.selection import ExpertSelection, Picked, Selection
 
@@ -89,7 +90,8 @@ class Base(ExpertSelection):
         The rounds end when every token has an expert, so the host waits for the device.
         """
         n_tokens, n_experts = value.shape
-        if n_experts == 1:
+        # Without values (the meta device, fake tensors) only the shape is asked for.
+        if n_experts == 1 or value.is_meta or is_fake(value):
             return torch.zeros(n_tokens, dtype=torch.int64, device=value.device)
         room = math.ceil(n_tokens / n_experts)
         value = value.nan_to_num().double()  # a model that diverges is found by its loss
