@@ -20,10 +20,11 @@ FLOORS = """
     __init__ errors
     records refs counts
     domains
-    component front weights describe require lease tables texts
-    grammar guests migrations membership rows claims
+    component front weights describe require lease tables texts urls retry faults terminal
+    grammar guests migrations membership rows claims identity
     naming
-    draws schema sections objective migrations.env migrations.versions database figures
+    draws schema sections objective migrations.env migrations.versions database readers figures
+    optuna_storage
     store
     dashboard heartbeat
     parts.layers parts.norms parts.scan parts.lending parts.bias
@@ -59,8 +60,9 @@ ROOMS = {
     "alembic": "database migrations",
     "click": "cli",
     "fvcore": "flops",
+    "moocore": "front",
     "numpy": "front data counts domains export",
-    "optuna": "samplers driver study dashboard store",
+    "optuna": "samplers driver study dashboard store optuna_storage",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
     "plotly": "figures dashboard dashboards",
@@ -68,7 +70,7 @@ ROOMS = {
     "ray": "pool",
     "safetensors": "measure export",
     "scipy": "none",
-    "sqlalchemy": "store database claims membership rows tables migrations",
+    "sqlalchemy": "store readers optuna_storage database identity faults urls claims membership rows tables migrations",
     "torch": "parts architecture data dtypes routing causality train latency flops memory lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
