@@ -15,6 +15,9 @@ from moenas.tables import driver
 STALE_S = 30.0
 """A driver that was not seen for this long is taken for dead."""
 
+AHEAD_S = 2.0
+"""A heartbeat so far in the future is that of a host with another clock."""
+
 
 def clock(connection: Connection) -> float:
     """Return seconds since 1970 by the clock that all drivers of this database share."""
@@ -42,20 +45,27 @@ def holder(connection: Connection, study: str) -> str | None:
     row, now = _row(connection, study), clock(connection)
     if row is None or not _lives(row, now):
         return None
-    return f"pid {row.pid} on host {row.host} (last seen {max(0.0, now - row.heartbeat):.0f} s ago)"
+    ahead = row.heartbeat - now
+    seen = f"last seen {max(0.0, -ahead):.0f} s ago"
+    if ahead > AHEAD_S:
+        seen = f"its clock is {ahead:.0f} s ahead of that of this host"
+    return f"pid {row.pid} on host {row.host} ({seen})"
 
 
-def claim(connection: Connection, study: str, owner: str) -> None:
+def claim(connection: Connection, study: str, owner: str) -> str | None:
     """Make `owner` the driver of a study; the caller's transaction has locked the study's row.
 
-    Raises:
-        StudyBusyError: if another one lives: its process is there and it was seen lately.
+    Returns who runs it, if another one lives: its process is there and it was seen lately. A
+    heartbeat in the future is brought back to now, so that it counts for `STALE_S` and no longer;
+    a living driver writes a new one.
     """
     row, now = _row(connection, study), clock(connection)
     if row is not None and row.owner != owner and _lives(row, now):
-        raise StudyBusyError(
-            f"study '{study}' is being run by {holder(connection, study)}; wait for it or end it"
-        )
+        who = holder(connection, study)
+        if row.heartbeat > now:
+            this = driver.c.study == study
+            connection.execute(update(driver).where(this).values(heartbeat=now))
+        return who
     connection.execute(delete(driver).where(driver.c.study == study))
     connection.execute(
         insert(driver).values(
@@ -68,6 +78,7 @@ def claim(connection: Connection, study: str, owner: str) -> None:
             heartbeat=now,
         )
     )
+    return None
 
 
 def beat(connection: Connection, study: str, owner: str) -> None:

@@ -2,92 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
+from moenas import faults, identity
 from moenas.errors import MoenasError, StorageError, StorageLostError
+from moenas.faults import BUSY_S
 from moenas.migrations import REVISIONS, VERSION_TABLE
+from moenas.retry import Retry, patience
+from moenas.urls import clean, file_of, is_uri, shown, sqlite_url, storage_url
 
-DEFAULT_URL = "sqlite:///moenas.db"
-BUSY_S = 60
-"""How long a statement waits for another process to let go of an SQLite file."""
 CONNECT_S = 5
 """How long a PostgreSQL server may take to answer."""
+READ_S = 10.0
+"""How long a command that only reads waits for a database that is locked or restarted."""
 LOCK_KEY = 0x6D6F656E6173
 """Key of our advisory lock on a PostgreSQL database: "moenas" in ASCII."""
 
-POSTGRES = "postgresql+psycopg"
-DRIVERS = {
-    "sqlite": "sqlite",
-    "sqlite+pysqlite": "sqlite",
-    "postgres": POSTGRES,
-    "postgresql": POSTGRES,
-    POSTGRES: POSTGRES,
-}
-"""What a URL may begin with -> the driver that is used."""
-EXAMPLES = f"{DEFAULT_URL} or {POSTGRES}://USER:PASSWORD@HOST/NAME"
-
 VERSION = sqlalchemy.table(VERSION_TABLE, sqlalchemy.column("version_num"))
-
-TROUBLES = {
-    "file is not a database": "; it is another kind of file, or damaged: give another one",
-    "malformed": "; the file is damaged: restore a copy of it, or give another one",
-    "readonly": "; make the file and its directory writable, or give another one",
-    "read-only": "; connect as a user who may write, or give another one",
-    "is locked": f"; another program has held it for {BUSY_S} s: end that one, then try again",
-    "is full": "; free some space, then run the same command again",
-    "does not exist": "; create it on the server, or correct the URL",
-    "permission denied": "; the user of the URL needs the right to create and write tables",
-    "authentication failed": "; correct the user or the password of the URL",
-    "connect": "; check that the server runs and that host and port are right",
-}
-"""What the database says -> what to do about it."""
-
-
-def storage_url(text: str | None) -> URL:
-    """Return the URL given, that of $MOENAS_STORAGE or $OPTUNA_STORAGE, or sqlite:///moenas.db.
-
-    `postgres://` and `postgresql://` mean psycopg 3.
-
-    Raises:
-        StorageError: if it is not a URL of a file of SQLite or a database of PostgreSQL.
-    """
-    environment = os.environ.get("MOENAS_STORAGE") or os.environ.get("OPTUNA_STORAGE")
-    text = text or environment or DEFAULT_URL
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        place = re.sub(r"(?<=://).*@", "***@", text)
-        raise StorageError(f"{place}: not the URL of a database; write {EXAMPLES}") from None
-    if url.drivername not in DRIVERS:
-        raise StorageError(
-            f"{shown(url)}: '{url.drivername}' is not a database that moenas knows;"
-            f" write {EXAMPLES}"
-        )
-    url = url.set(drivername=DRIVERS[url.drivername])
-    if url.drivername == "sqlite" and ":memory:" in (url.database or ":memory:"):
-        raise StorageError(f"{shown(url)}: names no file; write {DEFAULT_URL}")
-    return url
-
-
-def shown(url: URL) -> str:
-    """Return a URL as people may see it: without its password."""
-    if "password" in url.query:
-        url = url.update_query_dict({"password": "***"})
-    return url.render_as_string(hide_password=True)
 
 
 def engine_arguments(url: URL) -> dict[str, Any]:
@@ -121,34 +63,46 @@ def tune_sqlite(engine: Engine, synchronous: str) -> None:
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
-def _path(url: URL) -> Path | None:
-    """Return the file of an SQLite URL."""
-    if url.drivername != "sqlite":
-        return None
-    name = str(url.database)
-    return Path(urlsplit(name).path if name.startswith("file:") else name)
-
-
 class Database:
-    """An open database that has our tables in the version that this moenas knows."""
+    """An open database that has our tables in a version that this moenas knows."""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, mode: str) -> None:
         self.url = url
         self.place = shown(url)
         """The URL as people may see it."""
-        self.path = _path(url)
-        """The file, if it is one of SQLite."""
+        self.path = file_of(url)
+        """The file, if it is one of SQLite; absolute, so that no os.chdir leads elsewhere."""
+        self.version: str | None = None
+        """The version of our schema."""
+        self.identity = identity.UNKNOWN
+        """Which database this is, as its last settling or its opening found it."""
+        self.runs_wanted, self.folder = os.environ.get("MOENAS_RUNS"), Path.cwd()
+        self.file_id: identity.FileId | None = None
         self._trouble: type[MoenasError] = StorageError
+        self._connect(mode)
+        self.again = Retry(READ_S, self._passes)
+        """Runs one transaction, once more when it failed for a reason that passes."""
+
+    def _connect(self, mode: str) -> None:
+        """Make the engine; `mode` is one of SQLite's, or `immutable`."""
+        self.mode = mode
+        self.engine_url = self.url
+        if self.path is not None and not is_uri(self.url):
+            only = {"mode": "ro", "immutable": "1"} if mode == "immutable" else {"mode": mode}
+            self.engine_url = sqlite_url(self.path, **only)
         dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False)
         try:
             self.engine = sqlalchemy.create_engine(
-                url, json_serializer=dumps, **engine_arguments(url)
+                self.engine_url, json_serializer=dumps, **engine_arguments(self.url)
             )
         except ImportError:
             raise StorageError(
                 f"{self.place}: needs psycopg; `pip install 'moenas[postgres]'`"
             ) from None
+        except SQLAlchemyError as error:
+            raise StorageError(f"{self.place}: {clean(str(error))}") from None
         if self.path is None:
+            event.listen(self.engine, "connect", self._check_encoding, insert=True)
             self._reader = self.engine.execution_options(isolation_level="REPEATABLE READ")
         else:
             tune_sqlite(self.engine, "FULL")
@@ -158,109 +112,216 @@ class Database:
     def open(cls, url: str | None, *, create: bool) -> Database:
         """Open a database; with `create`, make the file and our tables where they are missing.
 
+        Without `create` nothing is written, and a file is read that lies where nobody may write.
+
         Raises:
             StorageError: naming the URL and the way out, if the database cannot be opened, or
                 with `create` not be written; if it has none of our tables or those of a newer
                 moenas. Nothing was written then.
         """
-        database = cls(storage_url(url))
-        database._prepare(create)
-        database._trouble = StorageLostError
-        return database
+        given = storage_url(url)
+        path = file_of(given)
+        if path is None or is_uri(given):
+            return cls(given, "rw")._opened(create)
+        if create:
+            return cls(given, "rw" if path.exists() else "rwc")._opened(create)
+        if not path.exists():
+            raise StorageError(
+                f"{shown(given)}: no such file ({path}); `moenas run SPACE` makes it, or give"
+                " another one by --storage or MOENAS_STORAGE"
+            )
+        refused: StorageError | None = None
+        for mode in _reading_modes(path):
+            database = cls(given, mode)
+            try:
+                return database._opened(create=False)
+            except StorageError as error:
+                database.engine.dispose()
+                if not faults.needs_writing(error.__cause__):
+                    raise
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    @classmethod
+    def peek(cls, url: str | None) -> Database | None:
+        """Open a database that a run is to write, without writing: None if there is none of ours.
+
+        Raises:
+            StorageError: as `open` does.
+        """
+        given = storage_url(url)
+        path = file_of(given)
+        if path is not None and not path.exists():
+            faults.check_creatable(path, shown(given))
+            return None
+        database = cls(given, "rw")
+        if database.again(database._read_version) is None:
+            database.engine.dispose()
+            return None
+        return database._opened(create=False)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Yield a connection that sees one state of the database throughout."""
-        with self._plainly(), self._reader.begin() as connection:
+        with self.plainly(), self._reader.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Yield a connection whose changes are kept together, or not at all after an exception."""
-        with self._plainly(), self.engine.begin() as connection:
+        with self.plainly(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def setting_up(self) -> Iterator[None]:
-        """Keep other processes of ours from creating tables meanwhile.
+        """Keep other processes of ours from creating tables on a PostgreSQL server meanwhile.
 
-        The lock on an SQLite database is one on its directory: no file is left behind, and
-        opening and closing the database itself would let go of SQLite's own locks.
+        On SQLite each transaction excludes all others; whoever comes second there tries again.
         """
-        if self.path is None:
-            options = self.engine.execution_options(isolation_level="AUTOCOMMIT")
-            with self._plainly(), options.connect() as connection:
-                connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(LOCK_KEY)))
-                try:
-                    yield
-                finally:
-                    unlock = sqlalchemy.func.pg_advisory_unlock(LOCK_KEY)
-                    connection.execute(sqlalchemy.select(unlock))
-            return
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX)
+        if self.path is not None:
             yield
-        finally:
-            os.close(directory)
+            return
+        options = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        with self.plainly(), options.connect() as connection:
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_lock(LOCK_KEY)))
+            try:
+                yield
+            finally:
+                unlock = sqlalchemy.func.pg_advisory_unlock(LOCK_KEY)
+                connection.execute(sqlalchemy.select(unlock))
 
-    def _prepare(self, create: bool) -> None:
-        if self.path is not None and not create and not self.path.exists():
-            raise StorageError(
-                f"{self.place}: no such file ({self.path.absolute()}); `moenas run SPACE` makes"
-                " it, or give another one by --storage or MOENAS_STORAGE"
-            )
+    # --- is it still the one -------------------------------------------------------------------
+
+    def check_identity(self, connection: Connection | None = None) -> None:
+        """Raise ReplacedError if another database stands where this one was opened."""
+        identity.check_file(self.path, self.file_id, self.place)
+        if connection is not None:
+            identity.check_row(connection, self.identity, self.place)
+
+    def verify(self) -> None:
+        """Raise StorageLostError if the database is another one, or damaged."""
+        self.engine.dispose()  # a page that is damaged on the disk may be whole in a cache
         with self.reading() as connection:
-            version = _version(connection)
-        if version not in (None, *REVISIONS):
+            self.check_identity(connection)
+            if self.path is None:
+                return
+            said = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if said != "ok":
+            raise StorageLostError(f"{self.place}: {faults.advice(f'malformed: {said}')}")
+
+    def settle(self, connection: Connection) -> None:
+        """Become sure of the identity of this database; see `identity.settle`."""
+        self.check_identity()
+        self.identity = identity.settle(connection, self.path, self.runs_wanted, self.folder)
+
+    # --- opening -------------------------------------------------------------------------------
+
+    def _opened(self, create: bool) -> Database:
+        """Bring the database to its use, and from now on call it lost when it fails."""
+        limit = patience() if create else READ_S
+        self.again = Retry(min(limit, READ_S), self._passes)
+        made = self.mode == "rwc"
+        try:
+            self.version = self.again(self._read_version)
+            self._check_version(create)
+            if create:
+                self.again(self._make)
+                self.version = REVISIONS[-1]
+        except BaseException:
+            if made:
+                self.engine.dispose()
+                faults.remove_empty(self.path)
+            raise
+        if made:
+            self.engine.dispose()
+            self._connect("rw")  # so that nothing makes the file anew where it is gone
+        if self.path is not None:
+            self.file_id = identity.file_id(self.path)
+        if self.version != REVISIONS[0]:
+            with self.reading() as connection:
+                self.identity = identity.read(connection)
+        self._trouble = StorageLostError
+        self.again = Retry(limit, self._passes)
+        return self
+
+    def _read_version(self) -> str | None:
+        if self.mode == "immutable":
+            faults.warn_of_log(self.path, self.place)
+        with self.reading() as connection:
+            return _version(connection)
+
+    def _check_version(self, create: bool) -> None:
+        if self.version not in (None, *REVISIONS):
             raise StorageError(
-                f"{self.place}: holds studies of a newer moenas (schema {version}, this one knows"
-                f" {REVISIONS[-1]}); `pip install -U moenas`"
+                f"{self.place}: holds studies of a newer moenas (schema {self.version}, this one"
+                f" knows {REVISIONS[-1]}); `pip install -U moenas`"
             )
-        if version is None and not create:
+        if self.version is None and not create:
             raise StorageError(
                 f"{self.place}: holds no study of moenas; `moenas run SPACE` makes one, or give"
                 " another database by --storage or MOENAS_STORAGE"
             )
-        if version != REVISIONS[-1]:
-            self._migrate()
-        elif create:
-            # Fails now rather than in mid-study, if the database is read-only.
-            with self.writing() as connection:
-                connection.execute(sqlalchemy.update(VERSION).values(version_num=version))
 
-    def _migrate(self) -> None:
+    def _make(self) -> None:
+        """Bring our tables to the newest version, in one transaction.
+
+        It writes in any case: a database that may only be read is refused now, not in mid-study.
+        """
         with self.setting_up():
+            with self.writing() as connection:
+                version = _version(connection)
+                if version != REVISIONS[-1]:
+                    _upgrade(connection)
+                connection.execute(sqlalchemy.update(VERSION).values(version_num=REVISIONS[-1]))
             if self.path is not None:
-                with self._plainly(), self.engine.connect() as connection:
+                with self.plainly(), self.engine.connect() as connection:
                     raw: Any = connection.connection.dbapi_connection
                     raw.execute("PRAGMA journal_mode = WAL")  # stays with the file
-            with self.writing() as connection:
-                if _version(connection) != REVISIONS[-1]:
-                    _upgrade(connection)
+
+    # --- what the database says ----------------------------------------------------------------
 
     @contextmanager
-    def _plainly(self) -> Iterator[None]:
+    def plainly(self) -> Iterator[None]:
         """Turn what the database says into one line; mistakes of our own stay as they are."""
         try:
             yield
         except (IntegrityError, DataError):
             raise
-        except DBAPIError as error:
-            lines = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
-            raise self._trouble(f"{self.place}: {self._advice(lines[0])}") from error
+        except SQLAlchemyError as error:
+            if not isinstance(error, DBAPIError | sqlalchemy.exc.TimeoutError):
+                raise
+            raise self.lost(error) from error
 
-    def _advice(self, said: str) -> str:
-        """Add to what the database said what to do about it."""
-        if self.path is not None and "unable to open" in said:
-            parent = self.path.absolute().parent
-            if not parent.is_dir():
-                return f"there is no directory {parent}; make it, or give another file"
-            return (
-                f"cannot be opened ({said}); give a file in a directory that you may write by"
-                " --storage sqlite:///PATH or MOENAS_STORAGE"
+    def lost(self, error: BaseException | None) -> MoenasError:
+        """Return what to raise for an error of the database: one line, with a way out."""
+        said = clean(faults.first_line(error))
+        return self._trouble(f"{self.place}: {faults.advice(said, self.path)}")
+
+    def _passes(self, error: Exception) -> bool:
+        """Whether an error may go away by itself; raises if the database has gone for good."""
+        cause = error.__cause__
+        if self._trouble is StorageError:
+            return faults.is_lock(cause)
+        if faults.passes(cause):
+            self.check_identity()
+            return True
+        return False
+
+    def _check_encoding(self, connection: Any, _: Any) -> None:
+        """Refuse a PostgreSQL database that cannot hold every text."""
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StorageError(
+                f"{self.place}: its encoding is {encoding}; moenas needs UTF8: make it by"
+                " `createdb -E UTF8 -T template0 NAME`"
             )
-        return said + next((a for needle, a in TROUBLES.items() if needle in said.lower()), "")
+
+
+def _reading_modes(path: Path) -> list[str]:
+    """Return the ways to open an SQLite file for reading, best first."""
+    writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    return ["rw", "ro", "immutable"] if writable else ["ro", "immutable"]
 
 
 def _version(connection: Connection) -> str | None:

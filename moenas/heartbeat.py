@@ -9,6 +9,7 @@ from typing import Self
 
 from moenas.claims import STALE_S
 from moenas.errors import MoenasError, StudyBusyError
+from moenas.identity import ReplacedError
 from moenas.store import Store
 
 BEAT = 5.0
@@ -37,16 +38,20 @@ class Lease:
             self._store.release(self._name)
 
     def _beat(self) -> None:
-        """Beat on through errors that pass, but not until another process may take over."""
-        good = time.monotonic()
+        """Beat on through errors that pass, for as long as a run waits for its database.
+
+        Another process may take over after STALE_S, if it reaches the database and this one does
+        not. The next beat says so then, and no result of this process counts any more.
+        """
+        good, limit = time.monotonic(), max(self._store.patience, STALE_S - BEAT)
         while not self._end.wait(BEAT):
             began = time.monotonic()
             try:
                 self._store.beat(self._name)
                 good = began
             except Exception as error:
-                taken_over = isinstance(error, StudyBusyError)
-                if taken_over or time.monotonic() + BEAT >= good + STALE_S:
+                gone = isinstance(error, StudyBusyError | ReplacedError)
+                if gone or time.monotonic() >= good + limit:
                     self._error = error
                     return
 

@@ -63,7 +63,7 @@ def advance(
     moved = corner != record.reference_point
     if latest and not moved:
         gain = front.gain(values, point, list(corner.values()), directions) if entered else 0.0
-        row["hypervolume"] = latest.hypervolume + gain
+        row["hypervolume"] = min(latest.hypervolume + gain, front.LARGEST)
     connection.execute(insert(hypervolume), row)
     if moved:
         _measure(connection, record, corner, seq)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
-from moenas.records import Evaluation, Plain, View
+from moenas.front import is_exact
+from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.refs import to_yaml
 
 if TYPE_CHECKING:
+    from moenas.readers import FrontView
     from moenas.space import Space
     from moenas.store import Store
 
@@ -121,12 +123,12 @@ def studies_report(store: Store) -> list[Plain]:
     """Return one row for each study of the database."""
     rows = []
     for record in store.studies():
-        view = store.view(record.name)
+        found = store.summary(record.name)
         rows.append(
             {
                 "study": record.name,
-                "trials": f"{len(view.evaluations)}/{record.trials}",
-                "front": len(view.front),
+                "trials": f"{found.finished}/{record.trials}",
+                "front": found.front,
                 "objectives": ", ".join(record.directions),
                 "created": record.created_at[:19],
             }
@@ -136,37 +138,30 @@ def studies_report(store: Store) -> list[Plain]:
 
 def status_report(store: Store, name: str) -> Plain:
     """Say how far a study is: counts, best values, the front, failures and who runs it."""
-    view = store.view(name)
-    counts = Counter(e.status for e in view.evaluations)
-    complete = [e for e in view.evaluations if e.status == "complete"]
-    failures = Counter(
-        (e.failure or {}).get("kind", "error") for e in view.evaluations if e.failure
-    )
-    best = {}
-    for objective, direction in view.study.directions.items():
-        values = [e.values[objective] for e in complete]
-        best[objective] = (min if direction == "minimize" else max)(values, default=None)
+    found = store.summary(name)
+    study = found.study
     return {
         "study": name,
-        "trials": view.study.trials,
-        "complete": counts["complete"],
-        "failed": counts["failed"],
-        "infeasible": counts["infeasible"],
-        "left": max(0, view.study.trials - len(view.evaluations)),
+        "trials": study.trials,
+        "complete": found.counts.get("complete", 0),
+        "failed": found.counts.get("failed", 0),
+        "infeasible": found.counts.get("infeasible", 0),
+        "left": max(0, study.trials - found.finished),
         "running_in": store.driver(name),
-        "failures": dict(failures),
-        "best": best,
-        "front": len(view.front),
-        "hypervolume": view.history[-1].hypervolume if view.history else None,
-        "order1_entropy": _entropy(view),
-        "devices": sorted({e.device["name"] for e in complete if "name" in e.device}),
-        "data": {key: view.study.data.get(key) for key in ("name", "sha256")},
+        "failures": found.failures,
+        "best": found.best,
+        "front": found.front,
+        "hypervolume": found.hypervolume,
+        "hypervolume_is_exact": is_exact(len(study.objectives)),
+        "order1_entropy": _entropy(study),
+        "devices": found.devices,
+        "data": {key: study.data.get(key) for key in ("name", "sha256")},
     }
 
 
-def _entropy(view: View) -> float | None:
+def _entropy(study: StudyRecord) -> float | None:
     """Return the order-1 entropy of the corpus in nats per token, where it is known."""
-    entropy = view.study.data.get("entropy")
+    entropy = study.data.get("entropy")
     return entropy[1] if entropy else None
 
 
@@ -186,21 +181,21 @@ def status_text(found: Plain) -> str:
         lines.append(f"  best {name}: {_cell(value)}")
     if found["order1_entropy"] is not None:
         lines.append(f"  order-1 entropy of the corpus: {found['order1_entropy']:.4g} nats a token")
-    volume = found["hypervolume"]
-    lines.append(f"  front: {found['front']} members, hypervolume {_cell(volume)}")
+    volume = _cell(found["hypervolume"])
+    about = "" if found["hypervolume_is_exact"] else " (approximate)"
+    lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
     lines += [f"  device: {name}" for name in found["devices"]]
     return "\n".join(lines)
 
 
-def front_rows(view: View, *, units: bool = False) -> list[Plain]:
+def front_rows(view: FrontView, *, units: bool = False) -> list[Plain]:
     """Return one row for each member of the front, best first objective first."""
-    found = {e.trial: e for e in view.evaluations}
     names = {o["name"]: o["name"] for o in view.study.objectives}
     if units:
         names = {o["name"]: f"{o['name']} ({o['unit']})" for o in view.study.objectives}
     rows = []
-    for trial in view.front:
-        evaluation = found[trial]
+    for evaluation in view.members:
+        trial = evaluation.trial
         row: Plain = {"trial": trial}
         row |= {shown: evaluation.values[name] for name, shown in names.items()}
         if units:
@@ -215,23 +210,20 @@ def front_rows(view: View, *, units: bool = False) -> list[Plain]:
     return rows
 
 
-def front_caption(view: View) -> list[str]:
+def front_caption(view: FrontView) -> list[str]:
     """Say what the numbers of a front stand on."""
-    done = [e for e in view.evaluations if e.status == "complete"]
-    lines = [
-        f"{len(view.front)} of {len(done)} complete trials are on the front of '{view.study.name}'"
-    ]
-    entropy = _entropy(view)
-    if entropy is not None and view.front:
+    done, name = view.summary.counts.get("complete", 0), view.study.name
+    lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
+    entropy = _entropy(view.study)
+    if entropy is not None and view.members:
         lines.append(f"a model that knows only the previous token has a loss of {entropy:.4g} nats")
-    ahead = [e.trial for e in done if e.trial in view.front and looks_ahead(e)]
+    ahead = [e.trial for e in view.members if looks_ahead(e)]
     if ahead:
         lines.append(
             f"allowed to look at later tokens, so their losses say little: {_spans(ahead)}"
         )
-    names = sorted({str(e.device.get("name")) for e in done})
-    if names:
-        lines.append(f"measured on {', '.join(names)}")
+    if view.summary.devices:
+        lines.append(f"measured on {', '.join(view.summary.devices)}")
     return lines
 
 
@@ -249,18 +241,16 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
     Raises:
         NotFoundError: if the study has no such trial.
     """
-    view = store.view(study)
-    found = next((e for e in view.evaluations if e.trial == trial), None)
+    record, found = store.study(study), store.evaluation(study, trial)
     if found is None:
-        numbers = [e.trial for e in view.evaluations]
+        numbers = store.finished(study)
         there = f"it has {_spans(numbers)}" if numbers else "it has none yet"
         raise NotFoundError(f"study '{study}' has no finished trial {trial}; {there}")
-    units = {o["name"]: o["unit"] for o in view.study.objectives}
     return {
         **found.plain(),
-        "units": units,
-        "on_front": trial in view.front,
-        "architecture": view.architectures.get(trial),
+        "units": {o["name"]: o["unit"] for o in record.objectives},
+        "on_front": trial in store.front(study),
+        "architecture": store.architecture(study, trial),
     }
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,29 +26,48 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from moenas import claims, membership, optuna_rows, rows, tables
-from moenas.database import Database, engine_arguments, tune_sqlite
-from moenas.errors import InputError, NotFoundError, StorageError, suggestion
+from moenas import claims, identity, membership, optuna_rows, readers, rows, tables
+from moenas.database import Database
+from moenas.errors import InputError, NotFoundError, StudyBusyError, suggestion
+from moenas.readers import FrontView, Summary
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
 from moenas.tally import is_evaluated
+from moenas.weights import Root, sweep
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _now(precision: str = "milliseconds") -> str:
+    return datetime.now(UTC).isoformat(timespec=precision)
+
+
+def _again(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+    """Let a method, which is one transaction, be tried again when it fails for a passing reason.
+
+    It may be repeated after it was done, as the answer of a commit can be lost: then it changes
+    nothing, and returns the same.
+    """
+
+    @wraps(method)
+    def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._database.again(lambda: method(self, *args, **kwargs))
+
+    return call
 
 
 class Store:
     """The studies of one database, and the folder of their weights.
 
-    Every method is one transaction. One that names a study raises NotFoundError if there is none
-    of that name, and StorageLostError if the database cannot be reached any more.
+    Every method is one transaction, which is tried again for a limited time when it fails for a
+    reason that passes: a lock, a restart of the server, a full disk. One that names a study raises
+    NotFoundError if there is none of that name, and StorageLostError if the database cannot be
+    reached any more.
     """
 
     def __init__(self, database: Database) -> None:
@@ -67,6 +85,21 @@ class Store:
         """
         return cls(Database.open(url, create=create))
 
+    @classmethod
+    def known(cls, url: str | None, name: str) -> StudyRecord | None:
+        """Return a study that a run is to write to, or None; nothing is written or made.
+
+        Raises:
+            StorageError: if the database cannot be opened or made.
+        """
+        database = Database.peek(url)
+        if database is None:
+            return None
+        with cls(database)._database.reading() as connection:
+            found = readers.studies(connection, name)
+        database.engine.dispose()
+        return found[0] if found else None
+
     @property
     def url(self) -> str:
         """The URL of the database, with its password: for programs, not for people."""
@@ -83,38 +116,38 @@ class Store:
         return self._database.engine
 
     @property
-    def runs(self) -> Path:
-        """Where weights lie: $MOENAS_RUNS, or moenas_runs/ beside the SQLite file or here."""
-        if given := os.environ.get("MOENAS_RUNS"):
-            return Path(given)
-        path = self._database.path
-        return (path.parent if path else Path()) / "moenas_runs"
+    def runs(self) -> Root:
+        """Where the weights of this database lie, and of no other one.
+
+        It is a folder in $MOENAS_RUNS, if that was set when the store was opened; or else in the
+        folder that the database names, or in moenas_runs/ beside the SQLite file.
+        """
+        database = self._database
+        return identity.runs(
+            database.identity, database.path, database.runs_wanted, database.folder
+        )
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which this store waits for its database."""
+        return self._database.again.seconds
 
     def optuna_storage(self, serving: bool = False) -> RDBStorage:
         """Return Optuna's storage on the same database; its tables are made if they are missing.
 
-        A transaction takes its lock at its beginning, so that no two processes tell one trial.
         With `serving`, for a process that shows studies, reading does not keep the driver
         waiting.
 
         Raises:
             StorageError: if the tables are those of another version of Optuna.
         """
-        from optuna.storages import RDBStorage
+        from moenas.optuna_storage import open_storage
 
-        database = self._database
-        # Optuna fills in the URL as a template of str.format.
-        url = self.url.replace("{", "{{").replace("}", "}}")
-        try:
-            with database.setting_up():
-                storage = RDBStorage(url, engine_kwargs=engine_arguments(database.url))
-        except RuntimeError as error:
-            raise StorageError(f"{self.place}: {error}") from None
-        if database.path is not None and not serving:
-            # A commit of ours after one of Optuna's makes both safe from a loss of power.
-            tune_sqlite(storage.engine, "NORMAL")
-            storage.engine.dispose()
-        return storage
+        return open_storage(self._database, serving=serving)
+
+    def verify(self) -> None:
+        """Raise StorageLostError if the database was moved, replaced or damaged meanwhile."""
+        self._database.again(self._database.verify)
 
     # --- studies -------------------------------------------------------------------------------
 
@@ -129,14 +162,32 @@ class Store:
             raise InputError(
                 f"study name {name[:40]!r}: 1 to {tables.NAME_LENGTH} printable characters"
             )
-        found = rows.study_rows(record)
-        found[tables.study][0]["created_at"] = record.created_at or _now()
-        try:
-            with self._database.writing() as connection:
-                _insert(connection, found)
-        except IntegrityError:
-            raise InputError(f"study '{name}' is there already in {self.place}") from None
+        created = record.created_at or _now()
+        tries = 0
 
+        def work() -> None:
+            nonlocal tries
+            tries += 1
+            found = rows.study_rows(record)
+            found[tables.study][0]["created_at"] = created
+            try:
+                with self._database.writing() as connection:
+                    _insert(connection, found)
+            except IntegrityError:
+                if tries > 1 and self._is_known(record, created):
+                    return  # the answer of the first commit was lost
+                raise InputError(f"study '{name}' is there already in {self.place}") from None
+
+        self._database.again(work)
+
+    def _is_known(self, record: StudyRecord, created: str) -> bool:
+        """Whether the study of this name is the one that was just stored."""
+        with self._database.reading() as connection:
+            found = readers.studies(connection, record.name)
+        same = found[0].space_sha256 == record.space_sha256 if found else False
+        return same and found[0].created_at == created
+
+    @_again
     def set_trials(self, name: str, trials: int) -> None:
         """Set how many trials the study is to have in total."""
         with self._changing(name) as connection:
@@ -144,18 +195,21 @@ class Store:
                 update(tables.study).where(tables.study.c.name == name).values(trials=trials)
             )
 
+    @_again
     def study(self, name: str) -> StudyRecord:
         """Return a study."""
         with self._reading(name) as connection:
-            return _studies(connection, name)[0]
+            return readers.studies(connection, name)[0]
 
+    @_again
     def studies(self) -> list[StudyRecord]:
         """Return all studies, oldest first."""
         with self._database.reading() as connection:
-            return _studies(connection)
+            return readers.studies(connection)
 
     # --- the driver ----------------------------------------------------------------------------
 
+    @_again
     def claim(self, name: str) -> None:
         """Become the driver of a study, until `release`; `beat` at least every 10 s.
 
@@ -163,22 +217,31 @@ class Store:
             StudyBusyError: if another driver lives, in this process or in any other.
         """
         with self._changing(name) as connection:
-            claims.claim(connection, name, self._owner)
+            self._database.settle(connection)
+            holder = claims.claim(connection, name, self._owner)
+        if holder is not None:
+            raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
+        sweep(self.runs, name)
 
     def beat(self, name: str) -> None:
-        """Say that this driver lives.
+        """Say that this driver lives; one that fails is not tried again.
 
         Raises:
+            StorageLostError: if the database was moved or replaced.
             StudyBusyError: if another driver has taken over.
         """
+        self._database.check_identity()
         with self._changing(name) as connection:
+            self._database.check_identity(connection)
             claims.beat(connection, name, self._owner)
 
+    @_again
     def release(self, name: str) -> None:
         """Stop being the driver of a study; nothing happens if this store is not."""
         with self._changing(name) as connection:
             claims.release(connection, name, self._owner)
 
+    @_again
     def driver(self, name: str) -> str | None:
         """Say who runs a study now, or return None."""
         with self._reading(name) as connection:
@@ -186,6 +249,7 @@ class Store:
 
     # --- trials --------------------------------------------------------------------------------
 
+    @_again
     def asked(
         self, name: str, trial: int, fingerprint: str, architecture: Plain, cost: dict[str, int]
     ) -> None:
@@ -217,18 +281,31 @@ class Store:
 
         From now on the results of earlier attempts are refused.
         """
+        return self._start_attempt(name, trial, _now("microseconds"))
+
+    @_again
+    def _start_attempt(self, name: str, trial: int, started: str) -> int:
+        """Store an attempt that began at `started`; once more for the same moment is no other."""
         with self._changing(name) as connection:
             _known_trial(connection, name, trial)
-            number = _newest_attempt(connection, name, trial) + 1
-            row = {"study": name, "trial": trial, "attempt": number, "started_at": _now()}
+            newest = _newest_attempt(connection, name, trial)
+            attempt = tables.attempt.c
+            latest = select(attempt.started_at).where(
+                *_is(tables.attempt, name, trial), attempt.attempt == newest
+            )
+            if connection.execute(latest).scalar() == started:
+                return newest
+            row = {"study": name, "trial": trial, "attempt": newest + 1, "started_at": started}
             connection.execute(insert(tables.attempt), row)
-            return number
+            return newest + 1
 
+    @_again
     def attempts(self, name: str, trial: int) -> int:
         """Return how many times a trial was started."""
         with self._reading(name) as connection:
             return _newest_attempt(connection, name, trial)
 
+    @_again
     def end_attempt(self, name: str, trial: int, attempt: int, failure: Plain) -> None:
         """Store why an attempt gave no evaluation; the trial stays without one."""
         this = tables.attempt.c.attempt == attempt
@@ -239,6 +316,7 @@ class Store:
                 .values(finished_at=_now(), status="ended", failure=rows.storable(failure))
             )
 
+    @_again
     def failed_attempts(self, name: str, trial: int, kind: str) -> int:
         """Return how many attempts of a trial ended by a kind of failure, without an evaluation."""
         wanted = select(tables.attempt.c.failure).where(
@@ -248,12 +326,14 @@ class Store:
             found = connection.scalars(wanted).all()
         return sum((failure or {}).get("kind") == kind for failure in found)
 
+    @_again
     def fingerprint(self, name: str, trial: int) -> str | None:
         """Return the fingerprint of a trial's architecture; None if it was never asked for."""
         with self._reading(name) as connection:
             found = _candidate(connection, name, trial)
             return None if found is None else str(found.fingerprint)
 
+    @_again
     def asked_trials(self, name: str) -> set[int]:
         """Return the trials that have an architecture of ours."""
         candidate = tables.candidate.c
@@ -261,11 +341,13 @@ class Store:
         with self._reading(name) as connection:
             return set(connection.scalars(wanted))
 
+    @_again
     def apply(self, name: str, change: Callable[[Connection], T]) -> T:
         """Run a change of a study's rows in one transaction."""
         with self._changing(name) as connection:
             return change(connection)
 
+    @_again
     def architecture(self, name: str, trial: int) -> Plain:
         """Return the canonical architecture of a trial.
 
@@ -278,6 +360,7 @@ class Store:
 
     # --- evaluations ---------------------------------------------------------------------------
 
+    @_again
     def record(self, evaluation: Evaluation) -> bool:
         """Store an evaluation, the front and its history together; return whether it counts.
 
@@ -310,7 +393,7 @@ class Store:
     def _write(self, connection: Connection, evaluation: Evaluation) -> None:
         """Store an evaluation in place of that of an earlier attempt, and its effect."""
         name, trial = evaluation.study, evaluation.trial
-        record = _studies(connection, name)[0]
+        record = readers.studies(connection, name)[0]
         now = _now()
         found = rows.evaluation_rows(evaluation, now)
         for table in found:
@@ -323,7 +406,7 @@ class Store:
             .values(
                 finished_at=now,
                 status=evaluation.status,
-                failure=rows.storable(evaluation.failure),
+                failure=rows.failure(evaluation.failure),
             )
         )
         if evaluation.status == "complete":
@@ -331,16 +414,22 @@ class Store:
             point = _values(record, evaluation)
             membership.advance(connection, record, trial, point, copied=copied)
 
+    @_again
     def evaluation(self, name: str, trial: int) -> Evaluation | None:
         """Return the evaluation of a trial, or None if there is none yet."""
         with self._reading(name) as connection:
-            return next(iter(_evaluations(connection, name, trial)), None)
+            return readers.evaluation(connection, name, trial)
 
+    @_again
     def evaluations(self, name: str) -> list[Evaluation]:
-        """Return all evaluations of a study in order of their trials."""
-        with self._reading(name) as connection:
-            return _evaluations(connection, name)
+        """Return all evaluations of a study in order of their trials.
 
+        The curve and the routing of each are read when they are asked for.
+        """
+        with self._reading(name) as connection:
+            return readers.evaluations(connection, name, self._rest(name))
+
+    @_again
     def evaluated(self, name: str) -> int:
         """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
         row = tables.evaluation.c
@@ -355,6 +444,13 @@ class Store:
             is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values) for r in found
         )
 
+    @_again
+    def knows(self, name: str) -> bool:
+        """Say whether there is a study of ours of this name."""
+        with self._database.reading() as connection:
+            return bool(readers.studies(connection, name))
+
+    @_again
     def holds_optuna_study(self, name: str) -> bool:
         """Say whether Optuna's tables hold a study of this name."""
         with self._database.reading() as connection:
@@ -362,6 +458,15 @@ class Store:
                 return False
             return optuna_rows.has_study(connection, name)
 
+    @_again
+    def finished(self, name: str) -> list[int]:
+        """Return the trials that have an evaluation."""
+        trial = tables.evaluation.c.trial
+        with self._reading(name) as connection:
+            known = select(trial).where(tables.evaluation.c.study == name).order_by(trial)
+            return list(connection.scalars(known))
+
+    @_again
     def count(self, name: str) -> int:
         """Return how many trials of a study have an evaluation."""
         known = tables.evaluation.c.study == name
@@ -371,17 +476,20 @@ class Store:
 
     # --- the front -----------------------------------------------------------------------------
 
+    @_again
     def front(self, name: str) -> list[int]:
         """Return the trials on the front in order of the first objective, best first."""
         with self._reading(name) as connection:
-            return membership.members(connection, _studies(connection, name)[0])
+            return membership.members(connection, readers.studies(connection, name)[0])
 
+    @_again
     def standing(self, name: str) -> tuple[int, float | None]:
         """Return the size of the front and its hypervolume now; 0, None without complete trials."""
         with self._reading(name) as connection:
             row = membership.last(connection, name)
             return (row.size, row.hypervolume) if row else (0, None)
 
+    @_again
     def history(self, name: str) -> list[FrontPoint]:
         """Return the front after each complete trial, in the order in which they were recorded.
 
@@ -390,31 +498,58 @@ class Store:
         with self._reading(name) as connection:
             return membership.history(connection, name)
 
-    def view(self, name: str) -> View:
-        """Return all of a study in one state."""
+    @_again
+    def summary(self, name: str) -> Summary:
+        """Return how far a study is and how it does, in counts and best values."""
         with self._reading(name) as connection:
-            record = _studies(connection, name)[0]
-            candidate = tables.candidate.c
-            architectures = connection.execute(
-                select(candidate.trial, candidate.architecture)
-                .where(candidate.study == name)
-                .order_by(candidate.trial)
-            )
-            return View(
-                study=record,
-                evaluations=_evaluations(connection, name),
-                architectures={row.trial: row.architecture for row in architectures},
-                front=membership.members(connection, record),
-                history=membership.history(connection, name),
-            )
+            return readers.summary(connection, name)
+
+    @_again
+    def front_view(self, name: str) -> FrontView:
+        """Return the members of the front with their architectures, and what they stand on."""
+        with self._reading(name) as connection:
+            return readers.front_view(connection, name, self._rest(name))
+
+    @_again
+    def view(self, name: str) -> View:
+        """Return a study for figures: the study, the front and its history in one state.
+
+        Evaluations, their curves and architectures are read when they are asked for.
+        """
+        with self._reading(name) as connection:
+            record = readers.studies(connection, name)[0]
+            front = membership.members(connection, record)
+            history = membership.history(connection, name)
+        later = {
+            "evaluations": lambda: self.evaluations(name),
+            "architectures": lambda: self.architectures(name),
+        }
+        return readers.StoredView.of(record, front, history, later)
+
+    @_again
+    def architectures(self, name: str) -> dict[int, Plain]:
+        """Return trial -> canonical architecture of all trials."""
+        with self._reading(name) as connection:
+            return readers.architectures(connection, name)
+
+    def _rest(self, name: str) -> readers.Rest:
+        """Return what reads the curve and the routing of a trial."""
+
+        def read(trial: int) -> tuple[list[Plain], list[Plain]]:
+            with self._database.reading() as connection:
+                return readers.rest_of(connection, name, trial)
+
+        return lambda trial: self._database.again(lambda: read(trial))
 
     # --- the reference model -------------------------------------------------------------------
 
+    @_again
     def reference_ms(self, name: str) -> dict[str, float]:
         """Return device and workload -> time of the reference model there, in ms."""
         with self._reading(name) as connection:
             return _reference_ms(connection, name)
 
+    @_again
     def set_reference_ms(self, name: str, key: str, ms: float) -> float:
         """Fix the time of the reference model, if none is fixed; return the one that holds."""
         with self._changing(name) as connection:
@@ -461,21 +596,6 @@ def _known_study(connection: Connection, name: str, *, lock: bool = False) -> No
         raise NotFoundError(f"no study '{name}'.{suggestion(name, names)} {there}")
 
 
-def _studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
-    """Return the study of a name, or all of them, oldest first."""
-    studies = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)
-    infos = select(tables.objective).order_by(tables.objective.c.position)
-    if name is not None:
-        studies = studies.where(tables.study.c.name == name)
-        infos = infos.where(tables.objective.c.study == name)
-    objectives: dict[str, list[Row[Any]]] = {}
-    for info in connection.execute(infos):
-        objectives.setdefault(info.study, []).append(info)
-    return [
-        rows.study_record(row, objectives.get(row.name, [])) for row in connection.execute(studies)
-    ]
-
-
 def _candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:
     wanted = select(tables.candidate).where(*_is(tables.candidate, name, trial))
     return connection.execute(wanted).first()
@@ -498,24 +618,6 @@ def _newest_attempt(connection: Connection, name: str, trial: int) -> int:
     """Return how many times a trial was started."""
     newest = select(func.max(tables.attempt.c.attempt)).where(*_is(tables.attempt, name, trial))
     return connection.execute(newest).scalar() or 0
-
-
-def _evaluations(connection: Connection, name: str, trial: int | None = None) -> list[Evaluation]:
-    """Return the evaluations of a study, or that of one trial, in order of the trials."""
-
-    def read(table: Table, *order: str) -> list[Row[Any]]:
-        wanted = select(table).where(table.c.study == name)
-        if trial is not None:
-            wanted = wanted.where(table.c.trial == trial)
-        wanted = wanted.order_by(table.c.trial, *(table.c[column] for column in order))
-        return list(connection.execute(wanted).all())
-
-    parts = {
-        tables.value: read(tables.value),
-        tables.curve: read(tables.curve, "position"),
-        tables.routing: read(tables.routing, "layer"),
-    }
-    return rows.evaluations(read(tables.evaluation), parts)
 
 
 def _values(record: StudyRecord, evaluation: Evaluation) -> list[float]:

@@ -43,6 +43,8 @@ __all__ = [
     "run",
 ]
 
+SHOWN_MEMBERS = 8
+"""Trials that the text of a front names."""
 MAX_DIFFERENCES = 20
 """Lines shown of what differs between two spaces."""
 
@@ -71,6 +73,18 @@ class Front:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def __getitem__(self, index: int) -> Member:
+        return self.members[index]
+
+    def __repr__(self) -> str:
+        volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
+        trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
+        more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
+        return (
+            f"Front({len(self.members)} members: {', '.join(map(str, trials))}{more};"
+            f" {', '.join(self.directions)}; hypervolume {volume})"
+        )
 
     def dataframe(self) -> pandas.DataFrame:
         """Return a row for each member: trial, values, the architecture in one line."""
@@ -147,15 +161,13 @@ class Study:
 
     def front(self) -> Front:
         """Return the Pareto front."""
-        view = self.view
-        values = {e.trial: e.values for e in view.evaluations}
+        view = self.store.front_view(self.name)
         names = view.study.directions
         members = tuple(
-            Member(t, {name: values[t][name] for name in names}, view.architectures[t])
-            for t in view.front
+            Member(e.trial, {name: e.values[name] for name in names}, view.architectures[e.trial])
+            for e in view.members
         )
-        volume = view.history[-1].hypervolume if view.history else None
-        return Front(members, names, volume, view.study.reference_point)
+        return Front(members, names, view.summary.hypervolume, view.study.reference_point)
 
     def dataframe(self) -> pandas.DataFrame:
         """Return a row for each finished trial: state, values, parameters, cost, failure, seconds.
@@ -228,8 +240,10 @@ def run(
     space.require_feasible()
     corpus = load(space.data)
     corpus.require(space.train.context, min(space.vocab_sizes))
-    store = Store.open(storage, create=True)
-    known = _known(store, space, corpus)
+    known = Store.known(storage, space.name)
+    if known is not None:
+        _refuse_changes(known, space, corpus)
+    store: Store | None = None
     sigterm, quiet = _Sigterm(), optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -237,8 +251,10 @@ def run(
             pool = None
             if known is None:
                 pool = _opened(stack, space, workers, address)
-                # Only now is all that the user wrote known to be right.
-                store.create_study(_record(space, corpus, trials))
+            # Only now is all that the user wrote known to be right.
+            store = Store.open(storage, create=True)
+            if known is None:
+                _create(store, space, corpus, trials)
             lease = stack.enter_context(Lease(store, space.name))
             driver = Driver(store, space, corpus.sha256, listener or _silent)
             driver.take_up(_total(store.study(space.name), space, trials))
@@ -246,31 +262,35 @@ def run(
                 pool = pool or _opened(stack, space, workers, address)
                 stack.enter_context(sigterm.heeded())
                 driver.work(pool, lease)
+            store.verify()
             return Study(store, space.name, driver.end())
     except optuna.exceptions.StorageInternalError as error:
-        raise StorageLostError(f"{store.place}: {error}") from error
+        place = store.place if store else "the database"
+        raise StorageLostError(f"{place}: {error.__cause__ or error}") from error
     except KeyboardInterrupt:
-        word, code = ("SIGTERM", 143) if sigterm.came else ("Ctrl-C", 130)
-        raise Interrupted(word, code) from None
+        raise Interrupted(*sigterm.reason) from None
     finally:
         optuna.logging.set_verbosity(quiet)
 
 
-def _known(store: Store, space: Space, corpus: Corpus) -> StudyRecord | None:
-    """Return the stored study of a space, or None; refuse one that is another study.
+def _create(store: Store, space: Space, corpus: Corpus, trials: int | None) -> None:
+    """Store a new study; one that another process has just stored is taken as it is.
 
     Raises:
-        InputError: naming what differs.
+        InputError: if Optuna's tables hold a study of that name that is not ours.
     """
-    known = next((r for r in store.studies() if r.name == space.name), None)
-    if known is not None:
-        _refuse_changes(known, space, corpus)
-    elif store.holds_optuna_study(space.name):
+    if store.holds_optuna_study(space.name) and not store.knows(space.name):
         raise InputError(
             f"study '{space.name}': Optuna's tables in {store.place} hold a study of that name"
             " which moenas did not make; give the space another `name`"
         )
-    return known
+    try:
+        store.create_study(_record(space, corpus, trials))
+    except InputError:
+        known = next((r for r in store.studies() if r.name == space.name), None)
+        if known is None:
+            raise
+        _refuse_changes(known, space, corpus)
 
 
 def _silent(event: Event) -> None:
@@ -285,26 +305,36 @@ def _opened(stack: ExitStack, space: Space, workers: Workers, address: str | Non
 
 
 class _Sigterm:
-    """Lets SIGTERM end a run as Ctrl-C does."""
+    """Lets SIGTERM and SIGHUP end a run as Ctrl-C does."""
+
+    HEEDED = (signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.came = False
+        self.reason = ("Ctrl-C", 130)
+        """What ended the run, and the exit code for it."""
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Heed SIGTERM meanwhile. To be entered after Ray, which sets a handler of its own."""
+        """Heed the signals meanwhile. To be entered after Ray, which sets handlers of its own.
+
+        A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._stop)
+        before = {s: signal.getsignal(s) for s in self.HEEDED}
+        before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _stop(self, number: int, frame: object) -> None:
         """Raise what no `except Exception` swallows, and what Ray's waiting lets through."""
-        self.came = True
+        self.reason = (signal.Signals(number).name, 128 + number)
         raise KeyboardInterrupt
 
 

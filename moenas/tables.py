@@ -56,6 +56,21 @@ def _of_trial() -> tuple[Column[str], Column[int], ForeignKeyConstraint]:
     )
 
 
+database = Table(
+    "moenas_database",
+    metadata,
+    # The one row is 1.
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    # Names the database for as long as it lives; a copy gets another one at its first run.
+    Column("uuid", String(32), nullable=False),
+    # Where it lay at its last run: an SQLite file, or a server, database and schema.
+    Column("place", Text),
+    # Absolute path of the folder of weights; NULL is moenas_runs beside an SQLite file.
+    Column("weights", Text),
+    # The uuids of the databases that this one is a copy of: their weights may be its own.
+    Column("former", Json, nullable=False),
+)
+
 study = Table(
     "moenas_study",
     metadata,

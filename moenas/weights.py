@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import tempfile
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from moenas.errors import InputError, NotFoundError
 from moenas.refs import sha256
@@ -14,6 +15,12 @@ from moenas.refs import sha256
 FILE = "model.safetensors"
 SLUG = 40
 """Characters of a study's name that its folder keeps; a digest tells equal beginnings apart."""
+
+
+class Root(PosixPath):
+    """The folder of a database's weights, and those in which it may have put them before."""
+
+    older: tuple[Path, ...] = ()
 
 
 def weights_path(runs: Path, study: str, trial: int) -> Path:
@@ -34,7 +41,7 @@ def write_weights(runs: Path, study: str, trial: int, data: bytes) -> str:
     the disk before the name is. Raises OSError if the disk refuses.
     """
     path = weights_path(runs, study, trial)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{FILE}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -60,19 +67,37 @@ def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -
     Raises:
         InputError: as `read_weights` does.
     """
-    data = read_weights(runs, study, source, digest)
+    there, data = _found(runs, study, source, digest)
     path = weights_path(runs, study, trial)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{FILE}.") as draft:
         part = Path(draft, FILE)
         try:
-            os.link(weights_path(runs, study, source), part)
+            os.link(there, part)
         except OSError:
             write_weights(runs, study, trial, data)
             return
         # rename(2) leaves `part` if both names are one file already; it goes with the draft.
         os.replace(part, path)
     _sync(path.parent)
+
+
+def sweep(runs: Path, study: str) -> None:
+    """Remove what a killed process of this study left half written; no other one may run it."""
+    for draft in weights_path(runs, study, 0).parents[1].glob(f"*/.{FILE}.*"):
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, and bring their names to the disk."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        _sync(each.parent)
 
 
 def _sync(folder: Path) -> None:
@@ -91,19 +116,32 @@ def read_weights(runs: Path, study: str, trial: int, digest: str) -> bytes:
         NotFoundError: if there are none.
         InputError: if they are not the ones that were stored, or cannot be read.
     """
+    return _found(runs, study, trial, digest)[1]
+
+
+def _found(runs: Path, study: str, trial: int, digest: str) -> tuple[Path, bytes]:
+    """Return the weights of a trial and where they lie: in `runs`, or where they lay before."""
     path = weights_path(runs, study, trial)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise NotFoundError(
-            f"{path}: the weights of trial {trial} are not there; set MOENAS_RUNS to the folder"
-            " that holds them"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if (found := sha256(data)) != digest:
-        raise InputError(
-            f"{path}: not the weights that trial {trial} ended with: SHA-256 {found[:12]}...,"
+    others = [weights_path(root, study, trial) for root in getattr(runs, "older", ())]
+    wrong: InputError | None = None
+    for place in [path, *others]:
+        try:
+            data = place.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            wrong = wrong or InputError(f"{place}: cannot be read: {error.strerror}")
+            continue
+        found = sha256(data)
+        if found == digest:
+            return place, data
+        wrong = wrong or InputError(
+            f"{place}: not the weights that trial {trial} ended with: SHA-256 {found[:12]}...,"
             f" stored was {digest[:12]}...; restore the file"
         )
-    return data
+    if wrong is not None:
+        raise wrong
+    raise NotFoundError(
+        f"{path}: the weights of trial {trial} are not there; set MOENAS_RUNS to the folder"
+        " that holds them"
+    )

@@ -17,6 +17,7 @@ from moenas.front import (
     dominates,
     history,
     hypervolume,
+    is_exact,
     knee,
     non_dominated,
     reference_point,
@@ -73,7 +74,7 @@ def test_hypervolume_is_that_of_optuna(objectives, points, seed):
     expected = compute_hypervolume(losses, reference)
     minimised = hypervolume(losses, list(reference), ["minimize"] * objectives)
     maximised = hypervolume(-losses, list(-reference), ["maximize"] * objectives)
-    assert minimised == pytest.approx(expected, rel=1e-9)
+    assert minimised == pytest.approx(expected, rel=1e-9 if is_exact(objectives) else 0.05)
     assert maximised == minimised
 
 

@@ -23,10 +23,11 @@ FLOORS = """
     failures folders
     checked
     domains
-    component front weights describe require lease tables texts
-    grammar guests migrations membership rows claims
+    component front weights describe require lease tables texts urls retry faults terminal
+    grammar guests migrations membership rows claims identity
     naming
-    draws schema sections objective migrations.env migrations.versions database figures
+    draws schema sections objective migrations.env migrations.versions database readers figures
+    optuna_storage
     store
     dashboard heartbeat
     parts.layers parts.norms parts.scan parts.lending parts.bias
@@ -67,8 +68,9 @@ ROOMS = {
     "alembic": "database migrations",
     "click": "cli",
     "fvcore": "flops",
+    "moocore": "front",
     "numpy": "front data counts domains export isolation",
-    "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard store",
+    "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard optuna_storage",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
     "plotly": "figures dashboard dashboards",
@@ -76,7 +78,7 @@ ROOMS = {
     "ray": "ray_head ray_cluster",
     "safetensors": "measure export",
     "scipy": "none",
-    "sqlalchemy": "store database claims membership rows tables migrations optuna_rows reconcile",
+    "sqlalchemy": "store readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile",
     "torch": "parts architecture data dtypes routing causality train latency flops memory footprint lift isolation measure export testing",
     "typer": "cli",
     "yaml": "refs",

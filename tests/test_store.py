@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from together import claim_and_record, open_empty, tell, together
 
 from moenas import front, migrations
-from moenas.database import storage_url
 from moenas.errors import (
     InputError,
     NotFoundError,
@@ -32,6 +31,7 @@ from moenas.errors import (
 from moenas.records import Evaluation, ObjectiveInfo, StudyRecord
 from moenas.store import Store
 from moenas.tables import metadata
+from moenas.urls import storage_url
 
 OBJECTIVES = {"val_loss": "minimize", "speed": "maximize"}
 
@@ -544,7 +544,7 @@ def test_a_newer_schema_is_refused(store, url, create):
     store.create_study(a_study())
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0001\)"):
+    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0002\)"):
         Store.open(url, create=create)
     assert sql(store, "SELECT version_num FROM moenas_alembic_version") == [("9999",)]
 
@@ -579,9 +579,9 @@ def test_sqlite_readers_and_the_writer_do_not_wait_for_one_another(tmp_path):
 def test_weights_lie_beside_the_file(tmp_path, monkeypatch):
     monkeypatch.delenv("MOENAS_RUNS", raising=False)
     store = Store.open(f"sqlite:///{tmp_path}/moenas.db", create=True)
-    assert store.runs == tmp_path / "moenas_runs"
+    assert store.runs.parent == tmp_path / "moenas_runs"
     monkeypatch.setenv("MOENAS_RUNS", "/elsewhere")
-    assert store.runs == Path("/elsewhere")
+    assert Store.open(store.url).runs == Path("/elsewhere") / store.runs.name
 
 
 def test_nothing_is_left_beside_a_closed_database(tmp_path):
@@ -682,7 +682,7 @@ def test_a_store_shows_its_place_without_the_password(postgres_url, tmp_path):
     assert "se{c}ret" in sqlalchemy.make_url(store.url).password
     assert "ret" not in store.place
     store.optuna_storage().get_all_studies()
-    assert store.runs.name == "moenas_runs"
+    assert store.runs.parent.name == "moenas_runs"
 
 
 def test_a_database_that_is_not_on_the_server(postgres_url):

@@ -114,8 +114,7 @@ def _front(connection: Connection, study: str) -> list[str]:
     """Compare the stored front and hypervolume with brute force over the stored values."""
     rows = _select(
         connection,
-        "SELECT trial, metrics FROM moenas_evaluation WHERE study = :study"
-        " AND status = 'complete'",
+        "SELECT trial, metrics FROM moenas_evaluation WHERE study = :study AND status = 'complete'",
         study,
     )
     values = _values(connection, study)
