@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moenas.candidate import Candidate
 from moenas.errors import InputError, StorageLostError
+from moenas.front import unusable
 from moenas.objective import rebase
 from moenas.pool import Result
 from moenas.records import Evaluation, Failure
@@ -18,9 +19,6 @@ from moenas.weights import copy_weights, write_weights
 
 if TYPE_CHECKING:
     from moenas.space import Space
-
-VALUE_LIMIT = 1e150
-"""Values of this size and above fail their candidate: their products overflow."""
 
 
 class Intake:
@@ -53,13 +51,9 @@ class Intake:
         found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if found.status != "complete":
             return found
-        for name in self._names:
-            value = found.values.get(name, math.nan)
-            if not math.isfinite(value):
-                return failed(found, "error", f"no finite value for {name}")
-            if abs(value) >= VALUE_LIMIT:
-                text = f"{name} is {value:g}; the size of a value is below {VALUE_LIMIT:g}"
-                return failed(found, "error", text)
+        why = unusable({name: found.values.get(name, math.nan) for name in self._names})
+        if why is not None:
+            return failed(found, "error", why)
         found = self._as_required(candidate, self._on_one_reference(found))
         if found.status == "complete" and result.weights is not None:
             with self.writing():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +99,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> Scripted:
     pool = Scripted(script)
     monkeypatch.setattr(study, "open_pool", lambda *args, **kwargs: pool)
     return pool
+
+
+def press_ctrl_c() -> None:
+    """Send this process what a terminal sends."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
 
 
 def counts(row: Evaluation) -> bool:

@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
-from studies import assert_sound, fake, scripted, space
+from studies import assert_sound, fake, press_ctrl_c, scripted, space
 
 from moenas import asker, measure, stops
 from moenas.errors import (
@@ -156,7 +156,7 @@ def test_a_trial_told_between_two_runs_is_evaluated(
 ) -> None:
     def interrupted(job: Job) -> Any:
         if job.trial == 2 and job.attempt == 1:
-            raise KeyboardInterrupt
+            press_ctrl_c()
         return fake(job)
 
     monkeypatch.setattr(measure, "evaluate", interrupted)
