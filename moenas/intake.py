@@ -18,6 +18,7 @@ from moenas.store import Store
 from moenas.weights import copy_weights, write_weights
 
 if TYPE_CHECKING:
+    from moenas.architecture import Architecture
     from moenas.space import Space
 
 
@@ -49,19 +50,27 @@ class Intake:
             seed = self._space.search.seed
             return candidate.evaluation(self._study, attempt, "failed", failure=failure, seed=seed)
         found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
-        if found.status != "complete":
-            return found
-        why = unusable({name: found.values.get(name, math.nan) for name in self._names})
-        if why is not None:
-            return failed(found, "error", why)
-        found = self._as_required(candidate, self._on_one_reference(found))
-        if found.status == "complete" and result.weights is not None:
+        if found.status == "complete":
+            found = self.judged(candidate.architecture, found)
+        digest = None
+        # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
+        if result.weights is not None and found.status != "infeasible":
             with self.writing():
                 digest = write_weights(
                     self._store.runs, self._study, candidate.number, result.weights
                 )
-            found = replace(found, weights_sha256=digest)
-        return found
+        return replace(found, weights_sha256=digest)
+
+    def judged(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
+        """Return a complete evaluation with the study's reference times, if it can be complete.
+
+        It is failed if a value cannot be used, infeasible if the trained model breaks a
+        requirement.
+        """
+        why = unusable({name: found.values.get(name, math.nan) for name in self._names})
+        if why is not None:
+            return failed(found, "error", why)
+        return self._as_required(architecture, self._on_one_reference(found))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
         """Return the evaluation of an earlier trial of the same model as that of a candidate.
@@ -113,18 +122,18 @@ class Intake:
         }
         return rebase(found, fixed)
 
-    def _as_required(self, candidate: Candidate, found: Evaluation) -> Evaluation:
+    def _as_required(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
-        if found.status != "complete" or candidate.architecture is None:
+        if found.status != "complete" or architecture is None:
             return found
-        violations = self._space.trained_violations(candidate.architecture, found.routing)
+        violations = self._space.trained_violations(architecture, found.routing)
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
             return found
-        return replace(found, status="infeasible", violations=broken, weights_sha256=None)
+        return replace(found, status="infeasible", violations=broken)
 
 
 def failed(found: Evaluation, kind: str, message: str) -> Evaluation:
     """Turn an evaluation into a failed one."""
     failure = Failure(kind, message).plain()
-    return replace(found, status="failed", failure=failure, weights_sha256=None)
+    return replace(found, status="failed", failure=failure)

@@ -216,17 +216,17 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     """
     run = _Run(job)
     threads = torch.get_num_threads()
-    weights, failure = None, None
+    failure = None
     try:
         with run.phase("total"):
-            weights = run.evaluate()
+            run.evaluate()
     except KeyboardInterrupt:
         raise  # by the user or by the candidate: the pool knows
     except BaseException as error:
-        weights, failure = None, failure_of(error)
+        failure = failure_of(error)
     finally:
         torch.set_num_threads(threads)
-    return run.evaluation(weights, failure), weights
+    return run.evaluation(failure), run.weights
 
 
 def _copied(architecture: Architecture, model: Model) -> Model:
@@ -264,6 +264,8 @@ class _Run:
         self.measurements: dict[str, Plain] = {}
         self.curve: list[Plain] = []
         self.seconds: dict[str, float] = {}
+        self.weights: bytes | None = None
+        """The trained weights as safetensors, once there are any."""
 
     @property
     def deadline(self) -> float | None:
@@ -280,8 +282,8 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
-    def evaluate(self) -> bytes | None:
-        """Do the job; return the trained weights if it was trained."""
+    def evaluate(self) -> None:
+        """Do the job."""
         job, device = self.job, default_device()
         guests.load_all(job.use)
         architecture = Architecture.parse(job.architecture)
@@ -312,7 +314,7 @@ class _Run:
                 lease=lease,
                 reference_ms=job.reference_ms,
             )
-            return self.measure_all(subject, objectives)
+            self.measure_all(subject, objectives)
 
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
@@ -336,20 +338,44 @@ class _Run:
         corpus.require(context, vocab_size)
         return corpus
 
-    def measure_all(self, subject: Subject, objectives: list[Objective]) -> bytes | None:
+    def measure_all(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure the objectives in the order of their needs."""
         needs = {objective.needs for objective in objectives}
         self.measure(subject, [o for o in objectives if o.needs == "cost"])
         if needs == {"cost"}:
-            return None
+            return
         subject.build = lambda: self.build(subject, training="training" in needs)
+        if self.job.known is not None:
+            self.measure_again(subject, objectives)
+            return
         self.measure(subject, [o for o in objectives if o.needs == "model"])
         if "training" not in needs:
-            return None
+            return
         subject.trained = self.train(subject)
-        weights = _weights(subject, self.job)  # now: they are those of the stored loss
+        self.weights = _weights(subject, self.job)  # now: they are those of the stored loss
         self.measure(subject, [o for o in objectives if o.needs == "training"])
-        return weights
+
+    def measure_again(self, subject: Subject, objectives: list[Objective]) -> None:
+        """Measure objectives of a candidate that was trained before, from its stored weights."""
+        self.measure(subject, [o for o in objectives if o.needs == "model"])
+        trained = [o for o in objectives if o.needs == "training"]
+        if not trained:
+            return
+        known, weights = Evaluation.parse(self.job.known or {}), self.job.weights
+        if weights is None or "val_loss" not in known.metrics:
+            raise CandidateError("no trained weights are stored, and an objective needs them")
+        state = safetensors.torch.load(weights)
+        subject.model.load_state_dict(state)
+        metrics = known.metrics
+        subject.trained = Training(
+            metrics["val_loss"],
+            metrics.get("bits_per_byte"),
+            metrics["train_loss"],
+            known.seconds.get("train", 0.0),
+            known.curve,
+            known.routing,
+        )
+        self.measure(subject, trained)
 
     def build(self, subject: Subject, *, training: bool) -> Model:
         """Build the model if it fits its device, and training it does if it is to be trained."""
@@ -437,7 +463,7 @@ class _Run:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise TimeLimitError(f"used up its time limit of {self.job.time_limit_s:g} s")
 
-    def evaluation(self, weights: bytes | None, failure: Failure | None) -> Evaluation:
+    def evaluation(self, failure: Failure | None) -> Evaluation:
         """Write down all that is known."""
         job = self.job
         return Evaluation(
@@ -452,7 +478,7 @@ class _Run:
             versions=versions(),
             seed=job.seed,
             failure=None if failure is None else failure.plain(),
-            weights_sha256=None if weights is None else sha256(weights),
+            weights_sha256=None if self.weights is None else sha256(self.weights),
             **self.found,
         )
 

@@ -93,6 +93,10 @@ class Job(_Record):
     """Path -> source text of a guest's file of parts."""
     reference_ms: dict[str, float] = field(default_factory=dict)
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
+    known: Plain | None = None
+    """The stored evaluation, if its objectives are to be measured again without training."""
+    weights: bytes | None = field(default=None, repr=False)
+    """Its trained weights as safetensors."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ class StudyRecord(_Record):
     reference_point: dict[str, float] = field(default_factory=dict)
     """Objective -> the corner that the hypervolume is measured from; {} before a first front."""
     created_at: str = ""
+    changes: list[Plain] | None = None
+    """What a user accepted after the start, in order: {at, what, before, after}, digests."""
 
     @property
     def directions(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
@@ -109,6 +110,11 @@ class Store:
     def place(self) -> str:
         """The URL of the database without its password: for people."""
         return self._database.place
+
+    @property
+    def path(self) -> Path | None:
+        """The file, if the database is one of SQLite."""
+        return self._database.path
 
     @property
     def engine(self) -> Engine:
@@ -340,6 +346,12 @@ class Store:
         wanted = select(candidate.trial).where(candidate.study == name, candidate.fingerprint != "")
         with self._reading(name) as connection:
             return set(connection.scalars(wanted))
+
+    @_again
+    def read(self, name: str, wanted: Callable[[Connection], T]) -> T:
+        """Read a study's rows in one state."""
+        with self._reading(name) as connection:
+            return wanted(connection)
 
     @_again
     def apply(self, name: str, change: Callable[[Connection], T]) -> T:

@@ -83,6 +83,8 @@ study = Table(
     Column("versions", Json, nullable=False),
     Column("trials", Integer, nullable=False),
     Column("created_at", String(32), nullable=False),
+    # What a user accepted after the start: [{at, what, before, after}].
+    Column("changes", Json),
 )
 
 objective = Table(

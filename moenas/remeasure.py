@@ -1,0 +1,223 @@
+"""Objectives of finished trials, measured again from their stored weights, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from moenas import repairs
+from moenas.architecture import Architecture
+from moenas.asker import outcome
+from moenas.errors import InputError, MoenasError
+from moenas.heartbeat import Lease
+from moenas.intake import Intake
+from moenas.objective import Objective, load_objective
+from moenas.pool import Pool, Result
+from moenas.records import Evaluation, Failure, Job, StudyRecord
+from moenas.store import Store
+from moenas.weights import read_weights
+
+if TYPE_CHECKING:
+    from moenas.space import Space
+
+Progress = Callable[[int, int, Evaluation], None]
+"""Takes how many trials are measured, of how many, and the latest one."""
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What a new measurement of a study gave."""
+
+    objectives: list[str]
+    trials: list[int]
+    """Trials that were measured."""
+    complete: int
+    """Of these, how many are complete now."""
+    failed: int
+
+
+def chosen_objectives(
+    record: StudyRecord, space: Space, ref: str | None, trial: int | None
+) -> list[Objective]:
+    """Return the objectives to measure: the one named, or those whose files have changed.
+
+    With a trial and no name, all of the study's.
+
+    Raises:
+        InputError: if there is nothing to measure, or a changed objective is asked for one trial.
+    """
+    stored = {info["name"]: info["sha256"] for info in record.objectives}
+    changed = [o for o in space.objectives if stored[o.name] != o.info().sha256]
+    if ref is None:
+        found = list(space.objectives) if trial is not None else changed
+    else:
+        found = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
+    if not found:
+        raise InputError(
+            f"study '{record.name}': no objective's file has changed; name one by --objective, or"
+            " a trial"
+        )
+    mixed = [o.name for o in found if o in changed]
+    if mixed and trial is not None:
+        raise InputError(
+            f"study '{record.name}': the file of '{mixed[0]}' has changed, so all trials must be"
+            " measured again, that one front does not mix two measurements; leave the trial out"
+        )
+    return found
+
+
+class Remeasurer:
+    """Measures objectives of the finished trials of one study."""
+
+    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+        self._store, self._space = store, space
+        self._record = store.study(space.name)
+        self._data_sha256 = data_sha256
+        self._intake = Intake(store, space)
+
+    def run(
+        self,
+        pool: Pool,
+        objectives: Sequence[Objective],
+        trial: int | None = None,
+        progress: Progress | None = None,
+    ) -> Remeasured:
+        """Measure, then store all values, Optuna's and the front in one transaction.
+
+        A candidate whose objective fails now becomes failed; one whose objective failed before
+        becomes complete. Nothing is stored if the run is stopped before its end.
+
+        Raises:
+            InputError: if the trial cannot be measured.
+            MoenasError: if the machine fails a measurement.
+        """
+        name, store = self._space.name, self._store
+        with Lease(store, name) as lease:
+            todo = self._todo(trial)
+            done: list[Evaluation] = []
+            waiting = list(todo)
+            running: dict[int, Evaluation] = {}
+            while waiting or running:
+                while waiting and len(running) < pool.capacity:
+                    known = waiting.pop(0)
+                    running[known.trial] = known
+                    pool.submit(self._job(known, objectives))
+                for result in pool.wait(0.5):
+                    found = self._merged(running.pop(result.job.trial), result, objectives)
+                    done.append(found)
+                    if progress is not None:
+                        progress(len(done), len(todo), found)
+                lease.check()
+            done += self._copies(done)
+            self._store_all(done, objectives)
+        complete = sum(e.status == "complete" for e in done)
+        failed = sum(e.status == "failed" for e in done)
+        names = [o.name for o in objectives]
+        return Remeasured(names, [e.trial for e in done], complete, failed)
+
+    def _todo(self, trial: int | None) -> list[Evaluation]:
+        """Return the evaluations to measure: complete ones, and those with stored weights."""
+        stored = self._store.evaluations(self._space.name)
+        found = [
+            e
+            for e in stored
+            if "copied_from" not in e.metrics
+            and (e.status == "complete" or e.weights_sha256 is not None)
+            and (trial is None or e.trial == trial)
+        ]
+        if not found:
+            which = f"trial {trial}" if trial is not None else "no trial"
+            raise InputError(
+                f"study '{self._space.name}': {which} has stored weights or is complete; there is"
+                " nothing to measure again"
+            )
+        return found
+
+    def _job(self, known: Evaluation, objectives: Sequence[Objective]) -> Job:
+        """Return the job of one trial, with its stored weights if an objective needs them."""
+        space, name = self._space, self._space.name
+        weights = None
+        if known.weights_sha256 and any(o.needs == "training" for o in objectives):
+            weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
+        return Job(
+            study=name,
+            trial=known.trial,
+            attempt=known.attempt,
+            architecture=self._store.architecture(name, known.trial),
+            objectives={o.name: o.source if o.guest else None for o in objectives},
+            data=space.data,
+            data_sha256=self._data_sha256,
+            train=space.train.plain(),
+            measure=space.measure.plain(),
+            seed=space.search.seed,
+            use={guest.path: guest.source for guest in space.use},
+            time_limit_s=space.search.time_limit,
+            reference_ms=self._store.reference_ms(name),
+            known=known.plain(),
+            weights=weights,
+        )
+
+    def _merged(
+        self, known: Evaluation, result: Result, objectives: Sequence[Objective]
+    ) -> Evaluation:
+        """Return the stored evaluation with the new values."""
+        found = result.outcome
+        failure = found if isinstance(found, Failure) else None
+        if not isinstance(found, Failure) and found.failure:
+            failure = Failure.parse(found.failure)
+        if failure is not None and failure.kind == "environment":
+            raise MoenasError(
+                f"study '{known.study}', trial {known.trial}: {failure.message}; nothing is stored"
+            )
+        own = {o.name for o in self._space.objectives}
+        if failure is not None and own & {o.name for o in objectives}:
+            return replace(known, status="failed", failure=failure.plain())
+        if isinstance(found, Failure):
+            return known
+        merged = replace(
+            known,
+            values=known.values | found.values,
+            measurements=known.measurements | found.measurements,
+        )
+        if not own <= merged.values.keys():
+            return merged
+        architecture = Architecture.parse(result.job.architecture)
+        complete = replace(merged, status="complete", failure=None, violations={})
+        return self._intake.judged(architecture, complete)
+
+    def _copies(self, done: Sequence[Evaluation]) -> list[Evaluation]:
+        """Return the copies of measured trials with their values."""
+        by_trial = {float(e.trial): e for e in done}
+        return [
+            replace(
+                e,
+                status=source.status,
+                values=source.values,
+                measurements=source.measurements,
+                failure=source.failure,
+                violations=source.violations,
+            )
+            for e in self._store.evaluations(self._space.name)
+            if (source := by_trial.get(e.metrics.get("copied_from", -1.0))) is not None
+        ]
+
+    def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
+        """Store values, digests, Optuna's rows and the front together."""
+        record, space = self._record, self._space
+        names = list(record.directions)
+        changes = [(e, *outcome(e, names)) for e in done]
+        infos = [o.info() for o in objectives if o.name in names]
+        digests = {info["name"]: info["sha256"] for info in record.objectives}
+        all_current = all(
+            digests[o.name] == o.info().sha256 or o in objectives for o in space.objectives
+        )
+
+        def store_rows(connection: Connection) -> None:
+            repairs.replace_evaluations(connection, record, changes)
+            if all_current:
+                repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
+
+        self._store.apply(record.name, store_rows)
