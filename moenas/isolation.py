@@ -158,9 +158,8 @@ def stdout_to_stderr() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             with suppress(OSError, ValueError, AttributeError):
                 before.flush()
-                if before.fileno() == 1:
-                    kept = os.dup(1)
-                    stack.callback(os.close, kept)
-                    stack.callback(os.dup2, kept, 1)
-                    os.dup2(2, 1)
+                kept = os.dup(1)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, 1)
+                os.dup2(2, 1)
         yield

@@ -122,6 +122,11 @@ def acquire(search: Search, workers: int | None, address: str | None) -> Cluster
     """
     global _shared
     address = None if address in ("", "local") else address
+    cores = _cores()
+    if address is None and search.cpus > cores:
+        raise InputError(
+            f"search.cpus: a candidate asks for {search.cpus:g} cores, and this machine has {cores}"
+        )
     with _lock:
         if _shared is None:
             _shared = _connect(search, workers, address)
@@ -167,12 +172,7 @@ def _connect(search: Search, workers: int | None, address: str | None) -> Cluste
             cluster.close()
             raise
         return cluster
-    cores = _cores()
-    if search.cpus > cores:
-        raise InputError(
-            f"search.cpus: a candidate asks for {search.cpus:g} cores, and this machine has {cores}"
-        )
-    room = max(1, math.ceil(workers * search.cpus)) if workers else cores
+    room = max(1, math.ceil(workers * search.cpus)) if workers else _cores()
     head = Head.start(room)
     try:
         with _ray_environment(head.environment), _loopback():

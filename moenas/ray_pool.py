@@ -146,6 +146,8 @@ class RayPool:
         """
         end = time.monotonic() + timeout
         results: list[Result] = []
+        if not self._tasks:
+            self._look()
         while self._tasks:
             now = time.monotonic()
             until = min([end, now + LOOK, *(task.deadline for task in self._tasks)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from moenas.errors import MoenasError
-from moenas.lease import DeviceLease, lease_folder
+from moenas.errors import MachineError
+from moenas.lease import DeviceLease, lease_folders
 
 WORKER = """
-import random, sys, tempfile, time
+import random, sys, time
 from moenas.lease import DeviceLease
 
-tempfile.tempdir, role, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+role, steps = sys.argv[1], int(sys.argv[2])
 enter = getattr(DeviceLease("cpu"), role)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -44,17 +45,20 @@ Start = Callable[[str, int], "subprocess.Popen[str]"]
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the lease files of this test alone."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"moenas-{os.getuid()}"
+    for name in ("XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "TMPDIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return lease_folders()[0]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start() -> Iterator[Start]:
     """Start processes that hold the lease of this test; they go on when they read a line."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(role: str, steps: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", WORKER, str(tmp_path), role, str(steps)]
+        command = [sys.executable, "-c", WORKER, role, str(steps)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         process = subprocess.Popen(command, text=True, bufsize=1, **pipes)  # type: ignore[call-overload]
         running.append(process)
@@ -159,18 +163,51 @@ def test_the_device_settles_before_others_come_in(folder: Path, role: str) -> No
         assert seen == [False]
 
 
-def test_the_lease_files_are_of_this_user_alone(tmp_path: Path) -> None:
-    folder = lease_folder()
-    assert folder.parent == tmp_path
-    assert folder.stat().st_mode & 0o777 == 0o700
+def test_the_lease_files_are_of_this_user_alone(folder: Path) -> None:
     DeviceLease("cpu").close()
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
+
+
+def open_to_all(folder: Path) -> None:
+    folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(MoenasError, match="not a folder of this user alone"):
-        lease_folder()
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(MoenasError, match="not a folder of this user alone"):
-        lease_folder()
+
+
+def a_file(folder: Path) -> None:
+    folder.touch()
+
+
+def a_link(folder: Path) -> None:
+    folder.symlink_to("/tmp")
+
+
+def of_another_user(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12345, 12345)
+
+
+def with_a_link_in_it(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    (folder / "cpu.main").symlink_to("/tmp/elsewhere")
+
+
+@pytest.mark.parametrize("take", [open_to_all, a_file, a_link, of_another_user, with_a_link_in_it])
+def test_a_folder_that_others_took_is_passed_over(take: Callable[[Path], None]) -> None:
+    if take is of_another_user and os.geteuid():
+        pytest.skip("only root can give a folder away")
+    first, second, third = lease_folders()
+    take(first)
+    with closing(DeviceLease("cpu")) as lease, lease.exclusive():
+        assert not is_free(second, "cpu.main", fcntl.LOCK_SH)
+    shutil.rmtree(second)
+    take(second)
+    with closing(DeviceLease("cpu")) as lease, lease.exclusive():
+        assert not is_free(third, "cpu.main", fcntl.LOCK_SH)
+    shutil.rmtree(third)
+    take(third)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MachineError, match="no folder for the locks of devices") as error:
+        DeviceLease("cpu")
+    assert all(str(folder) in str(error.value) for folder in (first, second, third))
+    assert len(os.listdir("/proc/self/fd")) == before

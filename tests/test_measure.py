@@ -226,9 +226,9 @@ def test_a_broken_guest_file_refuses_the_job(make_job: MakeJob) -> None:
     assert failure(found)["message"].startswith("x.py:1: direction is missing")
 
 
-def test_another_corpus_refuses_the_job(make_job: MakeJob) -> None:
+def test_another_corpus_is_a_fault_of_the_machine(make_job: MakeJob) -> None:
     found, _ = evaluate(make_job("total_params", data_sha256="0" * 64))
-    assert failure(found)["kind"] == "refused"
+    assert failure(found)["kind"] == "environment"
     assert "another corpus than the study" in failure(found)["message"]
     assert found.values == {}
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from moenas import pool as pools
-from moenas.errors import InputError
+from moenas import ray_cluster, ray_pool
+from moenas.errors import InputError, StorageLostError
 from moenas.pool import Inline, Pool, Result, open_pool
 from moenas.records import Evaluation, Failure, Job
 from moenas.sections import Search
@@ -28,6 +32,39 @@ class Unsendable(Exception):
         super().__init__(one)
 
 
+ENDS = {
+    "raise": "ValueError: the reason",
+    "sys.exit": "SystemExit: 0",
+    "interrupt": "KeyboardInterrupt",
+    "generator": "GeneratorExit",
+}
+"""What a candidate raises, and how its failure begins."""
+NO_EVALUATION = {
+    "nothing": "not an evaluation but None",
+    "another trial": "trial is 99",
+    "a text": "give back a number",
+    "unknown": "'other' is no objective",
+    "missing": "without a value of pid",
+    "weights": "weights are a str",
+    "digest": "not those whose digest",
+}
+"""What a candidate gives back, and what its failure says."""
+
+
+def other_things(how: str, found: Evaluation) -> Any:
+    """What is no evaluation."""
+    changes: dict[str, dict[str, Any]] = {
+        "another trial": {"trial": 99},
+        "a text": {"values": {"pid": "fast"}},
+        "unknown": {"values": {"pid": 1.0, "other": 1.0}},
+        "missing": {"values": {}},
+        "digest": {"weights_sha256": "0" * 64},
+    }
+    if how == "nothing":
+        return None, None
+    return replace(found, **changes.get(how, {})), "weights" if how == "weights" else b"weights"
+
+
 def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     """A stand-in for an evaluation: it does what the job's architecture says."""
     how = job.architecture["how"]
@@ -35,6 +72,29 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
         Path(folder, str(os.getpid())).touch()
     if how == "raise":
         raise ValueError("the reason\nand more")
+    if how == "sys.exit":
+        sys.exit(0)
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    if how == "generator":
+        raise GeneratorExit
+    if how == "print":
+        print("hello from the objective")
+        subprocess.run(["echo", "hello from a child"], check=True)
+    if how == "thread":  # one that Python waits for at its end
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    if how in ("child", "child of a crash"):
+        command = f"touch {folder}/$$; exec sleep 600"
+        subprocess.Popen(["setsid", "sh", "-c", command])
+        fork_twice(str(folder))
+        while len(os.listdir(str(folder))) < 3:
+            time.sleep(0.01)
+    if how == "child of a crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
+    if how == "long":
+        raise ValueError("\x1b[31m" + "x" * 50_000_000)
     if how == "unsendable":
         raise Unsendable("a", "b")
     if how == "killed":
@@ -46,7 +106,18 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     if how == "hang":
         ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock, like a hung C extension
     values = {"pid": float(os.getpid())}
-    return Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values), b"weights"
+    found = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
+    return other_things(how, found)  # type: ignore[no-any-return]
+
+
+def fork_twice(folder: str) -> None:
+    """Leave a process with a session of its own, as a daemon does."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            Path(folder, str(os.getpid())).touch()
+            time.sleep(600)
+        os._exit(0)
 
 
 def job(trial: int, how: str, time_limit_s: float | None = None, **more: Any) -> Job:
@@ -55,7 +126,7 @@ def job(trial: int, how: str, time_limit_s: float | None = None, **more: Any) ->
         trial=trial,
         attempt=1,
         architecture={"how": how, **more},
-        objectives={},
+        objectives={"pid": None},
         data={},
         data_sha256="",
         train={},
@@ -111,14 +182,68 @@ def test_inline_gives_results_one_by_one() -> None:
     assert "in evaluate" in second.outcome.traceback
 
 
-def test_inline_lets_an_interrupt_through() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_inline_lets_an_interrupt_through(
+    number: int, swallows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(job: Job) -> tuple[Evaluation, bytes | None]:
-        raise KeyboardInterrupt
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if not swallows:
+                raise
+        return evaluate(job)
 
-    pool = open_pool("inline", Search(), evaluate=interrupted)
-    pool.submit(job(1, "fine"))
-    with pytest.raises(KeyboardInterrupt):
-        pool.wait(1.0)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        pool = open_pool("inline", Search(), evaluate=interrupted)
+        pool.submit(job(1, "fine"))
+        with pytest.raises(KeyboardInterrupt):
+            pool.wait(1.0)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_inline_takes_whatever_a_candidate_raises_for_its_failure(how: str) -> None:
+    pool = Inline(evaluate)
+    pool.submit(job(1, how))
+    [result] = pool.wait(0.0)
+    assert isinstance(result.outcome, Failure)
+    assert result.outcome.kind == "error"
+    assert result.outcome.message.startswith(ENDS[how])
+
+
+def test_inline_prints_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    pool = Inline(evaluate)
+    pool.submit(job(1, "print"))
+    pool.wait(0.0)
+    print("data")
+    caught = capfd.readouterr()
+    assert caught.out == "data\n"
+    assert "hello from the objective" in caught.err
+    assert "hello from a child" in caught.err
+
+
+@pytest.mark.parametrize("how", NO_EVALUATION)
+def test_inline_takes_no_other_thing_for_an_evaluation(how: str) -> None:
+    pool = Inline(evaluate)
+    pool.submit(job(1, how))
+    [result] = pool.wait(0.0)
+    assert isinstance(result.outcome, Failure)
+    assert result.outcome.kind == "invalid"
+    assert NO_EVALUATION[how] in result.outcome.message
+    assert result.weights is None
+
+
+def test_inline_does_not_evaluate_on_a_cpu_what_asks_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(InputError, match=r"search\.gpus: a candidate asks for 1 GPU"):
+        open_pool("inline", Search(gpus=1.0))
 
 
 # --- on Ray: one cluster for all ---------------------------------------------------------------
@@ -130,10 +255,18 @@ def pool() -> Iterator[Pool]:
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # type: ignore[no-untyped-call]
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     pool = open_pool(2, Search(), evaluate=evaluate)
+    assert dict(os.environ) == environment
+    assert signal.getsignal(signal.SIGTERM) == handler
+    folder = Path(head().environment["RAY_AUTH_TOKEN_PATH"]).parent
+    processes = psutil.Process().children(recursive=True)
+    assert len(processes) > 4
     yield pool
     pool.close()
     assert not ray.is_initialized()
+    assert not folder.exists()
+    assert not [p for p in processes if p.is_running() and runs(p.pid)]
 
 
 def test_ray_works_side_by_side_in_fresh_processes(pool: Pool) -> None:
@@ -168,7 +301,7 @@ def test_ray_says_how_a_job_ended(pool: Pool, capfd: pytest.CaptureFixture[str])
 def test_a_job_past_its_time_limit_is_killed(
     pool: Pool, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "MIN_GRACE", 0.5)
+    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
     pool.submit(job(1, how, time_limit_s=0.5, folder=str(tmp_path)))
     [result] = wait(pool)
     assert isinstance(result.outcome, Failure)
@@ -200,10 +333,119 @@ def test_what_no_machine_has_is_refused(pool: Pool) -> None:
         open_pool(None, Search(cpus=5000.0), evaluate=evaluate)
 
 
+@pytest.mark.parametrize("how", ["thread", "child", "child of a crash"])
+def test_nothing_that_a_job_started_outlives_it(pool: Pool, how: str, tmp_path: Path) -> None:
+    pool.submit(job(1, how, folder=str(tmp_path)))
+    [result] = wait(pool)
+    crashed = isinstance(result.outcome, Failure) and result.outcome.kind == "crashed"
+    assert crashed == (how == "child of a crash")
+    started = pids(tmp_path)
+    assert len(started) == (1 if how == "thread" else 3)
+    wait_until(lambda: pool.wait(0.1) == [] and not any(runs(pid) for pid in started))
+
+
+def test_ray_tells_what_a_job_raises_prints_and_sends(
+    pool: Pool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hows = ["sys.exit", "interrupt", "generator", "print", "full", "long", *NO_EVALUATION]
+    found = {}
+    for how in hows:
+        pool.submit(job(1, how))
+        [found[how]] = [result.outcome for result in wait(pool)]
+    for how, outcome in found.items():
+        if how == "print":
+            assert isinstance(outcome, Evaluation)
+            continue
+        assert isinstance(outcome, Failure)
+        kind = {"full": "environment"}.get(how, "invalid" if how in NO_EVALUATION else "error")
+        assert outcome.kind == kind, outcome
+        assert {**ENDS, **NO_EVALUATION}.get(how, "") in outcome.message
+        assert len(outcome.message) <= 4096
+        assert len(outcome.traceback) <= 32 * 1024
+        assert "\x1b" not in outcome.message + outcome.traceback
+    caught = capfd.readouterr()
+    assert caught.out == ""
+    assert "trial 1: hello from the objective" in caught.err
+
+
+def test_a_stopped_worker_is_killed_at_its_time_limit(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
+    pool.submit(job(1, "sleep", time_limit_s=2.0, folder=str(tmp_path)))
+    while not pids(tmp_path):
+        assert pool.wait(0.1) == []
+    [pid] = pids(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    [result] = wait(pool)
+    assert isinstance(result.outcome, Failure)
+    assert result.outcome.kind == "timeout"
+    assert not runs(pid)
+    assert pool.capacity == 2
+
+
+def test_a_process_that_cannot_be_killed_takes_its_slot_with_it(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a one is in the D state; here it looks like it, for SIGKILL is not sent."""
+    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
+    monkeypatch.setattr(ray_pool, "DIE_S", 0.5)
+    monkeypatch.setattr(ray_pool, "kill", lambda pid: None)
+    for trial in (1, 2):
+        pool.submit(job(trial, "hang", time_limit_s=0.5, folder=str(tmp_path)))
+        while len(pids(tmp_path)) < trial:
+            assert pool.wait(0.05) == []
+        os.kill(max(pids(tmp_path), key=lambda pid: int(runs(pid))), signal.SIGCONT)
+        for pid in pids(tmp_path):
+            os.kill(pid, signal.SIGSTOP)
+        assert [r.outcome.kind for r in wait(pool)] == ["timeout"]  # type: ignore[union-attr]
+        assert pool.capacity == 1
+    with pytest.raises(StorageLostError, match="no worker process is left"):
+        pool.submit(job(3, "fine"))
+    for pid in pids(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: pool.capacity == 2)
+    pool.submit(job(4, "fine"))
+    assert isinstance(wait(pool)[0].outcome, Evaluation)
+
+
+def test_a_job_that_is_never_begun_is_a_fault_of_the_machine(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "START_S", 1.5)
+    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
+    for trial in range(3):  # one more than there is room for
+        pool.submit(job(trial, "sleep", time_limit_s=5.0))
+    *late, never = sorted((r.outcome for r in wait(pool, 3)), key=lambda o: o.kind, reverse=True)  # type: ignore[union-attr]
+    assert [o.kind for o in late] == ["timeout", "timeout"]  # type: ignore[union-attr]
+    assert isinstance(never, Failure)
+    assert never.kind == "environment"
+    assert "began the job within" in never.message
+
+
+def head() -> ray_cluster.Head:
+    assert ray_cluster._shared is not None
+    assert ray_cluster._shared.head is not None
+    return ray_cluster._shared.head
+
+
 def test_the_token_is_private(pool: Pool) -> None:
-    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    token = Path(head().environment["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o777 == 0o600
-    assert token.parent.stat().st_mode & 0o777 == 0o700
+    folder = token.parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_every_port_is_of_the_loopback(pool: Pool) -> None:
+    own = psutil.Process()
+    listening = [
+        connection.laddr.ip
+        for process in [own, *own.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5
+    assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 @pytest.mark.slow
