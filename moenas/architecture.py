@@ -112,8 +112,11 @@ class Architecture(Component):
         Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
         of equal layers as one group, and fields without effect at their defaults.
         """
-        layers = merged([layer.canonical_in(self.stream) for layer in self.layers])
-        runs = itertools.groupby(layers)
+        stream, written, known = self.stream, self.layers, dict[int, BlockGroup]()
+        for layer in written:  # equal layers are one object, most of the time
+            if id(layer) not in known:
+                known[id(layer)] = layer.canonical_in(stream)
+        runs = itertools.groupby(merged([known[id(layer)] for layer in written]))
         return replace(
             self,
             blocks=tuple(replace(layer, repeat=len(list(run))) for layer, run in runs),
@@ -213,7 +216,11 @@ class Architecture(Component):
         whole = naming.scalars(self, naming.WHOLE)
         layers = self.canonical().layers
         whole[f"{naming.WHOLE}.n_layers"] = len(layers)
-        return [naming.named(whole | naming.scalars(layer, naming.LAYER)) for layer in layers]
+        known = dict[int, dict[str, float | str]]()
+        for layer in layers:  # equal layers are one object, most of the time
+            if id(layer) not in known:
+                known[id(layer)] = naming.named(whole | naming.scalars(layer, naming.LAYER))
+        return [known[id(layer)] for layer in layers]
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -67,7 +67,7 @@ class Requirement:
         """
         found = [
             _violation(self.tree, names)
-            for names in layers
+            for names in {id(layer): layer for layer in layers}.values()
             if all(names.get(name) is not None for name in self.names)
         ]
         return max(found, default=0.0)

@@ -103,7 +103,7 @@ class Space:
 
     def _check(self, found: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
-        draws.check_options(Architecture, self.tree)
+        draws.check_options(self.tree)
         if not any(True for _ in self.holes):
             self.architecture(self.draw(draws.RandomSuggest(0)), found["architecture"].mark)
         untrained = all(objective.needs != "training" for objective in self.objectives)
@@ -184,7 +184,9 @@ class Space:
         """Return the values of the names that a requirement can use, for each layer."""
         cost = self.cost(architecture)
         shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}
-        return [{**layer, **shared} for layer in architecture.names()]
+        layers = architecture.names()
+        known = {id(layer): {**layer, **shared} for layer in layers}
+        return [known[id(layer)] for layer in layers]
 
     def feasible(self, n_draws: int) -> Iterator[Architecture | str]:
         """Draw random architectures; yield each that is feasible, or why it is not.
@@ -193,10 +195,11 @@ class Space:
         """
         for seed in range(n_draws):
             try:
-                architecture = self.architecture(self.draw(draws.RandomSuggest(seed)))
+                found = draws.drawn(self.tree, draws.RandomSuggest(seed))
             except SpaceError as error:
-                yield str(error).removeprefix("<draw>: ")
+                yield str(error)
                 continue
+            architecture = cast(Architecture, found).canonical()
             violations = self.violations(architecture)
             worst = max(violations, key=lambda text: violations[text], default="")
             yield worst if violations.get(worst, 0) > 0 else architecture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -285,7 +286,8 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
     matters.
     """
-    if any(part.placed for layer in layers for part in layer.parts.values()):
+    different = {id(layer): layer for layer in layers}.values()
+    if any(part.placed for layer in different for part in layer.parts.values()):
         return tuple(layers)
     joined = {i + layer.shortcut_delay for i, layer in enumerate(layers) if layer.shortcut}
     halves = {
@@ -294,14 +296,21 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
         if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
-    number = [i - sum(half < i for half in halves) for i in range(len(layers))]
-    found = []
+    number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
+    found = list[BlockGroup]()
+    known = dict[tuple[int, int, int], BlockGroup]()  # equal layers stay one object
     for i, layer in enumerate(layers):
         if i in halves:
             continue
         mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
         delay = number[i + layer.shortcut_delay] - number[i]
-        found.append(replace(layer, mixer=mixer, shortcut_delay=delay))
+        if mixer is layer.mixer and delay == layer.shortcut_delay:
+            found.append(layer)
+            continue
+        key = id(layer), id(mixer), delay
+        if key not in known:
+            known[key] = replace(layer, mixer=mixer, shortcut_delay=delay)
+        found.append(known[key])
     return tuple(found)
 
 
