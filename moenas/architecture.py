@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -87,12 +88,18 @@ class Architecture(Component):
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
-        """The groups and patterns written out, one a layer; no shortcut joins after the last."""
+        """The groups and patterns written out, one a layer; no shortcut joins after the last.
+
+        Layers of the same parts are one object, so that what is asked of each can be kept.
+        """
         layers = [layer for group in self.blocks for layer in group.layers]
         for i, layer in enumerate(reversed(layers)):
             if layer.shortcut_delay > i:
                 layers[-1 - i] = replace(layer, shortcut_delay=i)
-        return tuple(layers)
+        found = {id(layer): layer for layer in layers}
+        known = dict[tuple[object, ...], BlockGroup]()
+        first = {n: known.setdefault(layer.identity, layer) for n, layer in found.items()}
+        return tuple(first[id(layer)] for layer in layers)
 
     @property
     def stream(self) -> Stream:
@@ -144,7 +151,13 @@ class Architecture(Component):
             lookups.append(Cost(table, self.d_model, 0, 0, 2 * table))
         norms = self.embedding_norm + (self.norm_position != "post")
         head = head + self.stream.norm_cost() * norms
-        blocks = [group.cost(self.stream, context) for group in self.blocks]
+        often, groups = Counter[tuple[object, ...]](), dict[tuple[object, ...], BlockGroup]()
+        for group in self.blocks:
+            often[group.identity] += group.repeat
+            groups[group.identity] = group
+        blocks = [
+            groups[identity].cost(self.stream, context) * n for identity, n in often.items()
+        ]
         return sum([*lookups, *blocks], start=head)
 
     def pass_flops(self, context: int) -> int:

@@ -17,7 +17,9 @@ from moenas.refs import Mark
 TRIES = 1000
 """Random architectures tried before an option is called never valid."""
 MANY = 10_000
-"""Different layers of a varied group that are kept."""
+"""Different components of one place that are kept."""
+WHOLE, FIXED = "whole", "fixed"
+"""Keys of what a record keeps: itself, or its fields, without holes."""
 LOOKS = 64
 """Values of a range that are tried, spread evenly."""
 
@@ -198,31 +200,6 @@ def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
     return suggest.suggest_float(path, tree.low, tree.high, step=tree.step, log=tree.log)
 
 
-class _Noted:
-    """Passes questions on and notes the answers."""
-
-    def __init__(self, suggest: Suggest) -> None:
-        self.suggest = suggest
-        self.answers: list[Any] = []
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Return one of the choices."""
-        self.answers.append(self.suggest.suggest_categorical(name, choices))
-        return self.answers[-1]
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        """Return a whole number from low to high."""
-        self.answers.append(self.suggest.suggest_int(name, low, high, step=step, log=log))
-        return cast(int, self.answers[-1])
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        """Return a number from low to high."""
-        self.answers.append(self.suggest.suggest_float(name, low, high, step=step, log=log))
-        return cast(float, self.answers[-1])
-
-
 def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     """Fill every hole and return the component: `parse(draw(tree))` without the detour.
 
@@ -252,27 +229,38 @@ def _fill(tree: Tree, suggest: Suggest, path: str, place: str) -> Any:
         for i, item in enumerate(tree.items, tree.first):
             _fill_item(item, suggest, join(path, i), place, found)
         return tuple(found)
-    if not tree.has_holes and "" in tree.drawn:
-        return tree.drawn[""]
+    if not tree.has_holes and WHOLE in tree.drawn:
+        return tree.drawn[WHOLE]
     component = _made(tree, suggest, path, place, {})
     if not tree.has_holes:
-        tree.drawn[""] = component
+        tree.drawn[WHOLE] = component
     return component
 
 
 def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -> Component:
     """Return the component of a record; `given` answers some of its fields."""
-    known = fields(tree.cls)
+    if FIXED not in tree.drawn:
+        closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
+        tree.drawn[FIXED] = {
+            name: _fill(value, suggest, "", join(place, name)) for name, value in closed.items()
+        }
+    known, closed = fields(tree.cls), tree.drawn[FIXED]
     values = dict(given)
     for name, value in tree.fields.items():
-        if name in given:
+        if name in closed or name in given:
             continue
         found = _fill(value, suggest, join(path, name), join(place, name))
         values[name] = known[name].convert(found) if isinstance(value, Choice | Range) else found
-    component = tree.cls(**values)
-    if (reason := component.invalid()) is not None:
-        raise SpaceError(f"{place}: {reason}" if place else reason)
-    return component
+    # Parts are made once, so two of the same fields are one object; True is not 1.
+    answers = tuple(id(x) if isinstance(x, Component) else (type(x), x) for x in values.values())
+    if answers not in tree.drawn:
+        component = tree.cls(**{**closed, **values})
+        if (reason := component.invalid()) is not None:
+            raise SpaceError(f"{place}: {reason}" if place else reason)
+        if len(tree.drawn) >= MANY:
+            return component
+        tree.drawn[answers] = component
+    return cast(Component, tree.drawn[answers])
 
 
 def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[Any]) -> None:
@@ -286,11 +274,7 @@ def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[
     repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat"), place))
     given: Plain = {"repeat": 1, "vary": False}
     for i in range(repeat):
-        noted = _Noted(suggest)
-        layer = _made(tree, noted, join(path, i), join(place, len(found)), given)
-        if len(tree.drawn) < MANY:
-            layer = tree.drawn.setdefault(repr(noted.answers), layer)
-        found.append(layer)
+        found.append(_made(tree, suggest, join(path, i), join(place, len(found)), given))
 
 
 class _Walk:

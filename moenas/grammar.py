@@ -86,8 +86,8 @@ class Record:
         return any(map(has_holes, self.fields.values()))
 
     @cached_property
-    def drawn(self) -> dict[str, Component]:
-        """What it became, by the answers that were drawn: equal layers are one object."""
+    def drawn(self) -> dict[Any, Any]:
+        """What `draws.drawn` made of it, to be made once: equal layers are one object."""
         return {}
 
 

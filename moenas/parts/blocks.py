@@ -139,6 +139,13 @@ class BlockGroup(Component):
         return None
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What two groups have in common if they are made of the same objects, `repeat` aside."""
+        parts = (self.mixer, self.ffn, self.shortcut, self.blocks)
+        rest = (self.vary, self.parallel, self.shortcut_input, self.shortcut_delay)
+        return (*map(id, parts), *rest)
+
+    @property
     def parts(self) -> dict[str, Part]:
         """The parts of a block, by the names of their fields."""
         found = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
@@ -148,7 +155,8 @@ class BlockGroup(Component):
     def layers(self) -> tuple[BlockGroup, ...]:
         """The layers written out, each as a group of one."""
         if self.blocks is None:
-            return (replace(self, repeat=1, vary=False),) * self.repeat
+            plain = self.repeat == 1 and not self.vary
+            return ((self if plain else replace(self, repeat=1, vary=False)),) * self.repeat
         return tuple(layer for group in self.blocks for layer in group.layers) * self.repeat
 
     @property
@@ -218,15 +226,16 @@ class BlockGroup(Component):
         return replace(self, ffn=first, shortcut=second)
 
     def cost(self, stream: Stream, context: int) -> Cost:
-        """Return the cost of all layers of the group."""
-        one = sum((group.cost(stream, context) for group in self.blocks or ()), start=Cost())
+        """Return the cost of the block, or of the pattern, once."""
+        groups = self.blocks or ()
+        one = sum((group.cost(stream, context) * group.repeat for group in groups), start=Cost())
         for part in self.parts.values():
             one = one + part.cost(stream.d_model, context)
         joins = sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
         one = one + stream.join_cost() * joins
         if self.shortcut is not None:
             one = one + stream.norm_cost() * sum(stream.shortcut_norms(self.shortcut_input))
-        return one * self.repeat
+        return one
 
     def build_block(self, stream: Stream) -> Block:
         """Build the one layer of a group of one."""
