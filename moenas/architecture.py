@@ -27,6 +27,10 @@ from moenas.records import Cost
 from moenas.refs import sha256
 
 
+MAX_LAYERS = 10_000
+"""Of an architecture, with groups and patterns written out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Component):
     """A decoder-only language model, complete: a space without holes."""
@@ -75,6 +79,8 @@ class Architecture(Component):
 
     def invalid(self) -> str | None:
         """Return why a block does not fit the width, or fields do not go together, or None."""
+        if (layers := sum(group.n_layers for group in self.blocks)) > MAX_LAYERS:
+            return f"blocks: {layers:,} layers, written out; at most {MAX_LAYERS:,}: lower a repeat"
         for i, group in enumerate(self.blocks):
             if (reason := group.invalid_at(self.d_model)) is not None:
                 return f"blocks.{i}.{reason}"

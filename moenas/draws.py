@@ -108,7 +108,20 @@ def _repeats(tree: Record) -> list[int]:
     if isinstance(repeat, Range):
         return list(range(int(repeat.low), int(repeat.high) + 1, int(repeat.step or 1)))
     options = cast(Choice, repeat).options
-    return [cast(int, cast(Fixed, option).value) for option in options]
+    return [n for option in options for n in _repeats(replace(tree, fields={"repeat": option}))]
+
+
+def most_layers(tree: Tree) -> int:
+    """Return the most layers that a group of blocks can have, written out."""
+    if isinstance(tree, Choice):
+        return max(map(most_layers, tree.options))
+    if isinstance(tree, Listing):
+        return sum(map(most_layers, tree.items))
+    if not isinstance(tree, Record):
+        return 0
+    blocks = tree.fields.get("blocks")
+    inner = 0 if blocks is None else most_layers(blocks)
+    return max(_repeats(tree)) * (inner or 1)
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,8 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     step, log = _step_and_log(field, found, path, whole=whole)
     if log and low <= 0:
         raise ends.error(path, f"'log' needs a low end above 0, not {low:g}")
+    if step is not None and not (high - low) / step <= MAX_NUMBER:
+        raise found["step"].error(join(path, "step"), f"{step:g} gives more than 1e15 steps")
     if step is not None and _remainder(high - low, step):
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"

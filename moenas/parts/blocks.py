@@ -152,6 +152,12 @@ class BlockGroup(Component):
         return {name: part for name, part in found.items() if part is not None}
 
     @property
+    def n_layers(self) -> int:
+        """How many layers the group has, written out."""
+        inner = 1 if self.blocks is None else sum(group.n_layers for group in self.blocks)
+        return self.repeat * inner
+
+    @property
     def layers(self) -> tuple[BlockGroup, ...]:
         """The layers written out, each as a group of one."""
         if self.blocks is None:
