@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -24,6 +25,10 @@ from moenas.parts.norms import NormKind
 from moenas.parts.residual import Late
 from moenas.records import Cost
 from moenas.refs import sha256
+
+
+MAX_LAYERS = 10_000
+"""Of an architecture, with groups and patterns written out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Architecture(Component):
 
     def invalid(self) -> str | None:
         """Return why a block does not fit the width, or fields do not go together, or None."""
+        if (layers := sum(group.n_layers for group in self.blocks)) > MAX_LAYERS:
+            return f"blocks: {layers:,} layers, written out; at most {MAX_LAYERS:,}: lower a repeat"
         for i, group in enumerate(self.blocks):
             if (reason := group.invalid_at(self.d_model)) is not None:
                 return f"blocks.{i}.{reason}"
@@ -87,12 +94,18 @@ class Architecture(Component):
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
-        """The groups and patterns written out, one a layer; no shortcut joins after the last."""
+        """The groups and patterns written out, one a layer; no shortcut joins after the last.
+
+        Layers of the same parts are one object, so that what is asked of each can be kept.
+        """
         layers = [layer for group in self.blocks for layer in group.layers]
         for i, layer in enumerate(reversed(layers)):
             if layer.shortcut_delay > i:
                 layers[-1 - i] = replace(layer, shortcut_delay=i)
-        return tuple(layers)
+        found = {id(layer): layer for layer in layers}
+        known = dict[tuple[object, ...], BlockGroup]()
+        first = {n: known.setdefault(layer.identity, layer) for n, layer in found.items()}
+        return tuple(first[id(layer)] for layer in layers)
 
     @property
     def stream(self) -> Stream:
@@ -112,8 +125,11 @@ class Architecture(Component):
         Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
         of equal layers as one group, and fields without effect at their defaults.
         """
-        layers = merged([layer.canonical_in(self.stream) for layer in self.layers])
-        runs = itertools.groupby(layers)
+        stream, written, known = self.stream, self.layers, dict[int, BlockGroup]()
+        for layer in written:  # equal layers are one object, most of the time
+            if id(layer) not in known:
+                known[id(layer)] = layer.canonical_in(stream)
+        runs = itertools.groupby(merged([known[id(layer)] for layer in written]))
         return replace(
             self,
             blocks=tuple(replace(layer, repeat=len(list(run))) for layer, run in runs),
@@ -141,7 +157,13 @@ class Architecture(Component):
             lookups.append(Cost(table, self.d_model, 0, 0, 2 * table))
         norms = self.embedding_norm + (self.norm_position != "post")
         head = head + self.stream.norm_cost() * norms
-        blocks = [group.cost(self.stream, context) for group in self.blocks]
+        often, groups = Counter[tuple[object, ...]](), dict[tuple[object, ...], BlockGroup]()
+        for group in self.blocks:
+            often[group.identity] += group.repeat
+            groups[group.identity] = group
+        blocks = [
+            groups[identity].cost(self.stream, context) * n for identity, n in often.items()
+        ]
         return sum([*lookups, *blocks], start=head)
 
     def pass_flops(self, context: int) -> int:
@@ -213,7 +235,11 @@ class Architecture(Component):
         whole = naming.scalars(self, naming.WHOLE)
         layers = self.canonical().layers
         whole[f"{naming.WHOLE}.n_layers"] = len(layers)
-        return [naming.named(whole | naming.scalars(layer, naming.LAYER)) for layer in layers]
+        known = dict[int, dict[str, float | str]]()
+        for layer in layers:  # equal layers are one object, most of the time
+            if id(layer) not in known:
+                known[id(layer)] = naming.named(whole | naming.scalars(layer, naming.LAYER))
+        return [known[id(layer)] for layer in layers]
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -17,6 +17,8 @@ def _folded(groups: list[tuple[str, int]]) -> list[str]:
     while groups:
         best, times = 1, 1
         for size in range(2, len(groups) // 2 + 1):
+            if groups[size] != groups[0]:
+                continue
             n = 1
             while groups[n * size : (n + 1) * size] == groups[:size]:
                 n += 1
@@ -24,7 +26,7 @@ def _folded(groups: list[tuple[str, int]]) -> list[str]:
                 best, times = size, n
         texts = [f"{repeat}x({text})" for text, repeat in groups[:best]]
         found.append(texts[0] if times == 1 else f"{times}x[{', '.join(texts)}]")
-        groups = groups[best * times :]
+        del groups[: best * times]
     return found
 
 

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from moenas.component import Component, Scalar
+from moenas.component import Component, Scalar, fields
 from moenas.errors import SpaceError
-from moenas.grammar import Choice, Fixed, Listing, Range, Record, Tree, join, parse
+from moenas.grammar import Choice, Fixed, Listing, Range, Record, Tree, has_holes, join
 from moenas.records import Plain
 from moenas.refs import Mark
 
 TRIES = 1000
 """Random architectures tried before an option is called never valid."""
+MANY = 10_000
+"""Different components of one place that are kept."""
+WHOLE, FIXED = "whole", "fixed"
+"""Keys of what a record keeps: itself, or its fields, without holes."""
 LOOKS = 64
 """Values of a range that are tried, spread evenly."""
 
@@ -104,7 +108,20 @@ def _repeats(tree: Record) -> list[int]:
     if isinstance(repeat, Range):
         return list(range(int(repeat.low), int(repeat.high) + 1, int(repeat.step or 1)))
     options = cast(Choice, repeat).options
-    return [cast(int, cast(Fixed, option).value) for option in options]
+    return [n for option in options for n in _repeats(replace(tree, fields={"repeat": option}))]
+
+
+def most_layers(tree: Tree) -> int:
+    """Return the most layers that a group of blocks can have, written out."""
+    if isinstance(tree, Choice):
+        return max(map(most_layers, tree.options))
+    if isinstance(tree, Listing):
+        return sum(map(most_layers, tree.items))
+    if not isinstance(tree, Record):
+        return 0
+    blocks = tree.fields.get("blocks")
+    inner = 0 if blocks is None else most_layers(blocks)
+    return max(_repeats(tree)) * (inner or 1)
 
 
 @dataclass(frozen=True)
@@ -196,6 +213,83 @@ def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
     return suggest.suggest_float(path, tree.low, tree.high, step=tree.step, log=tree.log)
 
 
+def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
+    """Fill every hole and return the component: `parse(draw(tree))` without the detour.
+
+    A part without holes is made once, and equal layers of a varied group are one object. Not
+    `whole`: see `grammar.parse`.
+
+    Raises:
+        SpaceError: `path: why the fields do not go together`.
+    """
+    component = _fill(tree, suggest, "", "")
+    if whole and (reason := component.invalid_together()) is not None:
+        raise SpaceError(reason)
+    return cast(Component, component)
+
+
+def _fill(tree: Tree, suggest: Suggest, path: str, place: str) -> Any:
+    """Return the value of a tree: `path` names its holes, `place` is where it stands."""
+    if isinstance(tree, Fixed):
+        return tree.value
+    if isinstance(tree, Range):
+        return _draw_range(tree, suggest, path)
+    if isinstance(tree, Choice):
+        option, inner = _draw_option(tree, suggest, path)
+        return _fill(option, suggest, inner, place)
+    if isinstance(tree, Listing):
+        found: list[Any] = []
+        for i, item in enumerate(tree.items, tree.first):
+            _fill_item(item, suggest, join(path, i), place, found)
+        return tuple(found)
+    if not tree.has_holes and WHOLE in tree.drawn:
+        return tree.drawn[WHOLE]
+    component = _made(tree, suggest, path, place, {})
+    if not tree.has_holes:
+        tree.drawn[WHOLE] = component
+    return component
+
+
+def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -> Component:
+    """Return the component of a record; `given` answers some of its fields."""
+    if FIXED not in tree.drawn:
+        closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
+        tree.drawn[FIXED] = {
+            name: _fill(value, suggest, "", join(place, name)) for name, value in closed.items()
+        }
+    known, closed = fields(tree.cls), tree.drawn[FIXED]
+    values = dict(given)
+    for name, value in tree.fields.items():
+        if name in closed or name in given:
+            continue
+        found = _fill(value, suggest, join(path, name), join(place, name))
+        values[name] = known[name].convert(found) if isinstance(value, Choice | Range) else found
+    # Parts are made once, so two of the same fields are one object; True is not 1.
+    answers = tuple(id(x) if isinstance(x, Component) else (type(x), x) for x in values.values())
+    if answers not in tree.drawn:
+        component = tree.cls(**{**closed, **values})
+        if (reason := component.invalid()) is not None:
+            raise SpaceError(f"{place}: {reason}" if place else reason)
+        if len(tree.drawn) >= MANY:
+            return component
+        tree.drawn[answers] = component
+    return cast(Component, tree.drawn[answers])
+
+
+def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[Any]) -> None:
+    """Add one item of a list; a varied group becomes as many items as it has layers."""
+    while isinstance(tree, Choice):
+        tree, path = _draw_option(tree, suggest, path)
+    if not is_varied(tree):
+        found.append(_fill(tree, suggest, path, join(place, len(found))))
+        return
+    tree = cast(Record, tree)
+    repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat"), place))
+    given: Plain = {"repeat": 1, "vary": False}
+    for i in range(repeat):
+        found.append(_made(tree, suggest, join(path, i), join(place, len(found)), given))
+
+
 class _Walk:
     """Answers each question with the option at a given place, and the first where none is given."""
 
@@ -267,7 +361,7 @@ def _points(tree: Tree, limit: int | None) -> Iterator[dict[str, Any]]:
         places = walk.advanced()
 
 
-def check_options(cls: type[Component], tree: Tree) -> None:
+def check_options(tree: Tree) -> None:
     """Refuse a space with an option that no valid architecture can have.
 
     Looks at each item of a list, and one layer of a varied group, by itself. An option counts as
@@ -278,12 +372,64 @@ def check_options(cls: type[Component], tree: Tree) -> None:
         SpaceError: at the place of the option, with the reason of the last try.
     """
     for narrow in _narrowed(tree):
-        for hole in holes(narrow):
-            for label, mark in _options(hole.tree):
-                forced = {**hole.given, hole.name: label}
-                unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
-                shown = repr(label) if unit == 1 else f"{unit} * {label}"
-                _check_option(cls, narrow, forced, f"{mark}: {hole.name}: {shown}")
+        if has_holes(narrow):
+            _check_narrow(narrow)
+        else:
+            drawn(narrow, RandomSuggest(0), whole=False)
+
+
+def _check_narrow(tree: Tree) -> None:
+    """Try the options of all holes side by side, then those that were in nothing valid alone."""
+    known = {hole.name: (hole, _options(hole.tree)) for hole in holes(tree)}
+    left = {name: [label for label, _ in options] for name, (_, options) in known.items()}
+    for seed in range(max(map(len, left.values()))):
+        noted = _Asked(seed, {name: labels[0] for name, labels in left.items() if labels})
+        for name, label in noted.forced.items():
+            left[name].remove(label)
+            left[name].append(label)
+        try:
+            drawn(tree, noted, whole=False)
+        except SpaceError:
+            continue
+        for name, label in noted.asked.items():
+            left[name] = [x for x in left[name] if not _same(x, label)]
+    for name, labels in left.items():
+        hole, options = known[name]
+        marks = dict(zip(map(repr, (label for label, _ in options)), options, strict=True))
+        for label in labels:
+            forced = {**hole.given, name: label}
+            unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
+            shown = repr(label) if unit == 1 else f"{unit} * {label}"
+            _check_option(tree, forced, f"{marks[repr(label)][1]}: {name}: {shown}")
+
+
+def _same(a: Scalar, b: Scalar) -> bool:
+    return a == b and type(a) is type(b)
+
+
+class _Asked(RandomSuggest):
+    """Draws at random and notes what was asked for, and the answers."""
+
+    def __init__(self, seed: int, forced: Mapping[str, Any]) -> None:
+        super().__init__(seed, forced)
+        self.asked: dict[str, Any] = {}
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Return the forced or a random choice."""
+        self.asked[name] = super().suggest_categorical(name, choices)
+        return self.asked[name]
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        """Return the forced or a random whole number."""
+        self.asked[name] = super().suggest_int(name, low, high, step=step, log=log)
+        return int(self.asked[name])
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float:
+        """Return the forced or a random number."""
+        self.asked[name] = super().suggest_float(name, low, high, step=step, log=log)
+        return float(self.asked[name])
 
 
 def _narrowed(tree: Tree) -> list[Tree]:
@@ -321,12 +467,12 @@ def _options(tree: Choice | Range) -> list[tuple[Scalar, Mark]]:
     return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
 
 
-def _check_option(cls: type[Component], tree: Tree, forced: dict[str, Any], place: str) -> None:
+def _check_option(tree: Tree, forced: dict[str, Any], place: str) -> None:
     reason = ""
     for seed in range(TRIES):
         try:
-            parse(cls, draw(tree, RandomSuggest(seed, forced)), whole=False)
+            drawn(tree, RandomSuggest(seed, forced), whole=False)
             return
         except SpaceError as error:
-            reason = str(error).removeprefix("<data>: ")
+            reason = str(error)
     raise SpaceError(f"{place} can never be valid: {reason}")

@@ -1,4 +1,4 @@
-"""Forward FLOPs of a model, on the meta device or built, counted by fvcore."""
+"""Forward FLOPs of a model, built or on the meta device, by fvcore, a handler for each operator."""
 
 from __future__ import annotations
 

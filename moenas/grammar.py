@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.component import MAX_NUMBER, Component, Field, Scalar, fields
@@ -79,6 +80,16 @@ class Record:
     fields: dict[str, Tree]
     mark: Mark
 
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether a hole stands anywhere in it."""
+        return any(map(has_holes, self.fields.values()))
+
+    @cached_property
+    def drawn(self) -> dict[Any, Any]:
+        """What `draws.drawn` made of it, to be made once: equal layers are one object."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -89,9 +100,19 @@ class Listing:
     first: int = 0
     """Number of the first item in paths."""
 
+    @cached_property
+    def has_holes(self) -> bool:
+        """Whether a hole stands anywhere in it."""
+        return any(map(has_holes, self.items))
+
 
 Tree: TypeAlias = Fixed | Choice | Range | Record | Listing
 C = TypeVar("C", bound=Component)
+
+
+def has_holes(tree: Tree) -> bool:
+    """Whether a tree is a hole, or one stands in it."""
+    return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
 
 
 def join(path: str, part: object) -> str:
@@ -278,6 +299,8 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     step, log = _step_and_log(field, found, path, whole=whole)
     if log and low <= 0:
         raise ends.error(path, f"'log' needs a low end above 0, not {low:g}")
+    if step is not None and not (high - low) / step <= MAX_NUMBER:
+        raise found["step"].error(join(path, "step"), f"{step:g} gives more than 1e15 steps")
     if step is not None and _remainder(high - low, step):
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import TypeVar
 
@@ -23,10 +23,11 @@ OF_A_GROUP = (f"{LAYER}.repeat", f"{LAYER}.vary")
 """Fields of a group of layers, which no layer has."""
 
 
-def ends(path: str) -> list[str]:
+@cache
+def ends(path: str) -> tuple[str, ...]:
     """Return a dotted path and every end of it, the shortest first."""
     steps = path.split(".")
-    return [".".join(steps[-n:]) for n in range(1, len(steps) + 1)]
+    return tuple(".".join(steps[-n:]) for n in range(1, len(steps) + 1))
 
 
 def named(values: Mapping[str, V]) -> dict[str, V]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from moenas.store import Store
 
 SHOWN_DRAWS = 3
+SHOWN_POINTS = 10**40
+"""From this many points on, their number is told by its digits."""
 COSTS = ("params", "active_params", "flops_per_token")
 SHOWN_EXPERTS = 32
 """Experts of a layer whose loads are printed."""
@@ -67,14 +69,14 @@ def check_report(space: Space, n_draws: int) -> Plain:
         SpaceError: if none of the drawn architectures is valid and meets the requirements.
     """
     single = space.size == 1 and space.continuous == 0
-    space.require_feasible()
     tries = list(space.feasible(1 if single else n_draws))
     drawn = [found for found in tries if not isinstance(found, str)]
     refused = Counter(found for found in tries if isinstance(found, str))
+    shown = drawn or [space.require_feasible()]
     found: Plain = {
         "name": space.name,
         "valid": True,
-        "points": space.size,
+        "points": space.size if space.size < SHOWN_POINTS else about(space.size),
         "continuous": space.continuous,
         "holes": [hole.name for hole in space.holes],
         "objectives": [o.name for o in space.objectives],
@@ -83,32 +85,45 @@ def check_report(space: Space, n_draws: int) -> Plain:
         "feasible": len(drawn),
         "refused": dict(refused.most_common()),
     }
-    costs = [space.cost(architecture).plain() for architecture in drawn]
-    for name in costs[0] if costs else ():
+    costs = [space.cost(architecture).plain() for architecture in shown]
+    for name in costs[0]:
         values = [cost[name] for cost in costs]
         found[name] = values[0] if single else {"min": min(values), "max": max(values)}
     found["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
-        for cost, architecture in zip(costs, drawn[:SHOWN_DRAWS], strict=False)
+        for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
     ]
     return found
 
 
+def about(count: int) -> str:
+    """Say how many digits a number has: about 10^384."""
+    return f"about 10^{int(math.log10(count))}"
+
+
 def check_text(found: Plain) -> str:
     """Lay out what `check_report` found."""
-    points = f"{found['points']:,} points"
-    if found["points"] >= 10**9:
-        points += f" (about 10^{len(str(found['points'])) - 1})"
+    points = found["points"]
+    if isinstance(points, int):
+        more = f" ({about(points)})" if points >= 10**9 else ""
+        points = f"{points:,} points{more}"
+    else:
+        points = f"{points} points"
     if found["continuous"]:
         points += f" times {found['continuous']} continuous ranges"
     lines = [f"{found['name']}: valid; {points}, {len(found['holes'])} holes"]
     lines.append(f"objectives: {', '.join(found['objectives'])}")
-    if found["drawn"] == 1:
+    context = f"FLOPs at a context of {found['context']} tokens"
+    if not isinstance(found["params"], dict):
         lines += [f"{name}: {found[name]:,}" for name in COSTS]
+        lines[-1] += f" ({context})"
     else:
         lines.append(f"{found['feasible']} of {found['drawn']} random draws are feasible")
         lines += [f"  refused {n} times: {text}" for text, n in list(found["refused"].items())[:5]]
-        lines.append(f"over the feasible draws (FLOPs at a context of {found['context']} tokens):")
+        if found["feasible"]:
+            lines.append(f"over the feasible draws ({context}):")
+        else:
+            lines.append(f"of the first feasible one that further draws gave ({context}):")
         for name in COSTS:
             low, high = found[name]["min"], found[name]["max"]
             lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -67,7 +68,7 @@ class Requirement:
         """
         found = [
             _violation(self.tree, names)
-            for names in layers
+            for names in {id(layer): layer for layer in layers}.values()
             if all(names.get(name) is not None for name in self.names)
         ]
         return max(found, default=0.0)
@@ -224,9 +225,14 @@ def _value(node: ast.expr, names: Names) -> float | str:
     assert isinstance(node, ast.BinOp)
     try:
         compute = _ARITHMETIC[type(node.op)]
-        return compute(_number(node.left, names), _number(node.right, names))
+        return _bounded(compute(_number(node.left, names), _number(node.right, names)))
     except (ZeroDivisionError, OverflowError):
         return math.nan
+
+
+def _bounded(value: float) -> float:
+    """Return a number that fits a float: the largest there is in place of more."""
+    return max(-sys.float_info.max, min(sys.float_info.max, value))
 
 
 def _number(node: ast.expr, names: Names) -> float:

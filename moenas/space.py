@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from moenas import data, draws, grammar, guests, naming
-from moenas.architecture import Architecture
+from moenas.architecture import MAX_LAYERS, Architecture
 from moenas.component import Component
 from moenas.errors import InputError, SpaceError, suggestion
 from moenas.guests import Guest
@@ -103,7 +103,8 @@ class Space:
 
     def _check(self, found: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
-        draws.check_options(Architecture, self.tree)
+        self._require_layers()
+        draws.check_options(self.tree)
         if not any(True for _ in self.holes):
             self.architecture(self.draw(draws.RandomSuggest(0)), found["architecture"].mark)
         untrained = all(objective.needs != "training" for objective in self.objectives)
@@ -119,6 +120,20 @@ class Space:
                 raise SpaceError(
                     f"{mark}: architecture.vocab_size: {value} is too small for the data,"
                     f" which has {needed} different tokens"
+                )
+
+    def _require_layers(self) -> None:
+        """Refuse a space whose largest architecture has more layers than any may have."""
+        blocks = self.tree.fields["blocks"] if isinstance(self.tree, grammar.Record) else None
+        if not isinstance(blocks, grammar.Listing):
+            return
+        total = 0
+        for item in blocks.items:
+            total += draws.most_layers(item)
+            if total > MAX_LAYERS:
+                raise SpaceError(
+                    f"{item.mark}: architecture.blocks: {total:,} layers, written out up to"
+                    f" here; an architecture has at most {MAX_LAYERS:,}: lower a repeat"
                 )
 
     @property
@@ -184,7 +199,9 @@ class Space:
         """Return the values of the names that a requirement can use, for each layer."""
         cost = self.cost(architecture)
         shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}
-        return [{**layer, **shared} for layer in architecture.names()]
+        layers = architecture.names()
+        known = {id(layer): {**layer, **shared} for layer in layers}
+        return [known[id(layer)] for layer in layers]
 
     def feasible(self, n_draws: int) -> Iterator[Architecture | str]:
         """Draw random architectures; yield each that is feasible, or why it is not.
@@ -193,24 +210,25 @@ class Space:
         """
         for seed in range(n_draws):
             try:
-                architecture = self.architecture(self.draw(draws.RandomSuggest(seed)))
+                found = draws.drawn(self.tree, draws.RandomSuggest(seed))
             except SpaceError as error:
-                yield str(error).removeprefix("<draw>: ")
+                yield str(error)
                 continue
+            architecture = cast(Architecture, found).canonical()
             violations = self.violations(architecture)
             worst = max(violations, key=lambda text: violations[text], default="")
             yield worst if violations.get(worst, 0) > 0 else architecture
 
-    def require_feasible(self, n_draws: int = 1000) -> None:
-        """Check that at least one of `n_draws` random architectures is feasible.
+    def require_feasible(self, n_draws: int = 1000) -> Architecture:
+        """Return the first feasible one of `n_draws` random architectures.
 
         Raises:
-            SpaceError: with what most of them break.
+            SpaceError: with what most of them break, if none is feasible.
         """
         reasons = Counter[str]()
         for found in self.feasible(n_draws):
             if not isinstance(found, str):
-                return
+                return found
             reasons[found] += 1
         worst = ", ".join(f"{text} ({n} times)" for text, n in reasons.most_common(3))
         raise SpaceError(

@@ -464,7 +464,7 @@ def test_a_candidate_that_cannot_fit_is_not_built(
     monkeypatch.setattr("moenas.footprint.free_bytes", lambda device: 2**16)
     monkeypatch.setattr(Architecture, "build", None)
     for name in ("val_loss", "peak_memory"):
-        found, weights = evaluate(make_job(name, "flops_per_token"))
+        found, weights = evaluate(make_job("flops_per_token", name))
         assert failure(found)["kind"] == "out_of_memory"
         assert re.search(
             r"needs at least .* of memory, .* has 0 MiB free", failure(found)["message"]

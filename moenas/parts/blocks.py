@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,16 +139,30 @@ class BlockGroup(Component):
         return None
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What two groups have in common if they are made of the same objects, `repeat` aside."""
+        parts = (self.mixer, self.ffn, self.shortcut, self.blocks)
+        rest = (self.vary, self.parallel, self.shortcut_input, self.shortcut_delay)
+        return (*map(id, parts), *rest)
+
+    @property
     def parts(self) -> dict[str, Part]:
         """The parts of a block, by the names of their fields."""
         found = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
         return {name: part for name, part in found.items() if part is not None}
 
     @property
+    def n_layers(self) -> int:
+        """How many layers the group has, written out."""
+        inner = 1 if self.blocks is None else sum(group.n_layers for group in self.blocks)
+        return self.repeat * inner
+
+    @property
     def layers(self) -> tuple[BlockGroup, ...]:
         """The layers written out, each as a group of one."""
         if self.blocks is None:
-            return (replace(self, repeat=1, vary=False),) * self.repeat
+            plain = self.repeat == 1 and not self.vary
+            return ((self if plain else replace(self, repeat=1, vary=False)),) * self.repeat
         return tuple(layer for group in self.blocks for layer in group.layers) * self.repeat
 
     @property
@@ -217,15 +232,16 @@ class BlockGroup(Component):
         return replace(self, ffn=first, shortcut=second)
 
     def cost(self, stream: Stream, context: int) -> Cost:
-        """Return the cost of all layers of the group."""
-        one = sum((group.cost(stream, context) for group in self.blocks or ()), start=Cost())
+        """Return the cost of the block, or of the pattern, once."""
+        groups = self.blocks or ()
+        one = sum((group.cost(stream, context) * group.repeat for group in groups), start=Cost())
         for part in self.parts.values():
             one = one + part.cost(stream.d_model, context)
         joins = sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
         one = one + stream.join_cost() * joins
         if self.shortcut is not None:
             one = one + stream.norm_cost() * sum(stream.shortcut_norms(self.shortcut_input))
-        return one * self.repeat
+        return one
 
     def build_block(self, stream: Stream) -> Block:
         """Build the one layer of a group of one."""
@@ -285,7 +301,8 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
     matters.
     """
-    if any(part.placed for layer in layers for part in layer.parts.values()):
+    different = {id(layer): layer for layer in layers}.values()
+    if any(part.placed for layer in different for part in layer.parts.values()):
         return tuple(layers)
     joined = {i + layer.shortcut_delay for i, layer in enumerate(layers) if layer.shortcut}
     halves = {
@@ -294,14 +311,21 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
         if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
-    number = [i - sum(half < i for half in halves) for i in range(len(layers))]
-    found = []
+    number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
+    found = list[BlockGroup]()
+    known = dict[tuple[int, int, int], BlockGroup]()  # equal layers stay one object
     for i, layer in enumerate(layers):
         if i in halves:
             continue
         mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
         delay = number[i + layer.shortcut_delay] - number[i]
-        found.append(replace(layer, mixer=mixer, shortcut_delay=delay))
+        if mixer is layer.mixer and delay == layer.shortcut_delay:
+            found.append(layer)
+            continue
+        key = id(layer), id(mixer), delay
+        if key not in known:
+            known[key] = replace(layer, mixer=mixer, shortcut_delay=delay)
+        found.append(known[key])
     return tuple(found)
 
 
