@@ -6,7 +6,6 @@ import hashlib
 import ipaddress
 import json
 import re
-import shlex
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from moenas import figures
 from moenas.errors import InputError
 from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
+from moenas.terminal import command
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -64,7 +64,7 @@ def study_note(view: View) -> str:
     devices = sorted({_device_words(e.device) for e in view.evaluations if e.device})
     if devices:
         lines += ["", "**Device.** " + "; ".join(devices)]
-    lines += ["", "```", f"moenas front {shlex.quote(study.name)}", "```"]
+    lines += ["", "```", command(["front", study.name]), "```"]
     return "\n".join(lines)
 
 
@@ -103,7 +103,8 @@ def _device_words(device: Plain) -> str:
 def trial_note(view: View, evaluation: Evaluation) -> str:
     """Return a member of the front in Markdown: its numbers with units and its architecture."""
     study, trial = view.study.name, evaluation.trial
-    take = f"moenas export {shlex.quote(study)} {trial} {shlex.quote(f'{study}-{trial}')}/"
+    folder = f"{study.lstrip('-')}-{trial}/"
+    take = command(["export", study, str(trial), folder])
     return "\n".join(
         [
             "**On the Pareto front.** " + figures.described(view, trial),
@@ -442,6 +443,9 @@ class Server(ThreadingMixIn, WSGIServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self._host, self.server_address[1]
         self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a request that cannot be read, or a page that has gone, is no fault."""
 
     @property
     def url(self) -> str:

@@ -462,11 +462,11 @@ class Store:
     def _rest(self, name: str) -> readers.Rest:
         """Return what reads the curve and the routing of a trial."""
 
-        def read(trial: int) -> tuple[list[Plain], list[Plain]]:
+        def read(part: str, trial: int) -> list[Plain]:
             with self._database.reading() as connection:
-                return readers.rest_of(connection, name, trial)
+                return readers.rest_of(connection, name, part, trial)
 
-        return lambda trial: self._database.again(lambda: read(trial))
+        return lambda part, trial: self._database.again(lambda: read(part, trial))
 
     # --- the reference model -------------------------------------------------------------------
 
