@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -119,19 +120,24 @@ def build(url: str, trials: int, rows: int) -> None:
         study.add_trial(optuna.trial.create_trial(values=list(found.values.values())))
 
 
+PEAK = """
+import atexit, os
+def note():
+    with open("/proc/self/status") as file:
+        peak = next(line for line in file if line.startswith("VmHWM"))
+    open(os.environ["PEAK"], "w").write(peak.split()[1])
+atexit.register(note)
+"""
+
+
 def measured(code: str) -> tuple[float, float]:
     """Return the seconds and the peak memory in MB of a Python process."""
-    began = time.perf_counter()
-    process = os.posix_spawn(
-        sys.executable,
-        [sys.executable, "-c", code],
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-    )
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise SystemExit(f"ended with {os.waitstatus_to_exitcode(status)}: {code}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    with tempfile.NamedTemporaryFile() as file:
+        began = time.perf_counter()
+        command = [sys.executable, "-c", PEAK + code]
+        environment = {**os.environ, "PEAK": file.name}
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - began, int(file.read()) / 1024
 
 
 def main() -> None:

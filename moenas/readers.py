@@ -149,6 +149,16 @@ def rest_of(connection: Connection, name: str, part: str, trial: int) -> list[Pl
     return rows.part(part, connection.execute(wanted.order_by(table.c[order])))
 
 
+def routing_of_front(connection: Connection, name: str) -> dict[int, list[Plain]]:
+    """Return trial -> routing of the members of the front, which several figures show."""
+    table = tables.routing
+    wanted = select(table).where(table.c.study == name, on_front(name)(table))
+    found: dict[int, list[Row[Any]]] = {}
+    for row in connection.execute(wanted.order_by(table.c.trial, table.c.layer)):
+        found.setdefault(row.trial, []).append(row)
+    return {trial: rows.part("routing", entries) for trial, entries in found.items()}
+
+
 def architectures(
     connection: Connection, name: str, *which: ColumnElement[bool]
 ) -> dict[int, Plain]:

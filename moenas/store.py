@@ -462,8 +462,15 @@ class Store:
     def _rest(self, name: str) -> readers.Rest:
         """Return what reads the curve and the routing of a trial."""
 
+        members: dict[int, list[Plain]] = {}
+
         def read(part: str, trial: int) -> list[Plain]:
             with self._database.reading() as connection:
+                if part == "routing" and not members:
+                    members.update(readers.routing_of_front(connection, name))
+                    members.setdefault(-1, [])
+                if part == "routing" and trial in members:
+                    return members[trial]
                 return readers.rest_of(connection, name, part, trial)
 
         return lambda part, trial: self._database.again(lambda: read(part, trial))
