@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from statistics import fmean
 
 from plotly import graph_objects as go
@@ -13,6 +14,13 @@ from moenas.records import Evaluation, Plain, View
 TITLE = "Learning curves"
 SHOWN_POINTS = 48
 SHOWN_OTHERS = 40
+READ_OTHERS = 60
+"""Curves of others that are read at most: each is a query."""
+STATES = {
+    "complete": ("dominated", {"color": figures.GREY, "width": 1}),
+    "failed": ("failed", {"color": figures.VERMILION, "width": 1, "dash": "dot"}),
+}
+"""Status of a candidate -> name and line of its curves."""
 NAMED = len(figures.COLOURS)
 """As many members of the front as there are colours get one and a line in the legend."""
 
@@ -22,36 +30,41 @@ Curve = tuple[list[float], list[float]]
 def figure(view: View) -> go.Figure:
     """Draw training loss over tokens; the front in colour, with its validation loss at the end."""
     on_front = set(view.front)
-    others = [e for e in view.evaluations if e.trial not in on_front and _points(e)]
-    members = [e for e in figures.members(view) if _points(e)]
-    if not others and not members:
+    others = [e for e in view.evaluations if e.trial not in on_front and e.status in STATES]
+    members = figures.members(view)
+    named = [e for e in figures.thin(members, NAMED) if _points(e)]
+    groups = {status: _thinned([e for e in others if e.status == status]) for status in STATES}
+    if not named and not any(groups.values()):
         return figures.blank(TITLE, "no candidate has been trained yet")
-    drawn = figures.drawing(TITLE, _subtitle(len(others), len(members)))
-    for status, name, line in (
-        ("complete", "dominated", {"color": figures.GREY, "width": 1}),
-        ("failed", "failed", {"color": figures.VERMILION, "width": 1, "dash": "dot"}),
-    ):
-        group = figures.thin([e for e in others if e.status == status], SHOWN_OTHERS)
-        if group:
-            drawn.add_trace(_crowd(group, name, line))
-    named = figures.thin(members, NAMED)
+    shown = sum(map(len, groups.values()))
+    drawn = figures.drawing(TITLE, _subtitle(shown, len(others), len(members)))
+    for status, (name, line) in STATES.items():
+        if groups[status]:
+            drawn.add_trace(_crowd(groups[status], name, line))
     for evaluation, colour in zip(named, figures.COLOURS, strict=False):
         _member(drawn, view, evaluation, colour)
     level = figures.entropy(view)
     if level is not None:
-        ends = [math.log10(t) for e in (*members, *others) for t in _curve(e)[0] if t > 0]
+        ends = [
+            math.log10(t) for e in chain(named, *groups.values()) for t in _curve(e)[0] if t > 0
+        ]
         drawn.add_trace(_entropy(level, ends))
     drawn.update_xaxes(title_text="tokens", type="log", tickformat="~s", dtick="D2")
     drawn.update_yaxes(title_text="loss (nats/token)")
     return drawn
 
 
-def _subtitle(n_others: int, n_members: int) -> str:
+def _thinned(group: list[Evaluation]) -> list[Evaluation]:
+    """Return some candidates that have a curve; only the curves of a few are read."""
+    return figures.thin([e for e in figures.thin(group, READ_OTHERS) if _points(e)], SHOWN_OTHERS)
+
+
+def _subtitle(n_shown: int, n_others: int, n_members: int) -> str:
     words = ["training loss, averaged between points; a diamond is the validation loss"]
     if n_members > NAMED:
         words.append(f"{NAMED} of the {n_members} on the front are shown")
     if n_others > SHOWN_OTHERS:
-        words.append(f"{SHOWN_OTHERS} of {n_others} others")
+        words.append(f"{n_shown} of {n_others} others")
     return "; ".join(words)
 
 

@@ -11,6 +11,8 @@ from moenas import figures
 from moenas.records import Evaluation, View
 
 TITLE = "Expert load over training"
+READ = 12
+"""Members of the front whose curves are read at most."""
 SHOWN = 6
 COLUMNS = 3
 MOST_CELLS = 12_000
@@ -24,20 +26,20 @@ Column = dict[int, list[float]]
 
 def figure(view: View) -> go.Figure:
     """Draw experts by tokens seen for members of the front, the layers above one another."""
-    members = [e for e in figures.members(view) if _columns(e, 1)]
-    if not members:
+    members = [e for e in figures.members(view) if e.routing]
+    shown = figures.thin([e for e in figures.thin(members, READ) if _columns(e, 1)], SHOWN)
+    if not shown:
         reason = (
             "no candidate is complete yet"
             if not view.front
             else "of no MoE layer on the front is the load over training known"
         )
         return figures.blank(TITLE, reason)
-    shown = figures.thin(members, SHOWN)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     words = "share of the slots since the point before, 1 where all experts of a layer get the same"
-    if len(members) > SHOWN:
-        words += f"; {SHOWN} of {len(members)} members"
+    if len(members) > len(shown):
+        words += f"; {len(shown)} of {len(members)} members"
     drawn = make_subplots(
         rows=rows,
         cols=columns,

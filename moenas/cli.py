@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import io
 import json
 import os
 import re
-import shlex
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import moenas
+from moenas import terminal
 from moenas.errors import InputError, MoenasError
+from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
-    from moenas.records import View
+    from moenas.readers import FrontView
 
 app = typer.Typer(
     name="moenas",
@@ -52,31 +55,62 @@ StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the stu
 TrialNumber = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
 
 
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run the Python that the database holds for the study."),
+]
+
+
 def main() -> None:
     """Run the command line; every known error is one line on stderr and its own exit code."""
+    terminal.prepare()
     try:
-        app()
+        try:
+            app()
+        finally:
+            terminal.flush()
     except MoenasError as error:
-        say(f"moenas: {error}")
+        say(_clean(f"moenas: {error}"))
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
-            raise
-        say(f"moenas: internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            say(_clean(traceback.format_exc()))
+            sys.exit(1)
+        said = " ".join(str(error).split())[:300]
+        say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
         say("this is a fault of moenas; MOENAS_DEBUG=1 shows where it happened")
         sys.exit(1)
 
 
-def say(text: str = "") -> None:
-    """Write one line of talk to stderr; a closed stderr is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+def _clean(text: str) -> str:
+    """Leave out the passwords of the databases that were opened."""
+    urls = sys.modules.get("moenas.urls")  # where it is not, no database was opened
+    return str(urls.clean(text)) if urls else text
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        emit(f"moenas {moenas.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Describe a family of mixture-of-experts language models; get back its Pareto front."""
+
+
+def _say_what_is_taken() -> None:
+    """Say on stderr which files of the folders here are used."""
+    from moenas import refs
+
+    refs.listener = say
 
 
 @app.command()
@@ -119,22 +153,23 @@ def check(
     output: Format = Output.table,
 ) -> None:
     """Check a space: is it valid, how many points, what do they cost, what do they look like."""
+    _say_what_is_taken()
     if space.endswith(".py"):
         from moenas.testing import check_file
 
         for line in check_file(Path(space)):
-            print(line)
+            emit(line)
         return
     from moenas.report import check_report, check_text
     from moenas.space import Space
 
     found = check_report(Space.load(space, overrides or ()), draws)
     if output is Output.json:
-        print(json.dumps(found, indent=2))
+        emit(to_json(found))
     elif output is Output.csv:
         write_csv(found["draws"])
     else:
-        print(check_text(found))
+        emit(check_text(found))
 
 
 @app.command()
@@ -163,6 +198,7 @@ def run(
     from moenas.progress import listener
     from moenas.space import Space
 
+    _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
     hint = _resume_hint([space, *(overrides or ())], options)
@@ -179,8 +215,9 @@ def run(
     except studies.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(stop.exit_code) from None
-    write_front(study.view, output)
-    _next_steps(study.view, storage)
+    view = study.store.front_view(study.name)
+    write_front(view, output)
+    _next_steps(view, storage)
 
 
 def _workers(text: str | None) -> int | Literal["inline"] | None:
@@ -194,33 +231,32 @@ def _workers(text: str | None) -> int | Literal["inline"] | None:
 
 
 def _resume_hint(words: Sequence[str], options: Mapping[str, object]) -> str:
-    given = [
-        word
-        for flag, value in options.items()
-        if value is not None
-        for word in (f"--{flag}", without_password(str(value)))
-    ]
-    return shlex.join(["moenas", "run", *words, *given])
+    given = dict(options)
+    if given.get("storage") is not None:
+        given["storage"] = without_password(str(given["storage"]))
+    return terminal.command(["run", *words], given)
 
 
 def without_password(url: str) -> str:
-    """Hide the password of a database URL; $MOENAS_STORAGE can hold it."""
-    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url)
+    """Hide the secrets of a database URL; $MOENAS_STORAGE can hold it."""
+    from moenas.urls import shown
+
+    return shown(url)
 
 
-def _next_steps(view: View, storage: str | None) -> None:
+def _next_steps(view: FrontView, storage: str | None) -> None:
     """Say what to type next."""
-    if not view.front:
+    if not view.members:
         return
-    name, best = view.study.name, view.front[0]
-    where = ["--storage", without_password(storage)] if storage else []
+    name, best = view.study.name, view.members[0].trial
+    where = {"storage": without_password(storage) if storage else None}
     say("next:")
     for words, what in (
         (["show", name, str(best)], "one candidate, whole"),
         (["dashboard"], "the Optuna dashboard with the figures"),
         (["export", name, str(best), "out/"], "a trained PyTorch module to take home"),
     ):
-        say(f"  {shlex.join(['moenas', *words, *where]):<36} # {what}")
+        say(f"  {terminal.command(words, where):<36} # {what}")
 
 
 @app.command()
@@ -239,7 +275,7 @@ def status(
         return
     found = status_report(store, study)
     if output is Output.table:
-        print(status_text(found))
+        emit(status_text(found))
     else:
         write_rows([found], output, single=True)
 
@@ -249,7 +285,7 @@ def front(study: StudyName, storage: Storage = None, output: Format = Output.tab
     """Print the Pareto front of a study."""
     from moenas.store import Store
 
-    write_front(Store.open(storage).view(study), output)
+    write_front(Store.open(storage).front_view(study), output)
 
 
 @app.command()
@@ -262,7 +298,7 @@ def show(
 
     found = trial_report(Store.open(storage), study, trial)
     if output is Output.table:
-        print(trial_text(found))
+        emit(trial_text(found))
     else:
         write_rows([found], output, single=True)
 
@@ -277,6 +313,7 @@ def dashboard(
     from moenas.dashboard import serve
     from moenas.store import Store
 
+    _say_what_is_taken()
     server = serve(Store.open(storage), host, port)
     say(f"dashboard at {server.url} (Ctrl-C stops it)")
     try:
@@ -292,13 +329,14 @@ def export(
     trial: TrialNumber,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     storage: Storage = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a trial's trained model to a folder that runs without moenas."""
     from moenas.export import export as export_trial
     from moenas.store import Store
 
-    folder = export_trial(Store.open(storage), study, trial, out)
-    print(folder)
+    folder = export_trial(Store.open(storage), study, trial, out, allow_code=allow_code)
+    emit(str(folder))
     say(f"checked: {folder} gives the same logits to the last bit without moenas")
     say(f"next: python {folder / 'model.py'}")
 
@@ -308,10 +346,10 @@ def schema() -> None:
     """Print the JSON Schema of space files."""
     from moenas.space import file_schema
 
-    print(json.dumps(file_schema(), indent=1))
+    emit(to_json(file_schema(), indent=1))
 
 
-def write_front(view: View, output: Output) -> None:
+def write_front(view: FrontView, output: Output) -> None:
     """Write the front to stdout; what it is measured on goes to stderr."""
     from moenas.report import front_caption, front_rows
 
@@ -325,20 +363,22 @@ def write_front(view: View, output: Output) -> None:
 def write_rows(rows: list[dict[str, Any]], output: Output, *, single: bool = False) -> None:
     """Write rows to stdout as a table, JSON or CSV."""
     if output is Output.json:
-        print(json.dumps(rows[0] if single else rows, indent=2))
+        emit(to_json(rows[0] if single else rows))
     elif output is Output.csv:
         write_csv(rows)
     else:
         from moenas.report import table
 
-        print(table(rows))
+        emit(table(rows))
 
 
 def write_csv(rows: list[dict[str, Any]]) -> None:
     """Write rows as CSV; nested values are JSON."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
         cells = (row.get(name, "") for name in names)
-        writer.writerow(json.dumps(c) if isinstance(c, dict | list) else c for c in cells)
+        writer.writerow(to_json(c, None) if isinstance(c, dict | list) else c for c in cells)
+    emit(text.getvalue().removesuffix("\n"))

@@ -6,7 +6,6 @@ import hashlib
 import ipaddress
 import json
 import re
-import shlex
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +23,12 @@ from optuna.study import StudyDirection
 from optuna.study._multi_objective import _get_pareto_front_trials_by_trials
 from optuna.trial import FrozenTrial
 
-from moenas import figures
+import moenas
+from moenas import figures, refs
 from moenas.errors import InputError
 from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
+from moenas.terminal import command
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -64,7 +65,7 @@ def study_note(view: View) -> str:
     devices = sorted({_device_words(e.device) for e in view.evaluations if e.device})
     if devices:
         lines += ["", "**Device.** " + "; ".join(devices)]
-    lines += ["", "```", f"moenas front {shlex.quote(study.name)}", "```"]
+    lines += ["", "```", command(["front", study.name]), "```"]
     return "\n".join(lines)
 
 
@@ -103,7 +104,8 @@ def _device_words(device: Plain) -> str:
 def trial_note(view: View, evaluation: Evaluation) -> str:
     """Return a member of the front in Markdown: its numbers with units and its architecture."""
     study, trial = view.study.name, evaluation.trial
-    take = f"moenas export {shlex.quote(study)} {trial} {shlex.quote(f'{study}-{trial}')}/"
+    folder = f"{study.lstrip('-')}-{trial}/"
+    take = command(["export", study, str(trial), folder])
     return "\n".join(
         [
             "**On the Pareto front.** " + figures.described(view, trial),
@@ -191,6 +193,8 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 PUBLISHED = "moenas:published"
 """System attribute of the study: what was written -> digest, so that it is written once."""
+STATE = "state"
+"""Key among these of the state that was written: while it is the same, nothing is drawn."""
 
 
 def publish(store: Store, name: str) -> None:
@@ -201,19 +205,25 @@ def publish(store: Store, name: str) -> None:
     Raises:
         NotFoundError: if there is no such study.
     """
-    view = store.view(name)
+    summary, version = store.summary(name), f"{moenas.__version__}:{_files()}"
+    counted = [summary.study.trials, summary.counts, summary.hypervolume, summary.front]
+    state = json.dumps([version, *counted])
     storage = store.optuna_storage()
     sampler = optuna.samplers.RandomSampler()  # the default one would look at every trial
     study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
     study_id = study._study_id
     before: dict[str, str] = study._storage.get_study_system_attrs(study_id).get(PUBLISHED, {})
-    after = dict(before)
+    if before.get(STATE) == state:
+        return
+    known = before if before.get(STATE, "").startswith(f'["{version}"') else {}
+    view = store.view(name)
+    after = before | {STATE: state}
 
     def changed(key: str, text: str) -> bool:
         after[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return after[key] != before.get(key)
 
-    for key, text in _notes(view, before).items():
+    for key, text in _notes(view, before, known).items():
         if changed(key, text):
             _save_note(study, key.removeprefix("note:"), text)
     for figure_name, figure in figures.figures(view).items():
@@ -233,11 +243,24 @@ ON_THE_PAGE: Plain = {
 the grey of the texts has a contrast of about 4 to 1 on both."""
 
 
-def _notes(view: View, before: dict[str, str]) -> dict[str, str]:
-    """Return key -> text of all notes: `note:` the study's, `note:12` that of trial 12."""
+def _files() -> str:
+    """Name the texts of the figures by a digest, so that a changed one is drawn anew."""
+    files = refs.listing("dashboards", ".py").values()
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:
+    """Return key -> text of the notes to write: `note:` the study's, `note:12` that of trial 12.
+
+    The note of a member of the front never changes, so one that is `known` is not made again.
+    """
     notes = {"note:": study_note(view)}
-    notes |= {f"note:{e.trial}": trial_note(view, e) for e in figures.members(view)}
-    for key in before.keys() - notes.keys():
+    members = {f"note:{e.trial}": e for e in figures.members(view)}
+    notes |= {key: trial_note(view, e) for key, e in members.items() if key not in known}
+    for key in before.keys() - notes.keys() - members.keys():
         kind, _, trial = key.partition(":")
         if kind == "note":
             notes[key] = former_note(view, int(trial))
@@ -442,6 +465,9 @@ class Server(ThreadingMixIn, WSGIServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self._host, self.server_address[1]
         self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a request that cannot be read, or a page that has gone, is no fault."""
 
     @property
     def url(self) -> str:

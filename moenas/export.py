@@ -24,6 +24,7 @@ from moenas.architecture import Architecture, Model, initialise
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.parts.experts import MoE
 from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.terminal import command
 from moenas.weights import FILE, read_weights
 
 FORMAT = 1
@@ -53,11 +54,13 @@ class Archive(Protocol):
         """Return the canonical architecture of a trial."""
 
 
-def export(store: Archive, study: str, trial: int, out: Path) -> Path:
+def export(store: Archive, study: str, trial: int, out: Path, *, allow_code: bool = False) -> Path:
     """Write model.py, config.json, model.safetensors and README.md into the folder `out`.
 
     A process in which moenas cannot be imported loads the folder before it gets its name: it must
     compute the same logits to the last bit. On any error `out` is as it was.
+    With `allow_code` the Python files that the database holds for the study are run; see
+    `guests.load_stored`.
 
     Raises:
         NotFoundError: if there is no such study or trial, or its weights are gone.
@@ -67,7 +70,7 @@ def export(store: Archive, study: str, trial: int, out: Path) -> Path:
     record = store.study(study)
     evaluation = _trained(store, study, trial)
     _check_free(out)
-    guests.load_all(guests.stored(record.space))
+    guests.load_stored(record.space, allow_code=allow_code)
     architecture = Architecture.parse(store.architecture(study, trial))
     weights = read_weights(store.runs, study, trial, str(evaluation.weights_sha256))
     config = _config(record, evaluation, architecture)
@@ -93,16 +96,16 @@ def export(store: Archive, study: str, trial: int, out: Path) -> Path:
 
 def _trained(store: Archive, study: str, trial: int) -> Evaluation:
     """Return the evaluation of a complete trial with weights."""
-    evaluation = store.evaluation(study, trial)
+    evaluation, listed = store.evaluation(study, trial), command(["front", study])
     if evaluation is None:
         raise NotFoundError(
-            f"study '{study}' has no result for trial {trial}; `moenas front {study}` lists trials"
+            f"study '{study}' has no result for trial {trial}; `{listed}` lists trials"
             " that have one"
         )
     if evaluation.status != "complete":
         raise InputError(
             f"study '{study}', trial {trial}: is {evaluation.status} and has no trained model;"
-            f" `moenas front {study}` lists trials that have one"
+            f" `{listed}` lists trials that have one"
         )
     if evaluation.weights_sha256 is None:
         raise InputError(
@@ -266,7 +269,7 @@ def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
     with _one_thread(), torch.no_grad():
         ours = _model(architecture, weights)(tokens).numpy()
     done = subprocess.run(
-        [sys.executable, "-B", "-c", _STRANGER, str(folder.resolve())],
+        [sys.executable, "-P", "-B", "-c", _STRANGER, str(folder.resolve())],
         input=json.dumps(tokens.tolist()).encode(),
         capture_output=True,
         check=False,

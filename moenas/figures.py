@@ -14,7 +14,7 @@ from plotly import graph_objects as go
 from moenas.describe import one_line, short
 from moenas.errors import InputError
 from moenas.records import Evaluation, ObjectiveInfo, View
-from moenas.refs import listing, load_module
+from moenas.refs import listing, load_module, take
 
 # After Okabe and Ito's palette, which colour-blind readers can tell apart: without yellow and
 # black, and with a lighter blue, for one is lost on white paper and the others on a dark page.
@@ -214,7 +214,7 @@ def figures(view: View) -> dict[str, go.Figure]:
 
 def _draw(path: Path, view: View) -> go.Figure:
     try:
-        made = load_module(path).figure(view)
+        made = load_module(take(path, "dashboards")).figure(view)
         if not isinstance(made, go.Figure):
             raise InputError(
                 f"{path}: figure(view) gave {type(made).__name__}, not a plotly Figure"

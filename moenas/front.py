@@ -261,7 +261,7 @@ def gain(
 
 def _approximate(losses: Losses, corner: Losses) -> list[float]:
     """Return 0 and the approximate hypervolume after each point in turn; it never falls."""
-    inside = (losses < corner).all(axis=1)
+    inside = np.asarray((losses < corner).all(axis=1))
     volumes, latest = [0.0], 0.0
     if not inside.any():
         return [0.0] * (len(losses) + 1)

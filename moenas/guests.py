@@ -49,11 +49,41 @@ def load(path: str, source: str | None = None) -> Guest:
 
 
 def load_all(sources: Mapping[str, str]) -> None:
-    """Load the files of a job or of a stored study: path -> text."""
+    """Load the files of a job: path -> text."""
     for path, source in sources.items():
         load(path, source)
 
 
-def stored(space: Plain) -> dict[str, str]:
-    """Return path -> text of the files that a stored space uses."""
-    return {str(guest["path"]): str(guest["source"]) for guest in space.get("use", [])}
+def load_stored(space: Plain, *, allow_code: bool) -> None:
+    """Load the files of parts that a stored space uses, if the user allows it.
+
+    A database is not code: what it holds may have been written by another user. A file that lies
+    at its path with the stored digest, where nobody else can have put it, is the user's own, and
+    counts as allowed.
+
+    Raises:
+        InputError: if a text is not the one that its digest names, or is not allowed.
+    """
+    guests = space.get("use", [])
+    for guest in guests:
+        path, source, digest = (str(guest[key]) for key in ("path", "source", "sha256"))
+        if refs.sha256(source.encode()) != digest:
+            raise InputError(
+                f"{path}: the database holds another text than the one with SHA-256"
+                f" {digest[:12]}... that the study used; it is not run"
+            )
+        if not allow_code and not _is_own(Path(path), digest):
+            raise InputError(
+                f"{path}: the model needs this file, which is stored in the database and is not"
+                f" here with SHA-256 {digest[:12]}...; if you trust who wrote the database, allow"
+                " it to be run: --allow-code, or allow_code=True"
+            )
+    load_all({str(guest["path"]): str(guest["source"]) for guest in guests})
+
+
+def _is_own(path: Path, digest: str) -> bool:
+    """Whether the user has the same file at the same place."""
+    try:
+        return refs.sha256(path.read_bytes()) == digest and refs.foreign(path) is None
+    except (OSError, ValueError):
+        return False

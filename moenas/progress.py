@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from moenas.describe import short
 from moenas.events import Event, Listener
 from moenas.space import Space
 from moenas.tally import Tally
+from moenas.terminal import plain, say
 
 LAST = 6
 """Finished trials that stay in view."""
@@ -28,7 +28,9 @@ LAST = 6
 @contextmanager
 def listener(space: Space) -> Iterator[Listener]:
     """Yield what takes the events of a run: a live table on a terminal, else lines on stderr."""
-    if sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
+    if sys.stderr is None:
+        yield lambda _: None
+    elif sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
         board = Board(space)
         with Live(board, console=Console(stderr=True), refresh_per_second=4):
             yield board.take
@@ -40,8 +42,7 @@ def write_line(event: Event) -> None:
     """Write one line for a trial that is over, and for what went wrong; nothing for a start."""
     if event.kind == "started":
         return
-    with contextlib.suppress(OSError, ValueError):
-        print(line(event), file=sys.stderr, flush=True)
+    say(line(event))
 
 
 def line(event: Event) -> str:
@@ -104,14 +105,14 @@ class Board:
         """Take in an event."""
         self.tally = event.tally
         if event.kind == "started" and event.trial is not None:
-            self.running[event.trial] = (event.text, time.monotonic())
+            self.running[event.trial] = (plain(event.text), time.monotonic())
             return
         if event.trial is not None and event.kind != "retried":
             self.running.pop(event.trial, None)
         found = event.evaluation
         complete = found is not None and found.status == "complete"
         colour = "" if complete else "dim" if event.kind == "infeasible" else "yellow"
-        self.last.append((line(event), colour))
+        self.last.append((plain(line(event)), colour))
 
     def __rich__(self) -> RenderableType:
         tally = self.tally

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
 from moenas import membership, rows, tables
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
 
-Rest = Callable[[int], tuple[list[Plain], list[Plain]]]
-"""Reads the curve and the routing of a trial."""
+Rest = Callable[[str, int], list[Plain]]
+"""Reads the `curve` or the `routing` of a trial."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,24 @@ class FrontView:
     def study(self) -> StudyRecord:
         """The study."""
         return self.summary.study
+
+
+def as_front(view: View | FrontView) -> FrontView:
+    """Return the front of a whole view."""
+    if isinstance(view, FrontView):
+        return view
+    complete = [e for e in view.evaluations if e.status == "complete"]
+    found = {e.trial: e for e in complete}
+    summary = Summary(
+        study=view.study,
+        counts=dict(Counter(e.status for e in view.evaluations)),
+        failures={},
+        best={},
+        front=len(view.front),
+        hypervolume=view.history[-1].hypervolume if view.history else None,
+        devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
+    )
+    return FrontView(summary, [found[trial] for trial in view.front], view.architectures)
 
 
 class StoredView(View):
@@ -114,20 +133,30 @@ def evaluations(
 
 def evaluation(connection: Connection, name: str, trial: int) -> Evaluation | None:
     """Return the whole evaluation of one trial."""
-    curve, routing = rest_of(connection, name, trial)
-    found = evaluations(connection, name, lambda _: (curve, routing), lambda t: t.c.trial == trial)
+    found = evaluations(
+        connection,
+        name,
+        lambda part, number: rest_of(connection, name, part, number),
+        lambda table: table.c.trial == trial,
+    )
     return Evaluation.parse(found[0].plain()) if found else None
 
 
-def rest_of(connection: Connection, name: str, trial: int) -> tuple[list[Plain], list[Plain]]:
-    """Return the curve and the routing of a trial."""
+def rest_of(connection: Connection, name: str, part: str, trial: int) -> list[Plain]:
+    """Return the `curve` or the `routing` of a trial."""
+    table, order = (tables.curve, "position") if part == "curve" else (tables.routing, "layer")
+    wanted = select(table).where(table.c.study == name, table.c.trial == trial)
+    return rows.part(part, connection.execute(wanted.order_by(table.c[order])))
 
-    def read(table: Table, order: str) -> list[Row[Any]]:
-        wanted = select(table).where(table.c.study == name, table.c.trial == trial)
-        return list(connection.execute(wanted.order_by(table.c[order])).all())
 
-    curve, routing = read(tables.curve, "position"), read(tables.routing, "layer")
-    return rows.curve_rows(curve), rows.routing_rows(routing)
+def routing_of_front(connection: Connection, name: str) -> dict[int, list[Plain]]:
+    """Return trial -> routing of the members of the front, which several figures show."""
+    table = tables.routing
+    wanted = select(table).where(table.c.study == name, on_front(name)(table))
+    found: dict[int, list[Row[Any]]] = {}
+    for row in connection.execute(wanted.order_by(table.c.trial, table.c.layer)):
+        found.setdefault(row.trial, []).append(row)
+    return {trial: rows.part("routing", entries) for trial, entries in found.items()}
 
 
 def architectures(

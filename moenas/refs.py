@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import importlib.util
 import linecache
+import os
 import re
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,10 @@ from moenas.errors import InputError, NotFoundError, SpaceError, suggestion
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 MAX_DIGITS = 40
+
+listener: Callable[[str], None] | None = None
+"""Is told which files of the working directory are used by their names."""
+_told: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def find(folder: str, suffix: str, ref: str) -> Path:
         found = listing(folder + slash + parent, suffix)
         known = {parent + slash + name: place for name, place in found.items()}
     if ref in known:
-        return known[ref]
+        return take(known[ref], folder)
     if path.suffix == suffix or (slash and not known):
         raise NotFoundError(f"{_short(ref)}: no such file")
     names = ", ".join(known) or "none"
@@ -236,6 +242,40 @@ def find(folder: str, suffix: str, ref: str) -> Path:
         f"no '{_short(ref)}' in {folder}/.{suggestion(ref, known)} There are: {names}."
         f" A path must end in {suffix}."
     )
+
+
+def take(path: Path, folder: str) -> Path:
+    """Return a file that was found by its name; check and tell of one of the folder here.
+
+    A folder of the working directory comes before the shipped one, and its Python files are run.
+    So a file counts only if nobody but this user, or root, can have put it there.
+
+    Raises:
+        InputError: if another user can have.
+    """
+    if path.is_relative_to(shipped(folder)):
+        return path
+    reason = foreign(path)
+    if reason:
+        raise InputError(f"{path}: {reason}; give its whole path, or run moenas elsewhere")
+    if listener is not None and path.absolute() not in _told:
+        _told.add(path.absolute())
+        listener(f"using {path} of this folder")
+    return path
+
+
+def foreign(path: Path) -> str | None:
+    """Say how another user may have written a file, or return None."""
+    trusted = (os.geteuid(), 0)
+    for place in (path, path.parent):
+        found = place.stat()
+        if found.st_uid not in trusted:
+            return f"belongs to another user (uid {found.st_uid})"
+        sticky = place is not path and found.st_mode & stat.S_ISVTX
+        if found.st_mode & stat.S_IWOTH and not sticky:
+            what = "is" if place is path else "lies in a folder that is"
+            return f"{what} writable by every user"
+    return None
 
 
 def _short(text: str) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
 from moenas.front import is_exact
-from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.readers import FrontView, as_front
+from moenas.records import Evaluation, Plain, StudyRecord, View
 from moenas.refs import to_yaml
 
 if TYPE_CHECKING:
-    from moenas.readers import FrontView
     from moenas.space import Space
     from moenas.store import Store
 
@@ -203,8 +203,9 @@ def status_text(found: Plain) -> str:
     return "\n".join(lines)
 
 
-def front_rows(view: FrontView, *, units: bool = False) -> list[Plain]:
+def front_rows(view: View | FrontView, *, units: bool = False) -> list[Plain]:
     """Return one row for each member of the front, best first objective first."""
+    view = as_front(view)
     names = {o["name"]: o["name"] for o in view.study.objectives}
     if units:
         names = {o["name"]: f"{o['name']} ({o['unit']})" for o in view.study.objectives}
@@ -225,8 +226,9 @@ def front_rows(view: FrontView, *, units: bool = False) -> list[Plain]:
     return rows
 
 
-def front_caption(view: FrontView) -> list[str]:
+def front_caption(view: View | FrontView) -> list[str]:
     """Say what the numbers of a front stand on."""
+    view = as_front(view)
     done, name = view.summary.counts.get("complete", 0), view.study.name
     lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
     entropy = _entropy(view.study)

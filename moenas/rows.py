@@ -27,6 +27,8 @@ TEXT = 1_000
 CURVE_ROWS = 10_000
 """Rows of a curve that are stored, evenly spread."""
 CUT = "... cut"
+LATER = ("curve", "routing")
+"""Parts of an evaluation that are read when they are asked for."""
 
 
 def storable(plain: Any) -> Any:
@@ -157,20 +159,21 @@ class Stored(Evaluation):
     It equals the evaluation that was stored. Once read, they stay.
     """
 
-    _later: Callable[[int], tuple[list[Plain], list[Plain]]]
+    _later: Callable[[str, int], list[Plain]]
 
     @classmethod
-    def of(cls, plain: Plain, later: Callable[[int], tuple[list[Plain], list[Plain]]]) -> Stored:
-        """Build an evaluation of all but its curve and routing, which `later` reads."""
+    def of(cls, plain: Plain, later: Callable[[str, int], list[Plain]]) -> Stored:
+        """Build an evaluation of all but its curve and routing, which `later` reads by name."""
         found = cls.parse({**plain, "curve": [], "routing": []})
-        del found.__dict__["curve"], found.__dict__["routing"]
+        for name in LATER:
+            del found.__dict__[name]
         found.__dict__["_later"] = later
         return found
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("curve", "routing") or "_later" not in self.__dict__:
+        if name not in LATER or "_later" not in self.__dict__:
             raise AttributeError(name)
-        self.__dict__["curve"], self.__dict__["routing"] = self._later(self.trial)
+        self.__dict__[name] = self._later(name, self.trial)
         return self.__dict__[name]
 
     def __eq__(self, other: object) -> bool:
@@ -182,14 +185,9 @@ class Stored(Evaluation):
     __hash__ = None  # type: ignore[assignment]
 
 
-def curve_rows(rows: Iterable[Row[Any]]) -> list[Plain]:
-    """Return the curve that rows of the table hold."""
-    return [_said(row) for row in rows]
-
-
-def routing_rows(rows: Iterable[Row[Any]]) -> list[Plain]:
-    """Return the routing that rows of the table hold."""
-    return [_said(row, "layer") for row in rows]
+def part(name: str, rows: Iterable[Row[Any]]) -> list[Plain]:
+    """Return the `curve` or the `routing` that rows of the table hold."""
+    return [_said(row, "layer" if name == "routing" else "") for row in rows]
 
 
 def evaluations(rows: Iterable[Row[Any]], values: Iterable[Row[Any]]) -> list[Plain]:

@@ -547,11 +547,18 @@ class Store:
     def _rest(self, name: str) -> readers.Rest:
         """Return what reads the curve and the routing of a trial."""
 
-        def read(trial: int) -> tuple[list[Plain], list[Plain]]:
-            with self._database.reading() as connection:
-                return readers.rest_of(connection, name, trial)
+        members: dict[int, list[Plain]] = {}
 
-        return lambda trial: self._database.again(lambda: read(trial))
+        def read(part: str, trial: int) -> list[Plain]:
+            with self._database.reading() as connection:
+                if part == "routing" and not members:
+                    members.update(readers.routing_of_front(connection, name))
+                    members.setdefault(-1, [])
+                if part == "routing" and trial in members:
+                    return members[trial]
+                return readers.rest_of(connection, name, part, trial)
+
+        return lambda part, trial: self._database.again(lambda: read(part, trial))
 
     # --- the reference model -------------------------------------------------------------------
 

@@ -152,11 +152,17 @@ class Study:
             raise NotFoundError(f"study '{self.name}' has no finished trial {trial}")
         return found
 
-    def architecture(self, trial: int) -> Architecture:
-        """Return the architecture of a trial."""
+    def architecture(self, trial: int, *, allow_code: bool = False) -> Architecture:
+        """Return the architecture of a trial.
+
+        With `allow_code` the Python files that the database holds for the study are run.
+
+        Raises:
+            InputError: if the architecture needs such a file, which is neither allowed nor here.
+        """
         from moenas.architecture import Architecture
 
-        guests.load_all(guests.stored(self.view.study.space))
+        guests.load_stored(self.record.space, allow_code=allow_code)
         return Architecture.parse(self.store.architecture(self.name, trial))
 
     def front(self) -> Front:

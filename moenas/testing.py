@@ -412,6 +412,10 @@ def check_file(path: Path) -> Iterator[str]:
             check_part(kind)
             yield f"{path}: the part '{kind.kind}' keeps its contract in 10 random models"
             nothing = False
+        if own and any(base.__name__ == "BaseSampler" for base in kind.__mro__[1:]):
+            use = f"search.sampler={path}:{kind.__name__}"
+            yield f"{path}: '{kind.__name__}' is a sampler; a study uses it by {use}"
+            nothing = False
     if hasattr(module, "measure"):
         unit = load_objective(str(path)).unit
         values = ", ".join(f"{k} {v:.6g} {unit}".rstrip() for k, v in check_objective(path).items())
@@ -423,6 +427,7 @@ def check_file(path: Path) -> Iterator[str]:
         nothing = False
     if nothing:
         raise InputError(
-            f"{path}: defines no part (a class with a kind), no objective (measure) and no figure"
-            " (figure); see docs/ for what each takes"
+            f"{path}: defines no part (a class with a kind), no objective (measure), no figure"
+            " (figure) and no sampler (a class derived from optuna.samplers.BaseSampler); see docs/"
+            " for what each takes"
         )

@@ -73,12 +73,14 @@ def test_a_study_uses_guests_on_ray_and_exports_them_without_their_files(desk: P
     for name in FILES:
         (desk / name).unlink()
     check = (
-        "import moenas; study = moenas.load_study('mine'); found = study.architecture(0)\n"
-        "print(found.describe())"
+        "import moenas; study = moenas.load_study('mine')\n"
+        "found = study.architecture(0, allow_code=True); print(found.describe())"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert "average d16, moe 8e top2 d32 swiglu sparsemax gumbel_top_k" in done.stdout
-    export(load_study("mine").store, "mine", 0, desk / "out")
+    with pytest.raises(InputError, match=r"stored in the database .* --allow-code"):
+        export(load_study("mine").store, "mine", 0, desk / "out")
+    export(load_study("mine").store, "mine", 0, desk / "out", allow_code=True)
     text = (desk / "out" / "model.py").read_text()
     for name in ("Sparsemax", "GumbelTopK", "Average"):
         assert f"class {name}(" in text
