@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import moenas
+from moenas import cli_maintenance as maintenance
 from moenas import terminal
-from moenas.errors import InputError, MoenasError
+from moenas.errors import (
+    EnvironmentFaultError,
+    InputError,
+    MoenasError,
+    StorageLostError,
+    StudyStoppedError,
+)
+from moenas.options import (
+    AcceptChanges,
+    Address,
+    AllowCode,
+    Format,
+    Output,
+    Storage,
+    StudyName,
+    TrialNumber,
+    Workers,
+    command_line,
+    without_password,
+    worker_count,
+    write_csv,
+    write_rows,
+)
 from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
@@ -32,33 +50,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help needs no rich, and half the time
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Output(StrEnum):
-    """How data is written to stdout."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        help="Database URL as Optuna takes it. Default: $MOENAS_STORAGE, $OPTUNA_STORAGE, then "
-        "sqlite:///moenas.db",
-        metavar="URL",
-    ),
-]
-Format = Annotated[Output, typer.Option("-o", "--output", help="Form of the data on stdout.")]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
-TrialNumber = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
-
-
-AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code", help="Run the Python that the database holds for the study."),
-]
 
 
 def main() -> None:
@@ -182,15 +173,15 @@ def run(
     storage: Storage = None,
     trials: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, help="Trials of the study in total; resumes up to it."),
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="Candidates that the study evaluates in total; resumes up to it.",
+        ),
     ] = None,
-    workers: Annotated[
-        str | None,
-        typer.Option(help="Candidates at a time on Ray, or 'inline' for none of it."),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join; a local one is made otherwise.")
-    ] = None,
+    workers: Workers = None,
+    address: Address = None,
+    accept_changes: AcceptChanges = False,
     output: Format = Output.table,
 ) -> None:
     """Launch a study, or resume it; prints its front at the end."""
@@ -201,47 +192,28 @@ def run(
     _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
-    hint = _resume_hint([space, *(overrides or ())], options)
+    hint = command_line(["run", space, *(overrides or ())], options)
     try:
         with listener(loaded) as listen:
             study = studies.run(
                 loaded,
                 storage=storage,
                 trials=trials,
-                workers=_workers(workers),
+                workers=worker_count(workers),
                 address=address,
                 listener=listen,
+                accept_changes=accept_changes,
             )
     except studies.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(stop.exit_code) from None
+    except (StorageLostError, EnvironmentFaultError, StudyStoppedError) as error:
+        say(f"moenas: {error}")
+        say(f"Nothing is lost; resume with:\n  {hint}")
+        raise typer.Exit(error.exit_code) from None
     view = study.store.front_view(study.name)
     write_front(view, output)
     _next_steps(view, storage)
-
-
-def _workers(text: str | None) -> int | Literal["inline"] | None:
-    if text is None:
-        return None
-    if text == "inline":
-        return "inline"
-    if not re.fullmatch("[1-9][0-9]{0,4}", text):
-        raise InputError(f"--workers {text}: give a number of at least 1, or 'inline'")
-    return int(text)
-
-
-def _resume_hint(words: Sequence[str], options: Mapping[str, object]) -> str:
-    given = dict(options)
-    if given.get("storage") is not None:
-        given["storage"] = without_password(str(given["storage"]))
-    return terminal.command(["run", *words], given)
-
-
-def without_password(url: str) -> str:
-    """Hide the secrets of a database URL; $MOENAS_STORAGE can hold it."""
-    from moenas.urls import shown
-
-    return shown(url)
 
 
 def _next_steps(view: FrontView, storage: str | None) -> None:
@@ -360,25 +332,4 @@ def write_front(view: FrontView, output: Output) -> None:
             say(line)
 
 
-def write_rows(rows: list[dict[str, Any]], output: Output, *, single: bool = False) -> None:
-    """Write rows to stdout as a table, JSON or CSV."""
-    if output is Output.json:
-        emit(to_json(rows[0] if single else rows))
-    elif output is Output.csv:
-        write_csv(rows)
-    else:
-        from moenas.report import table
-
-        emit(table(rows))
-
-
-def write_csv(rows: list[dict[str, Any]]) -> None:
-    """Write rows as CSV; nested values are JSON."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        cells = (row.get(name, "") for name in names)
-        writer.writerow(to_json(c, None) if isinstance(c, dict | list) else c for c in cells)
-    emit(text.getvalue().removesuffix("\n"))
+maintenance.add_to(app)

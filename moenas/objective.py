@@ -76,8 +76,19 @@ class Objective:
 
     def info(self) -> ObjectiveInfo:
         """Return what a study stores of the objective."""
-        digest = refs.sha256(self.source.encode())
-        return ObjectiveInfo(self.name, self.direction, self.unit, self.doc, digest)
+        return ObjectiveInfo(self.name, self.direction, self.unit, self.doc, meaning(self.source))
+
+
+def meaning(source: str) -> str:
+    """Return the SHA-256 of what Python code does: without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body[0].value = ast.Constant("")
+    return refs.sha256(ast.unparse(tree).encode())
 
 
 def load_objective(ref: str, source: str | None = None) -> Objective:

@@ -157,7 +157,7 @@ class ObjectiveInfo(_Record):
     unit: str
     doc: str
     sha256: str
-    """Digest of the source text that measured it."""
+    """Digest of the code that measures it, without comments, docstrings and layout."""
 
 
 @dataclass(frozen=True)

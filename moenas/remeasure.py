@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from moenas import repairs
 from moenas.architecture import Architecture
 from moenas.asker import outcome
+from moenas.changes import changed_objectives
 from moenas.errors import InputError, MoenasError
 from moenas.heartbeat import Lease
 from moenas.intake import Intake
@@ -49,8 +50,7 @@ def chosen_objectives(
     Raises:
         InputError: if there is nothing to measure, or a changed objective is asked for one trial.
     """
-    stored = {info["name"]: info["sha256"] for info in record.objectives}
-    changed = [o for o in space.objectives if stored[o.name] != o.info().sha256]
+    changed = changed_objectives(record, space)
     if ref is None:
         found = list(space.objectives) if trial is not None else changed
     else:
@@ -128,11 +128,10 @@ class Remeasurer:
             and (e.status == "complete" or e.weights_sha256 is not None)
             and (trial is None or e.trial == trial)
         ]
-        if not found:
-            which = f"trial {trial}" if trial is not None else "no trial"
+        if not found and trial is not None:
             raise InputError(
-                f"study '{self._space.name}': {which} has stored weights or is complete; there is"
-                " nothing to measure again"
+                f"study '{self._space.name}': trial {trial} is not complete and has no stored"
+                " weights; there is nothing to measure again"
             )
         return found
 
@@ -210,10 +209,7 @@ class Remeasurer:
         names = list(record.directions)
         changes = [(e, *outcome(e, names)) for e in done]
         infos = [o.info() for o in objectives if o.name in names]
-        digests = {info["name"]: info["sha256"] for info in record.objectives}
-        all_current = all(
-            digests[o.name] == o.info().sha256 or o in objectives for o in space.objectives
-        )
+        all_current = all(o in objectives for o in changed_objectives(record, space))
 
         def store_rows(connection: Connection) -> None:
             repairs.replace_evaluations(connection, record, changes)

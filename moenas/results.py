@@ -65,5 +65,6 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
         return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
     if found.failure is not None:
         failure = Failure.parse(found.failure)
-        return Result(job, failure if failure.kind == "environment" else found)
+        if failure.kind == "environment":
+            return Result(job, failure)
     return Result(job, found, weights)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import optuna
 
 from moenas import guests, points, samplers
+from moenas.changes import refuse_changes
 from moenas.describe import one_line
 from moenas.driver import Driver
 from moenas.errors import InputError, NotFoundError, StorageLostError
@@ -21,6 +21,7 @@ from moenas.events import Event, Interrupted, Listener
 from moenas.heartbeat import Lease
 from moenas.pool import Pool, Workers, open_pool
 from moenas.records import Evaluation, Plain, StudyRecord, View
+from moenas.remeasure import Remeasurer
 from moenas.store import Store
 from moenas.tally import Tally
 
@@ -45,8 +46,6 @@ __all__ = [
 
 SHOWN_MEMBERS = 8
 """Trials that the text of a front names."""
-MAX_DIFFERENCES = 20
-"""Lines shown of what differs between two spaces."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +221,15 @@ def run(
     workers: Workers = None,
     address: str | None = None,
     listener: Listener | None = None,
+    accept_changes: bool = False,
 ) -> Study:
     """Run a study to its end and return it; called again, it goes on where it stopped.
 
     `trials` is how many candidates the study is to evaluate in total, failed ones included. Draws
     that are infeasible and models that are evaluated already are recorded and do not count. None
     takes what the space file says, or what an earlier run asked for if that is more. `workers` and
-    `address` are those of `pool.open_pool`.
+    `address` are those of `pool.open_pool`. With `accept_changes`, objectives may have other files
+    than before: finished trials are measured again by them, and the change is stored.
 
     Raises:
         InputError: if nothing in the space is feasible, or the study of that name has another
@@ -247,8 +248,7 @@ def run(
     corpus = load(space.data)
     corpus.require(space.train.context, min(space.vocab_sizes))
     known = Store.known(storage, space.name)
-    if known is not None:
-        _refuse_changes(known, space, corpus)
+    changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     store: Store | None = None
     sigterm, quiet = _Sigterm(), optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -261,6 +261,9 @@ def run(
             store = Store.open(storage, create=True)
             if known is None:
                 _create(store, space, corpus, trials)
+            if changed:
+                pool = pool or _opened(stack, space, workers, address)
+                Remeasurer(store, space, corpus.sha256).run(pool, changed)
             lease = stack.enter_context(Lease(store, space.name))
             driver = Driver(store, space, corpus.sha256, listener or _silent)
             driver.take_up(_total(store.study(space.name), space, trials))
@@ -296,7 +299,7 @@ def _create(store: Store, space: Space, corpus: Corpus, trials: int | None) -> N
         known = next((r for r in store.studies() if r.name == space.name), None)
         if known is None:
             raise
-        _refuse_changes(known, space, corpus)
+        refuse_changes(known, space, corpus)
 
 
 def _silent(event: Event) -> None:
@@ -365,50 +368,3 @@ def _record(space: Space, corpus: Corpus, trials: int | None) -> StudyRecord:
         trials=trials or space.search.trials,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _refuse_changes(known: StudyRecord, space: Space, corpus: Corpus) -> None:
-    """Raise InputError if a study was begun with another space or another corpus."""
-    from moenas.space import brought_up, digest
-
-    way_out = "; give the space another `name` for a new study"
-    if known.space_sha256 != space.sha256 and digest(brought_up(known.space)) != space.sha256:
-        old, new = dict(_leaves(brought_up(known.space))), dict(_leaves(space.plain()))
-        lines = [
-            f"  {path}: {_shown(old, path)} -> {_shown(new, path)}"
-            for path in {**old, **new}
-            if old.get(path, old) != new.get(path, new) and not _is_silent(path)
-        ]
-        if len(lines) > MAX_DIFFERENCES:
-            lines[MAX_DIFFERENCES:] = [f"  and {len(lines) - MAX_DIFFERENCES} more"]
-        raise InputError(
-            "\n".join([f"study '{space.name}' was begun with another space{way_out}:", *lines])
-        )
-    if known.data["sha256"] != corpus.sha256:
-        raise InputError(
-            f"study '{space.name}' was begun on another corpus: its digest was"
-            f" {known.data['sha256'][:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
-        )
-
-
-def _is_silent(path: str) -> bool:
-    """Whether a difference is not told: a resumed run may change it, or its digest says it."""
-    from moenas.space import RESOURCES
-
-    section, _, field = path.partition(".")
-    resource = section == "search" and field in RESOURCES
-    return resource or (section == "use" and field.endswith(".source"))
-
-
-def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and value of everything in plain data."""
-    if isinstance(plain, dict | list) and plain:
-        items = plain.items() if isinstance(plain, dict) else enumerate(plain)
-        for key, value in items:
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, plain
-
-
-def _shown(leaves: dict[str, Any], path: str) -> str:
-    return json.dumps(leaves[path]) if path in leaves else "(nothing)"

@@ -1,0 +1,134 @@
+"""A study that others have damaged is examined, backed up and repaired."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from sqlalchemy import text
+from studies import assert_sound, space
+
+from moenas import doctor
+from moenas.records import Job
+from moenas.store import Store
+from moenas.study import Study, run
+from moenas.weights import weights_path
+
+pytestmark = pytest.mark.usefixtures("study_folder", "jobs")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield "sqlite:///moenas.db"
+    else:
+        yield request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def study(url: str, jobs: list[Job]) -> Study:
+    return run(space(), storage=url, trials=6, workers="inline")
+
+
+def areas(study: Study) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for finding in doctor.examine(study.store, study.name):
+        found[finding.area] = found.get(finding.area, 0) + 1
+    return found
+
+
+def change(study: Study, *statements: str) -> None:
+    with study.store.engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+
+
+DAMAGES = {
+    "a state of Optuna's": ("UPDATE trials SET state = 'FAIL' WHERE number = 2", "trials"),
+    "a value of Optuna's": (
+        "UPDATE trial_values SET value = 9 WHERE objective = 0 AND trial_id ="
+        " (SELECT min(trial_id) FROM trials)",
+        "trials",
+    ),
+    "a member of the front": (
+        "DELETE FROM moenas_front WHERE trial = (SELECT min(trial) FROM moenas_front"
+        " WHERE left_seq IS NULL)",
+        "front",
+    ),
+    "a hypervolume": ("UPDATE moenas_hypervolume SET hypervolume = 1", "front"),
+    "a row of the history": ("DELETE FROM moenas_hypervolume WHERE seq = 3", "front"),
+    "a reference point": ("UPDATE moenas_objective SET reference = 1e6", "front"),
+    "all of the front": ("DELETE FROM moenas_front", "front"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_repaired(study: Study, damage: str) -> None:
+    front, volume = [m.trial for m in study.front()], study.front().hypervolume
+    assert doctor.examine(study.store, "s") == []
+    statement, area = DAMAGES[damage]
+    change(study, statement)
+    assert set(areas(study)) == {area}
+    backup = doctor.repair(study.store, "s", doctor.examine(study.store, "s"))
+    assert backup is not None
+    assert backup.is_file()
+    again = Study(Store.open(study.store.url), "s")
+    assert areas(again) == {}
+    assert_sound(again, 6)
+    assert [m.trial for m in again.front()] == front
+    assert again.front().hypervolume == pytest.approx(volume, rel=1e-12)
+
+
+def test_a_study_that_was_deleted_from_optuna_s_tables_is_restored(study: Study) -> None:
+    optuna.delete_study(study_name="s", storage=study.store.url)
+    assert areas(study) == {"trials": 6}
+    doctor.repair(study.store, "s", doctor.examine(study.store, "s"))
+    again = Study(Store.open(study.store.url), "s")
+    assert areas(again) == {}
+    assert_sound(again, 6)
+
+
+def test_lost_and_changed_weights_are_named(study: Study) -> None:
+    paths = [weights_path(study.store.runs, "s", trial) for trial in (0, 1)]
+    paths[0].unlink()
+    paths[1].write_bytes(b"others")
+    found = doctor.examine(study.store, "s")
+    assert [(f.area, f.trial, f.repair) for f in found] == [
+        ("weights", 0, None),
+        ("weights", 1, None),
+    ]
+    assert doctor.repair(study.store, "s", found) is None
+
+
+def test_what_a_killed_run_left_is_removed(study: Study) -> None:
+    folder = weights_path(study.store.runs, "s", 0).parents[1]
+    for name in ("99/model.safetensors", "0/.model.safetensors.x1"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"half")
+    assert areas(study) == {"files": 2}
+    doctor.repair(study.store, "s", doctor.examine(study.store, "s"))
+    assert areas(study) == {}
+    assert not (folder / "99").exists()
+    assert (folder / "0/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_backup_of_postgresql_holds_the_rows(postgres_url: str, jobs: list[Job]) -> None:
+    study = run(space(name="b"), storage=postgres_url, trials=2, workers="inline")
+    backup = doctor.back_up(study.store, "b")
+    with gzip.open(backup, "rt") as file:
+        rows = json.load(file)
+    assert len(rows["moenas_evaluation"]) == 2
+    assert {row["state"] for row in rows["optuna"]} == {"COMPLETE"}
+
+
+def test_a_backup_is_a_whole_database(study: Study, url: str) -> None:
+    if not url.startswith("sqlite"):
+        pytest.skip("a copy of the file is one of SQLite")
+    backup = doctor.back_up(study.store, "s")
+    assert backup.parent == Path.cwd()
+    assert Store.open(f"sqlite:///{backup}").count("s") == 6
