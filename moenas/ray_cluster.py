@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +23,7 @@ from typing import IO, Any
 from moenas import folders
 from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import clean, one_line
-from moenas.processes import born, kill, kill_descendants, kill_marked, state
+from moenas.processes import born, children, kill, kill_descendants, kill_marked, state
 from moenas.ray_address import probe, require_free, require_version
 from moenas.sections import Search
 
@@ -85,6 +85,14 @@ class Cluster:
                 return f"its process {name} ({pid}) has been stopped for {STOPPED_S:.0f} s"
         silent = now - self._answered
         return f"it has not answered for {silent:.0f} s" if silent > SILENT_S else None
+
+    def kill_stopped(self, spare: Collection[int | None]) -> None:
+        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one."""
+        if self.head is None or "raylet" not in self.head.pids:
+            return
+        for pid in children(self.head.pids["raylet"]):
+            if pid not in spare and state(pid) == "T":
+                kill(pid)
 
     def close(self) -> None:
         """End the connection, and the cluster if it is this process' own."""

@@ -37,6 +37,8 @@ START_S = 120.0
 """Seconds after which a job that no process has begun, although there is room, is given up."""
 LEAVE_S = 3.0
 """Seconds after its result at which a process is killed that has not ended."""
+STOPPED_S = 15.0
+"""Seconds after which a worker process that is stopped, and has begun no job, is killed."""
 DIE_S = 5.0
 """Seconds in which a killed process must be gone; until it is, its slot is not used again."""
 LOOK = 1.0
@@ -109,7 +111,7 @@ class RayPool:
         # not outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for
         # ever.
         self._remote = self._ray.remote(max_calls=1, max_retries=0)(work).options(
-            num_cpus=search.cpus, num_gpus=search.gpus, num_returns="streaming"
+            num_cpus=search.cpus, num_gpus=search.gpus, num_returns="streaming", name="_work"
         )
 
     @property
@@ -198,6 +200,8 @@ class RayPool:
                 self._leaving.remove(task)
             elif now >= task.deadline:
                 task.kill()  # threads or exit handlers of its job keep it
+        if any(t.pid is None and now >= t.submitted + STOPPED_S for t in self._tasks):
+            self._cluster.kill_stopped({task.pid for task in self._tasks})
         for task in self._tasks:
             if task.is_there():
                 task.memory = max(task.memory, resident_bytes(task.pid or 0))
@@ -292,7 +296,8 @@ class RayPool:
         if isinstance(error, errors.WorkerCrashedError):
             if kernel_kills() > task.kernel_kills and not task.is_there():
                 return self._out_of_memory(task, f"the kernel killed {process}", trace)
-            return Failure("crashed", f"{process} died ({type(error).__name__})", trace)
+            kind = "crashed" if task.pid else "environment"  # the job had not begun
+            return Failure(kind, f"{process} died ({type(error).__name__})", trace)
         gone = f"the node of {process} went away or lost what it sent ({type(error).__name__})"
         return Failure("environment", gone, trace)
 

@@ -384,6 +384,27 @@ def test_a_stopped_worker_is_killed_at_its_time_limit(
     assert pool.capacity == 2
 
 
+def test_a_worker_that_is_stopped_before_its_job_begins_is_killed(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "STOPPED_S", 1.0)
+    raylet = psutil.Process(head().pids["raylet"])
+    pool.submit(job(1, "fine"))
+    stopped = {p.pid for p in raylet.children() if p.name().startswith("ray::_work")}
+    while not stopped:  # one that waits for a job, too
+        for process in raylet.children():
+            if process.name().startswith(("ray::IDLE", "ray::_work")):
+                os.kill(process.pid, signal.SIGSTOP)
+                stopped.add(process.pid)
+    [result] = wait(pool)
+    if isinstance(result.outcome, Failure):  # else another worker had it already
+        assert result.outcome.kind == "environment"
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT) if runs(pid) else None
+    pool.submit(job(2, "fine"))
+    assert isinstance(wait(pool)[0].outcome, Evaluation)
+
+
 def test_a_process_that_cannot_be_killed_takes_its_slot_with_it(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
