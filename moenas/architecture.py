@@ -26,7 +26,6 @@ from moenas.parts.residual import Late
 from moenas.records import Cost
 from moenas.refs import sha256
 
-
 MAX_LAYERS = 10_000
 """Of an architecture, with groups and patterns written out."""
 
@@ -161,9 +160,7 @@ class Architecture(Component):
         for group in self.blocks:
             often[group.identity] += group.repeat
             groups[group.identity] = group
-        blocks = [
-            groups[identity].cost(self.stream, context) * n for identity, n in often.items()
-        ]
+        blocks = [groups[identity].cost(self.stream, context) * n for identity, n in often.items()]
         return sum([*lookups, *blocks], start=head)
 
     def pass_flops(self, context: int) -> int:

@@ -64,8 +64,12 @@ def check_report(space: Space, n_draws: int) -> Plain:
     drawn architectures that meet every requirement.
 
     Raises:
-        SpaceError: if none of the drawn architectures is valid and meets the requirements.
+        SpaceError: if none of 1000 drawn architectures is valid and meets the requirements.
+        DataError: if the corpus cannot be read, or the space cannot be trained on it.
     """
+    from moenas.matching import notes, open_corpus, room
+
+    corpus = open_corpus(space)
     single = space.size == 1 and space.continuous == 0
     tries = list(space.feasible(1 if single else n_draws))
     drawn = [found for found in tries if not isinstance(found, str)]
@@ -87,6 +91,8 @@ def check_report(space: Space, n_draws: int) -> Plain:
     for name in costs[0]:
         values = [cost[name] for cost in costs]
         found[name] = values[0] if single else {"min": min(values), "max": max(values)}
+    found["bigram_loss"] = corpus.bigram_loss
+    found["notes"] = [*notes(space, corpus), *room(space, shown)]
     found["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
@@ -125,6 +131,10 @@ def check_text(found: Plain) -> str:
         for name in COSTS:
             low, high = found[name]["min"], found[name]["max"]
             lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")
+    if found["bigram_loss"] is not None:
+        loss = found["bigram_loss"]
+        lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
+    lines += found["notes"]
     lines += ["for example:", table(found["draws"])]
     return "\n".join(lines)
 
@@ -173,16 +183,16 @@ def status_report(store: Store, name: str) -> Plain:
         "best": best,
         "front": len(view.front),
         "hypervolume": view.history[-1].hypervolume if view.history else None,
-        "order1_entropy": _entropy(view),
+        "bigram_loss": _bigram_loss(view),
         "devices": sorted({e.device["name"] for e in complete if "name" in e.device}),
         "data": {key: view.study.data.get(key) for key in ("name", "sha256")},
     }
 
 
-def _entropy(view: View) -> float | None:
-    """Return the order-1 entropy of the corpus in nats per token, where it is known."""
-    entropy = view.study.data.get("entropy")
-    return entropy[1] if entropy else None
+def _bigram_loss(view: View) -> float | None:
+    """Return the held-out bigram loss of the corpus, where a loss of the study is to compare."""
+    trained = any("val_loss" in e.metrics for e in view.evaluations)
+    return view.study.data.get("bigram_loss") if trained else None
 
 
 def status_text(found: Plain) -> str:
@@ -199,8 +209,10 @@ def status_text(found: Plain) -> str:
         lines.append(f"  failures: {reasons}")
     for name, value in found["best"].items():
         lines.append(f"  best {name}: {_cell(value)}")
-    if found["order1_entropy"] is not None:
-        lines.append(f"  order-1 entropy of the corpus: {found['order1_entropy']:.4g} nats a token")
+    if found["bigram_loss"] is not None:
+        lines.append(
+            f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
+        )
     volume = found["hypervolume"]
     lines.append(f"  front: {found['front']} members, hypervolume {_cell(volume)}")
     lines += [f"  device: {name}" for name in found["devices"]]
@@ -236,9 +248,11 @@ def front_caption(view: View) -> list[str]:
     lines = [
         f"{len(view.front)} of {len(done)} complete trials are on the front of '{view.study.name}'"
     ]
-    entropy = _entropy(view)
-    if entropy is not None and view.front:
-        lines.append(f"a model that knows only the previous token has a loss of {entropy:.4g} nats")
+    loss = _bigram_loss(view)
+    if loss is not None and view.front:
+        lines.append(
+            f"a bigram, which knows only the previous token, has a held-out loss of {loss:.4g} nats"
+        )
     ahead = [e.trial for e in done if e.trial in view.front and looks_ahead(e)]
     if ahead:
         lines.append(

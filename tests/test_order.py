@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # folder that is not named here stands where the folder stands.
 FLOORS = """
     __init__ errors
-    records refs counts
-    domains
+    records refs counts formats
+    domains bigram
     component front weights describe require lease tables texts
     grammar guests migrations membership rows claims
     naming
@@ -40,11 +40,11 @@ FLOORS = """
     parts.moa parts.blocks
     parts
     architecture
-    data
+    data lengths
     space
     dtypes routing causality memory
     train latency flops lift footprint
-    measure
+    measure matching
     pool samplers
     driver
     study
@@ -59,7 +59,7 @@ ROOMS = {
     "alembic": "database migrations",
     "click": "cli",
     "fvcore": "flops",
-    "numpy": "front data counts domains export",
+    "numpy": "front data counts domains bigram matching export",
     "optuna": "samplers driver study dashboard store",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -69,7 +69,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store database claims membership rows tables migrations",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint lift measure export testing",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }
