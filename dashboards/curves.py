@@ -43,12 +43,12 @@ def figure(view: View) -> go.Figure:
             drawn.add_trace(_crowd(groups[status], name, line))
     for evaluation, colour in zip(named, figures.COLOURS, strict=False):
         _member(drawn, view, evaluation, colour)
-    level = figures.entropy(view)
+    level = figures.bigram_loss(view)
     if level is not None:
         ends = [
             math.log10(t) for e in chain(named, *groups.values()) for t in _curve(e)[0] if t > 0
         ]
-        drawn.add_trace(_entropy(level, ends))
+        drawn.add_trace(_bigram(level, ends))
     drawn.update_xaxes(title_text="tokens", type="log", tickformat="~s", dtick="D2")
     drawn.update_yaxes(title_text="loss (nats/token)")
     return drawn
@@ -135,12 +135,12 @@ def _member(drawn: go.Figure, view: View, evaluation: Evaluation, colour: str) -
         )
 
 
-def _entropy(level: float, ends: list[float]) -> go.Scatter:
+def _bigram(level: float, ends: list[float]) -> go.Scatter:
     return go.Scatter(
         x=[10 ** min(ends), 10 ** max(ends)],
         y=[level, level],
-        hovertemplate=f"order-1 entropy of the corpus, {level:.4g} nats<extra></extra>",
+        hovertemplate=f"held-out bigram loss of the corpus, {level:.4g} nats<extra></extra>",
         line={"color": figures.VERMILION, "dash": "dash", "width": 1.5},
         mode="lines",
-        name=f"order-1 entropy: {level:.3f}",
+        name=f"held-out bigram loss: {level:.3f}",
     )

@@ -25,8 +25,8 @@ ABOVE = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "
 CORNER = {"x": 0.58, "y": 0.36, "yanchor": "top"}
 """Three pairs leave a quarter of the page to the legend."""
 
-ENTROPY_LINE = {"color": figures.VERMILION, "dash": "dash", "width": 1.2}
-"""A model that knows only the previous token has this loss."""
+BIGRAM_LINE = {"color": figures.VERMILION, "dash": "dash", "width": 1.2}
+"""A model that knows only the previous token reaches this loss."""
 
 Pair = tuple[ObjectiveInfo, ObjectiveInfo]
 
@@ -53,9 +53,9 @@ def figure(view: View) -> go.Figure:
         for trace in _traces(view, pair, share=len(pairs), legend=index == 0):
             drawn.add_trace(trace, row=row, col=column)
         _axes(drawn, view, pair, (row, column))
-    level = figures.entropy(view)
+    level = figures.bigram_loss(view)
     if level is not None and "val_loss" in view.study.directions:
-        drawn.add_trace(_entropy_key(level), row=1, col=1)
+        drawn.add_trace(_bigram_key(level), row=1, col=1)
     drawn.update_layout(legend=CORNER if len(pairs) == 3 else ABOVE)
     return drawn
 
@@ -155,12 +155,12 @@ def _axes(drawn: go.Figure, view: View, pair: Pair, place: tuple[int, int]) -> N
     _axis(drawn.update_yaxes, pair[1], y, row=row, col=col)
     if len(view.study.objectives) > 2:  # these plots are low, and the names are long
         drawn.update_yaxes(title_text=figures.label(pair[1], "<br>"), row=row, col=col)
-    level = figures.entropy(view)
+    level = figures.bigram_loss(view)
     if level is not None and pair[0].name == "val_loss" and figures.is_near(level, x):
-        drawn.add_vline(level, line=ENTROPY_LINE, row=row, col=col)
+        drawn.add_vline(level, line=BIGRAM_LINE, row=row, col=col)
         drawn.add_trace(_room(level, y[0]), row=row, col=col)
     if level is not None and pair[1].name == "val_loss" and figures.is_near(level, y):
-        drawn.add_hline(level, line=ENTROPY_LINE, row=row, col=col)
+        drawn.add_hline(level, line=BIGRAM_LINE, row=row, col=col)
         drawn.add_trace(_room(x[0], level), row=row, col=col)
 
 
@@ -183,10 +183,10 @@ def _room(x: float, y: float) -> go.Scatter:
     )
 
 
-def _entropy_key(level: float) -> go.Scatter:
+def _bigram_key(level: float) -> go.Scatter:
     """Return the entry of the legend that explains the dashed line."""
-    name = f"order-1 entropy, {level:.3g} nats"
-    return go.Scatter(x=[None], y=[None], line=ENTROPY_LINE, mode="lines", name=name)
+    name = f"held-out bigram loss, {level:.3g} nats"
+    return go.Scatter(x=[None], y=[None], line=BIGRAM_LINE, mode="lines", name=name)
 
 
 def _best_so_far(view: View, info: ObjectiveInfo) -> go.Figure:

@@ -55,12 +55,12 @@ def study_note(view: View) -> str:
         "",
         "**Data.** " + ", ".join(_data_words(study.data)),
     ]
-    level = figures.entropy(view)
+    level = figures.bigram_loss(view)
     if level is not None:
         lines += [
             "",
-            f"**Order-1 entropy of the data: {level:.4g} nats/token.** A model that knows only the"
-            " previous token has this loss; one above it has learnt next to nothing.",
+            f"**Held-out bigram loss of the data: {level:.4g} nats/token.** A model that knows only"
+            " the previous token reaches this loss; one above it has learnt next to nothing.",
         ]
     devices = sorted({_device_words(e.device) for e in view.evaluations if e.device})
     if devices:
@@ -89,7 +89,7 @@ def _data_words(data: Plain) -> list[str]:
         elif key != "name" and isinstance(value, int | float | str) and len(str(value)) <= 60:
             plain = isinstance(value, bool | str)
             words.append(f"{key} {value}" if plain else f"{key} {value:,}")
-        elif isinstance(value, list) and key != "entropy":
+        elif isinstance(value, list) and key not in ("entropy", "bigram_loss"):
             words.append(f"{len(value):,} {key}")
     return words
 
@@ -131,6 +131,7 @@ UNITS = {
     "val_loss": "nats/token",
     "train_loss": "nats/token",
     "order1_entropy": "nats/token",
+    "bigram_loss": "nats/token",
     "bits_per_byte": "bits/byte",
     "tokens_per_second": "tokens/s",
     "params": "parameters",

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moenas import texts
-from moenas.counts import MAX_ORDER_1, Counts, Tokens
+from moenas import formats, texts
+from moenas.bigram import bigram_loss
+from moenas.counts import CHUNK, MAX_ORDER_1, Counts, Tokens
 from moenas.domains import Domains, table
 from moenas.errors import DataError, suggestion
 from moenas.records import Plain
@@ -55,8 +56,10 @@ class Corpus:
     """Digest of both splits: dtype, length and bytes of train, then of val."""
     entropy: list[float | None]
     """[H0, H1]: entropy of a token, and of a token given the one before it, in nats per token,
-    over train and val together. What a model that only counted would reach. H1 is None above
-    4096 words."""
+    over train and val together. H1 is None above 4096 words."""
+    bigram_loss: float | None
+    """Loss on val of a smoothed bigram that was counted on train: see `bigram_loss`. What a model
+    reaches that knows the previous token alone."""
     manifest: Plain = field(repr=False)
     """Where the tokens come from: files, sizes, digests, rules; stored with a study."""
     domains: Domains | None = field(default=None, repr=False)
@@ -211,10 +214,13 @@ def _check_readable(node: Node, key: str, path: str) -> None:
         raise node.error(key, f"'{path}' is not a plain file")
     try:
         with open(path, "rb") as file:
-            if not file.read(1):
-                raise node.error(key, f"'{path}' is empty")
+            head = file.read(16)
     except OSError as error:
         raise node.error(key, f"'{path}' cannot be read: {error.strerror}") from None
+    if not head:
+        raise node.error(key, f"'{path}' is empty")
+    if (what := formats.container(head)) is not None and not path.endswith(".npy"):
+        raise node.error(key, f"'{path}' is {what}")
 
 
 def _parse_tokens(node: Node, value: dict[str, Node]) -> Plain:
@@ -332,6 +338,7 @@ def _text_corpus(text: Text) -> Corpus:
         "vocab_size": 256,
         "is_bytes": True,
         "entropy": counts.entropy(),
+        "bigram_loss": bigram_loss(train, val, 256),
         **text.details,
         "domains": table(
             {
@@ -353,6 +360,7 @@ def _corpus(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
         is_bytes=manifest["is_bytes"],
         sha256=manifest["sha256"],
         entropy=manifest["entropy"],
+        bigram_loss=manifest["bigram_loss"],
         manifest=manifest,
         domains=Domains.parse(manifest["domains"]) if manifest["domains"] else None,
     )
@@ -364,22 +372,25 @@ def _corpus(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
 def _load_tokens(section: Plain) -> Corpus:
     """Map arrays of tokens into memory.
 
-    They are read whole once; what was found is remembered for as long as path, size and time of
-    change stay the same.
+    They are read whole, so that their digest is that of what is in them now; what was counted is
+    kept under that digest.
     """
     dtype, vocab_size = section["dtype"], section["vocab_size"]
     paths = [section["tokens"]] + ([section["val"]] if section.get("val") else [])
     try:
         arrays = [_map(path, dtype) for path in paths]
         files = [{"path": p, "bytes": os.path.getsize(p)} for p in paths]
-        stamps = [os.stat(p).st_mtime_ns for p in paths]
     except (OSError, ValueError) as error:
         raise DataError(f"data: {error}; it was readable when the space was checked") from None
     cut = 0
     if len(arrays) == 1:
         cut = len(arrays[0]) - int(len(arrays[0]) * TAIL)
         arrays = [arrays[0][:cut], arrays[0][cut:]]
-    key = json.dumps([texts.RULES, section, files, stamps], sort_keys=True)
+    stamps = [os.stat(path) for path in paths]
+    now = tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps)
+    if now not in _DIGESTS:
+        _DIGESTS[now] = digest_of(arrays)
+    key = json.dumps([texts.RULES, section, files, _DIGESTS[now]], sort_keys=True)
     place = _cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
     try:
         return _corpus(json.loads(place.read_text()), arrays[0], arrays[1])
@@ -399,6 +410,7 @@ def _load_tokens(section: Plain) -> Corpus:
         "is_bytes": False,
         "dtype": dtype,
         "entropy": counts.entropy(),
+        "bigram_loss": bigram_loss(arrays[0], arrays[1], vocab_size),
         "domains": None,
         "files": files,
     }
@@ -406,6 +418,21 @@ def _load_tokens(section: Plain) -> Corpus:
         manifest["entropy_note"] = f"order 1 is not counted above {MAX_ORDER_1} different tokens"
     _write_file(place, json.dumps(manifest).encode())
     return _corpus(manifest, arrays[0], arrays[1])
+
+
+_DIGESTS: dict[tuple[tuple[int, ...], ...], str] = {}
+"""Digests that this process has made, by inode and times; nobody can set back the time of change
+of an inode (ctime)."""
+
+
+def digest_of(arrays: list[Tokens]) -> str:
+    """Return the digest of the splits of a corpus: dtype, length and bytes of each."""
+    found = hashlib.sha256()
+    for tokens in arrays:
+        found.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
+        for i in range(0, len(tokens), CHUNK):
+            found.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
+    return found.hexdigest()
 
 
 def _map(path: str, dtype: str) -> Tokens:

@@ -373,7 +373,7 @@ def _readme(config: Plain, architecture: Architecture) -> str:
         _words(name): f"{x['value']:.6g} {x['unit']} ({x['direction']}): {x['doc']}"
         for name, x in config["values"].items()
     }
-    cost, entropy = config["cost"], data.get("entropy") or [None, None]
+    cost, bigram = config["cost"], data.get("bigram_loss")
     facts = {
         "architecture": architecture.describe(),
         "fingerprint": _words(config["fingerprint"]),
@@ -381,9 +381,9 @@ def _readme(config: Plain, architecture: Architecture) -> str:
         "trained on": f"{training['tokens']:,} tokens of {_words(data['name'])},"
         f" seed {training['seed']}",
         "tokens": f"{data['tokens']}; a vocabulary of {config['vocab_size']:,}",
-        "order-1 entropy": "not counted"
-        if entropy[1] is None
-        else f"{entropy[1]:.4g} nats/token, the loss of a table of token pairs",
+        "held-out bigram loss": "not known"
+        if bigram is None
+        else f"{bigram:.4g} nats/token, reached by knowing the previous token alone",
         "data digest": _words(data["sha256"]),
         "device": _words(device.get("name", "unknown")),
         "versions": _words(", ".join(f"{k} {v}" for k, v in config["versions"].items())),

@@ -110,13 +110,13 @@ def members(view: View) -> list[Evaluation]:
     return [found[trial] for trial in view.front if trial in found]
 
 
-def entropy(view: View) -> float | None:
-    """Return the order-1 entropy of the corpus in nats per token, if it is known.
+def bigram_loss(view: View) -> float | None:
+    """Return the held-out loss of a bigram of the corpus in nats per token, if it is known.
 
-    A model that knows nothing but the previous token has this loss.
+    A model that knows nothing but the previous token reaches this loss.
     """
-    known = view.study.data.get("entropy")
-    return float(known[1]) if isinstance(known, Sequence) and len(known) > 1 else None
+    known = view.study.data.get("bigram_loss")
+    return float(known) if isinstance(known, int | float) else None
 
 
 def label(info: ObjectiveInfo, gap: str = " ") -> str:

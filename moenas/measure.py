@@ -404,7 +404,7 @@ class _Run:
             "train_loss": train_loss,
             "lr": recipe.lr,
             "tokens_per_second": recipe.steps * recipe.batch * recipe.context / seconds,
-            "order1_entropy": corpus.entropy[1],
+            "bigram_loss": corpus.bigram_loss,
             "causal": float(leaks is None),
         }
         self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}

@@ -32,6 +32,8 @@ class Summary:
     hypervolume: float | None
     devices: list[str]
     """Names of the devices of the complete trials."""
+    trained: bool
+    """Whether a trial has a validation loss."""
 
     @property
     def finished(self) -> int:
@@ -67,6 +69,7 @@ def as_front(view: View | FrontView) -> FrontView:
         best={},
         front=len(view.front),
         hypervolume=view.history[-1].hypervolume if view.history else None,
+        trained=connection.execute(losses.limit(1)).first() is not None,
         devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
     )
     return FrontView(summary, [found[trial] for trial in view.front], view.architectures)
@@ -195,6 +198,8 @@ def summary(connection: Connection, name: str) -> Summary:
     failed = select(kind, func.count()).where(this, evaluation.c.failure.is_not(None))
     device = evaluation.c.device["name"].as_string()
     devices = select(device).where(this, evaluation.c.status == "complete").distinct()
+    loss = evaluation.c.metrics["val_loss"].as_float()
+    losses = select(evaluation.c.trial).where(this, loss.is_not(None))
     info = tables.objective.c
     ends = select(info.name, info.direction, info.lowest, info.highest).where(info.study == name)
     last = membership.last(connection, name)
@@ -211,5 +216,6 @@ def summary(connection: Connection, name: str) -> Summary:
         },
         front=last.size if last else 0,
         hypervolume=last.hypervolume if last else None,
+        trained=connection.execute(losses.limit(1)).first() is not None,
         devices=sorted(str(n) for n in connection.scalars(devices) if n is not None),
     )

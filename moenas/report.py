@@ -11,7 +11,7 @@ from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
 from moenas.front import is_exact
 from moenas.readers import FrontView, as_front
-from moenas.records import Evaluation, Plain, StudyRecord, View
+from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
 
 if TYPE_CHECKING:
@@ -66,8 +66,12 @@ def check_report(space: Space, n_draws: int) -> Plain:
     drawn architectures that meet every requirement.
 
     Raises:
-        SpaceError: if none of the drawn architectures is valid and meets the requirements.
+        SpaceError: if none of 1000 drawn architectures is valid and meets the requirements.
+        DataError: if the corpus cannot be read, or the space cannot be trained on it.
     """
+    from moenas.matching import notes, open_corpus, room
+
+    corpus = open_corpus(space)
     single = space.size == 1 and space.continuous == 0
     tries = list(space.feasible(1 if single else n_draws))
     drawn = [found for found in tries if not isinstance(found, str)]
@@ -89,6 +93,8 @@ def check_report(space: Space, n_draws: int) -> Plain:
     for name in costs[0]:
         values = [cost[name] for cost in costs]
         found[name] = values[0] if single else {"min": min(values), "max": max(values)}
+    found["bigram_loss"] = corpus.bigram_loss
+    found["notes"] = [*notes(space, corpus), *room(space, shown)]
     found["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
@@ -127,6 +133,10 @@ def check_text(found: Plain) -> str:
         for name in COSTS:
             low, high = found[name]["min"], found[name]["max"]
             lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")
+    if found["bigram_loss"] is not None:
+        loss = found["bigram_loss"]
+        lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
+    lines += found["notes"]
     lines += ["for example:", table(found["draws"])]
     return "\n".join(lines)
 
@@ -168,16 +178,15 @@ def status_report(store: Store, name: str) -> Plain:
         "front": found.front,
         "hypervolume": found.hypervolume,
         "hypervolume_is_exact": is_exact(len(study.objectives)),
-        "order1_entropy": _entropy(study),
+        "bigram_loss": _bigram_loss(found),
         "devices": found.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
     }
 
 
-def _entropy(study: StudyRecord) -> float | None:
-    """Return the order-1 entropy of the corpus in nats per token, where it is known."""
-    entropy = study.data.get("entropy")
-    return entropy[1] if entropy else None
+def _bigram_loss(found: Summary) -> float | None:
+    """Return the held-out bigram loss of the corpus, where a loss of the study is to compare."""
+    return found.study.data.get("bigram_loss") if found.trained else None
 
 
 def status_text(found: Plain) -> str:
@@ -194,8 +203,10 @@ def status_text(found: Plain) -> str:
         lines.append(f"  failures: {reasons}")
     for name, value in found["best"].items():
         lines.append(f"  best {name}: {_cell(value)}")
-    if found["order1_entropy"] is not None:
-        lines.append(f"  order-1 entropy of the corpus: {found['order1_entropy']:.4g} nats a token")
+    if found["bigram_loss"] is not None:
+        lines.append(
+            f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
+        )
     volume = _cell(found["hypervolume"])
     about = "" if found["hypervolume_is_exact"] else " (approximate)"
     lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
@@ -231,9 +242,11 @@ def front_caption(view: View | FrontView) -> list[str]:
     view = as_front(view)
     done, name = view.summary.counts.get("complete", 0), view.study.name
     lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
-    entropy = _entropy(view.study)
-    if entropy is not None and view.members:
-        lines.append(f"a model that knows only the previous token has a loss of {entropy:.4g} nats")
+    loss = _bigram_loss(view.summary)
+    if loss is not None and view.members:
+        lines.append(
+            f"a bigram, which knows only the previous token, has a held-out loss of {loss:.4g} nats"
+        )
     ahead = [e.trial for e in view.members if looks_ahead(e)]
     if ahead:
         lines.append(

@@ -8,15 +8,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from moenas import data, draws, grammar, guests, naming
-from moenas.architecture import MAX_LAYERS, Architecture
+from moenas.architecture import Architecture
 from moenas.component import Component
 from moenas.errors import InputError, SpaceError, suggestion
 from moenas.guests import Guest
+from moenas.lengths import require_layers, require_positions
 from moenas.objective import Objective, load_objective
 from moenas.records import Cost, Plain
 from moenas.refs import MAX_DEPTH, Mark, Node, find, parse_yaml, read_text, sha256
@@ -51,6 +52,8 @@ class Space:
     train: Recipe
     measure: Protocol
     search: Search
+    data_mark: Mark = field(default=Mark("<space>"), compare=False)
+    """Where the section `data` stands."""
 
     @classmethod
     def load(cls, ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
@@ -97,13 +100,15 @@ class Space:
             train=_read_section(Recipe, "train", found, source),
             measure=_read_section(Protocol, "measure", found, source),
             search=_read_section(Search, "search", found, source),
+            data_mark=found["data"].mark if "data" in found else Mark(source),
         )
         space._check(found)
         return space
 
     def _check(self, found: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
-        self._require_layers()
+        require_layers(self.tree)
+        require_positions(self.tree, self.objectives, self.train, self.measure)
         draws.check_options(self.tree)
         if not any(True for _ in self.holes):
             self.architecture(self.draw(draws.RandomSuggest(0)), found["architecture"].mark)
@@ -120,20 +125,6 @@ class Space:
                 raise SpaceError(
                     f"{mark}: architecture.vocab_size: {value} is too small for the data,"
                     f" which has {needed} different tokens"
-                )
-
-    def _require_layers(self) -> None:
-        """Refuse a space whose largest architecture has more layers than any may have."""
-        blocks = self.tree.fields["blocks"] if isinstance(self.tree, grammar.Record) else None
-        if not isinstance(blocks, grammar.Listing):
-            return
-        total = 0
-        for item in blocks.items:
-            total += draws.most_layers(item)
-            if total > MAX_LAYERS:
-                raise SpaceError(
-                    f"{item.mark}: architecture.blocks: {total:,} layers, written out up to"
-                    f" here; an architecture has at most {MAX_LAYERS:,}: lower a repeat"
                 )
 
     @property

@@ -317,7 +317,7 @@ def _view(trials: int) -> View:
         space={},
         space_sha256="",
         objectives=[info.plain() for info in infos],
-        data={"name": "made up", "entropy": [3.2, 2.4]},
+        data={"name": "made up", "entropy": [3.2, 2.4], "bigram_loss": 2.4},
         versions={},
         trials=trials,
         reference_point={"val_loss": 4.0, "decode_ms": 20.0} if trials else {},

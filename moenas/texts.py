@@ -140,16 +140,19 @@ def pydoc() -> Text:
 def files(paths: list[str]) -> Text:
     """Return anyone's text, byte for byte; of files with equal content only the first counts.
 
+    Content is equal, too, if only the line ends differ.
+
     Raises:
         DataError: naming a file that cannot be read.
     """
-    found: dict[bytes, str] = {}
+    found: dict[bytes, Named] = {}
     for path in paths:
         try:
-            found.setdefault(Path(path).read_bytes(), path)
+            text = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    return _split_by_size(Text("files"), [(path, text) for text, path in found.items()])
+        found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
+    return _split_by_size(Text("files"), list(found.values()))
 
 
 def without_licence(text: bytes) -> bytes:

@@ -166,14 +166,14 @@ def test_the_entropy_of_the_corpus_is_a_dashed_line_across_the_loss_alone():
     shapes = drawn("front", view).layout.shapes
     assert {shape.line.dash for shape in shapes} == {"dash"}
     assert [(shape.x0, shape.x1) for shape in shapes] == [(2.4, 2.4), (2.4, 2.4)]
-    assert named(drawn("front", view), "order-1 entropy, 2.4 nats")
+    assert named(drawn("front", view), "held-out bigram loss, 2.4 nats")
     assert not drawn("front", replace(view, study=replace(view.study, data={}))).layout.shapes
 
 
 def test_an_entropy_far_from_the_losses_does_not_squeeze_them():
-    view = views.view(40, 2, data={"entropy": [90.0, 80.0]})
+    view = views.view(40, 2, data={"bigram_loss": 80.0})
     assert not drawn("front", view).layout.shapes
-    assert named(drawn("front", view), "order-1 entropy, 80 nats")
+    assert named(drawn("front", view), "held-out bigram loss, 80 nats")
 
 
 def test_wide_objectives_have_logarithmic_axes():
@@ -267,8 +267,8 @@ def test_a_curve_keeps_its_mean_and_drops_what_is_not_finite():
 
 
 def test_the_curves_have_the_entropy_of_the_corpus():
-    assert named(drawn("curves", views.view(8)), "order-1 entropy: 2.4")
-    assert not named(drawn("curves", views.view(8, data={})), "order-1 entropy")
+    assert named(drawn("curves", views.view(8)), "held-out bigram loss: 2.4")
+    assert not named(drawn("curves", views.view(8, data={})), "held-out bigram loss")
 
 
 def routed(loads):

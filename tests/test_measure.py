@@ -107,7 +107,7 @@ def test_a_job_gives_all_its_values_and_the_trained_weights(make_job: MakeJob) -
     assert found.measurements["decode_ms"]["n"] == 3
     assert found.metrics["val_loss"] == found.values["val_loss"] == found.curve[-1]["val_loss"]
     assert found.metrics["bits_per_byte"] == pytest.approx(found.values["val_loss"] / math.log(2))
-    assert {"train_loss", "lr", "tokens_per_second", "order1_entropy"} <= found.metrics.keys()
+    assert {"train_loss", "lr", "tokens_per_second", "bigram_loss"} <= found.metrics.keys()
     assert [row["tokens"] for row in found.curve] == [64 * step for step in range(1, 9)]
     assert [row["layer"] for row in found.routing] == [1]
     assert found.values["load_imbalance"] == found.routing[0]["max_vio"]

@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 # folder that is not named here stands where the folder stands.
 FLOORS = """
     __init__ errors
-    records refs counts processes
+    records refs counts formats processes
     tally stops optuna_rows
     failures folders
     checked
-    domains
+    domains bigram
     component front weights describe require lease tables texts urls retry faults terminal
     grammar guests migrations membership rows claims identity
     naming
@@ -44,11 +44,11 @@ FLOORS = """
     parts.moa parts.blocks
     parts
     architecture
-    data
+    data lengths
     space
     dtypes routing causality memory isolation
     train latency flops lift footprint
-    measure
+    measure matching
     results ray_address
     ray_worker ray_head ray_cluster
     ray_pool
@@ -69,7 +69,7 @@ ROOMS = {
     "click": "cli",
     "fvcore": "flops",
     "moocore": "front",
-    "numpy": "front data counts domains export isolation",
+    "numpy": "front data counts domains bigram matching export isolation",
     "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard optuna_storage",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -79,7 +79,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint lift isolation measure export testing",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift isolation measure export testing",
     "typer": "cli",
     "yaml": "refs",
 }

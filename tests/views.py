@@ -22,6 +22,7 @@ DATA = {
     "files": 700,
     "bytes": 9_000_000,
     "entropy": [3.2, 2.4],
+    "bigram_loss": 2.4,
 }
 ROUTER = {"score": "softmax", "top_k": 2, "balance": "aux_loss", "capacity_factor": None}
 
