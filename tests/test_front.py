@@ -13,11 +13,11 @@ from optuna._hypervolume import compute_hypervolume
 
 from moenas.errors import InputError
 from moenas.front import (
-    is_exact,
     compare,
     dominates,
     history,
     hypervolume,
+    is_exact,
     knee,
     non_dominated,
     reference_point,

@@ -23,7 +23,7 @@ FLOORS = """
     component front weights describe require lease tables texts urls retry faults terminal
     grammar guests migrations membership rows claims identity
     naming
-    draws schema sections objective migrations.env migrations.versions database readers figures
+    draws schema sections objective migrations.env migrations.versions database readers figures statements
     optuna_storage
     store
     dashboard heartbeat
@@ -70,7 +70,7 @@ ROOMS = {
     "ray": "pool",
     "safetensors": "measure export",
     "scipy": "none",
-    "sqlalchemy": "store readers optuna_storage database identity faults urls claims membership rows tables migrations",
+    "sqlalchemy": "store statements readers optuna_storage database identity faults urls claims membership rows tables migrations",
     "torch": "parts architecture data dtypes routing causality train latency flops memory lift measure export testing",
     "typer": "cli",
     "yaml": "refs",
