@@ -37,6 +37,11 @@ COMMANDS = {
         f"{LOAD}; from moenas.dashboard import publish; publish(study.store, 'large')",
         "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",
     ),
+    "publishing a change": (
+        f"{LOAD}; from moenas.dashboard import publish; study.store.set_trials('large', 9999);"
+        " publish(study.store, 'large')",
+        "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",
+    ),
     "publishing again": (
         f"{LOAD}; from moenas.dashboard import publish; publish(study.store, 'large')",
         "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",

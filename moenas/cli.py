@@ -332,4 +332,4 @@ def write_front(view: FrontView, output: Output) -> None:
             say(line)
 
 
-maintenance.add_to(app)
+app.add_typer(maintenance.commands)

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from moenas.records import Evaluation
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (retry, remeasure, doctor):
-        app.command()(command)
+commands = typer.Typer()
+"""The commands, to be added to the command line."""
 
 
+@commands.command()
 def retry(
     study: StudyName,
     failed: Annotated[
@@ -76,6 +75,7 @@ def retry(
     say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
 
 
+@commands.command()
 def remeasure(
     study: StudyName,
     trial: Annotated[
@@ -123,6 +123,7 @@ def remeasure(
     write_rows([row], output, single=True)
 
 
+@commands.command()
 def doctor(
     study: StudyName,
     repair: Annotated[

@@ -24,7 +24,7 @@ from optuna.study._multi_objective import _get_pareto_front_trials_by_trials
 from optuna.trial import FrozenTrial
 
 import moenas
-from moenas import figures, refs
+from moenas import figures
 from moenas.errors import InputError
 from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
@@ -104,8 +104,7 @@ def _device_words(device: Plain) -> str:
 def trial_note(view: View, evaluation: Evaluation) -> str:
     """Return a member of the front in Markdown: its numbers with units and its architecture."""
     study, trial = view.study.name, evaluation.trial
-    folder = f"{study.lstrip('-')}-{trial}/"
-    take = command(["export", study, str(trial), folder])
+    take = command(["export", study, str(trial), f"{study.lstrip('-')}-{trial}/"])
     return "\n".join(
         [
             "**On the Pareto front.** " + figures.described(view, trial),
@@ -195,7 +194,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 PUBLISHED = "moenas:published"
 """System attribute of the study: what was written -> digest, so that it is written once."""
 STATE = "state"
-"""Key among these of the state that was written: while it is the same, nothing is drawn."""
+"""Key of the state that was written: while it is the same, nothing is drawn."""
 
 
 def publish(store: Store, name: str) -> None:
@@ -206,7 +205,7 @@ def publish(store: Store, name: str) -> None:
     Raises:
         NotFoundError: if there is no such study.
     """
-    summary, version = store.summary(name), f"{moenas.__version__}:{_files()}"
+    summary, version = store.summary(name), f"{moenas.__version__}:{figures.digest()}"
     counted = [summary.study.trials, summary.counts, summary.hypervolume, summary.front]
     state = json.dumps([version, *counted])
     storage = store.optuna_storage()
@@ -242,15 +241,6 @@ ON_THE_PAGE: Plain = {
 }
 """The dashboard shows one figure in its light and its dark mode: the card shines through, and
 the grey of the texts has a contrast of about 4 to 1 on both."""
-
-
-def _files() -> str:
-    """Name the texts of the figures by a digest, so that a changed one is drawn anew."""
-    files = refs.listing("dashboards", ".py").values()
-    found = hashlib.sha256()
-    for path in files:
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
 
 
 def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import optuna
 from sqlalchemy import Connection, select, text
 
-from moenas import front, membership, readers, reconcile, repairs, tables
+from moenas import attempts, front, membership, readers, reconcile, repairs, tables
 from moenas.asker import outcome
 from moenas.errors import InputError, StorageLostError
 from moenas.heartbeat import Lease
@@ -142,7 +142,7 @@ def _trials(
         "foreign": "record that it is not ours",
     }
     trials = _optuna_trials(store, name)
-    found = reconcile.differences(stored, store.asked_trials(name), trials, names)
+    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
     return [Finding("trials", d.trial, d.text, texts[d.kind]) for d in found]
 
 
@@ -231,7 +231,7 @@ def _repair_trials(store: Store, name: str, names: list[str]) -> None:
         optuna.create_study(study_name=name, storage=store.optuna_storage(), directions=directions)
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
     trials = study.get_trials(deepcopy=False)
-    found = reconcile.differences(stored, store.asked_trials(name), trials, names)
+    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
     reconcile.repair(store, study, found, stored, names)
     for difference in found:
         if difference.kind == "untold":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from optuna.exceptions import StorageInternalError
 
-from moenas import stops
+from moenas import attempts, stops
 from moenas.asker import (
     Asker,
     ParametersError,
@@ -108,7 +108,7 @@ class Driver:
             spool.drop(path)
         stored = {e.trial: e for e in self.store.evaluations(self.name)}
         found = differences(
-            stored, self.store.asked_trials(self.name), self.asker.trials(), self.names
+            stored, attempts.asked(self.store, self.name), self.asker.trials(), self.names
         )
         if found:
             repair(self.store, self.asker.study, found, stored, self.names)
@@ -130,6 +130,10 @@ class Driver:
                 f"Optuna's tables differed in {times} trials, such as {first.trial}: {first.text}"
             )
             self._emit("warning", None, f"{text}; both agree now")
+
+    def warn(self, text: str) -> None:
+        """Tell the listener what the user should know of the study."""
+        self._emit("warning", None, text)
 
     @property
     def over(self) -> str | None:
@@ -321,7 +325,9 @@ class Driver:
         died = failure is not None and failure.kind == "crashed"
         if failure and died and candidate.crashes < stops.RETRIES:
             candidate.crashes += 1
-            self.store.end_attempt(self.name, candidate.number, result.job.attempt, failure.plain())
+            attempts.end(
+                self.store, self.name, candidate.number, result.job.attempt, failure.plain()
+            )
             self._emit("retried", candidate.number, failure.message)
             self._guarded(candidate, self._start)
             return
@@ -349,8 +355,8 @@ class Driver:
 
     def _delay(self, candidate: Candidate, failure: Failure, job: Job) -> bool:
         """Let a candidate start again after a pause; False if it is to fail itself."""
-        self.store.end_attempt(self.name, job.trial, job.attempt, failure.plain())
-        tries = self.store.failed_attempts(self.name, job.trial, ENVIRONMENT)
+        attempts.end(self.store, self.name, job.trial, job.attempt, failure.plain())
+        tries = attempts.failed(self.store, self.name, job.trial, ENVIRONMENT)
         if self.faults.exhausted(job.trial, tries):
             return False
         self.faults.failed(failure)
@@ -367,10 +373,10 @@ class Driver:
             StudyStoppedError: if there are CRASHES of them; they stay to be evaluated.
         """
         number, attempt = candidate.number, evaluation.attempt
-        earlier = self.store.failed_attempts(self.name, number, "crashed")
+        earlier = attempts.failed(self.store, self.name, number, "crashed")
         if earlier >= 2 * (stops.RETRIES + 1):  # it was held back in two earlier runs
             return False
-        self.store.end_attempt(self.name, number, attempt, evaluation.failure or {})
+        attempts.end(self.store, self.name, number, attempt, evaluation.failure or {})
         self.crashed.append((candidate, evaluation))
         if len(self.crashed) >= stops.CRASHES:
             raise StudyStoppedError(
@@ -397,7 +403,7 @@ class Driver:
     def _fail(self, candidate: Candidate, failure: Failure) -> None:
         """Give an end to a trial that moenas itself could not bring to one."""
         number = candidate.number
-        if self.store.fingerprint(self.name, number) is None:
+        if not attempts.is_asked(self.store, self.name, number):
             self.store.asked(self.name, number, "", {}, {})
         evaluation = candidate.evaluation(
             self.name,

@@ -47,7 +47,7 @@ LASTING_TEXTS = ("authentication", "does not exist", "no pg_hba.conf", "not perm
 
 def passes(error: BaseException | None) -> bool:
     """Whether the same statement may succeed a little later."""
-    if isinstance(error, sqlalchemy.exc.TimeoutError):
+    if isinstance(error, sqlalchemy.exc.TimeoutError | sqlalchemy.exc.PendingRollbackError):
         return True
     if not isinstance(error, DBAPIError):
         return False

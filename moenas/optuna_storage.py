@@ -10,7 +10,7 @@ from typing import Any
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, PendingRollbackError
 
 from moenas.database import Database, engine_arguments, tune_sqlite
 from moenas.errors import StorageError
@@ -92,16 +92,16 @@ class Storage(RDBStorage):
                 return call(self, *args, **kwargs)
         except StorageInternalError as error:
             cause = error.__cause__
-            if not isinstance(cause, DBAPIError) or isinstance(cause, IntegrityError | DataError):
+            broken = isinstance(cause, DBAPIError | PendingRollbackError)
+            if not broken or isinstance(cause, IntegrityError | DataError):
                 raise
             raise self._database.lost(cause) from cause
 
 
 def _repeated(name: str) -> Callable[..., Any]:
-    stock = getattr(RDBStorage, name)
-
-    @wraps(stock)
+    @wraps(getattr(RDBStorage, name))
     def call(self: Storage, *args: Any, **kwargs: Any) -> Any:
+        stock = getattr(RDBStorage, name)
         return self._database.again(lambda: self._plainly(stock, *args, **kwargs))
 
     return call

@@ -69,7 +69,7 @@ def as_front(view: View | FrontView) -> FrontView:
         best={},
         front=len(view.front),
         hypervolume=view.history[-1].hypervolume if view.history else None,
-        trained=connection.execute(losses.limit(1)).first() is not None,
+        trained=any("val_loss" in e.metrics for e in view.evaluations),
         devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
     )
     return FrontView(summary, [found[trial] for trial in view.front], view.architectures)

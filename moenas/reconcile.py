@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Connection
 
-from moenas import optuna_rows
+from moenas import attempts, optuna_rows
 from moenas.asker import outcome
 from moenas.records import Evaluation, Failure
 from moenas.store import Store
@@ -125,7 +125,7 @@ def reopen(store: Store, name: str, number: int) -> None:
 
 def _record_foreign(store: Store, name: str, number: int) -> None:
     """Record a trial that is not ours, so that both stores hold the same numbers."""
-    if store.fingerprint(name, number) is None:
+    if not attempts.is_asked(store, name, number):
         store.asked(name, number, "", {}, {})
     attempt = store.attempts(name, number)
     store.record(Evaluation(name, number, attempt, "failed", "", failure=FOREIGN.plain()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
 from moenas.front import is_exact
-from moenas.readers import FrontView, as_front
+from moenas.readers import FrontView, Summary, as_front
 from moenas.records import Evaluation, Plain, View
 from moenas.refs import to_yaml
 

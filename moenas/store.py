@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Engine,
-    Row,
-    Table,
     delete,
     func,
     insert,
@@ -27,12 +23,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from moenas import claims, identity, membership, optuna_rows, readers, rows, tables
+from moenas import claims, identity, membership, optuna_rows, readers, rows, statements, tables
 from moenas.database import Database
-from moenas.errors import InputError, NotFoundError, StudyBusyError, suggestion
+from moenas.errors import InputError, StudyBusyError
 from moenas.readers import FrontView, Summary
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
-from moenas.tally import is_evaluated
+from moenas.urls import is_uri
 from moenas.weights import Root, sweep
 
 if TYPE_CHECKING:
@@ -104,7 +100,10 @@ class Store:
     @property
     def url(self) -> str:
         """The URL of the database, with its password: for programs, not for people."""
-        return self._database.url.render_as_string(hide_password=False)
+        url, path = self._database.url, self._database.path
+        if path is not None and not is_uri(url):
+            url = url.set(database=str(path))
+        return url.render_as_string(hide_password=False)
 
     @property
     def place(self) -> str:
@@ -178,20 +177,14 @@ class Store:
             found[tables.study][0]["created_at"] = created
             try:
                 with self._database.writing() as connection:
-                    _insert(connection, found)
+                    statements.insert_rows(connection, found)
             except IntegrityError:
-                if tries > 1 and self._is_known(record, created):
-                    return  # the answer of the first commit was lost
+                with self._database.reading() as connection:
+                    if tries > 1 and statements.is_stored(connection, record, created):
+                        return  # the answer of the first commit was lost
                 raise InputError(f"study '{name}' is there already in {self.place}") from None
 
         self._database.again(work)
-
-    def _is_known(self, record: StudyRecord, created: str) -> bool:
-        """Whether the study of this name is the one that was just stored."""
-        with self._database.reading() as connection:
-            found = readers.studies(connection, record.name)
-        same = found[0].space_sha256 == record.space_sha256 if found else False
-        return same and found[0].created_at == created
 
     @_again
     def set_trials(self, name: str, trials: int) -> None:
@@ -273,7 +266,7 @@ class Store:
             "asked_at": _now(),
         }
         with self._changing(name) as connection:
-            known = _candidate(connection, name, trial)
+            known = statements.candidate(connection, name, trial)
             if known is None:
                 connection.execute(insert(tables.candidate), row)
             elif known.fingerprint != fingerprint:
@@ -293,13 +286,9 @@ class Store:
     def _start_attempt(self, name: str, trial: int, started: str) -> int:
         """Store an attempt that began at `started`; once more for the same moment is no other."""
         with self._changing(name) as connection:
-            _known_trial(connection, name, trial)
-            newest = _newest_attempt(connection, name, trial)
-            attempt = tables.attempt.c
-            latest = select(attempt.started_at).where(
-                *_is(tables.attempt, name, trial), attempt.attempt == newest
-            )
-            if connection.execute(latest).scalar() == started:
+            statements.known_trial(connection, name, trial)
+            newest = statements.newest_attempt(connection, name, trial)
+            if statements.started_at(connection, name, trial, newest) == started:
                 return newest
             row = {"study": name, "trial": trial, "attempt": newest + 1, "started_at": started}
             connection.execute(insert(tables.attempt), row)
@@ -309,43 +298,7 @@ class Store:
     def attempts(self, name: str, trial: int) -> int:
         """Return how many times a trial was started."""
         with self._reading(name) as connection:
-            return _newest_attempt(connection, name, trial)
-
-    @_again
-    def end_attempt(self, name: str, trial: int, attempt: int, failure: Plain) -> None:
-        """Store why an attempt gave no evaluation; the trial stays without one."""
-        this = tables.attempt.c.attempt == attempt
-        with self._changing(name) as connection:
-            connection.execute(
-                update(tables.attempt)
-                .where(*_is(tables.attempt, name, trial), this)
-                .values(finished_at=_now(), status="ended", failure=rows.storable(failure))
-            )
-
-    @_again
-    def failed_attempts(self, name: str, trial: int, kind: str) -> int:
-        """Return how many attempts of a trial ended by a kind of failure, without an evaluation."""
-        wanted = select(tables.attempt.c.failure).where(
-            *_is(tables.attempt, name, trial), tables.attempt.c.status == "ended"
-        )
-        with self._reading(name) as connection:
-            found = connection.scalars(wanted).all()
-        return sum((failure or {}).get("kind") == kind for failure in found)
-
-    @_again
-    def fingerprint(self, name: str, trial: int) -> str | None:
-        """Return the fingerprint of a trial's architecture; None if it was never asked for."""
-        with self._reading(name) as connection:
-            found = _candidate(connection, name, trial)
-            return None if found is None else str(found.fingerprint)
-
-    @_again
-    def asked_trials(self, name: str) -> set[int]:
-        """Return the trials that have an architecture of ours."""
-        candidate = tables.candidate.c
-        wanted = select(candidate.trial).where(candidate.study == name, candidate.fingerprint != "")
-        with self._reading(name) as connection:
-            return set(connection.scalars(wanted))
+            return statements.newest_attempt(connection, name, trial)
 
     @_again
     def read(self, name: str, wanted: Callable[[Connection], T]) -> T:
@@ -367,7 +320,7 @@ class Store:
             NotFoundError: if the study has no such trial.
         """
         with self._reading(name) as connection:
-            found: Plain = _known_trial(connection, name, trial).architecture
+            found: Plain = statements.known_trial(connection, name, trial).architecture
             return found
 
     # --- evaluations ---------------------------------------------------------------------------
@@ -386,13 +339,13 @@ class Store:
         """
         name, trial = evaluation.study, evaluation.trial
         with self._changing(name) as connection:
-            _known_trial(connection, name, trial)
+            statements.known_trial(connection, name, trial)
             known = connection.execute(
-                select(tables.evaluation).where(*_is(tables.evaluation, name, trial))
+                select(tables.evaluation).where(statements.of_trial(tables.evaluation, name, trial))
             ).first()
             if known is not None and known.attempt == evaluation.attempt:
                 return True
-            newest = _newest_attempt(connection, name, trial)
+            newest = statements.newest_attempt(connection, name, trial)
             if evaluation.attempt < newest or (known is not None and known.status == "complete"):
                 log.warning(
                     "study '%s', trial %d: the result of attempt %d came too late and is ignored",
@@ -409,12 +362,12 @@ class Store:
         now = _now()
         found = rows.evaluation_rows(evaluation, now)
         for table in found:
-            connection.execute(delete(table).where(*_is(table, name, trial)))
-        _insert(connection, found)
+            connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
+        statements.insert_rows(connection, found)
         this = tables.attempt.c.attempt == evaluation.attempt
         connection.execute(
             update(tables.attempt)
-            .where(*_is(tables.attempt, name, trial), this)
+            .where(statements.of_trial(tables.attempt, name, trial), this)
             .values(
                 finished_at=now,
                 status=evaluation.status,
@@ -423,7 +376,7 @@ class Store:
         )
         if evaluation.status == "complete":
             copied = "copied_from" in evaluation.metrics
-            point = _values(record, evaluation)
+            point = statements.point(record, evaluation)
             membership.advance(connection, record, trial, point, copied=copied)
 
     @_again
@@ -440,21 +393,6 @@ class Store:
         """
         with self._reading(name) as connection:
             return readers.evaluations(connection, name, self._rest(name))
-
-    @_again
-    def evaluated(self, name: str) -> int:
-        """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
-        row = tables.evaluation.c
-        wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
-        valued = select(tables.value.c.trial).where(
-            tables.value.c.study == name, tables.value.c.value.is_not(None)
-        )
-        with self._reading(name) as connection:
-            found = connection.execute(wanted).all()
-            with_values = set(connection.scalars(valued))
-        return sum(
-            is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values) for r in found
-        )
 
     @_again
     def knows(self, name: str) -> bool:
@@ -566,13 +504,13 @@ class Store:
     def reference_ms(self, name: str) -> dict[str, float]:
         """Return device and workload -> time of the reference model there, in ms."""
         with self._reading(name) as connection:
-            return _reference_ms(connection, name)
+            return statements.reference_ms(connection, name)
 
     @_again
     def set_reference_ms(self, name: str, key: str, ms: float) -> float:
         """Fix the time of the reference model, if none is fixed; return the one that holds."""
         with self._changing(name) as connection:
-            known = _reference_ms(connection, name)
+            known = statements.reference_ms(connection, name)
             if key not in known:
                 row = {"study": name, "key": key, "ms": ms, "set_at": _now()}
                 connection.execute(insert(tables.reference), row)
@@ -584,75 +522,12 @@ class Store:
     def _reading(self, name: str) -> Iterator[Connection]:
         """Yield a connection that sees one state, with the study in it."""
         with self._database.reading() as connection:
-            _known_study(connection, name)
+            statements.known_study(connection, name)
             yield connection
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[Connection]:
         """Yield a connection of a transaction that no other one changes this study beside."""
         with self._database.writing() as connection:
-            _known_study(connection, name, lock=True)
+            statements.known_study(connection, name, lock=True)
             yield connection
-
-
-def _insert(connection: Connection, found: dict[Table, list[Plain]]) -> None:
-    for table, entries in found.items():
-        if entries:
-            connection.execute(insert(table), entries)
-
-
-def _is(table: Table, name: str, trial: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """Return the conditions that a row belongs to a trial."""
-    return table.c.study == name, table.c.trial == trial
-
-
-def _known_study(connection: Connection, name: str, *, lock: bool = False) -> None:
-    """Raise NotFoundError if there is no such study; with `lock`, let no other one change it."""
-    wanted = select(tables.study.c.name).where(tables.study.c.name == name)
-    if connection.execute(wanted.with_for_update() if lock else wanted).first() is None:
-        names = connection.scalars(select(tables.study.c.name).order_by(tables.study.c.name)).all()
-        there = f"There are: {', '.join(names)}." if names else "There is none yet."
-        raise NotFoundError(f"no study '{name}'.{suggestion(name, names)} {there}")
-
-
-def _candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:
-    wanted = select(tables.candidate).where(*_is(tables.candidate, name, trial))
-    return connection.execute(wanted).first()
-
-
-def _known_trial(connection: Connection, name: str, trial: int) -> Row[Any]:
-    """Return what a trial is to evaluate; raise NotFoundError if it was never asked for."""
-    found = _candidate(connection, name, trial)
-    if found is None:
-        numbers = tables.candidate.c.trial
-        count, last = connection.execute(
-            select(func.count(), func.max(numbers)).where(tables.candidate.c.study == name)
-        ).one()
-        there = f"it has {count}, up to trial {last}" if count else "it has none yet"
-        raise NotFoundError(f"study '{name}' has no trial {trial}; {there}")
-    return found
-
-
-def _newest_attempt(connection: Connection, name: str, trial: int) -> int:
-    """Return how many times a trial was started."""
-    newest = select(func.max(tables.attempt.c.attempt)).where(*_is(tables.attempt, name, trial))
-    return connection.execute(newest).scalar() or 0
-
-
-def _values(record: StudyRecord, evaluation: Evaluation) -> list[float]:
-    """Return the values of a complete evaluation in the order of the study's objectives."""
-    values = [evaluation.values.get(name, math.nan) for name in record.directions]
-    for name, number in zip(record.directions, values, strict=True):
-        if not math.isfinite(number):
-            raise InputError(
-                f"study '{record.name}', trial {evaluation.trial}: complete, but {name} is"
-                f" {evaluation.values.get(name)}; a complete trial has a finite value of each"
-                " objective"
-            )
-    return [float(number) for number in values]
-
-
-def _reference_ms(connection: Connection, name: str) -> dict[str, float]:
-    reference = tables.reference.c
-    wanted = select(reference.key, reference.ms).where(reference.study == name)
-    return {row.key: row.ms for row in connection.execute(wanted)}

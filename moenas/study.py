@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas import guests, points, samplers
-from moenas.changes import refuse_changes
+from moenas import attempts, guests, points, samplers
+from moenas.changes import refuse_changes, version_changes
 from moenas.describe import one_line
 from moenas.driver import Driver
 from moenas.errors import InputError, NotFoundError, StorageLostError
@@ -131,7 +131,10 @@ class Study:
         `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
         `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
         """
-        if self._finished is None and self.store.evaluated(self.name) >= self.record.trials:
+        if (
+            self._finished is None
+            and attempts.evaluated(self.store, self.name) >= self.record.trials
+        ):
             return "trials"
         return self._finished
 
@@ -249,37 +252,49 @@ def run(
     corpus.require(space.train.context, min(space.vocab_sizes))
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
-    store: Store | None = None
-    sigterm, quiet = _Sigterm(), optuna.logging.get_verbosity()
+    sigterm = _Sigterm()
+    with _plain_endings(sigterm), ExitStack() as stack:
+        # Only where there is a pool is all that the user wrote known to be right.
+        pool = None if known else _opened(stack, space, workers, address)
+        store = Store.open(storage, create=True)
+        if known is None:
+            _create(store, space, corpus, trials)
+        if changed:
+            pool = pool or _opened(stack, space, workers, address)
+            Remeasurer(store, space, corpus.sha256).run(pool, changed)
+        lease = stack.enter_context(Lease(store, space.name))
+        driver = Driver(store, space, corpus.sha256, listener or _silent)
+        driver.take_up(_total(store.study(space.name), space, trials))
+        if driver.over is None:
+            pool = pool or _opened(stack, space, workers, address)
+            stack.enter_context(sigterm.heeded())
+            if known and (text := version_changes(known, _versions())):
+                driver.warn(f"the study began with other versions: {text}")
+            driver.work(pool, lease)
+        store.verify()
+        return Study(store, space.name, driver.end())
+
+
+@contextmanager
+def _plain_endings(sigterm: _Sigterm) -> Iterator[None]:
+    """Keep Optuna quiet, and turn what may end a run from outside into errors of moenas."""
+    quiet = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with ExitStack() as stack:
-            pool = None
-            if known is None:
-                pool = _opened(stack, space, workers, address)
-            # Only now is all that the user wrote known to be right.
-            store = Store.open(storage, create=True)
-            if known is None:
-                _create(store, space, corpus, trials)
-            if changed:
-                pool = pool or _opened(stack, space, workers, address)
-                Remeasurer(store, space, corpus.sha256).run(pool, changed)
-            lease = stack.enter_context(Lease(store, space.name))
-            driver = Driver(store, space, corpus.sha256, listener or _silent)
-            driver.take_up(_total(store.study(space.name), space, trials))
-            if driver.over is None:
-                pool = pool or _opened(stack, space, workers, address)
-                stack.enter_context(sigterm.heeded())
-                driver.work(pool, lease)
-            store.verify()
-            return Study(store, space.name, driver.end())
+        yield
     except optuna.exceptions.StorageInternalError as error:
-        place = store.place if store else "the database"
-        raise StorageLostError(f"{place}: {error.__cause__ or error}") from error
+        raise StorageLostError(f"the database: {error.__cause__ or error}") from error
     except KeyboardInterrupt:
         raise Interrupted(*sigterm.reason) from None
     finally:
         optuna.logging.set_verbosity(quiet)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that a study is stored with."""
+    from moenas.measure import versions
+
+    return versions() | {"optuna": optuna.__version__}
 
 
 def _create(store: Store, space: Space, corpus: Corpus, trials: int | None) -> None:
@@ -354,8 +369,6 @@ def _total(known: StudyRecord, space: Space, trials: int | None) -> int:
 
 def _record(space: Space, corpus: Corpus, trials: int | None) -> StudyRecord:
     """Write down what a new study is."""
-    from moenas.measure import versions
-
     return StudyRecord(
         name=space.name,
         space_text=space.text,
@@ -364,7 +377,7 @@ def _record(space: Space, corpus: Corpus, trials: int | None) -> StudyRecord:
         space_sha256=space.sha256,
         objectives=[o.info().plain() for o in space.objectives],
         data=corpus.manifest,
-        versions=versions() | {"optuna": optuna.__version__},
+        versions=_versions(),
         trials=trials or space.search.trials,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

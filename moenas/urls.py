@@ -94,12 +94,16 @@ def shown(url: URL | str) -> str:
         key: HIDDEN if SECRET_KEY.search(key) or NESTED.search(str(value)) else value
         for key, value in url.query.items()
     }
+    if url.drivername.startswith("sqlite"):  # a path stands there as it is
+        text = f"{url.drivername}://" + (f"/{url.database}" if url.database else "")
+        return text + ("?" if query else "") + "&".join(f"{k}={v}" for k, v in query.items())
     return url.set(query=query).render_as_string(hide_password=True)
 
 
 def _masked(text: str) -> str:
     """Hide what stands before the last '@' of a text, and its parameters."""
     text = re.sub(r"(?s)(?<=://).*@", f"{HIDDEN}@", text)
+    text = re.sub(r"(?i)(passw(or)?d\s*=\s*).*", rf"\1{HIDDEN}", text)
     return re.sub(r"(?s)\?.*", f"?{HIDDEN}", text) if NESTED.search(text) else text
 
 

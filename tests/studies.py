@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moenas import study
+from moenas import attempts, study
 from moenas.pool import Result
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.space import Space
@@ -127,7 +127,7 @@ def assert_sound(found: Study, total: int) -> None:
     for trial in told:
         values = [rows[trial.number].values[n] for n in names] if trial.values else None
         assert trial.values == values
-    assert sum(map(counts, rows.values())) == found.store.evaluated(found.name) == total
+    assert sum(map(counts, rows.values())) == attempts.evaluated(found.store, found.name) == total
     assert found.record.trials == total
 
 

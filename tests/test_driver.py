@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 from studies import assert_sound, fake, press_ctrl_c, scripted, space
 
-from moenas import asker, measure, stops
+from moenas import asker, attempts, measure, stops
 from moenas.errors import (
     EnvironmentFaultError,
     InputError,
@@ -292,7 +292,7 @@ def test_the_same_failure_in_a_row_stops_a_run_at_any_time(monkeypatch: pytest.M
     scripted(monkeypatch, script)
     with pytest.raises(StudyStoppedError, match="5 candidates in a row all failed for one"):
         run(space(), trials=40, workers=2)
-    assert Store.open().evaluated("s") >= 8
+    assert attempts.evaluated(Store.open(), "s") >= 8
 
 
 def test_models_that_diverge_do_not_stop_a_study_that_has_candidates(
@@ -364,7 +364,7 @@ def test_a_listener_that_raises_ends_the_run_and_loses_nothing(jobs: list[Job]) 
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
         run(space(), trials=6, workers="inline", listener=listener)
-    assert Store.open().evaluated("s") >= 3
+    assert attempts.evaluated(Store.open(), "s") >= 3
     assert_sound(run(space(), trials=6, workers="inline"), 6)
     assert len(jobs) == 6
 

@@ -169,7 +169,7 @@ def test_a_file_that_was_deleted_ends_the_run_and_is_not_made_anew(tmp_path: Pat
     for ask_it in (lambda: store.beat("x"), store.verify):
         with pytest.raises(ReplacedError, match="was moved or deleted while it was in use"):
             ask_it()
-    with pytest.raises(StorageLostError, match="unable to open|moved or deleted"):
+    with pytest.raises(StorageLostError, match=r"unable to open|moved or deleted"):
         store.optuna_storage()
     assert not path.exists()
 
