@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -471,3 +472,97 @@ def test_a_candidate_that_cannot_fit_is_not_built(
         )
         assert weights is None
     assert "flops_per_token" in found.values
+
+
+HARM = '''"""Harms what it is shown."""
+import os, random, sys, torch
+
+direction = "minimize"
+unit = ""
+needs = "{needs}"
+
+
+def measure(subject):
+    {body}
+    return 1.0
+'''
+HARMS = {
+    "weights": "[p.data.zero_() for p in subject.model.parameters()]",
+    "buffers": "[b.zero_() for b in subject.model.buffers()]",
+    "layers": "del subject.model.blocks[0]",
+    "modes": "torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64)",
+    "results": "subject.trained and subject.training.curve.clear()",
+    "environment": "os.environ.clear(); os.chdir('/'); random.seed(0)",
+}
+
+
+@pytest.mark.parametrize("needs", ["model", "training"])
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_objective_of_the_user_cannot_harm_the_others(
+    make_job: MakeJob, harm: str, needs: str
+) -> None:
+    names = ("val_loss", "load_imbalance")
+    clean, weights = evaluate(make_job(*names))
+    source = HARM.format(needs=needs, body=HARMS[harm])
+    before = dict(os.environ), os.getcwd()
+    job = make_job(guests={"a_harm": source})
+    job = replace(job, objectives={"a_harm": source, **dict.fromkeys(names), "z_harm": source})
+    found, same = evaluate(job)
+    assert found.failure is None
+    assert {name: found.values[name] for name in names} == clean.values
+    assert [row["train_loss"] for row in found.curve] == [row["train_loss"] for row in clean.curve]
+    assert weights is not None
+    assert same is not None
+    one, other = safetensors.torch.load(weights), safetensors.torch.load(same)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert (dict(os.environ), os.getcwd()) == before
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("call", ["sys.exit(0)", "raise GeneratorExit", "raise SystemExit"])
+def test_what_ends_an_interpreter_is_a_failure_of_the_candidate(
+    make_job: MakeJob, call: str
+) -> None:
+    found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
+    assert failure(found)["kind"] == "error"
+    assert failure(found)["message"].startswith("objective 'x': x.py:10: ")
+
+
+def test_names_of_a_timed_latency_are_kept_for_it(make_job: MakeJob) -> None:
+    """A study moves such a value to its reference time, so that of a user's objective must fit."""
+    imports = "import moenas; m = subject.time('prefill'); d = m.details; "
+    bodies = {
+        "timed": "return m",
+        "same": "return moenas.Measurement(m.value, {**d, 'note': 1})",
+        "half": "return moenas.Measurement(m.value / 2, d)",
+        "own": "return moenas.Measurement(1.0, {'reference_key': 'cpu'})",
+        "odd": "return moenas.Measurement(1.0, {'reference_key': [1], 'reference_ms': 'x'})",
+    }
+    guests = {
+        name: HARM.format(needs="training", body=imports + body) for name, body in bodies.items()
+    }
+    found, _ = evaluate(make_job(guests=guests))
+    assert found.failure is None
+    rows = found.measurements
+    assert {name for name, row in rows.items() if "reference_key" in row} == {"timed", "same"}
+    assert rows["own"]["own_reference_key"] == "cpu"
+    assert rows["half"]["own_ratio"] > 0
+
+
+def test_faults_of_the_machine_are_told_from_those_of_the_candidate(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    for call, kind in [
+        ("raise OSError(28, 'No space left on device', '/tmp/x')", "environment"),
+        ("open('/no/such/file')", "error"),
+    ]:
+        found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
+        assert failure(found)["kind"] == kind
+    job = make_job("total_params")
+    (tmp_path / "text.txt").write_text("another text\n" * 1000)
+    assert failure(evaluate(job)[0])["kind"] == "environment"
+    (tmp_path / "text.txt").unlink()
+    found, _ = evaluate(job)
+    assert failure(found)["kind"] == "environment"
+    assert "text.txt" in failure(found)["message"]

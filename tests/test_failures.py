@@ -1,0 +1,83 @@
+"""Whose fault an exception is, and a text that can be stored and printed."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from moenas.errors import DivergedError, InputError, MachineError
+from moenas.failures import clean, failure_of, one_line
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """The exception that an objective makes of another."""
+    try:
+        try:
+            raise error
+        except BaseException as inner:
+            raise ValueError("outside") from inner
+    except ValueError as outer:
+        return outer
+
+
+class Hostile(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(0)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("text\nmore"), "error", "ValueError: text"),
+        (SystemExit(0), "error", "SystemExit: 0"),
+        (Hostile(), "error", "its text cannot be had"),
+        (FileNotFoundError(2, "No such file", "my.txt"), "error", "my.txt"),
+        (DivergedError("the loss"), "diverged", "the loss"),
+        (InputError("a file"), "refused", "a file"),
+        (FULL, "environment", "/tmp/x"),
+        (wrapped(FULL), "environment", "/tmp/x"),
+        (OSError(errno.EIO, "I/O error", "/data"), "environment", "/data"),
+        (OSError(errno.EMFILE, "Too many open files"), "environment", "Too many"),
+        (OSError(errno.EROFS, "Read-only", "/x"), "environment", "/x"),
+        (OSError(errno.ESTALE, "Stale", "/nfs"), "environment", "/nfs"),
+        (ExceptionGroup("two", [ValueError("a"), FULL]), "environment", "/tmp/x"),
+        (MachineError("no lock"), "environment", "no lock"),
+        (wrapped(MachineError("no lock")), "environment", "no lock"),
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"),
+            "environment",
+            "temporary",
+        ),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+         "environment", "busy"),
+        (ValueError("No space left on device"), "error", "No space"),
+        (MemoryError(), "out_of_memory", "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "out_of_memory", "Default"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory", "allocate"),
+    ],
+)  # fmt: skip
+def test_the_kind_of_an_exception(error: BaseException, kind: str, words: str) -> None:
+    failure = failure_of(error)
+    assert failure.kind == kind
+    assert words in failure.message
+
+
+def test_texts_are_cut_and_free_of_escapes() -> None:
+    assert (
+        clean("a\x1b[1;31mb\x1b]0;title\x07c\x1b(d\x00e\tf\ng\u00e9", 100) == "abc(de\tf\ng\u00e9"
+    )
+    long = clean("head" + "x" * 10**7 + "tail", 1000)
+    assert len(long) <= 1000
+    assert long.startswith("headx")
+    assert long.endswith("xtail")
+    failure = failure_of(ValueError("\x1b[31m" + "y" * 10**7))
+    assert len(failure.message) <= 4096
+    assert len(failure.traceback) <= 32 * 1024
+    assert "\x1b" not in failure.message + failure.traceback
+    assert len(one_line(ValueError("z" * 10**7))) < 5000

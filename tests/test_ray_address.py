@@ -1,0 +1,107 @@
+"""An address where no cluster can be used is told soon, with the true reason."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from moenas.errors import InputError
+from moenas.ray_address import probe
+
+
+@contextmanager
+def server(answer: bytes | None) -> Iterator[str]:
+    """A server that gives each caller an answer, or none at all."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        held = []
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                held.append(connection)
+                if answer is not None:
+                    connection.recv(1000)
+                    connection.sendall(answer)
+                    connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        for connection in held:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(None, "no answer within"), (b"HTTP/1.1 400 no\r\n\r\n", "something else answers there")],
+)
+def test_what_is_no_cluster_is_told_soon(answer: bytes | None, words: str) -> None:
+    began = time.monotonic()
+    with server(answer) as address, pytest.raises(InputError, match=words):
+        probe(address)
+    assert time.monotonic() - began < 15
+
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", f"[::1]:{port}"):
+        with pytest.raises(InputError, match="no Ray cluster at"):
+            probe(address)
+    with pytest.raises(InputError, match="no Ray cluster at"):
+        probe("no-such-host.invalid:6379")
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "host:port", "host:0", "host:99999", "a b:1", ":1"]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="write HOST:PORT"):
+        probe(address)
+
+
+BUSY = """
+import ray
+from moenas.errors import InputError
+from moenas.pool import open_pool
+from moenas.sections import Search
+
+@ray.remote(num_cpus=1)
+class Holder:
+    def there(self):
+        return True
+
+if __name__ == "__main__":
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    holder = Holder.remote()
+    ray.get(holder.there.remote())
+    try:
+        open_pool(1, Search())
+    except InputError as error:
+        print(error)
+    assert ray.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_without_a_free_cpu_is_told_as_such(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[1])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"PYTHONPATH": root, "RAY_TMPDIR": "/tmp"}
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.startswith("all CPUs of the Ray cluster"), done.stderr
+    assert "0 of 1 are free" in done.stdout
