@@ -25,7 +25,9 @@ def bigram_loss(train: Tokens, val: Tokens, vocab_size: int) -> float | None:
     train, val = train[:MOST_TRAIN], val[:MOST_VAL]
     if len(train) < 2 or len(val) < 2:
         return None
-    ones = sum(np.bincount(part, minlength=vocab_size) for part in _parts(train, 0))
+    ones = np.zeros(vocab_size)
+    for part in _parts(train, 0):
+        ones += np.bincount(part, minlength=vocab_size)
     share = (ones + 1.0) / (len(train) + vocab_size)
     codes, often = _pairs(train, vocab_size)
     before, word = codes // vocab_size, codes % vocab_size
