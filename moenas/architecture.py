@@ -19,7 +19,7 @@ from moenas.component import Component, setting
 from moenas.parts.balance import joined_loss
 from moenas.parts.blocks import Block, BlockGroup, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
-from moenas.parts.layers import writers
+from moenas.parts.layers import matrices, writers
 from moenas.parts.lending import link, unfit
 from moenas.parts.norms import NormKind
 from moenas.parts.residual import Late
@@ -244,8 +244,8 @@ def initialise(model: Model, seed: int) -> None:
 
     Normal with standard deviation sqrt(2 / (5 d_model)) (Nguyen and Salazar, arXiv 1910.05895:
     Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(model.n_writes) where a
-    weight writes into the residual stream (GPT-2). Norms start at 1 and biases at 0. A module
-    with a method `start` draws its own parameters.
+    weight writes into the residual stream (GPT-2). Each module tells its weights: see `matrices`.
+    Norms start at 1 and biases at 0. A module with a method `start` draws its own parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(2 / (5 * model.d_model))
@@ -255,15 +255,16 @@ def initialise(model: Model, seed: int) -> None:
         if hasattr(module, "start"):
             module.start(generator)
             continue
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() > 1 and not parameter.is_meta:
-                scale = math.sqrt(model.n_writes) if id(parameter) in into_stream else 1.0
-                drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
-                parameter.data.copy_(drawn)
+        for parameter in matrices(module):
+            scale = math.sqrt(model.n_writes) if id(parameter) in into_stream else 1.0
+            drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
+            parameter.data.copy_(drawn)
 
 
 class Stem(nn.Module):
     """The way into the stream: embedding times a multiplier, plus the position's vector, normed."""
+
+    matrices = ("positions",)
 
     def __init__(
         self,
@@ -298,6 +299,8 @@ MANY_LOGITS = 1 << 22
 
 class Head(nn.Module):
     """The way out: `(x W^T + bias) * multiplier`, soft-capped; W is the embedding if tied."""
+
+    matrices = ("weight",)
 
     def __init__(
         self,
@@ -363,6 +366,8 @@ class Model(nn.Module):
     in the canonical architecture, so that all spellings start alike. A mixture with its shared
     experts is one.
     """
+
+    matrices = ("embedding",)
 
     def __init__(
         self,

@@ -57,13 +57,13 @@ class Corpus:
     entropy: list[float | None]
     """[H0, H1]: entropy of a token, and of a token given the one before it, in nats per token,
     over train and val together. H1 is None above 4096 words."""
-    bigram_loss: float | None
-    """Loss on val of a smoothed bigram that was counted on train: see `bigram_loss`. What a model
-    reaches that knows the previous token alone."""
     manifest: Plain = field(repr=False)
     """Where the tokens come from: files, sizes, digests, rules; stored with a study."""
     domains: Domains | None = field(default=None, repr=False)
     """The domain of each token; None if there is one at most, or if it is not known."""
+    bigram_loss: float | None = None
+    """Loss on val of a smoothed bigram that was counted on train: see `bigram_loss`. What a model
+    reaches that knows the previous token alone."""
 
     def require(self, context: int, vocab_size: int) -> None:
         """Check that sequences of `context` tokens can be cut and that a model knows all tokens.

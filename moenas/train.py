@@ -18,6 +18,7 @@ from moenas.data import Corpus
 from moenas.dtypes import training_dtype
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.memory import keep_freed_memory
+from moenas.parts.layers import matrices
 from moenas.records import Plain
 from moenas.routing import Meter, Reading, Watch
 from moenas.sections import Recipe
@@ -167,15 +168,18 @@ def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int)
 class AdamW:
     """AdamW (arXiv 1711.05101), bit for bit `torch.optim.AdamW(fused=True)`.
 
-    Weights with two axes or more decay, norms do not. The step is torch's own kernel; building
-    torch's optimizer object would import its compiler first, over 2 seconds of CPU time.
+    What a module calls its matrices decays; norms, biases and rates do not. The step is torch's own
+    kernel; building torch's optimizer object would import its compiler first, over 2 seconds of CPU
+    time.
     """
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         self.recipe = recipe
         weights = [p for p in model.parameters() if p.requires_grad]
-        self.matrices = [p for p in weights if p.ndim >= 2 and p is not model.embedding]
-        self.vectors = [p for p in weights if p.ndim < 2]
+        decaying = {id(p) for module in model.modules() for p in matrices(module)}
+        decaying.discard(id(model.embedding))
+        self.matrices = [p for p in weights if id(p) in decaying]
+        self.vectors = [p for p in weights if id(p) not in decaying and p is not model.embedding]
         self.embedding = model.embedding
         self.widening = model.d_model / BASE_WIDTH
         self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in weights}

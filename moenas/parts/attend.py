@@ -93,6 +93,8 @@ class Attend(nn.Module):
     kernel, to which a sink is one more key: see `with_sinks`.
     """
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(
         self,
         n_heads: int,

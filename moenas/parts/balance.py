@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class Routing:
     """(G, E) slots of a token at each expert in the mean, in training."""
     probabilities: Tensor | None = None
     """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
+
+    def detached(self) -> Routing:
+        """Return the values without the graph of the pass that they come from."""
+        values = {name: _detached(value) for name, value in vars(self).items() if name != "choice"}
+        choice = self.choice._replace(
+            **{name: _detached(value) for name, value in self.choice._asdict().items()}
+        )
+        return Routing(choice=choice, **values)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def squared_variation(x: Tensor) -> Tensor:

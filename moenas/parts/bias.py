@@ -156,6 +156,8 @@ class Alibi(nn.Module):
 class BucketBias(nn.Module):
     """A table (buckets, H) of biases, its own unless it is `shared`."""
 
+    matrices = ("weight",)
+
     weight: Tensor | None
 
     def __init__(self, n_heads: int, num_buckets: int, max_distance: int, shared: bool) -> None:

@@ -172,6 +172,8 @@ class MoEFFN(Activated, FFN, kind="moe"):
 class Biased(nn.Module):
     """A network plus a bias, or the bias alone, whatever the token; it starts at 0."""
 
+    matrices: tuple[str, ...] = ()
+
     writes = ("network",)
 
     def __init__(self, network: nn.Module | None, width: int) -> None:
@@ -189,14 +191,13 @@ class Biased(nn.Module):
 class ExpertBias(nn.Module):
     """A bias for each expert; starts at 0."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(self, n_experts: int, width: int) -> None:
         super().__init__()
         self.n_experts = n_experts
         self.width = width
         self.weight = nn.Parameter(torch.zeros(n_experts, width))
-
-    def start(self, generator: torch.Generator) -> None:
-        """Keep the zeros."""
 
     def forward(self, rows: Tensor, expert: Tensor, empty: Tensor | None) -> Tensor:
         """Add to each of `rows` (N, F) the bias of its `expert` (N,).
@@ -215,6 +216,8 @@ class Experts(nn.Module):
     product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it up to
     1.5 times as fast as the transposed form.
     """
+
+    matrices = ("up", "down")
 
     def __init__(
         self,
@@ -293,6 +296,8 @@ class ZeroExperts(nn.Module):
     The constants have (a, b) = softmax(W x), with W and v of their own (MoE++, arXiv 2410.07348,
     eq. 5); they are worked out for all tokens, as two thin matrix products.
     """
+
+    matrices = ("mix", "vector")
 
     mix: Tensor | None
     vector: Tensor | None
@@ -397,6 +402,15 @@ class MoE(nn.Module):
         return joined_loss([(self.balance, self.routing)])
 
     def after_step(self) -> None:
-        """Move selection bias and cut-offs by the last training pass, if there are any."""
+        """Move selection bias and cut-offs by the last training pass, and let its graph go."""
         self.balance.step()
         self.router.after_step()
+        if "routing" in self.__dict__:
+            self.routing = self.routing.detached()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: of the last pass the values, as its graph cannot be copied."""
+        state = dict(self.__dict__)
+        if "routing" in state:
+            state["routing"] = self.routing.detached()
+        return state

@@ -73,6 +73,8 @@ class Weights(nn.Module):
     2403.07652). With an `eps` the weights are those of SparseMixer in place of scores.
     """
 
+    matrices: tuple[str, ...] = ()
+
     expert_scale: Tensor | None
 
     def __init__(

@@ -93,6 +93,8 @@ class ChannelDecay(nn.Module):
     Then it is -L sigmoid(rate (x + bias)). A head has one rate.
     """
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(self, project: nn.Module, n_heads: int, limit: float | None) -> None:
         super().__init__()
         self.project = project

@@ -37,8 +37,23 @@ def writers(part: Any) -> list[nn.Parameter]:
     return [weight] if not found and isinstance(weight, nn.Parameter) else found
 
 
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module itself that are weights: drawn at random, and decaying.
+
+    The attribute `matrices` names them: a bias, stacked for experts, has two axes and is none, and
+    nor is a rate. Of a module without it they are those with two axes or more.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    named = getattr(module, "matrices", None)
+    if named is None:
+        return [weight for weight in own.values() if weight.dim() > 1]
+    return [weight for name, weight in own.items() if name in named]
+
+
 class Linear(nn.Module):
     """A matrix product, `x @ weight.T`, plus a bias if there is one."""
+
+    matrices = ("weight",)
 
     def __init__(self, d_in: int, d_out: int, biased: bool = False) -> None:
         super().__init__()
@@ -78,6 +93,8 @@ class Convolution(nn.Module):
 
     A sum of `kernel` shifted copies, element by element: there is no matrix product in it.
     """
+
+    matrices = ("weight",)
 
     def __init__(self, width: int, kernel: int, biased: bool) -> None:
         super().__init__()

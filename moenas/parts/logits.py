@@ -30,6 +30,8 @@ class RouterInput(nn.Module):
 class HiddenLayer(nn.Module):
     """gelu(V x), or V x with the activation "none"."""
 
+    matrices = ("weight",)
+
     def __init__(self, d_model: int, width: int, activation: str) -> None:
         super().__init__()
         self.d_model = d_model
@@ -70,6 +72,8 @@ class RouterLogits(nn.Module):
     In training x is multiplied by noise from 1 - jitter to 1 + jitter (Switch Transformer, arXiv
     2101.03961, section 2.4).
     """
+
+    matrices = ("weight",)
 
     bias: Tensor | None
 
@@ -115,6 +119,8 @@ class CosineLogits(RouterLogits):
     standardised there is none, for it would have no effect.
     """
 
+    matrices = ("weight",)
+
     temperature: Tensor | None
 
     def __init__(
@@ -152,6 +158,8 @@ class NoLogits(nn.Module):
 
 class Noise(nn.Module):
     """softplus(W_n x): the standard deviation of the noise (arXiv 1701.06538, eq. 4)."""
+
+    matrices = ("weight",)
 
     def __init__(self, d_model: int, n_experts: int) -> None:
         super().__init__()

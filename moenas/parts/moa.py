@@ -143,6 +143,8 @@ class MoAMixer(Mixer, kind="moa"):
 class HeadExperts(nn.Module):
     """E query projections and E output projections in two stacks of matrices, each (in, out)."""
 
+    matrices = ("query", "out")
+
     def __init__(self, n_experts: int, d_model: int, width: int, weight_on: str) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -220,6 +222,8 @@ class MoA(MoE):
     Routed, balanced and watched as a mixture of feed-forward experts is. A slot that finds no room
     adds nothing.
     """
+
+    matrices: tuple[str, ...] = ()
 
     reads_tokens = False
 

@@ -29,6 +29,8 @@ def norm_params(norm: str, width: int) -> int:
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight` (Zhang and Sennrich, arXiv 1910.07467)."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(self, width: int, eps: float = 1e-6, weighted: bool = True) -> None:
         super().__init__()
         self.width = width
@@ -48,6 +50,8 @@ class LayerNorm(nn.Module):
     Without the bias, as in PaLM (arXiv 2204.02311, section 2), or without both, as in OLMo
     (arXiv 2402.00838, section 2.1).
     """
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(
         self, width: int, eps: float = 1e-6, weighted: bool = True, biased: bool = False
@@ -70,6 +74,8 @@ class LayerNorm(nn.Module):
 class DynamicTanh(nn.Module):
     """`tanh(alpha x) * weight + bias`, alpha one number (Zhu et al., arXiv 2503.10622)."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
@@ -90,6 +96,8 @@ class GatedNorm(nn.Module):
     After: `norm(x) * weight * act(z)`, the weight shared by the parts (gated DeltaNet, arXiv
     2412.06464: the parts are heads). The gate is silu, or sigmoid (Kimi Linear).
     """
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(
         self, width: int, groups: int, eps: float, gate_first: bool, gate: str = "silu"

@@ -56,6 +56,8 @@ class ProductKeyFFN(FFN, kind="product_key"):
 class ProductKeys(nn.Module):
     """sum over heads and the K best (i, j) of softmax(q1 k1_i + q2 k2_j) v_ij."""
 
+    matrices = ("keys", "values")
+
     writes = ("values",)
 
     def __init__(self, d_model: int, n_keys: int, d_key: int, n_heads: int, top_k: int) -> None:

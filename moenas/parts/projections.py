@@ -20,6 +20,8 @@ class QKV(Linear):
     width of 0 the keys are the values, too. With a `clip` c all are cut to -c..c.
     """
 
+    matrices = ("weight",)
+
     def __init__(
         self,
         d_model: int,

@@ -94,6 +94,8 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
 class Mamba2(nn.Module):
     """out(norm(scan(convolution(project(x))), gate)), with a decay for each head."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(
         self,
         project: Linear,
@@ -209,6 +211,8 @@ class MambaMixer(Mixer, kind="mamba"):
 class TokenChoice(nn.Module):
     """What a token chooses: the time step of each channel, B and C; with a norm each, or none."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(self, width: int, rank: int, d_state: int, norms: list[nn.Module]) -> None:
         super().__init__()
         self.width = width
@@ -234,6 +238,8 @@ class TokenChoice(nn.Module):
 
 class Mamba(nn.Module):
     """out(scan(silu(convolution(x))) * silu(gate)), with a decay for each channel and state."""
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(
         self, project: Linear, convolution: Convolution, choose: TokenChoice, out: Linear
