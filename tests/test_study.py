@@ -762,7 +762,7 @@ def test_a_killed_run_ends_with_exactly_the_asked_trials(url: str, jobs: list[Jo
     assert attempts == trained + 2, "only the two that were in flight are done twice"
 
 
-def test_a_closed_terminal_ends_a_run_and_nohup_does_not(url: str, jobs: list[Job]) -> None:
+def test_a_closed_terminal_ends_a_run_as_sigterm_does(url: str, jobs: list[Job]) -> None:
     assert stop_in(start(url), 3, signal.SIGHUP) == 129
     found = run(space(), storage=url, trials=6, workers="inline")
     assert_sound(found, 6)
@@ -776,7 +776,7 @@ from moenas.errors import MoenasError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    t.run(t.space(), storage={url!r}, trials=40, workers="inline")
+    t.run(t.space(), storage={url!r}, trials=12, workers="inline")
 except MoenasError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
@@ -803,7 +803,7 @@ def test_of_two_runs_that_begin_a_study_at_once_one_is_busy(url: str) -> None:
     ended = [process.communicate(timeout=240)[0] for process in both]
     assert sorted(process.returncode for process in both) == [0, 6], ended
     assert any("is being run by pid" in text for text in ended)
-    assert_sound(load_study("s", url), 40)
+    assert_sound(load_study("s", url), 12)
 
 
 def test_a_refused_run_leaves_no_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
