@@ -141,7 +141,13 @@ def measured(code: str) -> tuple[float, float]:
         began = time.perf_counter()
         command = [sys.executable, "-c", PEAK + code]
         environment = {**os.environ, "PEAK": file.name}
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=True,
+        )
         return time.perf_counter() - began, int(file.read()) / 1024
 
 
@@ -150,8 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="300 trials")
     parser.add_argument("--database", type=Path, help="keep the database here, or take it up")
     given = parser.parse_args()
+    given.trials = 300 if given.quick else given.trials
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         path = given.database or Path(folder, "moenas.db")

@@ -8,6 +8,7 @@ from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
 from moenas import figures
+from moenas.front import is_exact
 from moenas.records import FrontPoint, View
 
 TITLE = "Hypervolume over trials"
@@ -61,7 +62,8 @@ def _subtitle(view: View) -> str:
         f"{name} {figures.quantity(value, units.get(name, ''))}"
         for name, value in view.study.reference_point.items()
     )
-    return f"measured from {corner}" if corner else ""
+    how = "measured" if is_exact(len(view.study.objectives)) else "approximate, measured"
+    return f"{how} from {corner}" if corner else ""
 
 
 def _line(shown: list[tuple[int, FrontPoint]], y: list[float] | list[int]) -> go.Scatter:

@@ -247,6 +247,9 @@ def front_caption(view: View | FrontView) -> list[str]:
         lines.append(
             f"a bigram, which knows only the previous token, has a held-out loss of {loss:.4g} nats"
         )
+    if view.members and not is_exact(len(view.study.objectives)):
+        volume = _cell(view.summary.hypervolume)
+        lines.append(f"hypervolume {volume}, approximate as for all of more than 5 objectives")
     ahead = [e.trial for e in view.members if looks_ahead(e)]
     if ahead:
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -54,6 +55,12 @@ class Space:
     search: Search
     data_mark: Mark = field(default=Mark("<space>"), compare=False)
     """Where the section `data` stands."""
+
+    def __repr__(self) -> str:
+        objectives = ", ".join(objective.name for objective in self.objectives)
+        size = self.size
+        points = f"{size:,}" if size < 10**12 else f"about 10^{math.log10(size):.0f}"
+        return f"Space({self.name!r}: {points} points; {objectives})"
 
     @classmethod
     def load(cls, ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:

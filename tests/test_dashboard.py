@@ -467,6 +467,31 @@ def test_the_url_names_the_host_and_the_port_that_was_taken(bare, host):
         assert server.server_port > 0
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\0\1\2\xff\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /%ff%fe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+        b"PUT /api/studies/1/note HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"PUT /api/studies/1/note HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+        b"PUT /api/studies/1/note HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 3\r\n\r\n{]}",
+        b"GET /api/studies/99999999999999999999 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /api/studies/1?after=x HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_a_malformed_request_prints_no_traceback(server, request_, capfd):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as asking:
+        asking.sendall(request_)
+        asking.shutdown(socket.SHUT_WR)
+        while asking.recv(65536):
+            pass
+    assert capfd.readouterr().err == ""
+
+
 # --- how it looks ------------------------------------------------------------------------------
 
 

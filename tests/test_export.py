@@ -431,3 +431,13 @@ def test_the_stored_validation_loss_comes_out_again(tmp_path: Path) -> None:
     loss = total / sum(batch[1].numel() for batch in batches)
     assert loss == pytest.approx(config["values"]["val_loss"]["value"], rel=1e-6)
     assert config["training"]["lr"] == evaluation.metrics["lr"]
+
+
+def test_a_script_here_with_the_name_of_a_module_is_not_taken_for_it(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.add(0, random_architecture(1, vocab_size=256).canonical())
+    for name in ("tokenize", "json", "random", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not yours')\n")
+    monkeypatch.chdir(tmp_path)
+    assert export(shelf, "tiny", 0, tmp_path / "out").is_dir()

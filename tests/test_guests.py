@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moenas import guests, testing
+from moenas import guests, refs, testing
 from moenas.errors import InputError, SpaceError
 from moenas.export import export
 from moenas.parts import Mixer, Score, Selection
@@ -136,3 +136,36 @@ def test_a_guest_that_is_not_there_says_so(desk: Path) -> None:
         guests.load("none.py")
     with pytest.raises(InputError, match="defines no part"):
         guests.load("x.py", "x = 1\n")
+
+
+def stored(desk: Path, source: str, digest: str | None = None) -> dict[str, object]:
+    """The space of a study that uses a file, as a database holds it."""
+    known = refs.sha256(source.encode()) if digest is None else digest
+    return {"use": [{"path": str(desk / "gift.py"), "source": source, "sha256": known}]}
+
+
+GIFT = "open('RAN', 'w').close()\nfrom moenas.parts import Score\n" + PAGE.partition("```python\n")[
+    2
+].partition("```")[0].replace("from __future__ import annotations\n", "")
+
+
+def test_what_a_database_holds_is_run_only_where_it_is_allowed(desk: Path) -> None:
+    with pytest.raises(InputError, match=r"gift.py: .* stored in the database .* --allow-code"):
+        guests.load_stored(stored(desk, GIFT), allow_code=False)
+    with pytest.raises(InputError, match="another text than the one with SHA-256"):
+        guests.load_stored(stored(desk, GIFT, "0" * 64), allow_code=True)
+    assert not Path("RAN").exists()
+    guests.load_stored(stored(desk, GIFT), allow_code=True)
+    assert Path("RAN").exists()
+
+
+def test_a_file_of_ones_own_counts_as_allowed(desk: Path) -> None:
+    (desk / "gift.py").write_text(GIFT)
+    (desk / "gift.py").chmod(0o666)
+    with pytest.raises(InputError, match="--allow-code"):
+        guests.load_stored(stored(desk, GIFT), allow_code=False)
+    (desk / "gift.py").chmod(0o644)
+    guests.load_stored(stored(desk, GIFT), allow_code=False)
+    (desk / "gift.py").write_text(GIFT + "# edited\n")
+    with pytest.raises(InputError, match="--allow-code"):
+        guests.load_stored(stored(desk, GIFT), allow_code=False)

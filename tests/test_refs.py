@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -183,3 +184,48 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         refs.read_yaml(binary)
     with pytest.raises(InputError, match="cannot be read"):
         refs.read_yaml(tmp_path)
+
+
+# --- files of the working directory ----------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "objectives").mkdir(mode=0o755)
+    (tmp_path / "objectives" / "val_loss.py").write_text("needs = 'cost'\n")
+    return tmp_path / "objectives"
+
+
+def test_a_file_that_shadows_a_shipped_one_is_named_once(here, monkeypatch):
+    told = []
+    monkeypatch.setattr(refs, "listener", told.append)
+    for _ in range(2):
+        assert refs.find("objectives", ".py", "val_loss") == Path("objectives/val_loss.py")
+        refs.find("objectives", ".py", "decode_ms")
+    assert told == ["using objectives/val_loss.py of this folder"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "reason"),
+    [
+        (0o777, 0o644, "lies in a folder that is writable by every user"),
+        (0o755, 0o666, "is writable by every user"),
+    ],
+)
+def test_a_file_that_any_user_may_write_is_not_used(here, folder, file, reason):
+    (here / "val_loss.py").chmod(file)
+    here.chmod(folder)
+    with pytest.raises(InputError, match=f"objectives/val_loss.py: {reason}"):
+        refs.find("objectives", ".py", "val_loss")
+    assert refs.find("objectives", ".py", "decode_ms").is_file()
+    here.chmod(0o1777)
+    (here / "val_loss.py").chmod(0o644)
+    assert refs.find("objectives", ".py", "val_loss")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
+def test_a_file_of_another_user_is_not_used(here):
+    os.chown(here / "val_loss.py", 12345, -1)
+    with pytest.raises(InputError, match=r"belongs to another user \(uid 12345\)"):
+        refs.find("objectives", ".py", "val_loss")

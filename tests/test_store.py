@@ -9,6 +9,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -401,6 +402,25 @@ def test_a_driver_that_is_not_heard_of_loses_the_study(store, url):
     other.beat("x")
 
 
+def test_a_heartbeat_in_the_future_counts_no_longer_than_others(store, url):
+    """A dead driver of another host, whose clock was a day ahead."""
+    store.create_study(a_study())
+    store.claim("x")
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE moenas_driver SET heartbeat = heartbeat + 86400, machine = 'another'"
+        )
+    other = Store.open(url)
+    assert "its clock is 86" in other.driver("x")
+    with pytest.raises(StudyBusyError, match=r"its clock is 86... s ahead of that of this host"):
+        other.claim("x")
+    with pytest.raises(StudyBusyError, match="last seen 0 s ago"):
+        other.claim("x")
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE moenas_driver SET heartbeat = heartbeat - 31")
+    other.claim("x")
+
+
 CLAIM_AND_WAIT = """
 import sys
 from moenas.store import Store
@@ -504,6 +524,40 @@ def test_an_optuna_schema_of_another_version_is_said(store):
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v99'")
     with pytest.raises(StorageError, match="updating optuna"):
         store.optuna_storage()
+
+
+def test_ten_objectives_and_hundreds_of_members_are_recorded_at_once(tmp_path):
+    names = {f"q{i}": "minimize" for i in range(10)}
+    store = Store.open(f"sqlite:///{tmp_path}/moenas.db", create=True)
+    store.create_study(a_study(objectives=names))
+    drawn = np.abs(np.random.default_rng(0).normal(size=(260, 10)))
+    points = 1 - drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    longest, volumes = 0.0, []
+    for trial, point in enumerate(points.tolist()):
+        ask(store, trial)
+        began = time.perf_counter()
+        store.record(an_evaluation(trial, dict(zip(names, point, strict=True))))
+        longest = max(longest, time.perf_counter() - began)
+        volumes.append(store.standing("x")[1])
+    assert longest < 1.0
+    assert volumes[-1] > volumes[0] > 0
+    history = [point.hypervolume for point in store.history("x")]
+    assert history == sorted(history)
+    assert front_of(store) == 260
+
+
+def front_of(store):
+    return len(store.front("x"))
+
+
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 1e200])
+def test_the_largest_values_leave_finite_numbers(store, value):
+    store.create_study(a_study())
+    for trial, values in enumerate([(1.0, 2.0), (value, -value), (-value, value), (0.0, 0.0)]):
+        assert finish(store, trial, values)
+    found = [point.hypervolume for point in store.history("x")]
+    assert np.isfinite(found).all()
+    assert found == sorted(found)
 
 
 # --- the schema --------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from studies import (
     space,
 )
 
-from moenas import asker, candidate, heartbeat, intake, measure, stops
+from moenas import asker, candidate, heartbeat, intake, measure, stops, study
 from moenas.architecture import Architecture
 from moenas.errors import (
     InputError,
@@ -721,6 +721,60 @@ def test_a_killed_run_ends_with_exactly_the_asked_trials(url: str, jobs: list[Jo
         attempts = count.scalar_one()
     trained = sum("copied_from" not in e.metrics for e in found.view.evaluations)
     assert attempts == trained + 2, "only the two that were in flight are done twice"
+
+
+def test_a_closed_terminal_ends_a_run_as_sigterm_does(url: str, jobs: list[Job]) -> None:
+    assert stop_in(start(url), 3, signal.SIGHUP) == 129
+    found = run(space(), storage=url, trials=6, workers="inline")
+    assert_sound(found, 6)
+
+
+AT_ONCE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import test_study as t
+from moenas.errors import MoenasError
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    t.run(t.space(), storage={url!r}, trials=12, workers="inline")
+except MoenasError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_of_two_runs_that_begin_a_study_at_once_one_is_busy(url: str) -> None:
+    code = AT_ONCE.format(tests=str(Path(__file__).parent), url=url)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, env=environment
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ended = [process.communicate(timeout=240)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 6], ended
+    assert any("is being run by pid" in text for text in ended)
+    assert_sound(load_study("s", url), 12)
+
+
+def test_a_refused_run_leaves_no_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise InputError("no cluster there")
+
+    monkeypatch.setattr(study, "open_pool", refuse)
+    with pytest.raises(InputError, match="no cluster there"):
+        run(space(), storage=f"sqlite:///{place}/new.db", trials=1)
+    assert not list(place.glob("new.db*"))
 
 
 ON_RAY = """

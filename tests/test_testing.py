@@ -240,3 +240,11 @@ def test_a_figure_that_breaks_its_contract_is_found(
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(testing.check_file(guest(tmp_path, text)))
+
+
+def test_a_sampler_is_named_with_how_to_use_it(tmp_path: Path) -> None:
+    path = guest(
+        tmp_path, "from optuna.samplers import RandomSampler\nclass Mine(RandomSampler): ...\n"
+    )
+    (line,) = testing.check_file(path)
+    assert line == f"{path}: 'Mine' is a sampler; a study uses it by search.sampler={path}:Mine"
