@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread each, as studies run on a CPU; files go to two processes, each file whole to one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-gpu check format bench docs dist clean
+.PHONY: help demo test test-slow chaos test-gpu check format bench docs dist clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would trip over each other
 
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-test ## install with the test extras, then run the test
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow
+
+chaos: $(VENV)/.installed-test ## break real studies in every way, and write docs/reliability.md; about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/report.py
 
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu

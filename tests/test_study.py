@@ -732,12 +732,13 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does(url: str, jobs: list[Job])
 AT_ONCE = """
 import sys, time
 sys.path.insert(0, {tests!r})
-import test_study as t
+import studies as t
 from moenas.errors import MoenasError
+from moenas.study import run
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    t.run(t.space(), storage={url!r}, trials=12, workers="inline")
+    run(t.space(), storage={url!r}, trials=12, workers="inline")
 except MoenasError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
@@ -767,14 +768,14 @@ def test_of_two_runs_that_begin_a_study_at_once_one_is_busy(url: str) -> None:
     assert_sound(load_study("s", url), 12)
 
 
-def test_a_refused_run_leaves_no_database(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_run_leaves_no_database(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise InputError("no cluster there")
 
     monkeypatch.setattr(study, "open_pool", refuse)
     with pytest.raises(InputError, match="no cluster there"):
-        run(space(), storage=f"sqlite:///{place}/new.db", trials=1)
-    assert not list(place.glob("new.db*"))
+        run(space(), storage=f"sqlite:///{study_folder}/new.db", trials=1)
+    assert not list(study_folder.glob("new.db*"))
 
 
 ON_RAY = """
