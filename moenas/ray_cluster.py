@@ -54,19 +54,19 @@ class Cluster:
         self._answered = time.monotonic()
         self._stopped: dict[int, float] = {}
         """Process of ours that is stopped -> since when."""
-        self._end = threading.Event()
+        self._end, self._asking = threading.Event(), threading.Lock()
         threading.Thread(target=self._ask, name="moenas-ray", daemon=True).start()
 
     def _ask(self) -> None:
         """Ask the cluster now and then whether it lives; a question may block for ever."""
-        while not self._end.is_set():
-            with suppress(Exception):
-                nodes = [node for node in self.ray.nodes() if node["Alive"]]
-                available = self.ray.available_resources()
-                if nodes:
-                    self.available = [available]
-                    self._answered = time.monotonic()
-            self._end.wait(ASK)
+        while not self._end.wait(ASK):
+            with self._asking, suppress(Exception):
+                # Asked once more after the end, Ray would start another cluster.
+                if not self._end.is_set():
+                    alive = any(node["Alive"] for node in self.ray.nodes())
+                if not self._end.is_set():
+                    self.available = [self.ray.available_resources()]
+                    self._answered = time.monotonic() if alive else self._answered
 
     def trouble(self) -> str | None:
         """Say why the cluster is lost; None while it is not."""
@@ -97,6 +97,8 @@ class Cluster:
     def close(self) -> None:
         """End the connection, and the cluster if it is this process' own."""
         self._end.set()
+        if self._asking.acquire(timeout=SHUTDOWN_S):
+            self._asking.release()
         if not self._ours:
             return
         if self.trouble() is None:

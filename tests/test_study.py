@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -618,7 +619,7 @@ def test_an_interrupted_candidate_is_taken_up_again(
 
     def interrupted(job: Job) -> tuple[Evaluation, bytes | None]:
         if job.attempt == 1 and job.trial in (2, 4):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return fake(job)
 
     monkeypatch.setattr(measure, "evaluate", interrupted)
@@ -707,8 +708,9 @@ import test_study as t
 from moenas import measure
 import moenas.dashboard
 moenas.dashboard.publish = lambda store, name: None
+out = os.fdopen(os.dup(1), "w")  # what a candidate prints goes to stderr
 def evaluate(job):
-    print(job.trial, flush=True)
+    print(job.trial, file=out, flush=True)
     time.sleep(0.4)
     return t.fake(job)
 measure.evaluate = evaluate
@@ -776,7 +778,9 @@ except t.Interrupted as stop:
 @pytest.mark.slow
 def test_a_study_on_ray_is_stopped_and_resumed() -> None:
     script = ON_RAY.format(tests=str(Path(__file__).parent))
+    place = tempfile.mkdtemp(prefix="x", dir="/tmp")  # short, for Ray's sockets
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["XDG_RUNTIME_DIR"] = place
 
     def begin() -> subprocess.Popen[str]:
         command = [sys.executable, "-c", script]
@@ -784,7 +788,7 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
 
     process = begin()
     assert stop_in(process, 0, signal.SIGTERM) == 143
-    assert not list(Path(tempfile.gettempdir()).glob(f"moenas-r{process.pid}-*")), "no litter"
+    assert not list(Path(place).glob("moenas-r*")), "no litter"
     with begin() as process:
         told, _ = process.communicate(timeout=240)
     assert process.returncode == 0
@@ -792,6 +796,7 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
     assert_sound(found, 5)
     assert len(told.split()) < 5
     assert all(e.status == "complete" for e in found.view.evaluations)
+    shutil.rmtree(place)
 
 
 # --- reading it --------------------------------------------------------------------------------
