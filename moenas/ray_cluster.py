@@ -86,13 +86,18 @@ class Cluster:
         silent = now - self._answered
         return f"it has not answered for {silent:.0f} s" if silent > SILENT_S else None
 
-    def kill_stopped(self, spare: Collection[int | None]) -> None:
-        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one."""
+    def kill_stopped(self, spare: Collection[int | None]) -> bool:
+        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one.
+
+        Returns whether there were any.
+        """
         if self.head is None or "raylet" not in self.head.pids:
-            return
-        for pid in children(self.head.pids["raylet"]):
-            if pid not in spare and state(pid) == "T":
-                kill(pid)
+            return False
+        below = children(self.head.pids["raylet"])
+        stopped = [pid for pid in below if pid not in spare and state(pid) == "T"]
+        for pid in stopped:
+            kill(pid)
+        return bool(stopped)
 
     def close(self) -> None:
         """End the connection, and the cluster if it is this process' own."""
