@@ -54,19 +54,19 @@ class Cluster:
         self._answered = time.monotonic()
         self._stopped: dict[int, float] = {}
         """Process of ours that is stopped -> since when."""
-        self._end = threading.Event()
+        self._end, self._asking = threading.Event(), threading.Lock()
         threading.Thread(target=self._ask, name="moenas-ray", daemon=True).start()
 
     def _ask(self) -> None:
         """Ask the cluster now and then whether it lives; a question may block for ever."""
-        while not self._end.is_set():
-            with suppress(Exception):
-                nodes = [node for node in self.ray.nodes() if node["Alive"]]
-                available = self.ray.available_resources()
-                if nodes:
-                    self.available = [available]
-                    self._answered = time.monotonic()
-            self._end.wait(ASK)
+        while not self._end.wait(ASK):
+            with self._asking, suppress(Exception):
+                # Asked once more after the end, Ray would start another cluster.
+                if not self._end.is_set():
+                    alive = any(node["Alive"] for node in self.ray.nodes())
+                if not self._end.is_set():
+                    self.available = [self.ray.available_resources()]
+                    self._answered = time.monotonic() if alive else self._answered
 
     def trouble(self) -> str | None:
         """Say why the cluster is lost; None while it is not."""
@@ -86,17 +86,24 @@ class Cluster:
         silent = now - self._answered
         return f"it has not answered for {silent:.0f} s" if silent > SILENT_S else None
 
-    def kill_stopped(self, spare: Collection[int | None]) -> None:
-        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one."""
+    def kill_stopped(self, spare: Collection[int | None]) -> bool:
+        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one.
+
+        Returns whether there were any.
+        """
         if self.head is None or "raylet" not in self.head.pids:
-            return
-        for pid in children(self.head.pids["raylet"]):
-            if pid not in spare and state(pid) == "T":
-                kill(pid)
+            return False
+        below = children(self.head.pids["raylet"])
+        stopped = [pid for pid in below if pid not in spare and state(pid) == "T"]
+        for pid in stopped:
+            kill(pid)
+        return bool(stopped)
 
     def close(self) -> None:
         """End the connection, and the cluster if it is this process' own."""
         self._end.set()
+        if self._asking.acquire(timeout=SHUTDOWN_S):
+            self._asking.release()
         if not self._ours:
             return
         if self.trouble() is None:

@@ -100,6 +100,8 @@ class RayPool:
         self._leaving: list[_Task] = []
         """Done tasks whose process has not ended yet."""
         self._looked = 0.0
+        self._killed_stopped = -math.inf
+        """Monotonic time at which stopped workers were killed last."""
         self._closed = False
         try:
             room = fit(self._ray, search)
@@ -200,8 +202,9 @@ class RayPool:
                 self._leaving.remove(task)
             elif now >= task.deadline:
                 task.kill()  # threads or exit handlers of its job keep it
-        if any(t.pid is None and now >= t.submitted + STOPPED_S for t in self._tasks):
-            self._cluster.kill_stopped({task.pid for task in self._tasks})
+        unbegun = any(t.pid is None and now >= t.submitted + STOPPED_S for t in self._tasks)
+        if unbegun and self._cluster.kill_stopped({task.pid for task in self._tasks}):
+            self._killed_stopped = now
         for task in self._tasks:
             if task.is_there():
                 task.memory = max(task.memory, resident_bytes(task.pid or 0))
@@ -296,7 +299,8 @@ class RayPool:
         if isinstance(error, errors.WorkerCrashedError):
             if kernel_kills() > task.kernel_kills and not task.is_there():
                 return self._out_of_memory(task, f"the kernel killed {process}", trace)
-            kind = "crashed" if task.pid else "environment"  # the job had not begun
+            ours = task.pid is None and self._killed_stopped >= task.submitted
+            kind = "environment" if ours else "crashed"
             return Failure(kind, f"{process} died ({type(error).__name__})", trace)
         gone = f"the node of {process} went away or lost what it sent ({type(error).__name__})"
         return Failure("environment", gone, trace)

@@ -253,7 +253,7 @@ def run(
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
-    with _plain_endings(sigterm), ExitStack() as stack:
+    with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         pool = None if known else _opened(stack, space, workers, address)
         store = Store.open(storage, create=True)
@@ -267,7 +267,6 @@ def run(
         driver.take_up(_total(store.study(space.name), space, trials))
         if driver.over is None:
             pool = pool or _opened(stack, space, workers, address)
-            stack.enter_context(sigterm.heeded())
             if known and (text := version_changes(known, _versions())):
                 driver.warn(f"the study began with other versions: {text}")
             driver.work(pool, lease)
@@ -339,7 +338,7 @@ class _Sigterm:
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Heed the signals meanwhile. To be entered after Ray, which sets handlers of its own.
+        """Heed the signals meanwhile.
 
         A signal that is ignored, as SIGHUP is under nohup, stays ignored.
         """

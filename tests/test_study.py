@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -664,11 +665,11 @@ import os, sys, time
 sys.path.insert(0, {tests!r})
 import studies as t
 from moenas import measure
-told = os.dup(1)
 import moenas.dashboard
 moenas.dashboard.publish = lambda store, name: None
+out = os.fdopen(os.dup(1), "w")  # what a candidate prints goes to stderr
 def evaluate(job):
-    os.write(told, f"{{job.trial}}\\n".encode())
+    print(job.trial, file=out, flush=True)
     time.sleep(0.4)
     return t.fake(job)
 measure.evaluate = evaluate
@@ -768,7 +769,9 @@ def test_of_two_runs_that_begin_a_study_at_once_one_is_busy(url: str) -> None:
     assert_sound(load_study("s", url), 12)
 
 
-def test_a_refused_run_leaves_no_database(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_run_leaves_no_database(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise InputError("no cluster there")
 
@@ -793,7 +796,9 @@ except Interrupted as stop:
 @pytest.mark.slow
 def test_a_study_on_ray_is_stopped_and_resumed() -> None:
     script = ON_RAY.format(tests=str(Path(__file__).parent))
+    place = tempfile.mkdtemp(prefix="x", dir="/tmp")  # short, for Ray's sockets
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment["XDG_RUNTIME_DIR"] = place
 
     def begin() -> subprocess.Popen[str]:
         command = [sys.executable, "-c", script]
@@ -801,7 +806,7 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
 
     process = begin()
     assert stop_in(process, 0, signal.SIGTERM) == 143
-    assert not list(Path(tempfile.gettempdir()).glob(f"moenas-r{process.pid}-*")), "no litter"
+    assert not list(Path(place).glob("moenas-r*")), "no litter"
     with begin() as process:
         told, _ = process.communicate(timeout=240)
     assert process.returncode == 0
@@ -809,6 +814,7 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
     assert_sound(found, 5)
     assert len(told.split()) < 5
     assert all(e.status == "complete" for e in found.view.evaluations)
+    shutil.rmtree(place)
 
 
 # --- reading it --------------------------------------------------------------------------------
