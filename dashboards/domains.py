@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 from moenas import figures
 from moenas.records import Evaluation, Plain, View
 
+READS = "front"
 TITLE = "Domains by expert"
 SHOWN = 3
 MOST_EXPERTS = 128

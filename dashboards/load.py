@@ -8,6 +8,7 @@ from plotly.subplots import make_subplots
 from moenas import figures
 from moenas.records import Evaluation, Plain, View
 
+READS = "front"
 TITLE = "Expert load by layer"
 SHOWN = 12
 COLUMNS = 3

@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from moenas import figures
 from moenas.records import Evaluation, View
 
+READS = "front"
 TITLE = "Expert load over training"
 READ = 12
 """Members of the front whose curves are read at most."""

@@ -193,8 +193,8 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 PUBLISHED = "moenas:published"
 """System attribute of the study: what was written -> digest, so that it is written once."""
-STATE = "state"
-"""Key of the state that was written: while it is the same, nothing is drawn."""
+STATE, MEMBERS = "state", "members"
+"""Keys of the state and the front that were written: what shows only these is not drawn again."""
 
 
 def publish(store: Store, name: str) -> None:
@@ -205,9 +205,8 @@ def publish(store: Store, name: str) -> None:
     Raises:
         NotFoundError: if there is no such study.
     """
-    summary, version = store.summary(name), f"{moenas.__version__}:{figures.digest()}"
-    counted = [summary.study.trials, summary.counts, summary.hypervolume, summary.front]
-    state = json.dumps([version, *counted])
+    now, version = store.summary(name), f"{moenas.__version__}:{figures.digest()}"
+    state = json.dumps([version, now.study.trials, now.counts, now.hypervolume, now.front])
     storage = store.optuna_storage()
     sampler = optuna.samplers.RandomSampler()  # the default one would look at every trial
     study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)
@@ -217,7 +216,8 @@ def publish(store: Store, name: str) -> None:
         return
     known = before if before.get(STATE, "").startswith(f'["{version}"') else {}
     view = store.view(name)
-    after = before | {STATE: state}
+    after = before | {STATE: state, MEMBERS: json.dumps(view.front)}
+    same_front = known.get(MEMBERS) == after[MEMBERS]
 
     def changed(key: str, text: str) -> bool:
         after[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -226,7 +226,7 @@ def publish(store: Store, name: str) -> None:
     for key, text in _notes(view, before, known).items():
         if changed(key, text):
             _save_note(study, key.removeprefix("note:"), text)
-    for figure_name, figure in figures.figures(view).items():
+    for figure_name, figure in figures.figures(view, same_front=same_front).items():
         figure.update_layout(**ON_THE_PAGE)
         if changed(f"figure:{figure_name}", figure.to_json()):
             optuna_dashboard.save_plotly_graph_object(study, figure, graph_object_id=figure_name)

@@ -201,8 +201,10 @@ def is_near(level: float, values: Sequence[float]) -> bool:
     return min(values) - span <= level <= max(values) + span
 
 
-def figures(view: View) -> dict[str, go.Figure]:
+def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     """Draw every figure of dashboards/, keyed by name; the folder here shadows the shipped one.
+
+    With `same_front` those are left out that say `READS = "front"`: they show members alone.
 
     A file that does not run, or does not give a figure, becomes a figure that says so: a study
     must not end because of a picture of it.
@@ -210,7 +212,19 @@ def figures(view: View) -> dict[str, go.Figure]:
     files = listing("dashboards", ".py")
     names = [name for name in ORDER if name in files]
     names += [name for name in files if name not in ORDER]
-    return {name: _draw(files[name], view) for name in names}
+    found = {}
+    for name in names:
+        if not same_front or _reads(files[name]) != "front":
+            found[name] = _draw(files[name], view)
+    return found
+
+
+def _reads(path: Path) -> object:
+    """Return what a figure says that it reads; None is everything."""
+    try:
+        return getattr(load_module(take(path, "dashboards")), "READS", None)
+    except Exception:  # drawing it says what is wrong
+        return None
 
 
 def digest() -> str:

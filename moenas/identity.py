@@ -97,9 +97,14 @@ def settle(connection: Connection, path: Path | None, wanted: str | None, folder
     """
     known, here = read(connection), place(connection, path)
     name, former = known.uuid or uuid.uuid4().hex, list(known.former)
-    if known.place not in (None, here) and _is_copy(known, path):
-        name, former = uuid.uuid4().hex, [*former, known.uuid]
     root = known.weights
+    if known.place not in (None, here):
+        before = Path(root) if root else Path(str(known.place)).parent / FOLDER
+        if _is_copy(known, path):
+            name = uuid.uuid4().hex
+            former += [known.uuid, str(before / known.uuid)]
+        elif path is not None and root is None and _was_left(known, before, path):
+            root = str(before)
     if wanted:
         root = str(folder / wanted)
         _check_whole(known, name, Path(root))
@@ -110,6 +115,12 @@ def settle(connection: Connection, path: Path | None, wanted: str | None, folder
         changes = {"uuid": name, "place": here, "weights": root, "former": former}
         connection.execute(update(database).where(database.c.id == 1).values(changes))
     return now
+
+
+def _was_left(known: Identity, before: Path, path: Path) -> bool:
+    """Whether an SQLite file was moved without the folder of its weights."""
+    beside = path.parent / FOLDER / known.uuid
+    return (before / known.uuid).is_dir() and not beside.is_dir()
 
 
 def place(connection: Connection, path: Path | None) -> str:
@@ -182,7 +193,8 @@ def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -
     bases = [base, beside]
     if path is not None and known.place:
         bases.append(Path(known.place).parent / FOLDER)
-    names = [known.uuid, *reversed(known.former), ""]  # the first schema had no uuid
+    # A former one may be a whole path; the first schema had no uuid.
+    names = [known.uuid, *reversed(known.former), ""]
     places = dict.fromkeys(each / name for each in bases for name in names)
     root = Root(base / known.uuid)
     root.older = tuple(place for place in places if place != root)

@@ -14,6 +14,8 @@ from moenas.errors import InputError
 
 RETRY_S = 300.0
 """Seconds that a run waits for its database; $MOENAS_RETRY_S takes its place."""
+RELEASE_S = 2.0
+"""Seconds that the end of a run waits for it."""
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
 QUIET_S = 1.0
@@ -53,28 +55,31 @@ class Retry:
         self._passes = passes
         self._local = threading.local()
 
-    def __call__(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns; `work` must be safe to repeat."""
+    def __call__(self, work: Callable[[], T], seconds: float | None = None) -> T:
+        """Return what `work` returns; `work` must be safe to repeat.
+
+        `seconds` takes the place of the usual limit.
+        """
         if getattr(self._local, "inside", False):
             return work()
         self._local.inside = True
         try:
-            return self._repeat(work)
+            return self._repeat(work, self.seconds if seconds is None else seconds)
         finally:
             self._local.inside = False
 
-    def _repeat(self, work: Callable[[], T]) -> T:
+    def _repeat(self, work: Callable[[], T], limit: float) -> T:
         began, pause, said = time.monotonic(), FIRST_PAUSE, False
         while True:
             try:
                 return work()
             except Exception as error:
                 waited = time.monotonic() - began
-                if waited + pause > self.seconds or not self._passes(error):
+                if waited + pause > limit or not self._passes(error):
                     raise
                 if waited >= QUIET_S and not said:
                     said = True
-                    log.warning("%s; trying again for up to %.0f s", error, self.seconds)
+                    log.warning("%s; trying again for up to %.0f s", error, limit)
             # Processes that wait for one lock do not all come back at the same moment.
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)

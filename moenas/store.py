@@ -15,7 +15,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     delete,
-    func,
     insert,
     inspect,
     select,
@@ -28,6 +27,7 @@ from moenas.database import Database
 from moenas.errors import InputError, StudyBusyError
 from moenas.readers import FrontView, Summary
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.retry import RELEASE_S
 from moenas.urls import is_uri
 from moenas.weights import Root, sweep
 
@@ -234,11 +234,17 @@ class Store:
             self._database.check_identity(connection)
             claims.beat(connection, name, self._owner)
 
-    @_again
     def release(self, name: str) -> None:
-        """Stop being the driver of a study; nothing happens if this store is not."""
-        with self._changing(name) as connection:
-            claims.release(connection, name, self._owner)
+        """Stop being the driver of a study; nothing happens if this store is not.
+
+        It does not wait for long: this is done when a user ends a run.
+        """
+
+        def work() -> None:
+            with self._changing(name) as connection:
+                claims.release(connection, name, self._owner)
+
+        self._database.again(work, seconds=RELEASE_S)
 
     @_again
     def driver(self, name: str) -> str | None:
@@ -416,13 +422,9 @@ class Store:
             known = select(trial).where(tables.evaluation.c.study == name).order_by(trial)
             return list(connection.scalars(known))
 
-    @_again
     def count(self, name: str) -> int:
         """Return how many trials of a study have an evaluation."""
-        known = tables.evaluation.c.study == name
-        with self._reading(name) as connection:
-            count = select(func.count()).select_from(tables.evaluation).where(known)
-            return connection.execute(count).scalar_one()
+        return len(self.finished(name))
 
     # --- the front -----------------------------------------------------------------------------
 
@@ -441,10 +443,7 @@ class Store:
 
     @_again
     def history(self, name: str) -> list[FrontPoint]:
-        """Return the front after each complete trial, in the order in which they were recorded.
-
-        All hypervolumes are measured from the study's reference point.
-        """
+        """Return the front after each complete trial, in order, by one reference point."""
         with self._reading(name) as connection:
             return membership.history(connection, name)
 

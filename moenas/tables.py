@@ -67,7 +67,7 @@ database = Table(
     Column("place", Text),
     # Absolute path of the folder of weights; NULL is moenas_runs beside an SQLite file.
     Column("weights", Text),
-    # The uuids of the databases that this one is a copy of: their weights may be its own.
+    # Of the databases that this one is a copy of: uuids and folders, whose weights may be its own.
     Column("former", Json, nullable=False),
 )
 

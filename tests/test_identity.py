@@ -65,6 +65,31 @@ def test_a_database_that_was_moved_with_its_folder_finds_its_weights(tmp_path: P
     assert read_weights(moved.runs, "x", 0, digest) == b"a"
 
 
+def test_a_database_that_was_moved_without_its_folder_goes_on_using_it(tmp_path: Path) -> None:
+    store, digest = made(tmp_path / "a.db", b"a")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "a.db").rename(tmp_path / "new" / "a.db")
+    assert read_weights(opened(tmp_path / "new" / "a.db").runs, "x", 0, digest) == b"a"
+    for _ in range(2):
+        moved = Store.open(f"sqlite:///{tmp_path}/new/a.db", create=True)
+        moved.claim("x")
+        moved.release("x")
+        assert moved.runs == store.runs
+        assert read_weights(moved.runs, "x", 0, digest) == b"a"
+
+
+def test_a_copy_in_another_folder_finds_the_weights_of_the_original(tmp_path: Path) -> None:
+    _, digest = made(tmp_path / "a.db", b"a")
+    (tmp_path / "new").mkdir()
+    shutil.copy(tmp_path / "a.db", tmp_path / "new" / "a.db")
+    for _ in range(2):
+        copy = Store.open(f"sqlite:///{tmp_path}/new/a.db", create=True)
+        copy.claim("x")
+        copy.release("x")
+        assert copy.runs.parent == tmp_path / "new" / "moenas_runs"
+        assert read_weights(copy.runs, "x", 0, digest) == b"a"
+
+
 def test_weights_of_the_first_schema_are_found(tmp_path: Path) -> None:
     """A study of an earlier version: no identity, and weights right in moenas_runs."""
     store, _ = made(tmp_path / "a.db")

@@ -19,6 +19,7 @@ from test_store import a_study, an_evaluation, ask
 
 from moenas import retry
 from moenas.errors import InputError, StorageLostError
+from moenas.heartbeat import Lease
 from moenas.store import Store
 
 
@@ -113,6 +114,16 @@ def test_ctrl_c_ends_a_wait_at_once(path: Path) -> None:
         assert process.returncode == -signal.SIGINT
         thread.join()
     assert Store.open(f"sqlite:///{path}").study("x").trials == 10
+
+
+def test_the_end_of_a_run_waits_for_no_lock(path: Path) -> None:
+    lease = Lease(Store.open(f"sqlite:///{path}", create=True), "x")
+    lease.__enter__()
+    thread = locked(path, 8)
+    began = time.monotonic()
+    lease.__exit__()
+    assert time.monotonic() - began < 5
+    thread.join()
 
 
 def test_optuna_says_what_the_database_said(path: Path) -> None:
