@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moenas.parts.layers import size
 from moenas.parts.bias import distances
+from moenas.parts.layers import size
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:
