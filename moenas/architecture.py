@@ -19,7 +19,7 @@ from moenas.component import Component, setting
 from moenas.parts.balance import joined_loss
 from moenas.parts.blocks import Block, BlockGroup, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
-from moenas.parts.layers import matrices, writers
+from moenas.parts.layers import matrices, size, writers
 from moenas.parts.lending import link, unfit
 from moenas.parts.norms import NormKind
 from moenas.parts.residual import Late
@@ -285,7 +285,7 @@ class Stem(nn.Module):
         """Map the embeddings (B, S, D) of tokens at start, start + 1, ... to the stream."""
         x = x if self.multiplier == 1 else x * self.multiplier
         if self.positions is not None:
-            end = start + int(x.shape[1])  # a tensor while the model is traced
+            end = start + size(x.shape[1])  # a tensor while the model is traced
             if end > len(self.positions):
                 raise ValueError(f"{end} tokens; max_positions is {len(self.positions)}")
             x = x + self.positions[start:end].to(x.dtype)

@@ -31,7 +31,8 @@ FLOORS = """
     optuna_storage
     store
     dashboard heartbeat attempts
-    parts.layers parts.norms parts.scan parts.lending parts.bias
+    parts.layers parts.norms parts.lending parts.bias
+    parts.scan
     parts.activations parts.dispatch parts.scores parts.selection parts.logits parts.presets
     parts.assignment parts.projections
     parts.mixers parts.rotary parts.attend parts.gating parts.ffn

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.parts.bias import distances
+from moenas.parts.layers import size
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class Temperature(nn.Module):
 
     def forward(self, q: Tensor, start: int) -> Tensor:
         """Scale (B, H, S, C) queries that stand at positions start, start + 1, ..."""
-        end = start + int(q.shape[2])
-        if end < self.floor_scale:
-            return q
+        end = start + size(q.shape[2])
+        if not torch.compiler.is_compiling() and end < self.floor_scale:
+            return q  # all factors are 1
         steps = torch.arange(start + 1, end + 1, device=q.device) // self.floor_scale
         factors = 1 + self.attn_scale * (1.0 + steps).log()
         return (q * factors.unsqueeze(-1)).to(q.dtype)
@@ -145,7 +146,7 @@ class Attend(nn.Module):
         first = reach.first_seen(start)
         if first:
             k, v = k[:, :, first:], v[:, :, first:]
-        length = int(q.shape[2])  # a tensor while the model is traced
+        length = size(q.shape[2])  # a tensor while the model is traced
         plain = self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
         mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
@@ -154,11 +155,11 @@ class Attend(nn.Module):
             mask = masked(self.bias(far, table), mask).to(q.dtype)
         if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
             return self.by_hand(q, k, v, mask).to(dtype)
-        width = int(v.shape[-1])
+        width = size(v.shape[-1])
         if self.sinks is not None and mask is not None:
             q, k, v = self.with_sinks(q, k, v, self.sinks)
             mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
-        grouped = int(k.shape[1]) < self.n_heads
+        grouped = size(k.shape[1]) < self.n_heads
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )

@@ -131,7 +131,7 @@ class Balance(nn.Module):
             return Routing(whole, dropped, self.even_importance(choice), z_loss, entropy, choice)
         if self.bias is not None:
             load = self.load(unbiased(choice), groups)
-        slots = load * groups / len(choice.scores)
+        slots = load * groups / choice.scores.shape[0]
         scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
         mean = scores.view(groups, -1, self.n_experts).mean(dim=1)
         even = even_load(slots, mean)
@@ -139,7 +139,7 @@ class Balance(nn.Module):
 
     def load(self, choice: Choice, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
-        group = choice.slot_tokens() // (len(choice.scores) // groups)
+        group = choice.slot_tokens() // (choice.scores.shape[0] // groups)
         slots = choice.experts.flatten() + self.n_experts * group
         ones = torch.ones_like(slots) if choice.kept is None else choice.kept.flatten().long()
         load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moenas.parts.attend import Attend, gated
-from moenas.parts.layers import Linear
+from moenas.parts.layers import Linear, size
 from moenas.parts.lending import Lending, Lent
 from moenas.parts.norms import RMSNorm
 from moenas.parts.projections import normed
@@ -67,7 +67,7 @@ class BorrowedAttention(Lending):
     def forward(self, x: Tensor, cache: None = None, lent: Lent | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), the last S of the tokens whose keys are in `lent`."""
         k, v = self.borrowed_keys(lent)
-        start = int(k.shape[2]) - int(x.shape[1])  # tensors while the model is traced
+        start = size(k.shape[2]) - size(x.shape[1])  # tensors while the model is traced
         table = self.table(self.attend.table, lent)
         y = self.attend(self.queries(x, start), k, v, start, table).transpose(1, 2)
         out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))

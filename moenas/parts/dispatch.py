@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Shapes: T tokens, E experts, K experts chosen for a token, N slots (a slot is one token at one of
@@ -59,9 +60,26 @@ def row_multiple(x: Tensor, experts: Tensor, n_experts: int) -> int:
     of 2048 tokens, took 293 ms with rows rounded to 1 in 32 of the mean load, and 164 ms with
     these. float32 needs no such kernels.
     """
-    if x.device.type != "cpu" or x.dtype == torch.float32:
+    if x.device.type != "cpu" or x.dtype == torch.float32 or torch.compiler.is_compiling():
         return 1
     return 1 << max(0, (experts.numel() // (8 * n_experts)).bit_length() - 1)
+
+
+def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """Return each of `rows` (N, D) times the matrix of its group, (N, F).
+
+    Group e of `stack` (E, D, F) has the rows from the end of the one before to `ends[e]`. While a
+    compiler or an exporter traces, torch's grouped product has shapes for bfloat16 alone; any other
+    type then takes E products of all rows.
+    """
+    if not torch.compiler.is_compiling() or rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, stack, offs=ends)
+    place = torch.arange(rows.shape[0], device=rows.device)
+    y = rows.new_zeros(rows.shape[0], stack.shape[-1])
+    for e in range(stack.shape[0]):
+        inside = place < ends[e] if e == 0 else (place >= ends[e - 1]) & (place < ends[e])
+        y = torch.where(inside.unsqueeze(-1), rows @ stack[e], y)
+    return y
 
 
 def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:

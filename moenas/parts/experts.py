@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moenas.component import setting
 from moenas.parts.activations import Activated, Activation, up_width
 from moenas.parts.balance import Balance, Routing, joined_loss
-from moenas.parts.dispatch import row_multiple, sort_slots, within_capacity
+from moenas.parts.dispatch import grouped, row_multiple, sort_slots, within_capacity
 from moenas.parts.ffn import FFN, FeedForward, GatedFeedForward, network_cost
 from moenas.parts.gating import Choice, Gating
 from moenas.parts.layers import Linear
@@ -262,10 +262,10 @@ class Experts(nn.Module):
         rows = rows if masked is None else rows.masked_fill(masked, 0)
         # Numbers from E on are those of zero experts, whose rows are empty.
         expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
-        h = F.grouped_mm(rows, self.up.to(x.dtype), offs=ends)
+        h = grouped(rows, self.up.to(x.dtype), ends)
         h = h if self.up_bias is None else self.up_bias(h, expert, empty)
         h = self.activation(h)
-        y = F.grouped_mm(h, self.down.to(x.dtype), offs=ends)
+        y = grouped(h, self.down.to(x.dtype), ends)
         y = y if self.down_bias is None else self.down_bias(y, expert, empty)
         y = y if masked is None else y.masked_fill(masked, 0)
         if self.weight_on == "output":
@@ -368,11 +368,11 @@ class MoE(nn.Module):
         read = tokens if source is None else source.flatten(0, 1)
         named = None if numbers is None else numbers.flatten()
         choice: Choice = self.router(read, self.balance.bias, named)
-        kept, dropped = self.with_room(choice, len(x))
+        kept, dropped = self.with_room(choice, x.shape[0])
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:
             y = y + self.zero(tokens, choice.table()[:, self.experts.n_experts :])
-        self.routing = self.balance(choice, dropped, len(x))
+        self.routing = self.balance(choice, dropped, x.shape[0])
         y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x)
 

@@ -109,7 +109,7 @@ class Weights(nn.Module):
             weights = scores[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
         weights = weights if kept is None else weights.masked_fill(~kept, 0)
         if self.normalize:
-            weights = weights / (self.sums(weights, picked, len(scores)) + 1e-20)
+            weights = weights / (self.sums(weights, picked, scores.shape[0]) + 1e-20)
         if self.expert_scale is not None:
             factors = self.expert_scale.float().index_select(0, picked.experts.flatten())
             weights = weights * factors.view_as(weights)

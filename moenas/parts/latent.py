@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.attend import Attend, Reach, gated
-from moenas.parts.layers import Linear
+from moenas.parts.layers import Linear, size
 from moenas.parts.mixers import KVCache, Mixer
 from moenas.parts.norms import RMSNorm
 from moenas.parts.projections import Bottleneck
@@ -159,7 +159,7 @@ class LatentAttention(nn.Module):
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         q = self.query(x).unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2)
         latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
-        nope = int(q.shape[-1] - k_rope.shape[-1])  # tensors while the model is traced
+        nope = size(q.shape[-1] - k_rope.shape[-1])  # tensors while the model is traced
         q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
         start = 0 if cache is None else cache.length
         if self.rotary is not None:
@@ -184,7 +184,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attend with the latent as key and value of every head, (B, H, S, C of the values)."""
         up = self.keys.up.weight.to(q_nope.dtype).unflatten(0, (self.attend.n_heads, -1))
-        nope = int(q_nope.shape[-1])
+        nope = size(q_nope.shape[-1])
         up_k, up_v = up[:, :nope], up[:, nope:]  # (H, C, rank)
         q = torch.cat((q_nope @ up_k, q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)

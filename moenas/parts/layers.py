@@ -37,6 +37,14 @@ def writers(part: Any) -> list[nn.Parameter]:
     return [weight] if not found and isinstance(weight, nn.Parameter) else found
 
 
+def size(length: Any) -> Any:
+    """Return a length of a shape: a tensor of `torch.jit.trace` as a number, all else as it is.
+
+    A length that `torch.export` keeps open stays so; `int` would fix it.
+    """
+    return int(length) if isinstance(length, Tensor) else length
+
+
 def matrices(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module itself that are weights: drawn at random, and decaying.
 

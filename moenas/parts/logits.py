@@ -153,7 +153,7 @@ class NoLogits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, D) to (T, E)."""
-        return torch.zeros(len(x), self.n_experts, device=x.device)
+        return torch.zeros(x.shape[0], self.n_experts, device=x.device)
 
 
 class Noise(nn.Module):

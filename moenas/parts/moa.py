@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.attend import Attend, Reach
 from moenas.parts.balance import Balance
-from moenas.parts.dispatch import Rows, row_multiple, sort_slots
+from moenas.parts.dispatch import Rows, grouped, row_multiple, sort_slots
 from moenas.parts.experts import MoE
 from moenas.parts.gating import Choice, Gating
 from moenas.parts.layers import Linear
@@ -180,7 +179,7 @@ class HeadExperts(nn.Module):
         """Multiply each row with the matrix of its expert; rows without a slot are 0."""
         # The grouped product leaves them unwritten, in its output and in the gradient of its input.
         x = x if rows.empty is None else x.masked_fill(rows.empty, 0)
-        y = F.grouped_mm(x, stack.to(x.dtype), offs=rows.ends)
+        y = grouped(x, stack.to(x.dtype), rows.ends)
         return y if rows.empty is None else y.masked_fill(rows.empty, 0)
 
     def weights(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -245,11 +244,11 @@ class MoA(MoE):
         """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
         tokens = x.flatten(0, 1)
         choice: Choice = self.router(tokens, self.balance.bias)
-        kept, dropped = self.with_room(choice, len(x))
+        kept, dropped = self.with_room(choice, x.shape[0])
         rows = self.experts.rows(tokens, choice, kept)
         heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
         y: Tensor = self.experts.outputs(heads, choice, rows).view_as(x)
-        self.routing = self.balance(choice, dropped, len(x))
+        self.routing = self.balance(choice, dropped, x.shape[0])
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def new_cache(self, batch: int, context: int) -> KVCache:

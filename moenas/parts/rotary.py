@@ -370,10 +370,17 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor, start: int) -> Tensor:
         """Turn (B, H, S, C) queries or keys that stand at positions start, start + 1, ..."""
         end = start + x.shape[2]
+        if torch.compiler.is_compiling():  # a table that grows would fix the length
+            table = self.angles(end, x.device)
+            return self.turn(x, table[:, start:end].to(x.dtype))
         if end > self.table.shape[1] or self.table.device != x.device:
             with torch.inference_mode(False):
                 self.table = self.angles(max(end, 2 * self.table.shape[1]), x.device)
-        cos, sin = self.table[:, start:end].to(x.dtype).unbind()
+        return self.turn(x, self.table[:, start:end].to(x.dtype))
+
+    def turn(self, x: Tensor, table: Tensor) -> Tensor:
+        """Turn (B, H, S, C) by the cosines and sines (2, S, W) of its positions."""
+        cos, sin = table.unbind()
         turning = x if x.shape[-1] == self.width else x[..., : self.width]
         left, right = turning.chunk(2, dim=-1)
         turned = turning * cos + torch.cat((-right, left), dim=-1) * sin

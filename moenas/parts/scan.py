@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moenas.parts.layers import size
+
 # Shapes: B sequences, S tokens, H heads, G groups of heads, N chunks of Q tokens, P width of the
 # values of a head, M width of its keys (its state is M x P).
 
@@ -35,7 +37,7 @@ def padded(length: int, longest: int = CHUNK) -> int:
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
     """Map (B, S, ...) to (B, N, Q, ...), filled up with 0."""
-    missing = -int(x.shape[1]) % chunk
+    missing = -size(x.shape[1]) % chunk
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
     chunks: Tensor = x.unflatten(1, (-1, chunk))
@@ -60,7 +62,7 @@ def scan_heads(
     softmax inside a chunk, one state carried from chunk to chunk.
     """
     batch, length, heads, width = map(int, x.shape)  # tensors while the model is traced
-    groups = int(b.shape[2])
+    groups = size(b.shape[2])
     chunk = chunk_length(length)
     x = in_chunks(x, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # B N G . Q P
     steps = in_chunks(steps, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # B N G . Q
@@ -98,7 +100,7 @@ def scan_channels(
     computes it. All chunks go through their tokens together, then each takes over the state of
     the one before it: about 2 sqrt(S) steps.
     """
-    length = int(x.shape[1])
+    length = size(x.shape[1])
     chunk = max(1, round(length**0.5))
     dt = in_chunks(dt, chunk)
     decays = (dt.unsqueeze(-1) * rates).exp()  # B N Q C M
@@ -130,7 +132,7 @@ def delta_rule(
     arXiv 2510.26692). Chunked by the WY form (arXiv 2412.06464, section 3.3): a triangular system
     for each chunk gives what its tokens write, then one state is carried from chunk to chunk.
     """
-    length, by_channel = int(beta.shape[1]), steps.dim() == 4
+    length, by_channel = size(beta.shape[1]), steps.dim() == 4
     chunk = chunk_length(length, CHANNEL_CHUNK if by_channel else CHUNK)
     q, k, v = (in_chunks(x, chunk).transpose(2, 3) for x in qkv)  # B N H Q .
     steps, beta = (in_chunks(x, chunk).transpose(2, 3) for x in (steps, beta))  # B N H Q [M]

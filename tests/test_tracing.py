@@ -1,0 +1,76 @@
+"""Exported modules under torch.export and torch.compile, in float32 with open lengths."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from moenas.architecture import Architecture
+from moenas.export import model_source
+from moenas.records import Plain
+
+ATTENTION: Plain = {"kind": "attention", "head_dim": 16, "n_kv_heads": 1, "qk_norm": "head"}
+FFNS: dict[str, Plain] = {
+    "dense": {"kind": "dense", "d_ff": 32},
+    "moe": {"kind": "moe", "n_experts": 4, "d_expert": 32, "router": {"top_k": 2}},
+    "shared": {
+        "kind": "moe",
+        "n_experts": 4,
+        "d_expert": 32,
+        "n_shared_experts": 1,
+        "n_zero_experts": 2,
+        "expert_bias": True,
+        "router": {"top_k": 2, "score": "sigmoid", "balance": "bias", "weight_on": "input"},
+    },
+}
+
+
+def exported(name: str, folder: Path) -> nn.Module:
+    """Return a module of the file that an export writes, without moenas's own classes."""
+    layer = {"repeat": 2, "mixer": ATTENTION, "ffn": FFNS[name]}
+    moa = {"mixer": {"kind": "moa", "n_experts": 4, "n_kv_heads": 1, "head_dim": 16}}
+    plain = {"vocab_size": 64, "d_model": 32, "blocks": [layer, *([moa] if name == "moe" else [])]}
+    path = folder / f"model_{name}.py"
+    path.write_text(model_source(Architecture.parse(plain)))
+    spec = importlib.util.spec_from_file_location(f"exported_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    model: nn.Module = module.build()
+    return model.eval()
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(64, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("name", FFNS)
+@torch.no_grad()
+def test_a_module_exports_with_open_batch_and_length(name: str, tmp_path: Path) -> None:
+    model = exported(name, tmp_path)
+    sizes = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=4096)}
+    program = torch.export.export(model, (tokens(3, 19),), dynamic_shapes=(sizes,))
+    for batch, length in ((3, 19), (1, 2), (2, 70)):
+        found = program.module()(tokens(batch, length))
+        assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FFNS)
+@torch.no_grad()
+def test_a_module_compiles_whole_with_open_batch_and_length(name: str, tmp_path: Path) -> None:
+    model = exported(name, tmp_path)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for batch, length in ((3, 19), (2, 70)):
+        found = compiled(tokens(batch, length))
+        assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
