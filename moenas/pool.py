@@ -51,7 +51,7 @@ def _require_gpu(search: Search) -> None:
     """Refuse to evaluate on a CPU what asks for a GPU."""
     if search.gpus <= 0:
         return
-    from moenas.measure import default_device
+    from moenas.subject import default_device
 
     if default_device().type == "cpu":
         raise InputError(

@@ -7,27 +7,25 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from sqlalchemy import (
     Connection,
     Engine,
     delete,
     insert,
-    inspect,
     select,
     update,
 )
 from sqlalchemy.exc import IntegrityError
 
-from moenas import claims, identity, membership, optuna_rows, readers, rows, statements, tables
+from moenas import claims, identity, membership, readers, rows, statements, tables
 from moenas.database import Database
 from moenas.errors import InputError, StudyBusyError
-from moenas.readers import FrontView, Summary
-from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.retry import RELEASE_S
+from moenas.store_reader import StoreReader, again
 from moenas.urls import is_uri
 from moenas.weights import Root, sweep
 
@@ -44,21 +42,7 @@ def _now(precision: str = "milliseconds") -> str:
     return datetime.now(UTC).isoformat(timespec=precision)
 
 
-def _again(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
-    """Let a method, which is one transaction, be tried again when it fails for a passing reason.
-
-    It may be repeated after it was done, as the answer of a commit can be lost: then it changes
-    nothing, and returns the same.
-    """
-
-    @wraps(method)
-    def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._database.again(lambda: method(self, *args, **kwargs))
-
-    return call
-
-
-class Store:
+class Store(StoreReader):
     """The studies of one database, and the folder of their weights.
 
     Every method is one transaction, which is tried again for a limited time when it fails for a
@@ -68,7 +52,7 @@ class Store:
     """
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        super().__init__(database)
         self._owner = uuid.uuid4().hex
 
     @classmethod
@@ -186,7 +170,7 @@ class Store:
 
         self._database.again(work)
 
-    @_again
+    @again
     def set_trials(self, name: str, trials: int) -> None:
         """Set how many trials the study is to have in total."""
         with self._changing(name) as connection:
@@ -194,21 +178,9 @@ class Store:
                 update(tables.study).where(tables.study.c.name == name).values(trials=trials)
             )
 
-    @_again
-    def study(self, name: str) -> StudyRecord:
-        """Return a study."""
-        with self._reading(name) as connection:
-            return readers.studies(connection, name)[0]
-
-    @_again
-    def studies(self) -> list[StudyRecord]:
-        """Return all studies, oldest first."""
-        with self._database.reading() as connection:
-            return readers.studies(connection)
-
     # --- the driver ----------------------------------------------------------------------------
 
-    @_again
+    @again
     def claim(self, name: str) -> None:
         """Become the driver of a study, until `release`; `beat` at least every 10 s.
 
@@ -246,15 +218,9 @@ class Store:
 
         self._database.again(work, seconds=RELEASE_S)
 
-    @_again
-    def driver(self, name: str) -> str | None:
-        """Say who runs a study now, or return None."""
-        with self._reading(name) as connection:
-            return claims.holder(connection, name)
-
     # --- trials --------------------------------------------------------------------------------
 
-    @_again
+    @again
     def asked(
         self, name: str, trial: int, fingerprint: str, architecture: Plain, cost: dict[str, int]
     ) -> None:
@@ -288,7 +254,7 @@ class Store:
         """
         return self._start_attempt(name, trial, _now("microseconds"))
 
-    @_again
+    @again
     def _start_attempt(self, name: str, trial: int, started: str) -> int:
         """Store an attempt that began at `started`; once more for the same moment is no other."""
         with self._changing(name) as connection:
@@ -300,38 +266,15 @@ class Store:
             connection.execute(insert(tables.attempt), row)
             return newest + 1
 
-    @_again
-    def attempts(self, name: str, trial: int) -> int:
-        """Return how many times a trial was started."""
-        with self._reading(name) as connection:
-            return statements.newest_attempt(connection, name, trial)
-
-    @_again
-    def read(self, name: str, wanted: Callable[[Connection], T]) -> T:
-        """Read a study's rows in one state."""
-        with self._reading(name) as connection:
-            return wanted(connection)
-
-    @_again
+    @again
     def apply(self, name: str, change: Callable[[Connection], T]) -> T:
         """Run a change of a study's rows in one transaction."""
         with self._changing(name) as connection:
             return change(connection)
 
-    @_again
-    def architecture(self, name: str, trial: int) -> Plain:
-        """Return the canonical architecture of a trial.
-
-        Raises:
-            NotFoundError: if the study has no such trial.
-        """
-        with self._reading(name) as connection:
-            found: Plain = statements.known_trial(connection, name, trial).architecture
-            return found
-
     # --- evaluations ---------------------------------------------------------------------------
 
-    @_again
+    @again
     def record(self, evaluation: Evaluation) -> bool:
         """Store an evaluation, the front and its history together; return whether it counts.
 
@@ -385,127 +328,9 @@ class Store:
             point = statements.point(record, evaluation)
             membership.advance(connection, record, trial, point, copied=copied)
 
-    @_again
-    def evaluation(self, name: str, trial: int) -> Evaluation | None:
-        """Return the evaluation of a trial, or None if there is none yet."""
-        with self._reading(name) as connection:
-            return readers.evaluation(connection, name, trial)
-
-    @_again
-    def evaluations(self, name: str) -> list[Evaluation]:
-        """Return all evaluations of a study in order of their trials.
-
-        The curve and the routing of each are read when they are asked for.
-        """
-        with self._reading(name) as connection:
-            return readers.evaluations(connection, name, self._rest(name))
-
-    @_again
-    def knows(self, name: str) -> bool:
-        """Say whether there is a study of ours of this name."""
-        with self._database.reading() as connection:
-            return bool(readers.studies(connection, name))
-
-    @_again
-    def holds_optuna_study(self, name: str) -> bool:
-        """Say whether Optuna's tables hold a study of this name."""
-        with self._database.reading() as connection:
-            if not inspect(connection).has_table("studies"):
-                return False
-            return optuna_rows.has_study(connection, name)
-
-    @_again
-    def finished(self, name: str) -> list[int]:
-        """Return the trials that have an evaluation."""
-        trial = tables.evaluation.c.trial
-        with self._reading(name) as connection:
-            known = select(trial).where(tables.evaluation.c.study == name).order_by(trial)
-            return list(connection.scalars(known))
-
-    def count(self, name: str) -> int:
-        """Return how many trials of a study have an evaluation."""
-        return len(self.finished(name))
-
-    # --- the front -----------------------------------------------------------------------------
-
-    @_again
-    def front(self, name: str) -> list[int]:
-        """Return the trials on the front in order of the first objective, best first."""
-        with self._reading(name) as connection:
-            return membership.members(connection, readers.studies(connection, name)[0])
-
-    @_again
-    def standing(self, name: str) -> tuple[int, float | None]:
-        """Return the size of the front and its hypervolume now; 0, None without complete trials."""
-        with self._reading(name) as connection:
-            row = membership.last(connection, name)
-            return (row.size, row.hypervolume) if row else (0, None)
-
-    @_again
-    def history(self, name: str) -> list[FrontPoint]:
-        """Return the front after each complete trial, in order, by one reference point."""
-        with self._reading(name) as connection:
-            return membership.history(connection, name)
-
-    @_again
-    def summary(self, name: str) -> Summary:
-        """Return how far a study is and how it does, in counts and best values."""
-        with self._reading(name) as connection:
-            return readers.summary(connection, name)
-
-    @_again
-    def front_view(self, name: str) -> FrontView:
-        """Return the members of the front with their architectures, and what they stand on."""
-        with self._reading(name) as connection:
-            return readers.front_view(connection, name, self._rest(name))
-
-    @_again
-    def view(self, name: str) -> View:
-        """Return a study for figures: the study, the front and its history in one state.
-
-        Evaluations, their curves and architectures are read when they are asked for.
-        """
-        with self._reading(name) as connection:
-            record = readers.studies(connection, name)[0]
-            front = membership.members(connection, record)
-            history = membership.history(connection, name)
-        later = {
-            "evaluations": lambda: self.evaluations(name),
-            "architectures": lambda: self.architectures(name),
-        }
-        return readers.StoredView.of(record, front, history, later)
-
-    @_again
-    def architectures(self, name: str) -> dict[int, Plain]:
-        """Return trial -> canonical architecture of all trials."""
-        with self._reading(name) as connection:
-            return readers.architectures(connection, name)
-
-    def _rest(self, name: str) -> readers.Rest:
-        """Return what reads the curve and the routing of a trial."""
-
-        members: dict[int, list[Plain]] = {}
-
-        def read(part: str, trial: int) -> list[Plain]:
-            with self._database.reading() as connection:
-                if part == "routing" and not members:
-                    members.update(readers.routing_of_front(connection, name))
-                    members.setdefault(-1, [])
-                if part == "routing" and trial in members:
-                    return members[trial]
-                return readers.rest_of(connection, name, part, trial)
-
-        return lambda part, trial: self._database.again(lambda: read(part, trial))
-
     # --- the reference model -------------------------------------------------------------------
 
-    @_again
-    def reference_ms(self, name: str) -> dict[str, float]:
-        """Return device and workload -> time of the reference model there, in ms."""
-        with self._reading(name) as connection:
-            return statements.reference_ms(connection, name)
-
-    @_again
+    @again
     def set_reference_ms(self, name: str, key: str, ms: float) -> float:
         """Fix the time of the reference model, if none is fixed; return the one that holds."""
         with self._changing(name) as connection:
@@ -516,13 +341,6 @@ class Store:
             return known.get(key, ms)
 
     # --- transactions --------------------------------------------------------------------------
-
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[Connection]:
-        """Yield a connection that sees one state, with the study in it."""
-        with self._database.reading() as connection:
-            statements.known_study(connection, name)
-            yield connection
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[Connection]:

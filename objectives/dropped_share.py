@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moenas.objective import Measurement
 
 if TYPE_CHECKING:
-    from moenas.measure import Subject
+    from moenas.subject import Subject
 
 direction = "minimize"
 unit = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moenas.measure import Subject
+    from moenas.subject import Subject
 
 direction = "minimize"
 unit = "parameters"

@@ -20,11 +20,12 @@ import torch
 from moenas import data
 from moenas.architecture import Architecture
 from moenas.data import Corpus
-from moenas.measure import evaluate, excerpts
+from moenas.measure import evaluate
 from moenas.parts import MoEFFN
 from moenas.records import Evaluation, Job
 from moenas.refs import Node, sha256
 from moenas.sections import Protocol, Recipe
+from moenas.subject import excerpts
 from moenas.train import validate
 
 MIXER = {"kind": "attention", "head_dim": 8, "n_kv_heads": 1}

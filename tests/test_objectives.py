@@ -15,10 +15,10 @@ import torch
 from moenas.architecture import Architecture
 from moenas.data import Corpus
 from moenas.latency import device_lease
-from moenas.measure import MIB, Subject, Training
 from moenas.objective import shipped_objective
 from moenas.refs import listing
 from moenas.sections import Protocol, Recipe
+from moenas.subject import MIB, Subject, Training
 
 MIXER = {"kind": "attention", "head_dim": 16}
 MOE = {"kind": "moe", "n_experts": 4, "d_expert": 32, "router": {"top_k": 2}}

@@ -29,7 +29,9 @@ FLOORS = """
     naming
     draws schema sections objective migrations.env migrations.versions database readers figures statements
     optuna_storage
+    store_reader
     store
+    notes
     dashboard heartbeat attempts
     parts.layers parts.norms parts.lending parts.bias
     parts.scan
@@ -50,6 +52,7 @@ FLOORS = """
     space
     dtypes routing causality memory isolation
     train latency flops lift footprint
+    subject
     measure matching
     results ray_address
     ray_worker ray_head ray_cluster
@@ -83,8 +86,8 @@ ROOMS = {
     "ray": "ray_head ray_cluster",
     "safetensors": "measure export",
     "scipy": "none",
-    "sqlalchemy": "store statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift isolation measure export testing",
+    "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
+    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }
