@@ -80,7 +80,7 @@ class Database:
         self.file_id: identity.FileId | None = None
         self._trouble: type[MoenasError] = StorageError
         self._connect(mode)
-        self.again = Retry(READ_S, self._passes)
+        self.again = Retry(READ_S, self._passes, self._waiting_for)
         """Runs one transaction, once more when it failed for a reason that passes."""
 
     def _connect(self, mode: str) -> None:
@@ -220,7 +220,7 @@ class Database:
     def _opened(self, create: bool) -> Database:
         """Bring the database to its use, and from now on call it lost when it fails."""
         limit = patience() if create else READ_S
-        self.again = Retry(min(limit, READ_S), self._passes)
+        self.again = Retry(min(limit, READ_S), self._passes, self._waiting_for)
         made = self.mode == "rwc"
         try:
             self.version = self.again(self._read_version)
@@ -242,7 +242,7 @@ class Database:
             with self.reading() as connection:
                 self.identity = identity.read(connection)
         self._trouble = StorageLostError
-        self.again = Retry(limit, self._passes)
+        self.again = Retry(limit, self._passes, self._waiting_for)
         return self
 
     def _read_version(self) -> str | None:
@@ -297,6 +297,9 @@ class Database:
         """Return what to raise for an error of the database: one line, with a way out."""
         said = clean(faults.first_line(error))
         return self._trouble(f"{self.place}: {faults.advice(said, self.path)}")
+
+    def _waiting_for(self, error: Exception) -> str:
+        return f"{self.place}: {clean(faults.first_line(error.__cause__))}"
 
     def _passes(self, error: Exception) -> bool:
         """Whether an error may go away by itself; raises if the database has gone for good."""

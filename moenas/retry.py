@@ -50,9 +50,14 @@ class Retry:
     one is not repeated by itself.
     """
 
-    def __init__(self, seconds: float, passes: Callable[[Exception], bool]) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        passes: Callable[[Exception], bool],
+        describe: Callable[[Exception], str] = str,
+    ) -> None:
         self.seconds = seconds
-        self._passes = passes
+        self._passes, self._describe = passes, describe
         self._local = threading.local()
 
     def __call__(self, work: Callable[[], T], seconds: float | None = None) -> T:
@@ -77,9 +82,10 @@ class Retry:
                 waited = time.monotonic() - began
                 if waited + pause > limit or not self._passes(error):
                     raise
-                if waited >= QUIET_S and not said:
+                if waited >= QUIET_S and not said and limit > RELEASE_S:
                     said = True
-                    log.warning("%s; trying again for up to %.0f s", error, limit)
+                    said_so = self._describe(error)
+                    log.warning("%s; trying again for up to %.0f s", said_so, limit)
             # Processes that wait for one lock do not all come back at the same moment.
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
