@@ -222,8 +222,8 @@ class Router(Component):
         single = self.top_k == 1 and not chooses.variable and not chooses.by_expert
         if single and self.normalize and learned:
             return (
-                "with top_k: 1 and normalize: true the router learns nothing; write normalize: null,"
-                " beside a preset too"
+                "with top_k: 1 and normalize: true the router learns nothing; write normalize:"
+                " null, beside a preset too"
             )
         if chooses.learned and not learned:
             return f"score: '{self.score}' ranks no expert before another; take selection: 'hash'"
@@ -238,7 +238,10 @@ class Router(Component):
     def invalid_among(self, n_experts: int) -> str | None:
         """Return why the router does not fit a number of experts, or None."""
         if n_experts == 1 and self.normalize and self.scores.from_logits:
-            return "with one expert and normalize: true the router learns nothing; write normalize: null"
+            return (
+                "with one expert and normalize: true the router learns nothing; write normalize:"
+                " null, beside a preset too"
+            )
         if n_experts <= 2 and self.logit_norm and self.scores.from_logits:
             return (
                 f"with logit_norm: true and {n_experts} experts all tokens have the same logits up"
