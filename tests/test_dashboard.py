@@ -152,7 +152,7 @@ def test_the_study_s_note_has_objectives_data_entropy_and_device(published):
     assert "| `decode_ms` | minimize | ms/token |" in note
     assert "stdlib" in note
     assert "abababababababab" in note
-    assert "Order-1 entropy of the data: 2.4 nats/token" in note
+    assert "Held-out bigram loss of the data: 2.4 nats/token" in note
     assert "Some CPU" in note
 
 

@@ -240,7 +240,7 @@ class Router(Component):
         if n_experts == 1 and self.normalize and self.scores.from_logits:
             return (
                 "with one expert and normalize: true the router learns nothing; write normalize:"
-                " null"
+                " null, beside a preset too"
             )
         if n_experts <= 2 and self.logit_norm and self.scores.from_logits:
             return (
