@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -74,7 +75,7 @@ def _lost(error: OSError) -> BaseException:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:  # a terminal that is gone
         return SystemExit(CLOSED_PIPE)
     return OutputError(f"stdout: cannot be written: {error.strerror or error}")
 

@@ -9,11 +9,12 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from statistics import quantiles
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -51,32 +52,53 @@ def bound(tried: int, failed: int) -> float:
     return 1.0 if failed >= tried else float(beta.ppf(0.95, failed + 1, tried - failed))
 
 
-def plan(random: Random) -> list[Callable[[], Outcome]]:
-    """Return the scenarios with how often each is tried."""
+PLAN: list[tuple[str, dict[str, Any]]] = [
+    ("driver_kills", {"kills": 90}),
+    ("worker_kills", {"kills": 100}),
+    ("driver_kills", {"kills": 90}),
+    ("double_launches", {"count": 20}),
+    ("mutated_spaces", {"count": 20_000}),
+    ("driver_kills", {"kills": 40, "url": "postgres"}),
+    ("double_launches", {"count": 20}),
+    ("database_restarts", {"restarts": 30}),
+    ("double_launches", {"count": 12, "url": "postgres"}),
+    ("worker_kills", {"kills": 3, "stop": 1}),
+    ("signals", {"count": 40}),
+    ("locked_database", {"seconds": [8.0, 30.0, 90.0]}),
+    ("moved_database", {"count": 6}),
+    ("full_disk", {"count": 10}),
+    ("other_programs", {"count": 40}),
+    ("changed_data", {"count": 6}),
+    ("closed_streams", {"count": 8}),
+]
+"""Scenario and how often it is tried; two run at a time."""
 
-    def on_postgres(scenario: Callable[..., Outcome], count: int) -> Outcome:
+
+def attempt(name: str, options: dict[str, Any], seed: int) -> Outcome:
+    """Try one kind of fault, in a process of its own."""
+    began, scenario = time.monotonic(), getattr(faults, name)
+    if options.get("url") == "postgres":
         programs = server_programs()
         assert programs is not None
         with Server(programs) as server:
-            return scenario(random, count, server.url)
+            found: Outcome = scenario(Random(seed), **{**options, "url": server.url})
+    else:
+        found = scenario(Random(seed), **options)
+    found.seconds = time.monotonic() - began
+    return found
 
-    return [
-        lambda: faults.driver_kills(random, 170),
-        lambda: on_postgres(faults.driver_kills, 40),
-        lambda: faults.worker_kills(random, 100),
-        lambda: faults.worker_kills(random, 3, stop=1),
-        lambda: faults.database_restarts(random, 30),
-        lambda: faults.double_launches(random, 40),
-        lambda: on_postgres(faults.double_launches, 12),
-        lambda: faults.signals(random, 40),
-        lambda: faults.locked_database(random, [8.0, 30.0, 90.0]),
-        lambda: faults.moved_database(random, 6),
-        lambda: faults.full_disk(random, 10),
-        lambda: faults.other_programs(random, 40),
-        lambda: faults.changed_data(random, 6),
-        lambda: faults.closed_streams(random, 8),
-        lambda: faults.mutated_spaces(random, 20_000),
-    ]
+
+def joined(outcomes: list[Outcome]) -> list[Outcome]:
+    """Add up the outcomes of one kind of fault."""
+    found: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        total = found.setdefault(outcome.name, Outcome(outcome.name))
+        total.tried += outcome.tried
+        total.survived += outcome.survived
+        total.problems += outcome.problems
+        total.recovery += outcome.recovery
+        total.seconds += outcome.seconds
+    return list(found.values())
 
 
 def row(outcome: Outcome) -> str:
@@ -121,17 +143,20 @@ def page(outcomes: list[Outcome], optuna: dict[str, int], seed: int, minutes: fl
 def main() -> None:
     """Try everything, and write the page and the figures."""
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else int(time.time())
-    random, began, outcomes = Random(seed), time.monotonic(), []
+    began = time.monotonic()
     print(f"seed {seed}", flush=True)
-    for scenario in plan(random):
-        start = time.monotonic()
-        outcome = scenario()
-        outcome.seconds = time.monotonic() - start
-        outcomes.append(outcome)
-        print(row(outcome), f"{outcome.seconds:.0f} s", flush=True)
-        for text in outcome.problems:
-            print(f"    {text}", flush=True)
-    optuna = faults.plain_optuna(random, 100)
+    with ProcessPoolExecutor(2) as pool:
+        running = [
+            pool.submit(attempt, name, options, seed + i) for i, (name, options) in enumerate(PLAN)
+        ]
+        beside = pool.submit(faults.plain_optuna, Random(seed), 100)
+        for done in as_completed(running):
+            outcome = done.result()
+            print(row(outcome), f"{outcome.seconds:.0f} s", flush=True)
+            for text in outcome.problems:
+                print(f"    {text}", flush=True)
+        optuna = beside.result()
+    outcomes = joined([done.result() for done in running])
     print(optuna, flush=True)
     minutes = (time.monotonic() - began) / 60
     PAGE.write_text(page(outcomes, optuna, seed, minutes), encoding="utf-8")
