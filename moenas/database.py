@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,9 @@ class Database:
             if self.path is not None:
                 with self.plainly(), self.engine.connect() as connection:
                     raw: Any = connection.connection.dbapi_connection
-                    raw.execute("PRAGMA journal_mode = WAL")  # stays with the file
+                    # It stays with the file. Where another process is at work, that one sets it.
+                    with suppress(sqlite3.OperationalError):
+                        raw.execute("PRAGMA journal_mode = WAL")
 
     # --- what the database says ----------------------------------------------------------------
 

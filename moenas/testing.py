@@ -427,7 +427,7 @@ def check_file(path: Path) -> Iterator[str]:
         nothing = False
     if nothing:
         raise InputError(
-            f"{path}: defines no part (a class with a kind), no objective (measure), no figure"
-            " (figure) and no sampler (a class derived from optuna.samplers.BaseSampler); see docs/"
+            f"{path}: defines no part (a class with a kind), no objective (measure) and no figure"
+            " (figure), nor a sampler (a class derived from optuna.samplers.BaseSampler); see docs/"
             " for what each takes"
         )
