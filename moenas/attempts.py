@@ -6,10 +6,9 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, select, update
 
-from moenas import rows, statements, tables
+from moenas import readers, rows, statements, tables
 from moenas.records import Plain
 from moenas.store import Store
-from moenas.tally import is_evaluated
 
 ENDED = "ended"
 """Status of an attempt that gave no evaluation."""
@@ -54,15 +53,4 @@ def asked(store: Store, study: str) -> set[int]:
 
 def evaluated(store: Store, study: str) -> int:
     """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
-    row, value = tables.evaluation.c, tables.value.c
-    wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == study)
-    valued = select(value.trial).where(value.study == study, value.value.is_not(None))
-
-    def count(connection: Connection) -> int:
-        with_values = set(connection.scalars(valued))
-        return sum(
-            is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values)
-            for r in connection.execute(wanted)
-        )
-
-    return store.read(study, count)
+    return store.read(study, lambda connection: readers.evaluated(connection, study))

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
 
 from moenas import membership, rows, tables
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.tally import is_evaluated
 
 Rest = Callable[[str, int], list[Plain]]
 """Reads the `curve` or the `routing` of a trial."""
@@ -34,6 +35,11 @@ class Summary:
     """Names of the devices of the complete trials."""
     trained: bool
     """Whether a trial has a validation loss."""
+
+    evaluated: int
+    """Candidates that count towards `trials`; see `tally.is_evaluated`."""
+    repeated: int
+    """Trials that are copies of an earlier trial of the same model."""
 
     @property
     def finished(self) -> int:
@@ -70,6 +76,10 @@ def as_front(view: View | FrontView) -> FrontView:
         front=len(view.front),
         hypervolume=view.history[-1].hypervolume if view.history else None,
         trained=any("val_loss" in e.metrics for e in view.evaluations),
+        evaluated=sum(
+            is_evaluated(e.status, e.metrics, e.failure, bool(e.values)) for e in view.evaluations
+        ),
+        repeated=sum("copied_from" in e.metrics for e in view.evaluations),
         devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
     )
     return FrontView(summary, [found[trial] for trial in view.front], view.architectures)
@@ -198,6 +208,8 @@ def summary(connection: Connection, name: str) -> Summary:
     failed = select(kind, func.count()).where(this, evaluation.c.failure.is_not(None))
     device = evaluation.c.device["name"].as_string()
     devices = select(device).where(this, evaluation.c.status == "complete").distinct()
+    copied = evaluation.c.metrics["copied_from"].as_float().is_not(None)
+    copies = select(func.count()).select_from(evaluation).where(this, copied)
     loss = evaluation.c.metrics["val_loss"].as_float()
     losses = select(evaluation.c.trial).where(this, loss.is_not(None))
     info = tables.objective.c
@@ -217,5 +229,19 @@ def summary(connection: Connection, name: str) -> Summary:
         front=last.size if last else 0,
         hypervolume=last.hypervolume if last else None,
         trained=connection.execute(losses.limit(1)).first() is not None,
+        evaluated=evaluated(connection, name),
+        repeated=connection.execute(copies).scalar_one(),
         devices=sorted(str(n) for n in connection.scalars(devices) if n is not None),
+    )
+
+
+def evaluated(connection: Connection, name: str) -> int:
+    """Return how many candidates of a study were evaluated."""
+    row, value = tables.evaluation.c, tables.value.c
+    wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
+    valued = select(value.trial).where(value.study == name, value.value.is_not(None))
+    with_values = set(connection.scalars(valued))
+    return sum(
+        is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values)
+        for r in connection.execute(wanted)
     )

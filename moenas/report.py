@@ -152,7 +152,7 @@ def studies_report(store: Store) -> list[Plain]:
         rows.append(
             {
                 "study": record.name,
-                "trials": f"{found.finished}/{record.trials}",
+                "trials": f"{found.evaluated}/{record.trials}",
                 "front": found.front,
                 "objectives": ", ".join(record.directions),
                 "created": record.created_at[:19],
@@ -168,10 +168,12 @@ def status_report(store: Store, name: str) -> Plain:
     return {
         "study": name,
         "trials": study.trials,
+        "evaluated": found.evaluated,
         "complete": found.counts.get("complete", 0),
         "failed": found.counts.get("failed", 0),
         "infeasible": found.counts.get("infeasible", 0),
-        "left": max(0, study.trials - found.finished),
+        "repeated": found.repeated,
+        "left": max(0, study.trials - found.evaluated),
         "running_in": store.driver(name),
         "failures": found.failures,
         "best": found.best,
@@ -194,9 +196,9 @@ def status_text(found: Plain) -> str:
     driver = found["running_in"]
     state = f"running in {driver}" if driver else ("done" if not found["left"] else "stopped")
     lines = [
-        f"{found['study']}: {state}; {found['trials'] - found['left']} of {found['trials']} trials",
+        f"{found['study']}: {state}; {found['evaluated']} of {found['trials']} trials evaluated",
         f"  complete {found['complete']}, failed {found['failed']},"
-        f" infeasible {found['infeasible']}, left {found['left']}",
+        f" infeasible {found['infeasible']}, repeated {found['repeated']}, left {found['left']}",
     ]
     if found["failures"]:
         reasons = ", ".join(f"{kind} {n}" for kind, n in found["failures"].items())

@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from moenas import cli, refs
+from moenas import cli, options, refs
 
 SMALL = """\
 architecture:
@@ -84,7 +84,7 @@ def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> 
     assert "done" in again.err
 
     status = json.loads(moenas("status", "small", "-o", "json").out)
-    assert (status["complete"], status["left"]) == (4, 0)
+    assert (status["evaluated"], status["left"]) == (4, 0)
     assert json.loads(moenas("front", "small", "-o", "json").out) == members
     header, *rows = moenas("front", "small", "-o", "csv").out.splitlines()
     assert header.startswith("trial,val_loss,flops_per_token")
@@ -211,7 +211,7 @@ def test_unknown_studies_and_trials_are_named_with_what_there_is(moenas: Run) ->
     assert moenas("run", "small.yaml", "--workers", "inline", "--trials", "2").code == 0
     for words, message in (
         (("front", "smal"), "Did you mean 'small'"),
-        (("show", "small", "7"), "0-1"),
+        (("show", "small", "7"), "0-2"),
         (("export", "small", "7", "out"), "7"),
         (("export", "smal", "0", "out"), "Did you mean 'small'"),
     ):
@@ -260,7 +260,9 @@ def test_a_closed_pipe_is_no_traceback(moenas: Run, tmp_path: Path) -> None:
 
 
 def test_a_hint_can_be_pasted_and_holds_no_password() -> None:
-    hint = cli._resume_hint(["a b.yaml"], {"storage": "postgresql://u:secret@h/d", "trials": None})
+    hint = options.command_line(
+        ["run", "a b.yaml"], {"storage": "postgresql://u:secret@h/d", "trials": None}
+    )
     assert hint == "moenas run 'a b.yaml' --storage 'postgresql://u:***@h/d'"
 
 

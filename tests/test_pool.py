@@ -261,7 +261,8 @@ def pool() -> Iterator[Pool]:
     assert dict(os.environ) == environment
     assert signal.getsignal(signal.SIGTERM) == handler
     folder = Path(head().environment["RAY_AUTH_TOKEN_PATH"]).parent
-    processes = psutil.Process().children(recursive=True)
+    top = psutil.Process(head()._process.pid)
+    processes = [top, *top.children(recursive=True)]
     assert len(processes) > 4
     yield pool
     pool.close()

@@ -85,7 +85,8 @@ def test_a_lost_cluster_is_told_and_leaves_nothing(
 
     monkeypatch.setattr(ray_cluster, "STOPPED_S", 2.0)
     lose, words = LOSSES[loss]
-    processes = [p for p in descendants(os.getpid()) if state(p)]
+    top = head()._process.pid
+    processes = [p for p in [top, *descendants(top)] if state(p)]
     folder = head()._folder
     pool.submit(job(1, "sleep"))
     assert pool.wait(1.0) == []

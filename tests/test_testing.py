@@ -232,7 +232,7 @@ def test_a_figure_that_breaks_its_contract_is_found(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1\n", "defines no part .*, no objective .* and no figure"),
+        ("x = 1\n", "defines no part .*, no objective .* and no figure .*, nor a sampler"),
         ("def broken(:\n", r"guest\.py:1:12: "),
         ("1 / 0\n", "line 1: ZeroDivisionError"),
     ],

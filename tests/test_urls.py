@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import sqlalchemy
 
-from moenas.cli import _resume_hint, without_password
 from moenas.errors import StorageError
+from moenas.options import command_line, without_password
 from moenas.store import Store
 from moenas.urls import clean, shown, storage_url
 
@@ -39,7 +39,7 @@ FORMS = [
 def test_no_form_of_a_password_is_shown(url: str) -> None:
     assert "s3cr3t" not in shown(url)
     assert "s3cr3t" not in without_password(url)
-    assert "s3cr3t" not in _resume_hint(["s.yaml"], {"storage": url})
+    assert "s3cr3t" not in command_line(["run", "s.yaml"], {"storage": url})
     with pytest.raises(StorageError) as refused:
         Store.open(url, create=True)
     assert "s3cr3t" not in str(refused.value)
