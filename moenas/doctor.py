@@ -21,7 +21,7 @@ from moenas.heartbeat import Lease
 from moenas.records import Evaluation, Plain
 from moenas.spool import FOLDER
 from moenas.store import Store
-from moenas.weights import FILE, read_weights, weights_path
+from moenas.weights import FILE, has_weights, read_weights, weights_path
 
 Area = Literal["database", "trials", "front", "weights", "files", "driver"]
 TOLERANCE = 1e-9
@@ -50,6 +50,29 @@ def examine(store: Store, name: str) -> list[Finding]:
     findings = [*_database(store), *_trials(store, name, stored, list(record.directions))]
     findings += store.read(name, lambda connection: _front(connection, name))
     return findings + _weights(store, name, stored) + _files(store, name, stored)
+
+
+def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[str]:
+    """Examine what a run relies on, repair the front, and return what the user should know.
+
+    Digests of weights are left to `examine`: they take as long as all the files are large.
+    """
+    said = []
+    if found := store.read(name, lambda connection: _front(connection, name)):
+        record = store.study(name)
+        store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
+        said.append(f"{found[0].text}; it was computed again")
+    lost = [
+        trial
+        for trial, evaluation in stored.items()
+        if evaluation.weights_sha256 and not has_weights(store.runs, name, trial)
+    ]
+    if lost:
+        said.append(
+            f"the weights of {len(lost)} trials, such as {lost[0]}, are not there; `moenas doctor`"
+            " says more"
+        )
+    return said
 
 
 def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:

@@ -19,6 +19,7 @@ from moenas.asker import (
 )
 from moenas.candidate import Candidate
 from moenas.describe import one_line
+from moenas.doctor import check_start
 from moenas.errors import (
     EnvironmentFaultError,
     NoCandidateError,
@@ -117,6 +118,8 @@ class Driver:
             for difference in found:
                 if difference.kind == "untold":
                     self._tell(None, stored[difference.trial])
+        for text in check_start(self.store, self.name, stored):
+            self.warn(text)
         self.asker.load(stored)
         for evaluation in stored.values():
             self._count(evaluation)

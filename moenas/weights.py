@@ -119,6 +119,12 @@ def read_weights(runs: Path, study: str, trial: int, digest: str) -> bytes:
     return _found(runs, study, trial, digest)[1]
 
 
+def has_weights(runs: Path, study: str, trial: int) -> bool:
+    """Say whether there is a file of weights of a trial; its digest is not compared."""
+    roots = [runs, *getattr(runs, "older", ())]
+    return any(weights_path(root, study, trial).is_file() for root in roots)
+
+
 def _found(runs: Path, study: str, trial: int, digest: str) -> tuple[Path, bytes]:
     """Return the weights of a trial and where they lie: in `runs`, or where they lay before."""
     path = weights_path(runs, study, trial)

@@ -15,7 +15,7 @@ from studies import assert_sound, space
 from moenas import doctor
 from moenas.records import Job
 from moenas.store import Store
-from moenas.study import Study, run
+from moenas.study import Event, Study, run
 from moenas.weights import weights_path
 
 pytestmark = pytest.mark.usefixtures("study_folder", "jobs")
@@ -102,6 +102,18 @@ def test_lost_and_changed_weights_are_named(study: Study) -> None:
         ("weights", 1, None),
     ]
     assert doctor.repair(study.store, "s", found) is None
+
+
+def test_the_start_of_a_run_examines_what_it_relies_on(study: Study) -> None:
+    change(study, "UPDATE moenas_hypervolume SET hypervolume = 1")
+    weights_path(study.store.runs, "s", 0).unlink()
+    events: list[Event] = []
+    run(space(), storage=study.store.url, trials=7, workers="inline", listener=events.append)
+    said = [event.text for event in events if event.kind == "warning"]
+    assert any("hypervolume" in text and "computed again" in text for text in said)
+    assert any("weights of 1 trials, such as 0, are not there" in text for text in said)
+    assert study.store.history("s")[5].hypervolume > 100
+    assert set(areas(study)) == {"weights"}
 
 
 def test_what_a_killed_run_left_is_removed(study: Study) -> None:

@@ -60,7 +60,8 @@ FLOORS = """
     pool samplers points
     candidate spool asker repairs changes
     intake reconcile
-    driver remeasure doctor
+    doctor
+    driver remeasure
     study
     maintenance
     export testing report reference
