@@ -173,7 +173,10 @@ def _files(connection: Connection, folder: Path, study: str) -> list[str]:
         if row.weights_sha256
     }
     found, seen = [], set()
-    for path in folder.rglob("*"):
+    # On PostgreSQL the weights of all studies lie where the first one began.
+    root = connection.execute(text("SELECT weights FROM moenas_database")).scalar()
+    below = folder.rglob("*") if root is None else Path(root).rglob(f"{study}-*/**/*")
+    for path in below:
         if path.is_dir():
             continue
         if path.name == "model.safetensors":

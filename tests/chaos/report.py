@@ -1,6 +1,7 @@
 """The long form: tries every kind of fault many times, and writes docs/reliability.md.
 
-`python tests/chaos/report.py [SEED]` takes about an hour on two cores.
+`python tests/chaos/report.py [SEED]` takes about an hour on two cores, and adds to the figures of
+earlier runs that are on file; `--anew` forgets those.
 """
 
 from __future__ import annotations
@@ -114,8 +115,10 @@ def row(outcome: Outcome) -> str:
     )
 
 
-def page(outcomes: list[Outcome], optuna: dict[str, int], seed: int, minutes: float) -> str:
+def page(outcomes: list[Outcome], optuna: dict[str, int], runs: list[dict[str, float]]) -> str:
     """Return the text of docs/reliability.md."""
+    seeds = ", ".join(f"{run['seed']:.0f}" for run in runs)
+    minutes = sum(run["minutes"] for run in runs)
     lines = [HEAD]
     lines.append("| fault | tried | survived | recovery p50, s | p95, s | bound |")
     lines.append("| --- | --: | --: | --: | --: | --: |")
@@ -128,7 +131,7 @@ def page(outcomes: list[Outcome], optuna: dict[str, int], seed: int, minutes: fl
         " never evaluated,",
         f"{optuna['stuck']} trials left in the state RUNNING.",
         "",
-        f"Seed {seed}, {minutes:.0f} minutes, {platform.machine()}, Python"
+        f"Seeds {seeds}, {minutes:.0f} minutes, {platform.machine()}, Python"
         f" {platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}.",
         "",
     ]
@@ -138,20 +141,29 @@ def page(outcomes: list[Outcome], optuna: dict[str, int], seed: int, minutes: fl
     return "\n".join(lines)
 
 
-def write(outcomes: list[Outcome], optuna: dict[str, int], seed: int, minutes: float) -> None:
+def earlier() -> tuple[list[dict[str, float]], dict[str, int], list[Outcome]]:
+    """Return the runs whose figures are on file, what Optuna lost in them, and their outcomes."""
+    if not RESULTS.exists():
+        return [], {}, []
+    plain = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return plain["runs"], plain["optuna"], [Outcome(**fault) for fault in plain["faults"]]
+
+
+def write(outcomes: list[Outcome], optuna: dict[str, int], runs: list[dict[str, float]]) -> None:
     """Write the page and the figures of what is done; a later part writes both again."""
     found = joined(outcomes)
-    PAGE.write_text(page(found, optuna, seed, minutes), encoding="utf-8")
-    figures = {"seed": seed, "minutes": minutes, "optuna": optuna}
-    rows = {"faults": [vars(outcome) for outcome in found]}
-    RESULTS.write_text(json.dumps(figures | rows, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(found, optuna, runs), encoding="utf-8")
+    faults = [vars(outcome) for outcome in found]
+    figures = {"runs": runs, "optuna": optuna, "faults": faults}
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Try everything; the page is written after each part, so that a stopped run leaves one."""
-    seed = int(sys.argv[1]) if len(sys.argv) > 1 else int(time.time())
+    seed = next((int(word) for word in sys.argv[1:] if word.isdigit()), int(time.time()))
     print(f"seed {seed}", flush=True)
-    began, outcomes = time.monotonic(), list[Outcome]()
+    began = time.monotonic()
+    runs, lost, outcomes = ([], {}, []) if "--anew" in sys.argv else earlier()
     # The parts of one fault are spread, so that a run that is stopped has tried most of them.
     parts = [(name, options) for name, options, n in PLAN for _ in range(n)]
     Random(seed).shuffle(parts)
@@ -160,14 +172,15 @@ def main() -> None:
         running = [
             pool.submit(attempt, name, options, seed + i) for i, (name, options) in enumerate(parts)
         ]
-        optuna = beside.result()
+        optuna = {name: n + lost.get(name, 0) for name, n in beside.result().items()}
         for done in as_completed(running):
             outcome = done.result()
             outcomes.append(outcome)
             print(row(outcome), f"{outcome.seconds:.0f} s", flush=True)
             for text in outcome.problems:
                 print(f"    {text}", flush=True)
-            write(outcomes, optuna, seed, (time.monotonic() - began) / 60)
+            minutes = (time.monotonic() - began) / 60
+            write(outcomes, optuna, [*runs, {"seed": seed, "minutes": minutes}])
     sys.exit(any(outcome.problems for outcome in outcomes))
 
 
