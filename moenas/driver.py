@@ -102,10 +102,7 @@ class Driver:
         """Load the study as it is, and make both stores agree; it is to have `total` candidates."""
         self.asker.open()
         spool = self.spool = Spool(self.store.runs, self.name)
-        for path, result in spool.results():
-            if result is not None and self.store.attempts(self.name, result.trial) > 0:
-                self.store.record(result)
-            spool.drop(path)
+        spool.commit(self.store)
         stored = {e.trial: e for e in self.store.evaluations(self.name)}
         found = differences(
             stored, attempts.asked(self.store, self.name), self.asker.trials(), self.names
@@ -152,6 +149,7 @@ class Driver:
         """Say that the study is over and return why; raise NoCandidateError if it has no value."""
         why = self.over
         assert why is not None
+        self._raise_for_listener()
         if self.score.counts["complete"]:
             texts = {
                 "trials": f"all {self.total} trials of study '{self.name}' are finished",
@@ -160,6 +158,7 @@ class Driver:
                 "draws": f"study '{self.name}' ends: {self.draws.text()}",
             }
             self._emit("done", None, texts[why])
+            self._raise_for_listener()
             return why
         if why == "draws":
             raise self.draws.error()
@@ -188,8 +187,7 @@ class Driver:
             else:
                 time.sleep(min(timeout, self.faults.pause))
             lease.check()
-            if self.listener_error is not None:
-                raise self.listener_error
+            self._raise_for_listener()
             if time.monotonic() - self.published > PUBLISH:
                 self._publish()
         self._publish()
@@ -469,6 +467,11 @@ class Driver:
         except Exception as error:
             # It ends the run, but not between two writes.
             self.listener_error = self.listener_error or error
+
+    def _raise_for_listener(self) -> None:
+        """Raise what the listener raised."""
+        if self.listener_error is not None:
+            raise self.listener_error
 
     def _publish(self) -> None:
         """Update the dashboard's figures; a fault there does not stop the study."""

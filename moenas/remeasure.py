@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from moenas.intake import Intake
 from moenas.objective import Objective, load_objective
 from moenas.pool import Pool, Result
 from moenas.records import Evaluation, Failure, Job, StudyRecord
+from moenas.spool import Spool
+from moenas.stops import RETRIES
 from moenas.store import Store
 from moenas.weights import read_weights
 
@@ -96,17 +99,25 @@ class Remeasurer:
         """
         name, store = self._space.name, self._store
         with Lease(store, name) as lease:
+            Spool(store.runs, name).commit(store)
             todo = self._todo(trial)
             done: list[Evaluation] = []
             waiting = list(todo)
             running: dict[int, Evaluation] = {}
+            crashes: Counter[int] = Counter()
             while waiting or running:
                 while waiting and len(running) < pool.capacity:
                     known = waiting.pop(0)
                     running[known.trial] = known
                     pool.submit(self._job(known, objectives))
                 for result in pool.wait(0.5):
-                    found = self._merged(running.pop(result.job.trial), result, objectives)
+                    known = running.pop(result.job.trial)
+                    if _died(result) and crashes[known.trial] < RETRIES:
+                        crashes[known.trial] += 1
+                        waiting.append(known)
+                        continue
+                    found = self._merged(known, result, objectives)
+                    self._intake.add(found)
                     done.append(found)
                     if progress is not None:
                         progress(len(done), len(todo), found)
@@ -133,6 +144,9 @@ class Remeasurer:
                 f"study '{self._space.name}': trial {trial} is not complete and has no stored"
                 " weights; there is nothing to measure again"
             )
+        for other in stored if trial is not None else ():
+            if other.trial != trial:  # latencies of one device stay those of one device
+                self._intake.add(other)
         return found
 
     def _job(self, known: Evaluation, objectives: Sequence[Objective]) -> Job:
@@ -217,3 +231,8 @@ class Remeasurer:
                 repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
 
         self._store.apply(record.name, store_rows)
+
+
+def _died(result: Result) -> bool:
+    """Say whether the worker process of a result died, which another try may not do."""
+    return isinstance(result.outcome, Failure) and result.outcome.kind == "crashed"

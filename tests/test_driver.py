@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
-from studies import assert_sound, fake, press_ctrl_c, scripted, space
+from studies import SMALL, assert_sound, fake, press_ctrl_c, scripted, space
 
 from moenas import asker, attempts, measure, stops
 from moenas.errors import (
@@ -32,6 +33,19 @@ pytestmark = pytest.mark.usefixtures("study_folder")
 def kinds(found: Study) -> dict[int, str]:
     """Trial -> kind of failure."""
     return {e.trial: e.failure["kind"] for e in found.view.evaluations if e.failure}
+
+
+def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job]) -> None:
+    small = space(SMALL.replace("{choice: [1, 2]}", "{int: [1, 2]}"))
+    found = run(small, trials=1, workers="inline")
+    for repeat in (1, 1.0, 2, 2.0):
+        found.optuna.enqueue_trial({"d_model": 16, "blocks.0.repeat": repeat})
+    found.optuna.enqueue_trial({"d_model": 16.0})
+    found = run(small, trials=50, workers="inline")
+    assert found.finished == "exhausted"
+    assert len(jobs) == 6
+    (failure,) = [e.failure for e in found.view.evaluations if e.failure]
+    assert failure["message"] == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
 # --- what a trial holds ------------------------------------------------------------------------
@@ -369,6 +383,17 @@ def test_a_listener_that_raises_ends_the_run_and_loses_nothing(jobs: list[Job]) 
     assert len(jobs) == 6
 
 
+def test_a_listener_that_raises_at_the_end_is_heard(jobs: list[Job]) -> None:
+    def listener(event: Event) -> None:
+        if event.kind == "done":
+            raise RuntimeError("the terminal is gone")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the terminal is gone"):
+            run(space(), trials=2, workers="inline", listener=listener)
+    assert_sound(load_study("s"), 2)
+
+
 def test_a_result_that_could_not_be_committed_is_not_evaluated_again(
     monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
@@ -407,4 +432,36 @@ def test_a_file_of_a_result_that_is_cut_off_is_dropped(
     (file,) = Store.open().runs.rglob("uncommitted/*.json")
     file.write_text(file.read_text()[:40])
     assert_sound(run(space(), trials=4, workers="inline"), 4)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": {"val_loss": None}},
+        {"values": [1]},
+        {"study": "other"},
+        {"trial": 99},
+        {"attempt": 0},
+        None,
+    ],
+    ids=str,
+)
+def test_a_file_that_holds_no_result_of_the_study_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job], change: dict[str, Any] | None
+) -> None:
+    record = Store.record
+
+    def lost(self: Store, found: Evaluation) -> bool:
+        if found.trial == 1:
+            raise StorageLostError("the server is gone")
+        return record(self, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "record", lost)
+        with pytest.raises(StorageLostError):
+            run(space(), trials=2, workers="inline")
+    (file,) = Store.open().runs.rglob("uncommitted/*.json")
+    file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
+    assert_sound(run(space(), trials=2, workers="inline"), 2)
     assert not file.exists()
