@@ -235,7 +235,7 @@ class Driver:
             self._fail(candidate, Failure("parameters", str(error)))
         except SamplerFailedError as error:
             self._fail(candidate, Failure("sampler", str(error)))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a part's own code may call sys.exit
             self._fail(candidate, internal(error))
 
     def _draw(self, drawn: Candidate) -> None:
@@ -485,7 +485,7 @@ class Driver:
         self.published = time.monotonic()
 
 
-def internal(error: Exception) -> Failure:
+def internal(error: BaseException) -> Failure:
     """Describe an exception of moenas itself."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     text = " ".join(f"{type(error).__name__}: {error}".split())

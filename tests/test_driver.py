@@ -345,11 +345,12 @@ def test_a_sampler_that_stops_the_study_ends_it(jobs: list[Job]) -> None:
 
 
 @pytest.mark.parametrize("method", ["sample_independent", "infer_relative_search_space"])
-def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str) -> None:
+@pytest.mark.parametrize("raised", ["raise ValueError('no idea')", "raise SystemExit(0)"])
+def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str, raised: str) -> None:
     name = sampler(
         "class Mine(RandomSampler):\n"
         f"    def {method}(self, study, trial, *rest):\n"
-        "        if trial.number == 1: raise ValueError('no idea')\n"
+        f"        if trial.number == 1: {raised}\n"
         f"        return super().{method}(study, trial, *rest)\n"
     )
     found = run(space().with_search(sampler=name), trials=4, workers="inline")
