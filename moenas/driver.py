@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,11 +21,13 @@ from moenas.describe import one_line
 from moenas.errors import (
     EnvironmentFaultError,
     NoCandidateError,
+    PartError,
     StorageLostError,
     StudyBusyError,
     StudyStoppedError,
 )
 from moenas.events import Event, Kind, Listener
+from moenas.failures import internal
 from moenas.heartbeat import Lease
 from moenas.intake import Intake
 from moenas.pool import Pool, Result
@@ -48,7 +49,6 @@ FINAL = ("diverged", "acausal", "collapsed")
 """Kinds of failure that another candidate of the same model would end with, too."""
 PUBLISH = 60.0
 """Seconds between updates of the dashboard's figures."""
-TRACEBACK_LINES = 30
 ENDS_A_RUN = (
     StorageLostError,
     StudyBusyError,
@@ -182,8 +182,7 @@ class Driver:
                 break
             timeout = 0.0 if started else POLL
             if self.running:
-                for result in pool.wait(timeout):
-                    self._land(result)
+                self._land_all(pool.wait(timeout))
             else:
                 time.sleep(min(timeout, self.faults.pause))
             lease.check()
@@ -235,6 +234,8 @@ class Driver:
             self._fail(candidate, Failure("parameters", str(error)))
         except SamplerFailedError as error:
             self._fail(candidate, Failure("sampler", str(error)))
+        except PartError as error:
+            self._fail(candidate, Failure("error", str(error)))
         except (Exception, SystemExit) as error:  # a part's own code may call sys.exit
             self._fail(candidate, internal(error))
 
@@ -310,6 +311,17 @@ class Driver:
             self.store.set_trials(self.name, count)
 
     # --- from a result to an evaluation --------------------------------------------------------
+
+    def _land_all(self, results: list[Result]) -> None:
+        """Take results; a reason to stop, which one may be, keeps no other from being recorded."""
+        reasons = []
+        for result in results:
+            try:
+                self._land(result)
+            except (StudyStoppedError, EnvironmentFaultError) as error:
+                reasons.append(error)
+        if reasons:
+            raise reasons[0]
 
     def _land(self, result: Result) -> None:
         """Take a result: retry it if that may help, else record and tell it."""
@@ -483,10 +495,3 @@ class Driver:
             text = f"the dashboard's figures were not updated: {type(error).__name__}: {error}"
             self._emit("warning", None, text)
         self.published = time.monotonic()
-
-
-def internal(error: BaseException) -> Failure:
-    """Describe an exception of moenas itself."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return Failure("internal", text, "\n".join(lines[-TRACEBACK_LINES:]))

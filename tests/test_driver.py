@@ -16,14 +16,18 @@ from optuna.trial import TrialState, create_trial
 from studies import SMALL, assert_sound, fake, press_ctrl_c, scripted, space
 
 from moenas import asker, attempts, measure, stops
+from moenas.architecture import Architecture
 from moenas.errors import (
     EnvironmentFaultError,
     InputError,
     MoenasError,
+    PartError,
     StorageLostError,
     StudyStoppedError,
 )
-from moenas.records import Evaluation, Failure, Job
+from moenas.pool import Result
+from moenas.records import Cost, Evaluation, Failure, Job
+from moenas.space import Space
 from moenas.store import Store
 from moenas.study import Event, Study, load_study, run
 
@@ -307,6 +311,42 @@ def test_the_same_failure_in_a_row_stops_a_run_at_any_time(monkeypatch: pytest.M
     with pytest.raises(StudyStoppedError, match="5 candidates in a row all failed for one"):
         run(space(), trials=40, workers=2)
     assert attempts.evaluated(Store.open(), "s") >= 8
+
+
+def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = scripted(monkeypatch, lambda job: fake(job)[0])
+    monkeypatch.setattr(pool, "capacity", 6)
+
+    def wait(timeout: float) -> list[Result]:
+        if timeout == 0.0:
+            return []
+        done = [Failure("error", "no module 'x'")] * 5 + [fake(pool.jobs[5])[0]]
+        return [Result(job, found) for job, found in zip(pool.jobs, done, strict=True)]
+
+    monkeypatch.setattr(pool, "wait", wait)
+    with pytest.raises(StudyStoppedError):
+        run(space(), trials=8, workers=2)
+    rows = load_study("s").view.evaluations
+    assert [e.status for e in rows] == ["failed"] * 5 + ["complete"]
+
+
+def test_a_part_that_counts_no_cost_fails_its_candidate(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    cost, calls = Space.cost, []
+
+    def broken(self: Space, architecture: Architecture) -> Cost:
+        calls.append(architecture)
+        if len(calls) == 6:
+            raise PartError("mine.py:3: SystemExit: 0")
+        return cost(self, architecture)
+
+    monkeypatch.setattr(Space, "cost", broken)
+    found = run(space(), trials=6, workers="inline")
+    assert list(kinds(found).values()) == ["error"]
+    assert_sound(found, 6)
 
 
 def test_models_that_diverge_do_not_stop_a_study_that_has_candidates(
