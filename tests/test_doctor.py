@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, make_url, text
 from studies import assert_sound, space
 
 from moenas import doctor
@@ -26,8 +27,14 @@ pytestmark = pytest.mark.usefixtures("study_folder", "jobs")
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield "sqlite:///moenas.db"
-    else:
-        yield request.getfixturevalue("postgres_url")
+        return
+    server = make_url(request.getfixturevalue("postgres_url"))
+    own = server.set(database=f"doctor_{uuid.uuid4().hex}")
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {own.database}"))
+    engine.dispose()
+    yield own.render_as_string(hide_password=False)
 
 
 @pytest.fixture
