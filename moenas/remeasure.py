@@ -123,7 +123,7 @@ class Remeasurer:
                         progress(len(done), len(todo), found)
                 lease.check()
             done += self._copies(done)
-            self._store_all(done, objectives)
+            self._store_all(done + self._outdated(objectives), objectives)
         complete = sum(e.status == "complete" for e in done)
         failed = sum(e.status == "failed" for e in done)
         names = [o.name for o in objectives]
@@ -215,6 +215,24 @@ class Remeasurer:
             )
             for e in self._store.evaluations(self._space.name)
             if (source := by_trial.get(e.metrics.get("copied_from", -1.0))) is not None
+        ]
+
+    def _outdated(self, objectives: Sequence[Objective]) -> list[Evaluation]:
+        """Return infeasible trained trials without the values that changed objectives had given.
+
+        Their weights were not kept. Without a value Optuna holds such a trial as one that was not
+        measured, so that no sampler learns from two measurements under one name.
+        """
+        changed = changed_objectives(self._record, self._space)
+        names = {o.name for o in objectives if o in changed}
+        return [
+            replace(
+                e,
+                values={k: v for k, v in e.values.items() if k not in names},
+                measurements={k: v for k, v in e.measurements.items() if k not in names},
+            )
+            for e in self._store.evaluations(self._space.name)
+            if e.status == "infeasible" and e.weights_sha256 is None and names & e.values.keys()
         ]
 
     def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:

@@ -185,6 +185,26 @@ def test_other_changes_are_refused_even_then() -> None:
         run(other, trials=2, workers="inline", accept_changes=True)
 
 
+def test_old_values_of_infeasible_models_go_where_they_cannot_be_measured_again() -> None:
+    def limited() -> Space:
+        file = f'{with_objective(value).text}\nrequire: ["max_vio < 0.01"]\n'
+        return Space.parse(file, "s.yaml", ["search.seed=1"])
+
+    value = "subject.training.val_loss * 2"
+    found = run(limited(), trials=4, workers="inline")
+    trained = [e.trial for e in found.view.evaluations if e.status == "infeasible" and e.values]
+    assert trained
+    value = "subject.training.val_loss * 3"
+    found = run(limited(), trials=4, workers="inline", accept_changes=True)
+    values = {e.trial: e.values for e in found.view.evaluations}
+    assert all("mine" not in values[t] and "val_loss" in values[t] for t in trained)
+    assert {found.optuna.trials[t].state for t in trained} == {TrialState.PRUNED}
+    assert [v["mine"] for v in values.values() if "mine" in v] == [
+        3 * v["val_loss"] for v in values.values() if "mine" in v
+    ]
+    assert doctor.examine(Store.open(), "s") == []
+
+
 def test_names_order_and_directions_of_objectives_cannot_be_accepted() -> None:
     first = with_objective()
     run(first, trials=1, workers="inline")
