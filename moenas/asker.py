@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 REPEATS = 10
 """Draws in a row without a new candidate after which a point that was not drawn is proposed."""
+OF_THE_SAMPLER = (Exception, SystemExit)
+"""What a user's sampler may raise; `sys.exit` in it must not end a run as if all was well."""
 TOLERANCE = 1e-8
 """How far a value may lie from the grid of its distribution, in steps."""
 
@@ -178,7 +180,7 @@ class Asker:
                     self._optuna.sampler = self._sampler(trial.number)
         except (MoenasError, StorageInternalError):
             raise
-        except Exception as error:
+        except OF_THE_SAMPLER as error:
             raise SamplerFailedError(self._left_behind(), _said(error)) from error
         self._active.add(trial.number)
         return trial
@@ -199,7 +201,7 @@ class Asker:
                 plain = self._space.draw(trial)
         except (MoenasError, StorageInternalError):
             raise
-        except Exception as error:
+        except OF_THE_SAMPLER as error:
             if held or fixed:
                 raise ParametersError(_said(error)) from error
             raise SamplerFailedError(trial, _said(error)) from error
@@ -240,7 +242,7 @@ class Asker:
             self._optuna.tell(trial, values, state=state)
         except (MoenasError, StorageInternalError):
             raise
-        except Exception as error:
+        except OF_THE_SAMPLER as error:
             told = self._optuna._storage.get_trial(trial._trial_id)
             if told.state != state or told.values != values:
                 raise ToldElsewhereError(_said(error)) from error
@@ -330,6 +332,6 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
     return abs(steps - round(steps)) <= TOLERANCE * max(1.0, abs(steps))
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """Return the class and the message of an exception in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

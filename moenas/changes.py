@@ -39,6 +39,7 @@ def refuse_changes(
         InputError: naming what differs, and the way to go on.
     """
     way_out = "; give the space another `name` for a new study"
+    _refuse_other_objectives(known, space, accept, way_out)
     changed = changed_objectives(known, space)
     stored = _with_objectives_of(space, brought_up(known.space))
     if known.space_sha256 != space.sha256 and digest(stored) != space.sha256:
@@ -63,6 +64,24 @@ def refuse_changes(
             f" {known.data['sha256'][:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
         )
     return changed
+
+
+def _refuse_other_objectives(known: StudyRecord, space: Space, accept: bool, way_out: str) -> None:
+    """Refuse what no measurement of the finished trials can mend: other axes of the front.
+
+    Other names are left to the comparison of the spaces, where changes are not accepted.
+
+    Raises:
+        InputError: if names, order or directions of the objectives are others.
+    """
+    before, now = known.directions, {o.name: o.direction for o in space.objectives}
+    if list(before.items()) == list(now.items()) or not (accept or list(before) == list(now)):
+        return
+    old, new = (", ".join(f"{n} ({d})" for n, d in o.items()) for o in (before, now))
+    raise InputError(
+        f"study '{space.name}' was begun with the objectives {old}, not {new}; their names, order"
+        f" and directions cannot change{way_out}"
+    )
 
 
 def version_changes(known: StudyRecord, versions: dict[str, str]) -> str | None:

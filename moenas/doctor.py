@@ -16,14 +16,14 @@ from sqlalchemy import Connection, select, text
 
 from moenas import attempts, front, membership, readers, reconcile, repairs, tables
 from moenas.asker import outcome
-from moenas.errors import InputError, StorageLostError
+from moenas.errors import InputError, StorageLostError, StudyBusyError
 from moenas.heartbeat import Lease
 from moenas.records import Evaluation, Plain
-from moenas.spool import FOLDER
+from moenas.spool import Spool
 from moenas.store import Store
 from moenas.weights import FILE, has_weights, read_weights, weights_path
 
-Area = Literal["database", "trials", "front", "weights", "files", "driver"]
+Area = Literal["database", "trials", "front", "weights", "files"]
 TOLERANCE = 1e-9
 """Share by which a stored hypervolume may differ from one that is computed again."""
 
@@ -44,12 +44,25 @@ class Finding:
 
 
 def examine(store: Store, name: str) -> list[Finding]:
-    """Compare both stores, the front, the weights and the files of a study; change nothing."""
+    """Compare both stores, the front, the weights and the files of a study; change nothing.
+
+    Raises:
+        StudyBusyError: if a process runs the study: what it is writing would be taken for damage.
+    """
+    _require_rest(store, name)
     record = store.study(name)
     stored = {e.trial: e for e in store.evaluations(name)}
     findings = [*_database(store), *_trials(store, name, stored, list(record.directions))]
     findings += store.read(name, lambda connection: _front(connection, name))
-    return findings + _weights(store, name, stored) + _files(store, name, stored)
+    findings += [*_weights(store, name, stored), *_files(store, name, stored)]
+    _require_rest(store, name)
+    return findings
+
+
+def _require_rest(store: Store, name: str) -> None:
+    """Raise StudyBusyError if a process runs the study."""
+    if (holder := store.driver(name)) is not None:
+        raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
 
 
 def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[str]:
@@ -87,8 +100,9 @@ def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
     record = store.study(name)
     with Lease(store, name):
         backup = back_up(store, name)
-        if "trials" in areas:
-            _repair_trials(store, name, list(record.directions))
+        # Results first: an uncommitted one needs its weights, and Optuna is told it.
+        Spool(store.runs, name).commit(store)
+        _repair_trials(store, name, list(record.directions))
         if "front" in areas:
             store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
         if "files" in areas:
@@ -225,23 +239,27 @@ def _weights(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Fin
 
 
 def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Finding]:
-    """Find files that no row needs."""
-    return [
+    """Find files that no row needs, and results that have no row."""
+    found = [
         Finding("files", None, f"{path}: left by a run that was killed", "remove it")
         for path in _leftovers(store, name, set(stored))
     ]
+    for path, result in Spool(store.runs, name).results():
+        trial = result.trial if result is not None else None
+        found.append(Finding("files", trial, f"{path}: a result without a row", "record it"))
+    return found
 
 
 def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
     """Return drafts, and weights of trials that have no evaluation."""
     folder = weights_path(store.runs, name, 0).parents[1]
+    spooled = {r.trial for _, r in Spool(store.runs, name).results() if r is not None}
     found = []
     for path in folder.glob("*/*") if folder.is_dir() else ():
         number = path.parent.name
         draft = path.name.startswith(".")
-        lost = path.name == FILE and number.isdigit() and int(number) not in trials
-        spooled = path.parent.name == FOLDER and draft
-        if path.is_file() and (draft or lost or spooled):
+        lost = path.name == FILE and number.isdigit() and int(number) not in trials | spooled
+        if path.is_file() and (draft or lost):
             found.append(path)
     return found
 

@@ -174,8 +174,10 @@ def draw(tree: Tree, suggest: Suggest, path: str = "") -> Any:
 def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
     """Draw one option of a choice; return it and the path of the holes in it."""
     label = suggest.suggest_categorical(path, tree.labels)
-    at = next(i for i, x in enumerate(tree.labels) if x == label and type(x) is type(label))
-    option = tree.options[at]
+    at = [i for i, x in enumerate(tree.labels) if x == label and type(x) is type(label)]
+    if not at:  # a fixed value that another program gave, such as 16.0 for 16
+        raise ValueError(f"{path} = {label!r} is not one of {', '.join(map(repr, tree.labels))}")
+    option = tree.options[at[0]]
     return option, path if isinstance(option, Fixed) else join(path, label)
 
 

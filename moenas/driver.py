@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,11 +22,13 @@ from moenas.doctor import check_start
 from moenas.errors import (
     EnvironmentFaultError,
     NoCandidateError,
+    PartError,
     StorageLostError,
     StudyBusyError,
     StudyStoppedError,
 )
 from moenas.events import Event, Kind, Listener
+from moenas.failures import internal
 from moenas.heartbeat import Lease
 from moenas.intake import Intake
 from moenas.pool import Pool, Result
@@ -49,7 +50,6 @@ FINAL = ("diverged", "acausal", "collapsed")
 """Kinds of failure that another candidate of the same model would end with, too."""
 PUBLISH = 60.0
 """Seconds between updates of the dashboard's figures."""
-TRACEBACK_LINES = 30
 ENDS_A_RUN = (
     StorageLostError,
     StudyBusyError,
@@ -103,10 +103,7 @@ class Driver:
         """Load the study as it is, and make both stores agree; it is to have `total` candidates."""
         self.asker.open()
         spool = self.spool = Spool(self.store.runs, self.name)
-        for path, result in spool.results():
-            if result is not None and self.store.attempts(self.name, result.trial) > 0:
-                self.store.record(result)
-            spool.drop(path)
+        spool.commit(self.store)
         stored = {e.trial: e for e in self.store.evaluations(self.name)}
         found = differences(
             stored, attempts.asked(self.store, self.name), self.asker.trials(), self.names
@@ -155,6 +152,7 @@ class Driver:
         """Say that the study is over and return why; raise NoCandidateError if it has no value."""
         why = self.over
         assert why is not None
+        self._raise_for_listener()
         if self.score.counts["complete"]:
             texts = {
                 "trials": f"all {self.total} trials of study '{self.name}' are finished",
@@ -163,6 +161,7 @@ class Driver:
                 "draws": f"study '{self.name}' ends: {self.draws.text()}",
             }
             self._emit("done", None, texts[why])
+            self._raise_for_listener()
             return why
         if why == "draws":
             raise self.draws.error()
@@ -186,13 +185,11 @@ class Driver:
                 break
             timeout = 0.0 if started else POLL
             if self.running:
-                for result in pool.wait(timeout):
-                    self._land(result)
+                self._land_all(pool.wait(timeout))
             else:
                 time.sleep(min(timeout, self.faults.pause))
             lease.check()
-            if self.listener_error is not None:
-                raise self.listener_error
+            self._raise_for_listener()
             if time.monotonic() - self.published > PUBLISH:
                 self._publish()
         self._publish()
@@ -240,7 +237,9 @@ class Driver:
             self._fail(candidate, Failure("parameters", str(error)))
         except SamplerFailedError as error:
             self._fail(candidate, Failure("sampler", str(error)))
-        except Exception as error:
+        except PartError as error:
+            self._fail(candidate, Failure("error", str(error)))
+        except (Exception, SystemExit) as error:  # a part's own code may call sys.exit
             self._fail(candidate, internal(error))
 
     def _draw(self, drawn: Candidate) -> None:
@@ -315,6 +314,17 @@ class Driver:
             self.store.set_trials(self.name, count)
 
     # --- from a result to an evaluation --------------------------------------------------------
+
+    def _land_all(self, results: list[Result]) -> None:
+        """Take results; a reason to stop, which one may be, keeps no other from being recorded."""
+        reasons = []
+        for result in results:
+            try:
+                self._land(result)
+            except (StudyStoppedError, EnvironmentFaultError) as error:
+                reasons.append(error)
+        if reasons:
+            raise reasons[0]
 
     def _land(self, result: Result) -> None:
         """Take a result: retry it if that may help, else record and tell it."""
@@ -473,6 +483,11 @@ class Driver:
             # It ends the run, but not between two writes.
             self.listener_error = self.listener_error or error
 
+    def _raise_for_listener(self) -> None:
+        """Raise what the listener raised."""
+        if self.listener_error is not None:
+            raise self.listener_error
+
     def _publish(self) -> None:
         """Update the dashboard's figures; a fault there does not stop the study."""
         from moenas.dashboard import publish
@@ -483,10 +498,3 @@ class Driver:
             text = f"the dashboard's figures were not updated: {type(error).__name__}: {error}"
             self._emit("warning", None, text)
         self.published = time.monotonic()
-
-
-def internal(error: Exception) -> Failure:
-    """Describe an exception of moenas itself."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return Failure("internal", text, "\n".join(lines[-TRACEBACK_LINES:]))

@@ -4,6 +4,7 @@ MoenasError                      1   anything that moenas itself raises
 |-- InputError                   2   what the user wrote or named is wrong; no study was created
 |   |-- SpaceError                   a space file, an override or an architecture
 |   |-- DataError                    a corpus that cannot be read or is too small
+|   |-- PartError                    a part of the user's raised, or gave what cannot be used
 |   |-- NotFoundError                a study, trial, space, objective or figure that does not exist
 |   `-- StorageError                 a database that cannot be opened, read or written at the start
 |-- NoCandidateError             3   the study ended without one feasible, complete trial
@@ -44,6 +45,10 @@ class SpaceError(InputError):
 
 class DataError(InputError):
     """A corpus cannot be read, or is too small for what is asked of it."""
+
+
+class PartError(InputError):
+    """A part of the user's raised, or gave what cannot be used."""
 
 
 class NotFoundError(InputError):

@@ -131,3 +131,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure("refused", clean(text_of(error), MESSAGE))
     kind = "out_of_memory" if is_out_of_memory(error) else "error"
     return Failure(kind, clean(located(error), MESSAGE), traceback_of(error))
+
+
+def internal(error: BaseException) -> Failure:
+    """Describe an exception of moenas itself."""
+    return Failure("internal", clean(one_line(error), MESSAGE), traceback_of(error))

@@ -14,6 +14,7 @@ from moenas.heartbeat import Lease
 from moenas.pool import Workers, open_pool
 from moenas.records import StudyRecord
 from moenas.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
+from moenas.spool import Spool
 from moenas.store import Store
 from moenas.study import Study, run
 
@@ -44,11 +45,22 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
         InputError: if no failed trial has a kind of `kinds`.
         StudyBusyError: if a process runs the study.
     """
-    failed = {
-        e.trial: str((e.failure or {}).get("kind", "error"))
-        for e in store.evaluations(study)
-        if e.status == "failed"
-    }
+    with Lease(store, study):
+        # The lease comes first: another process may have evaluated them again meanwhile.
+        Spool(store.runs, study).commit(store)
+        failed = {
+            e.trial: str((e.failure or {}).get("kind", "error"))
+            for e in store.evaluations(study)
+            if e.status == "failed"
+        }
+        chosen = _chosen(study, failed, kinds)
+        if chosen:
+            store.apply(study, lambda connection: repairs.reopen(connection, study, chosen))
+    return chosen
+
+
+def _chosen(study: str, failed: dict[int, str], kinds: Sequence[str]) -> list[int]:
+    """Return the failed trials to open; `failed` is trial -> kind of failure."""
     there = sorted(set(failed.values()))
     for kind in kinds:
         if kind not in there:
@@ -57,15 +69,11 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
                 f"--failed {kind}: study '{study}' has no such failure."
                 f"{suggestion(kind, there)} {known[0].upper()}{known[1:]}."
             )
-    chosen = [
+    return [
         trial
         for trial, kind in failed.items()
         if (kind in kinds if kinds else kind not in SAME_AGAIN)
     ]
-    if chosen:
-        with Lease(store, study):
-            store.apply(study, lambda connection: repairs.reopen(connection, study, chosen))
-    return chosen
 
 
 def retry(
@@ -83,9 +91,12 @@ def retry(
         InputError: if the files that the study names have changed, or no trial is to be retried.
         StudyBusyError: if a process runs the study.
     """
+    from moenas.data import load
+
     store = Store.open(storage)
     record = store.study(name)
     space = stored_space(record)
+    refuse_changes(record, space, load(space.data))
     if not reopen_failed(store, name, kinds):
         raise InputError(
             f"study '{name}': no failed trial may end otherwise; --failed KIND names one of the"

@@ -73,4 +73,6 @@ class Points:
 
 
 def _key(params: Mapping[str, Any]) -> str:
-    return repr(sorted(params.items()))
+    # Optuna holds a whole number that was enqueued as 2.0 as such until the study is opened again.
+    whole = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in params.items()}
+    return repr(sorted(whole.items()))

@@ -312,7 +312,7 @@ def load_module(path: Path, source: str | None = None) -> ModuleType:
         exec(code, module.__dict__)
     except SyntaxError as error:
         raise InputError(f"{path}:{error.lineno}:{error.offset}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         raise InputError(f"{path}: {_line(error, str(path))}{error!r}") from error
     return module

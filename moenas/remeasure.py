@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from moenas.intake import Intake
 from moenas.objective import Objective, load_objective
 from moenas.pool import Pool, Result
 from moenas.records import Evaluation, Failure, Job, StudyRecord
+from moenas.spool import Spool
+from moenas.stops import RETRIES
 from moenas.store import Store
 from moenas.weights import read_weights
 
@@ -96,23 +99,31 @@ class Remeasurer:
         """
         name, store = self._space.name, self._store
         with Lease(store, name) as lease:
+            Spool(store.runs, name).commit(store)
             todo = self._todo(trial)
             done: list[Evaluation] = []
             waiting = list(todo)
             running: dict[int, Evaluation] = {}
+            crashes: Counter[int] = Counter()
             while waiting or running:
                 while waiting and len(running) < pool.capacity:
                     known = waiting.pop(0)
                     running[known.trial] = known
                     pool.submit(self._job(known, objectives))
                 for result in pool.wait(0.5):
-                    found = self._merged(running.pop(result.job.trial), result, objectives)
+                    known = running.pop(result.job.trial)
+                    if _died(result) and crashes[known.trial] < RETRIES:
+                        crashes[known.trial] += 1
+                        waiting.append(known)
+                        continue
+                    found = self._merged(known, result, objectives)
+                    self._intake.add(found)
                     done.append(found)
                     if progress is not None:
                         progress(len(done), len(todo), found)
                 lease.check()
             done += self._copies(done)
-            self._store_all(done, objectives)
+            self._store_all(done + self._outdated(objectives), objectives)
         complete = sum(e.status == "complete" for e in done)
         failed = sum(e.status == "failed" for e in done)
         names = [o.name for o in objectives]
@@ -133,6 +144,9 @@ class Remeasurer:
                 f"study '{self._space.name}': trial {trial} is not complete and has no stored"
                 " weights; there is nothing to measure again"
             )
+        for other in stored if trial is not None else ():
+            if other.trial != trial:  # latencies of one device stay those of one device
+                self._intake.add(other)
         return found
 
     def _job(self, known: Evaluation, objectives: Sequence[Objective]) -> Job:
@@ -203,6 +217,24 @@ class Remeasurer:
             if (source := by_trial.get(e.metrics.get("copied_from", -1.0))) is not None
         ]
 
+    def _outdated(self, objectives: Sequence[Objective]) -> list[Evaluation]:
+        """Return infeasible trained trials without the values that changed objectives had given.
+
+        Their weights were not kept. Without a value Optuna holds such a trial as one that was not
+        measured, so that no sampler learns from two measurements under one name.
+        """
+        changed = changed_objectives(self._record, self._space)
+        names = {o.name for o in objectives if o in changed}
+        return [
+            replace(
+                e,
+                values={k: v for k, v in e.values.items() if k not in names},
+                measurements={k: v for k, v in e.measurements.items() if k not in names},
+            )
+            for e in self._store.evaluations(self._space.name)
+            if e.status == "infeasible" and e.weights_sha256 is None and names & e.values.keys()
+        ]
+
     def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
         """Store values, digests, Optuna's rows and the front together."""
         record, space = self._record, self._space
@@ -217,3 +249,8 @@ class Remeasurer:
                 repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
 
         self._store.apply(record.name, store_rows)
+
+
+def _died(result: Result) -> bool:
+    """Say whether the worker process of a result died, which another try may not do."""
+    return isinstance(result.outcome, Failure) and result.outcome.kind == "crashed"

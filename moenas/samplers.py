@@ -81,7 +81,7 @@ def check(name: str) -> None:
         InputError: naming what there is, or file and line.
     """
     if name not in SAMPLERS:
-        _guest(name)
+        _instance(name, 0)
 
 
 def make(name: str, setup: Setup, trial: int) -> BaseSampler:
@@ -98,7 +98,20 @@ def make(name: str, setup: Setup, trial: int) -> BaseSampler:
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name in SAMPLERS:
             return SAMPLERS[name](setup, seed)
-        return _guest(name)(seed=seed)
+        return _instance(name, seed)
+
+
+def _instance(name: str, seed: int) -> BaseSampler:
+    """Make a sampler of the user's class."""
+    cls = _guest(name)
+    try:
+        return cls(seed=seed)
+    except (Exception, SystemExit) as error:
+        path, _, called = name.rpartition(":")
+        raise InputError(
+            f"{path}: {called}(seed={seed}) raised {type(error).__name__}: {error}; it is called"
+            " with a seed and must return a sampler"
+        ) from error
 
 
 def _guest(name: str) -> Callable[..., BaseSampler]:

@@ -16,11 +16,12 @@ from typing import Any, Self, TypeVar, cast
 from moenas import data, draws, grammar, guests, naming
 from moenas.architecture import Architecture
 from moenas.component import Component
-from moenas.errors import InputError, SpaceError, suggestion
+from moenas.errors import InputError, MoenasError, PartError, SpaceError, suggestion
+from moenas.failures import located
 from moenas.guests import Guest
 from moenas.lengths import require_layers, require_positions
 from moenas.objective import Objective, load_objective
-from moenas.records import Cost, Plain
+from moenas.records import Cost, Plain, astuple
 from moenas.refs import MAX_DEPTH, Mark, Node, find, parse_yaml, read_text, sha256
 from moenas.require import TRAINED, Names, Requirement, parse_requirement
 from moenas.schema import SchemaWriter
@@ -31,6 +32,7 @@ KEYS = (
 )  # fmt: skip
 RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
+NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 MAX_NAME = 200
 
 S = TypeVar("S", bound=Component)
@@ -235,8 +237,21 @@ class Space:
         )
 
     def cost(self, architecture: Architecture) -> Cost:
-        """Return the cost of an architecture at the training context of this space."""
-        return architecture.cost(self.train.context)
+        """Return the cost of an architecture at the training context of this space.
+
+        Raises:
+            PartError: if a part of the user's does not count its own.
+        """
+        try:
+            found = architecture.cost(self.train.context)
+            right = all(type(n) is int and n >= 0 for n in astuple(found))
+        except MoenasError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PartError(f"{NO_COST}: {located(error)}") from error
+        if not right:
+            raise PartError(f"{NO_COST}: the sum is {found}")
+        return found
 
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""

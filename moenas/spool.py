@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moenas.errors import StorageError, StorageLostError
 from moenas.records import Evaluation
 from moenas.rows import storable
 from moenas.weights import weights_path
+
+if TYPE_CHECKING:
+    from moenas.store import Store
+
+log = logging.getLogger(__name__)
 
 FOLDER = "uncommitted"
 """Folder beside those of a study's trials."""
@@ -21,6 +29,7 @@ class Spool:
     """Files of one study's results that are not known to be committed."""
 
     def __init__(self, runs: Path, study: str) -> None:
+        self._study = study
         self._folder = weights_path(runs, study, 0).parents[1] / FOLDER
 
     @contextlib.contextmanager
@@ -42,15 +51,36 @@ class Spool:
             path.unlink(missing_ok=True)
             self._folder.rmdir()
 
-    def results(self) -> Iterator[tuple[Path, Evaluation | None]]:
-        """Yield each file and its result; None for a file that is not whole."""
-        for path in sorted(self._folder.glob("*.json")):
-            try:
-                yield path, Evaluation.parse(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
-                yield path, None
+    def commit(self, store: Store) -> None:
+        """Record the results of earlier runs, and remove their files; the study must be claimed.
+
+        Whatever changes finished trials does this first, so that no older result comes after it.
+        The trial of a result that cannot be recorded is evaluated again.
+
+        Raises:
+            StorageLostError: if the database cannot be reached; the files stay.
+        """
+        for path, found in self.results():
+            if found is not None and store.attempts(self._study, found.trial) > 0:
+                try:
+                    store.record(found)
+                except (StorageLostError, StorageError):
+                    raise
+                except Exception as error:
+                    log.warning("%s: not recorded: %s: %s", path, type(error).__name__, error)
+            self.drop(path)
         for draft in self._folder.glob(".*.tmp"):
             self.drop(draft)
+
+    def results(self) -> Iterator[tuple[Path, Evaluation | None]]:
+        """Yield each file and its result; None for a file that holds no result of the study."""
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                found = Evaluation.parse(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, KeyError, AttributeError):
+                yield path, None
+                continue
+            yield path, found if found.study == self._study else None
 
     def _write(self, path: Path, found: Evaluation) -> None:
         """Write a file whole or not at all."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, make_url, text
 from studies import assert_sound, space
 
 from moenas import doctor
-from moenas.records import Job
+from moenas.errors import StorageLostError, StudyBusyError
+from moenas.records import Evaluation, Job
 from moenas.store import Store
 from moenas.study import Event, Study, run
 from moenas.weights import weights_path
@@ -25,8 +27,14 @@ pytestmark = pytest.mark.usefixtures("study_folder", "jobs")
 def url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield "sqlite:///moenas.db"
-    else:
-        yield request.getfixturevalue("postgres_url")
+        return
+    server = make_url(request.getfixturevalue("postgres_url"))
+    own = server.set(database=f"doctor_{uuid.uuid4().hex}")
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {own.database}"))
+    engine.dispose()
+    yield own.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -126,6 +134,44 @@ def test_what_a_killed_run_left_is_removed(study: Study) -> None:
     assert areas(study) == {}
     assert not (folder / "99").exists()
     assert (folder / "0/model.safetensors").is_file()
+
+
+def test_a_result_that_was_not_committed_keeps_its_weights(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    record = Store.record
+
+    def lost(self: Store, found: Evaluation) -> bool:
+        if found.trial == 3:
+            raise StorageLostError("the server is gone")
+        return record(self, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "record", lost)
+        with pytest.raises(StorageLostError):
+            run(space(), trials=4, workers="inline")
+    store = Store.open()
+    found = doctor.examine(store, "s")
+    assert [(f.area, f.trial, f.repair) for f in found] == [("files", 3, "record it")]
+    assert doctor.examine(store, "s") == found, "to examine changes nothing"
+    doctor.repair(store, "s", found)
+    assert doctor.examine(store, "s") == []
+    assert_sound(run(space(), trials=4, workers="inline"), 4)
+    assert len(jobs) == 4
+
+
+def test_a_study_at_work_is_not_examined(jobs: list[Job]) -> None:
+    said: list[str] = []
+
+    def listener(event: Event) -> None:
+        if event.kind == "finished":
+            with pytest.raises(StudyBusyError) as error:
+                doctor.examine(Store.open(), "s")
+            said.append(str(error.value))
+
+    run(space(), trials=2, workers="inline", listener=listener)
+    assert len(said) == 2
+    assert all("is being run by pid" in line for line in said)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,21 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
-from studies import assert_sound, fake, press_ctrl_c, scripted, space
+from studies import SMALL, assert_sound, fake, press_ctrl_c, scripted, space
 
 from moenas import asker, attempts, measure, stops
+from moenas.architecture import Architecture
 from moenas.errors import (
     EnvironmentFaultError,
     InputError,
     MoenasError,
+    PartError,
     StorageLostError,
     StudyStoppedError,
 )
-from moenas.records import Evaluation, Failure, Job
+from moenas.pool import Result
+from moenas.records import Cost, Evaluation, Failure, Job
+from moenas.space import Space
 from moenas.store import Store
 from moenas.study import Event, Study, load_study, run
 
@@ -32,6 +37,19 @@ pytestmark = pytest.mark.usefixtures("study_folder")
 def kinds(found: Study) -> dict[int, str]:
     """Trial -> kind of failure."""
     return {e.trial: e.failure["kind"] for e in found.view.evaluations if e.failure}
+
+
+def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job]) -> None:
+    small = space(SMALL.replace("{choice: [1, 2]}", "{int: [1, 2]}"))
+    found = run(small, trials=1, workers="inline")
+    for repeat in (1, 1.0, 2, 2.0):
+        found.optuna.enqueue_trial({"d_model": 16, "blocks.0.repeat": repeat})
+    found.optuna.enqueue_trial({"d_model": 16.0})
+    found = run(small, trials=50, workers="inline")
+    assert found.finished == "exhausted"
+    assert len(jobs) == 6
+    (failure,) = [e.failure for e in found.view.evaluations if e.failure]
+    assert failure["message"] == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
 # --- what a trial holds ------------------------------------------------------------------------
@@ -295,6 +313,42 @@ def test_the_same_failure_in_a_row_stops_a_run_at_any_time(monkeypatch: pytest.M
     assert attempts.evaluated(Store.open(), "s") >= 8
 
 
+def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = scripted(monkeypatch, lambda job: fake(job)[0])
+    monkeypatch.setattr(pool, "capacity", 6)
+
+    def wait(timeout: float) -> list[Result]:
+        if timeout == 0.0:
+            return []
+        done = [Failure("error", "no module 'x'")] * 5 + [fake(pool.jobs[5])[0]]
+        return [Result(job, found) for job, found in zip(pool.jobs, done, strict=True)]
+
+    monkeypatch.setattr(pool, "wait", wait)
+    with pytest.raises(StudyStoppedError):
+        run(space(), trials=8, workers=2)
+    rows = load_study("s").view.evaluations
+    assert [e.status for e in rows] == ["failed"] * 5 + ["complete"]
+
+
+def test_a_part_that_counts_no_cost_fails_its_candidate(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    cost, calls = Space.cost, []
+
+    def broken(self: Space, architecture: Architecture) -> Cost:
+        calls.append(architecture)
+        if len(calls) == 6:
+            raise PartError("mine.py:3: SystemExit: 0")
+        return cost(self, architecture)
+
+    monkeypatch.setattr(Space, "cost", broken)
+    found = run(space(), trials=6, workers="inline")
+    assert list(kinds(found).values()) == ["error"]
+    assert_sound(found, 6)
+
+
 def test_models_that_diverge_do_not_stop_a_study_that_has_candidates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -331,11 +385,12 @@ def test_a_sampler_that_stops_the_study_ends_it(jobs: list[Job]) -> None:
 
 
 @pytest.mark.parametrize("method", ["sample_independent", "infer_relative_search_space"])
-def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str) -> None:
+@pytest.mark.parametrize("raised", ["raise ValueError('no idea')", "raise SystemExit(0)"])
+def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str, raised: str) -> None:
     name = sampler(
         "class Mine(RandomSampler):\n"
         f"    def {method}(self, study, trial, *rest):\n"
-        "        if trial.number == 1: raise ValueError('no idea')\n"
+        f"        if trial.number == 1: {raised}\n"
         f"        return super().{method}(study, trial, *rest)\n"
     )
     found = run(space().with_search(sampler=name), trials=4, workers="inline")
@@ -367,6 +422,17 @@ def test_a_listener_that_raises_ends_the_run_and_loses_nothing(jobs: list[Job]) 
     assert attempts.evaluated(Store.open(), "s") >= 3
     assert_sound(run(space(), trials=6, workers="inline"), 6)
     assert len(jobs) == 6
+
+
+def test_a_listener_that_raises_at_the_end_is_heard(jobs: list[Job]) -> None:
+    def listener(event: Event) -> None:
+        if event.kind == "done":
+            raise RuntimeError("the terminal is gone")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the terminal is gone"):
+            run(space(), trials=2, workers="inline", listener=listener)
+    assert_sound(load_study("s"), 2)
 
 
 def test_a_result_that_could_not_be_committed_is_not_evaluated_again(
@@ -407,4 +473,36 @@ def test_a_file_of_a_result_that_is_cut_off_is_dropped(
     (file,) = Store.open().runs.rglob("uncommitted/*.json")
     file.write_text(file.read_text()[:40])
     assert_sound(run(space(), trials=4, workers="inline"), 4)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": {"val_loss": None}},
+        {"values": [1]},
+        {"study": "other"},
+        {"trial": 99},
+        {"attempt": 0},
+        None,
+    ],
+    ids=str,
+)
+def test_a_file_that_holds_no_result_of_the_study_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job], change: dict[str, Any] | None
+) -> None:
+    record = Store.record
+
+    def lost(self: Store, found: Evaluation) -> bool:
+        if found.trial == 1:
+            raise StorageLostError("the server is gone")
+        return record(self, found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "record", lost)
+        with pytest.raises(StorageLostError):
+            run(space(), trials=2, workers="inline")
+    (file,) = Store.open().runs.rglob("uncommitted/*.json")
+    file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
+    assert_sound(run(space(), trials=2, workers="inline"), 2)
     assert not file.exists()

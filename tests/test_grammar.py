@@ -53,6 +53,7 @@ def test_a_preset_is_only_a_spelling() -> None:
         ("{axles: [{wheel: {kind: disc, colour: green}}]}", "'green' is not one of red, blue"),
         ("{axles: [{wheel: {kind: spoked, used: 5}}]}", "f:1:18: axles.0.wheel: used (5) must be at most spokes (4)"),
         ("{axles: [{wheel: {kind: spoked, preset: lite}}]}", "no preset 'lite'. Did you mean 'light'?"),
+        ("{slack: {float: [0.1, 0.2], step: 1e-320}, axles: [{wheel: {kind: disc}}]}", "slack.step: 9.99989e-321 gives more than 1e15 steps"),
         ("{axles: []}", "is not a list of axle mappings"),
         ("{axles: {wheel: {kind: disc}}}", "is not a list of axle mappings"),
         ("{axles: [3]}", "f:1:10: axles.0: 3 is not a mapping (axle)"),

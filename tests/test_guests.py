@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moenas import guests, refs, testing
-from moenas.errors import InputError, SpaceError
+from moenas.errors import InputError, PartError, SpaceError
 from moenas.export import export
 from moenas.parts import Mixer, Score, Selection
 from moenas.space import Space
@@ -129,6 +129,23 @@ def test_what_cannot_be_used_is_refused(desk: Path, use: str, message: str) -> N
     (desk / "mine.yaml").write_text("\n".join(text))
     with pytest.raises(SpaceError, match=message):
         Space.load("mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise SystemExit(0)", r"average\.py:\d+: SystemExit: 0"),
+        ("raise KeyError('d')", r"average\.py:\d+: KeyError: 'd'"),
+        ("return 3", "TypeError"),
+        ("return Cost(-(10**9), 1, 1, 0, 1)", r"the sum is Cost\(params=-"),
+    ],
+)
+def test_a_part_that_does_not_count_its_cost_is_refused(desk: Path, body: str, said: str) -> None:
+    path = desk / "average.py"
+    path.write_text(path.read_text().replace("weights = 2 * d_model * self.d_inner", body))
+    space = Space.load("mine.yaml")
+    with pytest.raises(PartError, match=rf"^a part's `cost` must return a Cost .*: {said}"):
+        list(space.feasible(20))
 
 
 def test_a_guest_that_is_not_there_says_so(desk: Path) -> None:

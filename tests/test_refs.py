@@ -165,6 +165,10 @@ def test_a_guest_file_that_does_not_run_names_its_line(tmp_path: Path) -> None:
     worse.write_text("x = 1\ny = 1 / 0\n")
     with pytest.raises(InputError, match=r"worse\.py: line 2: ZeroDivisionError"):
         refs.load_module(worse)
+    ending = tmp_path / "ending.py"
+    ending.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(InputError, match=r"ending\.py: line 2: SystemExit\(0\)"):
+        refs.load_module(ending)
 
 
 def test_two_guests_of_one_name_stay_two_modules(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import views
 
 from moenas import report
 from moenas.records import View
+from moenas.space import Space
 
 
 def one(**changes: object) -> View:
@@ -61,3 +62,35 @@ def test_a_loss_that_looks_ahead_is_marked_wherever_it_stands(tmp_path: Path) ->
         f"allowed to look at later tokens, so their losses say little: {view.front[0]}" in caption
     )
     assert not any("later tokens" in line for line in report.front_caption(one()))
+
+
+LAYER = (
+    "{{repeat: {repeat}, vary: true, mixer: {{kind: attention, head_dim: 8}},"
+    " ffn: {{kind: dense, d_ff: {{int: [8, 800000000000000]}}}}}}"
+)
+
+
+def checked(folder: Path, text: str, draws: int) -> str:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(f"line {i} of {i * i}\n" for i in range(800)))
+    rest = f"objectives: [total_params]\ndata: {{files: [{corpus}]}}\n"
+    space = Space.parse(f"{text}\n{rest}", "s.yaml")
+    return report.check_text(report.check_report(space, draws))
+
+
+def test_a_number_of_points_of_thousands_of_digits_is_said_by_its_size(tmp_path: Path) -> None:
+    blocks = LAYER.format(repeat=330)
+    text = checked(
+        tmp_path, f"architecture: {{vocab_size: 256, d_model: 32, blocks: [{blocks}]}}", 1
+    )
+    assert text.startswith("s: valid; about 10^4620 points, 1 holes")
+
+
+def test_a_check_in_which_no_draw_is_feasible_shows_one_of_further_draws(tmp_path: Path) -> None:
+    layer = "{mixer: {kind: attention, head_dim: 8}, ffn: {kind: dense, d_ff: 16}}"
+    width = "{int: [8, 8000], step: 8}"
+    space = f"architecture: {{vocab_size: 256, d_model: {width}, blocks: [{layer}]}}"
+    text = checked(tmp_path, f'{space}\nrequire: ["d_model < 100"]', 1)
+    assert "0 of 1 random draws are feasible" in text
+    assert "of the first feasible one that further draws gave" in text
+    assert "1 of 1 random draws are feasible" in checked(tmp_path, space, 1)

@@ -40,6 +40,7 @@ def violation(text: str, *layers: dict[str, float | str | None]) -> float:
         ("norm != 'rmsnorm'", False),
         ("a < 2e6", True),
         ("a / 0 < 1", False),
+        (f"a / 3 < {'*'.join(['9' * 30] * 11)}", True),
     ],
 )
 def test_expressions_mean_what_python_means(text: str, holds: bool) -> None:

@@ -97,3 +97,19 @@ def test_a_guest_s_sampler_is_found_by_file_and_class(tmp_path: Path) -> None:
         samplers.check(f"{file}:Yours")
     with pytest.raises(InputError, match="cannot be read"):
         samplers.check(f"{tmp_path}/none.py:Mine")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def __init__(self): super().__init__()", "TypeError: .* is called with a seed"),
+        ("def __init__(self, seed): raise SystemExit(0)", "SystemExit: 0"),
+    ],
+)
+def test_a_class_that_cannot_be_made_is_refused(tmp_path: Path, body: str, said: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"from optuna.samplers import RandomSampler\nclass Mine(RandomSampler):\n    {body}\n"
+    )
+    with pytest.raises(InputError, match=rf"mine\.py: Mine\(seed=0\) raised {said}"):
+        samplers.check(f"{path}:Mine")

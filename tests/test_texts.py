@@ -143,6 +143,10 @@ def test_few_files_are_split_by_their_tails(tmp_path: Path, sizes: list[int]) ->
 def test_equal_files_count_once(tmp_path: Path) -> None:
     text = texts.files(_write(tmp_path, {"a": b"x" * 100, "b": b"x" * 100}))
     assert [Path(row["path"]).name for row in text.files] == ["a"]
+    lines = b"one line\n" * 20
+    copies = {"a": lines, "b": lines.replace(b"\n", b"\r\n"), "c": b"another line\n" * 20}
+    text = texts.files(_write(tmp_path, copies))
+    assert [Path(row["path"]).name for row in text.files] == ["a", "c"]
 
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
