@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -32,8 +33,15 @@ def listener(space: Space) -> Iterator[Listener]:
         yield lambda _: None
     elif sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
         board = Board(space)
-        with Live(board, console=Console(stderr=True), refresh_per_second=4):
+        live = Live(board, console=Console(stderr=True), refresh_per_second=4)
+        # A terminal that is gone is no reason to stop.
+        with contextlib.suppress(OSError):
+            live.start()
+        try:
             yield board.take
+        finally:
+            with contextlib.suppress(OSError):
+                live.stop()
     else:
         yield write_line
 

@@ -253,7 +253,7 @@ def take(path: Path, folder: str) -> Path:
     Raises:
         InputError: if another user can have.
     """
-    if path.is_relative_to(shipped(folder)):
+    if path.resolve().is_relative_to(shipped(folder).resolve()):
         return path
     reason = foreign(path)
     if reason:
