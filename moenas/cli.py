@@ -140,7 +140,14 @@ def check(
         ),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random architectures to look at.")] = 200,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Random architectures to look at; 200 if left out, fewer if over 100 layers deep.",
+            show_default=False,
+        ),
+    ] = None,
     output: Format = Output.table,
 ) -> None:
     """Check a space: is it valid, how many points, what do they cost, what do they look like."""
