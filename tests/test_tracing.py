@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from moenas.architecture import Architecture
 from moenas.export import model_source
@@ -63,6 +65,26 @@ def test_a_module_exports_with_open_batch_and_length(name: str, tmp_path: Path) 
     for batch, length in ((3, 19), (1, 2), (2, 70)):
         found = program.module()(tokens(batch, length))
         assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_a_module_can_be_copied_after_a_step_of_training(name: str, tmp_path: Path) -> None:
+    model: Any = exported(name, tmp_path).train()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model.loss(tokens(2, 16), tokens(2, 16).roll(1, 1))
+        (loss if name == "dense" else loss + model.auxiliary_loss()).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(again.eval()(tokens(2, 9)), model.eval()(tokens(2, 9)))
+    late = AveragedModel(model)  # a copy is made here, after training
+    late.update_parameters(model)
+    torch.testing.assert_close(late(tokens(2, 9)), model(tokens(2, 9)))
+    mean = averaged.module
+    assert any(not torch.equal(a, b) for a, b in zip(mean.parameters(), model.parameters()))
+    assert torch.isfinite(averaged(tokens(2, 9))).all()
 
 
 @pytest.mark.slow
