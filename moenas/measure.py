@@ -219,9 +219,7 @@ class _Run:
         """Build the model if it fits its device, and training it does if it is to be trained."""
         with self.phase("build"), subject.lease.working():
             architecture, recipe, device = subject.architecture, subject.recipe, subject.device
-            require_fit(
-                architecture, recipe, device, training=training, sharers=subject.sharers
-            )
+            require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
             return architecture.build(device, subject.seed)
 
     def train(self, subject: Subject) -> Training:

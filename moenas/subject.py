@@ -156,9 +156,7 @@ class Subject:
         recipe = self.recipe
         two_steps = dataclasses.replace(recipe, tokens=2 * recipe.batch * recipe.context)
         with self.lease.working():
-            require_fit(
-                self.architecture, recipe, self.device, training=True, sharers=self.sharers
-            )
+            require_fit(self.architecture, recipe, self.device, training=True, sharers=self.sharers)
             model = self.architecture.build(self.device, self.seed)
             held = model.state_dict(keep_vars=True).values()
             steps = train(model, self.corpus, two_steps, self.seed)

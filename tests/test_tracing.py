@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def test_a_module_can_be_copied_after_a_step_of_training(name: str, tmp_path: Pa
     late.update_parameters(model)
     torch.testing.assert_close(late(tokens(2, 9)), model(tokens(2, 9)))
     mean = averaged.module
-    assert any(not torch.equal(a, b) for a, b in zip(mean.parameters(), model.parameters()))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(mean.parameters(), model.parameters(), strict=True)
+    )
     assert torch.isfinite(averaged(tokens(2, 9))).all()
 
 
@@ -96,3 +99,23 @@ def test_a_module_compiles_whole_with_open_batch_and_length(name: str, tmp_path:
     for batch, length in ((3, 19), (2, 70)):
         found = compiled(tokens(batch, length))
         assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_dense_module_converts_to_onnx_with_open_batch_and_length(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="no onnxscript: pip install onnx onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    model = exported("dense", tmp_path)
+    sizes = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=4096)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch and of onnxscript
+        program: Any = torch.onnx.export(
+            model, (tokens(3, 19),), dynamo=True, dynamic_shapes=(sizes,), verbose=False
+        )
+    graph = program.model_proto
+    evaluator = reference.ReferenceEvaluator(graph)
+    for batch, length in ((3, 19), (2, 40)):
+        given = tokens(batch, length)
+        (found,) = evaluator.run(None, {graph.graph.input[0].name: given.numpy()})
+        assert torch.allclose(torch.from_numpy(found), model(given), atol=1e-5, rtol=0)
