@@ -536,7 +536,7 @@ def test_a_browser_shows_the_study_its_notes_and_figures_in_light_and_dark(
                 assert 0.3 < found.pop(background) < 0.99, (name, dark)
                 assert len(found) > 50, (name, dark)
         page.open(f"{study}/note")
-        page.wait_for("Order-1 entropy")
+        page.wait_for("Held-out bigram loss")
         assert "nats/token" in page.text()
         page.open(f"{study}/trials?numbers={trial}")
         page.wait_for("On the Pareto front.")

@@ -158,7 +158,7 @@ def test_a_missing_name_suggests_the_nearest() -> None:
 
 def test_a_word_brings_up_the_names_below_that_hold_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match="no 'Qwen3' .* 'zoo/qwen3_235b_a22b' or 'zoo/qwen3_30"):
+    with pytest.raises(NotFoundError, match=r"no 'Qwen3' .* 'zoo/qwen3_235b_a22b' or 'zoo/qwen3_30"):
         refs.find("spaces", ".yaml", "Qwen3")
     with pytest.raises(NotFoundError) as error:
         refs.find("spaces", ".yaml", "b")
@@ -183,7 +183,7 @@ def test_a_folder_lists_its_names(ref, tmp_path, monkeypatch):
 
 def test_a_wrong_name_in_a_folder_brings_up_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match="no 'zoo/mixtrl' .* Did you mean 'zoo/mixtral_8x"):
+    with pytest.raises(NotFoundError, match=r"no 'zoo/mixtrl' .* Did you mean 'zoo/mixtral_8x"):
         refs.find("spaces", ".yaml", "zoo/mixtrl")
     for ref in ("/", "/etc", "nowhere/", "../zoo/dbrx"):
         with pytest.raises(NotFoundError, match="no such file"):
