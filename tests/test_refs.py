@@ -158,7 +158,9 @@ def test_a_missing_name_suggests_the_nearest() -> None:
 
 def test_a_word_brings_up_the_names_below_that_hold_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NotFoundError, match=r"no 'Qwen3' .* 'zoo/qwen3_235b_a22b' or 'zoo/qwen3_30"):
+    with pytest.raises(
+        NotFoundError, match=r"no 'Qwen3' .* 'zoo/qwen3_235b_a22b' or 'zoo/qwen3_30"
+    ):
         refs.find("spaces", ".yaml", "Qwen3")
     with pytest.raises(NotFoundError) as error:
         refs.find("spaces", ".yaml", "b")

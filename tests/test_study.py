@@ -821,7 +821,7 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
 
 
 def test_a_front_shows_itself_in_one_short_line(jobs: list[Job]) -> None:
-    front = run(space(), trials=8).front()
+    front = run(space(), trials=8, workers="inline").front()
     assert front[0] == front.members[0]
     assert front[-1] == front.members[-1]
     assert list(front) == list(front.members)
