@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas import describe, grammar, naming
-from moenas.component import Component, setting
+from moenas.component import Component, changed, setting
 from moenas.parts.balance import joined_loss
-from moenas.parts.blocks import Block, BlockGroup, NormPosition, Stream, merged
+from moenas.parts.blocks import KEPT, Block, BlockGroup, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
 from moenas.parts.layers import matrices, size, writers
 from moenas.parts.lending import link, unfit
@@ -100,7 +100,7 @@ class Architecture(Component):
         layers = [layer for group in self.blocks for layer in group.layers]
         for i, layer in enumerate(reversed(layers)):
             if layer.shortcut_delay > i:
-                layers[-1 - i] = replace(layer, shortcut_delay=i)
+                layers[-1 - i] = changed(layer, shortcut_delay=i)
         found = {id(layer): layer for layer in layers}
         known = dict[tuple[object, ...], BlockGroup]()
         first = {n: known.setdefault(layer.identity, layer) for n, layer in found.items()}
@@ -122,16 +122,23 @@ class Architecture(Component):
         """Return the one spelling of all architectures that train and compute alike.
 
         Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
-        of equal layers as one group, and fields without effect at their defaults.
+        of equal layers as one group, and fields without effect at their defaults. It is kept.
         """
+        if KEPT not in self.__dict__:
+            found = self.__dict__[KEPT] = self._canonical()
+            found.__dict__[KEPT] = found
+        kept: Self = self.__dict__[KEPT]
+        return kept
+
+    def _canonical(self) -> Self:
         stream, written, known = self.stream, self.layers, dict[int, BlockGroup]()
         for layer in written:  # equal layers are one object, most of the time
             if id(layer) not in known:
                 known[id(layer)] = layer.canonical_in(stream)
         runs = itertools.groupby(merged([known[id(layer)] for layer in written]))
-        return replace(
+        return changed(
             self,
-            blocks=tuple(replace(layer, repeat=len(list(run))) for layer, run in runs),
+            blocks=tuple(changed(layer, repeat=len(list(run))) for layer, run in runs),
             norm_eps=1e-6 if self.norm == "dyt" else self.norm_eps,
             max_positions=self.max_positions if self.positions == "learned" else None,
         )

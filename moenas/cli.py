@@ -41,6 +41,7 @@ from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
     from moenas.readers import FrontView
+    from moenas.space import Space
 
 app = typer.Typer(
     name="moenas",
@@ -140,7 +141,14 @@ def check(
         ),
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random architectures to look at.")] = 200,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Random architectures to look at; 200 if left out, fewer if over 100 layers deep.",
+            show_default=False,
+        ),
+    ] = None,
     output: Format = Output.table,
 ) -> None:
     """Check a space: is it valid, how many points, what do they cost, what do they look like."""
@@ -191,6 +199,7 @@ def run(
 
     _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
+    _say_notes(loaded)
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
     hint = command_line(["run", space, *(overrides or ())], options)
     try:
@@ -216,18 +225,28 @@ def run(
     _next_steps(view, storage)
 
 
+def _say_notes(space: Space) -> None:
+    """Say on stderr what should be known of the corpus before a study trains on it."""
+    from moenas.matching import notes, open_corpus
+
+    for note in notes(space, open_corpus(space)):
+        say(note)
+
+
 def _next_steps(view: FrontView, storage: str | None) -> None:
     """Say what to type next."""
     if not view.members:
         return
     name, best = view.study.name, view.members[0].trial
-    where = {"storage": without_password(storage) if storage else None}
-    say("next:")
-    for words, what in (
+    steps = [
         (["show", name, str(best)], "one candidate, whole"),
         (["dashboard"], "the Optuna dashboard with the figures"),
-        (["export", name, str(best), "out/"], "a trained PyTorch module to take home"),
-    ):
+    ]
+    if view.members[0].weights_sha256 is not None:
+        steps.append((["export", name, str(best), "out/"], "a trained PyTorch module to take home"))
+    where = {"storage": without_password(storage) if storage else None}
+    say("next:")
+    for words, what in steps:
         say(f"  {terminal.command(words, where):<36} # {what}")
 
 

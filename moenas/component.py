@@ -7,13 +7,15 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
 
 from moenas.errors import SpaceError
 from moenas.records import Cost, Plain
 
 if TYPE_CHECKING:
     from torch import nn
+
+C = TypeVar("C", bound="Component")
 
 Scalar = None | bool | int | float | str
 MAX_NUMBER = 10**15
@@ -194,6 +196,19 @@ class Component:
                 value = [item.brief() for item in value]
             found[name] = value
         return found
+
+
+def changed(component: C, **changes: Any) -> C:
+    """Return a component with other values of some fields; the same object if none is another.
+
+    As `dataclasses.replace` in a fraction of its time, which counts in spaces of many layers.
+    """
+    values = component.__dict__
+    if all(values[name] is value for name, value in changes.items()):
+        return component
+    found = object.__new__(type(component))
+    found.__dict__.update({name: values[name] for name in fields(type(component))}, **changes)
+    return found
 
 
 def _origin(cls: type) -> tuple[str, str]:

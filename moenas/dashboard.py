@@ -217,6 +217,16 @@ HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "same-origin"),
 ]
+PAGES = "/dashboard"
+HIDDEN = b"""\
+<style>
+button[aria-label="rename study"],
+button[aria-label="delete study"],
+button:has([data-testid="AddBoxIcon"]) { display: none; }
+</style>
+"""
+"""Hides the buttons of the list of studies whose requests are refused: rename, delete, create."""
+CONDITIONS = ("HTTP_IF_MODIFIED_SINCE", "HTTP_IF_NONE_MATCH", "HTTP_RANGE")
 
 
 class Guard:
@@ -240,10 +250,28 @@ class Guard:
         # The dashboard looks this header up without asking whether it is there.
         environ.setdefault("HTTP_ACCEPT_ENCODING", "identity")
 
+        if environ["REQUEST_METHOD"] == "GET" and environ.get("PATH_INFO", "").startswith(PAGES):
+            return self._page(environ, start_response)
+
         def start(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
             return start_response(status, [*headers, *HEADERS], *rest)
 
         return self._app(environ, start)
+
+    def _page(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer with a page of the dashboard without the buttons of what is refused."""
+        said: list[Any] = []
+        asked = {key: value for key, value in environ.items() if key not in CONDITIONS}
+        asked["HTTP_ACCEPT_ENCODING"] = "identity"
+        parts = self._app(asked, lambda *answer: said.extend(answer[:2]))  # type: ignore[arg-type]
+        try:
+            page = b"".join(parts).replace(b"</head>", HIDDEN + b"</head>", 1)
+        finally:
+            getattr(parts, "close", lambda: None)()
+        dropped = ("content-length", "etag", "last-modified", "accept-ranges")
+        headers = [(name, value) for name, value in said[1] if name.lower() not in dropped]
+        start_response(said[0], [*headers, ("Content-Length", str(len(page))), *HEADERS])
+        return [page]
 
 
 def _refusal(environ: WSGIEnvironment) -> str | None:

@@ -18,8 +18,8 @@ TRIES = 1000
 """Random architectures tried before an option is called never valid."""
 MANY = 10_000
 """Different components of one place that are kept."""
-WHOLE, FIXED = "whole", "fixed"
-"""Keys of what a record keeps: itself, or its fields, without holes."""
+WHOLE, FIXED, OPEN = "whole", "fixed", "open"
+"""Keys of what a record keeps: itself without holes, its fields without holes, those with."""
 LOOKS = 64
 """Values of a range that are tried, spread evenly."""
 
@@ -112,7 +112,7 @@ def _repeats(tree: Record) -> list[int]:
 
 
 def most_layers(tree: Tree) -> int:
-    """Return the most layers that a group of blocks can have, written out."""
+    """Return the most layers that an architecture or a group of blocks can have, written out."""
     if isinstance(tree, Choice):
         return max(map(most_layers, tree.options))
     if isinstance(tree, Listing):
@@ -121,7 +121,7 @@ def most_layers(tree: Tree) -> int:
         return 0
     blocks = tree.fields.get("blocks")
     inner = 0 if blocks is None else most_layers(blocks)
-    return max(_repeats(tree)) * (inner or 1)
+    return (max(_repeats(tree)) if "repeat" in tree.fields else 1) * (inner or 1)
 
 
 @dataclass(frozen=True)
@@ -259,23 +259,34 @@ def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -
         tree.drawn[FIXED] = {
             name: _fill(value, suggest, "", join(place, name)) for name, value in closed.items()
         }
-    known, closed = fields(tree.cls), tree.drawn[FIXED]
-    values = dict(given)
-    for name, value in tree.fields.items():
-        if name in closed or name in given:
-            continue
-        found = _fill(value, suggest, join(path, name), join(place, name))
-        values[name] = known[name].convert(found) if isinstance(value, Choice | Range) else found
+        known = fields(tree.cls)
+        tree.drawn[OPEN] = [
+            (name, value, known[name].convert if isinstance(value, Choice | Range) else None)
+            for name, value in tree.fields.items()
+            if name not in closed
+        ]
+    closed, values = tree.drawn[FIXED], dict(given)
+    for name, value, convert in tree.drawn[OPEN]:
+        if name not in given:
+            found = _fill(value, suggest, join(path, name), join(place, name))
+            values[name] = found if convert is None else convert(found)
     # Parts are made once, so two of the same fields are one object; True is not 1.
-    answers = tuple(id(x) if isinstance(x, Component) else (type(x), x) for x in values.values())
-    if answers not in tree.drawn:
+    answers = tuple(map(_answer, values.values()))
+    component: Component | None = tree.drawn.get(answers)
+    if component is None:
         component = tree.cls(**{**closed, **values})
         if (reason := component.invalid()) is not None:
             raise SpaceError(f"{place}: {reason}" if place else reason)
-        if len(tree.drawn) >= MANY:
-            return component
-        tree.drawn[answers] = component
-    return cast(Component, tree.drawn[answers])
+        if len(tree.drawn) < MANY:
+            tree.drawn[answers] = component
+    return component
+
+
+def _answer(value: Any) -> Any:
+    """Return what two equal answers have in common; that kept holds the parts of its answers."""
+    if isinstance(value, Component):
+        return id(value)
+    return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
 def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[Any]) -> None:

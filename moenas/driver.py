@@ -300,6 +300,7 @@ class Driver:
             use={guest.path: guest.source for guest in space.use},
             time_limit_s=space.search.time_limit,
             reference_ms=self.store.reference_ms(self.name),
+            sharers=getattr(self.pool, "sharers", 1),
         )
         self.pool.submit(job)
         self.draws.started()

@@ -107,15 +107,37 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(found)) if found else None
 
 
-def _available(path: str = "/proc/meminfo") -> Iterator[int]:
+def all_bytes(device: torch.device) -> int | None:
+    """Return the bytes of memory of a device that candidates share; None if it cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    limits = [limit for limit, _ in _limits()]
+    totals = [size for name, size in _sizes() if name == "MemTotal"]
+    return min([*totals, *limits], default=None)
+
+
+def _available() -> Iterator[int]:
+    return (size for name, size in _sizes() if name == "MemAvailable")
+
+
+def _sizes(path: str = "/proc/meminfo") -> Iterator[tuple[str, int]]:
+    """Yield name and bytes of what the kernel says of memory."""
     for line in _lines(path):
         name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            yield int(rest.split()[0]) * 1024
+        number, _, unit = rest.strip().partition(" ")
+        if unit == "kB" and number.isdigit():
+            yield name, int(number) * 1024
 
 
 def _groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> Iterator[int]:
     """Yield what each control group with a limit leaves: version 2, then version 1."""
+    return (left for _, left in _limits(root, own))
+
+
+def _limits(
+    root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup"
+) -> Iterator[tuple[int, int]]:
+    """Yield the limit of each control group that has one, and what it leaves."""
     for line in _lines(own):
         number, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -132,15 +154,15 @@ def _groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> Ite
             continue
         inner = place / path.strip().lstrip("/")
         for folder in [inner, *inner.parents]:
-            left = _left(folder, *files)
-            if left is not None:
-                yield left
+            found = _left(folder, *files)
+            if found is not None:
+                yield found
             if folder == place:
                 break
 
 
-def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Return what the limit of a control group leaves; None if it has none."""
+def _left(folder: Path, limit: str, usage: str, cached: str) -> tuple[int, int] | None:
+    """Return the limit of a control group and what it leaves; None if it has none."""
     most, used = (next(iter(_lines(folder / name)), "") for name in (limit, usage))
     if not most.strip().isdigit() or not used.strip().isdigit():
         return None
@@ -148,7 +170,7 @@ def _left(folder: Path, limit: str, usage: str, cached: str) -> int | None:
     for line in _lines(folder / "memory.stat"):
         name, _, size = line.partition(" ")
         files = int(size) if name == cached and size.strip().isdigit() else files
-    return int(most) - int(used) + files
+    return int(most), int(most) - int(used) + files
 
 
 def _lines(path: str | os.PathLike[str]) -> list[str]:
@@ -180,6 +202,12 @@ class Fit:
     def fits(self) -> bool:
         """Whether there is room, as far as can be told."""
         return self.free is None or self.needed <= self.free // self.sharers
+
+    def fits_share(self, whole: int | None) -> bool:
+        """Whether it fits into what is free, and into an equal share of the whole memory."""
+        if self.free is None or whole is None:
+            return False
+        return self.needed <= min(self.free, whole // self.sharers)
 
     def __str__(self) -> str:
         least = "at least " if self.at_least else ""
@@ -235,9 +263,12 @@ def require_fit(
 ) -> None:
     """Refuse a candidate that does not fit its device.
 
+    It fits if all that share the device would fit into what is free, as at the start of a run, or
+    if it fits into its share of the whole: what the others hold is not free any more.
+
     Raises:
         NoRoomError: with what it needs and what there is.
     """
     found = fit(architecture, recipe, device, training=training, sharers=sharers)
-    if not found.fits:
+    if not (found.fits or found.fits_share(all_bytes(device))):
         raise NoRoomError(f"{found}; nothing was built")

@@ -150,6 +150,7 @@ class _Run:
                 seed=job.seed,
                 lease=lease,
                 reference_ms=job.reference_ms,
+                sharers=job.sharers,
             )
             self.measure_all(subject, objectives)
 
@@ -218,7 +219,7 @@ class _Run:
         """Build the model if it fits its device, and training it does if it is to be trained."""
         with self.phase("build"), subject.lease.working():
             architecture, recipe, device = subject.architecture, subject.recipe, subject.device
-            require_fit(architecture, recipe, device, training=training)
+            require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
             return architecture.build(device, subject.seed)
 
     def train(self, subject: Subject) -> Training:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from operator import or_
 from typing import TypeVar
 
@@ -32,9 +32,14 @@ def ends(path: str) -> tuple[str, ...]:
 
 def named(values: Mapping[str, V]) -> dict[str, V]:
     """Return path -> value under every name that is the end of one of the paths only."""
-    often = Counter(end for path in values for end in ends(path))
-    spelled = ((end, value) for path, value in values.items() for end in ends(path))
-    return {end: value for end, value in spelled if often[end] == 1}
+    return {end: values[path] for end, path in _names_of(tuple(values))}
+
+
+@lru_cache(maxsize=1024)
+def _names_of(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return every name that is the end of one of the paths only, with that path."""
+    often = Counter(end for path in paths for end in ends(path))
+    return tuple((end, path) for path in paths for end in ends(path) if often[end] == 1)
 
 
 def scalars(component: Component, path: str) -> dict[str, float | str]:

@@ -64,6 +64,7 @@ class Inline:
     """Works on one job at a time, in this process and in `wait`."""
 
     capacity = 1
+    sharers = 1
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -96,12 +97,8 @@ def fit(ray: Any, search: Search) -> int:
         InputError: if no node has what a candidate asks for. Ray would wait for ever.
     """
     asked = {"CPU": search.cpus, "GPU": search.gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    count = 0
-    for node in nodes:
-        shares = [node.get(name, 0.0) / need for name, need in asked.items() if need]
-        count += int(min(shares, default=node.get("CPU", 1.0)) + 1e-9)
-    if count:
+    nodes = _nodes(ray)
+    if count := sum(_room(node, search) for node in nodes):
         return count
     for name, need in asked.items():
         most = max((node.get(name, 0.0) for node in nodes), default=0.0)
@@ -114,6 +111,25 @@ def fit(ray: Any, search: Search) -> int:
     raise InputError(
         f"no node of the Ray cluster has {search.cpus:g} CPU and {search.gpus:g} GPU together"
     )
+
+
+def sharers(ray: Any, search: Search) -> int:
+    """Return how many candidates can share the memory of one device: of a GPU, or of a node."""
+    if search.gpus > 0:
+        return max(1, int(1 / search.gpus + 1e-9))
+    return max(1, max((_room(node, search) for node in _nodes(ray)), default=1))
+
+
+def _nodes(ray: Any) -> list[Mapping[str, float]]:
+    """Return the resources of each living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _room(node: Mapping[str, float], search: Search) -> int:
+    """Return how many candidates a node can work on at a time."""
+    asked = {"CPU": search.cpus, "GPU": search.gpus}
+    shares = [node.get(name, 0.0) / need for name, need in asked.items() if need]
+    return int(min(shares, default=node.get("CPU", 1.0)) + 1e-9)
 
 
 def require_free(ray: Any, search: Search, where: str) -> None:

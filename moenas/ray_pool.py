@@ -22,7 +22,7 @@ from moenas.processes import (
     memory_bytes,
     resident_bytes,
 )
-from moenas.ray_address import fit
+from moenas.ray_address import fit, sharers
 from moenas.ray_cluster import acquire, release
 from moenas.ray_worker import work
 from moenas.records import Failure, Job
@@ -105,10 +105,12 @@ class RayPool:
         self._closed = False
         try:
             room = fit(self._ray, search)
+            on_a_device = sharers(self._ray, search)
         except BaseException:
             self.close()
             raise
         self._slots = min(workers, room) if workers else room
+        self.sharers = min(self._slots, on_a_device)
         # max_calls in the decorator, not in options: a process, and what it holds of a GPU, must
         # not outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for
         # ever.

@@ -37,9 +37,18 @@ class Cost:
     """Size of the parameters, 2 bytes an element (bfloat16)."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        # Written out: spaces of many layers add millions of costs.
+        return Cost(
+            self.params + other.params,
+            self.active_params + other.active_params,
+            self.flops_per_token + other.flops_per_token,
+            self.kv_bytes_per_token + other.kv_bytes_per_token,
+            self.weight_bytes + other.weight_bytes,
+        )
 
     def __mul__(self, times: int) -> Cost:
+        if times == 1:
+            return self
         return Cost(*(value * times for value in astuple(self)))
 
     __rmul__ = __mul__
@@ -93,6 +102,8 @@ class Job(_Record):
     """Path -> source text of a guest's file of parts."""
     reference_ms: dict[str, float] = field(default_factory=dict)
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
+    sharers: int = 1
+    """Candidates that share the memory of its device at a time, this one included."""
     known: Plain | None = None
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)

@@ -207,6 +207,10 @@ def shipped(folder: str) -> Path:
     return installed if installed.is_dir() else package.parent / folder
 
 
+SUGGESTED = 3
+"""Names in folders below that a wrong name brings up."""
+
+
 def listing(folder: str, suffix: str) -> dict[str, Path]:
     """Return name -> path of what `folder` offers; the folder here shadows what was shipped."""
     found: dict[str, Path] = {}
@@ -231,17 +235,38 @@ def find(folder: str, suffix: str, ref: str) -> Path:
     with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         if (path.suffix == suffix or slash) and path.is_file():
             return path
-        found = listing(folder + slash + parent, suffix)
-        known = {parent + slash + name: place for name, place in found.items()}
+        known = {} if path.is_absolute() else _named(folder, suffix, parent)
     if ref in known:
         return take(known[ref], folder)
     if path.suffix == suffix or (slash and not known):
         raise NotFoundError(f"{_short(ref)}: no such file")
+    below = [] if slash else _below(folder, suffix)
+    inside = [name for name in below if name.startswith(f"{ref}/")]
+    if inside or not ref.removeprefix(parent + slash):
+        names = ", ".join(inside or known)
+        raise NotFoundError(f"'{_short(ref)}' is a folder of {folder}/; name one of: {names}")
+    holding = [name for name in below if ref.lower() in name.rpartition("/")[2].lower()][:SUGGESTED]
+    near = f" Did you mean {' or '.join(map(repr, holding))}?" if holding else ""
     names = ", ".join(known) or "none"
     raise NotFoundError(
-        f"no '{_short(ref)}' in {folder}/.{suggestion(ref, known)} There are: {names}."
+        f"no '{_short(ref)}' in {folder}/.{near or suggestion(ref, known)} There are: {names}."
         f" A path must end in {suffix}."
     )
+
+
+def _named(folder: str, suffix: str, parent: str) -> dict[str, Path]:
+    """Return name -> path of what `folder` offers in a folder below it, or in itself."""
+    if not parent:
+        return listing(folder, suffix)
+    found = listing(f"{folder}/{parent}", suffix)
+    return {f"{parent}/{name}": place for name, place in found.items()}
+
+
+def _below(folder: str, suffix: str) -> list[str]:
+    """Return the names of what stands in the folders right below `folder`."""
+    places = [place for root in (shipped(folder), Path(folder)) for place in root.glob("*/")]
+    parents = sorted({place.name for place in places if not place.name.startswith(("_", "."))})
+    return [name for parent in parents for name in _named(folder, suffix, parent)]
 
 
 def take(path: Path, folder: str) -> Path:

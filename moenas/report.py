@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from moenas.space import Space
     from moenas.store import Store
 
+DRAWS, DRAWN_LAYERS = 200, 20_000
+"""Random architectures that `check` looks at, and how many layers they have in all."""
 SHOWN_DRAWS = 3
 SHOWN_POINTS = 10**40
 """From this many points on, their number is told by its digits."""
@@ -59,8 +61,10 @@ def _cell(value: Any) -> str:
 # --- a space -----------------------------------------------------------------------------------
 
 
-def check_report(space: Space, n_draws: int) -> Plain:
+def check_report(space: Space, n_draws: int | None = None) -> Plain:
     """Describe a space by exact counts and by `n_draws` random architectures.
+
+    None draws DRAWS, or fewer where they have more than DRAWN_LAYERS layers in all.
 
     A space of one point gives its exact costs as plain integers; others give {min, max} over the
     drawn architectures that meet every requirement.
@@ -69,8 +73,11 @@ def check_report(space: Space, n_draws: int) -> Plain:
         SpaceError: if none of 1000 drawn architectures is valid and meets the requirements.
         DataError: if the corpus cannot be read, or the space cannot be trained on it.
     """
+    from moenas.draws import most_layers
     from moenas.matching import notes, open_corpus, room
 
+    if n_draws is None:
+        n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
     corpus = open_corpus(space)
     single = space.size == 1 and space.continuous == 0
     tries = list(space.feasible(1 if single else n_draws))

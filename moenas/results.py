@@ -32,6 +32,10 @@ class Pool(Protocol):
     def capacity(self) -> int:
         """How many jobs are worked on at a time, at least 1; more must not be submitted."""
 
+    @property
+    def sharers(self) -> int:
+        """How many jobs share the memory of one device, at most; a pool may leave it out for 1."""
+
     def submit(self, job: Job) -> None:
         """Take a job.
 

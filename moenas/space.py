@@ -175,8 +175,9 @@ class Space:
 
         Of those that are decided before anything is built.
         """
-        layers = self._names(architecture)
-        return {r.text: r.violation(layers) for r in self.requirements if not r.trained}
+        wanted = [r for r in self.requirements if not r.trained]
+        layers = self._names(architecture) if wanted else []
+        return {r.text: r.violation(layers) for r in wanted}
 
     def trained_violations(
         self, architecture: Architecture, routing: Sequence[Plain]

@@ -243,13 +243,12 @@ def run(
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    from moenas.data import load
+    from moenas.matching import open_corpus
 
     samplers.check(space.search.sampler)
     points.check_grid(space)
     space.require_feasible()
-    corpus = load(space.data)
-    corpus.require(space.train.context, min(space.vocab_sizes))
+    corpus = open_corpus(space)
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()

@@ -62,6 +62,8 @@ class Subject:
     seed: int
     lease: DeviceLease
     reference_ms: Mapping[str, float] = field(default_factory=dict)
+    sharers: int = 1
+    """Candidates that share the memory of the device at a time."""
     built: Model | None = None
     build: Callable[[], Model] | None = None
     """Builds the model, once an objective may ask for it."""
@@ -154,7 +156,7 @@ class Subject:
         recipe = self.recipe
         two_steps = dataclasses.replace(recipe, tokens=2 * recipe.batch * recipe.context)
         with self.lease.working():
-            require_fit(self.architecture, recipe, self.device, training=True)
+            require_fit(self.architecture, recipe, self.device, training=True, sharers=self.sharers)
             model = self.architecture.build(self.device, self.seed)
             held = model.state_dict(keep_vars=True).values()
             steps = train(model, self.corpus, two_steps, self.seed)

@@ -111,6 +111,31 @@ def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> 
     assert "small" in moenas("status").out
 
 
+def test_what_was_not_trained_is_not_offered_for_export(moenas: Run) -> None:
+    text = SMALL.replace("[val_loss, flops_per_token]", "[active_params, total_params]")
+    Path("costs.yaml").write_text(text)
+    ran = moenas("run", "costs.yaml", "--workers", "inline")
+    assert ran.code == 0, ran.err
+    assert "moenas show costs" in ran.err
+    assert "export" not in ran.err
+    refused = moenas("export", "costs", ran.out.splitlines()[2].split()[0], "out")
+    assert refused.code == 2
+    assert "was not trained" in refused.err
+
+
+def test_a_run_says_first_what_is_known_of_its_corpus(moenas: Run) -> None:
+    text = SMALL.replace("data: pydoc", "data: {files: [squares.txt]}").replace("2048", "8192")
+    Path("small.yaml").write_text(text)
+    Path("squares.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(300)))
+    ran = moenas("run", "small.yaml", "--workers", "inline", "--trials", "1")
+    assert ran.code == 0, ran.err
+    note = ran.err.index("data: 8,192 tokens of training are drawn from")
+    assert note < ran.err.index("trial 0")
+    assert "moenas export small" in ran.err
+    missing = moenas("run", "small.yaml", "data.files=[nowhere.txt]", "--workers", "inline")
+    assert missing.code == 2
+
+
 def test_init_writes_a_file_that_checks_and_a_schema_that_accepts_it(moenas: Run) -> None:
     assert moenas("init", "mine.yaml").code == 0
     text = Path("mine.yaml").read_text()

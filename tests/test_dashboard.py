@@ -443,6 +443,17 @@ def test_a_server_publishes_and_answers_at_its_url(server):
         urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": "evil.example"}))
 
 
+def test_a_page_is_whole_and_never_an_older_copy(server):
+    for headers in ({}, {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}):
+        asked = urllib.request.Request(f"{server.url}dashboard", headers=headers)
+        with urllib.request.urlopen(asked) as answer:
+            page = answer.read()
+            assert answer.status == 200
+            assert int(answer.headers["Content-Length"]) == len(page)
+            assert answer.headers["Etag"] is None
+        assert page.index(dashboard.HIDDEN) < page.index(b"</head>")
+
+
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "192.168.1.7", "example.org", "", "localhost.evil"]
 )
@@ -531,4 +542,21 @@ def test_a_browser_shows_the_study_its_notes_and_figures_in_light_and_dark(
         page.wait_for("On the Pareto front.")
         assert "n_kv_heads" in page.text()
         assert f"moenas export made_up {trial}" in page.text()
+        assert page.errors == []
+
+
+@pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium: apt-get install chromium")
+def test_a_browser_shows_no_button_of_what_is_refused(server, published, tmp_path):
+    with browser.chromium(tmp_path / "profile") as page:
+        page.open(f"{server.url}dashboard", size=(1400, 1200))
+        page.wait_for("made_up")
+        for button in ('[aria-label="rename study"]', '[aria-label="delete study"]'):
+            page.wait(f"document.querySelector('button{button}')")  # the page still has it
+        buttons = "[...document.querySelectorAll('button, a')]"
+        shown = page.run(f"{buttons}.filter(b => b.offsetParent).map(b => b.innerText).join()")
+        assert "RELOAD" in shown
+        assert "CREATE" not in shown
+        assert "CREATE" in page.run(f"{buttons}.map(b => b.textContent).join().toUpperCase()")
+        hidden = "getComputedStyle(document.querySelector('[aria-label=\"{} study\"]')).display"
+        assert page.run(hidden.format("rename")) == page.run(hidden.format("delete")) == "none"
         assert page.errors == []

@@ -394,3 +394,21 @@ def test_tokens_are_read_whole_once_and_again_when_changed(
     write_tokens(path, [3, 2, 1] * 30)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync -t do
     assert load(found).sha256 != first.sha256
+
+
+def test_tokens_replaced_by_others_of_the_same_size_and_time_are_noticed(tmp_path: Path) -> None:
+    path = write_tokens(tmp_path / "t.bin", [1, 2, 3] * 30)
+    os.utime(path, ns=(10**18, 10**18))
+    found = section(f"{{tokens: {path}, vocab_size: 9}}")
+    first = load(found)
+    other = write_tokens(tmp_path / "other.bin", [3, 2, 1] * 30)
+    os.utime(other, ns=(10**18, 10**18))
+    os.replace(other, path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (180, 10**18)
+    second = load(found)
+    assert second.sha256 != first.sha256
+    assert second.sha256 == load(section(f"{{tokens: {path}, vocab_size: 9}}")).sha256
+    with path.open("r+b") as file:  # in place: the inode stays, too
+        file.write(b"\x05\x00")
+    os.utime(path, ns=(10**18, 10**18))
+    assert load(found).sha256 not in (first.sha256, second.sha256)

@@ -52,6 +52,16 @@ def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job
     assert failure["message"] == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
+def test_a_job_says_how_many_candidates_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = scripted(monkeypatch, lambda job: jobs.append(job) or fake(job)[0])  # type: ignore[func-returns-value]
+    jobs: list[Job] = []
+    run(space(), trials=1)
+    assert [job.sharers for job in jobs] == [1]
+    pool.sharers = 2  # type: ignore[attr-defined]
+    run(space(), trials=3)
+    assert [job.sharers for job in jobs] == [1, 2, 2]
+
+
 # --- what a trial holds ------------------------------------------------------------------------
 
 UNUSABLE: list[dict[str, Any]] = [

@@ -91,6 +91,23 @@ def test_activations_count_and_sharers_divide(monkeypatch: pytest.MonkeyPatch) -
     assert not footprint.fit(architecture, RECIPE, CPU, training=True).fits
 
 
+def test_a_candidate_fits_beside_others_that_have_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = drawn(2)
+    assert architecture is not None
+    exact = footprint.training_bytes(architecture, RECIPE, CPU)
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: exact)
+    monkeypatch.setattr(footprint, "all_bytes", lambda device: 2 * exact)
+    footprint.require_fit(architecture, RECIPE, CPU, training=True, sharers=2)
+    for short in (lambda: 2 * exact - 2, lambda: None):
+        monkeypatch.setattr(footprint, "all_bytes", lambda device, short=short: short())
+        with pytest.raises(NoRoomError, match="free for each of 2 candidates at a time"):
+            footprint.require_fit(architecture, RECIPE, CPU, training=True, sharers=2)
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: exact - 1)
+    monkeypatch.setattr(footprint, "all_bytes", lambda device: 4 * exact)
+    with pytest.raises(NoRoomError):
+        footprint.require_fit(architecture, RECIPE, CPU, training=True, sharers=2)
+
+
 def test_the_limits_of_control_groups_count(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.write_text("5:memory:/job\n0::/job/step\n3:cpu:/x\n")
@@ -112,3 +129,6 @@ def test_this_machine_has_some_memory() -> None:
     free = footprint.free_bytes(CPU)
     assert free is not None
     assert 2**20 < free < 2**50
+    whole = footprint.all_bytes(CPU)
+    assert whole is not None
+    assert 2**20 < whole < 2**50

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from moenas.errors import InputError
-from moenas.ray_address import probe
+from moenas.ray_address import fit, probe, sharers
+from moenas.sections import Search
 
 
 @contextmanager
@@ -105,3 +106,27 @@ def test_a_cluster_without_a_free_cpu_is_told_as_such(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.startswith("all CPUs of the Ray cluster"), done.stderr
     assert "0 of 1 are free" in done.stdout
+
+
+class Nodes:
+    """What Ray says of its nodes."""
+
+    def __init__(self, *resources: dict[str, float]) -> None:
+        self.resources = resources
+
+    def nodes(self) -> list[dict[str, object]]:
+        dead = {"Alive": False, "Resources": {"CPU": 99.0}}
+        return [dead, *({"Alive": True, "Resources": found} for found in self.resources)]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "together", "sharing"),
+    [(1, 0, 12, 8), (3, 0, 3, 2), (1, 1, 4, 1), (1, 0.5, 8, 2), (0, 0.3, 12, 3)],
+)
+def test_candidates_share_the_memory_of_a_node_or_of_a_gpu(
+    cpus: float, gpus: float, together: int, sharing: int
+) -> None:
+    ray = Nodes({"CPU": 8.0, "GPU": 4.0}, {"CPU": 4.0})
+    search = Search(cpus=cpus, gpus=gpus)
+    assert fit(ray, search) >= sharers(ray, search) == sharing
+    assert fit(ray, search) == together or gpus == 0.3

@@ -156,6 +156,42 @@ def test_a_missing_name_suggests_the_nearest() -> None:
             refs.find("spaces", ".yaml", path)
 
 
+def test_a_word_brings_up_the_names_below_that_hold_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        NotFoundError, match=r"no 'Qwen3' .* 'zoo/qwen3_235b_a22b' or 'zoo/qwen3_30"
+    ):
+        refs.find("spaces", ".yaml", "Qwen3")
+    with pytest.raises(NotFoundError) as error:
+        refs.find("spaces", ".yaml", "b")
+    assert str(error.value).partition("?")[0].count("'zoo/") == 3
+    folder = tmp_path / "spaces" / "own"
+    folder.mkdir(parents=True)
+    (folder / "my_qwen3.yaml").write_text("mine")
+    with pytest.raises(NotFoundError, match="mean 'own/my_qwen3' or 'zoo/qwen3_235b_a22b' or"):
+        refs.find("spaces", ".yaml", "qwen3")
+
+
+@pytest.mark.parametrize("ref", ["zoo/", "zoo"])
+def test_a_folder_lists_its_names(ref, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError) as error:
+        refs.find("spaces", ".yaml", ref)
+    said = str(error.value)
+    assert said.startswith(f"'{ref}' is a folder of spaces/; name one of: zoo/")
+    names = {f"zoo/{path.stem}" for path in (refs.shipped("spaces") / "zoo").glob("*.yaml")}
+    assert set(said.partition(": ")[2].split(", ")) == names
+
+
+def test_a_wrong_name_in_a_folder_brings_up_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError, match=r"no 'zoo/mixtrl' .* Did you mean 'zoo/mixtral_8x"):
+        refs.find("spaces", ".yaml", "zoo/mixtrl")
+    for ref in ("/", "/etc", "nowhere/", "../zoo/dbrx"):
+        with pytest.raises(NotFoundError, match="no such file"):
+            refs.find("spaces", ".yaml", ref)
+
+
 def test_a_guest_file_that_does_not_run_names_its_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("x = 1\ny = (\n")

@@ -54,6 +54,15 @@ def test_every_shipped_space_is_valid_and_meets_the_schema() -> None:
         jsonschema.validate(refs.read_yaml(path).plain, schema)
 
 
+def test_a_space_shows_itself_in_one_short_line() -> None:
+    for name in ("tiny", "wide", "zoo/mixtral_8x7b"):
+        shown = repr(Space.load(name))
+        assert shown.startswith(f"Space({name.rpartition('/')[2]!r}: ")
+        assert " points; " in shown
+        assert len(shown) < 200
+        assert "\n" not in shown
+
+
 def test_a_space_counts_its_points() -> None:
     # 2 widths * 2 depths * (2 dense + 2 * 3 mixtures)
     assert parse(SMALL).size == 2 * 2 * (2 + 2 * 3)

@@ -820,6 +820,17 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
 # --- reading it --------------------------------------------------------------------------------
 
 
+def test_a_front_shows_itself_in_one_short_line(jobs: list[Job]) -> None:
+    front = run(space(), trials=8, workers="inline").front()
+    assert front[0] == front.members[0]
+    assert front[-1] == front.members[-1]
+    assert list(front) == list(front.members)
+    shown = repr(front)
+    assert shown.startswith(f"Front({len(front)} members: {front[0].trial}")
+    assert "val_loss, flops_per_token; hypervolume " in shown
+    assert len(shown) < 200
+
+
 def test_a_study_is_read_back(jobs: list[Job]) -> None:
     ran = run(space(more="require: [active_params < 20000]"), trials=8, workers="inline")
     found = load_study("s")

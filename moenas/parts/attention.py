@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.component import setting
+from moenas.component import changed, setting
 from moenas.parts.attend import SINK_WIDTH, Attend, Reach, Temperature, gated
 from moenas.parts.bias import PositionBias
 from moenas.parts.borrowing import BorrowedAttention, Queries
@@ -218,7 +218,7 @@ class AttentionMixer(Mixer, kind="attention"):
         own = self.kv_source is None
         normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
         bias = self.position_bias and self.position_bias.canonical_within(self.reach)
-        found = replace(
+        found = changed(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -239,7 +239,7 @@ class AttentionMixer(Mixer, kind="attention"):
 
     def _without_scores(self) -> Self:
         """Reset what acts on the scores alone: over one token their softmax is 1."""
-        return replace(
+        return changed(
             self,
             rope_theta=THETA,
             rope_scaling=None,
@@ -269,7 +269,7 @@ class AttentionMixer(Mixer, kind="attention"):
         factor, usual = self.factor * stronger, self.head_dim**-0.5
         is_usual = factor == usual or (stronger != 1 and math.isclose(factor, usual, rel_tol=1e-10))
         scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
-        return replace(
+        return changed(
             self,
             rope_theta=telling_theta(width, theta, scaling) if width else THETA,
             rope_scaling=scaling,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.component import Component, Part, setting
+from moenas.component import Component, Part, changed, setting
 from moenas.parts.experts import MoEFFN
 from moenas.parts.ffn import FFN, DenseFFN
 from moenas.parts.mixers import Mixer
@@ -20,6 +20,10 @@ from moenas.parts.residual import Join, Late, Sandwich, Sources
 from moenas.records import Cost
 
 NormPosition = Literal["pre", "post", "output", "sandwich"]
+
+
+KEPT = "_canonical"
+"""Where a layer keeps its canonical form; it is no field, so it does not count in comparisons."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class BlockGroup(Component):
         """The layers written out, each as a group of one."""
         if self.blocks is None:
             plain = self.repeat == 1 and not self.vary
-            return ((self if plain else replace(self, repeat=1, vary=False)),) * self.repeat
+            return ((self if plain else changed(self, repeat=1, vary=False)),) * self.repeat
         return tuple(layer for group in self.blocks for layer in group.layers) * self.repeat
 
     @property
@@ -175,7 +179,7 @@ class BlockGroup(Component):
         mixer = None if self.mixer is None else self.mixer.canonical_at(d_model)
         ffn = None if self.ffn is None else self.ffn.canonical()
         shortcut = None if self.shortcut is None else self.shortcut.canonical()
-        return replace(
+        return changed(
             self,
             mixer=mixer,
             ffn=ffn,
@@ -186,12 +190,22 @@ class BlockGroup(Component):
         )
 
     def canonical_in(self, stream: Stream) -> Self:
-        """Return the canonical form of one layer of a model."""
+        """Return the canonical form of one layer of a model; it is kept for the last stream.
+
+        Draws of one space share their layers, and most of the time their stream.
+        """
+        kept = self.__dict__.get(KEPT)
+        if kept is None or kept[0] != stream:
+            kept = self.__dict__[KEPT] = stream, self._canonical_in(stream)
+        found: Self = kept[1]
+        return found
+
+    def _canonical_in(self, stream: Stream) -> Self:
         found = self.canonical_at(stream.d_model)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
         alike = found.mixer is None or found.parallel
         alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
-        found = replace(found, shortcut_input="ffn") if alike else found
+        found = changed(found, shortcut_input="ffn") if alike else found
         return found._with_sources(stream)._side_by_side(stream)
 
     def _with_sources(self, stream: Stream) -> Self:
@@ -207,9 +221,9 @@ class BlockGroup(Component):
             if word != "ffn" and (whole or of_block):
                 word = "stream"
             word = "ffn" if word == "stream" and not normed else word
-            return replace(part, router=replace(part.router, router_input=word))
+            return changed(part, router=changed(part.router, router_input=word))
 
-        return replace(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
+        return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
     def _side_by_side(self, stream: Stream) -> Self:
         """Order two feed-forward layers that read and join alike, or write them as one.
@@ -227,9 +241,9 @@ class BlockGroup(Component):
         else:
             whole = united(self.ffn, self.shortcut) or united(self.shortcut, self.ffn)
         if whole is not None:
-            return replace(self, ffn=whole, shortcut=None)
+            return changed(self, ffn=whole, shortcut=None)
         first, second = sorted((self.ffn, self.shortcut), key=_order)
-        return replace(self, ffn=first, shortcut=second)
+        return changed(self, ffn=first, shortcut=second)
 
     def cost(self, stream: Stream, context: int) -> Cost:
         """Return the cost of the block, or of the pattern, once."""
@@ -283,9 +297,9 @@ def united(ffn: FFN, beside: FFN) -> FFN | None:
     if _activation(ffn) != _activation(beside):
         return None
     if isinstance(ffn, DenseFFN) and not ffn.bias:
-        return replace(ffn, d_ff=ffn.d_ff + beside.d_ff)
+        return changed(ffn, d_ff=ffn.d_ff + beside.d_ff)
     if isinstance(ffn, MoEFFN) and not ffn.shared_gate and not ffn.out_bias:
-        return replace(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
+        return changed(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
     return None
 
 
@@ -324,7 +338,7 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
             continue
         key = id(layer), id(mixer), delay
         if key not in known:
-            known[key] = replace(layer, mixer=mixer, shortcut_delay=delay)
+            known[key] = changed(layer, mixer=mixer, shortcut_delay=delay)
         found.append(known[key])
     return tuple(found)
 

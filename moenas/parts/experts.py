@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moenas.component import setting
+from moenas.component import changed, setting
 from moenas.parts.activations import Activated, Activation, up_width
 from moenas.parts.balance import Balance, Routing, joined_loss
 from moenas.parts.dispatch import grouped, row_multiple, sort_slots, within_capacity
@@ -94,8 +94,8 @@ class MoEFFN(Activated, FFN, kind="moe"):
         router = self.router.canonical_among(self.n_choices)
         # relu(w x) = w relu(x) for w > 0, so it is the same weight before and after such experts.
         if self.activation == "relu" and not self.expert_bias and not router.expert_scale:
-            router = replace(router, weight_on="output")
-        return replace(
+            router = changed(router, weight_on="output")
+        return changed(
             self,
             **self.canonical_activation(),
             router=router,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moenas.component import Part, setting
+from moenas.component import Part, changed, setting
 from moenas.parts.activations import Activated, Activation, up_width
 from moenas.parts.layers import Linear
 from moenas.records import Cost
@@ -36,7 +36,7 @@ class DenseFFN(Activated, FFN, kind="dense"):
 
     def canonical(self) -> Self:
         """Reset what the activation does not use."""
-        return replace(self, **self.canonical_activation())
+        return changed(self, **self.canonical_activation())
 
     def cost(self, d_model: int, context: int) -> Cost:
         """Count two projections, the up one doubled if gated."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from torch import nn
 
-from moenas.component import Component, setting
+from moenas.component import Component, changed, setting
 from moenas.parts.balance import Balance
 from moenas.parts.gating import Gating, Weights
 from moenas.parts.logits import (
@@ -281,7 +281,7 @@ class Router(Component):
         balance = words[self.uses_loss, self.uses_bias]
         per_sequence = balance in ("aux_loss", "bias_and_loss")
         learned = self.scores.from_logits
-        return replace(
+        return changed(
             self,
             **self._canonical_groups(),
             **self._canonical_logits(),
@@ -336,7 +336,7 @@ class Router(Component):
         """Return the canonical form among a number of experts."""
         found = self.canonical()
         if (found.capacity_factor or 0) * found.top_k >= n_experts:
-            found = replace(found, capacity_factor=None)
+            found = changed(found, capacity_factor=None)
         weighed = found.chooses.learned or found.scores.from_logits
         if found.top_k == n_experts and not found.chooses.variable and weighed:
             # Without top_p the load is even, only the weights can differ, and softmax scores add
@@ -346,7 +346,7 @@ class Router(Component):
             even: Balancing = "none"
             if found.balance == "importance_load" or found.top_p is not None:
                 even = found.balance
-            found = replace(
+            found = changed(
                 found,
                 selection=found.selection if found.chooses.alone else "top_k",
                 balance=even,
@@ -354,13 +354,13 @@ class Router(Component):
                 normalize=found.normalizes or whole,
             )
         elif found.n_groups == n_experts:  # groups of one
-            found = replace(found, n_groups=1)
+            found = changed(found, n_groups=1)
         elif found.even_groups and found.top_k * found.n_groups == n_experts * found.top_groups:
-            found = replace(found, even_groups=False)  # all experts of the groups
+            found = changed(found, even_groups=False)  # all experts of the groups
         if n_experts == 1:
             same = found.scores.adds_up_to_1  # as SparseMixer, the weight is 1
             eps = None if same else found.sparsemixer_eps
-            found = replace(found, balance="none", entropy_coef=0.0, sparsemixer_eps=eps)
+            found = changed(found, balance="none", entropy_coef=0.0, sparsemixer_eps=eps)
         return found.canonical()
 
     def cost(self, d_model: int, n_experts: int) -> Cost:
