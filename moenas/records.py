@@ -194,8 +194,6 @@ class StudyRecord(_Record):
     reference_point: dict[str, float] = field(default_factory=dict)
     """Objective -> the corner that the hypervolume is measured from; {} before a first front."""
     created_at: str = ""
-    changes: list[Plain] | None = None
-    """What a user accepted after the start, in order: {at, what, before, after}, digests."""
 
     @property
     def directions(self) -> dict[str, str]:

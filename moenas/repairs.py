@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from optuna.trial import TrialState
@@ -117,30 +116,37 @@ def accept(
     """Store another form of the space, and objectives of another digest, with what changed."""
     record = readers.studies(connection, name)[0]
     before = {info["name"]: info["sha256"] for info in record.objectives}
-    changes = list(record.changes or [])
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    columns = tables.objective.c
     for info in infos:
         if before[info.name] != info.sha256:
-            what = f"objective {info.name}"
-            changes.append(
-                {"at": now, "what": what, "before": before[info.name], "after": info.sha256}
-            )
-            columns = tables.objective.c
+            _log(connection, name, f"objective {info.name}", before[info.name], info.sha256)
             connection.execute(
                 update(tables.objective)
                 .where(columns.study == name, columns.name == info.name)
                 .values(sha256=info.sha256, doc=info.doc, unit=info.unit)
             )
     if record.space_sha256 != sha256:
-        changes.append({"at": now, "what": "space", "before": record.space_sha256, "after": sha256})
-    changed = replace(record, space=space, space_sha256=sha256, changes=changes)
+        _log(connection, name, "space", record.space_sha256, sha256)
     connection.execute(
         update(tables.study)
         .where(tables.study.c.name == name)
-        .values(
-            space=rows.storable(changed.space), space_sha256=sha256, changes=rows.storable(changes)
-        )
+        .values(space=rows.storable(space), space_sha256=sha256)
     )
+
+
+def changes(connection: Connection, name: str) -> list[Plain]:
+    """Return what a user accepted after the start: {changed_at, what, before, after}, in order."""
+    wanted = select(tables.change).where(tables.change.c.study == name)
+    found = connection.execute(wanted.order_by(tables.change.c.position)).mappings()
+    return [{key: row[key] for key in row if key not in ("study", "position")} for row in found]
+
+
+def _log(connection: Connection, name: str, what: str, before: str, after: str) -> None:
+    """Store one change."""
+    row: Plain = {"study": name, "position": len(changes(connection, name)) + 1}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    row |= {"changed_at": now, "what": what, "before": before, "after": after}
+    connection.execute(insert(tables.change), row)
 
 
 def _forget(connection: Connection, study: str, trial: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas import attempts, guests, points, samplers
+from moenas import attempts, guests, points, repairs, samplers
 from moenas.changes import refuse_changes, version_changes
 from moenas.describe import one_line
 from moenas.driver import Driver
@@ -118,6 +118,11 @@ class Study:
     def record(self) -> StudyRecord:
         """What was stored when the study began."""
         return self.store.study(self.name)
+
+    @property
+    def changes(self) -> list[Plain]:
+        """What was accepted after the start, in order: {changed_at, what, before, after}."""
+        return self.store.read(self.name, lambda c: repairs.changes(c, self.name))
 
     @property
     def view(self) -> View:

@@ -83,8 +83,6 @@ study = Table(
     Column("versions", Json, nullable=False),
     Column("trials", Integer, nullable=False),
     Column("created_at", String(32), nullable=False),
-    # What a user accepted after the start: [{at, what, before, after}].
-    Column("changes", Json),
 )
 
 objective = Table(
@@ -107,6 +105,20 @@ objective = Table(
     Column("highest", Double),
     # Coordinate of the reference point of the hypervolumes, by the rule of front.reference_point.
     Column("reference", Double),
+)
+
+change = Table(
+    "moenas_change",
+    metadata,
+    _of_study(),
+    # What a user accepted after the start, in order from 1.
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("changed_at", String(32), nullable=False),
+    # The objective, or "space".
+    Column("what", Text, nullable=False),
+    # Digests.
+    Column("before", String(64), nullable=False),
+    Column("after", String(64), nullable=False),
 )
 
 candidate = Table(

@@ -161,7 +161,7 @@ def test_a_changed_objective_is_accepted_and_measured_again() -> None:
     assert_sound(found, 4)
     assert mine() == {e.trial: 3 * e.values["val_loss"] for e in found.view.evaluations}
     assert {e.trial: e.seconds["train"] for e in found.view.evaluations[:3]} == seconds
-    (change,) = [c for c in found.record.changes or [] if c["what"] != "space"]
+    (change,) = [c for c in found.changes if c["what"] != "space"]
     assert change["what"] == "objective mine"
     assert_sound(run(changed, trials=4, workers="inline"), 4)
     assert doctor.examine(Store.open(), "s") == []

@@ -1,4 +1,4 @@
-"""The third schema: a study keeps what was changed of it after its start."""
+"""The third schema: what was changed of a study after its start."""
 
 from __future__ import annotations
 
@@ -10,5 +10,18 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Add the column."""
-    op.add_column("moenas_study", sa.Column("changes", sa.JSON))
+    """Create the table."""
+    op.create_table(
+        "moenas_change",
+        sa.Column(
+            "study",
+            sa.String(512),
+            sa.ForeignKey("moenas_study.name", ondelete="CASCADE"),
+            primary_key=True,
+        ),
+        sa.Column("position", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("changed_at", sa.String(32), nullable=False),
+        sa.Column("what", sa.Text, nullable=False),
+        sa.Column("before", sa.String(64), nullable=False),
+        sa.Column("after", sa.String(64), nullable=False),
+    )
