@@ -35,7 +35,7 @@ from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
 from moenas.records import Evaluation, Failure, Job
 from moenas.spool import Spool
-from moenas.stops import ENVIRONMENT, Draws, Faults, SameFailures, reason
+from moenas.stops import ENVIRONMENT, FINAL, Draws, Faults, SameFailures, reason
 from moenas.store import Store
 from moenas.tally import Score
 
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 POLL = 0.5
 """Seconds between looks at the lease and the figures."""
-FINAL = ("diverged", "acausal", "collapsed")
-"""Kinds of failure that another candidate of the same model would end with, too."""
 PUBLISH = 60.0
 """Seconds between updates of the dashboard's figures."""
 ENDS_A_RUN = (

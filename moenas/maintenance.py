@@ -15,13 +15,14 @@ from moenas.pool import Workers, open_pool
 from moenas.records import StudyRecord
 from moenas.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
 from moenas.spool import Spool
+from moenas.stops import FINAL
 from moenas.store import Store
 from moenas.study import Study, run
 
 if TYPE_CHECKING:
     from moenas.space import Space
 
-SAME_AGAIN = ("diverged", "acausal", "collapsed", "parameters", "foreign")
+SAME_AGAIN = (*FINAL, "parameters", "foreign")
 """Kinds of failure that another try ends with, too; only named ones are tried again."""
 
 

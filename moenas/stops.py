@@ -23,7 +23,9 @@ TRIES_ALONE = 2 * ENVIRONMENT_FAULTS + 1
 
 SAME_FAILURES = 5
 """Candidates in a row that fail for one reason before the run stops."""
-OF_THE_CANDIDATE = ("diverged", "acausal", "collapsed", "timeout", "out_of_memory", ENVIRONMENT)
+FINAL = ("diverged", "acausal", "collapsed")
+"""Kinds of failure that another candidate of the same model would end with, too."""
+OF_THE_CANDIDATE = (*FINAL, "timeout", "out_of_memory", ENVIRONMENT)
 """Kinds of failure that stop a run only where no candidate has been complete yet: a space may hold
 many such models."""
 
