@@ -31,6 +31,7 @@ from moenas.events import Event, Kind, Listener
 from moenas.failures import internal
 from moenas.heartbeat import Lease
 from moenas.intake import Intake
+from moenas.jobs import Jobs
 from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
 from moenas.records import Evaluation, Failure, Job
@@ -73,7 +74,7 @@ class Driver:
 
     def __init__(self, store: Store, space: Space, data_sha256: str, listener: Listener) -> None:
         self.store, self.space, self.name = store, space, space.name
-        self.data_sha256, self.listener = data_sha256, listener
+        self.jobs, self.listener = Jobs(store, space, data_sha256), listener
         self.names = [o.name for o in space.objectives]
         self.asker = Asker(store, space)
         self.intake = Intake(store, space)
@@ -283,23 +284,9 @@ class Driver:
 
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool."""
-        space = self.space
-        job = Job(
-            study=self.name,
-            trial=candidate.number,
-            attempt=self.store.start_attempt(self.name, candidate.number),
-            architecture=candidate.plain,
-            objectives={o.name: o.source if o.guest else None for o in space.objectives},
-            data=space.data,
-            data_sha256=self.data_sha256,
-            train=space.train.plain(),
-            measure=space.measure.plain(),
-            seed=space.search.seed,
-            use={guest.path: guest.source for guest in space.use},
-            time_limit_s=space.search.time_limit,
-            reference_ms=self.store.reference_ms(self.name),
-            sharers=getattr(self.pool, "sharers", 1),
-        )
+        attempt = self.store.start_attempt(self.name, candidate.number)
+        sharers = getattr(self.pool, "sharers", 1)
+        job = self.jobs.job(candidate.number, attempt, candidate.plain, sharers=sharers)
         self.pool.submit(job)
         self.draws.started()
         self.running[candidate.number] = candidate

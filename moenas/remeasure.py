@@ -16,6 +16,7 @@ from moenas.changes import changed_objectives
 from moenas.errors import InputError, MoenasError
 from moenas.heartbeat import Lease
 from moenas.intake import Intake
+from moenas.jobs import Jobs
 from moenas.objective import Objective, load_objective
 from moenas.pool import Pool, Result
 from moenas.records import Evaluation, Failure, Job, StudyRecord
@@ -78,7 +79,7 @@ class Remeasurer:
     def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
         self._store, self._space = store, space
         self._record = store.study(space.name)
-        self._data_sha256 = data_sha256
+        self._jobs = Jobs(store, space, data_sha256)
         self._intake = Intake(store, space)
 
     def run(
@@ -151,27 +152,12 @@ class Remeasurer:
 
     def _job(self, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
-        space, name = self._space, self._space.name
-        weights = None
+        name, weights = self._space.name, None
         if known.weights_sha256 and any(o.needs == "training" for o in objectives):
             weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
-        return Job(
-            study=name,
-            trial=known.trial,
-            attempt=known.attempt,
-            architecture=self._store.architecture(name, known.trial),
-            objectives={o.name: o.source if o.guest else None for o in objectives},
-            data=space.data,
-            data_sha256=self._data_sha256,
-            train=space.train.plain(),
-            measure=space.measure.plain(),
-            seed=space.search.seed,
-            use={guest.path: guest.source for guest in space.use},
-            time_limit_s=space.search.time_limit,
-            reference_ms=self._store.reference_ms(name),
-            known=known.plain(),
-            weights=weights,
-        )
+        architecture = self._store.architecture(name, known.trial)
+        more = {"known": known.plain(), "weights": weights}
+        return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
 
     def _merged(
         self, known: Evaluation, result: Result, objectives: Sequence[Objective]

@@ -58,7 +58,7 @@ FLOORS = """
     ray_worker ray_head ray_cluster
     ray_pool
     pool samplers points
-    candidate spool asker repairs changes
+    candidate spool asker repairs changes jobs
     intake reconcile
     doctor
     driver remeasure

@@ -55,7 +55,7 @@ ENDS = {0, 3, 4, 6, 129, 130, 143}
 
 @dataclass
 class Outcome:
-    """What came of one kind of fault."""
+    """The outcome of one kind of fault."""
 
     name: str
     tried: int = 0

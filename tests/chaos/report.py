@@ -1,7 +1,7 @@
 """The long form: tries every kind of fault many times, and writes docs/reliability.md.
 
 `python tests/chaos/report.py [SEED]` takes about an hour on two cores, and adds to the figures of
-earlier runs that are on file; `--anew` forgets those.
+earlier runs that are on file; `--reset` forgets those.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def main() -> None:
     seed = next((int(word) for word in sys.argv[1:] if word.isdigit()), int(time.time()))
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
-    runs, lost, outcomes = ([], {}, []) if "--anew" in sys.argv else earlier()
+    runs, lost, outcomes = ([], {}, []) if "--reset" in sys.argv else earlier()
     # The parts of one fault are spread, so that a run that is stopped has tried most of them.
     parts = [(name, options) for name, options, n in PLAN for _ in range(n)]
     Random(seed).shuffle(parts)

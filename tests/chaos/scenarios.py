@@ -1,4 +1,4 @@
-"""Faults by kind; each function tries some, and says what came of them."""
+"""Faults by kind; each function tries some and returns the outcome."""
 
 from __future__ import annotations
 
