@@ -1,7 +1,8 @@
 """The long form: tries every kind of fault many times, and writes docs/reliability.md.
 
 `python tests/chaos/report.py [SEED]` takes about an hour on two cores, and adds to the figures of
-earlier runs that are on file; `--reset` forgets those.
+earlier runs that are on file; `--reset` forgets those. Names of scenarios after the seed limit it to
+them, and replace their figures.
 """
 
 from __future__ import annotations
@@ -160,28 +161,34 @@ def write(outcomes: list[Outcome], optuna: dict[str, int], runs: list[dict[str, 
 
 def main() -> None:
     """Try everything; the page is written after each part, so that a stopped run leaves one."""
-    seed = next((int(word) for word in sys.argv[1:] if word.isdigit()), int(time.time()))
+    words = sys.argv[1:]
+    seed = next((int(word) for word in words if word.isdigit()), int(time.time()))
+    named = [word for word in words if hasattr(faults, word)]
     print(f"seed {seed}", flush=True)
     began = time.monotonic()
-    runs, lost, outcomes = ([], {}, []) if "--reset" in sys.argv else earlier()
+    runs, lost, before = ([], {}, []) if "--reset" in words else earlier()
     # The parts of one fault are spread, so that a run that is stopped has tried most of them.
-    parts = [(name, options) for name, options, n in PLAN for _ in range(n)]
+    parts = [(n, o) for n, o, times in PLAN if n in (named or n) for _ in range(times)]
     Random(seed).shuffle(parts)
+    done: list[Outcome] = []
     with ProcessPoolExecutor(2) as pool:
-        beside = pool.submit(faults.plain_optuna, Random(seed), 100)
+        beside = None if named else pool.submit(faults.plain_optuna, Random(seed), 100)
         running = [
             pool.submit(attempt, name, options, seed + i) for i, (name, options) in enumerate(parts)
         ]
-        optuna = {name: n + lost.get(name, 0) for name, n in beside.result().items()}
-        for done in as_completed(running):
-            outcome = done.result()
-            outcomes.append(outcome)
+        found = beside.result() if beside else {}
+        optuna = {name: found.get(name, 0) + lost.get(name, 0) for name in {**found, **lost}}
+        for part in as_completed(running):
+            outcome = part.result()
+            done.append(outcome)
             print(row(outcome), f"{outcome.seconds:.0f} s", flush=True)
             for text in outcome.problems:
                 print(f"    {text}", flush=True)
+            again = {o.name for o in done} if named else set()
             minutes = (time.monotonic() - began) / 60
-            write(outcomes, optuna, [*runs, {"seed": seed, "minutes": minutes}])
-    sys.exit(any(outcome.problems for outcome in outcomes))
+            kept = [o for o in before if o.name not in again]
+            write([*kept, *done], optuna, [*runs, {"seed": seed, "minutes": minutes}])
+    sys.exit(any(outcome.problems for outcome in done))
 
 
 if __name__ == "__main__":
