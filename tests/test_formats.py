@@ -32,7 +32,7 @@ def zipped() -> bytes:
         (b"MMIDIDX\0\0" + bytes(9), "Megatron"),
         (np.array([20240520, 1, 99], dtype="<i4").tobytes() + bytes(9), "llm.c"),
         (np.array([20240801, 7, 99], dtype="<i4").tobytes() + bytes(9), "llm.c"),
-        (gzip.compress(b"text"), "gzip"),
+        (gzip.compress(b"text", mtime=0), "gzip"),
         (npy(), "npy"),
         (zipped(), "zip"),
     ],
