@@ -78,7 +78,7 @@ class Inline:
         """Evaluate the next job, however long it takes.
 
         What its code changes of this process is put back, what it prints goes to stderr, and
-        whatever it raises is its failure. Ctrl-C and SIGTERM end the wait, even if its code
+        whatever it raises is its failure. Ctrl-C, SIGTERM and SIGHUP end the wait, even if its code
         swallows the exception.
         """
         from moenas.isolation import put_back, stdout_to_stderr
@@ -115,9 +115,13 @@ def _inline_failure(error: BaseException) -> Failure:
     return failure
 
 
+HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a run."""
+
+
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Note which of SIGINT and SIGTERM came, and hand them to the handlers that were there.
+    """Note which of SIGINT, SIGTERM and SIGHUP came, and hand them to the handlers that were there.
 
     So an interrupt by the user is told from a KeyboardInterrupt that a candidate raises.
     """
@@ -125,7 +129,7 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in HEEDED}
 
     def note(number: int, frame: object) -> None:
         came.append(number)

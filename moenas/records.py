@@ -37,6 +37,8 @@ class Cost:
     """Size of the parameters, 2 bytes an element (bfloat16)."""
 
     def __add__(self, other: Cost) -> Cost:
+        if not isinstance(other, Cost):
+            return NotImplemented
         # Written out: spaces of many layers add millions of costs.
         return Cost(
             self.params + other.params,

@@ -144,8 +144,9 @@ def test_a_part_that_does_not_count_its_cost_is_refused(desk: Path, body: str, s
     path = desk / "average.py"
     path.write_text(path.read_text().replace("weights = 2 * d_model * self.d_inner", body))
     space = Space.load("mine.yaml")
+    architecture = space.require_feasible()
     with pytest.raises(PartError, match=rf"^a part's `cost` must return a Cost .*: {said}"):
-        list(space.feasible(20))
+        space.cost(architecture)
 
 
 def test_a_guest_that_is_not_there_says_so(desk: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moenas import refs
 from moenas.errors import CandidateError, InputError, NotFoundError
-from moenas.objective import Measurement, load_objective, rebase, shipped_objective
+from moenas.objective import Measurement, load_objective, meaning, rebase, shipped_objective
 from moenas.records import Evaluation
 
 GOOD = '''"""Layers of the model.
@@ -45,7 +44,8 @@ def test_a_complete_file_becomes_an_objective(tmp_path: Path) -> None:
     )
     assert objective.measure([1, 2]) == Measurement(2.0, {"n": 1})
     info = objective.info()
-    assert info.sha256 == refs.sha256(GOOD.encode())
+    assert info.sha256 == meaning(GOOD) == meaning("# A comment.\n" + GOOD)
+    assert info.sha256 != meaning(GOOD.replace("minimize", "maximize"))
     assert (info.name, info.direction, info.unit) == ("depth", "minimize", "layers")
 
 
