@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import glob
@@ -448,6 +448,17 @@ def _map(path: str, dtype: str) -> Tokens:
 def _cache_folder() -> Path:
     """Return the user's cache folder for moenas; it need not exist, nor be writable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moenas"
+
+
+def kept(name: str, compute: Callable[[], float]) -> float:
+    """Return a number from the user's cache, or compute it and keep it there under `name`."""
+    place = _cache_folder() / f"{name}.json"
+    try:
+        return float(json.loads(place.read_text()))
+    except (OSError, ValueError, TypeError):
+        found = compute()
+    _write_file(place, json.dumps(found).encode())
+    return found
 
 
 def _write_file(place: Path, data: bytes) -> None:

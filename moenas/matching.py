@@ -63,8 +63,8 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
-    share = leaked(corpus)
-    if trains and share >= LEAK:
+    share = _kept_leak(corpus) if trains else 0.0
+    if share >= LEAK:
         found.append(
             f"data: {share:.0%} of the validation text stands in the training text word for word,"
             " so a loss says how much was learnt by heart; give another validation text"
@@ -94,6 +94,12 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
             which = "" if len(ordered) == 1 else f" of the {name} candidate drawn"
             found.append(f"memory: {room}{which}; it fails as out_of_memory")
     return found[:1]
+
+
+def _kept_leak(corpus: Corpus) -> float:
+    """Return the share of `leaked`; it is computed once for each corpus, which takes seconds."""
+    name = f"leak-{corpus.sha256[:32]}-{MOST}-{WINDOW}-{WINDOWS}"
+    return data.kept(name, lambda: leaked(corpus))
 
 
 def leaked(corpus: Corpus) -> float:

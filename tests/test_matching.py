@@ -105,3 +105,15 @@ def test_a_candidate_too_large_for_the_machine_is_told(monkeypatch: pytest.Monke
     notes = check_report(space("pydoc"), 2)["notes"]
     assert any(note.startswith("memory: a training step") for note in notes)
     assert matching.room(Space.load("zoo/mixtral_8x7b"), []) == []
+
+
+def test_the_search_for_a_leak_is_done_once_for_a_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(4000)))
+    corpus = data.load(space(f"{{files: [{tmp_path}/a.txt]}}").data)
+    first = matching._kept_leak(corpus)
+    assert first == matching.leaked(corpus)
+    monkeypatch.setattr(matching, "leaked", None)
+    assert matching._kept_leak(corpus) == first
