@@ -99,10 +99,8 @@ def remeasure(
 
     def progress(done: int, total: int, found: Evaluation) -> None:
         failure = (found.failure or {}).get("message")
-        say(
-            f"[{done}/{total}] trial {found.trial} {found.status}"
-            + (f": {failure}" * bool(failure))
-        )
+        reason = f": {failure}" if failure else ""
+        say(f"[{done}/{total}] trial {found.trial} {found.status}{reason}")
 
     found = maintenance.remeasure(
         study,

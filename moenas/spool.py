@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING
 from moenas.errors import StorageError, StorageLostError
 from moenas.records import Evaluation
 from moenas.rows import storable
-from moenas.weights import weights_path
+from moenas.weights import weights_path, write_whole
 
 if TYPE_CHECKING:
     from moenas.store import Store
@@ -41,7 +39,7 @@ class Spool:
         """
         path = self._folder / f"{found.trial}-{found.attempt}.json"
         with contextlib.suppress(OSError, TypeError, ValueError):
-            self._write(path, found)
+            write_whole(path, json.dumps(storable(found.plain())).encode())
         yield
         self.drop(path)
 
@@ -69,7 +67,7 @@ class Spool:
                 except Exception as error:
                     log.warning("%s: not recorded: %s: %s", path, type(error).__name__, error)
             self.drop(path)
-        for draft in self._folder.glob(".*.tmp"):
+        for draft in self._folder.glob(".*"):
             self.drop(draft)
 
     def results(self) -> Iterator[tuple[Path, Evaluation | None]]:
@@ -81,18 +79,3 @@ class Spool:
                 yield path, None
                 continue
             yield path, found if found.study == self._study else None
-
-    def _write(self, path: Path, found: Evaluation) -> None:
-        """Write a file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(storable(found.plain()), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-            raise

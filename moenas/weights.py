@@ -40,9 +40,14 @@ def write_weights(runs: Path, study: str, trial: int, data: bytes) -> str:
     A reader finds the old file, or the new one, or none; never a part of one. The bytes are on
     the disk before the name is. Raises OSError if the disk refuses.
     """
-    path = weights_path(runs, study, trial)
+    write_whole(weights_path(runs, study, trial), data)
+    return sha256(data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file by a draft beside it, whose name begins with a dot and that of the file."""
     _make(path.parent)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{FILE}.")
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -54,7 +59,6 @@ def write_weights(runs: Path, study: str, trial: int, data: bytes) -> str:
             os.unlink(part)
         raise
     _sync(path.parent)
-    return sha256(data)
 
 
 def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -> None:
