@@ -1,0 +1,129 @@
+"""Several candidates on one GPU: as processes, and as captured runs of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu.card import GPU, release, settle, sized
+from gpu.models import D256, recipe
+from gpu.report import Report
+from gpu.training import capture, opened, warm_up
+
+HERE = Path(__file__).resolve().parent
+READY_S = 60.0
+"""How long a process may take until it can begin."""
+
+
+def measure(report: Report) -> None:
+    """Compare four at a time with one, at 2k tokens a step and at 16k."""
+    for how, context in (("graph", 128), ("eager", 128), ("graph", 1024)):
+        name = f"{how}, {16 * context // 1024}k tokens"
+        with report.part(f"processes, {name}"):
+            processes(report, name, how, context)
+        release()
+    for context in (128, 1024):
+        name = f"{16 * context // 1024}k tokens"
+        with report.part(f"streams, {name}"):
+            streams(report, name, context)
+        release()
+
+
+def processes(report: Report, name: str, how: str, context: int) -> None:
+    """Let one process train, then four at a time; report the steps a second of all together."""
+    one = rate(how, context, 1)
+    report.figure(f"1 process, {name}", one, "steps/s")
+    together = rate(how, context, sized(4, 2))
+    report.figure(f"4 processes, {name}", together, "steps/s")
+    report.figure(f"4 processes over 1, {name}", together / one)
+
+
+def rate(how: str, context: int, count: int) -> float:
+    """Return the steps a second of some processes that begin at one moment."""
+    line = [
+        sys.executable,
+        str(HERE / "sharing_worker.py"),
+        how,
+        str(context),
+        str(sized(3.0, 0.3)),
+    ]
+    started = [
+        subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    watch = threading.Timer(READY_S, end_all, [started])
+    watch.start()
+    try:
+        for process in started:
+            answer(process)  # ready
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return sum(float(answer(process)["rate"]) for process in started)
+    finally:
+        watch.cancel()
+        for process in started:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def end_all(started: list[subprocess.Popen[str]]) -> None:
+    """End processes, so that nobody waits for what they would say."""
+    for process in started:
+        process.kill()
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Read the next line that a process sends as JSON.
+
+    Raises:
+        RuntimeError: if it ends before.
+    """
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    raise RuntimeError(f"a process ended with {process.wait()}, or was not ready in {READY_S:g} s")
+
+
+def streams(report: Report, name: str, context: int) -> None:
+    """Replay one run, and four in turn, each on a stream of its own."""
+    base = None
+    for count in (1, sized(4, 2)):
+        with ExitStack() as stack:
+            runs = []
+            for seed in range(count):
+                plan = recipe(sized(200, 10), context)
+                runs.append(stack.enter_context(opened(D256.build(seed), plan, seed)))
+                warm_up(runs[-1])
+                capture(runs[-1])
+            lanes = [torch.cuda.Stream() if GPU else None for _ in runs]
+            turns = sized(40, 2)
+            settle()
+            began = time.perf_counter()
+            for _ in range(turns):
+                for run, lane in zip(runs, lanes, strict=True):
+                    with torch.cuda.stream(lane):
+                        run.step()
+            settle()
+            found = count * turns / (time.perf_counter() - began)
+        if base is None:
+            base = found
+            report.figure(f"1 run, {name}", found, "steps/s")
+        else:
+            report.figure(f"4 runs of one process, {name}", found, "steps/s")
+            report.figure(f"4 runs over 1, {name}", found / base)
+        release()
