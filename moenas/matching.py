@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from moenas import data
+from moenas.corpus import Corpus
 from moenas.counts import CHUNK, Tokens
-from moenas.data import Corpus
 from moenas.errors import DataError
 from moenas.footprint import fit
 

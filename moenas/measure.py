@@ -18,7 +18,7 @@ from moenas import data, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.checked import TIMED
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.dtypes import training_dtype
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
@@ -30,11 +30,12 @@ from moenas.latency import (
     device_name,
 )
 from moenas.objective import Measurement, Objective, load_objective, shipped_objective
+from moenas.optimizer import learning_rate
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
 from moenas.subject import Subject, Training, default_device, excerpts
-from moenas.train import learning_rate, train, validate
+from moenas.train import train, validate
 
 OWN = "own_"
 """Goes before a detail of an objective that has the name of one of a timed latency."""

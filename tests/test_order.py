@@ -48,9 +48,13 @@ FLOORS = """
     parts.moa parts.blocks
     parts
     architecture
+    corpus
     data lengths
     space
     dtypes routing causality memory isolation
+    optimizer timing
+    steps
+    device_steps
     train latency flops lift footprint
     subject
     measure matching
@@ -78,7 +82,7 @@ ROOMS = {
     "click": "cli",
     "fvcore": "flops",
     "moocore": "front",
-    "numpy": "front data counts domains bigram matching export isolation",
+    "numpy": "front corpus data counts domains bigram matching export isolation",
     "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard optuna_storage repairs doctor",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -88,7 +92,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
+    "torch": "corpus timing optimizer steps device_steps parts architecture dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }
