@@ -70,7 +70,7 @@ class Figure:
         """Write what is expected."""
         if isinstance(self.expected, str):
             return self.expected
-        return " to ".join(shown(x) for x in self.expected)
+        return " to ".join(dict.fromkeys(shown(x) for x in self.expected))
 
     def wish(self) -> str:
         """Write what is wanted."""

@@ -52,7 +52,6 @@ def one_workload(
     report.figure(f"{name}", found.value, "ms", text)
     report.figure(f"{name}: ratio", details["ratio"])
     report.figure(f"{name}: within its precision", not details["noisy"])
-    if "captured" in details:
-        report.figure(f"{name}: captured", bool(details["captured"]))
-    if details.get("eager_ms") is not None:
+    report.figure(f"{name}: captured", bool(details.get("captured", False)))
+    if "eager_ms" in details:
         report.figure(f"{name}: eager", float(details["eager_ms"]), "ms")

@@ -22,9 +22,8 @@ def files() -> list[str]:
 
 def measure(report: Report) -> None:
     """Run them in a process of their own; each outcome counts as it comes."""
-    options = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "-v", "--color=no"]
-    if not GPU:
-        options += ["--collect-only", "-q"]
+    options = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--color=no"]
+    options += ["-v"] if GPU else ["--collect-only", "-q"]
     line = [sys.executable, "-m", "pytest", *options, *files()]
     counts = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}
     collected = 0

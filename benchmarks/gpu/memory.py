@@ -106,7 +106,7 @@ def surroundings(report: Report) -> None:
     weights = sum(p.numel() for p in model.parameters())
     report.figure("build", took, "s", f"{weights / 1e6:.0f} million parameters")
     gate(report, D512, model)
-    plan = recipe(2, 1024, val_tokens=65536)
+    plan = recipe(2, 1024, val_tokens=sized(65536, 256))
     took, found = seconds(lambda: validate(model, corpus(), plan))
     report.figure("validation", took, "s", f"loss {found.loss:.3f}, {found.tokens} tokens")
     took, state = seconds(
@@ -128,7 +128,7 @@ def gate(report: Report, shape: Shape, model: Model) -> None:
 
     periods = causality.periods(shape.architecture())
     text = excerpts(corpus(), *causality.text_size(sized(1024, 16), periods))
-    causality._exact_run = counted
+    causality._exact_run = counted  # type: ignore[assignment]
     try:
         took, leaks = seconds(lambda: causality.find_leaks(model, text, periods))
     finally:

@@ -10,7 +10,8 @@ import torch
 
 from gpu.card import DEVICE, sized
 from moenas.architecture import Architecture, Model
-from moenas.data import Corpus, load
+from moenas.corpus import Corpus
+from moenas.data import load
 from moenas.sections import Recipe
 
 

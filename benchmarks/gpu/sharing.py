@@ -11,9 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gpu.card import GPU, release, settle, sized
+from gpu.card import release, settle, sized
 from gpu.models import D256, recipe
 from gpu.report import Report
 from gpu.training import capture, opened, warm_up
@@ -25,12 +23,13 @@ READY_S = 60.0
 
 def measure(report: Report) -> None:
     """Compare four at a time with one, at 2k tokens a step and at 16k."""
-    for how, context in (("graph", 128), ("eager", 128), ("graph", 1024)):
+    cases = (("graph", 128), ("eager", 128), ("graph", 1024))
+    for how, context in sized(cases, cases[:1]):
         name = f"{how}, {16 * context // 1024}k tokens"
         with report.part(f"processes, {name}"):
             processes(report, name, how, context)
         release()
-    for context in (128, 1024):
+    for context in sized((128, 1024), (128,)):
         name = f"{16 * context // 1024}k tokens"
         with report.part(f"streams, {name}"):
             streams(report, name, context)
@@ -38,45 +37,39 @@ def measure(report: Report) -> None:
 
 
 def processes(report: Report, name: str, how: str, context: int) -> None:
-    """Let one process train, then four at a time; report the steps a second of all together."""
-    one = rate(how, context, 1)
-    report.figure(f"1 process, {name}", one, "steps/s")
-    together = rate(how, context, sized(4, 2))
-    report.figure(f"4 processes, {name}", together, "steps/s")
-    report.figure(f"4 processes over 1, {name}", together / one)
-
-
-def rate(how: str, context: int, count: int) -> float:
-    """Return the steps a second of some processes that begin at one moment."""
-    line = [
-        sys.executable,
-        str(HERE / "sharing_worker.py"),
-        how,
-        str(context),
-        str(sized(3.0, 0.3)),
-    ]
+    """Let one of four processes train, then all; report the steps a second of all together."""
+    line = [sys.executable, str(HERE / "sharing_worker.py"), how, str(context)]
     started = [
         subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(count)
+        for _ in range(sized(4, 2))
     ]
     watch = threading.Timer(READY_S, end_all, [started])
     watch.start()
     try:
         for process in started:
             answer(process)  # ready
-        for process in started:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return sum(float(answer(process)["rate"]) for process in started)
+        one = rate(started[:1])
+        report.figure(f"1 process, {name}", one, "steps/s")
+        together = rate(started)
+        report.figure(f"4 processes, {name}", together, "steps/s")
+        report.figure(f"4 processes over 1, {name}", together / one)
     finally:
         watch.cancel()
+        end_all(started)
         for process in started:
-            process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+
+
+def rate(started: list[subprocess.Popen[str]]) -> float:
+    """Let processes train at one time, and return the steps a second of all together."""
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(f"{sized(3.0, 0.3)}\n")
+        process.stdin.flush()
+    return sum(float(answer(process)["rate"]) for process in started)
 
 
 def end_all(started: list[subprocess.Popen[str]]) -> None:
@@ -110,14 +103,12 @@ def streams(report: Report, name: str, context: int) -> None:
                 runs.append(stack.enter_context(opened(D256.build(seed), plan, seed)))
                 warm_up(runs[-1])
                 capture(runs[-1])
-            lanes = [torch.cuda.Stream() if GPU else None for _ in runs]
             turns = sized(40, 2)
             settle()
             began = time.perf_counter()
             for _ in range(turns):
-                for run, lane in zip(runs, lanes, strict=True):
-                    with torch.cuda.stream(lane):
-                        run.step()
+                for run in runs:
+                    run.step()
             settle()
             found = count * turns / (time.perf_counter() - began)
         if base is None:

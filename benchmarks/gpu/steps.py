@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu.card import GPU, PEAK, kernels, milliseconds, peak_gib, reads_nothing, release, sized
+from gpu.card import GPU, PEAK, kernels, peak_gib, reads_nothing, release, sized
 from gpu.models import D256, D256_SMALL, D512, D1024, Shape, recipe
 from gpu.report import Report
 from gpu.training import capture, milliseconds_a_step, opened, warm_up
@@ -53,8 +53,6 @@ def one_case(report: Report, name: str, shape: Shape, context: int) -> None:
         if GPU and (shape, context) in PROFILED:
             for line in kernels(steps.step):
                 report.note(line)
-        replay = milliseconds(steps.step, 10, 1) if GPU else graph
-        report.note(f"graph by events {replay:.3f} ms")
 
 
 def tell(report: Report, name: str, took: float, useful: float) -> None:

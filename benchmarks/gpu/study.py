@@ -10,17 +10,19 @@ from pathlib import Path
 
 import torch
 
-from gpu.card import GPU, MIB, release, sized
+from gpu.card import GPU, MIB, sized
 from gpu.report import Report
 from moenas.events import Event, Listener
 from moenas.pool import Workers
 from moenas.records import Evaluation
 from moenas.space import Space
-from moenas.study import run
+from moenas.study import Interrupted, load_study, run
 
+STORAGE = "sqlite:///gpu.db"
 SPACE = Path(__file__).with_name("study.yaml")
 TINY = (
-    "architecture.d_model=64",
+    "architecture.d_model=128",
+    "architecture.blocks.0.repeat=1",
     "train.tokens=512",
     "train.context=16",
     "train.batch=4",
@@ -28,6 +30,7 @@ TINY = (
     "measure.decode_batch=1",
     "measure.decode_context=8",
     "measure.min_repeats=3",
+    "measure.max_repeats=3",
     "measure.max_seconds=0.2",
     "search.trials=2",
 )
@@ -52,20 +55,19 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     kept: list[float] = []
     began = time.perf_counter()
     before = taken()
-    found = run(
-        space,
-        storage="sqlite:///gpu.db",
-        workers=workers,
-        listener=listener(report, began, kept if workers == "inline" else None),
-    )
+    listen = listener(report, began, kept if workers == "inline" else None)
+    try:
+        run(space, storage=STORAGE, workers=workers, listener=listen)
+    except Interrupted:  # the limit of the group came; what is stored counts
+        report.note("the study was interrupted")
     took = time.perf_counter() - began
+    found = load_study(space.name, STORAGE)
     rows = found.store.evaluations(found.name)
-    complete = [row for row in rows if row.status == "complete"]
+    complete = [r for r in rows if r.status == "complete" and "copied_from" not in r.metrics]
     report.figure("candidates an hour", 3600 * len(complete) / took, "", f"{took:.0f} s in all")
     report.figure("complete", len(complete), "candidates", f"of {space.search.trials}")
-    report.figure(
-        "failed", sum(row.status == "failed" for row in rows), "candidates", reasons(rows)
-    )
+    failed = sum(row.status == "failed" for row in rows)
+    report.figure("failed", failed, "candidates", reasons(rows))
     tell_seconds(report, complete)
     if complete:
         best = min(row.values["val_loss"] for row in complete)
@@ -73,8 +75,15 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     if kept:
         report.figure("left after a candidate", max(kept), "MiB", "the most, in torch")
     if GPU and workers != "inline":
-        release()
-        report.figure("left on the card", (taken() - before) / MIB, "MiB", "once the workers ended")
+        report.figure("left on the card", left_of(before) / MIB, "MiB", "once the workers ended")
+
+
+def left_of(before: float) -> float:
+    """Return how many more bytes of the card are taken than before, once none, or after 8 s."""
+    end = time.monotonic() + 8
+    while time.monotonic() < end and taken() > before:
+        time.sleep(0.2)
+    return taken() - before
 
 
 def taken() -> float:
