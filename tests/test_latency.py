@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,33 @@ def test_the_key_tells_apart_all_that_a_reference_time_depends_on() -> None:
     assert info["name"] in DECODE.key
     assert torch.__version__ in DECODE.key
     assert (info["key"], info["kind"], info["dtype"]) == ("cpu", "cpu", "float32")
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("phase", "batch", "context"), [("decode", 8, 128), ("prefill", 2, 512)])
+def test_a_latency_on_a_gpu_is_the_same_again(
+    phase: Any, batch: int, context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1 %, from replays of a graph, for a model of a new build each time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    device = torch.device("cuda", 0)
+    workload = Workload(phase, batch, context, torch.bfloat16, 1, device)
+    mixer = {"kind": "attention", "head_dim": 64}
+    moe = {"kind": "moe", "n_experts": 16, "d_expert": 128}
+    blocks = [{"repeat": 4, "mixer": mixer, "ffn": moe}]
+    one = Architecture.parse({"vocab_size": 256, "d_model": 256, "blocks": blocks})
+    tokens = tokens_for(workload, 256).to(device)
+    known: dict[str, float] = {}
+    found = []
+    with closing(device_lease(device)) as lease:
+        for _ in range(2):
+            model = deployed(one, one.build(device, 0), workload.dtype)
+            measured = measure_latency(model, tokens, workload, Protocol(), lease, known)
+            known = {workload.key: measured.details["reference_ms"]}
+            assert measured.details["captured"]
+            assert measured.details["eager_ms"] > 0
+            found.append(measured.value)
+    assert found[1] == pytest.approx(found[0], rel=0.01)

@@ -451,13 +451,17 @@ def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) ->
 
 
 @pytest.mark.gpu
-def test_a_job_runs_on_a_gpu(make_job: MakeJob) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_job_runs_on_a_gpu(make_job: MakeJob, dtype: str) -> None:
     names = ("decode_ms", "prefill_ms", "peak_memory", "flops_per_token", "val_loss")
-    found, weights = evaluate(make_job(*names))
+    recipe = replace(RECIPE, tokens=60 * 64, dtype=dtype)
+    found, weights = evaluate(make_job(*names, train=recipe.plain()))
     assert found.failure is None
     assert found.device["kind"] == "cuda"
+    assert found.device["dtype"] == dtype
     assert found.device["name"] in found.measurements["decode_ms"]["reference_key"]
     assert found.measurements["peak_memory"]["device"] == "cuda"
+    assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"] - 0.5
     assert weights is not None
 
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from moenas.memory import peak_bytes
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 FLOAT = 4
 """Bytes."""
 
@@ -99,3 +101,40 @@ def test_kept_memory_is_not_asked_for_again() -> None:
         for word in ("kept", "returned")
     }
     assert faults["kept"] < faults["returned"] / 2
+
+
+PEAKS = """
+import torch
+from moenas.architecture import Architecture
+from moenas.data import load
+from moenas.memory import peak_bytes
+from moenas.sections import Recipe
+from moenas.train import train
+
+device = torch.device("cuda", 0)
+ffn = {"kind": "moe", "n_experts": 8, "d_expert": 64}
+block = {"repeat": 2, "mixer": {"kind": "attention", "head_dim": 32}, "ffn": ffn}
+one = Architecture.parse({"vocab_size": 256, "d_model": 128, "blocks": [block]})
+recipe = Recipe(tokens=2 * 16 * 128, context=128, batch=16, lr=1e-3, dtype="bfloat16")
+text = load({"kind": "pydoc"})
+for turn in range(3):
+    if turn == 2:
+        torch.randn(512, 512, device=device) @ torch.randn(512, 512, device=device)
+    model = one.build(device, 0)
+    held = list(model.state_dict(keep_vars=True).values())
+    steps = train(model, text, recipe, 0)
+    print(peak_bytes(lambda: list(steps), held, device))
+    del model, held, steps
+"""
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_the_same_again_and_after_other_work() -> None:
+    """In a process of its own, as what torch takes at its first product must not count."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peaks = [int(word) for word in done.stdout.split()]
+    assert len(peaks) == 3
+    assert max(peaks) <= 1.001 * min(peaks), peaks
