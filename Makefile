@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread each, as studies run on a CPU; files go to two processes, each file whole to one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow chaos test-gpu check format bench docs dist clean
+.PHONY: help demo test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would trip over each other
 
@@ -33,6 +33,12 @@ chaos: $(VENV)/.installed-test ## break real studies in every way, and write doc
 test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
+gpu: $(VENV)/.installed-test ## measure moenas on the GPU of this machine, and write docs/gpu.md; 8 minutes
+	$(BIN)/python benchmarks/gpu/run.py
+
+gpu-prepare: $(VENV)/.made ## collect wheels in .gpu for a GPU machine without a network; see docs/gpu.md
+	PYTHON=$(BIN)/python bash benchmarks/gpu/prepare.sh
+
 check: $(VENV)/.installed-dev ## ruff, the format and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,17 +52,18 @@ bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents
 	for file in $(filter-out %/peers.py %/page.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$file" || exit 1; done
 
-docs: $(VENV)/.installed ## write docs/space_file.md and docs/zoo.md anew from the code
+docs: $(VENV)/.installed ## write docs/space_file.md, docs/zoo.md and docs/gpu.md anew
 	$(BIN)/python -m moenas.reference > $(VENV)/space_file.md
 	mv $(VENV)/space_file.md docs/space_file.md
 	$(BIN)/python benchmarks/zoo.py > $(VENV)/zoo.md
 	mv $(VENV)/zoo.md docs/zoo.md
+	$(BIN)/python benchmarks/gpu/run.py --page
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build
 
 clean: ## remove .venv, builds and caches; studies (moenas.db, moenas_runs/) stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .gpu build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:

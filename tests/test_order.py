@@ -107,8 +107,8 @@ SHALLOW_NAMES = {"base", "common", "constants", "core", "helpers", "misc", "type
 PACKAGE = sorted((ROOT / "moenas").rglob("*.py"))
 DESK = sorted([*ROOT.glob("objectives/*.py"), *ROOT.glob("dashboards/*.py")])
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
-CODE = [*PACKAGE, *DESK, *sorted(ROOT.glob("benchmarks/*.py")), *TESTS]
-OTHER = ("spaces/*.yaml", "docs/*.md", "Makefile", "pyproject.toml")
+CODE = [*PACKAGE, *DESK, *sorted(ROOT.glob("benchmarks/**/*.py")), *TESTS]
+OTHER = ("spaces/*.yaml", "benchmarks/gpu/*.*", "docs/*.md", "Makefile", "pyproject.toml")
 TEXTS = [*CODE, *(path for pattern in OTHER for path in sorted(ROOT.glob(pattern)))]
 FLOOR_OF = {m: i for i, line in enumerate(FLOORS.strip().splitlines()) for m in line.split()}
 

@@ -60,6 +60,7 @@ def error(x: Tensor, w: Tensor, ends: Tensor, y: Tensor, g: Tensor) -> float:
     Of an expert without rows the gradient must be 0; its largest element counts.
     """
     gx, gw = torch.autograd.grad(y, [x, w], g)
+    x, w, y = x.detach(), w.detach(), y.detach()
     start, worst = 0, 0.0
     for i, end in enumerate(ends.tolist()):
         if end == start:

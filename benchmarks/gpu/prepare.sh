@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Collect what a GPU machine without a network lacks: bash benchmarks/gpu/prepare.sh [FOLDER]
 #
+# With --check instead of a FOLDER it only looks whether every dependency has a source.
 # FOLDER (.gpu, which git ignores) gets wheels for Python 3.12 on x86-64 and a Ray that is cut down to
 # what a cluster of one machine needs, together less than 60 MiB. The machine is expected to have what
 # AT_HAND lists; every other dependency of pyproject.toml must be in WHEELS, or this stops.
@@ -53,6 +54,10 @@ for name in $listed; do
         ;;
     esac
 done
+
+if [ "$to" = --check ]; then
+    exit 0
+fi
 
 rm -rf "$to"
 mkdir -p "$to/wheels"

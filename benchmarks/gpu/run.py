@@ -44,16 +44,22 @@ WIDTH = 180
 """Characters of a line that are printed; the log has all."""
 
 Tell = Callable[[str], None]
+Command = Callable[[Group, Path], list[str]]
+
+
+def command_of(group: Group, figures: Path) -> list[str]:
+    """Return what starts the process of a group, which adds its figures to a file."""
+    return [sys.executable, str(HERE / "group.py"), group.name, str(figures)]
 
 
 class Process:
     """The process of one group: it imports what it needs, and waits for its turn."""
 
-    def __init__(self, group: Group, figures: Path, tell: Tell) -> None:
+    def __init__(self, command: list[str], figures: Path, tell: Tell) -> None:
         self.figures = figures
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "group.py"), group.name, str(figures)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -86,8 +92,11 @@ class Process:
 
     def _say(self, text: str) -> None:
         assert self.process.stdin is not None
+        if self.process.stdin.closed:
+            return
         with suppress(OSError):  # it may have ended already; its exit code says how
             self.process.stdin.write(text)
+        with suppress(OSError):
             self.process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -104,6 +113,9 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._reader.join(2.0)
+        self._say("")
+        if self.process.stdout is not None and not self._reader.is_alive():
+            self.process.stdout.close()
 
 
 class Run:
@@ -118,6 +130,9 @@ class Run:
         self.out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
         self.log = (self.out or self.work) / "gpu-log.txt"
         self.results = Results()
+        self.command: Command = command_of
+        self.adopts = False
+        """Whether what groups leave behind becomes a child of this process, which then ends it."""
         self._lock = threading.Lock()
 
     def tell(self, line: str) -> None:
@@ -143,14 +158,13 @@ class Run:
                 waiting = self._started(*turns[i + 1]) if i + 1 < len(turns) else None
                 self._one(group, turn, current, waiting)
                 current = None
-                if turn == group.turns - 1:
-                    self.write()
+                self.write()
         finally:
             for process in (current, waiting):
                 if process is not None:
                     process.end(0.0)
             if current is not None:
-                self.results.groups[group.name] = gathered([current.figures], "interrupted", 0.0)
+                self._take_in(group, turn, "interrupted", 0.0)
             self.write()
         for line in summary(self.results):
             self.tell(line)
@@ -161,7 +175,8 @@ class Run:
         return self.work / f"{group.name}-{turn}.jsonl"
 
     def _started(self, group: Group, turn: int) -> Process:
-        return Process(group, self._figures(group, turn), self.tell)
+        figures = self._figures(group, turn)
+        return Process(self.command(group, figures), figures, self.tell)
 
     def _one(self, group: Group, turn: int, process: Process, waiting: Process | None) -> None:
         """Give one process its turn, and take in what it found."""
@@ -170,7 +185,7 @@ class Run:
         if limit < max(LEAST, group.seconds / 2):
             process.end(0.0)
             self.tell(f"=== {name}: no time left")
-            self.results.groups.setdefault(group.name, Found("no time left"))
+            self.results.groups.setdefault(group.name, Found("")).status = "no time left"
             return
         clock = time.strftime("%H:%M:%S")
         self.tell(
@@ -178,9 +193,14 @@ class Run:
             f" {self.left:.0f} left in all"
         )
         status, took = process.run(limit)
-        spared = [waiting.process.pid, *descendants(waiting.process.pid)] if waiting else []
-        kill_descendants(os.getpid(), spared)
+        if self.adopts:
+            spared = [waiting.process.pid, *descendants(waiting.process.pid)] if waiting else []
+            kill_descendants(os.getpid(), spared)
         self.tell(f"=== {name}: {status} after {took:.1f} s")
+        self._take_in(group, turn, status, took)
+
+    def _take_in(self, group: Group, turn: int, status: str, took: float) -> None:
+        """Read what the turns of a group have found so far; the worst status counts."""
         before = self.results.groups.get(group.name)
         if before is not None:
             took += before.seconds
@@ -266,9 +286,10 @@ def main(given: list[str] | None = None) -> int:
         text = page(stored(into / "benchmarks" / "results"))
         (into / "docs" / "gpu.md").write_text(text, encoding="ascii")
         return 0
-    adopt_orphans()
     signal.signal(signal.SIGTERM, interrupted)
     run = Run(flags.only or list(GROUPS), flags.budget, flags.into, keep=bool(flags.only))
+    adopt_orphans()
+    run.adopts = True
     run.tell(card_state() or "nvidia-smi finds no GPU")
     try:
         code = run.go()

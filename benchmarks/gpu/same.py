@@ -51,7 +51,7 @@ def compare(report: Report, name: str, router: dict[str, Any]) -> None:
 
 def run(router: dict[str, Any], graph: bool) -> tuple[float, dict[str, Tensor]]:
     """Train; return the mean loss of the second half of the steps, and the weights."""
-    plan = recipe(sized(120, 8), 128, lr=2e-3)
+    plan = recipe(sized(120, 6), 128, lr=2e-3)
     torch.manual_seed(0)
     model = SHAPE.build(0, **router)
     with opened(model, plan) as steps:
