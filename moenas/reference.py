@@ -274,12 +274,12 @@ def defaults() -> str:
         own = found[name] = {}
         for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
             if any(kind.__module__.startswith(part) for part in OWN):
-                own[kind.kind or ""] = {n: _default(f) for n, f in fields(kind).items()}
+                own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
                 waiting += [f.component for f in fields(kind).values() if f.component is not None]
     return json.dumps(found, indent=1, sort_keys=True) + "\n"
 
 
-def _default(field: Field) -> list[object]:
+def _on_file(field: Field) -> list[object]:
     """Return [] for a required plain field, else its default and the family of its value."""
     family = None if field.component is None else field.component.__name__.lower()
     if field.required:
