@@ -24,7 +24,7 @@ FLOORS = """
     failures folders
     checked
     domains bigram
-    component front weights describe require lease tables texts urls retry faults terminal
+    component front weights describe brief require lease tables texts urls retry faults terminal
     grammar guests migrations membership rows claims identity
     naming
     draws schema sections objective migrations.env migrations.versions database readers figures statements
