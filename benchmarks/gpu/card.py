@@ -102,16 +102,19 @@ def captured(work: Callable[[], T], warm_up: int = 2) -> tuple[Callable[[], None
 
     Warm-up and capture run on one stream of their own, which waits for what was queued before.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before = torch.cuda.current_stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             work()
     stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = work()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            found = work()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream in place
+    before.wait_stream(stream)
     return graph.replay, found
 
 

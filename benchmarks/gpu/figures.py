@@ -38,7 +38,7 @@ GROUPS = (
     Group(
         "ray", "the same study on Ray, 4 candidates on the GPU", 90, 130, "study", "measure_on_ray"
     ),
-    Group("sharing", "several runs on the GPU, as processes and as streams", 60, 90),
+    Group("sharing", "four processes on the GPU against one", 60, 90),
 )
 
 SOURCES = {
@@ -190,6 +190,4 @@ FIGURES = (
     Figure("sharing/4 processes over 1, graph, 2k tokens", (1.0, 1.3), (">=", 1.0)),
     Figure("sharing/4 processes over 1, eager, 2k tokens", (1.8, 2.5), (">=", 2.0), dry=False),
     Figure("sharing/4 processes over 1, graph, 16k tokens", (1.0, 1.1), (">=", 1.0), dry=False),
-    Figure("sharing/4 runs over 1, 2k tokens", (1.5, 2.5)),
-    Figure("sharing/4 runs over 1, 16k tokens", (1.0, 1.1), dry=False),
 )

@@ -1,4 +1,4 @@
-"""Several candidates on one GPU: as processes, and as captured runs of one process."""
+"""Several candidates on one GPU, each a process, as on Ray."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import json
 import subprocess
 import sys
 import threading
-import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gpu.card import release, settle, sized
-from gpu.models import D256, recipe
+from gpu.card import release, sized
 from gpu.report import Report
-from gpu.training import capture, opened, warm_up
 
 HERE = Path(__file__).resolve().parent
 READY_S = 60.0
@@ -28,11 +24,6 @@ def measure(report: Report) -> None:
         name = f"{how}, {16 * context // 1024}k tokens"
         with report.part(f"processes, {name}"):
             processes(report, name, how, context)
-        release()
-    for context in sized((128, 1024), (128,)):
-        name = f"{16 * context // 1024}k tokens"
-        with report.part(f"streams, {name}"):
-            streams(report, name, context)
         release()
 
 
@@ -90,31 +81,3 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(line)
             return found
     raise RuntimeError(f"a process ended with {process.wait()}, or was not ready in {READY_S:g} s")
-
-
-def streams(report: Report, name: str, context: int) -> None:
-    """Replay one run, and four in turn, each on a stream of its own."""
-    base = None
-    for count in (1, sized(4, 2)):
-        with ExitStack() as stack:
-            runs = []
-            for seed in range(count):
-                plan = recipe(sized(200, 10), context)
-                runs.append(stack.enter_context(opened(D256.build(seed), plan, seed)))
-                warm_up(runs[-1])
-                capture(runs[-1])
-            turns = sized(40, 2)
-            settle()
-            began = time.perf_counter()
-            for _ in range(turns):
-                for run in runs:
-                    run.step()
-            settle()
-            found = count * turns / (time.perf_counter() - began)
-        if base is None:
-            base = found
-            report.figure(f"1 run, {name}", found, "steps/s")
-        else:
-            report.figure(f"4 runs of one process, {name}", found, "steps/s")
-            report.figure(f"4 runs over 1, {name}", found / base)
-        release()
