@@ -27,7 +27,7 @@ class Group:
 GROUPS = (
     Group("ceilings", "copies, products, launches, kernels of attention", 20, 60),
     Group("grouped", "torch's grouped_mm: values, gradients, speed, replay", 15, 40),
-    Group("marked", "the tests that need a GPU: `make test-gpu`", 45, 110),
+    Group("marked", "the tests that need a GPU: `make test-gpu`", 65, 110),
     Group("steps", "training steps, eager and captured; waits of the host; MFU", 50, 90),
     Group("same", "captured runs against eager ones; repeats bit for bit", 40, 70),
     Group("study", "a study of 12 candidates in one process", 100, 130),
