@@ -25,7 +25,7 @@ from postgres import Server, server_programs
 STUCK_S = 60
 """Seconds after which reading a space file is given up."""
 SLOW_S = 10.0
-"""A mutated file that takes longer to read hangs, on a machine that is busy with other things."""
+"""A mutated file that takes more CPU seconds to read hangs."""
 LARGE = 4 * 2**30
 """Peak memory, in bytes, that reading files must not reach."""
 POINT_COUNTS = {"commit": 120, "fsync": 60, "replace": 12, "link": 1, "unlink": 10}
