@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from moenas.architecture import Model
 from moenas.corpus import Corpus
+from moenas.cuda_graphs import capture, side_stream
 from moenas.dtypes import training_dtype
 from moenas.optimizer import AdamW, schedule
 from moenas.routing import Meter
 from moenas.sections import Recipe
-from moenas.steps import Gate, Sums, diverged, out_of_time
+from moenas.steps import ROWS, Gate, Sums, diverged, out_of_time
 
 # Shapes: B sequences of S tokens, n steps.
 
@@ -49,7 +50,7 @@ class DeviceSteps:
         # A graph is captured on the stream that its warm-up ran on: autograd keeps the stream of
         # the first use with each parameter.
         real = device.type == "cuda" and torch.cuda.is_available()
-        self._stream = torch.cuda.Stream(device) if real else None
+        self._stream = side_stream(device) if real else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loaded = 0, 0
         self.done = 0
@@ -89,11 +90,12 @@ class DeviceSteps:
         with self._on_stream():
             tokens = torch.from_numpy(crops)
             if len(tokens) > len(self._crops):
-                # A graph reads its tokens where they lay when it was captured.
-                assert not self.captured, "a later load holds more steps than the first"
-                self._crops = tokens.to(self.device)
-            else:
-                self._crops[: len(tokens)].copy_(tokens)
+                # A graph reads its tokens where they lay when it was captured: there is room for
+                # the longest row from the first on.
+                assert not self.captured, "more steps at once than a row of the curve has"
+                room = max(len(tokens), 1 + recipe.steps // ROWS)
+                self._crops = tokens.new_empty((room, *tokens.shape[1:]), device=self.device)
+            self._crops[: len(tokens)].copy_(tokens)
             self._row.zero_()
         self._loaded = first, last
 
@@ -151,18 +153,14 @@ class DeviceSteps:
         if self._stream is None or not self.model.capturable:
             return False
         assert self.done >= WARM_UP, "a capture needs steps before it"
-        self._stream.synchronize()
         self.model.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._body()
+            self._graph = capture(self._body, self.device)
         except RuntimeError as error:
             self.capture_fault = f"{type(error).__name__}: {error}".splitlines()[0]
             _log.warning("training goes on without a CUDA graph: %s", self.capture_fault)
             self.model.zero_grad(set_to_none=True)
             return False
-        self._graph = graph
         return True
 
     def read(self) -> Sums:

@@ -19,6 +19,9 @@ from moenas.optimizer import AdamW, schedule
 from moenas.routing import Meter
 from moenas.sections import Recipe
 
+ROWS = 40
+"""Rows of a learning curve."""
+
 
 class Gate(Protocol):
     """Who may work on a device: every group of training steps asks."""
@@ -55,6 +58,11 @@ class Steps(Protocol):
 
     def close(self) -> None:
         """Free what only the steps need."""
+
+
+def row_ends(steps: int) -> list[int]:
+    """Return the numbers of steps after which the learning curve has a row, about 40."""
+    return [n for n in range(1, steps + 1) if n * ROWS // steps > (n - 1) * ROWS // steps]
 
 
 def diverged(*, loss: bool, step: int, rate: float, recipe: Recipe, last: float) -> DivergedError:

@@ -12,6 +12,7 @@ from typing import Protocol as Interface
 
 import torch
 
+from moenas.cuda_graphs import capture, side_stream
 from moenas.records import Plain
 from moenas.sections import Protocol
 
@@ -91,16 +92,12 @@ def replayed(run: Run, device: torch.device) -> Run:
     Raises:
         RuntimeError: if the run cannot be captured, as it waits for the device.
     """
-    stream = torch.cuda.Stream(device)
+    stream = side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+    return capture(run, device).replay
 
 
 # --- pairs -------------------------------------------------------------------------------------

@@ -19,10 +19,7 @@ from moenas.optimizer import schedule
 from moenas.records import Plain
 from moenas.routing import Meter, Reading, Watch
 from moenas.sections import Recipe
-from moenas.steps import Gate, HostSteps, Steps
-
-ROWS = 40
-"""Rows of a learning curve."""
+from moenas.steps import Gate, HostSteps, Steps, row_ends
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,6 @@ def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps
     """Return the steps of a run: on a GPU none of them makes the host wait."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
-
-
-def row_ends(steps: int) -> list[int]:
-    """Return the numbers of steps after which the learning curve has a row, about 40."""
-    return [n for n in range(1, steps + 1) if n * ROWS // steps > (n - 1) * ROWS // steps]
 
 
 def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int) -> None:

@@ -283,3 +283,15 @@ def test_a_run_leaves_no_memory_behind() -> None:
 
     first = run_one()
     assert [run_one() for _ in range(3)] == [first] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 39, 41, 73, 400])
+def test_tokens_stay_where_a_graph_reads_them(steps: int) -> None:
+    model = architecture({}).build(seed=0)
+    recipe, places = replace(RECIPE, tokens=steps * 64), set()
+    run, start = DeviceSteps(model, corpus(), recipe, 3), 0
+    for end in row_ends(recipe.steps):
+        run.load(start, end)
+        places.add(run._crops.data_ptr())
+        start = end
+    assert len(places) == 1

@@ -52,6 +52,7 @@ FLOORS = """
     data lengths
     space
     dtypes routing causality memory isolation
+    cuda_graphs
     optimizer timing
     steps
     device_steps
@@ -92,7 +93,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "corpus timing optimizer steps device_steps parts architecture dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
+    "torch": "cuda_graphs corpus timing optimizer steps device_steps parts architecture dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }

@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from moenas.device_steps import WARM_UP, DeviceSteps
-
 from gpu.card import GPU, settle
 from gpu.models import corpus
 from moenas.architecture import Model
+from moenas.device_steps import WARM_UP, DeviceSteps
 from moenas.sections import Recipe
 
 
