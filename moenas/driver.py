@@ -34,7 +34,7 @@ from moenas.intake import Intake
 from moenas.jobs import Jobs
 from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
-from moenas.records import Evaluation, Failure, Job
+from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.spool import Spool
 from moenas.stops import ENVIRONMENT, FINAL, Draws, Faults, SameFailures, reason
 from moenas.store import Store
@@ -285,8 +285,8 @@ class Driver:
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool."""
         attempt = self.store.start_attempt(self.name, candidate.number)
-        sharers = getattr(self.pool, "sharers", 1)
-        job = self.jobs.job(candidate.number, attempt, candidate.plain, sharers=sharers)
+        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
+        job = self.jobs.job(candidate.number, attempt, candidate.plain, **where)
         self.pool.submit(job)
         self.draws.started()
         self.running[candidate.number] = candidate
@@ -476,9 +476,9 @@ class Driver:
 
     def _publish(self) -> None:
         """Update the dashboard's figures; a fault there does not stop the study."""
-        from moenas.dashboard import publish
-
         try:
+            from moenas.dashboard import publish
+
             publish(self.store, self.name)
         except Exception as error:
             text = f"the dashboard's figures were not updated: {type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import data, grammar, guests
+from moenas import data, devices, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.checked import TIMED
@@ -33,7 +33,7 @@ from moenas.objective import Measurement, Objective, load_objective, shipped_obj
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
-from moenas.subject import Subject, Training, default_device, excerpts
+from moenas.subject import Subject, Training, excerpts
 from moenas.train import learning_rate, train, validate
 
 OWN = "own_"
@@ -121,7 +121,8 @@ class _Run:
 
     def evaluate(self) -> None:
         """Do the job."""
-        job, device = self.job, default_device()
+        job = self.job
+        device = devices.named(job.device)
         guests.load_all(job.use)
         architecture = Architecture.parse(job.architecture)
         recipe = grammar.parse(Recipe, job.train)

@@ -106,6 +106,8 @@ class Job(_Record):
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
     sharers: int = 1
     """Candidates that share the memory of its device at a time, this one included."""
+    device: str = "cpu"
+    """cpu, or cuda: the first GPU that its process sees."""
     known: Plain | None = None
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)

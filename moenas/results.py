@@ -34,7 +34,11 @@ class Pool(Protocol):
 
     @property
     def sharers(self) -> int:
-        """How many jobs share the memory of one device, at most; a pool may leave it out for 1."""
+        """How many jobs share the memory of one device, at most."""
+
+    @property
+    def device(self) -> str:
+        """Where its jobs run: cpu or cuda; a job must name it."""
 
     def submit(self, job: Job) -> None:
         """Take a job.

@@ -30,7 +30,7 @@ from moenas.sections import Protocol, Recipe, Search
 KEYS = (
     "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
 )  # fmt: skip
-RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit")
+RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 MAX_NAME = 200

@@ -57,7 +57,7 @@ def test_a_job_says_how_many_candidates_share_its_memory(monkeypatch: pytest.Mon
     jobs: list[Job] = []
     run(space(), trials=1)
     assert [job.sharers for job in jobs] == [1]
-    pool.sharers = 2  # type: ignore[attr-defined]
+    pool.sharers = 2
     run(space(), trials=3)
     assert [job.sharers for job in jobs] == [1, 2, 2]
 

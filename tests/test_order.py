@@ -50,12 +50,13 @@ FLOORS = """
     architecture
     data lengths
     space
-    dtypes routing causality memory isolation
+    dtypes devices routing causality memory isolation
     train latency flops lift footprint
     subject
     measure matching
     results ray_address
     ray_worker ray_head ray_cluster
+    ray_processes
     ray_pool
     pool samplers points
     candidate spool asker repairs changes jobs
@@ -88,7 +89,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "parts architecture data dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
+    "torch": "parts architecture data devices dtypes routing causality train latency flops memory footprint lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }
