@@ -106,8 +106,9 @@ def with_share(ray: Any, search: Search, workers: int | None, *, usable: bool = 
     gpus = sum(int(node["GPU"]) for node in nodes)
     if not gpus:
         return replace(search, gpus=0.0)
-    on_cpus = sum(_room(node, replace(search, gpus=0.0)) for node in nodes)
-    together = min(workers or ON_A_GPU * gpus, on_cpus)
+    together = workers or ON_A_GPU * gpus
+    if search.cpus:
+        together = min(together, sum(_room(node, replace(search, gpus=0.0)) for node in nodes))
     on_one = max(1, math.ceil(together / gpus))
     return replace(search, gpus=math.floor(1e4 / on_one) / 1e4)  # Ray counts in 1/10000
 
