@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import data, devices, grammar, guests
+from moenas import devices, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.checked import TIMED
@@ -158,7 +158,7 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = data.load(self.job.data)
+            corpus = corpora.load(self.job.data, self.job.data_sha256)
         except (InputError, OSError) as error:
             raise MachineError(f"the corpus cannot be read here: {error}") from error
         self.found["data"] = {

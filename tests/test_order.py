@@ -49,6 +49,7 @@ FLOORS = """
     parts
     architecture
     data lengths
+    corpora
     space
     dtypes devices routing causality memory isolation
     train latency flops lift footprint

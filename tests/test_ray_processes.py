@@ -47,6 +47,11 @@ def kept(cluster: Pool) -> Iterator[Pool]:
     pool.close()
 
 
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
+
+
 def worked(pool: Pool, *jobs: Job) -> list[Evaluation | Failure]:
     """The outcomes of jobs, one after another."""
     found = []
@@ -72,7 +77,7 @@ def test_a_process_works_on_its_number_of_candidates(kept: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "kept_on"),
+    ("how", "kind", "stays"),
     [
         ("raise", "error", True),
         ("sys.exit", "error", True),
@@ -80,7 +85,6 @@ def test_a_process_works_on_its_number_of_candidates(kept: Pool) -> None:
         ("unsendable", "error", True),
         ("nothing", "invalid", True),
         ("child", None, True),
-        ("print", None, True),
         ("full", "environment", False),
         ("thread", None, False),
         ("killed", "crashed", False),
@@ -90,25 +94,24 @@ def test_a_process_works_on_its_number_of_candidates(kept: Pool) -> None:
     ],
 )
 def test_a_candidate_costs_one_process_at_most_and_no_other_candidate(
-    kept: Pool,
-    how: str,
-    kind: str | None,
-    kept_on: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    kept: Pool, how: str, kind: str | None, stays: bool, short_grace: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
     limit = 0.5 if kind == "timeout" else None
     bad = job(2, how, time_limit_s=limit, folder=str(tmp_path))
     first, middle, last = worked(kept, job(1, "fine"), bad, job(3, "fine"))
     assert (middle.kind if isinstance(middle, Failure) else None) == kind
-    assert (pid(first) == pid(last)) == kept_on
+    assert (pid(first) == pid(last)) == stays
     others = [p for p in pids(tmp_path) if p != pid(last)]
     wait_until(lambda: kept.wait(0.1) == [] and not any(runs(p) for p in others))
+
+
+def test_what_is_printed_is_told_of_its_candidate(
+    kept: Pool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    worked(kept, job(1, "fine"), job(2, "print"), job(3, "fine"))
     caught = capfd.readouterr()
     assert caught.out == ""
-    assert ("trial 2: hello from the objective" in caught.err) == (how == "print")
+    assert caught.err == "trial 2: hello from the objective\n"
 
 
 def test_a_process_that_dies_without_a_job_costs_nothing(kept: Pool) -> None:

@@ -1,0 +1,55 @@
+"""A corpus is loaded once in a process, as long as it is the one that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moenas import corpora, data
+from moenas.records import Plain
+from moenas.refs import Node
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "_KEPT", {})
+
+
+def text(path: Path, word: str) -> Plain:
+    path.write_text(f"{word} of a text\n" * 400)
+    return data.parse(Node.wrap({"files": [str(path)]}))
+
+
+def test_text_with_the_digest_asked_for_is_loaded_once(tmp_path: Path) -> None:
+    section = text(tmp_path / "a.txt", "line")
+    digest = data.load(section).sha256
+    first = corpora.load(section, digest)
+    text(tmp_path / "a.txt", "other line")
+    assert corpora.load(section, digest) is first
+    other = corpora.load(section, "0" * 64)
+    assert other.sha256 not in (digest, "0" * 64)
+    assert corpora.load(section, "0" * 64) is not other, "it is not the one that was asked for"
+
+
+def test_few_are_kept_and_the_last_used_ones(tmp_path: Path) -> None:
+    sections = [text(tmp_path / f"{i}.txt", f"word {i}") for i in range(corpora.MOST + 1)]
+    digests = [data.load(section).sha256 for section in sections]
+    first, second, *_ = [
+        corpora.load(*pair) for pair in zip(sections[:2], digests[:2], strict=True)
+    ]
+    assert corpora.load(sections[0], digests[0]) is first
+    corpora.load(sections[2], digests[2])
+    assert corpora.load(sections[0], digests[0]) is first
+    assert corpora.load(sections[1], digests[1]) is not second
+
+
+def test_arrays_of_tokens_are_looked_at_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "t.bin"
+    np.array([1, 2, 3] * 30, dtype="uint16").tofile(path)
+    section = data.parse(Node.wrap({"tokens": str(path), "vocab_size": 9}))
+    digest = data.load(section).sha256
+    assert corpora.load(section, digest).sha256 == digest
+    np.array([3, 2, 1] * 30, dtype="uint16").tofile(path)
+    assert corpora.load(section, digest).sha256 != digest
