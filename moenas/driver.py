@@ -39,6 +39,7 @@ from moenas.spool import Spool
 from moenas.stops import ENVIRONMENT, FINAL, Draws, Faults, SameFailures, reason
 from moenas.store import Store
 from moenas.tally import Score
+from moenas.weights import place
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -286,6 +287,7 @@ class Driver:
         """Send a candidate to the pool."""
         attempt = self.store.start_attempt(self.name, candidate.number)
         where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
+        where["weights_to"] = place(self.store.runs, self.name, candidate.number)
         job = self.jobs.job(candidate.number, attempt, candidate.plain, **where)
         self.pool.submit(job)
         self.draws.started()
@@ -316,6 +318,7 @@ class Driver:
         """Take a result: retry it if that may help, else record and tell it."""
         candidate, found = self.running.pop(result.job.trial), result.outcome
         self.ended += 1
+        self.intake.clean(candidate.number, result)
         failure = found if isinstance(found, Failure) else None
         if not isinstance(found, Failure) and found.status == "failed" and found.failure:
             failure = Failure.parse(found.failure)

@@ -14,7 +14,7 @@ from typing import Any
 from moenas.checked import plain_json
 from moenas.failures import failure_of, is_of_the_device, one_line, traceback_of
 from moenas.processes import adopt_orphans, born, kill, kill_descendants, machine
-from moenas.records import Failure, Job, Plain
+from moenas.records import Failure, Job, Plain, WeightsFile
 from moenas.results import Evaluate
 
 SAID = 4096
@@ -152,7 +152,8 @@ def _reply(evaluate: Evaluate, job: Plain, gpus: float) -> Plain:
             reply["evaluation"] = json.dumps(plain_json(plain, REPLY_BYTES))
         except ValueError as error:
             reply["failure"] = Failure("invalid", f"what came back is no evaluation: {error}")
-        reply["weights"] = weights if weights is None or isinstance(weights, bytes) else ""
+        known = weights is None or isinstance(weights, bytes | WeightsFile)
+        reply["weights"] = weights if known else ""
     except BaseException as error:
         failure = failure_of(error)
         if failure.kind == "error":

@@ -112,6 +112,18 @@ class Job(_Record):
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)
     """Its trained weights as safetensors."""
+    weights_to: Plain | None = field(default=None, repr=False)
+    """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
+
+
+@dataclass(frozen=True)
+class WeightsFile(_Record):
+    """Trained weights that a worker has written, not yet under their name."""
+
+    path: str
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ def test_text_with_the_digest_asked_for_is_loaded_once(tmp_path: Path) -> None:
     section = text(tmp_path / "a.txt", "line")
     digest = data.load(section).sha256
     first = corpora.load(section, digest)
-    text(tmp_path / "a.txt", "other line")
     assert corpora.load(section, digest) is first
-    other = corpora.load(section, "0" * 64)
-    assert other.sha256 not in (digest, "0" * 64)
-    assert corpora.load(section, "0" * 64) is not other, "it is not the one that was asked for"
+    unwanted = corpora.load(section, "0" * 64)
+    assert unwanted.sha256 == digest
+    assert corpora.load(section, "0" * 64) is not unwanted
+    text(tmp_path / "a.txt", "other line")
+    assert corpora.load(section, digest).sha256 != digest, "the file has changed"
 
 
 def test_few_are_kept_and_the_last_used_ones(tmp_path: Path) -> None:
