@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,6 +216,44 @@ def test_candidates_of_one_process_have_the_numbers_of_fresh_ones(
         if "changes" in one.objectives:
             assert kept.outcome.values["changes"] == 0.0
     assert same_weights(results[10][0], results[10][4])
+
+
+GPUS = """
+import sys
+sys.path.insert(0, {folder!r})
+import ray, test_pool as t
+from ray import cloudpickle
+cloudpickle.register_pickle_by_value(t)
+ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+for workers in (None, 2, 6):
+    pool = t.open_pool(workers, t.Search(), evaluate=t.evaluate)
+    print(pool.device, pool.capacity, pool.sharers)
+    for trial in range(pool.capacity):
+        pool.submit(t.job(trial, "fine"))
+    for result in t.wait(pool, pool.capacity):
+        print(result.outcome.kind, result.outcome.message.partition("CUDA_VISIBLE_DEVICES")[2])
+    pool.close()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPUs here are pretended ones")
+@pytest.mark.slow
+def test_all_gpus_of_a_host_are_used_and_shared() -> None:
+    """Ray is told of two GPUs; each process says which one it was given, and that it is not there."""
+    folder = str(Path(__file__).parent)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(Path(folder).parent), "RAY_TMPDIR": "/tmp"}
+    done = subprocess.run(
+        [sys.executable, "-c", GPUS.format(folder=folder)],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    on_one, on_other = "environment ='0')", "environment ='1')"
+    wanted = [
+        *("cuda 4 2", *[on_one] * 2, *[on_other] * 2),
+        *("cuda 2 1", on_one, on_other),
+        *("cuda 6 3", *[on_one] * 3, *[on_other] * 3),
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(wanted), done.stderr
 
 
 def gpus_of(job: Job) -> tuple[Evaluation, None]:
