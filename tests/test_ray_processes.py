@@ -225,7 +225,7 @@ import ray, test_pool as t
 from ray import cloudpickle
 cloudpickle.register_pickle_by_value(t)
 ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
-for workers in (None, 2, 6):
+for workers in (None, 2):
     pool = t.open_pool(workers, t.Search(), evaluate=t.evaluate)
     print(pool.device, pool.capacity, pool.sharers)
     for trial in range(pool.capacity):
@@ -245,13 +245,12 @@ def test_all_gpus_of_a_host_are_used_and_shared() -> None:
     environment |= {"PYTHONPATH": str(Path(folder).parent), "RAY_TMPDIR": "/tmp"}
     done = subprocess.run(
         [sys.executable, "-c", GPUS.format(folder=folder)],
-        env=environment, capture_output=True, text=True, timeout=240,
+        env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     on_one, on_other = "environment ='0')", "environment ='1')"
     wanted = [
         *("cuda 4 2", *[on_one] * 2, *[on_other] * 2),
         *("cuda 2 1", on_one, on_other),
-        *("cuda 6 3", *[on_one] * 3, *[on_other] * 3),
     ]
     assert sorted(done.stdout.splitlines()) == sorted(wanted), done.stderr
 
