@@ -49,6 +49,8 @@ bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents
 docs: $(VENV)/.installed ## write docs/space_file.md and docs/zoo.md anew from the code
 	$(BIN)/python -m moenas.reference > $(VENV)/space_file.md
 	mv $(VENV)/space_file.md docs/space_file.md
+	$(BIN)/python -m moenas.reference --defaults > $(VENV)/defaults.json
+	mv $(VENV)/defaults.json moenas/defaults.json
 	$(BIN)/python benchmarks/zoo.py > $(VENV)/zoo.md
 	mv $(VENV)/zoo.md docs/zoo.md
 

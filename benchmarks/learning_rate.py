@@ -23,11 +23,13 @@ from pathlib import Path
 import torch
 
 from moenas.architecture import Architecture
-from moenas.data import Corpus, load
+from moenas.corpus import Corpus
+from moenas.data import load
 from moenas.errors import DivergedError
+from moenas.optimizer import BASE_WIDTH, learning_rate
 from moenas.records import Plain
 from moenas.sections import Recipe
-from moenas.train import BASE_WIDTH, learning_rate, train, validate
+from moenas.train import train, validate
 
 RESULTS = Path(__file__).parent / "results" / "learning_rate.json"
 STEPS, BATCH, CONTEXT, SEED = 200, 8, 128, 0

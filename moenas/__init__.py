@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moenas.architecture import Architecture as Architecture
     from moenas.architecture import Model as Model
-    from moenas.data import Corpus as Corpus
+    from moenas.corpus import Corpus as Corpus
     from moenas.errors import MoenasError as MoenasError
     from moenas.objective import Measurement as Measurement
     from moenas.objective import Objective as Objective
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "Architecture": "architecture",
-    "Corpus": "data",
+    "Corpus": "corpus",
     "Cost": "records",
     "Evaluation": "records",
     "Front": "study",

@@ -246,15 +246,17 @@ class Architecture(Component):
         return [known[id(layer)] for layer in layers]
 
 
-def initialise(model: Model, seed: int) -> None:
-    """Draw all weights on the CPU from a generator of its own, in the order of their names.
+def initialise(model: Model, seed: int, device: torch.device | str = "cpu") -> None:
+    """Draw all weights on a device from a generator of its own, in the order of their names.
+
+    Only on the CPU are they the same on every machine.
 
     Normal with standard deviation sqrt(2 / (5 d_model)) (Nguyen and Salazar, arXiv 1910.05895:
     Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(model.n_writes) where a
     weight writes into the residual stream (GPT-2). Each module tells its weights: see `matrices`.
     Norms start at 1 and biases at 0. A module with a method `start` draws its own parameters.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     std = math.sqrt(2 / (5 * model.d_model))
     into_stream = {id(weight) for _, part in model.parts() for weight in writers(part)}
     modules: list[Any] = list(model.modules())
@@ -264,7 +266,8 @@ def initialise(model: Model, seed: int) -> None:
             continue
         for parameter in matrices(module):
             scale = math.sqrt(model.n_writes) if id(parameter) in into_stream else 1.0
-            drawn = torch.empty(parameter.shape).normal_(0.0, std / scale, generator=generator)
+            drawn = torch.empty(parameter.shape, device=device)
+            drawn.normal_(0.0, std / scale, generator=generator)
             parameter.data.copy_(drawn)
 
 

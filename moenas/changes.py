@@ -14,7 +14,7 @@ from moenas.refs import sha256
 from moenas.space import RESOURCES, brought_up, digest
 
 if TYPE_CHECKING:
-    from moenas.data import Corpus
+    from moenas.corpus import Corpus
     from moenas.space import Space
 
 MAX_DIFFERENCES = 20

@@ -281,7 +281,13 @@ def front(study: StudyName, storage: Storage = None, output: Format = Output.tab
 
 @app.command()
 def show(
-    study: StudyName, trial: TrialNumber, storage: Storage = None, output: Format = Output.table
+    study: StudyName,
+    trial: TrialNumber,
+    storage: Storage = None,
+    output: Format = Output.table,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print fields that have their defaults, too.")
+    ] = False,
 ) -> None:
     """Print one trial: its architecture, its numbers and how they were measured."""
     from moenas.report import trial_report, trial_text
@@ -289,7 +295,7 @@ def show(
 
     found = trial_report(Store.open(storage), study, trial)
     if output is Output.table:
-        emit(trial_text(found))
+        emit(trial_text(found, full=full))
     else:
         write_rows([found], output, single=True)
 
@@ -344,7 +350,7 @@ def write_front(view: FrontView, output: Output) -> None:
     """Write the front to stdout; what it is measured on goes to stderr."""
     from moenas.report import front_caption, front_rows
 
-    rows = front_rows(view, units=output is Output.table)
+    rows = front_rows(view, short_form=output is Output.table)
     write_rows(rows, output)
     if output is Output.table:
         for line in front_caption(view):

@@ -71,7 +71,7 @@ def retry(
         say(f"  {terminal.command(['status', study], where)}  # how far it is")
         raise typer.Exit(stop.exit_code) from None
     view = found.store.front_view(found.name)
-    write_rows(front_rows(view, units=output is Output.table), output)
+    write_rows(front_rows(view, short_form=output is Output.table), output)
     say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import platform
-import random
 import socket
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moenas.architecture import Architecture, Model
+from moenas.architecture import Architecture, Model, initialise
+from moenas.failures import is_out_of_memory
 from moenas.lease import DeviceLease
 from moenas.objective import Measurement
 from moenas.parts.gating import Gating
 from moenas.records import Plain
 from moenas.sections import Protocol
+from moenas.timing import DeviceClock, Run, WallClock, replayed, time_pairs
 
 REFERENCE_VERSION = 1
 """Goes into the key of every reference time; a new REFERENCE needs a new number."""
@@ -65,12 +64,29 @@ REFERENCE: Plain = {
 of, so that both feel a busy or a throttled machine in the same way. Its weights are drawn with
 seed 0, its tokens too."""
 
-WARM_UP = 3
-"""Runs of each side before the first pair."""
-SAMPLE_SECONDS = 0.01
-"""Shortest sample: several time slices of a scheduler."""
-CONTENDED = 1.2
-"""Wall time over CPU time above which a single-threaded measurement had to share its core."""
+DEVICE_REFERENCE_VERSION = 1
+"""The same for DEVICE_REFERENCE."""
+DEVICE_REFERENCE: Plain = {
+    **REFERENCE,
+    "d_model": 1024,
+    "blocks": [
+        {
+            "repeat": 4,
+            "mixer": {**_ATTENTION, "head_dim": 64, "n_heads": 16, "n_kv_heads": 4},
+            "ffn": {
+                "kind": "moe",
+                "activation": "swiglu",
+                "n_experts": 32,
+                "d_expert": 512,
+                "router": _ROUTER,
+            },
+        },
+    ],
+}
+"""What latencies on a GPU are a ratio to: large enough that the GPU is at work, not the host."""
+
+EAGER_RUNS = 10
+"""Runs of the candidate without a CUDA graph."""
 
 
 # --- the device --------------------------------------------------------------------------------
@@ -98,7 +114,7 @@ def device_name(device: torch.device) -> str:
 def device_lease(device: torch.device) -> DeviceLease:
     """Return the lease of a device; a step there has not ended while its kernels are queued."""
     cuda = device.type == "cuda"
-    return DeviceLease(device_key(device), (lambda: _settle(device)) if cuda else None)
+    return DeviceLease(device_key(device), WallClock(device).settle if cuda else None)
 
 
 def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain:
@@ -112,134 +128,6 @@ def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain
         "dtype": str(dtype).removeprefix("torch."),
         "host": socket.gethostname(),
     }
-
-
-# --- pairs of times ----------------------------------------------------------------------------
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return a confidence interval for the median, with at least 95 % coverage from 6 values on.
-
-    It runs from the j-th smallest to the j-th largest value, with the largest j for which a
-    binomial (n, 1/2) falls below j in at most 2.5 % of cases: it supposes nothing of the
-    distribution (David and Nagaraja, Order Statistics, section 7.1). Fewer than 6 values give
-    their range.
-    """
-    ordered, n = sorted(values), len(values)
-    rank, below = 0, 1
-    while below <= 0.025 * 2**n:
-        rank += 1
-        below += math.comb(n, rank)
-    rank = max(rank, 1)
-    return ordered[rank - 1], ordered[n - rank]
-
-
-@dataclass
-class Pairs:
-    """Times of one run of the candidate and of the reference, taken side by side, in seconds."""
-
-    candidate: list[float] = field(default_factory=list)
-    reference: list[float] = field(default_factory=list)
-    candidate_cpu: list[float] = field(default_factory=list)
-    """CPU time of this process, all its threads together."""
-    reference_cpu: list[float] = field(default_factory=list)
-    runs: int = 1
-    """Runs of the candidate in a sample, which a time is the mean of."""
-
-    @property
-    def ratios(self) -> list[float]:
-        """Candidate over reference, pair by pair."""
-        return [c / r for c, r in zip(self.candidate, self.reference, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """The median ratio: what both sides feel alike drops out of it."""
-        return statistics.median(self.ratios)
-
-    @property
-    def spread(self) -> float:
-        """Half-width of the median ratio's 95 % confidence interval, as a share of the ratio."""
-        low, high = median_interval(self.ratios)
-        return (high - low) / 2 / self.ratio
-
-    @property
-    def mad(self) -> float:
-        """Median absolute deviation of the ratios, as a share of the median ratio."""
-        middle = self.ratio
-        return statistics.median(abs(r - middle) for r in self.ratios) / middle
-
-    def contention(self) -> Plain:
-        """Return the median ratio by CPU time, and whether wall time was much longer than it."""
-        cpu = zip(self.candidate_cpu, self.reference_cpu, strict=True)
-        wall_per_cpu = sum(self.candidate + self.reference) / sum(
-            self.candidate_cpu + self.reference_cpu
-        )
-        return {
-            "cpu_ratio": statistics.median(c / r for c, r in cpu),
-            "wall_per_cpu": wall_per_cpu,
-            "contended": wall_per_cpu > CONTENDED,
-        }
-
-
-def time_pairs(
-    candidate: Callable[[], object],
-    reference: Callable[[], object],
-    protocol: Protocol,
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Pairs:
-    """Time both sides in turn, in random order within each pair, until the ratio is known.
-
-    A sample is one untimed run, which warms the caches that the other side has used, and then as
-    many as make both samples equally long: were one much shorter, the scheduler would interrupt
-    the other more often, and the ratio would depend on who else is there. It ends when the ratio's
-    interval is as narrow as `protocol.precision`, after `max_repeats` pairs, or after
-    `max_seconds` and 3 pairs.
-
-    The clock is wall time from a settled device to a settled device: what a caller waits. CPU time
-    would leave out what is waited for memory, locks or a GPU, and adds up threads that only spin.
-    """
-    pairs, order = Pairs(), random.Random(0)
-    quickest = [_quickest(run, device, clock) for run in (candidate, reference)]
-    length = max(*quickest, SAMPLE_SECONDS)
-    pairs.runs, reference_runs = (max(1, round(length / seconds)) for seconds in quickest)
-    sides = (
-        (candidate, pairs.runs, pairs.candidate, pairs.candidate_cpu),
-        (reference, reference_runs, pairs.reference, pairs.reference_cpu),
-    )
-    started = clock()
-    while True:
-        for run, runs, wall, cpu in sides if order.random() < 0.5 else sides[::-1]:
-            run()
-            _settle(device)
-            wall_start, cpu_start = clock(), time.process_time()
-            for _ in range(runs):
-                run()
-            _settle(device)
-            wall.append((clock() - wall_start) / runs)
-            cpu.append((time.process_time() - cpu_start) / runs)
-        n = len(pairs.candidate)
-        late = n >= 3 and clock() - started >= protocol.max_seconds
-        if n >= protocol.max_repeats or late:
-            return pairs
-        if n >= protocol.min_repeats and pairs.spread <= protocol.precision:
-            return pairs
-
-
-def _quickest(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Warm up and return the shortest time of a run, seconds."""
-    times = []
-    for _ in range(WARM_UP):
-        started = clock()
-        run()
-        _settle(device)
-        times.append(clock() - started)
-    return min(times)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- a model under a workload ------------------------------------------------------------------
@@ -272,7 +160,10 @@ class Workload:
     def key(self) -> str:
         """Name all that the time of the reference model depends on."""
         words = [f"{name} {value}" for name, value in self.plain().items()]
-        made = [f"torch {torch.__version__}", f"reference {REFERENCE_VERSION}"]
+        reference = f"reference {REFERENCE_VERSION}"
+        if self.device.type == "cuda":
+            reference = f"device reference {DEVICE_REFERENCE_VERSION}, graphs"
+        made = [f"torch {torch.__version__}", reference]
         return ", ".join([device_name(self.device), *words, *made])
 
 
@@ -313,11 +204,36 @@ def prepare(model: Model, tokens: Tensor, phase: str) -> Callable[[], object]:
 
 def _reference(workload: Workload) -> tuple[Model, Tensor]:
     """Build the reference model and draw its tokens."""
-    architecture = Architecture.parse(REFERENCE)
-    model = deployed(architecture, architecture.build(workload.device), workload.dtype)
+    device = workload.device
+    architecture = Architecture.parse(DEVICE_REFERENCE if device.type == "cuda" else REFERENCE)
+    model = architecture.outline(device)
+    initialise(model, 0, device)
+    model = deployed(architecture, model, workload.dtype)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(architecture.vocab_size, workload.tokens, generator=generator)
-    return model, tokens.to(workload.device)
+    return model, tokens.to(device)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A candidate or the reference, ready to be timed."""
+
+    run: Run
+    captured: bool = False
+    """Whether it is replayed from a CUDA graph."""
+
+
+def _side(model: Model, tokens: Tensor, workload: Workload) -> _Side:
+    """Return a model under a workload; on CUDA as a graph that is replayed, if it can be."""
+    run = prepare(model, tokens, workload.phase)
+    if workload.device.type != "cuda" or not model.capturable:
+        return _Side(run)
+    try:
+        return _Side(replayed(run, workload.device), captured=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return _Side(run)  # it waits for the device, as grouped products in float32 do
 
 
 @torch.inference_mode()
@@ -335,17 +251,24 @@ def measure_latency(
     the median measured here if the study has not fixed one. `noisy` says that the ratio's
     interval stayed wider than `protocol.precision`. `contended` says that other processes took
     CPU time meanwhile (one thread on a CPU only; more threads spin while they wait).
+
+    On a GPU both sides are replayed from CUDA graphs and timed by its own events, as an engine
+    runs them; `eager_ms` is the wall time of the candidate without a graph. `captured` is false
+    for a model that waits for the device, whose value is then timed without one.
     """
     threads = torch.get_num_threads()
     collecting = gc.isenabled()
+    on_cuda = workload.device.type == "cuda"
+    clock = (DeviceClock if on_cuda else WallClock)(workload.device)
     torch.set_num_threads(workload.threads)
     try:
         with lease.working():
-            candidate = prepare(model, tokens, workload.phase)
-            reference = prepare(*_reference(workload), workload.phase)
+            candidate = _side(model, tokens, workload)
+            reference = _side(*_reference(workload), workload)
         gc.disable()
         with lease.exclusive():
-            pairs = time_pairs(candidate, reference, protocol, workload.device)
+            pairs = time_pairs(candidate.run, reference.run, protocol, clock)
+            eager = _eager_ms(model, tokens, workload) if on_cuda else None
     finally:
         torch.set_num_threads(threads)
         if collecting:
@@ -363,6 +286,15 @@ def measure_latency(
         "reference_ms": fixed,
         "reference_key": workload.key,
     }
-    if workload.device.type == "cpu" and workload.threads == 1:
+    if eager is not None:
+        details |= {"captured": candidate.captured, "eager_ms": eager}
+    elif workload.threads == 1:
         details |= pairs.contention()
     return Measurement(pairs.ratio * fixed, details)
+
+
+def _eager_ms(model: Model, tokens: Tensor, workload: Workload) -> float:
+    """Return the median wall time of some runs without a graph, ms."""
+    run, clock = prepare(model, tokens, workload.phase), WallClock(workload.device)
+    run()
+    return 1000 * statistics.median(clock.sample(run, 1)[0] for _ in range(EAGER_RUNS))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moenas import data, devices
+from moenas.corpus import Corpus
 from moenas.counts import CHUNK, Tokens
-from moenas.data import Corpus
 from moenas.errors import DataError
 from moenas.footprint import fit
 

@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import corpora, devices, grammar, guests
+from moenas import corpus_cache, devices, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.checked import TIMED
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.dtypes import training_dtype
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
@@ -31,11 +31,12 @@ from moenas.latency import (
     device_name,
 )
 from moenas.objective import Measurement, Objective, load_objective, shipped_objective
+from moenas.optimizer import learning_rate
 from moenas.records import Evaluation, Failure, Job, Plain, WeightsFile
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
 from moenas.subject import Subject, Training, excerpts
-from moenas.train import learning_rate, train, validate
+from moenas.train import train, validate
 from moenas.weights import remove_draft, write_draft
 
 OWN = "own_"
@@ -164,7 +165,7 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = corpora.load(self.job.data, self.job.data_sha256)
+            corpus = corpus_cache.load(self.job.data, self.job.data_sha256)
         except (InputError, OSError) as error:
             raise MachineError(f"the corpus cannot be read here: {error}") from error
         self.found["data"] = {

@@ -13,7 +13,7 @@ import typer
 
 from moenas import terminal
 from moenas.errors import InputError
-from moenas.terminal import emit, to_json
+from moenas.terminal import columns, emit, to_json
 
 
 class Output(StrEnum):
@@ -92,7 +92,7 @@ def write_rows(rows: list[dict[str, Any]], output: Output, *, single: bool = Fal
     else:
         from moenas.report import table
 
-        emit(table(rows))
+        emit(table(rows, columns()))
 
 
 def write_csv(rows: list[dict[str, Any]]) -> None:

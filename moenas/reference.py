@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from moenas import refs, space
 from moenas.architecture import Architecture
+from moenas.brief import NO_DEFAULT
 from moenas.component import Component, Field, Part, fields
 from moenas.objective import load_objective
 from moenas.records import Cost, Plain
 from moenas.require import TRAINED
 from moenas.sections import Protocol, Recipe, Search
+
+OWN = ("moenas.",)
+"""Modules whose components are ours; a user's own parts have no defaults on file."""
 
 INTRODUCTION = """\
 # The space file
@@ -257,5 +262,40 @@ def _field_docs(cls: type) -> dict[str, str]:
     return found
 
 
+def defaults() -> str:
+    """Return the text of `defaults.json`, which `moenas.brief` reads."""
+    found: Plain = {}
+    waiting: list[type[Component]] = [Architecture]
+    while waiting:
+        family = waiting.pop()
+        name = family.__name__.lower()
+        if name in found:
+            continue
+        own = found[name] = {}
+        for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
+            if any(kind.__module__.startswith(part) for part in OWN):
+                own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
+                waiting += [f.component for f in fields(kind).values() if f.component is not None]
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+
+def _on_file(field: Field) -> list[object]:
+    """Return [] for a required plain field, else its default and the family of its value."""
+    family = None if field.component is None else field.component.__name__.lower()
+    if field.required:
+        return [] if family is None else [NO_DEFAULT, family]
+    default = field.default
+    if isinstance(default, Component):
+        default = default.plain()
+    elif isinstance(default, tuple):
+        default = [item.plain() if isinstance(item, Component) else item for item in default]
+    return [default, family]
+
+
+def main() -> None:
+    """Print the page, or with `--defaults` the defaults of all components."""
+    print(defaults() if "--defaults" in sys.argv[1:] else reference(), end="")
+
+
 if __name__ == "__main__":
-    print(reference(), end="")
+    main()

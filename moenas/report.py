@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from moenas.brief import brief
 from moenas.describe import one_line, short
 from moenas.errors import NotFoundError
 from moenas.front import is_exact
@@ -26,26 +28,39 @@ SHOWN_POINTS = 10**40
 COSTS = ("params", "active_params", "flops_per_token")
 SHOWN_EXPERTS = 32
 """Experts of a layer whose loads are printed."""
+LAST_COLUMN = 40
+"""Characters of a last column that is broken into lines, at least."""
 SHOWN_BEST = 3
 """Experts that are named for a domain: those that get the most of it."""
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay rows out in columns, numbers to the right; no rows give '(none)'."""
+def table(rows: list[dict[str, Any]], width: int | None = None) -> str:
+    """Lay rows out in columns, numbers to the right; no rows give '(none)'.
+
+    Where the rows are wider than `width`, the last column continues on lines of its own.
+    """
     if not rows:
         return "(none)"
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     right = [all(isinstance(row.get(n), int | float | None) for row in rows) for n in names]
-    lines = [
-        "  ".join(
-            text.rjust(width) if to_right else text.ljust(width)
-            for text, width, to_right in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [names, *cells]
-    ]
+    before = sum(widths[:-1]) + 2 * len(widths[:-1])
+    lines = []
+    for line in [names, *cells]:
+        parts = [line[-1]] if width is None else wrapped(line[-1], max(LAST_COLUMN, width - before))
+        first = [
+            text.rjust(wide) if to_right else text.ljust(wide)
+            for text, wide, to_right in zip([*line[:-1], parts[0]], widths, right, strict=True)
+        ]
+        lines.append("  ".join(first).rstrip())
+        lines += [" " * (before + 2) + part for part in parts[1:]]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Break a text between words into lines of at most `width`; an empty one is one line."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _cell(value: Any) -> str:
@@ -223,18 +238,18 @@ def status_text(found: Plain) -> str:
     return "\n".join(lines)
 
 
-def front_rows(view: View | FrontView, *, units: bool = False) -> list[Plain]:
-    """Return one row for each member of the front, best first objective first."""
+def front_rows(view: View | FrontView, *, short_form: bool = False) -> list[Plain]:
+    """Return one row for each member of the front, best first objective first.
+
+    In the short form counts and the architecture take a few characters each.
+    """
     view = as_front(view)
-    names = {o["name"]: o["name"] for o in view.study.objectives}
-    if units:
-        names = {o["name"]: f"{o['name']} ({o['unit']})" for o in view.study.objectives}
     rows = []
     for evaluation in view.members:
         trial = evaluation.trial
         row: Plain = {"trial": trial}
-        row |= {shown: evaluation.values[name] for name, shown in names.items()}
-        if units:
+        row |= {o["name"]: evaluation.values[o["name"]] for o in view.study.objectives}
+        if short_form:
             row |= {"params": short(evaluation.cost["params"])}
             row |= {"active": short(evaluation.cost["active_params"])}
             row |= {"architecture": one_line(view.architectures[trial])}
@@ -251,6 +266,8 @@ def front_caption(view: View | FrontView) -> list[str]:
     view = as_front(view)
     done, name = view.summary.counts.get("complete", 0), view.study.name
     lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
+    units = [f"{o['name']} in {o['unit']}" for o in view.study.objectives if o["unit"]]
+    lines += [", ".join(units)] if view.members and units else []
     loss = _bigram_loss(view.summary)
     if loss is not None and view.members:
         lines.append(
@@ -307,8 +324,8 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def trial_text(found: Plain) -> str:
-    """Lay out what `trial_report` found."""
+def trial_text(found: Plain, *, full: bool = False) -> str:
+    """Lay out what `trial_report` found; with `full` every field of the architecture."""
     on_front = ", on the front" if found["on_front"] else ""
     lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
     if found["failure"]:
@@ -316,14 +333,17 @@ def trial_text(found: Plain) -> str:
     lines += [f"  broken by {by:.3g}: {text}" for text, by in found["violations"].items() if by > 0]
     for name, value in found["values"].items():
         lines.append(f"  {name}: {value:.5g} {found['units'].get(name, '')}{_details(found, name)}")
-    lines += [f"  {name}: {value:.5g}" for name, value in found["metrics"].items()]
-    lines += [f"  {name}: {value:,}" for name, value in found["cost"].items()]
+    told = set(found["values"])
+    lines += [f"  {n}: {value:.5g}" for n, value in found["metrics"].items() if n not in told]
+    told |= set(found["metrics"])
+    lines += [f"  {name}: {value:,}" for name, value in found["cost"].items() if name not in told]
     if found["device"]:
         lines.append(f"  device: {found['device'].get('name')}, {found['device'].get('dtype')}")
     lines += [f"  {phase}: {took:.1f} s" for phase, took in found["seconds"].items()]
     lines += [line for row in found["routing"] for line in _routing_lines(row)]
     if found["architecture"]:
-        lines += ["", to_yaml(found["architecture"]).rstrip()]
+        architecture = found["architecture"] if full else brief(found["architecture"])
+        lines += ["", to_yaml({"architecture": architecture}).rstrip()]
     return "\n".join(lines)
 
 

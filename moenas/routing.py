@@ -87,12 +87,13 @@ class Meter:
     def __init__(self, layers: Layers, n_domains: int = 0) -> None:
         self.layers = layers
         self.n_domains = n_domains
-        self.tokens = 0
+        self._tokens: list[Tensor] = []  # (1,) each; a captured graph counts without the host
         self._loads: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._tables: list[Tensor] = []
         for _, moe in layers:
             device, n_experts = next(moe.parameters()).device, moe.balance.n_experts
+            self._tokens.append(torch.zeros(1, dtype=torch.int64, device=device))
             self._loads.append(torch.zeros(n_experts, dtype=torch.int64, device=device))
             # Tokens times dropped share, sum of squares of the logits, largest absolute logit.
             self._sums.append(torch.zeros(3, device=device, dtype=torch.float64))
@@ -105,8 +106,7 @@ class Meter:
         for i, (_, moe) in enumerate(self.layers):
             routing, sums = moe.routing, self._sums[i]
             logits = routing.choice.logits
-            if i == 0:
-                self.tokens += len(logits)
+            self._tokens[i] += len(logits)
             self._loads[i] += routing.load
             sums[0] += len(logits) * routing.dropped
             sums[1] += torch.linalg.vector_norm(logits).square()
@@ -123,25 +123,29 @@ class Meter:
 
     def read(self) -> list[Reading]:
         """Return how each layer routed since the last reading, and begin anew."""
-        parts = [*self._loads, *self._sums, *self._tables]
-        if not parts or not self.tokens:
+        parts = [*self._tokens, *self._loads, *self._sums, *self._tables]
+        if not parts:
             return []
         numbers = torch.cat([part.double() for part in parts]).cpu()
         split = numbers.split([len(part) for part in parts])
         n = len(self.layers)
+        if not split[0]:
+            return []  # no pass since the last reading
         found = [self._reading(layer, *split[i::n]) for i, (layer, _) in enumerate(self.layers)]
         for part in parts:
             part.zero_()
-        self.tokens = 0
         return found
 
-    def _reading(self, layer: int, load: Tensor, sums: Tensor, table: Tensor) -> Reading:
+    def _reading(
+        self, layer: int, count: Tensor, load: Tensor, sums: Tensor, table: Tensor
+    ) -> Reading:
+        tokens = int(count)
         dropped, squares, largest = sums.tolist()
         return Reading(
             layer,
             load,
-            dropped / self.tokens,
-            math.sqrt(squares / (self.tokens * len(load))),
+            dropped / tokens,
+            math.sqrt(squares / (tokens * len(load))),
             largest,
             table.view(self.n_domains, len(load)),
         )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas
 
     from moenas.architecture import Architecture
-    from moenas.data import Corpus
+    from moenas.corpus import Corpus
     from moenas.space import Space
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from moenas.architecture import Architecture, Model
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.dtypes import deployed_dtype, training_dtype
 from moenas.errors import CandidateError
 from moenas.flops import count_outline

@@ -44,6 +44,16 @@ def say(text: str = "") -> None:
             print(plain(text), file=sys.stderr, flush=True)
 
 
+def columns() -> int | None:
+    """Return how wide stdout is: that of a terminal, or COLUMNS; None: as wide as one likes."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"]) or None
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def emit(text: str) -> None:
     """Write lines of data to stdout; nothing happens if it was closed before the start.
 

@@ -5,35 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import torch
-from torch import nn
-from torch.optim.adamw import adamw
 
-from moenas.architecture import Architecture, Model
-from moenas.data import Corpus
-from moenas.dtypes import training_dtype
-from moenas.errors import CollapsedError, DivergedError, TimeLimitError
+from moenas.architecture import Model
+from moenas.corpus import Corpus
+from moenas.device_steps import DeviceSteps
+from moenas.errors import CollapsedError, DivergedError
 from moenas.memory import keep_freed_memory
-from moenas.parts.layers import matrices
+from moenas.optimizer import schedule
 from moenas.records import Plain
 from moenas.routing import Meter, Reading, Watch
 from moenas.sections import Recipe
+from moenas.steps import Gate, HostSteps, Steps
 
 ROWS = 40
 """Rows of a learning curve."""
-BASE_WIDTH, BASE_RATE = 64, 0.004
-"""The width at which all weights learn at one rate, and that rate."""
-
-
-class Gate(Protocol):
-    """Who may work on a device: every training step asks."""
-
-    def working(self) -> AbstractContextManager[object]:
-        """Return what to enter around a step; it waits while a latency is being measured."""
 
 
 @dataclass(frozen=True)
@@ -73,29 +62,6 @@ class Validation:
     this text that find no room at the capacity of training."""
 
 
-def learning_rate(architecture: Architecture, recipe: Recipe) -> float:
-    """Return the peak rate of a candidate's matrices: the recipe's, or by the rule 0.256 / d_model.
-
-    The embedding moves at `d_model / 64` times that: 0.004 at every width under the rule. So does
-    muP for Adam (arXiv 2203.03466, table 3: 1/width for hidden and output matrices, constant for
-    input weights); norms go with the matrices. Measured in docs/learning_rate.md.
-    """
-    if recipe.lr is not None:
-        return recipe.lr
-    return recipe.lr_scale * BASE_RATE * BASE_WIDTH / architecture.d_model
-
-
-def schedule(step: int, recipe: Recipe) -> float:
-    """Return the share of the peak rate at a step from 0: warm-up, plateau, fall to 0, linearly.
-
-    Warm-up, stable, decay (MiniCPM, arXiv 2404.06395); no step has a rate of 0.
-    """
-    steps = recipe.steps
-    up = (step + 1) / max(1.0, recipe.warmup * steps)
-    down = (steps - step) / max(1.0, recipe.decay * steps)
-    return min(1.0, up, down)
-
-
 def train(
     model: Model,
     corpus: Corpus,
@@ -118,40 +84,37 @@ def train(
     """
     assert recipe.lr is not None
     keep_freed_memory()
-    device = next(model.parameters()).device
-    dtype = training_dtype(recipe, device)
-    optimizer = AdamW(model, recipe)
-    began, since, last = time.monotonic(), 0.0, math.nan
-    since_step, last_row = 0, (recipe.steps - 1) * ROWS // recipe.steps
+    began, start, total = time.monotonic(), 0, recipe.steps
     names = corpus.domains.names if corpus.domains else ()
-    layers = model.moe_layers()
-    meter, watch = Meter(layers, len(names)), Watch(layers, recipe.max_dead)
+    steps = open_steps(model, corpus, recipe, seed)
+    watch = Watch(model.moe_layers(), recipe.max_dead)
     model.train()
-    for step in range(recipe.steps):
-        if deadline is not None and time.monotonic() > deadline:
-            raise TimeLimitError(f"the time limit came in step {step} of {recipe.steps}")
-        lr = recipe.lr * schedule(step, recipe)
-        with gate.working() if gate else nullcontext(), _threads(recipe.threads):
-            place = (step, recipe.batch, recipe.context, seed)
-            loss, norm = _step(model, optimizer, corpus.batch(*place), dtype, lr)
-            ends = step * ROWS // recipe.steps == last_row
-            meter.add(corpus.batch_domains(*place) if ends and layers else None)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            raise DivergedError(
-                f"the {what} was not finite in step {step} of {recipe.steps} at a learning rate of"
-                f" {lr:.2g}; the last finite loss was {last:.3f}"
-            )
-        since, last = since + loss, loss
-        if (step + 1) * ROWS // recipe.steps > step * ROWS // recipe.steps:
-            tokens = (step + 1) * recipe.batch * recipe.context
-            mean = since / (step + 1 - since_step)
-            readings = meter.read()
-            rows = [reading.short(names if ends else ()) for reading in readings]
-            yield Progress(tokens, mean, lr, norm, time.monotonic() - began, rows)
-            if since_step >= recipe.warmup * recipe.steps:
-                _require_alive(watch, readings, step, recipe.steps)
-            since, since_step = 0.0, step + 1
+    try:
+        for end in row_ends(total):
+            last = end == total
+            with _threads(recipe.threads):
+                sums = steps.advance(end, gate, deadline, with_domains=last)
+            readings = steps.meter.read()
+            rows = [reading.short(names if last else ()) for reading in readings]
+            tokens, mean = end * recipe.batch * recipe.context, sums.loss / (end - start)
+            rate, seconds = recipe.lr * schedule(end - 1, recipe), time.monotonic() - began
+            yield Progress(tokens, mean, rate, sums.grad_norm, seconds, rows)
+            if start >= recipe.warmup * total:
+                _require_alive(watch, readings, end - 1, total)
+            start = end
+    finally:
+        steps.close()
+
+
+def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps:
+    """Return the steps of a run: on a GPU none of them makes the host wait."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
+
+
+def row_ends(steps: int) -> list[int]:
+    """Return the numbers of steps after which the learning curve has a row, about 40."""
+    return [n for n in range(1, steps + 1) if n * ROWS // steps > (n - 1) * ROWS // steps]
 
 
 def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int) -> None:
@@ -163,70 +126,6 @@ def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int)
             f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, more"
             f" than train.max_dead: {watch.max_dead:g}"
         )
-
-
-class AdamW:
-    """AdamW (arXiv 1711.05101), bit for bit `torch.optim.AdamW(fused=True)`.
-
-    What a module calls its matrices decays; norms, biases and rates do not. The step is torch's own
-    kernel; building torch's optimizer object would import its compiler first, over 2 seconds of CPU
-    time.
-    """
-
-    def __init__(self, model: Model, recipe: Recipe) -> None:
-        self.recipe = recipe
-        weights = [p for p in model.parameters() if p.requires_grad]
-        decaying = {id(p) for module in model.modules() for p in matrices(module)}
-        decaying.discard(id(model.embedding))
-        self.matrices = [p for p in weights if id(p) in decaying]
-        self.vectors = [p for p in weights if id(p) not in decaying and p is not model.embedding]
-        self.embedding = model.embedding
-        self.widening = model.d_model / BASE_WIDTH
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in weights}
-        self.steps = {p: torch.zeros((), device=p.device) for p in weights}
-
-    def step(self, lr: float) -> None:
-        """Move all weights that have a gradient; `lr` is the rate of the matrices."""
-        self._move(self.matrices, lr, self.recipe.weight_decay)
-        self._move([self.embedding], lr * self.widening, self.recipe.weight_decay)
-        self._move(self.vectors, lr, 0.0)
-
-    @torch.no_grad()
-    def _move(self, weights: list[nn.Parameter], lr: float, decay: float) -> None:
-        moved = [p for p in weights if p.grad is not None]
-        adamw(
-            list(moved),
-            [p.grad for p in moved if p.grad is not None],
-            [self.moments[p][0] for p in moved],
-            [self.moments[p][1] for p in moved],
-            [],
-            [self.steps[p] for p in moved],
-            lr=lr, weight_decay=decay, beta1=self.recipe.beta1, beta2=self.recipe.beta2, eps=1e-8,
-            fused=True, amsgrad=False, maximize=False,
-        )  # fmt: skip
-
-
-def _step(
-    model: Model,
-    optimizer: AdamW,
-    batch: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-    lr: float,
-) -> tuple[float, float]:
-    """Take one step unless it would not be finite; return cross entropy and gradient norm."""
-    device = next(model.parameters()).device
-    tokens, targets = (part.to(device, non_blocking=True) for part in batch)
-    loss = model.loss(tokens, targets, dtype)
-    model.zero_grad(set_to_none=True)
-    (loss + model.auxiliary_loss()).backward()
-    weights = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-    if torch.isfinite(norm):
-        if optimizer.recipe.grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(weights, optimizer.recipe.grad_clip, norm)
-        optimizer.step(lr)
-        model.after_step()
-    return loss.item(), norm.item()
 
 
 @contextmanager

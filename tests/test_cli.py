@@ -89,7 +89,7 @@ def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> 
     header, *rows = moenas("front", "small", "-o", "csv").out.splitlines()
     assert header.startswith("trial,val_loss,flops_per_token")
     assert len(rows) == len(members)
-    assert "val_loss (nats/token)" in moenas("front", "small").out
+    assert "val_loss in nats/token" in moenas("front", "small").err
 
     trial = members[0]["trial"]
     shown = json.loads(moenas("show", "small", trial, "-o", "json").out)

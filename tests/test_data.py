@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from moenas import counts, data, texts
-from moenas.data import Corpus, load, parse
+from moenas.corpus import Corpus
+from moenas.data import load, parse
 from moenas.errors import DataError, SpaceError
 from moenas.records import Plain
 from moenas.refs import Node, parse_yaml

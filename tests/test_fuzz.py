@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import tracemalloc
 
@@ -57,4 +58,21 @@ def test_layers_that_cannot_be_are_refused_before_they_are_written_out() -> None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "1,000,000,000 layers" in said
+    assert peak < 2**26
+
+
+@pytest.mark.parametrize("field", ["rope_dim", "nope_dim", "v_dim", "n_heads"])
+def test_a_number_worked_out_for_each_element_of_a_head_has_a_bound(field: str) -> None:
+    mixer = {"kind": "latent_attention", "n_heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 8}
+    scaling = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    mixer |= {"v_dim": 8, "rope_scaling": scaling, field: 8 * 10**14}
+    layer = {"vocab_size": 9, "d_model": 8, "blocks": [{"mixer": mixer}]}
+    text = json.dumps({"architecture": layer, "objectives": ["total_params"]})
+    tracemalloc.start()
+    said, seconds, _ = outcome(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert field in said
+    assert "from" in said
+    assert seconds < 5
     assert peak < 2**26

@@ -19,7 +19,7 @@ import torch
 
 from moenas import data
 from moenas.architecture import Architecture
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.measure import evaluate
 from moenas.parts import MoEFFN
 from moenas.records import Evaluation, Job, WeightsFile

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moenas.architecture import Architecture
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.latency import device_lease
 from moenas.objective import shipped_objective
 from moenas.refs import listing

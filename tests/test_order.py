@@ -24,7 +24,7 @@ FLOORS = """
     failures folders
     checked
     domains bigram
-    component front weights describe require lease tables texts urls retry faults terminal
+    component front weights describe brief require lease tables texts urls retry faults terminal
     grammar guests migrations membership rows claims identity
     naming
     draws schema sections objective migrations.env migrations.versions database readers figures statements
@@ -48,10 +48,14 @@ FLOORS = """
     parts.moa parts.blocks
     parts
     architecture
+    corpus
     data lengths
-    corpora
+    corpus_cache
     space
     dtypes devices routing causality memory isolation
+    optimizer timing
+    steps
+    device_steps
     train latency flops lift footprint
     subject
     measure matching
@@ -80,7 +84,7 @@ ROOMS = {
     "click": "cli",
     "fvcore": "flops",
     "moocore": "front",
-    "numpy": "front data counts domains bigram matching export isolation",
+    "numpy": "front corpus data counts domains bigram matching export isolation",
     "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard optuna_storage repairs doctor",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -90,7 +94,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "parts architecture data devices dtypes routing causality train latency flops memory footprint lift isolation subject measure export testing",
+    "torch": "corpus timing optimizer steps device_steps parts architecture devices dtypes routing causality train latency flops memory footprint lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }

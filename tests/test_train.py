@@ -19,19 +19,13 @@ import pytest
 import torch
 
 from moenas.architecture import Architecture, Model
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.domains import Domains, table
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
+from moenas.optimizer import AdamW, learning_rate, schedule
 from moenas.records import Plain
 from moenas.sections import Recipe
-from moenas.train import (
-    AdamW,
-    Progress,
-    learning_rate,
-    schedule,
-    train,
-    validate,
-)
+from moenas.train import Progress, train, validate
 
 RECIPE = Recipe(tokens=40 * 64, context=16, batch=4, lr=0.01, val_tokens=320, dtype="float32")
 

@@ -14,7 +14,7 @@ from moenas.parts.bias import PositionBias
 from moenas.parts.borrowing import BorrowedAttention, Queries
 from moenas.parts.layers import Linear
 from moenas.parts.lending import Lending, Lent
-from moenas.parts.mixers import KVCache, Mixer
+from moenas.parts.mixers import MOST, KVCache, Mixer
 from moenas.parts.norms import RMSNorm
 from moenas.parts.projections import QKV, Bottleneck, LowRankQKV, NormedValues, QKNorm
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
@@ -46,8 +46,10 @@ class AttentionMixer(Mixer, kind="attention"):
     the FLOPs are those of the full square with a mask.
     """
 
-    head_dim: int = setting("width of a head", low=8, multiple=8)
-    n_heads: int | None = setting("query heads; null: d_model / head_dim", default=None, low=1)
+    head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
+    n_heads: int | None = setting(
+        "query heads; null: d_model / head_dim", default=None, low=1, high=MOST
+    )
     n_kv_heads: int | None = setting(
         "key-value heads, each shared by n_heads / n_kv_heads query heads; null: n_heads",
         default=None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moenas.component import setting
 from moenas.parts.layers import Convolution, Linear, LowRank
 from moenas.parts.linear import directions
-from moenas.parts.mixers import Mixer, StateCache
+from moenas.parts.mixers import MOST, Mixer, StateCache
 from moenas.parts.norms import GatedNorm
 from moenas.parts.scan import CHANNEL_CHUNK, delta_macs, delta_rule
 from moenas.parts.ssm import first_dt_bias
@@ -28,9 +28,9 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
     form's products.
     """
 
-    n_heads: int = setting("heads", low=1)
-    key_dim: int = setting("width of a query or key of a head", low=8, multiple=8)
-    value_dim: int = setting("width of the values of a head", low=8, multiple=8)
+    n_heads: int = setting("heads", low=1, high=MOST)
+    key_dim: int = setting("width of a query or key of a head", low=8, high=MOST, multiple=8)
+    value_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
     rank: int | None = setting(
         "width that decays and output gate come through (Kimi Linear: 128); null: one matrix each"
         " (Ling hybrid)",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moenas.component import setting
 from moenas.parts.attend import Attend, Reach, gated
 from moenas.parts.layers import Linear, size
-from moenas.parts.mixers import KVCache, Mixer
+from moenas.parts.mixers import MOST, KVCache, Mixer
 from moenas.parts.norms import RMSNorm
 from moenas.parts.projections import Bottleneck
 from moenas.parts.rotary import RopeScaling, Rotary, YarnScaling, telling_theta
@@ -27,14 +27,18 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
     the output (the same section).
     """
 
-    n_heads: int = setting("heads", low=1)
+    n_heads: int = setting("heads", low=1, high=MOST)
     q_rank: int | None = setting(
         "width of the latent of the queries, with a norm; null: no latent", default=None, low=1
     )
     kv_rank: int = setting("width of the latent of keys and values, with a norm", low=1)
-    nope_dim: int = setting("elements of a query or key without a position", low=8, multiple=8)
-    rope_dim: int = setting("elements that turn; all heads share their key", low=2, multiple=2)
-    v_dim: int = setting("width of the values of a head", low=8, multiple=8)
+    nope_dim: int = setting(
+        "elements of a query or key without a position", low=8, high=MOST, multiple=8
+    )
+    rope_dim: int = setting(
+        "elements that turn; all heads share their key", low=2, high=MOST, multiple=2
+    )
+    v_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
     rope_theta: float | None = setting(
         "base of the rotary wavelengths; null: nothing turns (NoPE)", default=10000.0, low=1.0
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.layers import Linear
-from moenas.parts.mixers import Mixer, StateCache
+from moenas.parts.mixers import MOST, Mixer, StateCache
 from moenas.parts.norms import RMSNorm
 from moenas.parts.scan import scan_heads, scan_macs
 from moenas.records import Cost
@@ -26,8 +26,8 @@ class LightningAttentionMixer(Mixer, kind="lightning_attention"):
     projections and of the chunked form's products.
     """
 
-    n_heads: int = setting("heads", low=1)
-    head_dim: int = setting("width of a head", low=8, multiple=8)
+    n_heads: int = setting("heads", low=1, high=MOST)
+    head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
     slower_by_depth: bool = setting(
         "layer i of L has its exponents times 1 - i / (L - 1), counted from 0 (MiniMax-01)",
         default=False,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moenas.component import setting
 from moenas.parts.layers import Convolution, Linear
-from moenas.parts.mixers import Mixer, StateCache
+from moenas.parts.mixers import MOST, Mixer, StateCache
 from moenas.parts.norms import GatedNorm
 from moenas.parts.scan import delta_macs, delta_rule
 from moenas.parts.ssm import first_dt_bias
@@ -27,14 +27,14 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
     projections and of the chunked form's products.
     """
 
-    n_heads: int = setting("heads of the values and the state", low=1)
+    n_heads: int = setting("heads of the values and the state", low=1, high=MOST)
     n_key_heads: int | None = setting(
         "heads of queries and keys, each shared by n_heads / n_key_heads; null: n_heads",
         default=None,
         low=1,
     )
-    key_dim: int = setting("width of a query or key of a head", low=8, multiple=8)
-    value_dim: int = setting("width of the values of a head", low=8, multiple=8)
+    key_dim: int = setting("width of a query or key of a head", low=8, high=MOST, multiple=8)
+    value_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
     d_conv: int = setting("tokens under the convolution", default=4, low=2)
     inner_eps: float = setting("added to the mean square in the norm", default=1e-6, low=0.0)
 

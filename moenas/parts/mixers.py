@@ -13,6 +13,10 @@ from moenas.component import Part
 # of a head, L tokens so far, those of the cache included.
 
 
+MOST = 2**16
+"""Heads of a layer, and elements of a head: some numbers are worked out for each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixer(Part):
     """The family of mixers: modules (B, S, D) -> (B, S, D) that never look ahead.

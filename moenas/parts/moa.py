@@ -15,7 +15,7 @@ from moenas.parts.dispatch import Rows, grouped, row_multiple, sort_slots
 from moenas.parts.experts import MoE
 from moenas.parts.gating import Choice, Gating
 from moenas.parts.layers import Linear
-from moenas.parts.mixers import KVCache, Mixer
+from moenas.parts.mixers import MOST, KVCache, Mixer
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.parts.routers import Router
 from moenas.records import Cost
@@ -33,7 +33,7 @@ class MoAMixer(Mixer, kind="moa"):
     """
 
     n_experts: int = setting("experts, each with queries and an output of its own", low=1)
-    head_dim: int = setting("width of a head", low=8, multiple=8)
+    head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
     n_kv_heads: int = setting(
         "key-value heads; an expert has a query head for each (JetMoE: 16)", default=1, low=1
     )

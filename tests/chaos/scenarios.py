@@ -22,8 +22,10 @@ from failpoints import POINTS
 from oracle import MARK
 from postgres import Server, server_programs
 
+STUCK_S = 60
+"""Seconds after which reading a space file is given up."""
 SLOW_S = 10.0
-"""A mutated file that takes longer to read hangs, on a machine that is busy with other things."""
+"""A mutated file that takes more CPU seconds to read hangs."""
 LARGE = 4 * 2**30
 """Peak memory, in bytes, that reading files must not reach."""
 POINT_COUNTS = {"commit": 120, "fsync": 60, "replace": 12, "link": 1, "unlink": 10}
@@ -370,11 +372,17 @@ def _on_a_terminal(arena: Arena) -> int:
     return wait(process)
 
 
+def _stuck(number: int, frame: object) -> None:
+    raise TimeoutError(f"not read within {STUCK_S} s")
+
+
 def mutated_spaces(random: Random, count: int) -> Outcome:
     """Space files with changed bytes, structure and meaning: read, or refused as the user's error."""
     outcome = Outcome("mutated space files")
+    signal.signal(signal.SIGALRM, _stuck)
     for _ in range(count):
         seed, found = random.randrange(2**31), []
+        signal.alarm(STUCK_S)
         try:
             _, seconds, peak = fuzz.outcome(fuzz.mutated(seed))
         except Exception as error:
@@ -382,6 +390,8 @@ def mutated_spaces(random: Random, count: int) -> Outcome:
         else:
             if seconds > SLOW_S or peak > LARGE:
                 found.append(f"seed {seed}: {seconds:.1f} s, {peak / 2**30:.1f} GiB")
+        finally:
+            signal.alarm(0)
         outcome.take(1, found)
     return outcome
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from moenas.architecture import Architecture
+from moenas.optimizer import AdamW
 from moenas.parts.layers import matrices
 from moenas.sections import Recipe
-from moenas.train import AdamW
 
 
 @cache

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 
 from moenas import data
-from moenas.data import Corpus
+from moenas.corpus import Corpus
 from moenas.records import Plain
 
 MOST = 2
