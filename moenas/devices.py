@@ -41,13 +41,19 @@ def named(name: str) -> torch.device:
 def prepare_process(device: torch.device, share: float | None = None) -> None:
     """Set what a process must have set for candidates on this device; before each of them.
 
-    `share` is the part of a GPU's memory that the process may take, its CUDA context included.
+    `share` is the part of a GPU's memory that the process may take, its CUDA context included; None
+    sets no bound.
     """
-    if device.type != "cuda" or share is None:
+    if device.type != "cuda":
         return
-    whole = torch.cuda.get_device_properties(device).total_memory
-    tensors = max(share / 2, share - CONTEXT_BYTES / whole) if share < 1 else 1.0
-    torch.cuda.set_per_process_memory_fraction(tensors, device)
+    if share is not None:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(tensor_share(share, whole), device)
+
+
+def tensor_share(share: float, whole: int) -> float:
+    """Return the part of a GPU's `whole` bytes for the tensors of a process with a share of it."""
+    return 1.0 if share >= 1 else max(share / 2, share - CONTEXT_BYTES / whole)
 
 
 def tidy(device: torch.device) -> str | None:

@@ -97,6 +97,10 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
     if how == "long":
         raise ValueError("\x1b[31m" + "x" * 50_000_000)
+    if how == "memory":
+        raise RuntimeError("CUDA error: out of memory")
+    if how == "gpu":
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if how == "unsendable":
         raise Unsendable("a", "b")
     if how == "killed":

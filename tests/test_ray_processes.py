@@ -86,6 +86,8 @@ def test_a_process_works_on_its_number_of_candidates(kept: Pool) -> None:
         ("unsendable", "error", True),
         ("nothing", "invalid", True),
         ("child", None, True),
+        ("memory", "out_of_memory", True),
+        ("gpu", "error", False),
         ("full", "environment", False),
         ("thread", None, False),
         ("killed", "crashed", False),
