@@ -30,13 +30,16 @@ def setting(
     high: float | None = None,
     multiple: int | None = None,
     words: type[Component] | None = None,
+    why: str | None = None,
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
     `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `words` is a
-    family: the field, a str, is the name of one of its kinds, those of guests included.
+    family: the field, a str, is the name of one of its kinds, those of guests included. `why` is
+    the reason for the bounds; an error says it.
     """
     metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "words": words}
+    metadata["why"] = why
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -61,6 +64,8 @@ class Field:
     low: float | None = None
     high: float | None = None
     multiple: int | None = None
+    why: str | None = None
+    """The reason for the bounds."""
 
     @property
     def choices(self) -> tuple[Scalar, ...]:
@@ -115,7 +120,8 @@ class Field:
             or (self.high is not None and value > self.high)
             or (self.multiple is not None and value % self.multiple)
         ):
-            return f"{value!r} is not {self.wanted()}"
+            reason = f"; {self.why}" if self.why else ""
+            return f"{value!r} is not {self.wanted()}{reason}"
         return None
 
     def convert(self, value: Any) -> Any:
@@ -292,4 +298,5 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         low=meta.get("low"),
         high=meta.get("high"),
         multiple=meta.get("multiple"),
+        why=meta.get("why"),
     )

@@ -34,11 +34,12 @@ from moenas.intake import Intake
 from moenas.jobs import Jobs
 from moenas.pool import Pool, Result
 from moenas.reconcile import correct, differences, repair
-from moenas.records import Evaluation, Failure, Job
+from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.spool import Spool
 from moenas.stops import ENVIRONMENT, FINAL, Draws, Faults, SameFailures, reason
 from moenas.store import Store
 from moenas.tally import Score
+from moenas.weights import place
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -285,8 +286,9 @@ class Driver:
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool."""
         attempt = self.store.start_attempt(self.name, candidate.number)
-        sharers = getattr(self.pool, "sharers", 1)
-        job = self.jobs.job(candidate.number, attempt, candidate.plain, sharers=sharers)
+        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
+        where["weights_to"] = place(self.store.runs, self.name, candidate.number)
+        job = self.jobs.job(candidate.number, attempt, candidate.plain, **where)
         self.pool.submit(job)
         self.draws.started()
         self.running[candidate.number] = candidate
@@ -316,6 +318,7 @@ class Driver:
         """Take a result: retry it if that may help, else record and tell it."""
         candidate, found = self.running.pop(result.job.trial), result.outcome
         self.ended += 1
+        self.intake.clean(candidate.number, result)
         failure = found if isinstance(found, Failure) else None
         if not isinstance(found, Failure) and found.status == "failed" and found.failure:
             failure = Failure.parse(found.failure)
@@ -476,9 +479,9 @@ class Driver:
 
     def _publish(self) -> None:
         """Update the dashboard's figures; a fault there does not stop the study."""
-        from moenas.dashboard import publish
-
         try:
+            from moenas.dashboard import publish
+
             publish(self.store, self.name)
         except Exception as error:
             text = f"the dashboard's figures were not updated: {type(error).__name__}: {error}"

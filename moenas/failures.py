@@ -31,6 +31,25 @@ MACHINE_TEXTS = (
 )
 """What libraries say of the same faults, and of a GPU that cannot be used."""
 
+DEVICE_TEXTS = (
+    "AcceleratorError",
+    "CUDA error",
+    "CUBLAS_STATUS_",
+    "CUDNN_STATUS_",
+    "cuDNN error",
+    "device-side assert",
+)
+"""What PyTorch says of an error of CUDA, after which a process may not be able to use its GPU."""
+NO_MEMORY_TEXTS = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+)
+"""What PyTorch and libraries of CUDA say in a RuntimeError where memory is short."""
+
 # ECMA-48: a control sequence, a string ended by BEL or ST, or another escape of two bytes.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_a-z])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -100,9 +119,11 @@ def machine_fault(error: BaseException) -> BaseException | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the CPU had no room; the CPU's allocator raises a plain RuntimeError."""
-    if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text_of(error)[:100_000]:
-        return True
+    """Whether a device or the CPU had no room; some libraries raise a plain RuntimeError."""
+    if isinstance(error, RuntimeError):
+        text = text_of(error)[:100_000]
+        if any(known in text for known in NO_MEMORY_TEXTS):
+            return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     # torch.OutOfMemoryError by name: this module loads no torch.
@@ -131,6 +152,13 @@ def failure_of(error: BaseException) -> Failure:
         return Failure("refused", clean(text_of(error), MESSAGE))
     kind = "out_of_memory" if is_out_of_memory(error) else "error"
     return Failure(kind, clean(located(error), MESSAGE), traceback_of(error))
+
+
+def is_of_the_device(failure: Failure) -> bool:
+    """Whether a candidate met an error of CUDA; memory that is short is none."""
+    if failure.kind == "out_of_memory":
+        return False
+    return any(text in failure.message for text in DEVICE_TEXTS)
 
 
 def internal(error: BaseException) -> Failure:

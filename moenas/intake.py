@@ -13,9 +13,9 @@ from moenas.errors import InputError, StorageLostError
 from moenas.front import unusable
 from moenas.objective import rebase
 from moenas.pool import Result
-from moenas.records import Evaluation, Failure
+from moenas.records import Evaluation, Failure, WeightsFile
 from moenas.store import Store
-from moenas.weights import copy_weights, write_weights
+from moenas.weights import adopt_draft, copy_weights, remove_drafts, write_weights
 
 if TYPE_CHECKING:
     from moenas.architecture import Architecture
@@ -55,11 +55,20 @@ class Intake:
         digest = None
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
         if result.weights is not None and found.status != "infeasible":
+            place = self._store.runs, self._study, candidate.number
             with self.writing():
-                digest = write_weights(
-                    self._store.runs, self._study, candidate.number, result.weights
-                )
+                if isinstance(result.weights, WeightsFile):
+                    digest = adopt_draft(*place, result.weights)
+                else:
+                    digest = write_weights(*place, result.weights)
+        self.clean(candidate.number)
         return replace(found, weights_sha256=digest)
+
+    def clean(self, trial: int, result: Result | None = None) -> None:
+        """Remove what workers have written of a trial and not sent, such as one that was killed."""
+        file = None if result is None else result.weights
+        but = file if isinstance(file, WeightsFile) else None
+        remove_drafts(self._store.runs, self._study, trial, but)
 
     def judged(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
         """Return a complete evaluation with the study's reference times, if it can be complete.

@@ -67,7 +67,31 @@ def _of_torch() -> list[Restore]:
         lambda: torch.set_rng_state(state),
         *(lambda k=k, on=on: torch.set_autocast_enabled(k, on) for k, on in autocast.items()),
         cudnn_flags,
+        *_of_cuda(),
     ]
+
+
+def _of_cuda() -> list[Restore]:
+    """Return what puts the choice of CUDA's kernels back; it can be set without a GPU."""
+    cuda = torch.backends.cuda
+    kernels = {
+        cuda.enable_flash_sdp: cuda.flash_sdp_enabled(),
+        cuda.enable_mem_efficient_sdp: cuda.mem_efficient_sdp_enabled(),
+        cuda.enable_math_sdp: cuda.math_sdp_enabled(),
+        cuda.enable_cudnn_sdp: cuda.cudnn_sdp_enabled(),
+    }
+    names = (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+    )
+    reductions = {name: getattr(cuda.matmul, name) for name in names}
+
+    def precision() -> None:
+        for name, value in reductions.items():
+            if getattr(cuda.matmul, name) != value:
+                setattr(cuda.matmul, name, value)
+
+    return [*(lambda f=f, on=on: f(on) for f, on in kernels.items()), precision]
 
 
 def _default_device() -> torch.device | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from moenas import data
+from moenas import data, devices
 from moenas.corpus import Corpus
 from moenas.counts import CHUNK, Tokens
 from moenas.errors import DataError
@@ -80,7 +79,8 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
     ordered = sorted(drawn, key=lambda architecture: space.cost(architecture).params)
     asked = {"smallest": ordered[0], "median": ordered[len(ordered) // 2]}
     sharers = space.search.workers or 1
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = space.search.gpus != 0 and devices.has_gpu()
+    device = devices.named("cuda" if on_gpu else "cpu")
     found = []
     for name, architecture in asked.items():
         room = fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import platform
 import time
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas import data, grammar, guests
+from moenas import corpus_cache, devices, grammar, guests
 from moenas.architecture import Architecture, Model
 from moenas.causality import Leak, allowed, find_leaks, periods, text_size
 from moenas.checked import TIMED
@@ -31,11 +32,12 @@ from moenas.latency import (
 )
 from moenas.objective import Measurement, Objective, load_objective, shipped_objective
 from moenas.optimizer import learning_rate
-from moenas.records import Evaluation, Failure, Job, Plain
+from moenas.records import Evaluation, Failure, Job, Plain, WeightsFile
 from moenas.refs import sha256
 from moenas.sections import Protocol, Recipe
-from moenas.subject import Subject, Training, default_device, excerpts
+from moenas.subject import Subject, Training, excerpts
 from moenas.train import train, validate
+from moenas.weights import remove_draft, write_draft
 
 OWN = "own_"
 """Goes before a detail of an objective that has the name of one of a timed latency."""
@@ -52,8 +54,10 @@ def versions() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
+def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     """Evaluate one candidate; return what came of it, and the trained weights as safetensors.
+
+    The weights are in a file if the job says where to write it, and it can be written.
 
     Objectives are measured as cheaply as they can be: those that need the cost first, then those
     that need the model, then, after training, the rest; nothing is built or trained that none of
@@ -66,8 +70,10 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     try:
         with run.phase("total"):
             run.evaluate()
-    except KeyboardInterrupt:
-        raise  # by the user or by the candidate: the pool knows
+    except KeyboardInterrupt:  # by the user or by the candidate: the pool knows
+        if isinstance(run.weights, WeightsFile):
+            remove_draft(run.weights.path)
+        raise
     except BaseException as error:
         failure = failure_of(error)
     finally:
@@ -102,7 +108,7 @@ class _Run:
         self.measurements: dict[str, Plain] = {}
         self.curve: list[Plain] = []
         self.seconds: dict[str, float] = {}
-        self.weights: bytes | None = None
+        self.weights: bytes | WeightsFile | None = None
         """The trained weights as safetensors, once there are any."""
 
     @property
@@ -122,7 +128,8 @@ class _Run:
 
     def evaluate(self) -> None:
         """Do the job."""
-        job, device = self.job, default_device()
+        job = self.job
+        device = devices.named(job.device)
         guests.load_all(job.use)
         architecture = Architecture.parse(job.architecture)
         recipe = grammar.parse(Recipe, job.train)
@@ -158,7 +165,7 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = data.load(self.job.data)
+            corpus = corpus_cache.load(self.job.data, self.job.data_sha256)
         except (InputError, OSError) as error:
             raise MachineError(f"the corpus cannot be read here: {error}") from error
         self.found["data"] = {
@@ -317,13 +324,20 @@ class _Run:
             versions=versions(),
             seed=job.seed,
             failure=None if failure is None else failure.plain(),
-            weights_sha256=None if self.weights is None else sha256(self.weights),
+            weights_sha256=_digest(self.weights),
             **self.found,
         )
 
 
-def _weights(subject: Subject, job: Job) -> bytes:
-    """Return parameters and buffers as safetensors."""
+def _digest(weights: bytes | WeightsFile | None) -> str | None:
+    """Return the SHA-256 of weights."""
+    if isinstance(weights, WeightsFile):
+        return weights.sha256
+    return None if weights is None else sha256(weights)
+
+
+def _weights(subject: Subject, job: Job) -> bytes | WeightsFile:
+    """Return parameters and buffers as safetensors; as a file where the driver finds it."""
     state = {k: v.detach().cpu().contiguous() for k, v in subject.model.state_dict().items()}
     metadata = {
         "format": "pt",
@@ -332,4 +346,9 @@ def _weights(subject: Subject, job: Job) -> bytes:
         "trial": str(job.trial),
         "moenas": moenas.__version__,
     }
+    if job.weights_to is not None:
+        save = functools.partial(safetensors.torch.save_file, state, metadata=metadata)
+        file = write_draft(job.weights_to, save)
+        if file is not None:
+            return file
     return safetensors.torch.save(state, metadata=metadata)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from moenas.errors import InputError
+from moenas.errors import EnvironmentFaultError, InputError
 from moenas.failures import failure_of, one_line, traceback_of
 from moenas.ray_pool import RayPool
 from moenas.records import Failure, Job
@@ -29,35 +29,42 @@ def open_pool(
 ) -> Pool:
     """Open a pool.
 
-    "inline" evaluates in this process: no Ray, and the time limit holds between training steps
-    only. A number is as many processes on Ray; None asks `search.workers`, which takes as many
-    as fit if it is null too. Ray is a cluster of this process alone, unless `address` or
-    RAY_ADDRESS names another.
+    "inline" evaluates in this process, on its first GPU unless `search.gpus` is 0: no Ray, and the
+    time limit holds between training steps only. A number is as many processes on Ray; None asks
+    `search.workers`, which takes as many as fit if it is null too. Ray is a cluster of this process
+    alone, unless `address` or RAY_ADDRESS names another.
 
     Raises:
         InputError: if no machine has what a candidate asks for, or the cluster cannot be used.
     """
+    if (search.gpus or 0.0) > 1:
+        raise InputError(
+            f"search.gpus: a candidate asks for {search.gpus:g} GPUs; one candidate is trained on"
+            " one GPU at most, so give a share of it, 1 or less"
+        )
     if evaluate is None:
         from moenas import measure
 
         evaluate = measure.evaluate
     if workers == "inline":
-        _require_gpu(search)
-        return Inline(evaluate)
+        return Inline(evaluate, _inline_device(search))
     return RayPool(evaluate, search, workers or search.workers, address)
 
 
-def _require_gpu(search: Search) -> None:
-    """Refuse to evaluate on a CPU what asks for a GPU."""
-    if search.gpus <= 0:
-        return
-    from moenas.subject import default_device
+def _inline_device(search: Search) -> str:
+    """Return the device for candidates in this process; refuse the CPU for what asks for a GPU."""
+    if search.gpus == 0:
+        return "cpu"
+    from moenas import devices
 
-    if default_device().type == "cpu":
+    if devices.has_gpu():
+        return "cuda"
+    if search.gpus is not None:
         raise InputError(
             f"search.gpus: a candidate asks for {search.gpus:g} GPU, and this process sees none;"
             " set search.gpus=0, or make a CUDA device visible"
         )
+    return "cpu"
 
 
 class Inline:
@@ -66,12 +73,24 @@ class Inline:
     capacity = 1
     sharers = 1
 
-    def __init__(self, evaluate: Evaluate) -> None:
+    def __init__(self, evaluate: Evaluate, device: str = "cpu") -> None:
+        self.device = device
         self._evaluate = evaluate
         self._jobs: list[Job] = []
+        self._lost = ""
+        """Why the device cannot be used any more."""
 
     def submit(self, job: Job) -> None:
-        """Take a job."""
+        """Take a job.
+
+        Raises:
+            EnvironmentFaultError: if the GPU cannot be used any more.
+        """
+        if self._lost:
+            raise EnvironmentFaultError(
+                f"{self._lost}; this process cannot use its GPU any more: run the same command"
+                " again. No further trial is used up"
+            )
         self._jobs.append(job)
 
     def wait(self, timeout: float) -> list[Result]:
@@ -81,6 +100,7 @@ class Inline:
         whatever it raises is its failure. Ctrl-C, SIGTERM and SIGHUP end the wait, even if its code
         swallows the exception.
         """
+        from moenas.devices import named, prepare_process
         from moenas.isolation import put_back, stdout_to_stderr
 
         if not self._jobs:
@@ -91,6 +111,7 @@ class Inline:
         failure: Failure | None = None
         with put_back(), stdout_to_stderr(), _signals() as signals:
             try:
+                prepare_process(named(job.device))
                 sent, weights = self._evaluate(job)
             except BaseException as error:
                 if signals:
@@ -98,9 +119,18 @@ class Inline:
                 failure = _inline_failure(error)
         if signals:
             raise KeyboardInterrupt
-        if failure is not None:
-            return [Result(job, failure)]
-        return [checked_result(job, sent, weights)]
+        result = Result(job, failure) if failure else checked_result(job, sent, weights)
+        self._look_after(result)
+        return [result]
+
+    def _look_after(self, result: Result) -> None:
+        """Free what a candidate has left on a GPU, and see whether the GPU can still be used."""
+        from moenas.devices import has_gpu, named, tidy
+
+        if result.job.device == "cpu" or not has_gpu():
+            return
+        if why := tidy(named(result.job.device)):
+            self._lost = f"trial {result.job.trial} ended with an error of CUDA: {why}"
 
     def close(self) -> None:
         """Forget what was not begun."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from moenas.errors import InputError
@@ -22,6 +24,8 @@ JOIN_S = 90.0
 """Seconds in which another process must have joined the cluster, to see that it can be."""
 BUSY_S = 8.0
 """Seconds that what a candidate needs may be in use before the cluster is called busy."""
+ON_A_GPU = 2
+"""Candidates on each GPU if nobody says how many: one builds and saves while the other trains."""
 VERSION_S = 60.0
 """Seconds in which a worker must have said its version."""
 
@@ -90,13 +94,32 @@ def _greet(address: str) -> None:
         raise InputError(f"no Ray cluster at {address}: something else answers there")
 
 
+def with_share(ray: Any, search: Search, workers: int | None, *, usable: bool = True) -> Search:
+    """Return the search with a number for `gpus`.
+
+    Where it is null, `workers` candidates have equal shares of all GPUs, or ON_A_GPU have each one;
+    0 where there is no GPU, or where it is not `usable` by PyTorch.
+    """
+    if search.gpus is not None:
+        return search
+    nodes = [node for node in _nodes(ray) if node.get("GPU", 0.0) >= 1] if usable else []
+    gpus = sum(int(node["GPU"]) for node in nodes)
+    if not gpus:
+        return replace(search, gpus=0.0)
+    together = workers or ON_A_GPU * gpus
+    if search.cpus:
+        together = min(together, sum(_room(node, replace(search, gpus=0.0)) for node in nodes))
+    on_one = max(1, math.ceil(together / gpus))
+    return replace(search, gpus=math.floor(1e4 / on_one) / 1e4)  # Ray counts in 1/10000
+
+
 def fit(ray: Any, search: Search) -> int:
     """Return how many candidates the cluster can work on at a time; at least one.
 
     Raises:
         InputError: if no node has what a candidate asks for. Ray would wait for ever.
     """
-    asked = {"CPU": search.cpus, "GPU": search.gpus}
+    asked = _asked(search)
     nodes = _nodes(ray)
     if count := sum(_room(node, search) for node in nodes):
         return count
@@ -109,14 +132,14 @@ def fit(ray: Any, search: Search) -> int:
                 " or name another cluster with --address"
             )
     raise InputError(
-        f"no node of the Ray cluster has {search.cpus:g} CPU and {search.gpus:g} GPU together"
+        f"no node of the Ray cluster has {search.cpus:g} CPU and {asked['GPU']:g} GPU together"
     )
 
 
 def sharers(ray: Any, search: Search) -> int:
     """Return how many candidates can share the memory of one device: of a GPU, or of a node."""
-    if search.gpus > 0:
-        return max(1, int(1 / search.gpus + 1e-9))
+    if search.gpus:
+        return _on_one(search.gpus)
     return max(1, max((_room(node, search) for node in _nodes(ray)), default=1))
 
 
@@ -125,11 +148,28 @@ def _nodes(ray: Any) -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _asked(search: Search) -> dict[str, float]:
+    """Return what a candidate takes of Ray's resources."""
+    return {"CPU": search.cpus, "GPU": search.gpus or 0.0}
+
+
+def _on_one(gpus: float) -> int:
+    """Return how many candidates one GPU has room for."""
+    return max(1, int(1 / gpus + 1e-9))
+
+
 def _room(node: Mapping[str, float], search: Search) -> int:
-    """Return how many candidates a node can work on at a time."""
-    asked = {"CPU": search.cpus, "GPU": search.gpus}
-    shares = [node.get(name, 0.0) / need for name, need in asked.items() if need]
-    return int(min(shares, default=node.get("CPU", 1.0)) + 1e-9)
+    """Return how many candidates a node can work on at a time; a GPU is not shared with another."""
+    return min(_rooms(node, search), default=int(node.get("CPU", 1.0)))
+
+
+def _rooms(node: Mapping[str, float], search: Search) -> Iterator[int]:
+    """Yield how many candidates each resource of a node has room for."""
+    if search.cpus:
+        yield int(node.get("CPU", 0.0) / search.cpus + 1e-9)
+    if search.gpus:
+        whole, part = divmod(node.get("GPU", 0.0), 1.0)
+        yield int(whole) * _on_one(search.gpus) + int(part / search.gpus + 1e-9)
 
 
 def require_free(ray: Any, search: Search, where: str) -> None:
@@ -138,7 +178,7 @@ def require_free(ray: Any, search: Search, where: str) -> None:
     Raises:
         InputError: saying what is in use.
     """
-    asked = {"CPU": search.cpus, "GPU": search.gpus}
+    asked = _asked(search)
     end = time.monotonic() + BUSY_S
     while True:
         free = ray.available_resources()

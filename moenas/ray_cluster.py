@@ -24,7 +24,7 @@ from moenas import folders
 from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import clean, one_line
 from moenas.processes import born, children, kill, kill_descendants, kill_marked, state
-from moenas.ray_address import probe, require_free, require_version
+from moenas.ray_address import probe, require_free, require_version, with_share
 from moenas.sections import Search
 
 PREFIX = "moenas-r"
@@ -173,7 +173,7 @@ def _connect(search: Search, workers: int | None, address: str | None) -> Cluste
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         require_version(ray)
-        require_free(ray, search, "this process is connected to")
+        require_free(ray, with_share(ray, search, workers), "this process is connected to")
         return Cluster(ray, None, None, ours=False)
     if address is not None:
         with _ray_environment(_joining()):
@@ -182,7 +182,7 @@ def _connect(search: Search, workers: int | None, address: str | None) -> Cluste
         cluster = Cluster(ray, address, None, ours=True)
         try:
             require_version(ray)
-            require_free(ray, search, f"at {address}")
+            require_free(ray, with_share(ray, search, workers), f"at {address}")
         except BaseException:
             cluster.close()
             raise

@@ -1,4 +1,4 @@
-"""Jobs side by side on Ray, each in a process of its own that does not outlive it."""
+"""Jobs side by side on Ray, each in a process that works on no other meanwhile."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from moenas.devices import has_gpu
 from moenas.errors import StorageLostError
 from moenas.failures import MESSAGE, TRACEBACK, clean, one_line
 from moenas.processes import (
@@ -22,9 +23,9 @@ from moenas.processes import (
     memory_bytes,
     resident_bytes,
 )
-from moenas.ray_address import fit, sharers
+from moenas.ray_address import fit, sharers, with_share
 from moenas.ray_cluster import acquire, release
-from moenas.ray_worker import work
+from moenas.ray_processes import Held, processes
 from moenas.records import Failure, Job
 from moenas.results import Evaluate, Result, checked_result
 from moenas.sections import Search
@@ -52,6 +53,8 @@ class _Task:
     job: Job
     stream: Any
     """Ray's generator of what `work` yields."""
+    held: Held | None
+    """Its process, if that works on other jobs too."""
     submitted: float
     pid: int | None = None
     """The worker's process, once it has begun."""
@@ -81,7 +84,7 @@ class _Task:
 
 
 class RayPool:
-    """Works on jobs side by side; each has a fresh process, which is gone when the job is.
+    """Works on jobs side by side; each has a process, which is fresh or has worked on others.
 
     A process that dies is reported and never silently run again. A job past its time limit gets
     some grace to stop by itself, then its process is killed. If a process cannot be killed, there
@@ -93,7 +96,6 @@ class RayPool:
     ) -> None:
         self._cluster = acquire(search, workers, address or os.environ.get("RAY_ADDRESS"))
         self._ray = self._cluster.ray
-        self._evaluate, self._search = evaluate, search
         self._tasks: list[_Task] = []
         self._stuck: list[_Task] = []
         """Killed tasks whose process is still there."""
@@ -104,19 +106,18 @@ class RayPool:
         """Monotonic time at which stopped workers were killed last."""
         self._closed = False
         try:
+            usable = self._cluster.head is None or has_gpu()
+            self._search = search = with_share(self._ray, search, workers, usable=usable)
+            self._processes = processes(self._ray, evaluate, search)
             room = fit(self._ray, search)
             on_a_device = sharers(self._ray, search)
         except BaseException:
-            self.close()
+            release(self._cluster)
             raise
         self._slots = min(workers, room) if workers else room
-        self.sharers = min(self._slots, on_a_device)
-        # max_calls in the decorator, not in options: a process, and what it holds of a GPU, must
-        # not outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for
-        # ever.
-        self._remote = self._ray.remote(max_calls=1, max_retries=0)(work).options(
-            num_cpus=search.cpus, num_gpus=search.gpus, num_returns="streaming", name="_work"
-        )
+        # A process has its share of a GPU's memory, and no more, however many others there are.
+        self.sharers = on_a_device if search.gpus else min(self._slots, on_a_device)
+        self.device = "cuda" if search.gpus else "cpu"
 
     @property
     def capacity(self) -> int:
@@ -141,8 +142,8 @@ class RayPool:
                 f"no worker process is left: {pids} did not end when killed; see what state they"
                 " are in, and restart the machine if they never end"
             )
-        stream = self._remote.remote(self._evaluate, job.plain(), self._search.gpus)
-        self._tasks.append(_Task(job, stream, time.monotonic()))
+        stream, held = self._processes.start(job)
+        self._tasks.append(_Task(job, stream, held, time.monotonic()))
 
     def wait(self, timeout: float) -> list[Result]:
         """Return the results that are there, waiting for the first at most `timeout` seconds.
@@ -180,8 +181,9 @@ class RayPool:
         self._closed = True
         if self._cluster.trouble() is None:
             for task in self._tasks:
-                self._ray.cancel(task.stream, force=True)
+                self._processes.stop(task.stream, task.held)
                 task.kill()
+            self._processes.close()
         self._tasks.clear()
         release(self._cluster)
 
@@ -204,6 +206,7 @@ class RayPool:
                 self._leaving.remove(task)
             elif now >= task.deadline:
                 task.kill()  # threads or exit handlers of its job keep it
+        self._processes.tend()
         unbegun = any(t.pid is None and now >= t.submitted + STOPPED_S for t in self._tasks)
         if unbegun and self._cluster.kill_stopped({task.pid for task in self._tasks}):
             self._killed_stopped = now
@@ -229,6 +232,8 @@ class RayPool:
         except (self._ray.exceptions.RayError, StopIteration) as error:
             failure = self._failure(task, error)
             self._tasks.remove(task)
+            if task.held is not None:
+                self._processes.stop(task.stream, task.held)
             return [Result(task.job, failure)]
         if task.pid is None:
             task.pid = said["pid"]
@@ -237,8 +242,11 @@ class RayPool:
                 task.deadline = time.monotonic() + limit + max(MIN_GRACE, GRACE * limit)
             return []
         self._tasks.remove(task)
-        task.deadline = time.monotonic() + LEAVE_S
-        self._leaving.append(task)
+        if task.held is not None:
+            task.held.pid, task.held.born = task.pid, task.born
+        if not self._processes.keep(task.held, said):
+            task.deadline = time.monotonic() + LEAVE_S
+            self._leaving.append(task)
         return [_result(task.job, said)]
 
     def _give_up_late(self) -> list[Result]:
@@ -256,7 +264,7 @@ class RayPool:
                 failure = Failure("timeout", text)
             else:
                 continue
-            self._ray.cancel(task.stream, force=True)
+            self._processes.stop(task.stream, task.held)
             task.kill()
             self._tasks.remove(task)
             if task.pid is not None and not self._has_ended(task, DIE_S):
@@ -268,7 +276,7 @@ class RayPool:
         """Whether a job must have begun by now: others do not use what it needs."""
         if self._cluster.head is not None and self._cluster.users == 1:
             return True
-        asked = {"CPU": self._search.cpus, "GPU": self._search.gpus}
+        asked = {"CPU": self._search.cpus, "GPU": self._search.gpus or 0.0}
         return any(
             all(free.get(name, 0.0) >= need for name, need in asked.items())
             for free in self._cluster.available
@@ -298,7 +306,10 @@ class RayPool:
             return Failure("environment", f"{process} could not work on a job: {text}", trace)
         if isinstance(error, errors.OutOfMemoryError):
             return self._out_of_memory(task, f"Ray killed {process}", trace)
-        if isinstance(error, errors.WorkerCrashedError):
+        if isinstance(error, errors.RayActorError) and _is_of_a_node(error):
+            text = f"the node of {process} went away: {one_line(error)}"
+            return Failure("environment", text, trace)
+        if isinstance(error, errors.WorkerCrashedError | errors.RayActorError):
             if kernel_kills() > task.kernel_kills and not task.is_there():
                 return self._out_of_memory(task, f"the kernel killed {process}", trace)
             ours = task.pid is None and self._killed_stopped >= task.submitted
@@ -317,6 +328,11 @@ class RayPool:
         text += f" GiB, the memory shared by {self._slots} candidates"
         own = task.memory > share
         return Failure("out_of_memory" if own else "environment", text, trace)
+
+
+def _is_of_a_node(error: Any) -> bool:
+    """Whether an actor is gone as its node is, or never began as its process could not be made."""
+    return bool(error.actor_init_failed or error.preempted or "node has died" in str(error))
 
 
 def _result(job: Job, said: Any) -> Result:

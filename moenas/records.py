@@ -106,10 +106,24 @@ class Job(_Record):
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
     sharers: int = 1
     """Candidates that share the memory of its device at a time, this one included."""
+    device: str = "cpu"
+    """cpu, or cuda: the first GPU that its process sees."""
     known: Plain | None = None
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)
     """Its trained weights as safetensors."""
+    weights_to: Plain | None = field(default=None, repr=False)
+    """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
+
+
+@dataclass(frozen=True)
+class WeightsFile(_Record):
+    """Trained weights that a worker has written, not yet under their name."""
+
+    path: str
+    size: int
+    """Bytes."""
+    sha256: str
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moenas.intake import Intake
 from moenas.jobs import Jobs
 from moenas.objective import Objective, load_objective
 from moenas.pool import Pool, Result
-from moenas.records import Evaluation, Failure, Job, StudyRecord
+from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.spool import Spool
 from moenas.stops import RETRIES
 from moenas.store import Store
@@ -110,7 +110,7 @@ class Remeasurer:
                 while waiting and len(running) < pool.capacity:
                     known = waiting.pop(0)
                     running[known.trial] = known
-                    pool.submit(self._job(known, objectives))
+                    pool.submit(self._job(pool, known, objectives))
                 for result in pool.wait(0.5):
                     known = running.pop(result.job.trial)
                     if _died(result) and crashes[known.trial] < RETRIES:
@@ -150,13 +150,14 @@ class Remeasurer:
                 self._intake.add(other)
         return found
 
-    def _job(self, known: Evaluation, objectives: Sequence[Objective]) -> Job:
+    def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
         name, weights = self._space.name, None
         if known.weights_sha256 and any(o.needs == "training" for o in objectives):
             weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
         architecture = self._store.architecture(name, known.trial)
-        more = {"known": known.plain(), "weights": weights}
+        more: Plain = {"known": known.plain(), "weights": weights}
+        more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
 
     def _merged(

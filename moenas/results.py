@@ -8,11 +8,14 @@ from typing import Protocol
 
 from moenas.checked import checked_evaluation
 from moenas.failures import MESSAGE, clean, one_line
-from moenas.records import Evaluation, Failure, Job
+from moenas.records import Evaluation, Failure, Job, WeightsFile
 from moenas.refs import sha256
+from moenas.weights import is_draft
 
-Evaluate = Callable[[Job], tuple[Evaluation, bytes | None]]
-"""Evaluates a job; gives back the safetensors of the trained weights too, if there are any."""
+Weights = bytes | WeightsFile
+"""Trained weights as safetensors: the bytes, or the file that they were written to."""
+Evaluate = Callable[[Job], tuple[Evaluation, Weights | None]]
+"""Evaluates a job; gives back the trained weights too, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Result:
     job: Job
     outcome: Evaluation | Failure
     """An evaluation that was checked; a Failure if none came back, and for `environment`."""
-    weights: bytes | None = field(default=None, repr=False)
+    weights: Weights | None = field(default=None, repr=False)
 
 
 class Pool(Protocol):
@@ -34,7 +37,11 @@ class Pool(Protocol):
 
     @property
     def sharers(self) -> int:
-        """How many jobs share the memory of one device, at most; a pool may leave it out for 1."""
+        """How many jobs share the memory of one device, at most."""
+
+    @property
+    def device(self) -> str:
+        """Where its jobs run: cpu or cuda; a job must name it."""
 
     def submit(self, job: Job) -> None:
         """Take a job.
@@ -60,10 +67,7 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
         if isinstance(sent, Evaluation):
             sent = sent.plain()
         found = checked_evaluation(sent, job)
-        if weights is not None and not isinstance(weights, bytes):
-            raise ValueError(f"weights are a {type(weights).__name__}, not bytes")
-        if weights is not None and found.weights_sha256 not in (None, sha256(weights)):
-            raise ValueError("the weights are not those whose digest came with them")
+        taken = _checked_weights(weights, job, found.weights_sha256)
     except Exception as error:
         text = clean(str(error) if type(error) is ValueError else one_line(error), MESSAGE)
         return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
@@ -71,4 +75,21 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
         failure = Failure.parse(found.failure)
         if failure.kind == "environment":
             return Result(job, failure)
-    return Result(job, found, weights)
+    return Result(job, found, taken)
+
+
+def _checked_weights(weights: object, job: Job, digest: str | None) -> Weights | None:
+    """Return the weights that came with an evaluation; raise ValueError if they are no such."""
+    if isinstance(weights, WeightsFile):
+        if not is_draft(weights, job.weights_to):
+            raise ValueError(f"{weights.path} is not where the weights were to be written")
+        own = weights.sha256
+    elif isinstance(weights, bytes):
+        own = sha256(weights)
+    elif weights is None:
+        return None
+    else:
+        raise ValueError(f"weights are a {type(weights).__name__}, not bytes")
+    if digest not in (None, own):
+        raise ValueError("the weights are not those whose digest came with them")
+    return weights

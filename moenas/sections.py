@@ -120,7 +120,20 @@ class Search(Component):
         low=1,
     )
     cpus: float = setting("CPU cores of a candidate", default=1.0, low=0.0)
-    gpus: float = setting("GPUs of a candidate; 0.25 puts four on one", default=0.0, low=0.0)
+    gpus: float | None = setting(
+        "share of a GPU that a candidate has; 0.25 puts four on one, 0 evaluates on the CPU; null"
+        " takes GPUs where there are any, two candidates on each, or as many as `workers` asks for",
+        default=None,
+        low=0.0,
+        high=1.0,
+        why="one candidate is trained on one GPU at most",
+    )
+    candidates_per_worker: int | None = setting(
+        "candidates that one worker process evaluates, one after another, before a fresh one takes"
+        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        default=None,
+        low=1,
+    )
     time_limit: float | None = setting(
         "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
     )

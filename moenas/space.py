@@ -30,7 +30,7 @@ from moenas.sections import Protocol, Recipe, Search
 KEYS = (
     "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
 )  # fmt: skip
-RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit")
+RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 MAX_NAME = 200
@@ -286,12 +286,15 @@ def digest(plain: Plain) -> str:
 def brought_up(plain: Plain) -> Plain:
     """Return the stored plain form of a space with the fields that came later at their defaults.
 
-    What cannot be read any more is returned as it is.
+    What cannot be read any more is returned as it is. Resources of the search are left at their
+    defaults: they may change, and an earlier version took values that are refused now.
     """
     sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
+    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
+    lasting = {**plain, "search": search}
     try:
         tree = grammar.read(Architecture, Node.wrap(plain["architecture"], "<stored>"))
-        found = {name: grammar.parse(cls, plain[name]).plain() for name, cls in sections.items()}
+        found = {name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()}
     except SpaceError:
         return plain
     return {**plain, "architecture": grammar.unparse(tree), **found}

@@ -171,11 +171,6 @@ class Subject:
         return Measurement(peak / MIB, details)
 
 
-def default_device() -> torch.device:
-    """Return the device that candidates are evaluated on: the first visible GPU, or the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _copied(architecture: Architecture, model: Model) -> Model:
     """Return a copy of a model with weights of its own."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
+from collections.abc import Callable
+from hashlib import file_digest
 from pathlib import Path, PosixPath
 
 from moenas.errors import InputError, NotFoundError
+from moenas.processes import machine
+from moenas.records import Plain, WeightsFile
 from moenas.refs import sha256
 
 FILE = "model.safetensors"
+_DRAFT = f".{FILE}."
+"""How the name of a file begins that is not whole yet, or has not its name yet."""
 SLUG = 40
 """Characters of a study's name that its folder keeps; a digest tells equal beginnings apart."""
 
@@ -61,6 +69,98 @@ def write_whole(path: Path, data: bytes) -> None:
     _sync(path.parent)
 
 
+# --- written by a worker -------------------------------------------------------------------------
+
+
+def place(runs: Path, study: str, trial: int) -> Plain | None:
+    """Return what a worker needs to write the weights of a trial itself, for `Job.weights_to`.
+
+    It can if it runs on this machine, as this user, and sees this folder. None if the folder cannot
+    be made: the weights then come with the result.
+    """
+    path = Path(os.path.abspath(weights_path(runs, study, trial)))
+    folder = path.parents[1]
+    try:
+        _make(folder)
+        found = folder.stat()
+    except OSError:
+        return None
+    if not machine():
+        return None
+    inode = [found.st_dev, found.st_ino]
+    return {"path": str(path), "machine": machine(), "user": os.getuid(), "inode": inode}
+
+
+def write_draft(to: Plain, write: Callable[[str], object]) -> WeightsFile | None:
+    """Let `write` fill a file beside that of a trial's weights; return it once it is on the disk.
+
+    None if this process does not share the driver's file system, or cannot write there.
+    """
+    target = Path(to["path"])
+    part = None
+    try:
+        found = target.parents[1].stat()
+        here = [machine(), os.getuid(), [found.st_dev, found.st_ino]]
+        if here != [to["machine"], to["user"], to["inode"]]:
+            return None
+        target.parent.mkdir(exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=_DRAFT)
+        os.close(handle)
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+            digest = file_digest(file, "sha256").hexdigest()
+            return WeightsFile(part, file.tell(), digest)
+    except Exception:  # safetensors has errors of its own for a full disk
+        if part is not None:
+            remove_draft(part)
+        return None
+
+
+def is_draft(file: WeightsFile, to: Plain | None) -> bool:
+    """Say whether a file is one that `write_draft` makes for a job with this `weights_to`."""
+    path = Path(file.path)
+    return (
+        to is not None
+        and path.parent == Path(to["path"]).parent
+        and path.name.startswith(_DRAFT)
+        and os.path.normpath(path) == file.path
+    )
+
+
+def adopt_draft(runs: Path, study: str, trial: int, file: WeightsFile) -> str:
+    """Give a draft the name of a trial's weights, and return its SHA-256.
+
+    Raises OSError if it is not there as the worker described it, or the disk refuses.
+    """
+    path = weights_path(runs, study, trial)
+    found = os.lstat(file.path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+        raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)
+    os.replace(file.path, path)
+    for folder in path.parents[:2]:  # the worker may have made the trial's
+        _sync(folder)
+    return file.sha256
+
+
+def remove_draft(path: str | os.PathLike[str]) -> None:
+    """Remove a draft, and the folder of its trial if nothing else is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(Path(path).parent)
+
+
+def remove_drafts(runs: Path, study: str, trial: int, but: WeightsFile | None = None) -> None:
+    """Remove what workers have left of a trial that none of them works on, but for one file."""
+    for draft in weights_path(runs, study, trial).parent.glob(f"{_DRAFT}*"):
+        if but is None or draft.name != Path(but.path).name:
+            remove_draft(draft)
+
+
+# --- copied, found, read -------------------------------------------------------------------------
+
+
 def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -> None:
     """Give a trial the weights of another one, which must have this SHA-256.
 
@@ -74,7 +174,7 @@ def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -
     there, data = _found(runs, study, source, digest)
     path = weights_path(runs, study, trial)
     _make(path.parent)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{FILE}.") as draft:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_DRAFT) as draft:
         part = Path(draft, FILE)
         try:
             os.link(there, part)
@@ -88,12 +188,11 @@ def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -
 
 def sweep(runs: Path, study: str) -> None:
     """Remove what a killed process of this study left half written; no other one may run it."""
-    for draft in weights_path(runs, study, 0).parents[1].glob(f"*/.{FILE}.*"):
+    for draft in weights_path(runs, study, 0).parents[1].glob(f"*/{_DRAFT}*"):
         if draft.is_dir() and not draft.is_symlink():
             shutil.rmtree(draft, ignore_errors=True)
         else:
-            with contextlib.suppress(OSError):
-                draft.unlink()
+            remove_draft(draft)
 
 
 def _make(folder: Path) -> None:

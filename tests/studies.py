@@ -75,6 +75,8 @@ class Scripted:
     """A pool of two whose results a test decides; the newest job is done first."""
 
     capacity = 2
+    sharers = 1
+    device = "cpu"
 
     def __init__(self, script: Script) -> None:
         self.script = script

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from moenas.records import Cost, Evaluation, Failure, Job
 from moenas.space import Space
 from moenas.store import Store
 from moenas.study import Event, Study, load_study, run
+from moenas.weights import read_weights, weights_path, write_draft
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -57,9 +59,57 @@ def test_a_job_says_how_many_candidates_share_its_memory(monkeypatch: pytest.Mon
     jobs: list[Job] = []
     run(space(), trials=1)
     assert [job.sharers for job in jobs] == [1]
-    pool.sharers = 2  # type: ignore[attr-defined]
+    pool.sharers = 2
     run(space(), trials=3)
     assert [job.sharers for job in jobs] == [1, 2, 2]
+
+
+def test_what_a_worker_wrote_is_named_or_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is not sent, for its process was killed, or is not needed."""
+
+    def evaluate(job: Job) -> Any:
+        assert job.weights_to is not None
+        assert (job.device, job.sharers) == ("cpu", 1)
+        file = write_draft(job.weights_to, lambda path: Path(path).write_text(str(job.trial)))
+        if job.trial == 1:
+            raise ValueError("killed")
+        return fake(job)[0], file
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    found = run(space(), trials=3, workers="inline")
+    assert kinds(found) == {1: "error"}
+    runs = found.store.runs
+    for trial in (0, 2):
+        digest = found.evaluation(trial).weights_sha256
+        assert digest is not None
+        assert read_weights(runs, "s", trial, digest) == str(trial).encode()
+    folder = weights_path(runs, "s", 0).parents[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "2"]
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["model.safetensors"] * 2
+
+
+def test_a_file_of_weights_that_vanished_loses_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def vanished(job: Job) -> Any:
+        assert job.weights_to is not None
+        file = write_draft(job.weights_to, lambda path: Path(path).write_text("x"))
+        assert file is not None
+        Path(file.path).unlink()
+        return fake(job)[0], file
+
+    monkeypatch.setattr(measure, "evaluate", vanished)
+    with pytest.raises(StorageLostError, match="cannot be written: No such file"):
+        run(space(), trials=2, workers="inline")
+    monkeypatch.setattr(measure, "evaluate", fake)
+    assert_sound(run(space(), trials=2, workers="inline"), 2)
+
+
+def test_the_dashboard_ends_no_study(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
+    monkeypatch.setitem(sys.modules, "moenas.dashboard", None)  # its libraries are not installed
+    events: list[Event] = []
+    found = run(space(), trials=2, workers="inline", listener=events.append)
+    assert_sound(found, 2)
+    said = [e.text for e in events if e.kind == "warning"]
+    assert any("the dashboard's figures were not updated: ModuleNotFoundError" in t for t in said)
 
 
 # --- what a trial holds ------------------------------------------------------------------------

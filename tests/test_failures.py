@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moenas.errors import DivergedError, InputError, MachineError
-from moenas.failures import clean, failure_of, one_line
+from moenas.failures import clean, failure_of, is_of_the_device, one_line
 
 
 def wrapped(error: BaseException) -> BaseException:
@@ -59,6 +59,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
         (MemoryError(), "out_of_memory", "MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", "CUDA"),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), "out_of_memory", "Default"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"),
+         "out_of_memory", "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         "out_of_memory", "CUBLAS"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out_of_memory", "cuDNN"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "error", "assert"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory", "allocate"),
     ],
 )  # fmt: skip
@@ -66,6 +72,21 @@ def test_the_kind_of_an_exception(error: BaseException, kind: str, words: str) -
     failure = failure_of(error)
     assert failure.kind == kind
     assert words in failure.message
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("the reason"), False),
+    ],
+)
+def test_an_error_of_the_gpu_is_told_from_others(error: BaseException, lost: bool) -> None:
+    assert is_of_the_device(failure_of(error)) == lost
 
 
 def test_texts_are_cut_and_free_of_escapes() -> None:

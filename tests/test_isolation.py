@@ -33,6 +33,8 @@ def state() -> dict[str, Any]:
         "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
         "precision": torch.get_float32_matmul_precision(),
+        "kernels": torch.backends.cuda.cudnn_sdp_enabled(),
+        "reductions": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "anomaly": torch.is_anomaly_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "torch random": torch.get_rng_state().tolist(),
@@ -59,6 +61,11 @@ def change_everything(folder: Path) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.enable_cudnn_sdp(not torch.backends.cuda.cudnn_sdp_enabled())
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (
+        not matmul.allow_bf16_reduced_precision_reduction
+    )
     torch.set_anomaly_enabled(True)
     torch.set_autocast_enabled("cpu", True)
     torch.manual_seed(12345)

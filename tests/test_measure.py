@@ -22,11 +22,12 @@ from moenas.architecture import Architecture
 from moenas.corpus import Corpus
 from moenas.measure import evaluate
 from moenas.parts import MoEFFN
-from moenas.records import Evaluation, Job
+from moenas.records import Evaluation, Job, WeightsFile
 from moenas.refs import Node, sha256
 from moenas.sections import Protocol, Recipe
 from moenas.subject import excerpts
 from moenas.train import validate
+from moenas.weights import place
 
 MIXER = {"kind": "attention", "head_dim": 8, "n_kv_heads": 1}
 ROUTER = {"top_k": 2, "balance": "bias"}
@@ -122,6 +123,21 @@ def test_a_job_gives_all_its_values_and_the_trained_weights(make_job: MakeJob) -
     assert Evaluation.parse(json.loads(json.dumps(found.plain(), allow_nan=False))) == found
     assert weights is not None
     assert found.weights_sha256 == sha256(weights)
+
+
+def test_the_weights_are_written_where_the_job_says(make_job: MakeJob, tmp_path: Path) -> None:
+    to = place(tmp_path / "runs", "bottles", 3)
+    job = make_job("val_loss", guests={"broken": guest("1 / 0", "training")}, weights_to=to)
+    found, file = evaluate(job)
+    assert found.failure is not None
+    assert isinstance(file, WeightsFile)
+    assert found.weights_sha256 == file.sha256 == sha256(Path(file.path).read_bytes())
+    with safetensors.safe_open(file.path, "pt") as opened:
+        assert opened.metadata()["fingerprint"] == found.fingerprint
+    interrupted = guest("(_ for _ in ()).throw(KeyboardInterrupt)", "training")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(make_job("val_loss", guests={"interrupted": interrupted}, weights_to=to))
+    assert [str(path) for path in (tmp_path / "runs").rglob(".*")] == [file.path]
 
 
 def test_the_weights_give_the_stored_loss_again(make_job: MakeJob, tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ FLOORS = """
     architecture
     corpus
     data lengths
+    corpus_cache
     space
-    dtypes routing causality memory isolation
+    dtypes devices routing causality memory isolation
     cuda_graphs
     optimizer timing
     steps
@@ -61,6 +62,7 @@ FLOORS = """
     measure matching
     results ray_address
     ray_worker ray_head ray_cluster
+    ray_processes
     ray_pool
     pool samplers points
     candidate spool asker repairs changes jobs
@@ -93,7 +95,7 @@ ROOMS = {
     "safetensors": "measure export",
     "scipy": "none",
     "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "cuda_graphs corpus timing optimizer steps device_steps parts architecture dtypes routing causality train latency flops memory footprint matching lift isolation subject measure export testing",
+    "torch": "cuda_graphs corpus timing optimizer steps device_steps parts architecture devices dtypes routing causality train latency flops memory footprint lift isolation subject measure export testing",
     "typer": "cli cli_maintenance options",
     "yaml": "refs",
 }

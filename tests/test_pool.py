@@ -18,9 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from moenas import ray_cluster, ray_pool
-from moenas.errors import InputError, StorageLostError
+from moenas.errors import EnvironmentFaultError, InputError, StorageLostError
 from moenas.pool import Inline, Pool, Result, open_pool
 from moenas.records import Evaluation, Failure, Job
 from moenas.sections import Search
@@ -96,6 +97,10 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere")
     if how == "long":
         raise ValueError("\x1b[31m" + "x" * 50_000_000)
+    if how == "memory":
+        raise RuntimeError("CUDA error: out of memory")
+    if how == "gpu":
+        raise RuntimeError("CUDA error: device-side assert triggered")
     if how == "unsendable":
         raise Unsendable("a", "b")
     if how == "killed":
@@ -245,6 +250,56 @@ def test_inline_does_not_evaluate_on_a_cpu_what_asks_for_a_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(InputError, match=r"search\.gpus: a candidate asks for 1 GPU"):
         open_pool("inline", Search(gpus=1.0))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let this process seem to see a GPU; what is in the list is wrong with it."""
+    wrong: list[str] = []
+
+    def synchronize(device: object) -> None:
+        if wrong:
+            raise torch.AcceleratorError(wrong[0])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device"), [(None, "cuda"), (0.0, "cpu"), (0.25, "cuda"), (1.0, "cuda")]
+)
+def test_inline_evaluates_on_the_gpu_that_there_is(
+    gpu: list[str], gpus: float | None, device: str
+) -> None:
+    pool = open_pool("inline", Search(gpus=gpus), evaluate=evaluate)
+    assert (pool.device, pool.capacity, pool.sharers) == (device, 1, 1)
+
+
+def test_inline_is_on_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert open_pool("inline", Search(), evaluate=evaluate).device == "cpu"
+
+
+def test_inline_begins_nothing_on_a_gpu_that_is_lost(gpu: list[str]) -> None:
+    pool = open_pool("inline", Search(), evaluate=evaluate)
+    on_gpu = [replace(job(trial, "fine"), device="cuda") for trial in range(3)]
+    pool.submit(on_gpu[0])
+    assert isinstance(pool.wait(0.0)[0].outcome, Evaluation)
+    pool.submit(on_gpu[1])
+    gpu.append("CUDA error: device-side assert triggered")
+    assert isinstance(pool.wait(0.0)[0].outcome, Evaluation)
+    with pytest.raises(EnvironmentFaultError, match="trial 1 ended with an error of CUDA: ") as e:
+        pool.submit(on_gpu[2])
+    assert "device-side assert triggered; this process cannot use its GPU" in str(e.value)
+    assert e.value.exit_code == 4
+    assert pool.wait(0.0) == []
+
+
+@pytest.mark.parametrize("workers", ["inline", 1])
+def test_more_than_one_gpu_for_a_candidate_is_refused(workers: Any) -> None:
+    with pytest.raises(InputError, match="2 GPUs; one candidate is trained on one GPU at most"):
+        open_pool(workers, Search(gpus=2.0), evaluate=evaluate)
 
 
 # --- on Ray: one cluster for all ---------------------------------------------------------------

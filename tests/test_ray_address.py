@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moenas.errors import InputError
-from moenas.ray_address import fit, probe, sharers
+from moenas.ray_address import fit, probe, sharers, with_share
 from moenas.sections import Search
 
 
@@ -129,4 +129,33 @@ def test_candidates_share_the_memory_of_a_node_or_of_a_gpu(
     ray = Nodes({"CPU": 8.0, "GPU": 4.0}, {"CPU": 4.0})
     search = Search(cpus=cpus, gpus=gpus)
     assert fit(ray, search) >= sharers(ray, search) == sharing
-    assert fit(ray, search) == together or gpus == 0.3
+    assert fit(ray, search) == together
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "share", "together"),
+    [
+        (None, 1, 0.5, 8),
+        (None, 0, 0.5, 8),
+        (1, 1, 1.0, 4),
+        (4, 1, 1.0, 4),
+        (5, 1, 0.5, 8),
+        (28, 0, 0.1428, 28),
+        (None, 3, 1.0, 2),  # the cores of the node with GPUs are enough for two candidates
+    ],
+)
+def test_without_a_number_all_gpus_are_shared_equally(
+    workers: int | None, cpus: float, share: float, together: int
+) -> None:
+    ray = Nodes({"CPU": 8.0, "GPU": 4.0}, {"CPU": 4.0})
+    search = with_share(ray, Search(cpus=cpus), workers)
+    assert search.gpus == share
+    assert fit(ray, search) == together
+    assert with_share(ray, Search(gpus=0.25), workers).gpus == 0.25
+    assert with_share(ray, Search(gpus=0.0), workers).gpus == 0.0
+
+
+def test_without_a_number_and_without_a_gpu_candidates_are_on_the_cpu() -> None:
+    assert with_share(Nodes({"CPU": 8.0}), Search(), None).gpus == 0.0
+    unusable = Nodes({"CPU": 8.0, "GPU": 4.0})
+    assert with_share(unusable, Search(), None, usable=False).gpus == 0.0

@@ -195,6 +195,9 @@ def test_a_space_is_found_by_name_and_its_file_names_the_study(tmp_path: Path) -
         ("tokens: 4096", "tokens: {choice: [1, 2]}", "a hole cannot stand here"),
         ("tokens: 4096", "token: 4096", "Did you mean 'tokens'?"),
         ("train: {", "search: {sampler: 3}\ntrain: {", "space.yaml:17:19: search.sampler: 3 is not a word"),
+        ("train: {", "search: {gpus: 2}\ntrain: {",
+         "space.yaml:17:16: search.gpus: 2 is not a number from 0 to 1 or null;"
+         " one candidate is trained on one GPU at most"),
         ("data: pydoc", "data: pydoc\ndata: pydoc", "the key 'data' stands twice"),
         ("data: pydoc", "data: [pydoc", "not valid YAML"),
         ("data: pydoc", "name: 7", "space.yaml:16:7: name: 7 is not text"),

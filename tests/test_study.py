@@ -45,7 +45,7 @@ from moenas.errors import (
     StudyBusyError,
 )
 from moenas.records import Evaluation, Failure, Job
-from moenas.space import Space
+from moenas.space import Space, digest
 from moenas.store import Store
 from moenas.study import Event, Interrupted, Study, load_study, run
 from moenas.weights import read_weights, weights_path
@@ -500,6 +500,27 @@ def test_a_study_begun_before_a_field_was_known_is_taken_up(jobs: list[Job]) -> 
     with sqlite3.connect("moenas.db") as database:
         database.execute("UPDATE moenas_study SET space = ?", [json.dumps(older)])
     assert_sound(run(space(), trials=3, workers="inline"), 3)
+
+
+def test_a_study_from_before_shares_of_gpus_were_the_default_goes_on(jobs: list[Job]) -> None:
+    found = run(space(), trials=2, workers="inline")
+    older = json.loads(json.dumps(found.record.space))
+    older["search"]["gpus"] = 0.0
+    del older["search"]["candidates_per_worker"]
+    assert digest(older) == found.record.space_sha256
+    with sqlite3.connect("moenas.db") as database:
+        database.execute("UPDATE moenas_study SET space = ?", [json.dumps(older)])
+    assert_sound(run(space(), trials=3, workers="inline"), 3)
+    assert_sound(run(space().with_search(gpus=0.0), trials=4, workers="inline"), 4)
+    older["search"]["gpus"] = 2.0  # it could be asked for
+    del older["train"]["max_dead"]
+    stored = {"space": json.dumps(older), "space_sha256": "that of its time"}
+    with sqlite3.connect("moenas.db") as database:
+        columns = ", ".join(f"{name} = :{name}" for name in stored)
+        database.execute(f"UPDATE moenas_study SET {columns}", stored)
+    assert_sound(run(space(), trials=5, workers="inline"), 5)
+    plain = {k: v for k, v in jobs[0].plain().items() if k not in ("device", "weights_to")}
+    assert Job.parse(plain).device == "cpu"
 
 
 def test_a_changed_corpus_is_refused(jobs: list[Job]) -> None:

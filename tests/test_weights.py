@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moenas.errors import InputError, NotFoundError
+from moenas.records import Plain, WeightsFile
 from moenas.refs import sha256
-from moenas.weights import copy_weights, read_weights, weights_path, write_weights
+from moenas.weights import (
+    adopt_draft,
+    copy_weights,
+    is_draft,
+    place,
+    read_weights,
+    remove_drafts,
+    sweep,
+    weights_path,
+    write_draft,
+    write_weights,
+)
 
 HOSTILE = ["", "..", ".", "/etc/passwd", "a/../../b", "\x00", "a\nb", "CON", "x" * 500, "\ud800"]
 
@@ -107,3 +119,86 @@ def test_missing_and_changed_weights_are_refused(tmp_path: Path) -> None:
     weights_path(tmp_path, "s", 7).write_bytes(b"Data")
     with pytest.raises(InputError, match="not the weights that trial 7 ended with"):
         read_weights(tmp_path, "s", 7, digest)
+
+
+# --- written by a worker -------------------------------------------------------------------------
+
+
+def draft(runs: Path, data: bytes = b"data", trial: int = 3) -> tuple[Plain, WeightsFile]:
+    """Where a worker is told to write, and what it writes there."""
+    to = place(runs, "s", trial)
+    assert to is not None
+    file = write_draft(to, lambda path: Path(path).write_bytes(data))
+    assert file is not None
+    return to, file
+
+
+def test_a_worker_writes_the_weights_and_the_driver_names_them(tmp_path: Path) -> None:
+    to, file = draft(tmp_path)
+    assert (file.size, file.sha256) == (4, sha256(b"data"))
+    assert is_draft(file, to)
+    assert not weights_path(tmp_path, "s", 3).exists()
+    assert adopt_draft(tmp_path, "s", 3, file) == file.sha256
+    assert read_weights(tmp_path, "s", 3, file.sha256) == b"data"
+    assert names(tmp_path, 3) == ["model.safetensors"]
+    _, later = draft(tmp_path, b"other")
+    assert read_weights(tmp_path, "s", 3, file.sha256) == b"data"
+    adopt_draft(tmp_path, "s", 3, later)
+    assert read_weights(tmp_path, "s", 3, later.sha256) == b"other"
+
+
+@pytest.mark.parametrize(
+    "other", [{"machine": "another boot"}, {"user": -1}, {"inode": [0, 0]}, {"path": "/no/1/x"}]
+)
+def test_elsewhere_nothing_is_written(tmp_path: Path, other: Plain) -> None:
+    to = place(tmp_path, "s", 3)
+    assert to is not None
+    assert write_draft({**to, **other}, lambda path: pytest.fail("written")) is None
+    assert not weights_path(tmp_path, "s", 3).parent.exists()
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def full(path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise ValueError("I/O error: No space left on device")
+
+    to = place(tmp_path, "s", 3)
+    assert to is not None
+    assert write_draft(to, full) is None
+    assert not weights_path(tmp_path, "s", 3).parent.exists()
+    (tmp_path / "file").touch()
+    assert place(tmp_path / "file", "s", 3) is None
+
+
+def test_a_draft_that_is_not_as_described_is_refused(tmp_path: Path) -> None:
+    to, file = draft(tmp_path)
+    digest = write_weights(tmp_path, "s", 3, b"old")
+    Path(file.path).write_bytes(b"short" * 3)
+    with pytest.raises(OSError, match="not the 4 bytes that were written"):
+        adopt_draft(tmp_path, "s", 3, file)
+    Path(file.path).unlink()
+    with pytest.raises(FileNotFoundError):
+        adopt_draft(tmp_path, "s", 3, file)
+    Path(file.path).symlink_to(weights_path(tmp_path, "s", 3))
+    with pytest.raises(OSError, match="not the 4 bytes"):
+        adopt_draft(tmp_path, "s", 3, file)
+    assert read_weights(tmp_path, "s", 3, digest) == b"old"
+    folder = weights_path(tmp_path, "s", 3).parent
+    for path in (
+        "/etc/passwd",
+        f"{folder}/model.safetensors",
+        f"{folder}/.model.safetensors./../x",
+    ):
+        assert not is_draft(WeightsFile(path, 4, ""), to)
+    assert not is_draft(file, None)
+
+
+def test_what_a_killed_worker_left_is_removed(tmp_path: Path) -> None:
+    _, mine = draft(tmp_path)
+    _, lost = draft(tmp_path)
+    remove_drafts(tmp_path, "s", 3, but=mine)
+    assert Path(mine.path).exists()
+    assert not Path(lost.path).exists()
+    sweep(tmp_path, "s")
+    assert not Path(mine.path).parent.exists()
+    remove_drafts(tmp_path, "s", 4)
