@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,18 @@ from fake_cuda import NoCollisions, cuda_forms
 from torch import Tensor, nn
 
 from moenas.causality import _grouped, _InFloat64
-from moenas.parts import MoAMixer, MoE, MoEFFN, Router, dispatch
+from moenas.parts import (
+    AttentionMixer,
+    LatentAttentionMixer,
+    Mixer,
+    MoAMixer,
+    MoE,
+    MoEFFN,
+    Router,
+    dispatch,
+)
+from moenas.parts.attend import Kernel, attended_on_cuda
+from moenas.parts.bias import AlibiBias, T5Bias
 from moenas.parts.dispatch import grouped, inverse, smallest_integer, sort_slots, within_capacity
 
 D_MODEL, BATCH, LENGTH = 16, 3, 20
@@ -204,3 +216,82 @@ def test_an_expert_without_tokens_gets_no_gradient_where_torch_writes_none(
     (gradient,) = torch.autograd.grad(y.sum(), stack)
     assert gradient.isnan().flatten(1).any(dim=1).tolist() == [True, False, True]
     assert gradient[1].eq(0).all()
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+MIXERS: dict[str, Mixer] = {
+    "attention": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2),
+    "window": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, window=5),
+    "chunk": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=4, chunk=6),
+    "other values": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, v_head_dim=16),
+    "sinks": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, window=5, sinks=True),
+    "softcap": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, softcap=3.0),
+    "alibi": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, position_bias=AlibiBias()),
+    "t5": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, position_bias=T5Bias()),
+    "latent": LatentAttentionMixer(n_heads=3, kv_rank=8, nope_dim=8, rope_dim=2, v_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are the same through the function whose sums have one order."""
+    monkeypatch.setattr(Kernel, "exists", lambda *args: True)
+    modes = []
+
+    def seen(*args: Any) -> Any:
+        modes.append(torch.get_deterministic_debug_mode())
+        return grad(*args)
+
+    grad = torch.autograd.grad
+    torch.manual_seed(0)
+    mixer = MIXERS[name].build(D_MODEL)
+    for parameter in mixer.parameters():
+        parameter.data.normal_(0, 0.3)
+    mixer.double()
+    x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *mixer.parameters()]
+    found = []
+    for form in (nullcontext(), cuda_forms()):
+        with form, _InFloat64():
+            with torch.no_grad():
+                quick = mixer(x)
+            y = mixer(x)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.autograd, "grad", seen)
+                y.square().sum().backward()
+        found.append([quick, y.detach(), *(leaf.grad for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert set(modes) == ({2} if name != "softcap" else set())
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "width", "shares"),
+    [
+        (torch.bfloat16, False, 16, True),
+        (torch.bfloat16, True, 16, False),
+        (torch.float32, False, 16, False),
+        (torch.bfloat16, False, 24, False),
+    ],
+    ids=["plain", "masked", "float32", "other values"],
+)
+def test_key_value_heads_are_shared_where_a_kernel_can(
+    dtype: torch.dtype, masked: bool, width: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sdpa, seen = F.scaled_dot_product_attention, []
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, mask: Any, **how: Any) -> Tensor:
+        seen.append((k.shape[1], how["enable_gqa"], q.shape[-1] % 8, v.shape[-1] % 8))
+        return sdpa(q, k, v, mask, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = (torch.randn(2, h, 6, c, dtype=dtype) for h, c in ((4, 10), (2, 10), (2, width - 6)))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril() if masked else None
+    y = attended_on_cuda(q, k, v, mask, not masked, 0.5)[..., : width - 6]
+    plain = sdpa(q, k, v, mask, is_causal=not masked, scale=0.5, enable_gqa=True)
+    torch.testing.assert_close(y, plain, rtol=1e-2, atol=1e-2)
+    assert seen == [(2, True, 0, 0) if shares else (4, False, 0, 0)]
