@@ -31,7 +31,7 @@ def cross_entropy_by_pieces(
     the loss, so each piece is made once.
     """
     loss: Tensor = _ByPieces.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, targets, shape, torch.is_grad_enabled()
+        x, weight, bias, targets, (shape, torch.is_grad_enabled())
     )
     return loss
 
@@ -47,8 +47,9 @@ class _ByPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Any, targets: Tensor, shape: Shape, trained: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, targets: Tensor, how: tuple[Shape, bool]
     ) -> Tensor:
+        shape, trained = how
         wanted = [trained and needed for needed in ctx.needs_input_grad[:3]]
         of_x = torch.empty_like(x) if wanted[0] else None
         of_weight = torch.zeros_like(weight) if wanted[1] else None
@@ -78,7 +79,7 @@ class _ByPieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = [None if x is None else (x * grad).to(x.dtype) for x in ctx.gradients]
         ctx.gradients = None  # as torch frees what a node has saved
-        return *found, None, None, None
+        return *found, None, None
 
 
 def _log_shares(products: Tensor, shape: Shape) -> tuple[Tensor, Tensor | float]:

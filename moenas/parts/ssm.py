@@ -14,7 +14,7 @@ from moenas.component import setting
 from moenas.parts.layers import Convolution, Linear
 from moenas.parts.mixers import Mixer, StateCache
 from moenas.parts.norms import GatedNorm, RMSNorm
-from moenas.parts.scan import scan_channels, scan_heads, scan_macs
+from moenas.parts.scan import read_channels, scan_heads, scan_macs
 from moenas.records import Cost
 
 DT_RANGE = (1e-3, 1e-1)
@@ -265,8 +265,8 @@ class Mamba(nn.Module):
         v = F.silu(v)
         dt, b, c = self.choose(v)
         rates = -self.log_rate.float().exp()
-        states, cache.state = scan_channels(v.float(), rates, dt, b, cache.state)
-        y = (states @ c.unsqueeze(-1)).squeeze(-1) + v.float() * self.skip.float()
+        y, cache.state = read_channels(v.float(), rates, dt, b, c, cache.state)
+        y = y + v.float() * self.skip.float()
         cache.length += x.shape[1]
         out: Tensor = self.out(y.to(x.dtype) * F.silu(gate))
         return out

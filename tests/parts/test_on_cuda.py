@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from moenas.causality import _grouped, _InFloat64
 from moenas.parts import (
     AttentionMixer,
+    GatedDeltaMixer,
+    KimiDeltaMixer,
     LatentAttentionMixer,
+    LightningAttentionMixer,
+    Mamba2Mixer,
+    MambaMixer,
     Mixer,
     MoAMixer,
     MoE,
@@ -267,6 +272,44 @@ def test_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert set(modes) == ({2} if name != "softcap" else set())
     assert torch.get_deterministic_debug_mode() == 0
+
+
+SCANS: dict[str, Mixer] = {
+    "mamba": MambaMixer(d_inner=16, d_state=4, inner_norm=True),
+    "mamba2": Mamba2Mixer(n_heads=4, head_dim=8, d_state=4, n_state_groups=2),
+    "gated_delta": GatedDeltaMixer(n_heads=2, key_dim=8, value_dim=8),
+    "kimi_delta": KimiDeltaMixer(n_heads=2, key_dim=8, value_dim=8),
+    "lightning": LightningAttentionMixer(n_heads=2, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_is_computed_again_in_place_of_kept(name: str) -> None:
+    """Values and gradients are the same to the last bit, and what a pass keeps is less."""
+    torch.manual_seed(0)
+    mixer = SCANS[name].build(D_MODEL)
+    for parameter in mixer.parameters():
+        parameter.data.normal_(0, 0.3)
+    x = torch.randn(2, 64, D_MODEL, requires_grad=True)
+    leaves = [x, *mixer.parameters()]
+    found, kept = [], []
+    for form in (nullcontext(), cuda_forms()):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with form:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                y = mixer(x)
+            kept.append(sum(sizes.values()))
+            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+            with torch.no_grad():
+                assert torch.equal(mixer(x), y)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.7 * kept[0]
 
 
 @pytest.mark.parametrize(
