@@ -396,7 +396,8 @@ class Model(nn.Module):
         A module whose passes do says `capturable = False`. A CUDA graph can hold a step of the
         others, unless grouped products wait for the host: see `dispatch.grouped_waits`.
         """
-        return all(getattr(module, "capturable", True) for module in self.modules())
+        parts = (module for module in self.modules() if module is not self)
+        return all(getattr(part, "capturable", True) for part in parts)
 
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted balance and z losses of the last forward pass, over all layers."""

@@ -40,12 +40,17 @@ class NoHostCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.lift_fresh, aten.detach_):  # of `torch.tensor`
+            raise AssertionError(f"{tuple(args[0].shape)} numbers come from the host")
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.numel()]
-        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+        if func.overloadpacket in (aten._to_copy, aten.copy_):
             source = given[-1] if given else None
             into = kwargs.get("device") or (given[0].device if given else None)
             if source is not None and source.device.type == "cpu" != torch.device(into).type:
-                raise AssertionError(f"{func} copies {tuple(source.shape)} from the host")
+                raise AssertionError(
+                    f"{func} copies {tuple(source.shape)}; they come from the host"
+                )
         return func(*args, **kwargs)
 
 
@@ -73,9 +78,9 @@ class NoCollisions(TorchDispatchMode):
 def fake_device(*, gradients: bool) -> Iterator[torch.device]:
     """Give a device whose tensors have no values, and take the forms of parts for CUDA.
 
-    It is CUDA where that can be. A torch without CUDA has no gradients there: with `gradients` it
-    is then the meta device, whose fake tensors are as strict.
+    It is CUDA where torch is built for it, and with `gradients` where there is a device. Else it is
+    the meta device, whose fake tensors are as strict.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() or not gradients else "meta")
-    with FakeTensorMode(), _Shapes(), cuda_forms():
-        yield device
+    cuda = torch.cuda.is_available() if gradients else torch.backends.cuda.is_built()
+    with FakeTensorMode(allow_non_fake_inputs=True), _Shapes(), cuda_forms():
+        yield torch.device("cuda" if cuda else "meta")
