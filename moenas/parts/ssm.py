@@ -28,6 +28,9 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
     One projection gives gate, values, B, C and the time step; a short convolution runs over
     values, B and C; the output passes a gated norm. FLOPs are those of the projections and of the
     chunked form's products; the convolution and the carried state are element by element.
+
+    A step of 16 sequences of 1,024 tokens keeps 1.5 GiB for each layer (16 heads of 64, d_state
+    128) on a CPU, and 0.7 GiB on CUDA, where the scan is computed again in the backward pass.
     """
 
     n_heads: int = setting("heads", low=1)
@@ -159,6 +162,10 @@ class MambaMixer(Mixer, kind="mamba"):
 
     With RMSNorms of dt, B and C it is the mixer of Jamba (arXiv 2403.19887). FLOPs are those of
     the projections and of reading the state; the scan itself is element by element.
+
+    Training takes much memory: a step of 16 sequences of 1,024 tokens keeps 6.6 GiB for each layer
+    (d_inner 1024) on a CPU. On CUDA the scan is computed again in the backward pass: a layer keeps
+    0.6 GiB, and one layer at a time takes 8 GiB more. It is made of hundreds of small operations.
     """
 
     d_inner: int = setting("channels", low=8, multiple=8)
