@@ -257,8 +257,8 @@ class _ZeroWithoutRows(torch.autograd.Function):
 def gradient_unwritten(device: torch.device) -> bool:
     """Whether a grouped product leaves the gradients of matrices without rows as they were.
 
-    So it is from compute capability 10 on (pytorch issue 172439). The path that is tested is that
-    of 9 (H100, H200); below 9 grouped products of every type wait for the host.
+    So it is from compute capability 10 on (pytorch issue 172439). The fast path that this file is
+    written for is that of 9 (H100, H200).
     """
     known = torch.cuda.is_available() and device.type == "cuda"
     return known and torch.cuda.get_device_capability(device)[0] >= 10
