@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import NoHostCopies, fake_device
+from fake_cuda import NoCollisions, NoHostCopies, cuda_forms, fake_device
 from points import point
 from torch import Tensor, nn
 
@@ -160,6 +160,29 @@ def passes(architecture: Architecture) -> None:
 def test_every_kind_runs(name: str) -> None:
     train_steps(CASES[name])
     passes(CASES[name])
+
+
+def gradients(architecture: Architecture) -> dict[str, Tensor]:
+    """Return the loss and the gradients of a step with values, on the CPU."""
+    model = architecture.build(seed=1).train()
+    tokens = torch.randint(model.vocab_size, (BATCH, LENGTH), generator=torch.manual_seed(0))
+    loss = model.loss(tokens, tokens.roll(-1, 1)) + model.auxiliary_loss()
+    loss.backward()
+    model.after_step()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": loss.detach()} | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_adds_up_in_one_order(name: str) -> None:
+    """And what it computes on CUDA is what it computes on a CPU, up to rounding."""
+    plain = gradients(CASES[name])
+    with cuda_forms(), NoCollisions():
+        other = gradients(CASES[name])
+    assert plain.keys() == other.keys()
+    for key, value in plain.items():
+        scale = max(1e-3, float(value.abs().max()))
+        torch.testing.assert_close(other[key], value, rtol=0, atol=1e-4 * scale, msg=key)
 
 
 def wide(number: int) -> Architecture | None:

@@ -279,8 +279,9 @@ class Kernel(NamedTuple):
 class _Attended(torch.autograd.Function):
     """Attention by torch's kernels, whose gradients are added up in one order.
 
-    Without torch's switch they use atomic adds. It cannot be on for a whole backward pass: other
-    operations, that never meet at one place here, would be refused.
+    Without torch's switch they use atomic adds, and the forward pass may take a kernel that has no
+    other way. It cannot be on for a whole backward pass: other operations, that never meet at one
+    place here, would be refused.
     """
 
     @staticmethod
@@ -288,7 +289,7 @@ class _Attended(torch.autograd.Function):
         own: list[Any] = [x if x is None else x.detach() for x in (q, k, v, mask)]
         wanted = ctx.needs_input_grad[:4]
         ctx.inputs = [x.requires_grad_() for x, needed in zip(own, wanted, strict=True) if needed]
-        with torch.enable_grad():
+        with torch.enable_grad(), _in_one_order():
             ctx.y = how.attend(*own)
         y: Tensor = ctx.y.detach()
         return y

@@ -82,9 +82,9 @@ def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     compiler or an exporter traces, torch's grouped product has shapes for bfloat16 alone; any other
     type then takes E products of all rows.
     """
-    if on_cuda(rows):
-        return grouped_on_cuda(rows, stack, ends)
     if not torch.compiler.is_compiling() or rows.dtype == torch.bfloat16:
+        if on_cuda(rows):
+            return grouped_on_cuda(rows, stack, ends)
         return F.grouped_mm(rows, stack, offs=ends)
     place = torch.arange(rows.shape[0], device=rows.device)
     y = rows.new_zeros(rows.shape[0], stack.shape[-1])
