@@ -19,6 +19,7 @@ from moenas.component import Component, changed, setting
 from moenas.parts.balance import joined_loss
 from moenas.parts.blocks import KEPT, Block, BlockGroup, NormPosition, Stream, merged
 from moenas.parts.experts import MoE
+from moenas.parts.head import Head
 from moenas.parts.layers import matrices, size, writers
 from moenas.parts.lending import link, unfit
 from moenas.parts.norms import NormKind
@@ -303,65 +304,6 @@ class Stem(nn.Module):
         return normed
 
 
-MANY_LOGITS = 1 << 22
-"""From this many on (16 MiB) a loss makes its logits by pieces; fewer are faster at once."""
-
-
-class Head(nn.Module):
-    """The way out: `(x W^T + bias) * multiplier`, soft-capped; W is the embedding if tied."""
-
-    matrices = ("weight",)
-
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int | None,
-        biased: bool,
-        multiplier: float,
-        softcap: float | None,
-    ) -> None:
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.d_model = d_model  # None if the head is the embedding table
-        self.biased = biased
-        self.multiplier = multiplier
-        self.softcap = softcap
-        empty = None if d_model is None else torch.empty(vocab_size, d_model)
-        self.weight = None if empty is None else nn.Parameter(empty)
-        self.bias = nn.Parameter(torch.zeros(vocab_size)) if biased else None
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, S, D) to float32 logits (B, S, V)."""
-        weight = embedding if self.weight is None else self.weight
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        logits = F.linear(x, weight.to(x.dtype), bias).float()
-        logits = logits if self.multiplier == 1 else logits * self.multiplier
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
-
-    def loss(self, x: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy of (B, S, D) in nats a token.
-
-        On a CPU many logits are made and used by pieces of 1024 tokens, which takes the memory of
-        these alone, in the same time.
-        """
-        plain = self.multiplier == 1 and self.softcap is None
-        many = targets.numel() * self.vocab_size >= MANY_LOGITS
-        if not (plain and many and x.dtype == torch.float32 and x.device.type == "cpu"):
-            return F.cross_entropy(self(x, embedding).flatten(0, 1), targets.flatten())
-        return F.linear_cross_entropy(
-            x.flatten(0, 1),
-            (embedding if self.weight is None else self.weight).float(),
-            targets.flatten(),
-            linear_bias=None if self.bias is None else self.bias.float(),
-            options=nn.LinearCrossEntropyOptions(
-                batch_chunk_size=1024,
-                chunking_method=None,
-                acc_policy="accurate",
-                allow_retain_graph=True,
-            ),
-        )
-
-
 class Caches(list[Any]):
     """The cache of each layer, None where it needs none."""
 
@@ -450,13 +392,26 @@ class Model(nn.Module):
         found = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
         return [(i, part) for i, parts in enumerate(found) for part in parts if part is not None]
 
+    @property
+    def capturable(self) -> bool:
+        """Whether the passes of all parts read no value on the host.
+
+        A module whose passes do says `capturable = False`. A CUDA graph can hold a step of the
+        others, unless grouped products wait for the host: see `dispatch.grouped_waits`.
+        """
+        parts = (module for module in self.modules() if module is not self)
+        return all(getattr(part, "capturable", True) for part in parts)
+
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted balance and z losses of the last forward pass, over all layers."""
         layers = [(moe.balance, moe.routing) for _, moe in self.moe_layers()]
         return joined_loss(layers) if layers else self.embedding.new_zeros(())
 
     def after_step(self) -> None:
-        """Move selection biases by the loads of the last training pass; call it each step."""
+        """Move selection biases by the loads of the last training pass; call it each step.
+
+        After it no part holds on to the graph of that pass.
+        """
         for _, moe in self.moe_layers():
             moe.after_step()
 

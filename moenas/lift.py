@@ -3,7 +3,8 @@
 Two readings make the text. The constructor calls are recorded while the model is built, so that
 `build()` is one literal expression. The definitions are lifted from their files, as they stand:
 every class, function and constant that the calls reach through the names in the code, and of a
-class only the methods that something mentions. What cannot stand alone is refused with InputError.
+class only the methods that something mentions. What stands under `if on_cuda(...)` is left out: a
+form of the same for one device. What cannot stand alone is refused with InputError.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import ast
 import inspect
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -25,6 +27,8 @@ from moenas.errors import InputError
 
 WIDTH = 100
 """Columns of the written text."""
+ON_CUDA = "on_cuda"
+"""The function whose call as a condition marks what is left out."""
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 """What lifted code may import."""
 
@@ -301,26 +305,26 @@ class Closure:
         return self.files[module]
 
     def kept(self, node: Definition) -> Iterator[ast.AST]:
-        """Walk a definition without the methods that nothing mentions."""
-        if not isinstance(node, ast.ClassDef):
-            yield from ast.walk(node)
-            return
-        dropped = self.dropped(node)
-        for child in ast.iter_child_nodes(node):
-            if child not in dropped:
-                yield from ast.walk(child)
+        """Walk a definition without what is dropped of it."""
+        dropped = set[ast.AST](self.dropped(node))
+        for part in ast.iter_child_nodes(node) if isinstance(node, ast.ClassDef) else (node,):
+            waiting = deque([part])
+            while waiting:
+                at = waiting.popleft()
+                if at not in dropped:
+                    yield at
+                    waiting += ast.iter_child_nodes(at)
 
     def dropped(self, node: Definition) -> list[ast.stmt]:
-        """Return the methods of a class that nothing mentions."""
-        if not isinstance(node, ast.ClassDef):
-            return []
-        return [
+        """Return what is left out: methods that nothing mentions, and forms for one device."""
+        methods = [
             x
-            for x in node.body
+            for x in (node.body if isinstance(node, ast.ClassDef) else ())
             if isinstance(x, ast.FunctionDef)
             and not x.name.startswith("__")
             and x.name not in self.methods
         ]
+        return methods + [x for x in ast.walk(node) if _for_cuda(x)]
 
     def texts(self) -> list[str]:
         """Return the definitions as they are written, in order."""
@@ -329,6 +333,13 @@ class Closure:
             file = self.file(module)
             found.append(file.text(name, self.dropped(file.definitions[name])))
         return found
+
+
+def _for_cuda(node: ast.AST) -> TypeGuard[ast.If]:
+    """Whether a statement is an `if` without else that asks for the device alone."""
+    test = node.test if isinstance(node, ast.If) and not node.orelse else None
+    called = test.func if isinstance(test, ast.Call) else None
+    return isinstance(called, ast.Name) and called.id == ON_CUDA
 
 
 def import_lines(imports: Iterable[tuple[str, str, str]]) -> str:

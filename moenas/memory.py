@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +67,7 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
         with tensors:
             work()
         return tensors.peak
+    _warm_up(device)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     torch.cuda.synchronize(device)
     others = torch.cuda.memory_allocated(device) - sum(storages.values())
@@ -73,6 +75,22 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
     work()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - others)
+
+
+def _warm_up(device: torch.device) -> None:
+    """Let the libraries of CUDA take their workspaces, which they keep, out of torch's allocator.
+
+    cuBLAS takes 32 MiB at its first product, and so does cuBLASLt. Without this the peak would
+    depend on whether anything was computed before.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(2, 64, 64, device=device, dtype=dtype, requires_grad=True)
+            bias = torch.zeros(64, device=device, dtype=dtype)
+            y = torch.addmm(bias, x[0], x[1]) + F.linear(x[0], x[1], bias) + torch.bmm(x, x).sum(0)
+            heads = x.view(1, 2, 64, 64)
+            attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+            (y.sum() + attended.sum()).backward()
 
 
 def keep_freed_memory() -> None:

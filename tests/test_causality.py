@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import cuda_forms
 from torch import Tensor, nn
 
 from moenas import causality
@@ -334,3 +336,38 @@ def test_a_loss_that_is_not_finite_is_not_called_a_leak() -> None:
     model = architecture().build(seed=0)
     model.embedding.data[3] = torch.nan
     assert find_leaks(model, text()) == []
+
+
+# --- on CUDA -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "hook", "router"),
+    [
+        ("blocks.0", None, {}),
+        ("blocks.0", None, {"capacity_factor": 0.5}),
+        ("blocks.0", None, {"selection": "noisy_top_k"}),
+        ("blocks.0", None, {"selection": "expert_choice", "allow_acausal": True}),
+        ("blocks.0.mixer", seeing_all, {}),
+        ("blocks.1.norm2", one_token_ahead, {"selection": "noisy_top_k"}),
+        ("blocks.0.ffn", batch_norm, {}),
+        ("head", one_token_ahead, {}),
+    ],
+)
+def test_cuts_side_by_side_find_the_same(
+    place: str, hook: Callable[..., Tensor] | None, router: Plain
+) -> None:
+    found, passes = [], []
+    for form in (nullcontext(), cuda_forms()):
+        model = architecture(**router).build(seed=0)
+        if hook is not None:
+            model.get_submodule(place).register_forward_hook(hook)
+        counted: list[int] = []
+        model.register_forward_pre_hook(lambda module, given, n=counted: n.append(len(given[0])))
+        with form:
+            leaks = find_leaks(model, text())
+        found.append([(leak.mode, leak.alone, leak.cut, leak.place) for leak in leaks])
+        passes.append(len(counted))
+    assert found[0] == found[1]
+    if hook is None and "selection" not in router:
+        assert passes[1] < 0.65 * passes[0]

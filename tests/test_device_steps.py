@@ -6,20 +6,21 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_cuda import no_copies, on_meta
+from fake_cuda import NoHostCopies, WithoutAdamW, cuda_forms
 
 from moenas.architecture import Architecture, Model
 from moenas.corpus import Corpus
 from moenas.device_steps import DeviceSteps
 from moenas.domains import Domains, table
 from moenas.errors import DivergedError, TimeLimitError
+from moenas.footprint import _Shapes as AnyGroupedProduct
 from moenas.records import Plain
 from moenas.sections import Recipe
 from moenas.steps import HostSteps, Steps
@@ -70,12 +71,14 @@ def run(steps: Steps, model: Model, recipe: Recipe) -> tuple[list[list[float]], 
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_the_numbers_are_those_of_steps_that_ask_the_host(name: str) -> None:
+@pytest.mark.parametrize("forms", [nullcontext, cuda_forms])
+def test_the_numbers_are_those_of_steps_that_ask_the_host(forms: Any, name: str) -> None:
     found = []
-    for kind in (HostSteps, DeviceSteps):
+    for kind, form in ((HostSteps, nullcontext), (DeviceSteps, forms)):
         torch.manual_seed(0)
         model = architecture(ROUTERS[name]).build(seed=0)
-        numbers, readings = run(kind(model, corpus(), RECIPE, 3), model, RECIPE)
+        with form():
+            numbers, readings = run(kind(model, corpus(), RECIPE, 3), model, RECIPE)
         found.append((numbers, readings, model.state_dict()))
     (host, host_routing, host_weights), (device, device_routing, weights) = found
     np.testing.assert_allclose(device, host, rtol=5e-5)
@@ -161,9 +164,9 @@ def test_a_step_reads_nothing_on_the_host(name: str) -> None:
     steps = DeviceSteps(model, corpus(), replace(RECIPE, dtype="bfloat16"), 3)
     model.train()
     steps.load(0, 3)
-    with on_meta():
+    with cuda_forms(), AnyGroupedProduct(), WithoutAdamW():
         steps.step()  # tables of positions go to the device
-        with no_copies():
+        with NoHostCopies():
             steps.step()
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
     with pytest.raises((NotImplementedError, RuntimeError), match="meta tensor"):

@@ -33,8 +33,8 @@ FLOORS = """
     store
     notes
     dashboard heartbeat attempts
-    parts.layers parts.norms parts.lending parts.bias
-    parts.scan
+    parts.layers parts.norms parts.lending parts.bias parts.cross_entropy
+    parts.scan parts.head
     parts.activations parts.dispatch parts.scores parts.selection parts.logits parts.presets
     parts.assignment parts.projections
     parts.mixers parts.rotary parts.attend parts.gating parts.ffn

@@ -74,6 +74,8 @@ class Base(ExpertSelection):
     at any size of them; their sum is within T steps of the largest there is.
     """
 
+    capturable = False  # in training the number of rounds depends on values
+
     def __init__(self, top_k: int, share: float = 0.005) -> None:
         super().__init__(top_k)
         self.share = share

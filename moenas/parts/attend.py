@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moenas.parts.bias import distances
-from moenas.parts.layers import size
+from moenas.parts.layers import on_cuda, size
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:
@@ -159,6 +162,8 @@ class Attend(nn.Module):
         if self.sinks is not None and mask is not None:
             q, k, v = self.with_sinks(q, k, v, self.sinks)
             mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
+        if on_cuda(q):
+            return attended_on_cuda(q, k, v, mask, causal, self.scale)[..., :width].to(dtype)
         grouped = size(k.shape[1]) < self.n_heads
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
@@ -204,3 +209,109 @@ class Attend(nn.Module):
         else:
             shares = scores.softmax(dim=-1)
         return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+# --- on CUDA -----------------------------------------------------------------------------------
+
+KERNEL_WIDTH = 8
+"""Widths of keys and values that the kernels take are multiples of this."""
+FLASH_WIDTH = 256
+"""Widest head of the flash kernel, the only one besides cuDNN's that shares key-value heads."""
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep torch from attending by cuDNN in this process; a worker calls it once, at its start.
+
+    cuDNN makes a plan for each new shape, of which a candidate has about six: about half a second
+    each in reports of others. Its gradients add up in an unknown order.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attended_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Return what torch's kernels attend to, with gradients in one order.
+
+    (B, H, S, C of v), and zeros behind, where C is no multiple of KERNEL_WIDTH. With a mask, in
+    float32, or where keys and values differ in width the kernel is one that shares no key-value
+    heads: each query head gets its own there. In its place torch would take plain products, which
+    store every score.
+    """
+    missing = [-x.shape[-1] % KERNEL_WIDTH for x in (q, k, v)]
+    if any(missing):
+        q, k, v = (F.pad(x, (0, n)) for x, n in zip((q, k, v), missing, strict=True))
+    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    flash = flash and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and not flash:
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    how = Kernel(causal, scale, enable_gqa=shared > 1 and flash)
+    trained = any(x is not None and x.requires_grad for x in (q, k, v, mask))
+    if torch.is_grad_enabled() and trained and how.exists(q, k, v, mask):
+        y: Tensor = _Attended.apply(q, k, v, mask, how)  # type: ignore[no-untyped-call]
+        return y
+    return how.attend(q, k, v, mask)
+
+
+class Kernel(NamedTuple):
+    """How torch is to attend."""
+
+    causal: bool
+    scale: float
+    enable_gqa: bool
+
+    def exists(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether a kernel with atomic adds in its gradients does; else they are plain products."""
+        backend = torch.backends.cuda
+        params = backend.SDPAParams(q, k, v, mask, 0.0, self.causal, self.enable_gqa)
+        return backend.can_use_flash_attention(params) or backend.can_use_efficient_attention(
+            params
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (B, H, S, C of v)."""
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
+
+
+class _Attended(torch.autograd.Function):
+    """Attention by torch's kernels, whose gradients are added up in one order.
+
+    Without torch's switch they use atomic adds, and the forward pass may take a kernel that has no
+    other way. It cannot be on for a whole backward pass: other operations, that never meet at one
+    place here, would be refused.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, how: Kernel) -> Tensor:
+        own: list[Any] = [x if x is None else x.detach() for x in (q, k, v, mask)]
+        wanted = ctx.needs_input_grad[:4]
+        ctx.inputs = [x.requires_grad_() for x, needed in zip(own, wanted, strict=True) if needed]
+        with torch.enable_grad(), _in_one_order():
+            ctx.y = how.attend(*own)
+        y: Tensor = ctx.y.detach()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with _in_one_order():
+            found = iter(torch.autograd.grad(ctx.y, ctx.inputs, grad))
+        ctx.y = ctx.inputs = None  # as torch frees what a node has saved
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+
+
+@contextmanager
+def _in_one_order() -> Iterator[None]:
+    """Let torch's kernels add up in one order, and leave fresh memory as it is."""
+    switch: Any = torch.utils.deterministic
+    mode, filled = torch.get_deterministic_debug_mode(), switch.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    switch.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        switch.fill_uninitialized_memory = filled

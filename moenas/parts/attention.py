@@ -115,7 +115,9 @@ class AttentionMixer(Mixer, kind="attention"):
         default=False,
     )
     softcap: float | None = setting(
-        "scores become c tanh(score / c) (Gemma 2, arXiv 2408.00118)", default=None, low=0.1
+        "scores become c tanh(score / c) (Gemma 2, arXiv 2408.00118); training keeps every score",
+        default=None,
+        low=0.1,
     )
     output_gate: Literal["none", "head", "element"] = setting(
         "the heads' output times sigmoid(W x), one gate a head or an element (arXiv 2505.06708)",

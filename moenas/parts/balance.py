@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.parts.gating import Choice
+from moenas.parts.layers import on_cuda
 
 # Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
 # with a load of its own.
@@ -139,11 +140,21 @@ class Balance(nn.Module):
 
     def load(self, choice: Choice, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
+        if on_cuda(choice.scores):
+            return self.load_on_cuda(choice, groups)
         group = choice.slot_tokens() // (choice.scores.shape[0] // groups)
         slots = choice.experts.flatten() + self.n_experts * group
         ones = torch.ones_like(slots) if choice.kept is None else choice.kept.flatten().long()
         load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)
         return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
+
+    def load_on_cuda(self, choice: Choice, groups: int) -> Tensor:
+        """Return the load by a table of tokens and experts: all slots at one counter would wait."""
+        place = choice.slot_tokens() * self.n_experts + choice.experts.flatten()
+        kept = torch.ones_like(place, dtype=torch.bool)
+        kept = kept if choice.kept is None else choice.kept.flatten()
+        table = torch.zeros_like(choice.scores, dtype=torch.bool).flatten().scatter(0, place, kept)
+        return table.view(groups, -1, self.n_experts).sum(dim=1)
 
     def even_importance(self, choice: Choice) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).

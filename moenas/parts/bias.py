@@ -139,18 +139,39 @@ def alibi_slopes(n_heads: int) -> list[float]:
     return slopes + between[: n_heads - n]
 
 
+class Constants:
+    """Numbers that are no weights, as a tensor on whatever device they are needed.
+
+    The tensor of another device than the CPU is made at the first use there and kept. So a model
+    that was built without values (on the meta device) has them, and later passes copy nothing from
+    the host.
+    """
+
+    def __init__(self, numbers: list[float] | list[int]) -> None:
+        self.numbers = numbers
+        self.tensor = torch.tensor(numbers, device="cpu")
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the numbers on a device, fit for training and inference."""
+        if torch.compiler.is_compiling():  # what a traced pass makes must not be kept
+            return torch.tensor(self.numbers, device=device)
+        if self.tensor.device != device:
+            with torch.inference_mode(False):
+                self.tensor = torch.tensor(self.numbers, device=device)
+        return self.tensor
+
+
 class Alibi(nn.Module):
     """Linear biases of H heads."""
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.slopes = torch.tensor(alibi_slopes(n_heads))  # goes where the queries are
+        self.slopes = Constants(alibi_slopes(n_heads))
 
     def forward(self, far: Tensor, table: Tensor | None = None) -> Tensor:
         """Return (H, S, L) biases at distances (S, L)."""
-        self.slopes = self.slopes.to(far.device)
-        return -self.slopes.view(-1, 1, 1) * far
+        return -self.slopes.on(far.device).view(-1, 1, 1) * far
 
 
 class BucketBias(nn.Module):
@@ -166,8 +187,7 @@ class BucketBias(nn.Module):
         self.num_buckets = num_buckets
         self.max_distance = max_distance
         self.shared = shared
-        # Goes where the queries are.
-        self.firsts = torch.tensor(first_distances(num_buckets, max_distance))
+        self.firsts = Constants(first_distances(num_buckets, max_distance))
         self.weight = None if shared else nn.Parameter(torch.empty(num_buckets, n_heads))
 
     def forward(self, far: Tensor, table: Tensor | None = None) -> Tensor:
@@ -175,8 +195,7 @@ class BucketBias(nn.Module):
 
         `table` (buckets, H) is that of another layer, for a shared one.
         """
-        self.firsts = self.firsts.to(far.device)
-        buckets = torch.searchsorted(self.firsts, far, right=True)
+        buckets = torch.searchsorted(self.firsts.on(far.device), far, right=True)
         weight = table if self.weight is None else self.weight
         if weight is None:
             raise ValueError("a shared position bias needs the table of an earlier layer")

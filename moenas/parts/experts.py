@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from moenas.component import changed, setting
 from moenas.parts.activations import Activated, Activation, up_width
 from moenas.parts.balance import Balance, Routing, joined_loss
-from moenas.parts.dispatch import grouped, row_multiple, sort_slots, within_capacity
+from moenas.parts.dispatch import (
+    grouped,
+    one_hot,
+    places,
+    row_multiple,
+    rows_of,
+    sort_slots,
+    sums_of,
+    within_capacity,
+)
 from moenas.parts.ffn import FFN, FeedForward, GatedFeedForward, network_cost
 from moenas.parts.gating import Choice, Gating
-from moenas.parts.layers import Linear
+from moenas.parts.layers import Linear, on_cuda
 from moenas.parts.routers import Router
 from moenas.records import Cost
 
@@ -204,8 +213,15 @@ class ExpertBias(nn.Module):
 
         Nothing is added where `empty` (N, 1): the gradient of such a row is never written.
         """
+        if on_cuda(rows):
+            return rows + self.on_cuda(rows.dtype, expert, empty)
         added = self.weight.to(rows.dtype).index_select(0, expert)
         return rows + (added if empty is None else added.masked_fill(empty, 0))
+
+    def on_cuda(self, dtype: torch.dtype, expert: Tensor, empty: Tensor | None) -> Tensor:
+        """Return (N, F), what `forward` adds; the gradient is a product, whose order is fixed."""
+        added = one_hot(expert, self.n_experts, dtype) @ self.weight.to(dtype)
+        return added if empty is None else added.masked_fill(empty, 0)
 
 
 class Experts(nn.Module):
@@ -247,6 +263,8 @@ class Experts(nn.Module):
         Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
         from number E on must not be kept.
         """
+        if on_cuda(x):
+            return self.on_cuda(x, choice, kept)
         experts = choice.experts
         multiple = row_multiple(x, experts, self.n_experts)
         slot, ends, empty, all_read = sort_slots(experts, self.n_experts, kept, multiple)
@@ -271,6 +289,34 @@ class Experts(nn.Module):
         if self.weight_on == "output":
             y = y * weights
         return torch.zeros_like(x).index_add(0, token, y)
+
+    def on_cuda(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
+        """Return what `forward` does, with sums in one order.
+
+        A weight on the output is multiplied with the hidden layer, which is narrower for
+        fine-grained experts: the projection after it is linear, up to its bias.
+        """
+        experts = choice.experts
+        laid = sort_slots(experts, self.n_experts, kept, 1)
+        at = places(laid, len(x), experts.shape[1], choice.tokens)
+        slot, ends, empty, _ = laid
+        weights = choice.weights.flatten().index_select(0, slot).unsqueeze(-1).to(x.dtype)
+        # Rows without an expert are never written, in either direction: each tensor that meets
+        # such a row is masked, so that nothing of them comes through.
+        weights = weights if empty is None else weights.masked_fill(empty, 0)
+        rows = rows_of(x, at)
+        rows = rows * weights if self.weight_on == "input" else rows
+        rows = rows if empty is None else rows.masked_fill(empty, 0)
+        expert = experts.flatten().index_select(0, slot).clamp(max=self.n_experts - 1)
+        h = grouped(rows, self.up.to(x.dtype), ends)
+        h = h if self.up_bias is None else self.up_bias(h, expert, empty)
+        h = self.activation(h)
+        h = h * weights if self.weight_on == "output" else h
+        y = grouped(h, self.down.to(x.dtype), ends)
+        if self.down_bias is not None:
+            added = self.down_bias.on_cuda(x.dtype, expert, empty)
+            y = y + (added * weights if self.weight_on == "output" else added)
+        return sums_of(y if empty is None else y.masked_fill(empty, 0), at)
 
 
 class LatentExperts(nn.Module):

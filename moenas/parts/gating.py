@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moenas.parts.layers import on_cuda
 from moenas.parts.logits import RouterInput
 from moenas.parts.selection import ExpertSelection, Picked
 
@@ -49,6 +50,16 @@ class Choice(NamedTuple):
         place = self.slot_tokens() * n_experts + self.experts.flatten()
         table = self.weights.new_zeros(n_tokens * n_experts)
         return table.index_add(0, place, self.weights.flatten()).view(n_tokens, n_experts)
+
+
+def at_slots(table: Tensor, picked: Picked) -> Tensor:
+    """Return the numbers of a table (T, E) at the slots, in their shape."""
+    if picked.tokens is None:
+        return table.gather(-1, picked.experts)
+    if on_cuda(table):
+        place = picked.tokens * table.shape[-1] + picked.experts.flatten()
+        return table.flatten().index_select(0, place).unsqueeze(-1)
+    return table[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
 
 
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
@@ -103,24 +114,32 @@ class Weights(nn.Module):
             kept = enough if kept is None else kept & enough
         if self.eps is not None:
             weights = self.one_by_one(logits, picked.experts)
-        elif picked.tokens is None:
-            weights = scores.gather(-1, picked.experts)
         else:
-            weights = scores[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
+            weights = at_slots(scores, picked)
         weights = weights if kept is None else weights.masked_fill(~kept, 0)
         if self.normalize:
-            weights = weights / (self.sums(weights, picked, scores.shape[0]) + 1e-20)
+            weights = weights / (self.sums(weights, picked, scores) + 1e-20)
         if self.expert_scale is not None:
-            factors = self.expert_scale.float().index_select(0, picked.experts.flatten())
-            weights = weights * factors.view_as(weights)
+            weights = weights * self.factors(self.expert_scale.float(), picked, scores)
         return weights * self.scale, kept
 
-    def sums(self, weights: Tensor, picked: Picked, n_tokens: int) -> Tensor:
+    def sums(self, weights: Tensor, picked: Picked, scores: Tensor) -> Tensor:
         """Return the sum of the weights of each slot's token, (T, 1) or (N, 1)."""
         if picked.tokens is None:
             return weights.sum(dim=-1, keepdim=True)
-        sums = weights.new_zeros(n_tokens).index_add(0, picked.tokens, weights.flatten())
+        if on_cuda(scores):  # through a table, whose sums have one order
+            place = picked.tokens * scores.shape[-1] + picked.experts.flatten()
+            table = torch.zeros_like(scores).flatten().index_add(0, place, weights.flatten())
+            whole = table.view_as(scores).sum(dim=-1, keepdim=True)
+            return at_slots(whole.expand_as(scores), picked)
+        sums = weights.new_zeros(scores.shape[0]).index_add(0, picked.tokens, weights.flatten())
         return sums[picked.tokens].unsqueeze(-1)
+
+    def factors(self, scale: Tensor, picked: Picked, scores: Tensor) -> Tensor:
+        """Return the factor of the expert of each slot, in the shape of the slots."""
+        if on_cuda(scores):  # the gradient goes to a table first, where no two slots meet
+            return at_slots(scale.expand_as(scores), picked)
+        return scale.index_select(0, picked.experts.flatten()).view_as(picked.experts)
 
     def within_share(self, scores: Tensor, experts: Tensor) -> Tensor:
         """Return (T, K): whether the experts before it have less than `top_p` of all scores."""

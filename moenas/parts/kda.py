@@ -26,6 +26,10 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
     As gated_delta, but each element of a key decays by itself, decays and output gate come through
     a bottleneck, and that gate is a sigmoid. FLOPs are those of the projections and of the chunked
     form's products.
+
+    A step of 16 sequences of 1,024 tokens keeps 2.6 GiB for each layer (8 heads of 64) on a CPU. On
+    CUDA the rule is computed again in the backward pass: a layer keeps 0.6 GiB, and one layer at a
+    time takes 3 GiB more.
     """
 
     n_heads: int = setting("heads", low=1, high=MOST)

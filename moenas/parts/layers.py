@@ -58,6 +58,14 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
     return [weight for name, weight in own.items() if name in named]
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether a tensor lies on CUDA, where a part has a form of its own that is faster or exact.
+
+    It stands alone, as the condition of an `if` that returns. An export leaves such code out.
+    """
+    return x.is_cuda
+
+
 class Linear(nn.Module):
     """A matrix product, `x @ weight.T`, plus a bias if there is one."""
 

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from moenas.component import setting
 from moenas.parts.attend import Attend, Reach
 from moenas.parts.balance import Balance
-from moenas.parts.dispatch import Rows, grouped, row_multiple, sort_slots
+from moenas.parts.dispatch import (
+    Rows,
+    grouped,
+    places,
+    row_multiple,
+    rows_of,
+    sort_slots,
+    sums_of,
+)
 from moenas.parts.experts import MoE
 from moenas.parts.gating import Choice, Gating
-from moenas.parts.layers import Linear
+from moenas.parts.layers import Linear, on_cuda
 from moenas.parts.mixers import MOST, KVCache, Mixer
 from moenas.parts.rotary import THETA, RopeScaling, Rotary, YarnScaling, folded, telling_theta
 from moenas.parts.routers import Router
@@ -160,6 +168,8 @@ class HeadExperts(nn.Module):
 
     def queries(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
         """Return the queries (T N, W) of tokens (T, D), by slots; 0 where one is dropped."""
+        if on_cuda(x):
+            return self.queries_on_cuda(x, choice, rows)
         n_slots = choice.experts.numel()
         taken = x.index_select(0, rows.slot // choice.experts.shape[1])
         if self.weight_on == "input":
@@ -169,11 +179,35 @@ class HeadExperts(nn.Module):
 
     def outputs(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
         """Return (T, D): for each token the weighted sum over its experts, from (T N, W)."""
+        if on_cuda(y):
+            return self.outputs_on_cuda(y, choice, rows)
         n_tokens, top_k = choice.experts.shape
         z = self.product(y.index_select(0, rows.slot), self.out, rows)
         if self.weight_on == "output":
             z = z * self.weights(choice, rows, y.dtype)
         return z.new_zeros(n_tokens, self.d_model).index_add(0, rows.slot // top_k, z)
+
+    def queries_on_cuda(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return the queries with sums in one order."""
+        at = places(rows, *choice.experts.shape)
+        taken = rows_of(x, at)
+        if self.weight_on == "input":
+            taken = taken * self.weights_on_cuda(choice, rows, x.dtype)
+        y = self.product(taken, self.query, rows)
+        return sums_of(y, at.by_slot(rows.slot))
+
+    def outputs_on_cuda(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return the outputs with sums in one order; the projection is linear in its weight."""
+        at = places(rows, *choice.experts.shape)
+        taken = rows_of(y, at.by_slot(rows.slot))
+        if self.weight_on == "output":
+            taken = taken * self.weights_on_cuda(choice, rows, y.dtype)
+        z = self.product(taken, self.out, rows)
+        return sums_of(z, at)
+
+    def weights_on_cuda(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the slot in each row, (rows, 1)."""
+        return choice.weights.flatten().index_select(0, rows.slot).unsqueeze(-1).to(dtype)
 
     def product(self, x: Tensor, stack: Tensor, rows: Rows) -> Tensor:
         """Multiply each row with the matrix of its expert; rows without a slot are 0."""

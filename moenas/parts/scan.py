@@ -1,12 +1,19 @@
-"""Recurrences over tokens, computed chunk by chunk in float32, mostly as matrix products."""
+"""Recurrences over tokens, computed chunk by chunk in float32, mostly as matrix products.
+
+A scan keeps every step for its gradient. On CUDA it keeps only what it was given, and is computed
+once more in the backward pass: see `recomputed`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from moenas.parts.layers import size
+from moenas.parts.layers import on_cuda, size
 
 # Shapes: B sequences, S tokens, H heads, G groups of heads, N chunks of Q tokens, P width of the
 # values of a head, M width of its keys (its state is M x P).
@@ -52,6 +59,14 @@ def decays_between(steps: Tensor) -> Tensor:
     return between.masked_fill(later, -torch.inf).exp()
 
 
+def recomputed(scan: Callable[..., tuple[Tensor, Tensor]], *given: object) -> tuple[Tensor, Tensor]:
+    """Return what a scan gives; for its gradient only what it was given is kept."""
+    if not torch.is_grad_enabled():
+        return scan(*given)
+    y, state = checkpoint(scan, *given, use_reentrant=False, preserve_rng_state=False)
+    return y, state
+
+
 def scan_heads(
     x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -61,6 +76,15 @@ def scan_heads(
     is (B, G, H / G, M, P). The state space dual (arXiv 2405.21060, listing 1): attention without
     softmax inside a chunk, one state carried from chunk to chunk.
     """
+    if on_cuda(x):
+        return recomputed(heads_by_chunks, x, steps, b, c, state)
+    return heads_by_chunks(x, steps, b, c, state)
+
+
+def heads_by_chunks(
+    x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `scan_heads` does."""
     batch, length, heads, width = map(int, x.shape)  # tensors while the model is traced
     groups = size(b.shape[2])
     chunk = chunk_length(length)
@@ -88,6 +112,23 @@ def scan_macs(heads: int, groups: int, state: int, width: int, length: int) -> i
     chunk = chunk_length(length)
     a_token = groups * chunk * state + heads * (chunk * width + 2 * state * width)
     return padded(length) * a_token
+
+
+def read_channels(
+    x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, S, C), the states of `scan_channels` times `c` (B, S, M), and the last state."""
+    if on_cuda(x):
+        return recomputed(channels_by_chunks, x, rates, dt, b, c, state)
+    return channels_by_chunks(x, rates, dt, b, c, state)
+
+
+def channels_by_chunks(
+    x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `read_channels` does."""
+    states, state = scan_channels(x, rates, dt, b, state)
+    return (states @ c.unsqueeze(-1)).squeeze(-1), state
 
 
 def scan_channels(
@@ -132,6 +173,15 @@ def delta_rule(
     arXiv 2510.26692). Chunked by the WY form (arXiv 2412.06464, section 3.3): a triangular system
     for each chunk gives what its tokens write, then one state is carried from chunk to chunk.
     """
+    if on_cuda(beta):
+        return recomputed(rule_by_chunks, qkv, steps, beta, state)
+    return rule_by_chunks(qkv, steps, beta, state)
+
+
+def rule_by_chunks(
+    qkv: tuple[Tensor, Tensor, Tensor], steps: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `delta_rule` does."""
     length, by_channel = size(beta.shape[1]), steps.dim() == 4
     chunk = chunk_length(length, CHANNEL_CHUNK if by_channel else CHUNK)
     q, k, v = (in_chunks(x, chunk).transpose(2, 3) for x in qkv)  # B N H Q .

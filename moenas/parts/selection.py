@@ -61,6 +61,9 @@ class ExpertSelection(nn.Module):
     `tokens` (T,) are the numbers of the tokens in the vocabulary, where the model has them.
     """
 
+    capturable: bool = True
+    """A pass reads no value on the host, so a CUDA graph can hold it; see `Model.capturable`."""
+
     def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k

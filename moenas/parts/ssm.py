@@ -14,7 +14,7 @@ from moenas.component import setting
 from moenas.parts.layers import Convolution, Linear
 from moenas.parts.mixers import Mixer, StateCache
 from moenas.parts.norms import GatedNorm, RMSNorm
-from moenas.parts.scan import scan_channels, scan_heads, scan_macs
+from moenas.parts.scan import read_channels, scan_heads, scan_macs
 from moenas.records import Cost
 
 DT_RANGE = (1e-3, 1e-1)
@@ -28,6 +28,9 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
     One projection gives gate, values, B, C and the time step; a short convolution runs over
     values, B and C; the output passes a gated norm. FLOPs are those of the projections and of the
     chunked form's products; the convolution and the carried state are element by element.
+
+    A step of 16 sequences of 1,024 tokens keeps 1.5 GiB for each layer (16 heads of 64, d_state
+    128) on a CPU, and 0.7 GiB on CUDA, where the scan is computed again in the backward pass.
     """
 
     n_heads: int = setting("heads", low=1)
@@ -159,6 +162,10 @@ class MambaMixer(Mixer, kind="mamba"):
 
     With RMSNorms of dt, B and C it is the mixer of Jamba (arXiv 2403.19887). FLOPs are those of
     the projections and of reading the state; the scan itself is element by element.
+
+    Training takes much memory: a step of 16 sequences of 1,024 tokens keeps 6.6 GiB for each layer
+    (d_inner 1024) on a CPU. On CUDA the scan is computed again in the backward pass: a layer keeps
+    0.6 GiB, and one layer at a time takes 8 GiB more. It is made of hundreds of small operations.
     """
 
     d_inner: int = setting("channels", low=8, multiple=8)
@@ -265,8 +272,8 @@ class Mamba(nn.Module):
         v = F.silu(v)
         dt, b, c = self.choose(v)
         rates = -self.log_rate.float().exp()
-        states, cache.state = scan_channels(v.float(), rates, dt, b, cache.state)
-        y = (states @ c.unsqueeze(-1)).squeeze(-1) + v.float() * self.skip.float()
+        y, cache.state = read_channels(v.float(), rates, dt, b, c, cache.state)
+        y = y + v.float() * self.skip.float()
         cache.length += x.shape[1]
         out: Tensor = self.out(y.to(x.dtype) * F.silu(gate))
         return out
