@@ -18,6 +18,7 @@ from moenas import describe, grammar, naming
 from moenas.component import Component, changed, setting
 from moenas.parts.balance import joined_loss
 from moenas.parts.blocks import KEPT, Block, BlockGroup, NormPosition, Stream, merged
+from moenas.parts.dispatch import grouped_waits
 from moenas.parts.experts import MoE
 from moenas.parts.head import Head
 from moenas.parts.layers import matrices, size, writers
@@ -392,13 +393,14 @@ class Model(nn.Module):
         found = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
         return [(i, part) for i, parts in enumerate(found) for part in parts if part is not None]
 
-    @property
-    def capturable(self) -> bool:
-        """Whether the passes of all parts read no value on the host.
+    def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a pass in a type on a device reads no value on the host.
 
-        A module whose passes do says `capturable = False`. A CUDA graph can hold a step of the
-        others, unless grouped products wait for the host: see `dispatch.grouped_waits`.
+        A CUDA graph can hold such a pass. A module whose passes read says `capturable = False`;
+        grouped products of some types wait for the host, see `dispatch.grouped_waits`.
         """
+        if self.moe_layers() and grouped_waits(dtype, device):
+            return False
         parts = (module for module in self.modules() if module is not self)
         return all(getattr(part, "capturable", True) for part in parts)
 

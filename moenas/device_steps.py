@@ -150,7 +150,7 @@ class DeviceSteps:
 
         Takes no step itself. If the capture fails, the run goes on without.
         """
-        if self._stream is None or not self.model.capturable:
+        if self._stream is None or not self.model.capturable(self.dtype, self.device):
             return False
         assert self.done >= WARM_UP, "a capture needs steps before it"
         self.model.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ import torch
 
 from moenas.errors import MachineError
 from moenas.failures import one_line
+from moenas.parts.attend import avoid_cudnn_attention
 
 CONTEXT_BYTES = 640 * 2**20
 """Bytes of a GPU that each process needs beside torch's tensors: CUDA's context and libraries."""
@@ -46,6 +47,7 @@ def prepare_process(device: torch.device, share: float | None = None) -> None:
     """
     if device.type != "cuda":
         return
+    avoid_cudnn_attention()
     if share is not None:
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(tensor_share(share, whole), device)

@@ -226,10 +226,11 @@ class _Side:
 def _side(model: Model, tokens: Tensor, workload: Workload) -> _Side:
     """Return a model under a workload; on CUDA as a graph that is replayed, if it can be."""
     run = prepare(model, tokens, workload.phase)
-    if workload.device.type != "cuda" or not model.capturable:
+    device = workload.device
+    if device.type != "cuda" or not model.capturable(workload.dtype, device):
         return _Side(run)
     try:
-        return _Side(replayed(run, workload.device), captured=True)
+        return _Side(replayed(run, device), captured=True)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise

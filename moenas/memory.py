@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moenas.cuda_graphs import side_stream
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt: malloc.h of the GNU C library."""
 
@@ -80,9 +82,16 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
 def _warm_up(device: torch.device) -> None:
     """Let the libraries of CUDA take their workspaces, which they keep, out of torch's allocator.
 
-    cuBLAS takes 32 MiB at its first product, and so does cuBLASLt. Without this the peak would
-    depend on whether anything was computed before.
+    cuBLAS takes 32 MiB at its first product on a stream, and so does cuBLASLt. Without this the
+    peak would depend on whether anything was computed before.
     """
+    for stream in (torch.cuda.current_stream(device), side_stream(device)):
+        with torch.cuda.stream(stream):
+            _use_libraries(device)
+
+
+def _use_libraries(device: torch.device) -> None:
+    """Compute something with each library that keeps a workspace for the current stream."""
     with torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.zeros(2, 64, 64, device=device, dtype=dtype, requires_grad=True)

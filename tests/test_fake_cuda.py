@@ -213,8 +213,10 @@ def test_a_hundred_candidates_run(first: int) -> None:
 def test_a_model_says_whether_a_graph_can_hold_it() -> None:
     waiting = {name for name, cls in Selection.kinds.items() if not cls().build(1, 4).capturable}
     assert waiting == {"base"}
-    assert small().outline().capturable
-    assert not CASES["Selection: base"].outline().capturable
+    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
+    assert small().outline().capturable(bf16, cuda)
+    assert not CASES["Selection: base"].outline().capturable(bf16, cuda)
+    assert not small().outline().capturable(torch.float32, cuda)  # grouped products wait
 
 
 class Careless(nn.Module):

@@ -52,8 +52,8 @@ FLOORS = """
     data lengths
     corpus_cache
     space
-    dtypes devices routing causality memory isolation
-    cuda_graphs
+    dtypes devices routing causality cuda_graphs isolation
+    memory
     optimizer timing
     steps
     device_steps
