@@ -45,6 +45,7 @@ class Properties:
 
 def test_a_process_is_given_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: given.append(a))
     devices.prepare_process(torch.device("cpu"), 0.5)

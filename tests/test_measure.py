@@ -471,7 +471,7 @@ def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) ->
 def test_a_job_runs_on_a_gpu(make_job: MakeJob, dtype: str) -> None:
     names = ("decode_ms", "prefill_ms", "peak_memory", "flops_per_token", "val_loss")
     recipe = replace(RECIPE, tokens=60 * 64, dtype=dtype)
-    found, weights = evaluate(make_job(*names, train=recipe.plain()))
+    found, weights = evaluate(make_job(*names, train=recipe.plain(), device="cuda"))
     assert found.failure is None
     assert found.device["kind"] == "cuda"
     assert found.device["dtype"] == dtype
