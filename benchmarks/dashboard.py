@@ -21,7 +21,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 
-from moenas.dashboard import Reader, cure
+from moenas.dashboard.server import Reader, cure
 
 Polls = list[tuple[float, dict[str, Any]]]
 

@@ -22,8 +22,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from moenas.memory import keep_freed_memory
-from moenas.parts import MoE, MoEFFN, Router
+from moenas.evaluate.memory import keep_freed_memory
+from moenas.model import MoE, MoEFFN, Router
 
 SHAPES = [(16, 2, 512), (64, 8, 128)]
 """Experts, experts of a token, width of an expert."""

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 
 import torch
 
-from moenas.architecture import Architecture, Model
-from moenas.latency import Workload, deployed, device_info, device_lease, measure_latency
+from moenas.evaluate.latency import Workload, deployed, device_info, device_lease, measure_latency
+from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
-from moenas.sections import Protocol
+from moenas.space.sections import Protocol
 
 BUSY = """
 import torch

@@ -24,8 +24,8 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.memory import keep_freed_memory
-from moenas.parts import DenseFFN, MoE, MoEFFN, Router
+from moenas.evaluate.memory import keep_freed_memory
+from moenas.model import DenseFFN, MoE, MoEFFN, Router
 
 D_MODEL, D_EXPERT, TOKENS = 256, 512, 2048
 CELLS = [(e, k) for e in (4, 8, 16, 32, 64) for k in (1, 2, 4, 8) if k <= e // 2 or e == k == 4]

@@ -22,8 +22,8 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.architecture import Model
-from moenas.memory import keep_freed_memory
+from moenas.evaluate.memory import keep_freed_memory
+from moenas.model.architecture import Model
 
 BATCH, CONTEXT = 8, 256
 SHAPES = [(16, 2, 512), (64, 8, 128)]

@@ -10,9 +10,9 @@ import torch
 from gpu.card import DEVICE, GPU, release, sized
 from gpu.models import D256_SMALL, D512, DENSE, Shape
 from gpu.report import Report
-from moenas.latency import Workload, deployed, device_lease, measure_latency
-from moenas.lease import DeviceLease
-from moenas.sections import Protocol
+from moenas.evaluate.device_lock import DeviceLease
+from moenas.evaluate.latency import Workload, deployed, device_lease, measure_latency
+from moenas.space.sections import Protocol
 
 SHAPES = (D512, D256_SMALL, DENSE)
 WORKLOADS = (("decode", 8, 128), ("prefill", 4, 2048))

@@ -11,11 +11,11 @@ from gpu.card import DEVICE, GIB, GPU, MIB, milliseconds, release, seconds, sett
 from gpu.models import D256, D256_SMALL, D512, Shape, corpus, recipe, tokens
 from gpu.report import Report
 from gpu.training import capture, opened, warm_up
-from moenas import causality
-from moenas.architecture import Model
-from moenas.memory import peak_bytes
-from moenas.subject import excerpts
-from moenas.train import train, validate
+from moenas.evaluate import causality
+from moenas.evaluate.memory import peak_bytes
+from moenas.evaluate.subject import excerpts
+from moenas.evaluate.training import train, validate
+from moenas.model.architecture import Model
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "base": {"top_k": 1, "selection": "base", "allow_acausal": True},
