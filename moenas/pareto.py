@@ -322,7 +322,7 @@ def history(
     return points
 
 
-def challenge(
+def insertion(
     values: ArrayLike, point: Sequence[float], directions: Sequence[str]
 ) -> tuple[bool, list[int]]:
     """Say whether `point` joins the front `values`, and which rows of it then leave."""

@@ -30,7 +30,7 @@ _told: set[Path] = set()
 
 
 @dataclass(frozen=True)
-class Mark:
+class SourceLocation:
     """A place in what the user wrote; line and column count from 1."""
 
     source: str
@@ -49,8 +49,8 @@ class Node:
     """A value of a YAML file (or of plain data) together with where it was written."""
 
     value: Value
-    mark: Mark
-    key_mark: Mark | None = None
+    mark: SourceLocation
+    key_mark: SourceLocation | None = None
     """Where the key stands, if the node is the value of one."""
 
     @property
@@ -65,7 +65,7 @@ class Node:
     @classmethod
     def wrap(cls, plain: Any, source: str = "<data>") -> Node:
         """Give plain data a (lineless) place, so that one reader serves files and data."""
-        mark = Mark(source)
+        mark = SourceLocation(source)
         if isinstance(plain, dict):
             return cls({str(k): cls.wrap(v, source) for k, v in plain.items()}, mark)
         if isinstance(plain, list | tuple):
@@ -105,10 +105,10 @@ class _Composer:
         self.source = source
         self.events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
 
-    def mark(self, event: yaml.Event) -> Mark:
+    def mark(self, event: yaml.Event) -> SourceLocation:
         start = event.start_mark
         assert start is not None
-        return Mark(self.source, start.line + 1, start.column + 1)
+        return SourceLocation(self.source, start.line + 1, start.column + 1)
 
     def document(self) -> Node:
         next(self.events)  # stream start
@@ -122,7 +122,9 @@ class _Composer:
             raise SpaceError(f"{self.mark(event)}: a second document; write one per file")
         return node
 
-    def compose(self, event: yaml.Event, depth: int, key_mark: Mark | None = None) -> Node:
+    def compose(
+        self, event: yaml.Event, depth: int, key_mark: SourceLocation | None = None
+    ) -> Node:
         mark = self.mark(event)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise SpaceError(f"{mark}: anchors and aliases (& and *) are not allowed; repeat it")

@@ -79,3 +79,11 @@ def no_connection_left_open() -> Iterator[None]:
     event.remove(Pool, "connect", keep)
     for connection in opened:
         connection.close()
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes jobs; see `jobs.job_maker`."""
+    from jobs import job_maker
+
+    return job_maker(tmp_path, monkeypatch)

@@ -171,7 +171,7 @@ def assert_same_function(one: Architecture, other: Architecture) -> None:
     other weights, too.
     """
     models = [architecture.build(seed=3) for architecture in (one, other)]
-    assert models[0].n_writes == models[1].n_writes
+    assert models[0].n_residual_branches == models[1].n_residual_branches
     moved = feed_forward(one) != feed_forward(other)
     if not moved:
         first, second = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moenas.data.corpus import Corpus
-from moenas.evaluate.latency import device_lease
+from moenas.evaluate.latency import device_lock
 from moenas.evaluate.subject import MIB, Subject, Training
 from moenas.model.architecture import Architecture
 from moenas.resources import listing
@@ -53,7 +53,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
     corpus = Corpus("sevens", tokens, tokens[:500], 64, False, "", [None, None], {})
     protocol = Protocol(decode_batch=2, decode_context=8, min_repeats=3, max_repeats=3)
     device = torch.device("cpu")
-    with closing(device_lease(device)) as lease:
+    with closing(device_lock(device)) as lease:
         found = Subject(one, one.cost(16), recipe, protocol, corpus, device, 0, lease)
         found.built = one.build()
         routing = [

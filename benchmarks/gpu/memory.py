@@ -126,11 +126,11 @@ def gate(report: Report, shape: Shape, model: Model) -> None:
         looks.append(1)
         return exact(*given)
 
-    periods = causality.periods(shape.architecture())
-    text = excerpts(corpus(), *causality.text_size(sized(1024, 16), periods))
+    mask_boundaries = causality.mask_boundaries(shape.architecture())
+    text = excerpts(corpus(), *causality.text_size(sized(1024, 16), mask_boundaries))
     causality._exact_run = counted  # type: ignore[assignment]
     try:
-        took, leaks = seconds(lambda: causality.find_leaks(model, text, periods))
+        took, leaks = seconds(lambda: causality.find_leaks(model, text, mask_boundaries))
     finally:
         causality._exact_run = exact
     report.figure("gate of causality", took, "s", f"{len(leaks)} leaks")

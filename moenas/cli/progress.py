@@ -32,7 +32,7 @@ def listener(space: Space) -> Iterator[Listener]:
     if sys.stderr is None:
         yield lambda _: None
     elif sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
-        board = Board(space)
+        board = LiveProgress(space)
         live = Live(board, console=Console(stderr=True), refresh_per_second=4)
         # A terminal that is gone is no reason to stop.
         with contextlib.suppress(OSError):
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-class Board:
+class LiveProgress:
     """The state of a run as a terminal shows it."""
 
     def __init__(self, space: Space) -> None:

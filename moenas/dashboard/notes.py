@@ -120,7 +120,7 @@ def _number_rows(view: View, evaluation: Evaluation) -> list[tuple[str, ...]]:
             f"**{info.name}**",
             f"**{figures.quantity(evaluation.values[info.name])}**",
             info.unit,
-            _sureness(evaluation.measurements.get(info.name, {})),
+            _uncertainty(evaluation.measurements.get(info.name, {})),
         )
         for info in figures.objectives(view)
     ]
@@ -136,7 +136,7 @@ def _number_rows(view: View, evaluation: Evaluation) -> list[tuple[str, ...]]:
     return rows
 
 
-def _sureness(measurement: Plain) -> str:
+def _uncertainty(measurement: Plain) -> str:
     words = []
     if "ratio" in measurement:
         words.append(f"{measurement['ratio']:.3g} of the reference")

@@ -117,11 +117,11 @@ def _save_note(study: optuna.Study, trial: str, text: str) -> None:
 
 # --- the application ---------------------------------------------------------------------------
 
-CURED = "0.21."
-"""The versions of optuna-dashboard that `cure` was written for and is tested with."""
+PATCHED_VERSION = "0.21."
+"""The versions of optuna-dashboard that `patch_dashboard` was written for and is tested with."""
 
 
-def cure() -> bool:
+def patch_dashboard() -> bool:
     """Close four gaps of optuna-dashboard under Optuna 5, for this process; say whether it did.
 
     - It reads constraints where Optuna 4 kept them, so those of `Trial.set_constraint` do not
@@ -135,10 +135,10 @@ def cure() -> bool:
     Another version of the dashboard is left as it is, with a warning.
     """
     found = version("optuna-dashboard")
-    if not found.startswith(CURED):
+    if not found.startswith(PATCHED_VERSION):
         warnings.warn(
             f"optuna-dashboard {found} is served as it is: it may show infeasible trials as the"
-            f" best, and be slow; moenas mends {CURED}*",
+            f" best, and be slow; moenas mends {PATCHED_VERSION}*",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -191,7 +191,7 @@ def best_trials(
     return _get_pareto_front_trials_by_trials(trials, directions, consider_constraint=True)
 
 
-class Reader(_CachedStorage):
+class CachedStorage(_CachedStorage):
     """Optuna's storage for a server: a finished trial is read from the database once."""
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
@@ -203,9 +203,9 @@ class Reader(_CachedStorage):
 
 
 def application(store: Store) -> WSGIApplication:
-    """Return the Optuna dashboard over a store: its gaps closed, and guarded by `Guard`."""
-    cure()
-    return Guard(optuna_dashboard.wsgi(Reader(store.optuna_storage(serving=True))))
+    """Return the Optuna dashboard over a store: its gaps closed, and guarded by `LoopbackGuard`."""
+    patch_dashboard()
+    return LoopbackGuard(optuna_dashboard.wsgi(CachedStorage(store.optuna_storage(serving=True))))
 
 
 # --- who may ask -------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ button:has([data-testid="AddBoxIcon"]) { display: none; }
 CONDITIONS = ("HTTP_IF_MODIFIED_SINCE", "HTTP_IF_NONE_MATCH", "HTTP_RANGE")
 
 
-class Guard:
+class LoopbackGuard:
     """Stands before an application that has no login, and answers only this machine's user.
 
     Listening on loopback keeps other machines out, but not the web pages in the user's browser. A

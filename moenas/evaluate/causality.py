@@ -67,29 +67,29 @@ class Leak:
         )
 
 
-def allowed(architecture: Architecture) -> bool:
+def allows_acausal(architecture: Architecture) -> bool:
     """Whether a router of an architecture was given leave to look at later tokens."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
     routers = (getattr(part, "router", None) for part in parts)
     return any(getattr(r, "allow_acausal", False) and not r.causal for r in routers if r)
 
 
-def periods(architecture: Architecture) -> set[int]:
+def mask_boundaries(architecture: Architecture) -> set[int]:
     """Return the windows and chunks of an architecture in tokens: behind them masks change."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
     return {part.reach for part in parts if part.reach is not None}
 
 
-def text_size(context: int, periods: Collection[int] = ()) -> tuple[int, int]:
+def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:
     """Return how many sequences of how many tokens `find_leaks` wants of a text.
 
     All of the training context up to LENGTH, or up to twice the longest period and a token more: a
     whole period lies before the last one that begins.
     """
-    return 3 * SEQUENCES, min(context, max(LENGTH, 2 * max(periods, default=0) + 1))
+    return 3 * SEQUENCES, min(context, max(LENGTH, 2 * max(mask_boundaries, default=0) + 1))
 
 
-def find_leaks(model: Model, text: Tensor, periods: Collection[int] = ()) -> list[Leak]:
+def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()) -> list[Leak]:
     """Return what makes a logit depend on a later token or another sequence, one a mode at most.
 
     `text` (9, S) is real text, S at least 2. In training and in evaluation mode, of one sequence
@@ -98,9 +98,9 @@ def find_leaks(model: Model, text: Tensor, periods: Collection[int] = ()) -> lis
     model and the generators are left exactly as they were.
 
     Cuts lie at the first and the last token, at two within chunks of scans and attention, and at
-    the ends of the first two chunks of a scan and of each of `periods`: off by one shows only
-    there. What needs more tokens than `text` has is not seen, nor what only another content of the
-    text calls up, nor a change below TIGHT of the largest logit in float32.
+    the ends of the first two chunks of a scan and of each of `mask_boundaries`: off by one shows
+    only there. What needs more tokens than `text` has is not seen, nor what only another content of
+    the text calls up, nor a change below TIGHT of the largest logit in float32.
 
     Rounding is told from a leak in float64, where it is a hundred million times smaller: float32
     rounds otherwise where experts get other numbers of rows, and a tie between two experts may
@@ -111,21 +111,21 @@ def find_leaks(model: Model, text: Tensor, periods: Collection[int] = ()) -> lis
     device = next(model.parameters()).device
     found = []
     cuda = [device] if device.type == "cuda" else []
-    with _untouched(model), torch.random.fork_rng(devices=cuda):
+    with _preserve_state(model), torch.random.fork_rng(devices=cuda):
         for training in (True, False):
             model.train(training)
             # Attention may take another way where gradients are wanted.
             with torch.enable_grad() if training else torch.no_grad():
-                leak = _first_leak(model, text.to(device), _cuts(text.shape[1], periods))
+                leak = _first_leak(model, text.to(device), _cuts(text.shape[1], mask_boundaries))
             if leak is not None:
                 found.append(leak)
     return found
 
 
-def _cuts(length: int, periods: Collection[int]) -> list[int]:
+def _cuts(length: int, mask_boundaries: Collection[int]) -> list[int]:
     """Return where sequences are cut; odd numbers lie within chunks, which are even."""
     chunk = chunk_length(length)
-    cuts = {1, length // 3 | 1, 2 * length // 3 | 1, length - 1, chunk, 2 * chunk, *periods}
+    cuts = {1, length // 3 | 1, 2 * length // 3 | 1, length - 1, chunk, 2 * chunk, *mask_boundaries}
     return sorted(cut for cut in cuts if 0 < cut < length)
 
 
@@ -277,7 +277,7 @@ def _named_run(model: Model) -> Run:
 
     def run(tokens: Tensor) -> States:
         _seeded(tokens.device)
-        with _listening(model, tokens) as states:
+        with _capture_outputs(model, tokens) as states:
             logits = model(tokens, dtype=torch.float32)
         return [*states, ("", logits.detach())]
 
@@ -297,7 +297,7 @@ def _exact_run(model: Model, device: torch.device | None = None) -> Run:
         _seeded(tokens.device)
         # A pass may change buffers in place.
         own = {name: tensor.clone() for name, tensor in state.items()}
-        with _listening(model, tokens) as states, _InFloat64():
+        with _capture_outputs(model, tokens) as states, _InFloat64():
             logits = functional_call(model, own, (tokens,), {"dtype": torch.float64})
         return [*states, ("", logits.detach())]
 
@@ -331,7 +331,7 @@ def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 @contextmanager
-def _listening(model: Model, tokens: Tensor) -> Iterator[States]:
+def _capture_outputs(model: Model, tokens: Tensor) -> Iterator[States]:
     """Note what each layer, and each part of one, gives for every token."""
     states: States = []
 
@@ -353,7 +353,7 @@ def _listening(model: Model, tokens: Tensor) -> Iterator[States]:
 
 
 @contextmanager
-def _untouched(model: Model) -> Iterator[None]:
+def _preserve_state(model: Model) -> Iterator[None]:
     """Leave every module with the attributes, buffers and mode that it had."""
     kept = []
     for module in model.modules():

@@ -13,7 +13,7 @@ from moenas.folders import is_private, roots
 from moenas.processes import machine
 
 
-def lease_folders() -> list[Path]:
+def lock_folders() -> list[Path]:
     """Return where the lease files of this user and boot may lie, best first.
 
     All processes of a user agree on the first that can be used. The boot is part of the name, for
@@ -30,7 +30,7 @@ def _opened(name: str) -> list[int]:
         MachineError: saying of each folder why it cannot be used.
     """
     reasons = []
-    for folder in lease_folders():
+    for folder in lock_folders():
         handles: list[int] = []
         try:
             folder.mkdir(mode=0o700, parents=False, exist_ok=True)
@@ -62,11 +62,11 @@ def _require_locks(handle: int) -> None:
     fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-class DeviceLease:
+class DeviceLock:
     """Keeps this user's other work off a device of this host while something is timed there.
 
     Two files are locked with flock(2). Work holds `main` shared for one step. A timer holds the
-    `turnstile`, which every step passes through before it takes `main`: no new step begins, the
+    `gate`, which every step passes through before it takes `main`: no new step begins, the
     running ones end, and `main` is the timer's. The kernel releases both when a process dies. The
     two ways in do not nest, and one lease serves one thread.
 
@@ -84,28 +84,28 @@ class DeviceLease:
             os.close(self._files.pop())
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         """Hold the device together with other work; for one step, not for a whole run."""
-        turnstile, main = self._files
-        fcntl.flock(turnstile, fcntl.LOCK_SH)
+        gate, main = self._files
+        fcntl.flock(gate, fcntl.LOCK_SH)
         try:
             fcntl.flock(main, fcntl.LOCK_SH)
         finally:
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            fcntl.flock(gate, fcntl.LOCK_UN)
         with self._until_settled(main):
             yield
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Wait for the current steps of others to end, and hold all others until this ends."""
-        turnstile, main = self._files
-        fcntl.flock(turnstile, fcntl.LOCK_EX)
+        gate, main = self._files
+        fcntl.flock(gate, fcntl.LOCK_EX)
         try:
             fcntl.flock(main, fcntl.LOCK_EX)
             with self._until_settled(main):
                 yield
         finally:
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            fcntl.flock(gate, fcntl.LOCK_UN)
 
     @contextmanager
     def _until_settled(self, file: int) -> Iterator[None]:

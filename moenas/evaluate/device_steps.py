@@ -18,7 +18,7 @@ from moenas.data.corpus import Corpus
 from moenas.evaluate.cuda_graphs import capture, side_stream
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.optimizer import AdamW, schedule
-from moenas.evaluate.routing_stats import Meter
+from moenas.evaluate.routing_stats import RoutingAccumulator
 from moenas.evaluate.steps import ROWS, Gate, Sums, diverged, out_of_time
 from moenas.model.architecture import Model
 from moenas.space.sections import Recipe
@@ -61,7 +61,9 @@ class DeviceSteps:
         with self._on_stream():
             self.optimizer = AdamW(model, recipe)
             layers = model.moe_layers()
-            self.meter = Meter(layers, len(corpus.domains.names) if corpus.domains else 0)
+            self.meter = RoutingAccumulator(
+                layers, len(corpus.domains.names) if corpus.domains else 0
+            )
             rates = [recipe.lr * schedule(step, recipe) for step in range(recipe.steps)]
             self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
             self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the step
@@ -190,7 +192,7 @@ class DeviceSteps:
         while self.done < until:
             if deadline is not None and time.monotonic() > deadline:
                 raise out_of_time(self.done, recipe)
-            with gate.working() if gate else nullcontext():
+            with gate.shared() if gate else nullcontext():
                 for _ in range(min(self._group, until - self.done)):
                     self.step(with_domains=counts)
                 if not self._tried and self.done >= WARM_UP and recipe.steps >= WORTH:

@@ -20,13 +20,13 @@ from moenas.data import cache
 from moenas.data.corpus import Corpus
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
 from moenas.evaluate import devices
-from moenas.evaluate.causality import Leak, allowed, find_leaks, periods, text_size
+from moenas.evaluate.causality import Leak, allows_acausal, find_leaks, mask_boundaries, text_size
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.isolation import put_back
 from moenas.evaluate.latency import (
     device_info,
-    device_lease,
+    device_lock,
     device_name,
 )
 from moenas.evaluate.optimizer import learning_rate
@@ -149,7 +149,7 @@ class _Run:
             shipped_objective(name) if source is None else load_objective(name, source)
             for name, source in job.objectives.items()
         ]
-        with closing(device_lease(device)) as lease:
+        with closing(device_lock(device)) as lease:
             subject = Subject(
                 architecture=architecture,
                 cost=cost,
@@ -227,7 +227,7 @@ class _Run:
 
     def build(self, subject: Subject, *, training: bool) -> Model:
         """Build the model if it fits its device, and training it does if it is to be trained."""
-        with self.phase("build"), subject.lease.working():
+        with self.phase("build"), subject.lease.shared():
             architecture, recipe, device = subject.architecture, subject.recipe, subject.device
             require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
             return architecture.build(device, subject.seed)
@@ -241,7 +241,7 @@ class _Run:
                 self.curve.append(row.plain())
         self.check_time()
         leaks = self.require_causal(subject, "trained")
-        with self.phase("validate"), subject.lease.working():
+        with self.phase("validate"), subject.lease.shared():
             validation = validate(model, corpus, recipe)
         self.curve[-1]["val_loss"] = validation.loss
         self.found["routing"] = validation.routing
@@ -272,9 +272,9 @@ class _Run:
         Raises:
             AcausalError: if a model without leave looks ahead.
         """
-        leave = allowed(subject.architecture)
-        with self.phase("causality"), subject.lease.working():
-            ends = periods(subject.architecture)
+        leave = allows_acausal(subject.architecture)
+        with self.phase("causality"), subject.lease.shared():
+            ends = mask_boundaries(subject.architecture)
             text = excerpts(subject.corpus, *text_size(subject.recipe.context, ends))
             leaks = find_leaks(subject.model, text, ends)
         if leaks and not leave:

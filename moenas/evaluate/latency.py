@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moenas.evaluate.device_lock import DeviceLease
+from moenas.evaluate.device_lock import DeviceLock
 from moenas.evaluate.timing import DeviceClock, Run, WallClock, replayed, time_pairs
 from moenas.failures import is_out_of_memory
 from moenas.model.architecture import Architecture, Model, initialise
@@ -111,10 +111,10 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def device_lease(device: torch.device) -> DeviceLease:
+def device_lock(device: torch.device) -> DeviceLock:
     """Return the lease of a device; a step there has not ended while its kernels are queued."""
     cuda = device.type == "cuda"
-    return DeviceLease(device_key(device), WallClock(device).settle if cuda else None)
+    return DeviceLock(device_key(device), WallClock(device).settle if cuda else None)
 
 
 def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain:
@@ -167,7 +167,7 @@ class Workload:
         return ", ".join([device_name(self.device), *words, *made])
 
 
-def deployed(architecture: Architecture, model: Model, dtype: torch.dtype) -> Model:
+def inference_copy(architecture: Architecture, model: Model, dtype: torch.dtype) -> Model:
     """Return the model as it would be run: its matrices are stored in the type they compute in.
 
     A trained model casts its float32 weights at each use, which one who decodes does once.
@@ -208,7 +208,7 @@ def _reference(workload: Workload) -> tuple[Model, Tensor]:
     architecture = Architecture.parse(DEVICE_REFERENCE if device.type == "cuda" else REFERENCE)
     model = architecture.outline(device)
     initialise(model, 0, device)
-    model = deployed(architecture, model, workload.dtype)
+    model = inference_copy(architecture, model, workload.dtype)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(architecture.vocab_size, workload.tokens, generator=generator)
     return model, tokens.to(device)
@@ -243,10 +243,11 @@ def measure_latency(
     tokens: Tensor,
     workload: Workload,
     protocol: Protocol,
-    lease: DeviceLease,
+    lease: DeviceLock,
     reference_ms: Mapping[str, float],
 ) -> Measurement:
-    """Time a model (see `deployed`) on `tokens` of shape `workload.tokens`; the value is in ms.
+    """Time a model (see `inference_copy`) on `tokens` of shape `workload.tokens`; the value is in
+    ms.
 
     value = median paired ratio * the reference's time, which is `reference_ms[workload.key]`, or
     the median measured here if the study has not fixed one. `noisy` says that the ratio's
@@ -263,7 +264,7 @@ def measure_latency(
     clock = (DeviceClock if on_cuda else WallClock)(workload.device)
     torch.set_num_threads(workload.threads)
     try:
-        with lease.working():
+        with lease.shared():
             candidate = _side(model, tokens, workload)
             reference = _side(*_reference(workload), workload)
         gc.disable()

@@ -102,7 +102,7 @@ def _use_libraries(device: torch.device) -> None:
             (y.sum() + attended.sum()).backward()
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let this process keep memory that it frees, up to 2 GiB, for what it allocates next.
 
     By default the GNU C library returns a freed tensor of over 32 MiB to the system at once, and

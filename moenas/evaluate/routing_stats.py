@@ -17,10 +17,10 @@ from moenas.records import Plain
 
 DEAD = 0.01
 """An expert with less than this share of the mean load is dead."""
-ENOUGH = 100
+MIN_ASSIGNMENTS = 100
 """Slots for each expert, in the mean, before an expert without any is called dead for good."""
 
-JUDGED = 4
+COLLAPSE_WINDOW = 4
 """Rows of a learning curve before that: a tenth of a run of 40 rows."""
 
 Layers = Sequence[tuple[int, MoE]]
@@ -28,7 +28,7 @@ Layers = Sequence[tuple[int, MoE]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class RoutingStats:
     """How one layer routed."""
 
     layer: int
@@ -78,7 +78,7 @@ class Reading:
         }
 
 
-class Meter:
+class RoutingAccumulator:
     """Adds up on the device how each mixture of experts of a model routes, pass by pass.
 
     `add` does not make the host wait; `read` does, once for all layers.
@@ -121,7 +121,7 @@ class Meter:
         ones = torch.ones_like(place) if choice.kept is None else choice.kept.flatten().long()
         self._tables[i].scatter_add_(0, place, ones)
 
-    def read(self) -> list[Reading]:
+    def read(self) -> list[RoutingStats]:
         """Return how each layer routed since the last reading, and begin anew."""
         parts = [*self._tokens, *self._loads, *self._sums, *self._tables]
         if not parts:
@@ -138,10 +138,10 @@ class Meter:
 
     def _reading(
         self, layer: int, count: Tensor, load: Tensor, sums: Tensor, table: Tensor
-    ) -> Reading:
+    ) -> RoutingStats:
         tokens = int(count)
         dropped, squares, largest = sums.tolist()
-        return Reading(
+        return RoutingStats(
             layer,
             load,
             dropped / tokens,
@@ -151,7 +151,7 @@ class Meter:
         )
 
 
-class Watch:
+class CollapseDetector:
     """Looks out for layers whose router sends almost everything to few experts.
 
     Judged over 4 rows of the curve at a time, and over as many more as it takes until each expert
@@ -167,7 +167,7 @@ class Watch:
         self._loads: dict[int, Tensor] = {}
         self._fixed = {layer for layer, moe in layers if isinstance(moe.router.selection, Hash)}
 
-    def judge(self, readings: Iterable[Reading]) -> tuple[int, float] | None:
+    def judge(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
         """Take in a row; return layer and share of dead experts of the first that collapsed."""
         if self.max_dead is None:
             return None
@@ -176,8 +176,8 @@ class Watch:
             if reading.layer not in self._fixed:
                 known = self._loads.get(reading.layer, 0)
                 self._loads[reading.layer] = known + reading.load
-        few = any(load.sum() < ENOUGH * len(load) for load in self._loads.values())
-        if self._rows < JUDGED or few:
+        few = any(load.sum() < MIN_ASSIGNMENTS * len(load) for load in self._loads.values())
+        if self._rows < COLLAPSE_WINDOW or few:
             return None
         shares = {i: routing_health(load)["dead"] / len(load) for i, load in self._loads.items()}
         self._rows, self._loads = 0, {}

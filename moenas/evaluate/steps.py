@@ -15,7 +15,7 @@ from moenas.data.corpus import Corpus
 from moenas.errors import DivergedError, TimeLimitError
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.optimizer import AdamW, schedule
-from moenas.evaluate.routing_stats import Meter
+from moenas.evaluate.routing_stats import RoutingAccumulator
 from moenas.model.architecture import Model
 from moenas.space.sections import Recipe
 
@@ -26,7 +26,7 @@ ROWS = 40
 class Gate(Protocol):
     """Who may work on a device: every group of training steps asks."""
 
-    def working(self) -> AbstractContextManager[object]:
+    def shared(self) -> AbstractContextManager[object]:
         """Return what to enter around steps; it waits while a latency is being measured."""
 
 
@@ -43,7 +43,7 @@ class Sums:
 class Steps(Protocol):
     """The steps of one training run."""
 
-    meter: Meter
+    meter: RoutingAccumulator
     """Takes in the routing of every step."""
 
     def advance(
@@ -86,7 +86,9 @@ class HostSteps:
         self.model, self.corpus, self.recipe, self.seed = model, corpus, recipe, seed
         self.dtype = training_dtype(recipe, next(model.parameters()).device)
         self.optimizer = AdamW(model, recipe)
-        self.meter = Meter(model.moe_layers(), len(corpus.domains.names) if corpus.domains else 0)
+        self.meter = RoutingAccumulator(
+            model.moe_layers(), len(corpus.domains.names) if corpus.domains else 0
+        )
         self.done = 0
         self._last = math.nan
 
@@ -102,7 +104,7 @@ class HostSteps:
                 raise out_of_time(step, recipe)
             rate = recipe.lr * schedule(step, recipe)
             place = (step, recipe.batch, recipe.context, self.seed)
-            with gate.working() if gate else nullcontext():
+            with gate.shared() if gate else nullcontext():
                 loss, norm = self._step(corpus.batch(*place), rate)
                 counts = with_domains and self.meter.layers
                 self.meter.add(corpus.batch_domains(*place) if counts else None)

@@ -12,11 +12,11 @@ import torch
 
 from moenas.data.corpus import Corpus
 from moenas.errors import CandidateError
-from moenas.evaluate.device_lock import DeviceLease
+from moenas.evaluate.device_lock import DeviceLock
 from moenas.evaluate.dtypes import deployed_dtype, training_dtype
 from moenas.evaluate.flops import count_outline
 from moenas.evaluate.footprint import require_fit
-from moenas.evaluate.latency import Workload, deployed, measure_latency
+from moenas.evaluate.latency import Workload, inference_copy, measure_latency
 from moenas.evaluate.memory import peak_bytes
 from moenas.evaluate.training import train
 from moenas.model.architecture import Architecture, Model
@@ -60,7 +60,7 @@ class Subject:
     corpus: Corpus
     device: torch.device
     seed: int
-    lease: DeviceLease
+    lease: DeviceLock
     reference_ms: Mapping[str, float] = field(default_factory=dict)
     sharers: int = 1
     """Candidates that share the memory of the device at a time."""
@@ -121,7 +121,7 @@ class Subject:
         dtype = deployed_dtype(protocol, self.device)
         workload = Workload(phase, *sizes[phase], dtype, protocol.threads, self.device)
         tokens = excerpts(self.corpus, *workload.tokens).to(self.device)
-        model = deployed(self.architecture, self.model, dtype)
+        model = inference_copy(self.architecture, self.model, dtype)
         found = measure_latency(model, tokens, workload, protocol, self.lease, self.reference_ms)
         self.timed.append(dict(found.details))
         return found
@@ -155,7 +155,7 @@ class Subject:
         """
         recipe = self.recipe
         two_steps = dataclasses.replace(recipe, tokens=2 * recipe.batch * recipe.context)
-        with self.lease.working():
+        with self.lease.shared():
             require_fit(self.architecture, recipe, self.device, training=True, sharers=self.sharers)
             model = self.architecture.build(self.device, self.seed)
             held = model.state_dict(keep_vars=True).values()

@@ -13,9 +13,9 @@ import torch
 from moenas.data.corpus import Corpus
 from moenas.errors import CollapsedError, DivergedError
 from moenas.evaluate.device_steps import DeviceSteps
-from moenas.evaluate.memory import keep_freed_memory
+from moenas.evaluate.memory import tune_malloc
 from moenas.evaluate.optimizer import schedule
-from moenas.evaluate.routing_stats import Meter, Reading, Watch
+from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator, RoutingStats
 from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
 from moenas.model.architecture import Model
 from moenas.records import Plain
@@ -36,8 +36,8 @@ class Progress:
     seconds: float
     """Wall seconds since the run began."""
     routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer, over the steps since the row before, as `Reading.short` gives it;
-    with domains in the last row alone."""
+    """A row for each MoE layer, over the steps since the row before, as `RoutingStats.short` gives
+    it; with domains in the last row alone."""
 
     def plain(self) -> Plain:
         """Return the row as a JSON object; a model without MoE layers has no `routing`."""
@@ -55,8 +55,8 @@ class Validation:
     tokens: int
     """Predictions that the loss is the mean of."""
     routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer, as `Reading.plain` gives it; `dropped` is the share of the slots of
-    this text that find no room at the capacity of training."""
+    """A row for each MoE layer, as `RoutingStats.plain` gives it; `dropped` is the share of the
+    slots of this text that find no room at the capacity of training."""
 
 
 def train(
@@ -80,11 +80,11 @@ def train(
         TimeLimitError: once the deadline has passed.
     """
     assert recipe.lr is not None
-    keep_freed_memory()
+    tune_malloc()
     began, start, total = time.monotonic(), 0, recipe.steps
     names = corpus.domains.names if corpus.domains else ()
     steps = open_steps(model, corpus, recipe, seed)
-    watch = Watch(model.moe_layers(), recipe.max_dead)
+    watch = CollapseDetector(model.moe_layers(), recipe.max_dead)
     model.train()
     try:
         for end in row_ends(total):
@@ -109,7 +109,9 @@ def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps
     return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
 
 
-def _require_alive(watch: Watch, readings: list[Reading], step: int, steps: int) -> None:
+def _require_alive(
+    watch: CollapseDetector, readings: list[RoutingStats], step: int, steps: int
+) -> None:
     """Raise CollapsedError if a layer has collapsed."""
     collapsed = watch.judge(readings)
     if collapsed is not None:
@@ -143,7 +145,7 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     device = next(model.parameters()).device
     names = corpus.domains.names if corpus.domains else ()
     layers = model.moe_layers()
-    meter, crowded = Meter(layers, len(names)), Meter(layers)
+    meter, with_capacity = RoutingAccumulator(layers, len(names)), RoutingAccumulator(layers)
     sizes = (recipe.context, recipe.batch, recipe.val_tokens)
     total, count = 0.0, 0
     was_training = model.training
@@ -159,13 +161,13 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
             if any(moe.capacity_factor is not None for _, moe in layers):
                 model.train()
                 model(tokens, dtype=torch.float32)
-                crowded.add()
+                with_capacity.add()
     model.train(was_training)
     loss = total / count
     if not math.isfinite(loss):
         raise DivergedError("the validation loss was not finite")
     rows = [reading.plain(names) for reading in meter.read()]
-    for row, reading in zip(rows, crowded.read(), strict=False):
+    for row, reading in zip(rows, with_capacity.read(), strict=False):
         row["dropped"] = reading.dropped
     bits = loss / math.log(2) if corpus.is_bytes else None
     return Validation(loss, bits, count, rows)

@@ -131,7 +131,7 @@ def model_source(architecture: Architecture, *, is_bytes: bool = True) -> str:
     """Return the text of model.py: what this architecture uses, `build`, `load` and a sample."""
     expression, classes = source.record(architecture.build)
     methods = [*ENTRY, *(ROUTED if MoE in classes else ())]
-    closure = source.Closure.of([*classes, initialise], methods)
+    closure = source.SourceClosure.of([*classes, initialise], methods)
     taken = sorted(set(closure.found) & {"DTYPES", "build", "load", "read_safetensors"})
     if taken:
         raise InputError(f"'{taken[0]}' is a name that model.py uses itself; rename the part's")
@@ -238,7 +238,7 @@ if __name__ == "__main__":
 
 # --- the check ---------------------------------------------------------------------------------
 
-_STRANGER = """\
+_CHECK_SCRIPT = """\
 import json, sys
 
 class Wall:
@@ -270,7 +270,7 @@ def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
     with _one_thread(), torch.no_grad():
         ours = _model(architecture, weights)(tokens).numpy()
     done = subprocess.run(
-        [sys.executable, "-P", "-B", "-c", _STRANGER, str(folder.resolve())],
+        [sys.executable, "-P", "-B", "-c", _CHECK_SCRIPT, str(folder.resolve())],
         input=json.dumps(tokens.tolist()).encode(),
         capture_output=True,
         check=False,

@@ -233,7 +233,7 @@ class _File:
 
 
 @dataclass
-class Closure:
+class SourceClosure:
     """The definitions that some roots reach, in an order in which each stands below its needs."""
 
     methods: set[str]
@@ -245,7 +245,7 @@ class Closure:
     """(module, name there or "", name here)"""
 
     @classmethod
-    def of(cls, roots: Iterable[Any], methods: Iterable[str]) -> Closure:
+    def of(cls, roots: Iterable[Any], methods: Iterable[str]) -> SourceClosure:
         """Start from classes and functions and collect until no further method is mentioned."""
         wanted = list(roots)
         closure = cls(set(methods))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from moenas.errors import SpaceError, suggestion
-from moenas.resources import Mark
+from moenas.resources import SourceLocation
 
 Number: TypeAlias = float
 Names: TypeAlias = Mapping[str, "float | str | None"]
@@ -52,7 +52,7 @@ class Requirement:
     text: str
     tree: ast.expr
     names: frozenset[str]
-    mark: Mark
+    mark: SourceLocation
 
     @property
     def trained(self) -> bool:
@@ -75,7 +75,7 @@ class Requirement:
 
 
 def parse_requirement(
-    text: str, mark: Mark, known: set[str], several: Mapping[str, list[str]] | None = None
+    text: str, mark: SourceLocation, known: set[str], several: Mapping[str, list[str]] | None = None
 ) -> Requirement:
     """Read one requirement; `several` maps names that are ambiguous to those to write instead.
 
@@ -102,15 +102,15 @@ def parse_requirement(
     return Requirement(text, tree, frozenset(names), mark)
 
 
-def _shift(mark: Mark, columns: int) -> Mark:
-    return Mark(mark.source, mark.line, mark.column + columns) if mark.line else mark
+def _shift(mark: SourceLocation, columns: int) -> SourceLocation:
+    return SourceLocation(mark.source, mark.line, mark.column + columns) if mark.line else mark
 
 
-def _refuse(node: ast.expr, mark: Mark, message: str) -> SpaceError:
+def _refuse(node: ast.expr, mark: SourceLocation, message: str) -> SpaceError:
     return SpaceError(f"{_shift(mark, node.col_offset)}: require: {message}")
 
 
-def _check_logic(node: ast.expr, names: set[str], mark: Mark, known: set[str]) -> None:
+def _check_logic(node: ast.expr, names: set[str], mark: SourceLocation, known: set[str]) -> None:
     """Accept comparisons joined by and, or, not; collect the names they use."""
     if isinstance(node, ast.BoolOp):
         for value in node.values:
@@ -136,7 +136,7 @@ def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def _check_value(node: ast.expr, names: set[str], mark: Mark, known: set[str]) -> None:
+def _check_value(node: ast.expr, names: set[str], mark: SourceLocation, known: set[str]) -> None:
     """Accept numbers, words, known names, arithmetic and min, max, abs."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str):
         if not isinstance(node.value, str) and not abs(node.value) <= LARGEST:

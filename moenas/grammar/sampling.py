@@ -12,7 +12,7 @@ from moenas.errors import SpaceError
 from moenas.grammar.component import Component, Scalar, fields
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree, has_holes, join
 from moenas.records import Plain
-from moenas.resources import Mark
+from moenas.resources import SourceLocation
 
 TRIES = 1000
 """Random architectures tried before an option is called never valid."""
@@ -72,7 +72,7 @@ class RandomSuggest:
         return self.random.uniform(low, high)
 
 
-def is_varied(tree: Tree) -> bool:
+def draws_each_layer(tree: Tree) -> bool:
     """Whether the tree is a group of blocks that draws each of its layers by itself."""
     if not isinstance(tree, Record):
         return False
@@ -94,7 +94,7 @@ def count(tree: Tree) -> int:
         return sum(count(option) for option in tree.options)
     if isinstance(tree, Listing):
         return math.prod(count(item) for item in tree.items)
-    if is_varied(tree):
+    if draws_each_layer(tree):
         layer = math.prod(count(t) for name, t in tree.fields.items() if name != "repeat")
         return sum(layer**n for n in _repeats(tree))
     return math.prod(count(t) for t in tree.fields.values())
@@ -147,7 +147,7 @@ def holes(tree: Tree, path: str = "", given: dict[str, Any] | None = None) -> It
         for i, item in enumerate(tree.items, tree.first):
             yield from holes(item, join(path, i), given)
     elif isinstance(tree, Record):
-        varied = is_varied(tree)
+        varied = draws_each_layer(tree)
         for name, value in tree.fields.items():
             inner = join(path, 0) if varied and name != "repeat" else path
             yield from holes(value, join(inner, name), given)
@@ -185,7 +185,7 @@ def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
     """Draw one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
-    if is_varied(tree):
+    if draws_each_layer(tree):
         return _draw_layers(cast(Record, tree), suggest, path)
     return [draw(tree, suggest, path)]
 
@@ -293,7 +293,7 @@ def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
-    if not is_varied(tree):
+    if not draws_each_layer(tree):
         found.append(_fill(tree, suggest, path, join(place, len(found))))
         return
     tree = cast(Record, tree)
@@ -461,7 +461,7 @@ def _narrowed(tree: Tree) -> list[Tree]:
     if not isinstance(tree, Record):
         return [tree]
     several_fields = {name: _narrowed(value) for name, value in tree.fields.items()}
-    if is_varied(tree):
+    if draws_each_layer(tree):
         several_fields["repeat"] = [Fixed(1, tree.fields["repeat"].mark)]
     first = {name: narrows[0] for name, narrows in several_fields.items()}
     others = [(name, n) for name, narrows in several_fields.items() for n in narrows[1:]]
@@ -469,7 +469,7 @@ def _narrowed(tree: Tree) -> list[Tree]:
     return copies + [replace(tree, fields={**first, name: narrow}) for name, narrow in others]
 
 
-def _options(tree: Choice | Range) -> list[tuple[Scalar, Mark]]:
+def _options(tree: Choice | Range) -> list[tuple[Scalar, SourceLocation]]:
     if isinstance(tree, Choice):
         return [(x, o.mark) for x, o in zip(tree.labels, tree.options, strict=True)]
     if tree.count is None or tree.step is None:

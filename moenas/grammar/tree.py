@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from moenas.errors import SpaceError, suggestion
 from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
 from moenas.records import Plain
-from moenas.resources import Mark, Node
+from moenas.resources import Node, SourceLocation
 
 MAX_OPTIONS = 1000
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
@@ -27,7 +27,7 @@ class Fixed:
     """A value that is the same in every architecture of the space."""
 
     value: Scalar
-    mark: Mark
+    mark: SourceLocation
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Choice:
     labels: tuple[Scalar, ...]
     """What the sampler sees: the value of a scalar option, the kind or preset of a component."""
     options: tuple[Tree, ...]
-    mark: Mark
+    mark: SourceLocation
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Range:
     step: float | None
     log: bool
     whole: bool
-    mark: Mark
+    mark: SourceLocation
 
     @property
     def count(self) -> int | None:
@@ -78,7 +78,7 @@ class Record:
 
     cls: type[Component]
     fields: dict[str, Tree]
-    mark: Mark
+    mark: SourceLocation
 
     @cached_property
     def has_holes(self) -> bool:
@@ -96,7 +96,7 @@ class Listing:
     """A list of components."""
 
     items: tuple[Tree, ...]
-    mark: Mark
+    mark: SourceLocation
     first: int = 0
     """Number of the first item in paths."""
 
@@ -216,7 +216,7 @@ def _read_field(field: Field, node: Node, path: str) -> Tree:
     return Fixed(field.convert(node.value), node.mark)
 
 
-def _read_default(field: Field, mark: Mark, path: str) -> Tree:
+def _read_default(field: Field, mark: SourceLocation, path: str) -> Tree:
     """Read the default of a field that was left out."""
     value = field.default
     if isinstance(value, Component):

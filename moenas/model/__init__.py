@@ -17,9 +17,9 @@ from moenas.model.mixers.mamba import Mamba, Mamba2, Mamba2Mixer, MambaMixer
 from moenas.model.mixers.mixer import KVCache, Mixer, StateCache
 from moenas.model.mixers.position_bias import PositionBias
 from moenas.model.mixers.rotary import RopeScaling, Rotary
-from moenas.model.mixers.shared_kv import Lending, Lent
-from moenas.model.mixers.shared_kv_attention import BorrowedAttention
-from moenas.model.mixers.softmax_attention import Attend, Reach
+from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv_attention import CrossLayerAttention
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import Balance, Routing
 from moenas.model.moe.batch_selection import Base, ExpertChoice, Sinkhorn
 from moenas.model.moe.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
@@ -28,21 +28,21 @@ from moenas.model.moe.mixture_of_attention import HeadExperts, MoA, MoAMixer
 from moenas.model.moe.router import Router
 from moenas.model.moe.scores import Score
 from moenas.model.moe.selection import ExpertSelection, Picked, Selection
-from moenas.model.residual import Join
+from moenas.model.residual import ResidualAdd
 
 __all__ = [
     "FFN",
     "Activation",
-    "Attend",
     "Attention",
     "AttentionMixer",
+    "AttentionSpan",
     "Balance",
     "Base",
     "Block",
     "BlockGroup",
-    "BorrowedAttention",
     "Choice",
     "Convolution",
+    "CrossLayerAttention",
     "DenseFFN",
     "DynamicTanh",
     "ExpertChoice",
@@ -55,7 +55,6 @@ __all__ = [
     "GatedNorm",
     "Gating",
     "HeadExperts",
-    "Join",
     "KVCache",
     "KimiDelta",
     "KimiDeltaMixer",
@@ -63,8 +62,6 @@ __all__ = [
     "LatentAttentionMixer",
     "LatentExperts",
     "LayerNorm",
-    "Lending",
-    "Lent",
     "LightningAttention",
     "LightningAttentionMixer",
     "Linear",
@@ -83,17 +80,20 @@ __all__ = [
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",
-    "Reach",
+    "ResidualAdd",
     "RopeScaling",
     "Rotary",
     "Router",
     "Routing",
     "Score",
     "Selection",
+    "SharedKV",
+    "SharesKV",
     "ShortConv",
     "ShortConvMixer",
     "Shortcut",
     "Sinkhorn",
+    "SoftmaxAttention",
     "StateCache",
     "ZeroExperts",
 ]

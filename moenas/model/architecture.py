@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from moenas.grammar import field_names, tree
 from moenas.grammar import summary as describe
 from moenas.grammar.component import Component, changed, setting
-from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, Stream, merged
+from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, ResidualConfig, merged
 from moenas.model.head import Head
-from moenas.model.layers.linear import matrices, size, writers
+from moenas.model.layers.linear import matrices, output_projections, size
 from moenas.model.layers.norms import NormKind
-from moenas.model.mixers.shared_kv import link, unfit
-from moenas.model.moe.balance import joined_loss
+from moenas.model.mixers.shared_kv import kv_source_error, link
+from moenas.model.moe.balance import total_auxiliary_loss
 from moenas.model.moe.dispatch import grouped_waits
 from moenas.model.moe.experts import MoE
-from moenas.model.residual import Late
+from moenas.model.residual import PendingShortcuts
 from moenas.records import Cost
 from moenas.resources import sha256
 
@@ -92,7 +92,7 @@ class Architecture(Component):
 
     def invalid_together(self) -> str | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
-        return unfit([layer.mixer for layer in self.layers], self.d_model)
+        return kv_source_error([layer.mixer for layer in self.layers], self.d_model)
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
@@ -110,9 +110,9 @@ class Architecture(Component):
         return tuple(first[id(layer)] for layer in layers)
 
     @property
-    def stream(self) -> Stream:
+    def stream(self) -> ResidualConfig:
         """What the layers share."""
-        return Stream(
+        return ResidualConfig(
             self.d_model,
             self.norm,
             self.norm_eps,
@@ -215,9 +215,9 @@ class Architecture(Component):
                 sum(len(layer.parts) for layer in self.canonical().layers),
             )
 
-    def _build_stem(self, rows: int | None) -> Stem:
+    def _build_stem(self, rows: int | None) -> EmbeddingStem:
         norm = self.stream.build_norm() if self.embedding_norm else None
-        return Stem(self.d_model, rows, self.embedding_multiplier, norm)
+        return EmbeddingStem(self.d_model, rows, self.embedding_multiplier, norm)
 
     def _build_head(self) -> Head:
         return Head(
@@ -257,26 +257,27 @@ def initialise(model: Model, seed: int, device: torch.device | str = "cpu") -> N
     Only on the CPU are they the same on every machine.
 
     Normal with standard deviation sqrt(2 / (5 d_model)) (Nguyen and Salazar, arXiv 1910.05895:
-    Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(model.n_writes) where a
-    weight writes into the residual stream (GPT-2). Each module tells its weights: see `matrices`.
-    Norms start at 1 and biases at 0. A module with a method `start` draws its own parameters.
+    Xavier's for a d x 4d matrix; 0.02 at d_model 1000), divided by sqrt(model.n_residual_branches)
+    where a weight writes into the residual stream (GPT-2). Each module tells its weights: see
+    `matrices`. Norms start at 1 and biases at 0. A module with a method `start` draws its own
+    parameters.
     """
     generator = torch.Generator(device).manual_seed(seed)
     std = math.sqrt(2 / (5 * model.d_model))
-    into_stream = {id(weight) for _, part in model.parts() for weight in writers(part)}
+    into_stream = {id(weight) for _, part in model.parts() for weight in output_projections(part)}
     modules: list[Any] = list(model.modules())
     for module in modules:
         if hasattr(module, "start"):
             module.start(generator)
             continue
         for parameter in matrices(module):
-            scale = math.sqrt(model.n_writes) if id(parameter) in into_stream else 1.0
+            scale = math.sqrt(model.n_residual_branches) if id(parameter) in into_stream else 1.0
             drawn = torch.empty(parameter.shape, device=device)
             drawn.normal_(0.0, std / scale, generator=generator)
             parameter.data.copy_(drawn)
 
 
-class Stem(nn.Module):
+class EmbeddingStem(nn.Module):
     """The way into the stream: embedding times a multiplier, plus the position's vector, normed."""
 
     matrices = ("positions",)
@@ -318,25 +319,25 @@ class Caches(list[Any]):
 class Model(nn.Module):
     """A decoder-only language model: embedding, blocks, norm, head.
 
-    `n_writes` parts add to the residual stream: mixers, feed-forward layers and shortcuts, counted
-    in the canonical architecture, so that all spellings start alike. A mixture with its shared
-    experts is one.
+    `n_residual_branches` parts add to the residual stream: mixers, feed-forward layers and
+    shortcuts, counted in the canonical architecture, so that all spellings start alike. A mixture
+    with its shared experts is one.
     """
 
     matrices = ("embedding",)
 
     def __init__(
         self,
-        stem: Stem,
+        stem: EmbeddingStem,
         blocks: list[Block],
         norm: nn.Module | None,
         head: Head,
-        n_writes: int,
+        n_residual_branches: int,
     ) -> None:
         super().__init__()
         self.vocab_size = head.vocab_size
         self.d_model = stem.d_model
-        self.n_writes = n_writes
+        self.n_residual_branches = n_residual_branches
         self.embedding = nn.Parameter(torch.empty(self.vocab_size, self.d_model))
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
@@ -365,7 +366,7 @@ class Model(nn.Module):
         """Return what the head reads, (B, S, D); see `forward`."""
         x = F.embedding(tokens, self.embedding).to(dtype or self.embedding.dtype)
         x = self.stem(x, 0 if cache is None else cache.length)
-        late = Late()
+        late = PendingShortcuts()
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], tokens, late)
         if cache is not None:
@@ -410,7 +411,7 @@ class Model(nn.Module):
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted balance and z losses of the last forward pass, over all layers."""
         layers = [(moe.balance, moe.routing) for _, moe in self.moe_layers()]
-        return joined_loss(layers) if layers else self.embedding.new_zeros(())
+        return total_auxiliary_loss(layers) if layers else self.embedding.new_zeros(())
 
     def after_step(self) -> None:
         """Move selection biases by the loads of the last training pass; call it each step.

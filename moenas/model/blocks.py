@@ -16,7 +16,7 @@ from moenas.model.feedforward.dense import FFN, DenseFFN
 from moenas.model.layers.norms import NormKind, build_norm, norm_params
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
-from moenas.model.residual import Join, Late, Sandwich, Sources
+from moenas.model.residual import PendingShortcuts, PrePostNorm, ResidualAdd, RouterInputs
 from moenas.records import Cost
 
 NormPosition = Literal["pre", "post", "output", "sandwich"]
@@ -27,7 +27,7 @@ KEPT = "_canonical"
 
 
 @dataclass(frozen=True)
-class Stream:
+class ResidualConfig:
     """What every layer of a model shares: the residual stream and how parts are joined to it."""
 
     d_model: int
@@ -55,12 +55,12 @@ class Stream:
     def build_norms(self) -> nn.Module:
         """Build the norm around one part, or the two norms."""
         if self.norm_position == "sandwich":
-            return Sandwich(self.build_norm(), self.build_norm())
+            return PrePostNorm(self.build_norm(), self.build_norm())
         return self.build_norm()
 
-    def build_join(self) -> Join:
+    def build_join(self) -> ResidualAdd:
         """Build what adds a part to the stream."""
-        return Join(self.norm_position, self.multiplier, self.skip)
+        return ResidualAdd(self.norm_position, self.multiplier, self.skip)
 
     @property
     def norms_outputs(self) -> bool:
@@ -189,7 +189,7 @@ class BlockGroup(Component):
             shortcut_delay=self.shortcut_delay if shortcut else 0,
         )
 
-    def canonical_in(self, stream: Stream) -> Self:
+    def canonical_in(self, stream: ResidualConfig) -> Self:
         """Return the canonical form of one layer of a model; it is kept for the last stream.
 
         Draws of one space share their layers, and most of the time their stream.
@@ -200,7 +200,7 @@ class BlockGroup(Component):
         found: Self = kept[1]
         return found
 
-    def _canonical_in(self, stream: Stream) -> Self:
+    def _canonical_in(self, stream: ResidualConfig) -> Self:
         found = self.canonical_at(stream.d_model)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
         alike = found.mixer is None or found.parallel
@@ -208,7 +208,7 @@ class BlockGroup(Component):
         found = changed(found, shortcut_input="ffn") if alike else found
         return found._with_sources(stream)._side_by_side(stream)
 
-    def _with_sources(self, stream: Stream) -> Self:
+    def _with_sources(self, stream: ResidualConfig) -> Self:
         """Write what routers read as `ffn`, else as `stream`, where these are the same."""
         whole = self.mixer is None or self.parallel  # what the block reads, its ffn does, too
         late = self.shortcut_input == "block"
@@ -225,7 +225,7 @@ class BlockGroup(Component):
 
         return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
-    def _side_by_side(self, stream: Stream) -> Self:
+    def _side_by_side(self, stream: ResidualConfig) -> Self:
         """Order two feed-forward layers that read and join alike, or write them as one.
 
         With norms of their outputs they stay two, and those of a parallel block do not join alike:
@@ -239,13 +239,13 @@ class BlockGroup(Component):
                 return self
             whole = None
         else:
-            whole = united(self.ffn, self.shortcut) or united(self.shortcut, self.ffn)
+            whole = merge_ffns(self.ffn, self.shortcut) or merge_ffns(self.shortcut, self.ffn)
         if whole is not None:
             return changed(self, ffn=whole, shortcut=None)
         first, second = sorted((self.ffn, self.shortcut), key=_order)
         return changed(self, ffn=first, shortcut=second)
 
-    def cost(self, stream: Stream, context: int) -> Cost:
+    def cost(self, stream: ResidualConfig, context: int) -> Cost:
         """Return the cost of the block, or of the pattern, once."""
         groups = self.blocks or ()
         one = sum((group.cost(stream, context) * group.repeat for group in groups), start=Cost())
@@ -257,7 +257,7 @@ class BlockGroup(Component):
             one = one + stream.norm_cost() * sum(stream.shortcut_norms(self.shortcut_input))
         return one
 
-    def build_block(self, stream: Stream) -> Block:
+    def build_block(self, stream: ResidualConfig) -> Block:
         """Build the one layer of a group of one."""
         mixer = None if self.mixer is None else self.mixer.build(stream.d_model)
         ffn = None if self.ffn is None else self.ffn.build(stream.d_model)
@@ -267,7 +267,7 @@ class BlockGroup(Component):
             return ParallelBlock(norms[0], mixer, None, ffn, stream.build_join(), shortcut)
         return Block(norms[0], mixer, norms[1], ffn, stream.build_join(), shortcut)
 
-    def _build_shortcut(self, stream: Stream) -> Shortcut | None:
+    def _build_shortcut(self, stream: ResidualConfig) -> Shortcut | None:
         if self.shortcut is None:
             return None
         norms = stream.shortcut_norms(self.shortcut_input)
@@ -286,7 +286,7 @@ def _order(ffn: FFN) -> tuple[bool, str]:
     return ffn.kind != "moe", json.dumps(ffn.plain(), sort_keys=True)
 
 
-def united(ffn: FFN, beside: FFN) -> FFN | None:
+def merge_ffns(ffn: FFN, beside: FFN) -> FFN | None:
     """Return the one layer that is the sum of two canonical ones of the same input, or None.
 
     A network without biases beside another is a wider one, and beside a mixture it is a shared
@@ -357,7 +357,7 @@ class Block(nn.Module):
         mixer: nn.Module | None,
         norm2: nn.Module | None,
         ffn: nn.Module | None,
-        join: Join,
+        join: ResidualAdd,
         shortcut: Any = None,  # Shortcut or None
     ) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class Block(nn.Module):
         x: Tensor,
         cache: Any = None,
         numbers: Tensor | None = None,
-        late: Late | None = None,
+        late: PendingShortcuts | None = None,
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
@@ -383,17 +383,23 @@ class Block(nn.Module):
         first, join = x, self.join
         if self.mixer is not None:
             y = mixed(self.mixer, join.entering(x, self.norm1), cache, late)
-            beside = self.beside(Sources(x, first), x, numbers, late) if self.ffn is None else None
+            beside = (
+                self.beside(RouterInputs(x, first), x, numbers, late) if self.ffn is None else None
+            )
             x = join(x, y, self.norm1, beside)
         if self.ffn is None:
             return x
-        read, sources = join.entering(x, self.norm2), Sources(x, first)
+        read, sources = join.entering(x, self.norm2), RouterInputs(x, first)
         y = fed(self.ffn, read, numbers, sources)
         x = join(x, y, self.norm2, self.beside(sources, read, numbers, late))
         return x
 
     def beside(
-        self, sources: Sources, read: Tensor, numbers: Tensor | None, late: Late | None
+        self,
+        sources: RouterInputs,
+        read: Tensor,
+        numbers: Tensor | None,
+        late: PendingShortcuts | None,
     ) -> Tensor | None:
         """Return what shortcuts add to the stream at the end of this block, and send its own on.
 
@@ -420,10 +426,10 @@ class ParallelBlock(Block):
         x: Tensor,
         cache: Any = None,
         numbers: Tensor | None = None,
-        late: Late | None = None,
+        late: PendingShortcuts | None = None,
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        read, sources = self.join.entering(x, self.norm1), Sources(x, x)
+        read, sources = self.join.entering(x, self.norm1), RouterInputs(x, x)
         y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers, sources)
         x = self.join(x, y, self.norm1, self.beside(sources, read, numbers, late))
         return x
@@ -450,16 +456,16 @@ class Shortcut(nn.Module):
         self.of_block = of_block
         self.delay = delay
 
-    def forward(self, sources: Sources, read: Tensor, numbers: Tensor | None) -> Tensor:
+    def forward(self, sources: RouterInputs, read: Tensor, numbers: Tensor | None) -> Tensor:
         """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
         x = read
         if self.of_block:
-            x, sources = sources.block, Sources(sources.block, sources.block)
+            x, sources = sources.block, RouterInputs(sources.block, sources.block)
         y = fed(self.ffn, x if self.before is None else self.before(x), numbers, sources)
         return y if self.after is None else self.after(y)
 
 
-def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
+def mixed(mixer: Any, x: Tensor, cache: Any, late: PendingShortcuts | None) -> Tensor:
     """Return what a mixer makes of (B, S, D)."""
     lends = getattr(mixer, "lends", False)
     lent = None if late is None else late.lent
@@ -467,7 +473,7 @@ def mixed(mixer: Any, x: Tensor, cache: Any, late: Late | None) -> Tensor:
     return y
 
 
-def fed(ffn: Any, x: Tensor, numbers: Tensor | None, sources: Sources) -> Tensor:
+def fed(ffn: Any, x: Tensor, numbers: Tensor | None, sources: RouterInputs) -> Tensor:
     """Return what a feed-forward layer makes of (B, S, D)."""
     given = (x, numbers) if getattr(ffn, "reads_tokens", False) else (x,)
     source = getattr(ffn, "router_input", "ffn")

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from moenas.model.mixers.shared_kv import Lent
+from moenas.model.mixers.shared_kv import SharedKV
 
 # Shapes: B sequences of S tokens, D model width.
 
 
-class Sandwich(nn.Module):
+class PrePostNorm(nn.Module):
     """The norms before and after a part."""
 
     def __init__(self, before: nn.Module, after: nn.Module) -> None:
@@ -20,7 +20,7 @@ class Sandwich(nn.Module):
         self.after = after
 
 
-class Join(nn.Module):
+class ResidualAdd(nn.Module):
     """How a part is joined to the stream.
 
     With a part f, a norm n, a multiplier m and a skip multiplier a, the stream becomes
@@ -59,7 +59,7 @@ class Join(nn.Module):
         return norm(x) if self.norm_position == "post" else x
 
 
-class Sources(NamedTuple):
+class RouterInputs(NamedTuple):
     """What a router can read in place of the input of its layer, (B, S, D) each."""
 
     stream: Tensor
@@ -68,7 +68,7 @@ class Sources(NamedTuple):
     """The stream before the mixer of the block."""
 
 
-class Late(list[Tensor | None]):
+class PendingShortcuts(list[Tensor | None]):
     """What joins the stream at the end of a block, of the block after it, and so on.
 
     Beside it, what mixers lend to those of later blocks.
@@ -76,4 +76,4 @@ class Late(list[Tensor | None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lent = Lent()
+        self.lent = SharedKV()

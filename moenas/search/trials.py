@@ -76,7 +76,7 @@ def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[f
     return TrialState.PRUNED, None
 
 
-class Asker:
+class OptunaTrials:
     """Optuna's side of one study."""
 
     def __init__(self, store: Store, space: Space) -> None:

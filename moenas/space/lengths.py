@@ -8,7 +8,7 @@ from moenas.errors import SpaceError
 from moenas.grammar import sampling
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.model.architecture import MAX_LAYERS
-from moenas.resources import Mark
+from moenas.resources import SourceLocation
 from moenas.space.objective import Objective
 from moenas.space.sections import Protocol, Recipe
 
@@ -76,7 +76,7 @@ def _records(tree: Tree) -> Iterator[Record]:
         yield tree
 
 
-def _values(tree: Tree) -> Iterator[tuple[object, Mark]]:
+def _values(tree: Tree) -> Iterator[tuple[object, SourceLocation]]:
     """Yield every value of a scalar field; of a range, its low end."""
     if isinstance(tree, Choice):
         for option in tree.options:

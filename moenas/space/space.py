@@ -24,7 +24,7 @@ from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requi
 from moenas.grammar.user_parts import Guest
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, astuple
-from moenas.resources import MAX_DEPTH, Mark, Node, find, parse_yaml, read_text, sha256
+from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.objective import Objective, load_objective
 from moenas.space.sections import Protocol, Recipe, Search
@@ -57,7 +57,7 @@ class Space:
     train: Recipe
     measure: Protocol
     search: Search
-    data_mark: Mark = field(default=Mark("<space>"), compare=False)
+    data_mark: SourceLocation = field(default=SourceLocation("<space>"), compare=False)
     """Where the section `data` stands."""
 
     def __repr__(self) -> str:
@@ -107,11 +107,11 @@ class Space:
             tree=tree,
             requirements=tuple(_read_requirements(found.get("require"), tree)),
             objectives=tuple(_read_objectives(found["objectives"])),
-            data=data.parse(found.get("data") or Node("stdlib", Mark(source))),
+            data=data.parse(found.get("data") or Node("stdlib", SourceLocation(source))),
             train=_read_section(Recipe, "train", found, source),
             measure=_read_section(Protocol, "measure", found, source),
             search=_read_section(Search, "search", found, source),
-            data_mark=found["data"].mark if "data" in found else Mark(source),
+            data_mark=found["data"].mark if "data" in found else SourceLocation(source),
         )
         space._check(found)
         return space
@@ -163,7 +163,7 @@ class Space:
         """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data."""
         return cast(Plain, sampling.draw(self.tree, suggest))
 
-    def architecture(self, plain: Plain, mark: Mark | None = None) -> Architecture:
+    def architecture(self, plain: Plain, mark: SourceLocation | None = None) -> Architecture:
         """Build the canonical architecture from drawn data.
 
         Raises:
@@ -285,7 +285,7 @@ def digest(plain: Plain) -> str:
     return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
 
 
-def brought_up(plain: Plain) -> Plain:
+def with_current_defaults(plain: Plain) -> Plain:
     """Return the stored plain form of a space with the fields that came later at their defaults.
 
     What cannot be read any more is returned as it is. Resources of the search are left at their
@@ -356,7 +356,7 @@ def _override(root: Node, text: str) -> Node:
 def _set(node: Node, keys: list[str], value: Node, place: str) -> Node:
     """Return a copy of `node` in which the value at `keys` is replaced."""
     if not keys:
-        return Node(value.value, Mark(place), Mark(place))
+        return Node(value.value, SourceLocation(place), SourceLocation(place))
     key, rest = keys[0], keys[1:]
     if isinstance(node.value, list):
         if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node.value):
@@ -366,7 +366,7 @@ def _set(node: Node, keys: list[str], value: Node, place: str) -> Node:
         return replace(node, value=items)
     if not isinstance(node.value, dict):
         raise SpaceError(f"{place}: nothing can be set below {node.plain!r}; it is not a mapping")
-    inner = node.value.get(key) or Node({}, Mark(place), Mark(place))
+    inner = node.value.get(key) or Node({}, SourceLocation(place), SourceLocation(place))
     return replace(node, value={**node.value, key: _set(inner, rest, value, place)})
 
 
@@ -389,7 +389,7 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     """Read train, measure or search; holes cannot stand in them."""
     node = found.get(name)
     if node is None or node.value is None:
-        node = Node({}, node.mark if node else Mark(source))
+        node = Node({}, node.mark if node else SourceLocation(source))
     if isinstance(node.value, dict):
         for key, value in node.value.items():
             if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
@@ -442,7 +442,7 @@ def _read_objectives(node: Node) -> Iterator[Objective]:
         yield objective
 
 
-def _values(tree: grammar.Tree, name: str) -> Iterator[tuple[int, Mark]]:
+def _values(tree: grammar.Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
     """Yield every value that a top-level whole-number field of the architecture can have."""
     if isinstance(tree, grammar.Choice):
         for option in tree.options:

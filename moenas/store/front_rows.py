@@ -51,7 +51,7 @@ def advance(
     name, directions = record.name, list(record.directions.values())
     known = _points(connection, record, member.c.left_seq.is_(None))
     trials, values = list(known), list(known.values())
-    entered, rows = (False, []) if copied else pareto.challenge(values, point, directions)
+    entered, rows = (False, []) if copied else pareto.insertion(values, point, directions)
     latest = last(connection, name)
     seq = latest.seq + 1 if latest else 1
     if entered:

@@ -11,7 +11,7 @@ from moenas.errors import InputError
 from moenas.records import Plain, StudyRecord
 from moenas.resources import sha256
 from moenas.space.objective import Objective
-from moenas.space.space import RESOURCES, brought_up, digest
+from moenas.space.space import RESOURCES, digest, with_current_defaults
 
 if TYPE_CHECKING:
     from moenas.data.corpus import Corpus
@@ -41,7 +41,7 @@ def refuse_changes(
     way_out = "; give the space another `name` for a new study"
     _refuse_other_objectives(known, space, accept, way_out)
     changed = changed_objectives(known, space)
-    stored = _with_objectives_of(space, brought_up(known.space))
+    stored = _with_objectives_of(space, with_current_defaults(known.space))
     if known.space_sha256 != space.sha256 and digest(stored) != space.sha256:
         lines = _differences(stored, space.plain())
         files = [line for line in lines if line.startswith("  objectives.")]

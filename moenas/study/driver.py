@@ -21,7 +21,7 @@ from moenas.failures import internal
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.search.trials import (
-    Asker,
+    OptunaTrials,
     ParametersError,
     SamplerFailedError,
     outcome,
@@ -78,7 +78,7 @@ class Driver:
         self.store, self.space, self.name = store, space, space.name
         self.jobs, self.listener = Jobs(store, space, data_sha256), listener
         self.names = [o.name for o in space.objectives]
-        self.asker = Asker(store, space)
+        self.asker = OptunaTrials(store, space)
         self.intake = Intake(store, space)
         self.score = Score({o.name: o.direction for o in space.objectives})
         self.running: dict[int, Candidate] = {}
@@ -100,7 +100,7 @@ class Driver:
 
     # --- begin and end -------------------------------------------------------------------------
 
-    def take_up(self, total: int) -> None:
+    def resume(self, total: int) -> None:
         """Load the study as it is, and make both stores agree; it is to have `total` candidates."""
         self.asker.open()
         spool = self.spool = Spool(self.store.runs, self.name)
@@ -263,9 +263,9 @@ class Driver:
             )
             self._finish(candidate, evaluation, "infeasible", text)
         else:
-            self._place(candidate)
+            self._dispatch(candidate)
 
-    def _place(self, candidate: Candidate) -> None:
+    def _dispatch(self, candidate: Candidate) -> None:
         """Evaluate a candidate, unless the same model is evaluated already, or is right now."""
         same = candidate.fingerprint
         pending = [*self.running.values(), *self.delayed, *(c for c, _ in self.crashed)]
@@ -309,13 +309,13 @@ class Driver:
         reasons = []
         for result in results:
             try:
-                self._land(result)
+                self._handle_result(result)
             except (StudyStoppedError, EnvironmentFaultError) as error:
                 reasons.append(error)
         if reasons:
             raise reasons[0]
 
-    def _land(self, result: Result) -> None:
+    def _handle_result(self, result: Result) -> None:
         """Take a result: retry it if that may help, else record and tell it."""
         candidate, found = self.running.pop(result.job.trial), result.outcome
         self.ended += 1
@@ -353,7 +353,7 @@ class Driver:
         with self.spool.holding(evaluation):
             self._finish(candidate, evaluation, "finished", one_line(candidate.plain))
         for waiting in self.same.pop(candidate.fingerprint, []):
-            self._guarded(waiting, self._place)
+            self._guarded(waiting, self._dispatch)
         self.failures.add(evaluation, bool(self.score.counts["complete"]))
 
     def _delay(self, candidate: Candidate, failure: Failure, job: Job) -> bool:
@@ -418,7 +418,7 @@ class Driver:
         self.draws.add({})
         self._finish(candidate, evaluation, "finished", failure.message)
         for waiting in self.same.pop(candidate.fingerprint, []) if candidate.fingerprint else []:
-            self._guarded(waiting, self._place)
+            self._guarded(waiting, self._dispatch)
         self.failures.add(evaluation, bool(self.score.counts["complete"]))
 
     def _finish(self, candidate: Candidate, found: Evaluation, kind: Kind, text: str) -> None:

@@ -272,7 +272,7 @@ def run(
         lease = stack.enter_context(Lease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         driver = Driver(store, space, corpus.sha256, listener or _silent)
-        driver.take_up(_total(store.study(space.name), space, trials))
+        driver.resume(_total(store.study(space.name), space, trials))
         if driver.over is None:
             pool = pool or _opened(stack, space, workers, address)
             if known and (text := version_changes(known, _versions())):

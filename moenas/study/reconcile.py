@@ -84,7 +84,8 @@ def repair(
 
     A trial that Optuna's tables lack is added with our values and without parameters. A trial of
     ours that another program has finished is opened again. A trial of another program becomes a
-    failed row of ours, which does not count. What is untold stays so; see `Asker.tell_stored`.
+    failed row of ours, which does not count. What is untold stays so; see
+    `OptunaTrials.tell_stored`.
     """
     name = study.study_name
     # 1. Trials that are gone come back first, in order: Optuna numbers them by itself.

@@ -195,7 +195,7 @@ def _problem(architecture: Architecture) -> str | None:
     wild = [n for n, p in model.state_dict().items() if not p.isfinite().all()]
     if wild:
         return f"the seed does not set {wild[0]}; give it a value in the constructor"
-    source.Closure.of(source.record(architecture.build)[1], ["forward"]).texts()
+    source.SourceClosure.of(source.record(architecture.build)[1], ["forward"]).texts()
     layers = tuple(layer.canonical_at(architecture.d_model) for layer in architecture.layers)
     twin = replace(architecture, blocks=layers).build(seed=1).eval()
     causal = all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers)

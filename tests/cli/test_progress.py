@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from moenas.cli.progress import Board, duration, line, listener, write_line
+from moenas.cli.progress import LiveProgress, duration, line, listener, write_line
 from moenas.records import Evaluation
 from moenas.space.space import Space
 from moenas.store.tally import Tally
@@ -80,7 +80,7 @@ def test_a_closed_stderr_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) ->
     write_line(COMPLETE)
 
 
-def shown(board: Board) -> str:
+def shown(board: LiveProgress) -> str:
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
     with console.capture() as captured:
         console.print(board)
@@ -88,7 +88,7 @@ def shown(board: Board) -> str:
 
 
 def test_the_board_shows_what_runs_and_what_came_of_it() -> None:
-    board = Board(Space.parse(SPACE, "s.yaml"))
+    board = LiveProgress(Space.parse(SPACE, "s.yaml"))
     assert "study: starting" in shown(board)
     board.take(event("started", 8, "the eighth"))
     board.take(event("started", 10, "the tenth"))

@@ -307,7 +307,7 @@ def test_a_poll_gathers_the_search_space_of_no_finished_trial_again(store, monke
 
 def test_the_stock_dashboard_still_needs_its_cure(store):
     """If this fails, upstream has mended it: take the replacement out of moenas.dashboard.server."""
-    dashboard.cure()
+    dashboard.patch_dashboard()
     stock = inspect.unwrap(_serializer.serialize_frozen_trial)
     infeasible = study_of(store, "made_up").trials[-1]
     assert infeasible.constraints
@@ -319,9 +319,9 @@ def test_the_stock_dashboard_still_needs_its_cure(store):
 
 
 def test_curing_twice_is_curing_once():
-    assert dashboard.cure()
+    assert dashboard.patch_dashboard()
     before = _serializer.serialize_frozen_trial, _app.get_plotly_graph_objects
-    assert dashboard.cure()
+    assert dashboard.patch_dashboard()
     assert (_serializer.serialize_frozen_trial, _app.get_plotly_graph_objects) == before
 
 

@@ -13,7 +13,7 @@ from fake_cuda import cuda_forms
 from torch import Tensor, nn
 
 from moenas.evaluate import causality
-from moenas.evaluate.causality import allowed, find_leaks, text_size
+from moenas.evaluate.causality import allows_acausal, find_leaks, text_size
 from moenas.model.architecture import Architecture, Model
 from moenas.model.feedforward.dense import FFN
 from moenas.model.mixers.mixer import Mixer
@@ -75,7 +75,7 @@ def test_every_kind_of_part_passes(kind: Any) -> None:
 def test_every_selection_passes_or_is_marked(router: Plain) -> None:
     causal = Selection.named(router.get("selection", "top_k")).causal
     found = architecture(**router, allow_acausal=not causal)
-    assert allowed(found) is not causal
+    assert allows_acausal(found) is not causal
     model = found.build(seed=0)
     for _ in range(2):
         leaks = find_leaks(model, text())
@@ -85,7 +85,7 @@ def test_every_selection_passes_or_is_marked(router: Plain) -> None:
 
 
 def test_leave_without_use_is_none() -> None:
-    assert not allowed(architecture(allow_acausal=True))
+    assert not allows_acausal(architecture(allow_acausal=True))
 
 
 def test_the_shortest_sequence_is_looked_at() -> None:
@@ -172,12 +172,12 @@ def test_what_depends_on_a_later_token_being_there_is_found() -> None:
 
 
 def test_the_text_is_as_long_as_what_the_parts_look_at() -> None:
-    def periods(*mixers: Plain) -> set[int]:
+    def mask_boundaries(*mixers: Plain) -> set[int]:
         blocks = [{"mixer": {"kind": "attention", "head_dim": 8, **m}} for m in mixers]
         plain = {"vocab_size": 32, "d_model": 16, "blocks": blocks}
-        return causality.periods(Architecture.parse(plain))
+        return causality.mask_boundaries(Architecture.parse(plain))
 
-    assert periods({}, {"window": 200}, {"chunk": 50}) == {200, 50}
+    assert mask_boundaries({}, {"window": 200}, {"chunk": 50}) == {200, 50}
     assert text_size(100) == (9, 100)
     assert text_size(5000) == (9, 256)
     assert text_size(5000, {200, 50}) == (9, 401)

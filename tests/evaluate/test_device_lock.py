@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from moenas.errors import MachineError
-from moenas.evaluate.device_lock import DeviceLease, lease_folders
+from moenas.evaluate.device_lock import DeviceLock, lock_folders
 
 WORKER = """
 import random, sys, time
-from moenas.evaluate.device_lock import DeviceLease
+from moenas.evaluate.device_lock import DeviceLock
 
 role, steps = sys.argv[1], int(sys.argv[2])
-enter = getattr(DeviceLease("cpu"), role)
+enter = getattr(DeviceLock("cpu"), role)
 print("ready", flush=True)
 sys.stdin.readline()
 rows = []
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return lease_folders()[0]
+    return lock_folders()[0]
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_no_step_of_four_trainers_runs_while_a_timer_has_the_device(
     timed, waited = [], []
     for trainer in trainers:
         tell(trainer, "ready")
-    with closing(DeviceLease("cpu")) as lease:
+    with closing(DeviceLock("cpu")) as lease:
         for _ in range(8):
             asked = time.monotonic_ns()
             with lease.exclusive():
@@ -133,17 +133,17 @@ def test_a_killed_process_lets_go(start: Start, folder: Path, role: str) -> None
     assert is_free(folder, "cpu.turnstile", fcntl.LOCK_EX) == (role == "working")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with closing(DeviceLease("cpu")) as lease:
+    with closing(DeviceLock("cpu")) as lease:
         with lease.exclusive():
             assert not is_free(folder, "cpu.main", fcntl.LOCK_SH)
-        with lease.working():
+        with lease.shared():
             assert is_free(folder, "cpu.main", fcntl.LOCK_SH)
             assert not is_free(folder, "cpu.main", fcntl.LOCK_EX)
 
 
 @pytest.mark.parametrize("role", ["working", "exclusive"])
 def test_an_error_inside_lets_go(folder: Path, role: str) -> None:
-    with closing(DeviceLease("cpu")) as lease:
+    with closing(DeviceLock("cpu")) as lease:
         with pytest.raises(ZeroDivisionError), getattr(lease, role)():
             raise ZeroDivisionError
         assert is_free(folder, "cpu.main", fcntl.LOCK_EX)
@@ -157,14 +157,14 @@ def test_the_device_settles_before_others_come_in(folder: Path, role: str) -> No
     def settle() -> None:
         seen.append(is_free(folder, "cuda-1.main", fcntl.LOCK_EX))
 
-    with closing(DeviceLease("cuda:1", settle)) as lease:
+    with closing(DeviceLock("cuda:1", settle)) as lease:
         with getattr(lease, role)():
             assert seen == []
         assert seen == [False]
 
 
 def test_the_lease_files_are_of_this_user_alone(folder: Path) -> None:
-    DeviceLease("cpu").close()
+    DeviceLock("cpu").close()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
 
@@ -196,18 +196,18 @@ def with_a_link_in_it(folder: Path) -> None:
 def test_a_folder_that_others_took_is_passed_over(take: Callable[[Path], None]) -> None:
     if take is of_another_user and os.geteuid():
         pytest.skip("only root can give a folder away")
-    first, second, third = lease_folders()
+    first, second, third = lock_folders()
     take(first)
-    with closing(DeviceLease("cpu")) as lease, lease.exclusive():
+    with closing(DeviceLock("cpu")) as lease, lease.exclusive():
         assert not is_free(second, "cpu.main", fcntl.LOCK_SH)
     shutil.rmtree(second)
     take(second)
-    with closing(DeviceLease("cpu")) as lease, lease.exclusive():
+    with closing(DeviceLock("cpu")) as lease, lease.exclusive():
         assert not is_free(third, "cpu.main", fcntl.LOCK_SH)
     shutil.rmtree(third)
     take(third)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MachineError, match="no folder for the locks of devices") as error:
-        DeviceLease("cpu")
+        DeviceLock("cpu")
     assert all(str(folder) in str(error.value) for folder in (first, second, third))
     assert len(os.listdir("/proc/self/fd")) == before

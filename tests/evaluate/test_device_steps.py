@@ -142,7 +142,7 @@ class Counted:
         self.times = 0
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def shared(self) -> Iterator[None]:
         self.times += 1
         yield
 

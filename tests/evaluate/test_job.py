@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from jobs import MIXER, MOE, PLAIN, RECIPE, MakeJob, guest
 
 from moenas.data import loading as data
 from moenas.data.corpus import Corpus
@@ -24,68 +24,9 @@ from moenas.evaluate.subject import excerpts
 from moenas.evaluate.training import validate
 from moenas.model import MoEFFN
 from moenas.model.architecture import Architecture
-from moenas.records import Evaluation, Job, WeightsFile
-from moenas.resources import Node, sha256
-from moenas.space.sections import Protocol, Recipe
+from moenas.records import Evaluation, WeightsFile
+from moenas.resources import sha256
 from moenas.store.weights import place
-
-MIXER = {"kind": "attention", "head_dim": 8, "n_kv_heads": 1}
-ROUTER = {"top_k": 2, "balance": "bias"}
-MOE = {"kind": "moe", "n_experts": 4, "d_expert": 16, "router": ROUTER}
-PLAIN = {
-    "vocab_size": 256,
-    "d_model": 16,
-    "blocks": [
-        {"mixer": MIXER, "ffn": {"kind": "dense", "d_ff": 32}},
-        {"mixer": MIXER, "ffn": MOE},
-    ],
-}
-RECIPE = Recipe(tokens=8 * 4 * 16, context=16, batch=4, val_tokens=256, dtype="float32")
-PROTOCOL = Protocol(
-    decode_batch=2, decode_context=8, prefill_tokens=16, min_repeats=3, max_repeats=3
-)
-GUEST = '''"""A guest's number."""
-direction = "minimize"
-unit = "things"
-needs = "{needs}"
-
-
-def measure(subject):
-    return {result}
-'''
-
-MakeJob = Callable[..., Job]
-
-
-def guest(result: str, needs: str = "cost") -> str:
-    return GUEST.format(result=result, needs=needs)
-
-
-@pytest.fixture
-def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJob:
-    """Makes jobs over a small file of text; anything can be replaced."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} green bottles, then {i - 1}.\n" for i in range(999, 0, -1)))
-    section = data.parse(Node.wrap({"files": [str(text)]}))
-
-    def make(*objectives: str, guests: dict[str, str] | None = None, **changes: Any) -> Job:
-        wanted: dict[str, str | None] = dict.fromkeys(objectives)
-        job = Job(
-            study="bottles",
-            trial=3,
-            attempt=1,
-            architecture=Architecture.parse(PLAIN).canonical().plain(),
-            objectives={**wanted, **(guests or {})},
-            data=section,
-            data_sha256=data.load(section).sha256,
-            train=RECIPE.plain(),
-            measure=PROTOCOL.plain(),
-            seed=0,
-        )
-        return replace(job, **changes)
-
-    return make
 
 
 def failure(evaluation: Evaluation) -> dict[str, Any]:

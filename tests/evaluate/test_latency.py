@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from moenas.evaluate.device_lock import DeviceLease
+from moenas.evaluate.device_lock import DeviceLock
 from moenas.evaluate.latency import (
     DEVICE_REFERENCE,
     DEVICE_REFERENCE_VERSION,
     REFERENCE,
     REFERENCE_VERSION,
     Workload,
-    deployed,
     device_info,
-    device_lease,
+    device_lock,
+    inference_copy,
     measure_latency,
     prepare,
 )
@@ -73,9 +73,9 @@ def test_a_deployed_model_computes_the_same_and_routes_in_float32() -> None:
     one = architecture()
     model = one.build(seed=3).eval()
     tokens = tokens_for(PREFILL)
-    same = deployed(one, model, torch.float32)
+    same = inference_copy(one, model, torch.float32)
     assert torch.equal(same(tokens), model(tokens))
-    half = deployed(one, model, torch.bfloat16)
+    half = inference_copy(one, model, torch.bfloat16)
     kinds = {name: value.dtype for name, value in half.state_dict().items()}
     assert kinds["blocks.0.ffn.up.weight"] == kinds["blocks.2.ffn.experts.up"] == torch.bfloat16
     assert kinds["embedding"] == torch.bfloat16
@@ -85,30 +85,30 @@ def test_a_deployed_model_computes_the_same_and_routes_in_float32() -> None:
 
 
 @pytest.fixture
-def lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceLease]:
+def lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceLock]:
     """A lease of this test alone."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with closing(device_lease(CPU)) as found:
+    with closing(device_lock(CPU)) as found:
         yield found
 
 
 def test_a_bigger_model_takes_longer_and_the_reference_takes_as_long_as_itself(
-    lease: DeviceLease,
+    lease: DeviceLock,
 ) -> None:
     reference = Architecture.parse(REFERENCE)
     bigger = {**REFERENCE, "blocks": REFERENCE["blocks"] * 4}
     found = {}
     for name, one in (("same", reference), ("four times", Architecture.parse(bigger))):
-        model = deployed(one, one.build(), torch.float32)
+        model = inference_copy(one, one.build(), torch.float32)
         tokens = tokens_for(PREFILL, 256)
         found[name] = measure_latency(model, tokens, PREFILL, QUICK, lease, {})
     assert 0.6 < found["same"].details["ratio"] < 1.6
     assert found["four times"].details["ratio"] > 1.7
 
 
-def test_the_value_is_the_ratio_times_the_reference_of_the_study(lease: DeviceLease) -> None:
+def test_the_value_is_the_ratio_times_the_reference_of_the_study(lease: DeviceLock) -> None:
     one = architecture()
-    model = deployed(one, one.build(), torch.float32)
+    model = inference_copy(one, one.build(), torch.float32)
     tokens, threads, collects = tokens_for(DECODE), torch.get_num_threads(), gc.isenabled()
     found = measure_latency(model, tokens, DECODE, QUICK, lease, {DECODE.key: 1000.0})
     assert found.value == found.details["ratio"] * 1000.0
@@ -154,9 +154,9 @@ def test_a_latency_on_a_gpu_is_the_same_again(
     tokens = tokens_for(workload, 256).to(device)
     known: dict[str, float] = {}
     found, precise = [], Protocol(precision=0.003)
-    with closing(device_lease(device)) as lease:
+    with closing(device_lock(device)) as lease:
         for _ in range(2):
-            model = deployed(one, one.build(device, 0), workload.dtype)
+            model = inference_copy(one, one.build(device, 0), workload.dtype)
             measured = measure_latency(model, tokens, workload, precise, lease, known)
             known = {workload.key: measured.details["reference_ms"]}
             assert measured.details["captured"]

@@ -83,9 +83,9 @@ def test_a_training_step_takes_what_the_profiler_sees(width: int) -> None:
 
 STEPS = """
 import resource, sys, torch
-from moenas.evaluate.memory import keep_freed_memory
+from moenas.evaluate.memory import tune_malloc
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    tune_malloc()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(12):
     torch.ones(1 << 24)  # 64 MiB

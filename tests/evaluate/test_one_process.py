@@ -8,9 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jobs import MakeJob, without_times
 from points import wide
-from test_measure import MakeJob, make_job  # noqa: F401
-from test_ray_processes import without_times
 
 from moenas.evaluate.job import evaluate
 from moenas.model.architecture import Architecture
@@ -53,7 +52,7 @@ def assert_nothing_is_left(jobs: list[Job], first: int, growth: int) -> None:
     assert resident_bytes(os.getpid()) - memory < growth
 
 
-def test_candidates_leave_no_memory_behind(make_job: MakeJob) -> None:  # noqa: F811
+def test_candidates_leave_no_memory_behind(make_job: MakeJob) -> None:
     held = torch.zeros(3)
     assert live_tensors() > 0, "the count sees tensors"
     del held
@@ -61,11 +60,11 @@ def test_candidates_leave_no_memory_behind(make_job: MakeJob) -> None:  # noqa: 
 
 
 @pytest.mark.slow
-def test_a_hundred_candidates_leave_no_memory_behind(make_job: MakeJob) -> None:  # noqa: F811
+def test_a_hundred_candidates_leave_no_memory_behind(make_job: MakeJob) -> None:
     assert_nothing_is_left(drawn(100, make_job), first=20, growth=32 * MIB)
 
 
-def test_the_order_of_candidates_changes_no_number(make_job: MakeJob) -> None:  # noqa: F811
+def test_the_order_of_candidates_changes_no_number(make_job: MakeJob) -> None:
     jobs = drawn(6, make_job)
     there = {job.trial: without_times(evaluate(job)[0]) for job in jobs}
     back = {job.trial: without_times(evaluate(job)[0]) for job in reversed(jobs)}

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moenas.evaluate.routing_stats import ENOUGH, Meter, Reading, Watch, routing_health
+from moenas.evaluate.routing_stats import (
+    MIN_ASSIGNMENTS,
+    CollapseDetector,
+    RoutingAccumulator,
+    RoutingStats,
+    routing_health,
+)
 from moenas.model.architecture import Architecture, Model
 
 NAMES = ("a", "b", "c")
@@ -48,7 +54,7 @@ ROUTERS: dict[str, Any] = {
 def test_a_meter_counts_slot_by_slot(fields: dict[str, Any]) -> None:
     model = build(**fields).train()
     layers = model.moe_layers()
-    meter = Meter(layers, len(NAMES))
+    meter = RoutingAccumulator(layers, len(NAMES))
     sizes = [moe.balance.n_experts for _, moe in layers]
     loads = [[0] * n for n in sizes]
     tables = [[[0] * n for _ in NAMES] for n in sizes]
@@ -85,7 +91,7 @@ def test_a_meter_counts_slot_by_slot(fields: dict[str, Any]) -> None:
 
 def test_a_reading_begins_anew() -> None:
     model = build()
-    meter = Meter(model.moe_layers())
+    meter = RoutingAccumulator(model.moe_layers())
     assert meter.read() == []
     sums = []
     for tokens, _ in batches(2):
@@ -112,7 +118,7 @@ class Waits(TorchDispatchMode):
 
 def test_adding_makes_the_host_wait_for_nothing() -> None:
     model = build(top_k=2, capacity_factor=1.0).train()
-    meter = Meter(model.moe_layers(), 3)
+    meter = RoutingAccumulator(model.moe_layers(), 3)
     tokens, where = batches()[0]
     model(tokens)
     with Waits() as waits:
@@ -126,10 +132,10 @@ def test_adding_makes_the_host_wait_for_nothing() -> None:
 def test_a_row_has_the_shares_of_each_domain_that_has_slots() -> None:
     load = torch.tensor([30.0, 10.0])
     table = torch.tensor([[6.0, 2.0], [0.0, 0.0], [1.0, 2.0]])
-    row = Reading(3, load, 0.25, 1.23456789, 4.0, table).plain(NAMES)
+    row = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).plain(NAMES)
     assert row["domains"] == {"a": [0.75, 0.25], "c": [0.3333, 0.6667]}
     assert (row["layer"], row["load"], row["dropped"]) == (3, [0.75, 0.25], 0.25)
-    short = Reading(3, load, 0.25, 1.23456789, 4.0, table).short()
+    short = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).short()
     assert short["logit_rms"] == 1.2346
     assert "domains" not in short
 
@@ -137,40 +143,42 @@ def test_a_row_has_the_shares_of_each_domain_that_has_slots() -> None:
 # --- collapse ----------------------------------------------------------------------------------
 
 
-def reading(load: list[int], layer: int = 0) -> Reading:
-    return Reading(layer, torch.tensor(load).double(), 0.0, 1.0, 1.0, torch.zeros(0, len(load)))
+def reading(load: list[int], layer: int = 0) -> RoutingStats:
+    return RoutingStats(
+        layer, torch.tensor(load).double(), 0.0, 1.0, 1.0, torch.zeros(0, len(load))
+    )
 
 
-def verdicts(watch: Watch, *loads: list[int]) -> list[tuple[int, float] | None]:
+def verdicts(watch: CollapseDetector, *loads: list[int]) -> list[tuple[int, float] | None]:
     return [watch.judge([reading(load)]) for load in loads]
 
 
 def test_a_watch_ends_only_above_its_bound() -> None:
     layers = build().moe_layers()
     alive, dead = [500] * 4, [2000, 0, 0, 0]
-    assert verdicts(Watch(layers, 0.75), *[dead] * 8) == [None] * 8
-    assert verdicts(Watch(layers, None), *[dead] * 8) == [None] * 8
-    assert verdicts(Watch(layers, 0.7), *[dead] * 4) == [None, None, None, (0, 0.75)]
-    watch = Watch(layers, 0.7)
+    assert verdicts(CollapseDetector(layers, 0.75), *[dead] * 8) == [None] * 8
+    assert verdicts(CollapseDetector(layers, None), *[dead] * 8) == [None] * 8
+    assert verdicts(CollapseDetector(layers, 0.7), *[dead] * 4) == [None, None, None, (0, 0.75)]
+    watch = CollapseDetector(layers, 0.7)
     both = [watch.judge([reading(alive), reading(dead, 2)]) for _ in range(4)]
     assert both == [None, None, None, (2, 0.75)]
 
 
 def test_experts_that_take_turns_are_alive() -> None:
     turns = [[2000 if i == j else 0 for i in range(4)] for j in range(4)]
-    assert verdicts(Watch(build().moe_layers(), 0.0), *turns * 3) == [None] * 12
+    assert verdicts(CollapseDetector(build().moe_layers(), 0.0), *turns * 3) == [None] * 12
 
 
 def test_few_slots_wait_for_more_rows() -> None:
-    few = [ENOUGH // 2, 0, 0, 0]
-    watch = Watch(build().moe_layers(), 0.5)
+    few = [MIN_ASSIGNMENTS // 2, 0, 0, 0]
+    watch = CollapseDetector(build().moe_layers(), 0.5)
     assert verdicts(watch, *[few] * 8) == [None] * 7 + [(0, 0.75)]
     assert verdicts(watch, *[few] * 7) == [None] * 7, "judged anew"
 
 
 def test_a_hash_does_not_collapse() -> None:
     layers = build(selection="hash", score="uniform", top_k=1).moe_layers()
-    assert verdicts(Watch(layers, 0.5), *[[2000, 0, 0, 0]] * 8) == [None] * 8
+    assert verdicts(CollapseDetector(layers, 0.5), *[[2000, 0, 0, 0]] * 8) == [None] * 8
 
 
 # --- health ------------------------------------------------------------------------------------

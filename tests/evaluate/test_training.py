@@ -258,7 +258,7 @@ def test_every_step_passes_the_gate() -> None:
         inside = False
 
         @contextmanager
-        def working(self) -> Iterator[None]:
+        def shared(self) -> Iterator[None]:
             self.entered += 1
             self.inside = True
             yield

@@ -104,7 +104,7 @@ def load(tmp_path: Path, text: str = GUEST) -> ModuleType:
 
 def written(guest: ModuleType, make: Any, methods: tuple[str, ...] = ("forward",)) -> str:
     expression, classes = source.record(make)
-    closure = source.Closure.of(classes, methods)
+    closure = source.SourceClosure.of(classes, methods)
     imports = source.import_lines(closure.imports)
     definitions = "\n\n\n".join(closure.texts())
     built = expression.written(0, len("model = "))

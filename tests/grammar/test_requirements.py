@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from moenas.errors import SpaceError
 from moenas.grammar.requirements import parse_requirement
-from moenas.resources import Mark
+from moenas.resources import SourceLocation
 
 KNOWN = {"a", "b", "c", "norm", "top_k", "n_experts", "m.q", "f.r.q", "q"}
-MARK = Mark("f", 3, 10)
+MARK = SourceLocation("f", 3, 10)
 
 
 def violation(text: str, *layers: dict[str, float | str | None]) -> float:

@@ -17,7 +17,7 @@ from fake_cuda import NoCollisions, NoHostCopies, cuda_forms, fake_device
 from points import point
 from torch import Tensor, nn
 
-from moenas.evaluate.latency import deployed, prepare
+from moenas.evaluate.latency import inference_copy, prepare
 from moenas.grammar import component
 from moenas.grammar.component import Component
 from moenas.model import FFN, Mixer, PositionBias, RopeScaling, Router, Score, Selection
@@ -127,7 +127,7 @@ def train_steps(architecture: Architecture) -> None:
 
 def deploy(architecture: Architecture, model: Model, device: torch.device) -> None:
     """The model as it is run: a step of decoding and a prompt, each twice."""
-    run = deployed(architecture, model, torch.bfloat16)
+    run = inference_copy(architecture, model, torch.bfloat16)
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64, device=device)
     for phase in ("decode", "prefill"):
         step = prepare(run, tokens, phase)

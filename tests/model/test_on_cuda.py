@@ -27,10 +27,10 @@ from moenas.model import (
     MoE,
     MoEFFN,
     Router,
-    dispatch,
 )
 from moenas.model.mixers.position_bias import AlibiBias, T5Bias
 from moenas.model.mixers.softmax_attention import attended_on_cuda
+from moenas.model.moe import dispatch
 from moenas.model.moe.dispatch import (
     grouped,
     inverse,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moenas.model import FFN, Mixer
 from moenas.model.architecture import Architecture, Model
-from moenas.model.layers.linear import writers
+from moenas.model.layers.linear import output_projections
 from moenas.records import Plain
 from moenas.testing.parts import random_architecture
 
@@ -45,7 +45,7 @@ def assert_one_function(architecture: Architecture) -> Architecture:
         assert canonical.cost(context) == architecture.cost(context)
         assert canonical.pass_flops(context) == architecture.pass_flops(context)
     model, other = architecture.build().eval(), canonical.build().eval()
-    assert model.n_writes == other.n_writes
+    assert model.n_residual_branches == other.n_residual_branches
     stir(other, 1)
     carry(architecture, model, other)
     torch.testing.assert_close(model(tokens()), other(tokens()), rtol=1e-3, atol=1e-4)
@@ -220,9 +220,9 @@ def test_a_part_is_proportional_to_what_it_writes_by(kind: Any) -> None:
                     parameter.zero_()
             numbers = (torch.zeros(2, 12, dtype=torch.int64),)
             given = (x, *numbers) if getattr(part, "reads_tokens", False) else (x,)
-            found, weights = [], [weight.clone() for weight in writers(part)]
+            found, weights = [], [weight.clone() for weight in output_projections(part)]
             for factor in (0, 1, 3):
-                for weight, start in zip(writers(part), weights, strict=True):
+                for weight, start in zip(output_projections(part), weights, strict=True):
                     weight.copy_(factor * start)
                 found.append(part(*given))
             rest, once, thrice = found
@@ -244,7 +244,7 @@ def test_everything_that_writes_is_found() -> None:
     model = parse(
         {"mixer": STATE, "ffn": latent}, {"ffn": memory, "shortcut": MOE, "shortcut_delay": 1}
     ).build("meta")
-    found = {id(weight) for _, part in model.parts() for weight in writers(part)}
+    found = {id(weight) for _, part in model.parts() for weight in output_projections(part)}
     assert {name for name, p in model.named_parameters() if id(p) in found} == {
         "blocks.0.mixer.out.weight",
         "blocks.0.ffn.experts.leave.weight",
@@ -253,7 +253,7 @@ def test_everything_that_writes_is_found() -> None:
         "blocks.1.ffn.values",
         "blocks.1.shortcut.ffn.experts.down",
     }
-    assert model.n_writes == 4
+    assert model.n_residual_branches == 4
 
 
 STACKS: dict[str, list[Plain]] = {

@@ -524,7 +524,7 @@ def test_a_result_that_could_not_be_committed_is_not_evaluated_again(
 def test_a_file_of_a_result_that_is_cut_off_is_dropped(
     monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
-    tell = asker.Asker.tell
+    tell = asker.OptunaTrials.tell
 
     def killed(self: Any, trial: Any, found: Evaluation) -> None:
         if found.trial == 2:
@@ -532,7 +532,7 @@ def test_a_file_of_a_result_that_is_cut_off_is_dropped(
         tell(self, trial, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(asker.Asker, "tell", killed)
+        patch.setattr(asker.OptunaTrials, "tell", killed)
         with pytest.raises(MoenasError):
             run(space(), trials=4, workers="inline")
     (file,) = Store.open().runs.rglob("uncommitted/*.json")

@@ -262,7 +262,7 @@ def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(measure, "evaluate", routed)
     wanted = space(ROUTED, more="require: [max_vio < 0.4]")
     with monkeypatch.context() as patch:
-        patch.setattr(asker.Asker, "tell", stopping_at("infeasible"))
+        patch.setattr(asker.OptunaTrials, "tell", stopping_at("infeasible"))
         with pytest.raises(Interrupted):
             run(wanted, trials=8, workers="inline")
     stored = Study(Store.open(), "s").view.evaluations
@@ -275,9 +275,9 @@ def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.Mon
 
 def stopping_at(status: str) -> Callable[..., None]:
     """A `tell` that is interrupted at the first evaluation of a status: our rows are written."""
-    tell = asker.Asker.tell
+    tell = asker.OptunaTrials.tell
 
-    def stopping(self: asker.Asker, trial: Any, found: Evaluation) -> None:
+    def stopping(self: asker.OptunaTrials, trial: Any, found: Evaluation) -> None:
         if found.status == status:
             raise KeyboardInterrupt
         tell(self, trial, found)
@@ -582,17 +582,17 @@ def test_a_latency_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_was_recorded_is_told_later(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends after our rows are written, before Optuna's are."""
-    tell = asker.Asker.tell
+    tell = asker.OptunaTrials.tell
 
     def lost(self: Any, trial: optuna.Trial, found: Evaluation) -> None:
         if trial.number == 3:
             raise StorageLostError("gone")
         tell(self, trial, found)
 
-    monkeypatch.setattr(asker.Asker, "tell", lost)
+    monkeypatch.setattr(asker.OptunaTrials, "tell", lost)
     with pytest.raises(StorageLostError):
         run(space(), trials=6, workers="inline")
-    monkeypatch.setattr(asker.Asker, "tell", tell)
+    monkeypatch.setattr(asker.OptunaTrials, "tell", tell)
     assert_sound(run(space(), trials=6, workers="inline"), 6)
     assert [job.trial for job in jobs].count(3) == 1, "what was paid for is not paid for again"
 

@@ -543,7 +543,7 @@ def test_a_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
     """Nor does the next one find its folder."""
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
 import test_pool as t
 from ray import cloudpickle
 cloudpickle.register_pickle_by_value(t)

@@ -117,7 +117,7 @@ def test_a_process_has_one_connection(pool: Pool) -> None:
 
 DRIVER = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import test_pool as t
 from ray import cloudpickle
 cloudpickle.register_pickle_by_value(t)
@@ -132,7 +132,9 @@ while True:
 @pytest.mark.parametrize("moment", ["while Ray starts", "in a job"])
 def test_nothing_outlives_a_killed_driver(tmp_path: Path, moment: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": "/tmp"}
-    script = DRIVER.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    script = DRIVER.format(
+        tests=[str(ROOT / "tests" / "workers"), str(ROOT / "tests")], folder=str(tmp_path)
+    )
     driver = subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -7,15 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import safetensors.torch
-import test_measure
 import test_pool
 import torch
-from test_measure import MakeJob, make_job  # noqa: F401
+from jobs import PLAIN, MakeJob, without_times
 from test_pool import job, pids, runs, wait, wait_until
 
 from moenas.model.architecture import Architecture
@@ -160,20 +158,6 @@ def measure(subject):
 '''
 
 
-def without_times(found: Evaluation) -> dict[str, Any]:
-    """All of an evaluation but what differs between two runs.
-
-    safetensors writes the metadata in another order each time, so the digest differs too.
-    """
-    plain = found.plain()
-    for name in ("seconds", "weights_sha256"):
-        del plain[name]
-    plain["metrics"].pop("tokens_per_second", None)
-    for row in plain["curve"]:
-        del row["seconds"]
-    return plain
-
-
 def same_weights(one: Result, other: Result) -> bool:
     """Whether two results have equal weights, to the last bit."""
     pair = []
@@ -187,10 +171,10 @@ def same_weights(one: Result, other: Result) -> bool:
 
 def test_candidates_of_one_process_have_the_numbers_of_fresh_ones(
     cluster: Pool,
-    make_job: MakeJob,  # noqa: F811
+    make_job: MakeJob,
 ) -> None:
     """To the last bit, weights too; one that changes its process changes no other."""
-    wider = Architecture.parse({**test_measure.PLAIN, "d_model": 24}).canonical().plain()
+    wider = Architecture.parse({**PLAIN, "d_model": 24}).canonical().plain()
     objectives = ("val_loss", "peak_memory", "flops_per_token")
     jobs = [
         make_job(*objectives, trial=1),

@@ -4,7 +4,7 @@ Parameters are float32 masters. Activations flow in the dtype of `x` and a weigh
 is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
 Every module keeps each argument of its constructor as an attribute of the same name. A module
 with a method `start(generator)` draws the first values of its own parameters by it. The weights
-that write into the residual stream are found by their names: see `writers`.
+that write into the residual stream are found by their names: see `output_projections`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WRITES = ("out", "down", "leave", "experts", "shared", "zero", "vector")
 """Names in a part, and in what they name, of what its output comes out of."""
 
 
-def writers(part: Any) -> list[nn.Parameter]:
+def output_projections(part: Any) -> list[nn.Parameter]:
     """Return the weights whose products are what a part adds to the residual stream.
 
     The output is proportional to them, biases and experts that pass their input on aside. They are
@@ -32,7 +32,7 @@ def writers(part: Any) -> list[nn.Parameter]:
         if isinstance(child, nn.Parameter):
             found.append(child)
         elif isinstance(child, nn.Module):
-            found += writers(child)
+            found += output_projections(child)
     weight = getattr(part, "weight", None)
     return [weight] if not found and isinstance(weight, nn.Parameter) else found
 

@@ -13,18 +13,24 @@ from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.position_bias import PositionBias
-from moenas.model.mixers.qkv import QKV, Bottleneck, LowRankQKV, NormedValues, QKNorm
+from moenas.model.mixers.qkv import QKV, LowRankProjection, LowRankQKV, NormedValues, QKNorm
 from moenas.model.mixers.rotary import (
     THETA,
     RopeScaling,
     Rotary,
     YarnScaling,
-    folded,
-    telling_theta,
+    canonical_theta,
+    fold_into_scale,
 )
-from moenas.model.mixers.shared_kv import Lending, Lent
-from moenas.model.mixers.shared_kv_attention import BorrowedAttention, Queries
-from moenas.model.mixers.softmax_attention import SINK_WIDTH, Attend, Reach, Temperature, gated
+from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryProjection
+from moenas.model.mixers.softmax_attention import (
+    SINK_WIDTH,
+    AttentionSpan,
+    PositionTemperature,
+    SoftmaxAttention,
+    gated,
+)
 from moenas.records import Cost
 
 OF_KEYS = (
@@ -276,13 +282,13 @@ class AttentionMixer(Mixer, kind="attention"):
         ordered = width > 0 and (self.qk_norm in ("head", "full") or longer)
         after = self.qk_norm_after_rope and ordered and self.qk_norm != "none"
         if width == self.head_dim and not after and scaling is not None:
-            scaling, stronger = folded(scaling, width, theta)
+            scaling, stronger = fold_into_scale(scaling, width, theta)
         factor, usual = self.factor * stronger, self.head_dim**-0.5
         is_usual = factor == usual or (stronger != 1 and math.isclose(factor, usual, rel_tol=1e-10))
         scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
         return changed(
             self,
-            rope_theta=telling_theta(width, theta, scaling) if width else THETA,
+            rope_theta=canonical_theta(width, theta, scaling) if width else THETA,
             rope_scaling=scaling,
             rope_fraction=width / self.head_dim,
             qk_norm_after_rope=after,
@@ -332,8 +338,10 @@ class AttentionMixer(Mixer, kind="attention"):
         if self.kv_source is not None:
             query = self._build_query(d_model)
             norm = self._build_norm(n_heads) if self.qk_norm != "none" else None
-            entry = Queries(query, n_heads, self.qkv_clip, norm, rotary, self.qk_norm_after_rope)
-            return BorrowedAttention(self.kv_source, entry, attend, gate, out)
+            entry = QueryProjection(
+                query, n_heads, self.qkv_clip, norm, rotary, self.qk_norm_after_rope
+            )
+            return CrossLayerAttention(self.kv_source, entry, attend, gate, out)
         norms = None
         if self.qk_norm != "none":
             q, k = self._build_norm(n_heads), self._build_norm(n_kv_heads)
@@ -345,7 +353,7 @@ class AttentionMixer(Mixer, kind="attention"):
         width = self.heads_at(d_model)[0] * self.head_dim
         if self.q_rank is None:
             return Linear(d_model, width, self.qkv_bias)
-        return Bottleneck(
+        return LowRankProjection(
             Linear(d_model, self.q_rank),
             RMSNorm(self.q_rank, self.inner_eps),
             Linear(self.q_rank, width, self.qkv_bias),
@@ -364,15 +372,17 @@ class AttentionMixer(Mixer, kind="attention"):
         scaling = None if self.rope_scaling is None else self.rope_scaling.build()
         return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
 
-    def _build_attend(self, n_heads: int) -> Attend:
+    def _build_attend(self, n_heads: int) -> SoftmaxAttention:
         bias = None if self.position_bias is None else self.position_bias.build(n_heads)
-        return Attend(
+        return SoftmaxAttention(
             n_heads,
             self.factor,
-            Reach(self.window, self.chunk, bias),
+            AttentionSpan(self.window, self.chunk, bias),
             self.softcap,
             self.sinks,
-            None if self.floor_scale is None else Temperature(self.floor_scale, self.attn_scale),
+            None
+            if self.floor_scale is None
+            else PositionTemperature(self.floor_scale, self.attn_scale),
         )
 
     def _build_norm(self, n_heads: int) -> RMSNorm:
@@ -380,7 +390,7 @@ class AttentionMixer(Mixer, kind="attention"):
         return RMSNorm(width, self.inner_eps, self.qk_norm != "weightless")
 
 
-class Attention(Lending):
+class Attention(SharesKV):
     """softmax(q k^T scale) v over the tokens so far (Vaswani et al., arXiv 1706.03762)."""
 
     def __init__(
@@ -388,7 +398,7 @@ class Attention(Lending):
         qkv: nn.Module,
         rotary: nn.Module | None,
         norm: nn.Module | None,
-        attend: Attend,
+        attend: SoftmaxAttention,
         gate: Linear | None,
         out: Linear,
     ) -> None:
@@ -400,7 +410,9 @@ class Attention(Lending):
         self.gate = gate
         self.out = out
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, lent: Lent | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, lent: SharedKV | None = None
+    ) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
         What other layers read is left in `lent`, and the table of a shared bias is found there.
@@ -417,7 +429,7 @@ class Attention(Lending):
             q, k = norm(q, k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        self.lend_keys(k, v, lent)
+        self.publish_kv(k, v, lent)
         y = self.attend(q, k, v, start, self.table(self.attend.table, lent)).transpose(1, 2)
         if self.gate is not None:
             y = gated(y, self.gate(x))

@@ -12,9 +12,9 @@ from moenas.grammar.component import setting
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
-from moenas.model.mixers.qkv import Bottleneck
-from moenas.model.mixers.rotary import RopeScaling, Rotary, YarnScaling, telling_theta
-from moenas.model.mixers.softmax_attention import Attend, Reach, gated
+from moenas.model.mixers.qkv import LowRankProjection
+from moenas.model.mixers.rotary import RopeScaling, Rotary, YarnScaling, canonical_theta
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, gated
 from moenas.records import Cost
 
 
@@ -86,7 +86,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
         return replace(
             self,
-            rope_theta=theta and telling_theta(self.rope_dim, theta, scaling),
+            rope_theta=theta and canonical_theta(self.rope_dim, theta, scaling),
             rope_scaling=scaling,
             rank_scale=self.rank_scale and narrow,
             scale=None if self.scale == usual else self.scale,
@@ -121,7 +121,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             query,
             self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
             self._build_rotary(),
-            Attend(self.n_heads, self.factor, Reach()),
+            SoftmaxAttention(self.n_heads, self.factor, AttentionSpan()),
             Linear(d_model, self.gates) if self.gates else None,
             Linear(self.n_heads * self.v_dim, d_model),
         )
@@ -130,8 +130,10 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         scaling = None if self.rope_scaling is None else self.rope_scaling.build()
         return None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta, scaling)
 
-    def _build_bottleneck(self, d_model: int, rank: int, beside: int, width: int) -> Bottleneck:
-        return Bottleneck(
+    def _build_bottleneck(
+        self, d_model: int, rank: int, beside: int, width: int
+    ) -> LowRankProjection:
+        return LowRankProjection(
             Linear(d_model, rank + beside),
             RMSNorm(rank, self.inner_eps),
             Linear(rank, width),
@@ -145,9 +147,9 @@ class LatentAttention(nn.Module):
     def __init__(
         self,
         query: nn.Module,
-        keys: Bottleneck,
+        keys: LowRankProjection,
         rotary: nn.Module | None,
-        attend: Attend,
+        attend: SoftmaxAttention,
         gate: Linear | None,
         out: Linear,
     ) -> None:

@@ -22,7 +22,7 @@ class Mixer(Part):
     """The family of mixers: modules (B, S, D) -> (B, S, D) that never look ahead.
 
     A module with a method `stand(layer, n_layers)` is told its place in the model, from 0; then
-    `placed` must say so. One that is `Lending` is also given what earlier ones lend.
+    `placed` must say so. One that is `SharesKV` is also given what earlier ones lend.
     """
 
     def canonical_at(self, d_model: int) -> Self:

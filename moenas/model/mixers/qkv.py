@@ -56,7 +56,7 @@ class QKV(Linear):
         return q, k, v
 
 
-class Bottleneck(nn.Module):
+class LowRankProjection(nn.Module):
     """up(norm(down(x)) * scale): a product through a latent; `down` may give more than that."""
 
     def __init__(self, down: Linear, norm: RMSNorm, up: Linear, scale: float = 1.0) -> None:

@@ -227,7 +227,7 @@ class ProportionalScaling(RopeScaling, kind="proportional"):
         return super(ProportionalScaling, found).canonical_for(width, theta)
 
 
-def telling_theta(width: int, theta: float, scaling: RopeScaling | None) -> float:
+def canonical_theta(width: int, theta: float, scaling: RopeScaling | None) -> float:
     """Return theta, or the default where it has no effect: a single pair turns by the position.
 
     Unless it tells YaRN by how much to stretch that pair.
@@ -240,7 +240,9 @@ def telling_theta(width: int, theta: float, scaling: RopeScaling | None) -> floa
     return theta if told else THETA
 
 
-def folded(scaling: RopeScaling, width: int, theta: float) -> tuple[RopeScaling | None, float]:
+def fold_into_scale(
+    scaling: RopeScaling, width: int, theta: float
+) -> tuple[RopeScaling | None, float]:
     """Return the one spelling where whole heads turn, and a factor of the scores in exchange.
 
     There YaRN's factor is one of the scores, and each of the two could say the other.

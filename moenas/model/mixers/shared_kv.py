@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Shapes: B sequences, K key-value heads, L tokens so far, C width of a head, H query heads.
 
 
-class Lent:
+class SharedKV:
     """What the mixers of one pass lend to later ones, by the numbers of their layers."""
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Lent:
         """Tables (buckets, H) of position biases."""
 
 
-class Lending(nn.Module):
+class SharesKV(nn.Module):
     """A mixer that lends to later ones, or reads what earlier ones lend; `forward` takes `lent`.
 
     `kv_source` n: its keys are those of the n-th mixer before that has its own, None: its own.
@@ -42,12 +42,12 @@ class Lending(nn.Module):
         self.keys_from: int | None = None
         self.table_from: int | None = None
 
-    def lend_keys(self, keys: Tensor, values: Tensor, lent: Lent | None) -> None:
+    def publish_kv(self, keys: Tensor, values: Tensor, lent: SharedKV | None) -> None:
         """Leave keys and values (B, K, L, C) where they are read later."""
         if lent is not None and self.lends_keys:
             lent.keys[self.number] = keys, values
 
-    def borrowed_keys(self, lent: Lent | None) -> tuple[Tensor, Tensor]:
+    def shared_kv_of(self, lent: SharedKV | None) -> tuple[Tensor, Tensor]:
         """Return the keys and values (B, K, L, C) of the layer that this one reads.
 
         Raises:
@@ -57,7 +57,7 @@ class Lending(nn.Module):
             raise ValueError("keys and values of an earlier layer are read, and there is none")
         return lent.keys[self.keys_from]
 
-    def table(self, own: Tensor | None, lent: Lent | None) -> Tensor | None:
+    def table(self, own: Tensor | None, lent: SharedKV | None) -> Tensor | None:
         """Return the table (buckets, H) that another layer lends, or lend one's `own`."""
         if lent is None or self.bias_shared is None:
             return None
@@ -102,7 +102,7 @@ def link(mixers: Sequence[Any]) -> None:
             mixers[table].number, mixers[table].lends_table = table, True
 
 
-def unfit(mixers: Sequence[Any], d_model: int) -> str | None:
+def kv_source_error(mixers: Sequence[Any], d_model: int) -> str | None:
     """Return why a mixer cannot read what it would of an earlier one, or None.
 
     The mixers are records, by layers; None where a layer has none.

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.qkv import normed
-from moenas.model.mixers.shared_kv import Lending, Lent
-from moenas.model.mixers.softmax_attention import Attend, gated
+from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.softmax_attention import SoftmaxAttention, gated
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, C width of a head.
 
 
-class Queries(nn.Module):
+class QueryProjection(nn.Module):
     """Queries by themselves: projected, cut to -clip..clip, normed and turned."""
 
     def __init__(
@@ -47,14 +47,14 @@ class Queries(nn.Module):
         return q
 
 
-class BorrowedAttention(Lending):
+class CrossLayerAttention(SharesKV):
     """Attention whose keys and values an earlier layer made (arXiv 2405.12981, section 2)."""
 
     def __init__(
         self,
         kv_source: int,
-        queries: Queries,
-        attend: Attend,
+        queries: QueryProjection,
+        attend: SoftmaxAttention,
         gate: Linear | None,
         out: Linear,
     ) -> None:
@@ -64,9 +64,9 @@ class BorrowedAttention(Lending):
         self.gate = gate
         self.out = out
 
-    def forward(self, x: Tensor, cache: None = None, lent: Lent | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: None = None, lent: SharedKV | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), the last S of the tokens whose keys are in `lent`."""
-        k, v = self.borrowed_keys(lent)
+        k, v = self.shared_kv_of(lent)
         start = size(k.shape[2]) - size(x.shape[1])  # tensors while the model is traced
         table = self.table(self.attend.table, lent)
         y = self.attend(self.queries(x, start), k, v, start, table).transpose(1, 2)

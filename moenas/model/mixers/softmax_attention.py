@@ -26,7 +26,7 @@ def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
     return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
 
-class Reach(nn.Module):
+class AttentionSpan(nn.Module):
     """Which tokens a token sees: of those so far, a window's or those of its own chunk.
 
     And what is added to its score by their distance, if there is a `bias`.
@@ -65,7 +65,7 @@ class Reach(nn.Module):
         return seen
 
 
-class Temperature(nn.Module):
+class PositionTemperature(nn.Module):
     """Sharper scores at late positions (scalable softmax, arXiv 2501.19399, as in Llama 4).
 
     The query at position p, from 0, times 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
@@ -90,7 +90,7 @@ SINK_WIDTH = 8
 """Elements that a sink adds to queries and keys: two for its logit, the others 0, for alignment."""
 
 
-class Attend(nn.Module):
+class SoftmaxAttention(nn.Module):
     """Scores, softmax and the mean of the values, over the tokens that a token may see.
 
     Soft caps are computed step by step, and sinks at a single query; all else by torch's own
@@ -157,7 +157,7 @@ class Attend(nn.Module):
             far = distances(start, length, first, q.device)
             mask = masked(self.bias(far, table), mask).to(q.dtype)
         if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
-            return self.by_hand(q, k, v, mask).to(dtype)
+            return self.explicit_attention(q, k, v, mask).to(dtype)
         width = size(v.shape[-1])
         if self.sinks is not None and mask is not None:
             q, k, v = self.with_sinks(q, k, v, self.sinks)
@@ -188,7 +188,7 @@ class Attend(nn.Module):
         q = torch.cat((q, ends.expand(q.shape[0], -1, q.shape[2], -1)), dim=-1)
         return q, torch.cat(keys, dim=2), F.pad(v, (0, wider, 1, 0))
 
-    def by_hand(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each.
 
         `mask` (S, L) says what is seen, or (H, S, L) what is added to the scores.

@@ -57,7 +57,7 @@ def squared_variation(x: Tensor) -> Tensor:
     return x.var(correction=0) / (x.mean().square() + 1e-20)
 
 
-def even_load(slots: Tensor, probabilities: Tensor) -> Tensor:
+def switch_loss(slots: Tensor, probabilities: Tensor) -> Tensor:
     """Return E sum_i f_i P_i for (G, E) slots and P, the mean over the groups.
 
     f_i is the share of the slots at expert i and P_i the mean of s_i / sum s: Switch Transformer
@@ -91,7 +91,7 @@ class Balance(nn.Module):
 
     The loss has a `form` of three words: "load" (Switch) or "importance" (Shazeer); whose load is
     even, that of a "batch" or of each "sequence"; how the losses of all layers join, "sum", "mean"
-    or "pooled" (`joined_loss`).
+    or "pooled" (`total_auxiliary_loss`).
     """
 
     bias: Tensor | None
@@ -129,13 +129,13 @@ class Balance(nn.Module):
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
         entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
         if self.loss == "importance":
-            return Routing(whole, dropped, self.even_importance(choice), z_loss, entropy, choice)
+            return Routing(whole, dropped, self.importance_loss(choice), z_loss, entropy, choice)
         if self.bias is not None:
             load = self.load(unbiased(choice), groups)
         slots = load * groups / choice.scores.shape[0]
         scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
         mean = scores.view(groups, -1, self.n_experts).mean(dim=1)
-        even = even_load(slots, mean)
+        even = switch_loss(slots, mean)
         return Routing(whole, dropped, even, z_loss, entropy, choice, slots, mean)
 
     def load(self, choice: Choice, groups: int) -> Tensor:
@@ -156,7 +156,7 @@ class Balance(nn.Module):
         table = torch.zeros_like(choice.scores, dtype=torch.bool).flatten().scatter(0, place, kept)
         return table.view(groups, -1, self.n_experts).sum(dim=1)
 
-    def even_importance(self, choice: Choice) -> Tensor:
+    def importance_loss(self, choice: Choice) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
 
         The importance of an expert is the sum of its weights, its load the expected number of
@@ -186,7 +186,7 @@ class Balance(nn.Module):
         self.seen = None
 
 
-def joined_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
+def total_auxiliary_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
     """Return the weighted losses of the L layers of a model that have a router, a scalar.
 
     By `reduce` of a layer: "sum" adds its losses up; "mean" divides them by L (MegaBlocks);

@@ -14,7 +14,7 @@ from moenas.grammar.component import changed, setting
 from moenas.model.feedforward.dense import FFN, FeedForward, GatedFeedForward, network_cost
 from moenas.model.layers.activations import Activated, Activation, up_width
 from moenas.model.layers.linear import Linear, on_cuda
-from moenas.model.moe.balance import Balance, Routing, joined_loss
+from moenas.model.moe.balance import Balance, Routing, total_auxiliary_loss
 from moenas.model.moe.dispatch import (
     grouped,
     one_hot,
@@ -382,7 +382,8 @@ class MoE(nn.Module):
     reads_tokens = True
     """`forward` also takes the numbers of the tokens."""
     router_input: str
-    """What the router reads: "ffn", or a field of `Sources`, which `forward` then also takes."""
+    """What the router reads: "ffn", or a field of `RouterInputs`, which `forward` then also
+    takes."""
     routing: Routing
     """Of the last forward pass."""
 
@@ -416,7 +417,7 @@ class MoE(nn.Module):
         read = tokens if source is None else source.flatten(0, 1)
         named = None if numbers is None else numbers.flatten()
         choice: Choice = self.router(read, self.balance.bias, named)
-        kept, dropped = self.with_room(choice, x.shape[0])
+        kept, dropped = self.apply_capacity(choice, x.shape[0])
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:
             y = y + self.zero(tokens, choice.table()[:, self.experts.n_experts :])
@@ -424,7 +425,7 @@ class MoE(nn.Module):
         y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
-    def with_room(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
+    def apply_capacity(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
         """Return which slots pass through a network, None if all do, and the share dropped."""
         wanted, none_dropped = choice.kept, choice.weights.new_zeros(())
         n_choices = choice.scores.shape[-1]
@@ -447,7 +448,7 @@ class MoE(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         """Return the weighted losses of the last forward pass, a scalar."""
-        return joined_loss([(self.balance, self.routing)])
+        return total_auxiliary_loss([(self.balance, self.routing)])
 
     def after_step(self) -> None:
         """Move selection bias and cut-offs by the last training pass, and let its graph go."""

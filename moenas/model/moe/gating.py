@@ -110,10 +110,10 @@ class Weights(nn.Module):
         """Return weights and what is kept, for scores and logits (T, E)."""
         kept = picked.kept
         if self.top_p is not None:
-            enough = self.within_share(scores, picked.experts)
+            enough = self.top_p_mask(scores, picked.experts)
             kept = enough if kept is None else kept & enough
         if self.eps is not None:
-            weights = self.one_by_one(logits, picked.experts)
+            weights = self.sparsemixer_weights(logits, picked.experts)
         else:
             weights = at_slots(scores, picked)
         weights = weights if kept is None else weights.masked_fill(~kept, 0)
@@ -141,12 +141,12 @@ class Weights(nn.Module):
             return at_slots(scale.expand_as(scores), picked)
         return scale.index_select(0, picked.experts.flatten()).view_as(picked.experts)
 
-    def within_share(self, scores: Tensor, experts: Tensor) -> Tensor:
+    def top_p_mask(self, scores: Tensor, experts: Tensor) -> Tensor:
         """Return (T, K): whether the experts before it have less than `top_p` of all scores."""
         shares = scores.gather(-1, experts) / (scores.sum(dim=-1, keepdim=True) + 1e-20)
         return (shares.cumsum(dim=-1) - shares) < (self.top_p or 1)
 
-    def one_by_one(self, logits: Tensor, experts: Tensor) -> Tensor:
+    def sparsemixer_weights(self, logits: Tensor, experts: Tensor) -> Tensor:
         """Return SparseMixer's weights (T, K) (GRIN, arXiv 2409.12136; released Phi-3.5-MoE).
 
         Experts are taken one after another. The weight of one with the logit z is its softmax over

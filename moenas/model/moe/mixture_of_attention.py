@@ -16,10 +16,10 @@ from moenas.model.mixers.rotary import (
     RopeScaling,
     Rotary,
     YarnScaling,
-    folded,
-    telling_theta,
+    canonical_theta,
+    fold_into_scale,
 )
-from moenas.model.mixers.softmax_attention import Attend, Reach
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import Balance
 from moenas.model.moe.dispatch import (
     Rows,
@@ -108,13 +108,13 @@ class MoAMixer(Mixer, kind="moa"):
         if turning and self.rope_scaling is not None:
             scaling = self.rope_scaling.canonical_for(turning, theta)
         if turning == self.head_dim and scaling is not None:
-            scaling, stronger = folded(scaling, turning, theta)
+            scaling, stronger = fold_into_scale(scaling, turning, theta)
         factor, usual = self.factor * stronger, self.head_dim**-0.5
         near = abs(factor - usual) <= 1e-10 * usual
         return replace(
             self,
             router=self.router.canonical_among(self.n_experts),
-            rope_theta=telling_theta(turning, theta, scaling) if turning else THETA,
+            rope_theta=canonical_theta(turning, theta, scaling) if turning else THETA,
             rope_scaling=scaling,
             rope_fraction=turning / self.head_dim,
             scale=None if near else float(f"{factor:.12g}"),
@@ -141,7 +141,7 @@ class MoAMixer(Mixer, kind="moa"):
         attention = SharedKeys(
             Linear(d_model, 2 * self.width),
             Rotary(turning, self.rope_theta, scaling) if turning else None,
-            Attend(n_heads, self.factor, Reach(self.window)),
+            SoftmaxAttention(n_heads, self.factor, AttentionSpan(self.window)),
             self.n_kv_heads,
         )
         return MoA(
@@ -232,7 +232,7 @@ class SharedKeys(nn.Module):
     """Keys and values of all experts, and attention over them."""
 
     def __init__(
-        self, keys: Linear, rotary: nn.Module | None, attend: Attend, n_kv_heads: int
+        self, keys: Linear, rotary: nn.Module | None, attend: SoftmaxAttention, n_kv_heads: int
     ) -> None:
         super().__init__()
         self.keys = keys
@@ -285,7 +285,7 @@ class MoA(MoE):
         """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
         tokens = x.flatten(0, 1)
         choice: Choice = self.router(tokens, self.balance.bias)
-        kept, dropped = self.with_room(choice, x.shape[0])
+        kept, dropped = self.apply_capacity(choice, x.shape[0])
         rows = self.experts.rows(tokens, choice, kept)
         heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
         y: Tensor = self.experts.outputs(heads, choice, rows).view_as(x)

@@ -10,8 +10,9 @@ from fake_cuda import NoCollisions, cuda_forms
 from torch import Tensor, nn
 
 from moenas.evaluate.causality import _InFloat64
-from moenas.model import cross_entropy, head
+from moenas.model import head
 from moenas.model.head import Head
+from moenas.model.layers import cross_entropy
 from moenas.model.layers.cross_entropy import piece_length
 
 D_MODEL, VOCAB, BATCH, LENGTH = 12, 37, 3, 23

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moenas.model import AttentionMixer, Lent
+from moenas.model import AttentionMixer, SharedKV
 from moenas.model.architecture import Architecture
 from moenas.model.mixers.rotary import ProportionalScaling
 from moenas.records import Plain
@@ -105,7 +105,7 @@ def test_layers_at_the_end_read_the_last_keys_of_their_kind() -> None:
     blocks: list[Plain] = [{"mixer": mixer} for mixer in mixers]
     model = Architecture.parse({"vocab_size": 9, "d_model": D_MODEL, "blocks": blocks}).build()
     shared: dict[str, Any] = {}
-    lent = Lent()
+    lent = SharedKV()
     for i, kind in enumerate(types):
         attention = theirs.Gemma4TextAttention(configuration, i).eval()
         module: Any = model.blocks[i].mixer

@@ -11,7 +11,7 @@ from points import stir
 from torch import Tensor
 
 from moenas.errors import SpaceError
-from moenas.model import Attention, BorrowedAttention, Lent
+from moenas.model import Attention, CrossLayerAttention, SharedKV
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
 
@@ -89,7 +89,7 @@ def test_the_keys_are_those_that_the_earlier_layer_made() -> None:
     given = inputs_of(model, tokens)
     owner, reader = model.blocks[0].mixer, model.blocks[2].mixer
     assert isinstance(owner, Attention)
-    assert isinstance(reader, BorrowedAttention)
+    assert isinstance(reader, CrossLayerAttention)
     _, k, v = owner.qkv.heads(given[0])
     k = owner.rotary(k, 0).double()
     q = given[2] @ reader.queries.project.weight.T
@@ -115,7 +115,7 @@ def test_a_reader_with_its_sources_weights_doubles_it() -> None:
     owner, reader = (block.mixer for block in model.blocks)
     reader.queries.project.weight.copy_(owner.qkv.weight[:16])
     reader.out.weight.copy_(owner.out.weight)
-    lent, x = Lent(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
+    lent, x = SharedKV(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(owner(x, None, lent), reader(x, None, lent))
 
 

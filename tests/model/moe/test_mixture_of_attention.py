@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moenas.errors import SpaceError
 from moenas.evaluate.causality import find_leaks
-from moenas.evaluate.routing_stats import Meter
+from moenas.evaluate.routing_stats import RoutingAccumulator
 from moenas.model import AttentionMixer, MoA, MoAMixer, Router
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
@@ -158,7 +158,7 @@ def test_heads_are_balanced_and_watched_as_networks_are() -> None:
     model = architecture(HEADS | {"router": router}).build(seed=1).train()
     layers = model.moe_layers()
     assert [(i, type(layer).__name__) for i, layer in layers] == [(0, "MoA"), (1, "MoE")]
-    meter = Meter(layers)
+    meter = RoutingAccumulator(layers)
     model.loss(text(), text().roll(-1, 1))
     meter.add()
     assert [reading.load.sum().item() for reading in meter.read()] == [80, 80]

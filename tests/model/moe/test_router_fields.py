@@ -258,7 +258,9 @@ def test_sparsemixer_weights_teach_the_router() -> None:
     module, x = build(Router(top_k=2, normalize=False, sparsemixer_eps=0.4)).double(), some_tokens()
     logits = (0.3 * x[:5, :N_EXPERTS].double()).requires_grad_()
     experts = logits.topk(2, dim=-1).indices
-    assert torch.autograd.gradcheck(lambda z: module.weights.one_by_one(z, experts), (logits,))
+    assert torch.autograd.gradcheck(
+        lambda z: module.weights.sparsemixer_weights(z, experts), (logits,)
+    )
 
 
 # --- a share of the scores -----------------------------------------------------------------------
@@ -339,7 +341,7 @@ def parse(router: Plain, n_experts: int = 4, **fields: Any) -> Architecture:
     return Architecture.parse({"vocab_size": 30, "d_model": D_MODEL, "blocks": blocks, **fields})
 
 
-def by_hand(block: Any, x: Tensor, source: str) -> Tensor:
+def explicit_attention(block: Any, x: Tensor, source: str) -> Tensor:
     """A pre-norm block in which the router reads `source`: every expert on every token."""
     stream = x + block.mixer(block.norm1(x), None)
     read, moe = block.norm2(stream), block.ffn
@@ -363,9 +365,11 @@ def test_the_router_reads_its_source(source: str) -> None:
         parameter.normal_(0.2, 0.5, generator=generator)
     x = torch.randn(2, 9, D_MODEL, generator=generator)
     found = model.blocks[0](x)
-    torch.testing.assert_close(found, by_hand(model.blocks[0], x, source), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, explicit_attention(model.blocks[0], x, source), rtol=1e-4, atol=1e-4
+    )
     for other in {"ffn", "stream", "block"} - {source}:
-        assert not torch.allclose(found, by_hand(model.blocks[0], x, other), atol=1e-2)
+        assert not torch.allclose(found, explicit_attention(model.blocks[0], x, other), atol=1e-2)
 
 
 # --- one function, one form ----------------------------------------------------------------------
