@@ -27,7 +27,7 @@ NAME = "large"
 OBJECTIVES = {"val_loss": "minimize", "decode_ms": "minimize", "flops_per_token": "minimize"}
 LAYERS, EXPERTS = 4, 8
 ROUTER = {"score": "softmax", "top_k": 2, "balance": "aux_loss", "capacity_factor": None}
-CLI = "import sys; sys.argv[1:] = {}; from moenas import cli; cli.main()"
+CLI = "import sys; sys.argv[1:] = {}; from moenas.cli.commands import main; main()"
 LOAD = "from moenas import load_study; study = load_study('large')"
 COMMANDS = {
     "status": (

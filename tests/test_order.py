@@ -104,7 +104,7 @@ def statements(tree: ast.AST, *, inside_functions: bool) -> Iterator[ast.AST]:
 
 
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
-    """The dotted names that a file imports; `from moenas import refs` gives moenas.resources."""
+    """The dotted names that a file imports; `from moenas.space import sections` gives moenas.space.sections."""
     found = set()
     for node in statements(tree_of(path), inside_functions=inside_functions):
         if isinstance(node, ast.Import):

@@ -343,5 +343,5 @@ def _upgrade(connection: Connection) -> None:
     from alembic.config import Config
 
     config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", "moenas:migrations")
+    config.set_main_option("script_location", "moenas.store:migrations")
     command.upgrade(config, REVISIONS[-1])

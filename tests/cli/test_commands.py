@@ -261,7 +261,7 @@ def test_a_changed_space_is_refused_with_the_difference(moenas: Run) -> None:
 
 def test_help_needs_no_heavy_library() -> None:
     code = (
-        "import sys\nsys.argv = ['moenas', '--help']\nfrom moenas import cli\n"
+        "import sys\nsys.argv = ['moenas', '--help']\nfrom moenas.cli import commands as cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'optuna', 'ray', 'pandas', 'sqlalchemy', 'plotly'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -273,7 +273,7 @@ def test_the_front_is_read_without_torch(moenas: Run) -> None:
     Path("small.yaml").write_text(SMALL)
     assert moenas("run", "small.yaml", "--workers", "inline", "--trials", "1").code == 0
     code = (
-        "import sys\nsys.argv = ['moenas', 'front', 'small']\nfrom moenas import cli\n"
+        "import sys\nsys.argv = ['moenas', 'front', 'small']\nfrom moenas.cli import commands as cli\n"
         "cli.app(standalone_mode=False)\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -589,7 +589,7 @@ def test_the_list_of_versions_is_that_of_the_files():
     from alembic.script import ScriptDirectory
 
     config = Config()
-    config.set_main_option("script_location", "moenas:migrations")
+    config.set_main_option("script_location", "moenas.store:migrations")
     found = ScriptDirectory.from_config(config).walk_revisions()
     assert [script.revision for script in found] == list(reversed(migrations.REVISIONS))
 

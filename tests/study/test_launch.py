@@ -690,7 +690,7 @@ DRIVER = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
 import studies as t
-from moenas import measure
+from moenas.evaluate import job as measure
 import moenas.dashboard.server
 moenas.dashboard.server.publish = lambda store, name: None
 out = os.fdopen(os.dup(1), "w")  # what a candidate prints goes to stderr
