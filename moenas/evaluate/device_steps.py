@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
 from moenas.data.corpus import Corpus
-from moenas.evaluate.cuda_graphs import capture, side_stream
+from moenas.evaluate.cuda_graphs import CaptureError, capture, side_stream
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.optimizer import AdamW, schedule
 from moenas.evaluate.routing_stats import RoutingAccumulator
@@ -158,8 +158,8 @@ class DeviceSteps:
         self.model.zero_grad(set_to_none=True)
         try:
             self._graph = capture(self._body, self.device)
-        except RuntimeError as error:
-            self.capture_fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        except CaptureError as error:
+            self.capture_fault = str(error)
             _log.warning("training goes on without a CUDA graph: %s", self.capture_fault)
             self.model.zero_grad(set_to_none=True)
             return False
@@ -188,6 +188,8 @@ class DeviceSteps:
         """See `Steps.advance`; others may have the device between groups of steps."""
         recipe, first, began = self.recipe, self.done, time.monotonic()
         counts = with_domains and self.corpus.domains is not None and bool(self.meter.layers)
+        if counts:
+            self._drop_graph()  # these steps are eager, and need its memory
         self.load(first, until)
         while self.done < until:
             if deadline is not None and time.monotonic() > deadline:
@@ -195,7 +197,7 @@ class DeviceSteps:
             with gate.shared() if gate else nullcontext():
                 for _ in range(min(self._group, until - self.done)):
                     self.step(with_domains=counts)
-                if not self._tried and self.done >= WARM_UP and recipe.steps >= WORTH:
+                if not (self._tried or counts) and self.done >= WARM_UP and recipe.steps >= WORTH:
                     self._tried = True
                     self.capture()
         sums = self.read()
@@ -203,9 +205,16 @@ class DeviceSteps:
         self._group = max(1, int(HOLD_S * (until - first) / (time.monotonic() - began)))
         return sums
 
-    def close(self) -> None:
-        """Free gradients and the graph, whose memory they share."""
+    def _drop_graph(self) -> None:
+        """Free the graph, and the gradients, which lie in its memory."""
         if self._stream is not None:
             self._stream.synchronize()
         self.model.zero_grad(set_to_none=True)
-        self._graph = None
+        if self._graph is not None:
+            self._graph = None
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free gradients and the graph, whose memory they share."""
+        with suppress(RuntimeError):  # a device that is lost has said so before
+            self._drop_graph()

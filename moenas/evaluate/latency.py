@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moenas.evaluate.cuda_graphs import CaptureError
 from moenas.evaluate.device_lock import DeviceLock
 from moenas.evaluate.timing import DeviceClock, Run, WallClock, replayed, time_pairs
-from moenas.failures import is_out_of_memory
 from moenas.model.architecture import Architecture, Model, initialise
 from moenas.model.moe.gating import Gating
 from moenas.records import Plain
@@ -179,24 +179,28 @@ def inference_copy(architecture: Architecture, model: Model, dtype: torch.dtype)
         name: value.to(dtype) if value.ndim >= 2 and not name.startswith(kept) else value
         for name, value in model.state_dict().items()
     }
-    copy = architecture.build("meta")
+    copy = architecture.outline("meta")
     copy.load_state_dict(state, assign=True)
     return copy.eval().requires_grad_(False)
 
 
 def prepare(model: Model, tokens: Tensor, phase: str) -> Callable[[], object]:
-    """Return one run of a workload: a prompt into an empty cache, or one step after it."""
+    """Return one run of a workload: a prompt into an empty cache, or one step after it.
+
+    Each step begins with the caches as the prompt left them. So all steps are equal, and what a
+    CUDA graph reads is held for as long as the step is.
+    """
     batch, length = tokens.shape
     if phase == "prefill":
         return lambda: model(tokens, model.new_cache(batch, length))
     cache = model.new_cache(batch, length)
     model(tokens[:, :-1], cache)
+    after_prompt = [(layer, dict(vars(layer))) for layer in cache if layer is not None]
 
     def step() -> object:
         cache.length = length - 1
-        for layer in cache:
-            if layer is not None:
-                layer.length = length - 1
+        for layer, known in after_prompt:
+            vars(layer).update(known)
         return model(tokens[:, -1:], cache)
 
     return step
@@ -219,22 +223,24 @@ class _Side:
     """A candidate or the reference, ready to be timed."""
 
     run: Run
+    held: tuple[object, ...]
+    """What a CUDA graph reads, and does not hold: the model, its tokens, its caches."""
     captured: bool = False
     """Whether it is replayed from a CUDA graph."""
+    fault: str | None = None
+    """Why a capture failed."""
 
 
 def _side(model: Model, tokens: Tensor, workload: Workload) -> _Side:
     """Return a model under a workload; on CUDA as a graph that is replayed, if it can be."""
     run = prepare(model, tokens, workload.phase)
-    device = workload.device
+    device, held = workload.device, (run, model, tokens)
     if device.type != "cuda" or not model.capturable(workload.dtype, device):
-        return _Side(run)
+        return _Side(run, held)
     try:
-        return _Side(replayed(run, device), captured=True)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return _Side(run)  # it waits for the device, as grouped products in float32 do
+        return _Side(replayed(run, device), held, captured=True)
+    except CaptureError as error:
+        return _Side(run, held, fault=str(error))
 
 
 @torch.inference_mode()
@@ -246,8 +252,7 @@ def measure_latency(
     lease: DeviceLock,
     reference_ms: Mapping[str, float],
 ) -> Measurement:
-    """Time a model (see `inference_copy`) on `tokens` of shape `workload.tokens`; the value is in
-    ms.
+    """Time an `inference_copy` of a model on `tokens` of shape `workload.tokens`, in ms.
 
     value = median paired ratio * the reference's time, which is `reference_ms[workload.key]`, or
     the median measured here if the study has not fixed one. `noisy` says that the ratio's
@@ -290,6 +295,8 @@ def measure_latency(
     }
     if eager is not None:
         details |= {"captured": candidate.captured, "eager_ms": eager}
+        fault = candidate.fault or reference.fault
+        details |= {} if fault is None else {"capture_fault": fault}
     elif workload.threads == 1:
         details |= pairs.contention()
     return Measurement(pairs.ratio * fixed, details)

@@ -60,8 +60,9 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
     """Run `work` and return the peak of bytes that it and the tensors in `held` take at once.
 
     On a CPU that is the sum of live tensor storages, which depends on the program alone: neither
-    on the allocator nor on what else the process keeps. On CUDA it is the allocator's peak, in
-    blocks of 512 bytes, less what lived before and is not in `held`.
+    on the allocator nor on what else the process keeps. On CUDA it is the allocator's peak of
+    requested bytes, less what lived before and is not in `held`: whole blocks would depend on what
+    was cached before.
     """
     held = list(held)
     if device.type != "cuda":
@@ -72,11 +73,12 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
     _warm_up(device)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     torch.cuda.synchronize(device)
-    others = torch.cuda.memory_allocated(device) - sum(storages.values())
+    requested = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+    others = requested - sum(storages.values())
     torch.cuda.reset_peak_memory_stats(device)
     work()
     torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device) - others)
+    return int(torch.cuda.memory_stats(device)["requested_bytes.all.peak"] - others)
 
 
 def _warm_up(device: torch.device) -> None:

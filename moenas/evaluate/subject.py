@@ -174,7 +174,7 @@ class Subject:
 def _copied(architecture: Architecture, model: Model) -> Model:
     """Return a copy of a model with weights of its own."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    made = architecture.build("meta")
+    made = architecture.outline("meta")
     made.load_state_dict(state, assign=True)
     return made.train(model.training)
 

@@ -85,9 +85,12 @@ class Worker:
 
     def _tidy(self, reply: Plain) -> str | None:
         """Free what the job left; say why the process must not work on another one."""
+        from moenas.evaluate import cuda_graphs
         from moenas.evaluate.devices import has_gpu, named, tidy
 
         why = tidy(named("cuda" if self._gpus and has_gpu() else "cpu"))
+        if why is None and cuda_graphs.faults:
+            why = f"a capture of a CUDA graph failed: {cuda_graphs.faults[0]}"
         failure = _failure_in(reply)
         if why is None and failure is not None:
             faulty = failure.kind == "environment" or is_of_the_device(failure)

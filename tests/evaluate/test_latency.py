@@ -14,19 +14,22 @@ import pytest
 import torch
 
 from moenas.evaluate.device_lock import DeviceLock
+from moenas.evaluate.devices import prepare_process
 from moenas.evaluate.latency import (
     DEVICE_REFERENCE,
     DEVICE_REFERENCE_VERSION,
     REFERENCE,
     REFERENCE_VERSION,
     Workload,
+    _side,
     device_info,
     device_lock,
     inference_copy,
     measure_latency,
     prepare,
 )
-from moenas.model.architecture import Architecture
+from moenas.model.architecture import Architecture, Caches
+from moenas.records import Plain
 from moenas.space.sections import Protocol
 
 CPU = torch.device("cpu")
@@ -67,6 +70,35 @@ def test_each_decoding_step_continues_the_same_cache(start_tokens: int) -> None:
         for _ in range(3):
             torch.testing.assert_close(step(), expected)
         torch.testing.assert_close(prepare(model, tokens, "prefill")(), model(tokens))
+
+
+STATES = [
+    {"kind": "mamba2", "n_heads": 2, "head_dim": 16, "d_state": 8},
+    {"kind": "gated_delta", "n_heads": 2, "key_dim": 16, "value_dim": 16},
+    {"kind": "short_conv"},
+]
+
+
+@pytest.mark.parametrize("mixer", STATES, ids=lambda mixer: str(mixer["kind"]))
+def test_each_decoding_step_begins_with_the_state_after_the_prompt(mixer: Plain) -> None:
+    blocks = [{"mixer": mixer, "ffn": {"kind": "dense", "d_ff": 32}}]
+    one = Architecture.parse({"vocab_size": 50, "d_model": 32, "blocks": blocks})
+    model, tokens = one.build(seed=1).eval(), tokens_for(DECODE)
+    with torch.inference_mode():
+        step = prepare(model, tokens, "decode")
+        first = step()
+        assert torch.equal(step(), first)
+        torch.testing.assert_close(first, model(tokens)[:, -1:])
+
+
+def test_what_a_graph_reads_is_held() -> None:
+    """A graph reads caches where they lay; the side of a measurement keeps them there."""
+    model = architecture().build().eval()
+    with torch.inference_mode():
+        side = _side(model, tokens_for(DECODE), DECODE)
+    held = [cell.cell_contents for cell in side.held[0].__closure__]  # type: ignore[attr-defined]
+    assert any(isinstance(one, Caches) for one in held)
+    assert model in side.held
 
 
 def test_a_deployed_model_computes_the_same_and_routes_in_float32() -> None:
@@ -146,6 +178,7 @@ def test_a_latency_on_a_gpu_is_the_same_again(
     """Within 1 %, from replays of a graph, for a model of a new build each time."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     device = torch.device("cuda", 0)
+    prepare_process(device)
     workload = Workload(phase, batch, context, torch.bfloat16, 1, device)
     mixer = {"kind": "attention", "head_dim": 64}
     moe = {"kind": "moe", "n_experts": 16, "d_expert": 128}

@@ -163,6 +163,10 @@ class SoftmaxAttention(nn.Module):
             q, k, v = self.with_sinks(q, k, v, self.sinks)
             mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
         if on_cuda(q):
+            # At a single query plain products share key-value heads that no kernel shares.
+            unlike = size(k.shape[-1]) != width and size(k.shape[1]) < self.n_heads
+            if length == 1 and unlike:
+                return self.explicit_attention(q, k, v, mask).to(dtype)
             return attended_on_cuda(q, k, v, mask, causal, self.scale)[..., :width].to(dtype)
         grouped = size(k.shape[1]) < self.n_heads
         y = F.scaled_dot_product_attention(
@@ -238,6 +242,8 @@ def attended_on_cuda(
     heads: each query head gets its own there. In its place torch would take plain products, which
     store every score.
     """
+    # The kernels read a mask along its rows.
+    mask = mask if mask is None else mask.contiguous()
     missing = [-x.shape[-1] % KERNEL_WIDTH for x in (q, k, v)]
     if any(missing):
         q, k, v = (F.pad(x, (0, n)) for x, n in zip((q, k, v), missing, strict=True))
