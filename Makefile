@@ -52,7 +52,7 @@ bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents
 	for file in $(filter-out %/peers.py %/page.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$file" || exit 1; done
 
-docs: $(VENV)/.installed ## write docs/space_file.md, docs/zoo.md and docs/gpu.md anew
+docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
 	$(BIN)/python -m moenas.space.reference > $(VENV)/space_file.md
 	mv $(VENV)/space_file.md docs/space_file.md
 	$(BIN)/python -m moenas.space.reference --defaults > $(VENV)/defaults.json

@@ -23,6 +23,16 @@ PRESENT = {
     "moenas.subject": "moenas.evaluate.subject",
 }
 """Former name -> present name."""
+RENAMED = {
+    "Attend": "SoftmaxAttention",
+    "BorrowedAttention": "CrossLayerAttention",
+    "GatedFeedForward": "SigmoidGatedFeedForward",
+    "Join": "ResidualAdd",
+    "Lending": "SharesKV",
+    "Lent": "SharedKV",
+    "Reach": "AttentionSpan",
+}
+"""Former name of a class of the present modules -> its present name."""
 FORMER = {present: former for former, present in PRESENT.items()}
 
 
@@ -40,9 +50,10 @@ class FormerNames(MetaPathFinder, Loader):
         former, present = module.__name__, PRESENT[module.__name__]
 
         def give(name: str) -> Any:
-            found = getattr(importlib.import_module(present), name)
+            now = RENAMED.get(name, name)
+            found = getattr(importlib.import_module(present), now)
             warnings.warn(
-                f"{former} is a former name; write `from {present} import {name}`",
+                f"{former} is a former name; write `from {present} import {now}`",
                 DeprecationWarning,
                 stacklevel=2,
             )

@@ -114,7 +114,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_examples_in_yaml_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         if "use: [" in block:
-            continue  # tests/test_guests.py runs it
+            continue  # tests/grammar/test_user_parts.py runs it
         if "architecture:" in block and "objectives:" in block:
             Space.parse(block, name_of(page))
         else:

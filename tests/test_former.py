@@ -9,7 +9,7 @@ import pytest
 import moenas
 import moenas.evaluate.subject
 import moenas.report.figures
-from moenas.former import PRESENT
+from moenas.former import PRESENT, RENAMED
 from moenas.space.objective import Objective, load_objective, meaning
 
 BODY = '''
@@ -30,6 +30,13 @@ def test_a_former_name_gives_the_present_module(former: str, present: str) -> No
     with pytest.warns(DeprecationWarning, match=f"from {present} import {name}"):
         found = getattr(importlib.import_module(former), name)
     assert found is getattr(importlib.import_module(present), name)
+
+
+@pytest.mark.parametrize(("former", "present"), RENAMED.items())
+def test_a_class_is_found_by_its_former_name(former: str, present: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"import {present}"):
+        found = getattr(importlib.import_module("moenas.parts"), former)
+    assert found is getattr(importlib.import_module("moenas.model"), present)
 
 
 def test_a_name_that_never_was_is_not_there() -> None:

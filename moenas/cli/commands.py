@@ -1,4 +1,4 @@
-"""The command line: one verb a command, no logic; stdout is data, stderr is talk."""
+"""The command line: one verb a command, no logic; stdout is data, stderr has messages."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _opened(name: str) -> list[int]:
                 reasons.append(f"{folder}: not a folder of this user alone")
                 continue
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            for file in ("turnstile", "main"):
+            for file in ("gate", "main"):
                 handles.append(os.open(folder / f"{name}.{file}", flags, 0o600))
             _require_locks(handles[0])
         except OSError as error:

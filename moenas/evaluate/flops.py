@@ -167,7 +167,7 @@ def count_flops(model: nn.Module, tokens: Tensor) -> Flops:
     if unknown:
         raise CandidateError(
             f"flops_per_token: no rule for {', '.join(unknown)}; add it to HANDLERS or NO_PRODUCTS"
-            " of moenas/flops.py"
+            " of moenas/evaluate/flops.py"
         )
     macs = sum(found.values())
     return Flops(-(-2 * macs // tokens.numel()), macs, found)

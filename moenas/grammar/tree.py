@@ -87,7 +87,7 @@ class Record:
 
     @cached_property
     def drawn(self) -> dict[Any, Any]:
-        """What `draws.drawn` made of it, to be made once: equal layers are one object."""
+        """What `sampling.drawn` made of it, to be made once: equal layers are one object."""
         return {}
 
 

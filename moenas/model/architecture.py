@@ -236,7 +236,7 @@ class Architecture(Component):
         """Return for each canonical layer the names that a requirement can use, and their values.
 
         The fields of the architecture, of the layer, of its parts and of their routers in
-        canonical form, `n_layers`, and the kinds as `mixer` and `ffn`: see `naming`. Fields that
+        canonical form, `n_layers`, and the kinds as `mixer` and `ffn`: see `field_names`. Fields that
         are null are left out, and so are names that mean several fields of the layer.
         """
         whole = field_names.scalars(self, field_names.WHOLE)

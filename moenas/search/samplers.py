@@ -68,7 +68,7 @@ SAMPLERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
         seed=setup.seed, scramble=True, warn_independent_sampling=False
     ),
     "gp": lambda _, seed: GPSampler(seed=seed, warn_independent_sampling=False),
-    # The points themselves come from asker.Points; no parameter is left to this sampler.
+    # The points themselves come from points.Points; no parameter is left to this sampler.
     "grid": lambda _, seed: RandomSampler(seed=seed),
 }
 """Name -> builder. `gp` takes seconds a trial and models only parameters that always exist."""
