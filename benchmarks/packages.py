@@ -66,11 +66,6 @@ def modules(package: str) -> list[Path]:
     return found or [folder / "__init__.py"]
 
 
-def lines_of(package: str) -> int:
-    """Return the lines of code of a package."""
-    return sum(len(p.read_text(encoding="utf-8").splitlines()) for p in modules(package))
-
-
 def picture(rows: list[list[str]]) -> str:
     """Return the packages as an SVG picture, the highest row at the top."""
     height = 2 * MARGIN + len(rows) * ROW + (len(rows) - 1) * GAP
@@ -110,12 +105,12 @@ def label(name: str) -> str:
 
 def page(rows: list[list[str]]) -> str:
     """Return the text of docs/architecture.md."""
-    parts = [HEAD, "## Packages", "", "| package | lines | holds |", "| --- | --: | --- |"]
+    parts = [HEAD, "## Packages", "", "| package | holds |", "| --- | --- |"]
     names = [name for row in reversed(rows) for name in row]
     for name in names:
         folder = PACKAGE / name
         own = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-        parts.append(f"| `{name}` | {lines_of(name):,} | {first_line(own)} |")
+        parts.append(f"| `{name}` | {first_line(own)} |")
     parts += ["", "## Files", ""]
     for name in names:
         if not (PACKAGE / name).is_dir():

@@ -50,6 +50,8 @@ class FormerNames(MetaPathFinder, Loader):
         former, present = module.__name__, PRESENT[module.__name__]
 
         def give(name: str) -> Any:
+            if name.startswith("__"):  # what tools ask of every module
+                raise AttributeError(f"module '{former}' has no attribute '{name}'")
             now = RENAMED.get(name, name)
             found = getattr(importlib.import_module(present), now)
             warnings.warn(

@@ -324,7 +324,7 @@ def load_module(path: Path, source: str | None = None) -> ModuleType:
         InputError: naming file and line, if the file does not run.
     """
     text = read_text(path) if source is None else source
-    name = f"_moenas_guest_{path.stem}_{sha256(text.encode())[:12]}"
+    name = f"_moenas_user_{path.stem}_{sha256(text.encode())[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_loader(name, loader=None, origin=str(path))

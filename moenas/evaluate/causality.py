@@ -137,7 +137,7 @@ def _first_leak(model: Model, text: Tensor, cuts: list[int]) -> Leak | None:
     bound = GROSS
     try:
         leak = _exact_search(model, (tokens, others), cuts)
-    except Exception:  # whatever a guest's operator raises in a type it was not written for
+    except Exception:  # whatever a user's operator raises in a type it was not written for
         leak, bound = None, TIGHT
     if leak is not None:
         return leak

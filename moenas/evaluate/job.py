@@ -292,7 +292,7 @@ class _Run:
 
     def measured(self, subject: Subject, objective: Objective) -> Measurement:
         """Measure one objective; one of the user gets a copy of the model, and leaves no trace."""
-        if objective.guest:
+        if objective.from_user:
             subject = subject.apart()
         try:
             with put_back():

@@ -61,7 +61,7 @@ def export(store: Archive, study: str, trial: int, out: Path, *, allow_code: boo
     A process in which moenas cannot be imported loads the folder before it gets its name: it must
     compute the same logits to the last bit. On any error `out` is as it was.
     With `allow_code` the Python files that the database holds for the study are run; see
-    `guests.load_stored`.
+    `user_parts.load_stored`.
 
     Raises:
         NotFoundError: if there is no such study or trial, or its weights are gone.

@@ -35,7 +35,7 @@ def setting(
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
     `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `words` is a
-    family: the field, a str, is the name of one of its kinds, those of guests included. `why` is
+    family: the field, a str, is the name of one of its kinds, those of users included. `why` is
     the reason for the bounds; an error says it.
     """
     metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "words": words}
@@ -218,7 +218,7 @@ def changed(component: C, **changes: Any) -> C:
 
 
 def _origin(cls: type) -> tuple[str, str]:
-    """Return what stays the same when a guest edits a file: modules end in a digest of it."""
+    """Return what stays the same when a user edits a file: modules end in a digest of it."""
     return cls.__module__.rpartition("_")[0] or cls.__module__, cls.__qualname__
 
 

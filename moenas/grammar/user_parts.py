@@ -1,4 +1,4 @@
-"""Parts that are a guest's: files named under `use`, loaded wherever a candidate is built."""
+"""Components of the user: files named under `use`, loaded wherever a candidate is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moenas.records import Plain
 
 
 @dataclass(frozen=True)
-class Guest:
+class UserFile:
     """One file of parts and what it says, so that it can be loaded where the file is not."""
 
     path: str
@@ -27,7 +27,7 @@ class Guest:
         return {"path": self.path, "sha256": sha256, "source": self.source}
 
 
-def load(path: str, source: str | None = None) -> Guest:
+def load(path: str, source: str | None = None) -> UserFile:
     """Load a file of parts, or the given text of one, and let its kinds be found by their names.
 
     Raises:
@@ -45,7 +45,7 @@ def load(path: str, source: str | None = None) -> Guest:
         raise InputError(
             f'{path}: defines no part; write e.g. class Mine(Mixer, kind="mine"), see docs/parts.md'
         )
-    return Guest(path, text, tuple(kinds))
+    return UserFile(path, text, tuple(kinds))
 
 
 def load_all(sources: Mapping[str, str]) -> None:
@@ -64,9 +64,9 @@ def load_stored(space: Plain, *, allow_code: bool) -> None:
     Raises:
         InputError: if a text is not the one that its digest names, or is not allowed.
     """
-    guests = space.get("use", [])
-    for guest in guests:
-        path, source, digest = (str(guest[key]) for key in ("path", "source", "sha256"))
+    files = space.get("use", [])
+    for file in files:
+        path, source, digest = (str(file[key]) for key in ("path", "source", "sha256"))
         if resources.sha256(source.encode()) != digest:
             raise InputError(
                 f"{path}: the database holds another text than the one with SHA-256"
@@ -78,7 +78,7 @@ def load_stored(space: Plain, *, allow_code: bool) -> None:
                 f" here with SHA-256 {digest[:12]}...; if you trust who wrote the database, allow"
                 " it to be run: --allow-code, or allow_code=True"
             )
-    load_all({str(guest["path"]): str(guest["source"]) for guest in guests})
+    load_all({str(file["path"]): str(file["source"]) for file in files})
 
 
 def _is_own(path: Path, digest: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moenas.model.blocks import Block, BlockGroup, ParallelBlock, Shortcut
-from moenas.model.feedforward.dense import FFN, DenseFFN, FeedForward, GatedFeedForward
+from moenas.model.feedforward.dense import FFN, DenseFFN, FeedForward, SigmoidGatedFeedForward
 from moenas.model.feedforward.product_key import ProductKeyFFN, ProductKeys
 from moenas.model.layers.activations import Activation
 from moenas.model.layers.linear import Convolution, Linear
@@ -51,7 +51,6 @@ __all__ = [
     "FeedForward",
     "GatedDelta",
     "GatedDeltaMixer",
-    "GatedFeedForward",
     "GatedNorm",
     "Gating",
     "HeadExperts",
@@ -92,6 +91,7 @@ __all__ = [
     "ShortConv",
     "ShortConvMixer",
     "Shortcut",
+    "SigmoidGatedFeedForward",
     "Sinkhorn",
     "SoftmaxAttention",
     "StateCache",

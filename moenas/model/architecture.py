@@ -235,9 +235,9 @@ class Architecture(Component):
     def names(self) -> list[dict[str, float | str]]:
         """Return for each canonical layer the names that a requirement can use, and their values.
 
-        The fields of the architecture, of the layer, of its parts and of their routers in
-        canonical form, `n_layers`, and the kinds as `mixer` and `ffn`: see `field_names`. Fields that
-        are null are left out, and so are names that mean several fields of the layer.
+        The fields of the architecture, of the layer, of its parts and of their routers in canonical
+        form, `n_layers`, and the kinds as `mixer` and `ffn`: see `field_names`. Fields that are
+        null are left out, and so are names that mean several fields of the layer.
         """
         whole = field_names.scalars(self, field_names.WHOLE)
         layers = self.canonical().layers

@@ -103,7 +103,7 @@ def make(name: str, setup: Setup, trial: int) -> BaseSampler:
 
 def _instance(name: str, seed: int) -> BaseSampler:
     """Make a sampler of the user's class."""
-    cls = _guest(name)
+    cls = _user_class(name)
     try:
         return cls(seed=seed)
     except (Exception, SystemExit) as error:
@@ -114,8 +114,8 @@ def _instance(name: str, seed: int) -> BaseSampler:
         ) from error
 
 
-def _guest(name: str) -> Callable[..., BaseSampler]:
-    """Load a guest's sampler class."""
+def _user_class(name: str) -> Callable[..., BaseSampler]:
+    """Load a user's sampler class."""
     path, colon, cls = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise InputError(

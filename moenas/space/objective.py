@@ -46,7 +46,7 @@ class Objective:
     """First line of the file's docstring."""
     path: str
     source: str = field(repr=False)
-    guest: bool
+    from_user: bool
     """The file did not come with moenas, so a job carries its text."""
     function: Callable[[Any], object] = field(repr=False, compare=False)
 
@@ -110,7 +110,7 @@ def load_objective(ref: str, source: str | None = None) -> Objective:
     """
     path = Path(f"{ref}.py") if source is not None else resources.find("objectives", ".py", ref)
     return _read(
-        path, resources.read_text(path) if source is None else source, guest=_is_guest(path)
+        path, resources.read_text(path) if source is None else source, from_user=_is_from_user(path)
     )
 
 
@@ -120,7 +120,7 @@ def shipped_objective(name: str) -> Objective:
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.py"))
         raise NotFoundError(f"no shipped objective '{name}'.{suggestion(name, known)}")
-    return _read(path, resources.read_text(path), guest=False)
+    return _read(path, resources.read_text(path), from_user=False)
 
 
 def rebase(evaluation: Evaluation, reference_ms: Mapping[str, float]) -> Evaluation:
@@ -139,11 +139,11 @@ def rebase(evaluation: Evaluation, reference_ms: Mapping[str, float]) -> Evaluat
     return dataclasses.replace(evaluation, values=values, measurements=measurements)
 
 
-def _is_guest(path: Path) -> bool:
+def _is_from_user(path: Path) -> bool:
     return path.resolve().parent != resources.shipped("objectives").resolve()
 
 
-def _read(path: Path, source: str, *, guest: bool) -> Objective:
+def _read(path: Path, source: str, *, from_user: bool) -> Objective:
     """Load a file and check it against the contract."""
     module = resources.load_module(path, source)
     doc = (module.__doc__ or "").strip()
@@ -166,7 +166,7 @@ def _read(path: Path, source: str, *, guest: bool) -> Objective:
         doc=doc.splitlines()[0],
         path=str(path),
         source=source,
-        guest=guest,
+        from_user=from_user,
         function=_measure(module, path, source),
     )
 

@@ -139,7 +139,7 @@ class Search(Component):
     )
 
     def invalid(self) -> str | None:
-        """Refuse a sampler that is neither known nor a guest's class."""
+        """Refuse a sampler that is neither known nor a user's class."""
         if self.sampler in SAMPLERS or ".py:" in self.sampler:
             return None
         near = suggestion(self.sampler, SAMPLERS)

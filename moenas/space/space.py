@@ -21,7 +21,7 @@ from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
 from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
-from moenas.grammar.user_parts import Guest
+from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, astuple
 from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
@@ -48,7 +48,7 @@ class Space:
     text: str
     """The file, verbatim."""
     overrides: tuple[str, ...]
-    use: tuple[Guest, ...]
+    use: tuple[UserFile, ...]
     """Files of parts that are not moenas's own."""
     tree: grammar.Tree
     requirements: tuple[Requirement, ...]
@@ -258,7 +258,7 @@ class Space:
 
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""
-        use: Plain = {"use": [guest.plain() for guest in self.use]} if self.use else {}
+        use: Plain = {"use": [file.plain() for file in self.use]} if self.use else {}
         return use | {
             "architecture": grammar.unparse(self.tree),
             "require": [r.text for r in self.requirements],
@@ -398,7 +398,7 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
 
 
-def _read_use(node: Node | None) -> Iterator[Guest]:
+def _read_use(node: Node | None) -> Iterator[UserFile]:
     """Load the files of parts, so that the architecture can name them."""
     if node is None or node.value is None:
         return

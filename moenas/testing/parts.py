@@ -1,4 +1,4 @@
-"""Contract tests for what people add: parts, objectives, figures and corpora, ours and guests'."""
+"""Contract tests for what people add: components, objectives, figures and corpora."""
 
 from __future__ import annotations
 

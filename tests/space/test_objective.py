@@ -37,7 +37,7 @@ def write(folder: Path, text: str, name: str = "depth") -> str:
 def test_a_complete_file_becomes_an_objective(tmp_path: Path) -> None:
     objective = load_objective(write(tmp_path, GOOD))
     assert (objective.name, objective.direction, objective.unit) == ("depth", "minimize", "layers")
-    assert (objective.needs, objective.doc, objective.guest) == (
+    assert (objective.needs, objective.doc, objective.from_user) == (
         "cost",
         "Layers of the model.",
         True,
@@ -52,7 +52,7 @@ def test_a_complete_file_becomes_an_objective(tmp_path: Path) -> None:
 def test_a_source_text_needs_no_file() -> None:
     objective = load_objective("depth", source=GOOD)
     assert objective.name == "depth"
-    assert objective.guest
+    assert objective.from_user
     assert objective.measure("abc").value == 3.0
 
 
@@ -62,10 +62,10 @@ def test_the_folder_here_shadows_a_shipped_file(
     (tmp_path / "objectives").mkdir()
     write(tmp_path / "objectives", GOOD, "val_loss")
     monkeypatch.chdir(tmp_path)
-    assert load_objective("val_loss").guest
+    assert load_objective("val_loss").from_user
     assert load_objective("val_loss").unit == "layers"
     assert shipped_objective("val_loss").unit == "nats/token"
-    assert not shipped_objective("val_loss").guest
+    assert not shipped_objective("val_loss").from_user
 
 
 @pytest.mark.parametrize(

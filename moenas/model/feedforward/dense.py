@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
         return y
 
 
-class GatedFeedForward(FeedForward):
+class SigmoidGatedFeedForward(FeedForward):
     """sigmoid(w x) * network(x): the shared expert of Qwen2-MoE (arXiv 2407.10671)."""
 
     def __init__(

@@ -206,7 +206,7 @@ class MambaMixer(Mixer, kind="mamba"):
         rank = self.dt_rank_at(d_model)
         widths = (rank, self.d_state, self.d_state) if self.inner_norm else ()
         norms: list[nn.Module] = [RMSNorm(width, self.inner_eps) for width in widths]
-        choose = TokenChoice(self.d_inner, rank, self.d_state, norms)
+        choose = SelectiveParams(self.d_inner, rank, self.d_state, norms)
         return Mamba(
             Linear(d_model, 2 * self.d_inner, self.proj_bias),
             Convolution(self.d_inner, self.d_conv, self.conv_bias),
@@ -215,7 +215,7 @@ class MambaMixer(Mixer, kind="mamba"):
         )
 
 
-class TokenChoice(nn.Module):
+class SelectiveParams(nn.Module):
     """What a token chooses: the time step of each channel, B and C; with a norm each, or none."""
 
     matrices: tuple[str, ...] = ()
@@ -249,7 +249,7 @@ class Mamba(nn.Module):
     matrices: tuple[str, ...] = ()
 
     def __init__(
-        self, project: Linear, convolution: Convolution, choose: TokenChoice, out: Linear
+        self, project: Linear, convolution: Convolution, choose: SelectiveParams, out: Linear
     ) -> None:
         super().__init__()
         self.project = project

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import changed, setting
-from moenas.model.feedforward.dense import FFN, FeedForward, GatedFeedForward, network_cost
+from moenas.model.feedforward.dense import FFN, FeedForward, SigmoidGatedFeedForward, network_cost
 from moenas.model.layers.activations import Activated, Activation, up_width
 from moenas.model.layers.linear import Linear, on_cuda
 from moenas.model.moe.balance import Balance, Routing, total_auxiliary_loss
@@ -161,7 +161,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
         """Build what every token passes beside the routed experts, if there is anything."""
         shared = None
         if self.shared_width:
-            network = GatedFeedForward if self.shared_gate else FeedForward
+            network = SigmoidGatedFeedForward if self.shared_gate else FeedForward
             shared = network(d_model, self.shared_width, self.build_activation())
         return Biased(shared, d_model) if self.out_bias else shared
 
