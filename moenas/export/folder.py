@@ -19,14 +19,14 @@ import safetensors.torch
 import torch
 
 import moenas
-from moenas.grammar import user_parts
-from moenas.export import source
-from moenas.model.architecture import Architecture, Model, initialise
 from moenas.errors import InputError, MoenasError, NotFoundError
+from moenas.export import source
+from moenas.grammar import user_parts
+from moenas.model.architecture import Architecture, Model, initialise
 from moenas.model.moe.experts import MoE
 from moenas.records import Evaluation, Plain, StudyRecord
-from moenas.terminal import command
 from moenas.store.weights import FILE, read_weights
+from moenas.terminal import command
 
 FORMAT = 1
 """Version of the layout of config.json."""

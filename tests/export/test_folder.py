@@ -17,17 +17,17 @@ import safetensors.torch
 import torch
 
 from moenas.data import loading as data
-from moenas.export import folder as exporting
-from moenas.model.architecture import Architecture
 from moenas.errors import InputError, MoenasError, NotFoundError
-from moenas.export.folder import export, model_source
 from moenas.evaluate.job import evaluate
+from moenas.export import folder as exporting
+from moenas.export.folder import export, model_source
+from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Job, ObjectiveInfo, Plain, StudyRecord
 from moenas.resources import load_module
 from moenas.space.sections import Protocol, Recipe
 from moenas.store.store import Store
-from moenas.testing.parts import random_architecture
 from moenas.store.weights import weights_path, write_weights
+from moenas.testing.parts import random_architecture
 
 FILES = ["README.md", "config.json", "model.py", "model.safetensors"]
 VAL_LOSS = ObjectiveInfo("val_loss", "minimize", "nats/token", "Validation loss.", "0" * 64)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from moenas.export import source
 from moenas import resources
 from moenas.errors import InputError
+from moenas.export import source
 
 GUEST = '''"""A small model."""
 from __future__ import annotations

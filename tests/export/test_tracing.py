@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from moenas.model.architecture import Architecture
 from moenas.export.folder import model_source
+from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
 ATTENTION: Plain = {"kind": "attention", "head_dim": 16, "n_kv_heads": 1, "qk_norm": "head"}
