@@ -94,7 +94,7 @@ def is_free(folder: Path, name: str, how: int) -> bool:
 def test_no_step_of_four_trainers_runs_while_a_timer_has_the_device(
     start: Start,
 ) -> None:
-    trainers = [start("working", 100) for _ in range(4)]
+    trainers = [start("shared", 100) for _ in range(4)]
     timed, waited = [], []
     for trainer in trainers:
         tell(trainer, "ready")
@@ -116,21 +116,21 @@ def test_no_step_of_four_trainers_runs_while_a_timer_has_the_device(
     assert any(timed[0][1] < began < timed[-1][0] for began, _ in steps)
     for began, ended in timed:
         assert all(step_end < began or step_start > ended for step_start, step_end in steps)
-    # Not starved: the steps of four busy trainers overlap nearly always, so without the turnstile
+    # Not starved: the steps of four busy trainers overlap nearly always, so without the gate
     # the timer gets in after most of the 400, or when they are done.
     passed = [sum(asked < s < began for s, _ in steps) for asked, began in waited]
     assert max(passed) < 80
 
 
-@pytest.mark.parametrize("role", ["working", "exclusive"])
+@pytest.mark.parametrize("role", ["shared", "exclusive"])
 def test_a_killed_process_lets_go(start: Start, folder: Path, role: str) -> None:
     process = start(role, 1)
     tell(process, "ready")
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "inside"
     assert not is_free(folder, "cpu.main", fcntl.LOCK_EX)
-    assert is_free(folder, "cpu.main", fcntl.LOCK_SH) == (role == "working")
-    assert is_free(folder, "cpu.turnstile", fcntl.LOCK_EX) == (role == "working")
+    assert is_free(folder, "cpu.main", fcntl.LOCK_SH) == (role == "shared")
+    assert is_free(folder, "cpu.gate", fcntl.LOCK_EX) == (role == "shared")
     process.send_signal(signal.SIGKILL)
     process.wait()
     with closing(DeviceLock("cpu")) as lease:
@@ -141,16 +141,16 @@ def test_a_killed_process_lets_go(start: Start, folder: Path, role: str) -> None
             assert not is_free(folder, "cpu.main", fcntl.LOCK_EX)
 
 
-@pytest.mark.parametrize("role", ["working", "exclusive"])
+@pytest.mark.parametrize("role", ["shared", "exclusive"])
 def test_an_error_inside_lets_go(folder: Path, role: str) -> None:
     with closing(DeviceLock("cpu")) as lease:
         with pytest.raises(ZeroDivisionError), getattr(lease, role)():
             raise ZeroDivisionError
         assert is_free(folder, "cpu.main", fcntl.LOCK_EX)
-        assert is_free(folder, "cpu.turnstile", fcntl.LOCK_EX)
+        assert is_free(folder, "cpu.gate", fcntl.LOCK_EX)
 
 
-@pytest.mark.parametrize("role", ["working", "exclusive"])
+@pytest.mark.parametrize("role", ["shared", "exclusive"])
 def test_the_device_settles_before_others_come_in(folder: Path, role: str) -> None:
     seen = []
 

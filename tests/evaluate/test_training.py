@@ -85,7 +85,7 @@ def test_a_run_repeats_to_the_last_bit(dtype: str) -> None:
 def run_python(code: str) -> str:
     run = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "7"},
         capture_output=True,
         text=True,
@@ -95,7 +95,7 @@ def run_python(code: str) -> str:
 
 
 def test_a_run_repeats_in_another_process_and_does_without_the_compiler() -> None:
-    code = "import sys, test_train as t; print(t.digest(t.trained()[0]), 'torch._dynamo' in sys.modules)"
+    code = "import sys, test_training as t; print(t.digest(t.trained()[0]), 'torch._dynamo' in sys.modules)"
     assert run_python(code) == f"{digest(trained()[0])} False"
 
 

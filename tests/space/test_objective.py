@@ -83,7 +83,7 @@ def test_the_folder_here_shadows_a_shipped_file(
         ("def measure(subject)", "measure = 5\ndef gauge(subject)", 13, "measure is 5"),
         ("unit =", "unit =\nx =", 9, "invalid syntax"),
         ("unit =", "unit = 1 / 0 #", 9, "ZeroDivisionError"),
-        ("from moenas.objective", "from no_such_module", 6, "no_such_module"),
+        ("from moenas.space.objective", "from no_such_module", 6, "no_such_module"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_line(
