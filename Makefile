@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread each, as studies run on a CPU; files go to two processes, each file whole to one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
+.PHONY: help demo transcripts test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would trip over each other
 
@@ -52,14 +52,18 @@ bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents
 	for file in $(filter-out %/peers.py %/page.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$file" || exit 1; done
 
-docs: $(VENV)/.installed ## write docs/space_file.md, docs/zoo.md and docs/gpu.md anew
-	$(BIN)/python -m moenas.reference > $(VENV)/space_file.md
+docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
+	$(BIN)/python -m moenas.space.reference > $(VENV)/space_file.md
 	mv $(VENV)/space_file.md docs/space_file.md
-	$(BIN)/python -m moenas.reference --defaults > $(VENV)/defaults.json
-	mv $(VENV)/defaults.json moenas/defaults.json
+	$(BIN)/python -m moenas.space.reference --defaults > $(VENV)/defaults.json
+	mv $(VENV)/defaults.json moenas/grammar/defaults.json
+	$(BIN)/python benchmarks/packages.py docs
 	$(BIN)/python benchmarks/zoo.py > $(VENV)/zoo.md
 	mv $(VENV)/zoo.md docs/zoo.md
 	$(BIN)/python benchmarks/gpu/run.py --page
+
+transcripts: $(VENV)/.installed ## run the demo, then write its outputs and picture into the documents
+	$(BIN)/python benchmarks/transcripts.py
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build

@@ -21,7 +21,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import optuna_dashboard
 
-from moenas.dashboard import Reader, cure
+from moenas.dashboard.server import CachedStorage, patch_dashboard
 
 Polls = list[tuple[float, dict[str, Any]]]
 
@@ -73,8 +73,8 @@ def main() -> None:
         url = f"sqlite:///{folder}/study.db"
         fill(url, n_trials)
         stock = polls(url, n_trials)
-        assert cure(), "this version of optuna-dashboard is not cured"
-        cured = polls(Reader(optuna.storages.RDBStorage(url)), n_trials)
+        assert patch_dashboard(), "this version of optuna-dashboard is not cured"
+        cured = polls(CachedStorage(optuna.storages.RDBStorage(url)), n_trials)
         best = {t.number for t in optuna.load_study(study_name="made_up", storage=url).best_trials}
     print(f"{n_trials} trials; seconds a request   as it comes   as served")
     rows = zip(

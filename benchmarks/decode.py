@@ -22,8 +22,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from moenas.memory import keep_freed_memory
-from moenas.parts import MoE, MoEFFN, Router
+from moenas.evaluate.memory import tune_malloc
+from moenas.model import MoE, MoEFFN, Router
 
 SHAPES = [(16, 2, 512), (64, 8, 128)]
 """Experts, experts of a token, width of an expert."""
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    keep_freed_memory()
+    tune_malloc()
     torch.manual_seed(0)
     print(peers.machine())
     print(f"float32, {given.threads} thread(s)\n")

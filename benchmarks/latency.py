@@ -17,10 +17,16 @@ from collections.abc import Iterator
 
 import torch
 
-from moenas.architecture import Architecture, Model
-from moenas.latency import Workload, deployed, device_info, device_lease, measure_latency
+from moenas.evaluate.latency import (
+    Workload,
+    device_info,
+    device_lock,
+    inference_copy,
+    measure_latency,
+)
+from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
-from moenas.sections import Protocol
+from moenas.space.sections import Protocol
 
 BUSY = """
 import torch
@@ -42,7 +48,7 @@ def build(d_model: int, layers: int, ffn: Plain) -> Model:
     block = {"repeat": layers, "mixer": MIXER, "ffn": ffn}
     plain = {"vocab_size": 256, "d_model": d_model, "blocks": [block]}
     architecture = Architecture.parse(plain)
-    return deployed(architecture, architecture.build(), torch.float32)
+    return inference_copy(architecture, architecture.build(), torch.float32)
 
 
 @contextlib.contextmanager
@@ -70,7 +76,7 @@ def measure_rounds(models: dict[str, Model], phase: str, rounds: int) -> dict[st
     workload = Workload(phase, *sizes[phase], torch.float32, 1, device)  # type: ignore[arg-type]
     tokens = torch.randint(256, workload.tokens, generator=torch.Generator().manual_seed(0))
     found: dict[str, list[Plain]] = {name: [] for name in models}
-    with contextlib.closing(device_lease(device)) as lease:
+    with contextlib.closing(device_lock(device)) as lease:
         for _ in range(rounds):
             for name, model in models.items():
                 timed = measure_latency(model, tokens, workload, protocol, lease, {})

@@ -24,8 +24,8 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.memory import keep_freed_memory
-from moenas.parts import DenseFFN, MoE, MoEFFN, Router
+from moenas.evaluate.memory import tune_malloc
+from moenas.model import DenseFFN, MoE, MoEFFN, Router
 
 D_MODEL, D_EXPERT, TOKENS = 256, 512, 2048
 CELLS = [(e, k) for e in (4, 8, 16, 32, 64) for k in (1, 2, 4, 8) if k <= e // 2 or e == k == 4]
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    keep_freed_memory()  # as moenas trains; the others gain by it, too
+    tune_malloc()  # as moenas trains; the others gain by it, too
     torch.manual_seed(0)
     tokens = 64 if given.batched else TOKENS
     theirs = peers.IMPLEMENTATIONS if given.batched else peers.IMPLEMENTATIONS[:2]

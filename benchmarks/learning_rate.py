@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-from moenas.architecture import Architecture
-from moenas.corpus import Corpus
-from moenas.data import load
+from moenas.data.corpus import Corpus
+from moenas.data.loading import load
 from moenas.errors import DivergedError
-from moenas.optimizer import BASE_WIDTH, learning_rate
+from moenas.evaluate.optimizer import BASE_WIDTH, learning_rate
+from moenas.evaluate.training import train, validate
+from moenas.model.architecture import Architecture
 from moenas.records import Plain
-from moenas.sections import Recipe
-from moenas.train import train, validate
+from moenas.space.sections import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "learning_rate.json"
 STEPS, BATCH, CONTEXT, SEED = 200, 8, 128, 0

@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moenas.architecture import Architecture, Model
-from moenas.dtypes import has_bfloat16
-from moenas.parts import MoE
+from moenas.evaluate.dtypes import has_bfloat16
+from moenas.model import MoE
+from moenas.model.architecture import Architecture, Model
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 from families import QWEN3_MOE

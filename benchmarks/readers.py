@@ -21,31 +21,40 @@ from pathlib import Path
 import optuna
 
 from moenas.records import Evaluation, Plain, StudyRecord
-from moenas.store import Store
+from moenas.store.store import Store
 
 NAME = "large"
 OBJECTIVES = {"val_loss": "minimize", "decode_ms": "minimize", "flops_per_token": "minimize"}
 LAYERS, EXPERTS = 4, 8
 ROUTER = {"score": "softmax", "top_k": 2, "balance": "aux_loss", "capacity_factor": None}
-CLI = "import sys; sys.argv[1:] = {}; from moenas import cli; cli.main()"
+CLI = "import sys; sys.argv[1:] = {}; from moenas.cli.commands import main; main()"
 LOAD = "from moenas import load_study; study = load_study('large')"
 COMMANDS = {
-    "status": (CLI.format(["status", NAME]), "import moenas.cli, moenas.report, moenas.store"),
-    "front": (CLI.format(["front", NAME]), "import moenas.cli, moenas.report, moenas.store"),
-    "show": (CLI.format(["show", NAME, "7"]), "import moenas.cli, moenas.report, moenas.store"),
-    "Study.front()": (f"{LOAD}; study.front()", "import moenas.study"),
+    "status": (
+        CLI.format(["status", NAME]),
+        "import moenas.cli.commands, moenas.report.summary, moenas.store.store",
+    ),
+    "front": (
+        CLI.format(["front", NAME]),
+        "import moenas.cli.commands, moenas.report.summary, moenas.store.store",
+    ),
+    "show": (
+        CLI.format(["show", NAME, "7"]),
+        "import moenas.cli.commands, moenas.report.summary, moenas.store.store",
+    ),
+    "Study.front()": (f"{LOAD}; study.front()", "import moenas.study.launch"),
     "first publishing": (
-        f"{LOAD}; from moenas.dashboard import publish; publish(study.store, 'large')",
-        "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",
+        f"{LOAD}; from moenas.dashboard.server import publish; publish(study.store, 'large')",
+        "import moenas.study.launch, moenas.dashboard.server, optuna.storages._rdb.storage",
     ),
     "publishing a change": (
-        f"{LOAD}; from moenas.dashboard import publish; import time;"
+        f"{LOAD}; from moenas.dashboard.server import publish; import time;"
         " study.store.set_trials('large', int(time.time()) % 10**6); publish(study.store, 'large')",
-        "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",
+        "import moenas.study.launch, moenas.dashboard.server, optuna.storages._rdb.storage",
     ),
     "publishing again": (
-        f"{LOAD}; from moenas.dashboard import publish; publish(study.store, 'large')",
-        "import moenas.study, moenas.dashboard, optuna.storages._rdb.storage",
+        f"{LOAD}; from moenas.dashboard.server import publish; publish(study.store, 'large')",
+        "import moenas.study.launch, moenas.dashboard.server, optuna.storages._rdb.storage",
     ),
 }
 """Command -> what runs it, and what imports the same."""

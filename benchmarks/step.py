@@ -22,8 +22,8 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.architecture import Model
-from moenas.memory import keep_freed_memory
+from moenas.evaluate.memory import tune_malloc
+from moenas.model.architecture import Model
 
 BATCH, CONTEXT = 8, 256
 SHAPES = [(16, 2, 512), (64, 8, 128)]
@@ -115,7 +115,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.keep:
-        keep_freed_memory()
+        tune_malloc()
     torch.manual_seed(0)
     print(peers.machine())
     print(f"{BATCH * CONTEXT} tokens a step, float32, {given.threads} thread(s)\n")

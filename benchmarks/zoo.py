@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from moenas.draws import RandomSuggest
-from moenas.space import Space
+from moenas.grammar.sampling import RandomSuggest
+from moenas.space.space import Space
 
 ROOT = Path(__file__).parents[1]
 CHECKS = {

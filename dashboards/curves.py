@@ -8,8 +8,8 @@ from statistics import fmean
 
 from plotly import graph_objects as go
 
-from moenas import figures
 from moenas.records import Evaluation, Plain, View
+from moenas.report import figures
 
 TITLE = "Learning curves"
 SHOWN_POINTS = 48

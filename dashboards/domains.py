@@ -5,8 +5,8 @@ from __future__ import annotations
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from moenas import figures
 from moenas.records import Evaluation, Plain, View
+from moenas.report import figures
 
 READS = "front"
 TITLE = "Domains by expert"

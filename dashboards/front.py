@@ -10,8 +10,8 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from moenas import figures
 from moenas.records import Evaluation, ObjectiveInfo, View
+from moenas.report import figures
 
 TITLE = "Pareto front"
 SHOWN_OBJECTIVES = 4

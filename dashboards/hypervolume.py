@@ -7,9 +7,9 @@ from itertools import pairwise
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from moenas import figures
-from moenas.front import is_exact
+from moenas.pareto import is_exact
 from moenas.records import FrontPoint, View
+from moenas.report import figures
 
 TITLE = "Hypervolume over trials"
 SHOWN = 300

@@ -7,8 +7,8 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from moenas import figures
 from moenas.records import Evaluation, View
+from moenas.report import figures
 
 READS = "front"
 TITLE = "Expert load over training"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moenas.cli import main
+from moenas.cli.commands import main
 
 if __name__ == "__main__":
     main()

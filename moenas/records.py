@@ -89,7 +89,7 @@ class Job(_Record):
     architecture: Plain
     """The canonical architecture, as `Architecture.plain()` gives it."""
     objectives: dict[str, str | None]
-    """Name -> source text of a guest's objective file, or None for a shipped one."""
+    """Name -> source text of a user's objective file, or None for a shipped one."""
     data: Plain
     """The `data` section of the space file, with paths made absolute."""
     data_sha256: str
@@ -101,7 +101,7 @@ class Job(_Record):
     seed: int
     time_limit_s: float | None = None
     use: dict[str, str] = field(default_factory=dict)
-    """Path -> source text of a guest's file of parts."""
+    """Path -> source text of a user's file of components."""
     reference_ms: dict[str, float] = field(default_factory=dict)
     """Device and workload -> time of the reference model there, in ms, as this study fixed it."""
     sharers: int = 1

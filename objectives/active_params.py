@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moenas.subject import Subject
+    from moenas.evaluate.subject import Subject
 
 direction = "minimize"
 unit = "parameters"

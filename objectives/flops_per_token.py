@@ -1,6 +1,6 @@
 """Forward operations per token: two for each multiply-add of every matrix product.
 
-Counted by fvcore on the built model, over one sequence of `train.context` tokens; attention counts
+Counted by fvcore on the meta device, over one sequence of `train.context` tokens; attention counts
 over the full square, element-wise work counts nothing, a training step costs about three times as
 much. The count must equal the closed form `Cost.flops_per_token`: where they differ, the candidate
 fails.
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moenas.objective import Measurement
+from moenas.space.objective import Measurement
 
 if TYPE_CHECKING:
-    from moenas.subject import Subject
+    from moenas.evaluate.subject import Subject
 
 direction = "minimize"
 unit = "FLOP/token"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from moenas.objective import Measurement
+from moenas.space.objective import Measurement
 
 if TYPE_CHECKING:
-    from moenas.subject import Subject
+    from moenas.evaluate.subject import Subject
 
 direction = "maximize"
 unit = ""

@@ -40,7 +40,7 @@ def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOENAS_STORAGE", raising=False)
     monkeypatch.delenv("MOENAS_RUNS", raising=False)
-    monkeypatch.setattr("moenas.dashboard.publish", lambda store, name: None)
+    monkeypatch.setattr("moenas.dashboard.server.publish", lambda store, name: None)
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Evaluate by the stand-in of `studies`; the list holds the jobs that were evaluated."""
     from studies import fake
 
-    from moenas import measure
+    from moenas.evaluate import job as measure
 
     seen: list[Any] = []
 
@@ -79,3 +79,11 @@ def no_connection_left_open() -> Iterator[None]:
     event.remove(Pool, "connect", keep)
     for connection in opened:
         connection.close()
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes jobs; see `jobs.job_maker`."""
+    from jobs import job_maker
+
+    return job_maker(tmp_path, monkeypatch)

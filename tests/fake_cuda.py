@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moenas.footprint import _Shapes
-from moenas.parts.attend import Kernel
+from moenas.evaluate.footprint import _Shapes
+from moenas.model.mixers.softmax_attention import Kernel
 
 
 @contextmanager

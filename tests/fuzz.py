@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from moenas import refs
+from moenas import resources
 from moenas.errors import InputError
-from moenas.space import Space
+from moenas.space.space import Space
 
 NUMBERS = [0, 1, -1, 3, 7, 8, 1000, 10**15, 10**16, -(10**15), 1e-320, 1e308, 0.5, 1e-9]
 ODD: list[Any] = [None, True, "", "x", "nan", ".inf", [], {}, [1], {"choice": []}, "1e400"]
@@ -25,7 +25,7 @@ REQUIRED = ["d_model < 9", "1 / 0 < 2", "9e29 * 9e29 * 9e29 < params", "a.b == '
 @cache
 def sources() -> list[str]:
     """Return the space files that came with moenas."""
-    folder = refs.shipped("spaces")
+    folder = resources.shipped("spaces")
     return [path.read_text() for path in sorted(folder.rglob("*.yaml"))]
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moenas.architecture import Architecture, Model
-from moenas.component import Component, Scalar, fields
-from moenas.draws import RandomSuggest
 from moenas.errors import SpaceError
-from moenas.parts import FFN, FeedForward, MoE, MoEFFN
+from moenas.grammar.component import Component, Scalar, fields
+from moenas.grammar.sampling import RandomSuggest
+from moenas.model import FFN, FeedForward, MoE, MoEFFN
+from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
-from moenas.space import Space
+from moenas.space.space import Space
 
 
 @cache

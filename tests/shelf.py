@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 
 from moenas.records import Evaluation, Plain, View
-from moenas.store import Store
+from moenas.store.store import Store
 
 STATES = {
     "complete": optuna.trial.TrialState.COMPLETE,

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from moenas import attempts, study
-from moenas.pool import Result
 from moenas.records import Evaluation, Failure, Job, Plain
-from moenas.space import Space
-from moenas.study import Study
+from moenas.space.space import Space
+from moenas.store import attempts
+from moenas.study import launch as study
+from moenas.study.launch import Study
+from moenas.workers.pool import Result
 
 ARCHITECTURE = """
 architecture:

@@ -13,9 +13,9 @@ import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moenas import figures
 from moenas.records import Evaluation
-from moenas.refs import load_module, shipped
+from moenas.report import figures
+from moenas.resources import load_module, shipped
 
 NAMES = {"front", "hypervolume", "curves", "load", "routing", "domains"}
 MAX_BYTES = 200_000
@@ -401,7 +401,7 @@ def test_a_quantity_has_its_unit_and_few_characters():
 def test_a_figure_here_shadows_the_shipped_one_and_more_can_be_added(tmp_path, monkeypatch):
     folder = tmp_path / "dashboards"
     folder.mkdir()
-    source = '"""Mine."""\nfrom moenas.figures import blank\ndef figure(view):\n    return '
+    source = '"""Mine."""\nfrom moenas.report.figures import blank\ndef figure(view):\n    return '
     (folder / "front.py").write_text(source + "blank('mine', 'hello')\n")
     (folder / "another.py").write_text(source + "blank('other', 'hello')\n")
     monkeypatch.chdir(tmp_path)

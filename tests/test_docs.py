@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ import pytest
 import typer
 
 import moenas
-from moenas import errors, refs
-from moenas.cli import app
-from moenas.objective import load_objective
+from moenas import errors, resources
+from moenas.cli.commands import app
 from moenas.records import Cost
-from moenas.space import Space
+from moenas.space.objective import load_objective
+from moenas.space.space import Space
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -26,6 +28,8 @@ PAGES = [
     ROOT / ".github" / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+README_LINES = 130
+"""Of the README: one page that is read whole."""
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -82,14 +86,14 @@ def test_every_objective_is_documented() -> None:
         for line in text.splitlines()
         if len(cells := line.split("|")) == 6
     }
-    for name in refs.listing("objectives", ".py"):
+    for name in resources.listing("objectives", ".py"):
         objective = load_objective(name)
         assert rows[name] == [objective.unit or "none", objective.needs]
 
 
 def test_the_template_names_every_objective() -> None:
     text = (ROOT / "spaces" / "_template.yaml").read_text(encoding="utf-8")
-    assert [name for name in refs.listing("objectives", ".py") if name not in text] == []
+    assert [name for name in resources.listing("objectives", ".py") if name not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -110,12 +114,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_examples_in_yaml_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         if "use: [" in block:
-            continue  # tests/test_guests.py runs it
+            continue  # tests/grammar/test_user_parts.py runs it
         if "architecture:" in block and "objectives:" in block:
             Space.parse(block, name_of(page))
         else:
             for line in block.splitlines():
-                refs.parse_yaml(line, name_of(page))
+                resources.parse_yaml(line, name_of(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -143,13 +147,24 @@ def test_the_table_of_exit_codes_is_whole() -> None:
     assert {kind.exit_code for kind in kinds} <= listed
 
 
-def test_the_tree_in_the_readme_has_every_module() -> None:
-    (tree,) = [block for block in blocks(ROOT / "README.md", "") if "errors.py" in block]
-    named = set(re.findall(r"\b(\w+\.py)\b", tree))
-    package = ROOT / "moenas"
-    modules = {p.name for p in [*package.glob("*.py"), *package.glob("parts/*.py")]}
-    assert modules - {"__init__.py", "__main__.py"} - named == set(), "not in the tree"
-    assert named - modules == set(), "not there"
+def test_the_page_and_the_picture_of_the_packages_are_those_of_the_code(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "packages.py"), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=60)
+    for name in ("architecture.md", "packages.svg"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), "make docs"
+
+
+def test_the_readme_is_short_and_names_every_package() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= README_LINES
+    packages = {p.parent.name for p in (ROOT / "moenas").glob("*/__init__.py")}
+    assert {name for name in packages if f"`{name}`" not in text} == set()
+
+
+def test_the_space_of_the_readme_is_the_shipped_one() -> None:
+    (space,) = blocks(ROOT / "README.md", "yaml")
+    shipped = (ROOT / "spaces" / "tiny.yaml").read_text(encoding="utf-8")
+    assert space.strip() in shipped
 
 
 def test_every_public_name_can_be_had() -> None:

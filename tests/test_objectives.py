@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from moenas.architecture import Architecture
-from moenas.corpus import Corpus
-from moenas.latency import device_lease
-from moenas.objective import shipped_objective
-from moenas.refs import listing
-from moenas.sections import Protocol, Recipe
-from moenas.subject import MIB, Subject, Training
+from moenas.data.corpus import Corpus
+from moenas.evaluate.latency import device_lock
+from moenas.evaluate.subject import MIB, Subject, Training
+from moenas.model.architecture import Architecture
+from moenas.resources import listing
+from moenas.space.objective import shipped_objective
+from moenas.space.sections import Protocol, Recipe
 
 MIXER = {"kind": "attention", "head_dim": 16}
 MOE = {"kind": "moe", "n_experts": 4, "d_expert": 32, "router": {"top_k": 2}}
@@ -53,7 +53,7 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
     corpus = Corpus("sevens", tokens, tokens[:500], 64, False, "", [None, None], {})
     protocol = Protocol(decode_batch=2, decode_context=8, min_repeats=3, max_repeats=3)
     device = torch.device("cpu")
-    with closing(device_lease(device)) as lease:
+    with closing(device_lock(device)) as lease:
         found = Subject(one, one.cost(16), recipe, protocol, corpus, device, 0, lease)
         found.built = one.build()
         routing = [

@@ -8,97 +8,53 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground to the roof. A module imports only from the lines above its own. A module in a
-# folder that is not named here stands where the folder stands.
-FLOORS = """
+# The order of packages, from the ground up. A package imports only from the lines above its own.
+ORDER = """
+    former
     __init__ errors
-    records refs counts formats processes
-    tally stops optuna_rows
-    events
-    failures folders
-    checked
-    domains bigram
-    component front weights describe brief require lease tables texts urls retry faults terminal
-    grammar guests migrations membership rows claims identity
-    naming
-    draws schema sections objective migrations.env migrations.versions database readers figures statements
-    optuna_storage
-    store_reader
-    store
-    notes
-    dashboard heartbeat attempts
-    parts.layers parts.norms parts.lending parts.bias parts.cross_entropy
-    parts.scan parts.head
-    parts.activations parts.dispatch parts.scores parts.selection parts.logits parts.presets
-    parts.assignment parts.projections
-    parts.mixers parts.rotary parts.attend parts.gating parts.ffn
-    parts.borrowing parts.residual
-    parts.attention parts.ssm
-    parts.latent parts.lightning parts.linear
-    parts.kda
-    parts.balance parts.product_key
-    parts.routers
-    parts.experts
-    parts.moa parts.blocks
-    parts
-    architecture
-    corpus
-    data lengths
-    corpus_cache
+    records formats processes
+    failures folders terminal
+    checked resources pareto
+    grammar store
+    model data
     space
-    dtypes devices routing causality cuda_graphs isolation
-    memory
-    optimizer timing
-    steps
-    device_steps
-    train latency flops lift footprint
-    subject
-    measure matching
-    results ray_address
-    ray_worker ray_head ray_cluster
-    ray_processes
-    ray_pool
-    pool samplers points
-    candidate spool asker repairs changes jobs
-    intake reconcile
-    doctor
-    driver remeasure
+    evaluate
+    export report
+    search workers dashboard testing
     study
-    maintenance
-    export testing report reference
-    progress
-    options
-    cli_maintenance
     cli
     __main__
 """
 
-# Library -> the only modules that import it. `objectives` and `dashboards` are the files there.
-ROOMS = {
-    "alembic": "database migrations",
+# Library -> the only packages that import it. `objectives` and `dashboards` are the folders.
+LIBRARIES = {
+    "alembic": "store",
     "click": "cli",
-    "fvcore": "flops",
-    "moocore": "front",
-    "numpy": "front corpus data counts domains bigram matching export isolation",
-    "optuna": "samplers asker points reconcile optuna_rows driver candidate study dashboard optuna_storage repairs doctor",
+    "fvcore": "evaluate",
+    "moocore": "pareto",
+    "numpy": "pareto data evaluate export",
+    "optuna": "search store study dashboard",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
-    "plotly": "figures dashboard dashboards",
-    "rich": "cli progress",
-    "ray": "ray_head ray_cluster",
-    "safetensors": "measure export",
+    "plotly": "report dashboard dashboards",
+    "rich": "cli",
+    "ray": "workers",
+    "safetensors": "evaluate export",
     "scipy": "none",
-    "sqlalchemy": "store store_reader statements attempts readers optuna_storage database identity faults urls claims membership rows tables migrations optuna_rows reconcile repairs remeasure doctor",
-    "torch": "cuda_graphs corpus timing optimizer steps device_steps parts architecture devices dtypes routing causality train latency flops memory footprint lift isolation subject measure export testing",
-    "typer": "cli cli_maintenance options",
-    "yaml": "refs",
+    "sqlalchemy": "store study",
+    "torch": "model data evaluate export testing",
+    "typer": "cli",
+    "yaml": "resources",
 }
+LIGHT = "grammar store report dashboard"
+"""Packages that load without PyTorch, for they only read."""
 
 MAX_LINES = 500
 """Of a file. Tests are exempt, as each is read by itself."""
@@ -113,7 +69,11 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 CODE = [*PACKAGE, *DESK, *sorted(ROOT.glob("benchmarks/**/*.py")), *TESTS]
 OTHER = ("spaces/*.yaml", "benchmarks/gpu/*.*", "docs/*.md", "Makefile", "pyproject.toml")
 TEXTS = [*CODE, *(path for pattern in OTHER for path in sorted(ROOT.glob(pattern)))]
-FLOOR_OF = {m: i for i, line in enumerate(FLOORS.strip().splitlines()) for m in line.split()}
+MODULES = {
+    ".".join(p.relative_to(ROOT / "moenas").with_suffix("").parts).removesuffix(".__init__")
+    for p in PACKAGE
+}
+RANK = {name: i for i, line in enumerate(ORDER.strip().splitlines()) for name in line.split()}
 
 
 def module_of(path: Path) -> str:
@@ -144,7 +104,7 @@ def statements(tree: ast.AST, *, inside_functions: bool) -> Iterator[ast.AST]:
 
 
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
-    """The dotted names that a file imports; `from moenas import refs` gives moenas.refs."""
+    """The dotted names that a file imports; `from moenas.space import sections` gives moenas.space.sections."""
     found = set()
     for node in statements(tree_of(path), inside_functions=inside_functions):
         if isinstance(node, ast.Import):
@@ -153,13 +113,13 @@ def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                is_module = whole.removeprefix("moenas.") in FLOOR_OF
+                is_module = whole.removeprefix("moenas.") in MODULES
                 found.add(whole if is_module else str(node.module))
     return found
 
 
 def own(names: set[str]) -> set[str]:
-    """Of imported names, our modules: moenas.parts.mixers -> parts.mixers, moenas -> __init__."""
+    """Of imported names, our modules: moenas.model.mixers.mixer -> parts.mixers, moenas -> __init__."""
     inside = {name for name in names if name.split(".")[0] == "moenas"}
     return {name.removeprefix("moenas.") if name != "moenas" else "__init__" for name in inside}
 
@@ -191,56 +151,60 @@ def loaded_with(module: str) -> set[str]:
     return found
 
 
-def floor_of(module: str) -> int | None:
-    """The line of a module, or of the folder that it lies in."""
-    while module not in FLOOR_OF and "." in module:
-        module = module.rpartition(".")[0]
-    return FLOOR_OF.get(module)
+def package_of(module: str) -> str:
+    """store.migrations.env -> store."""
+    return module.split(".")[0]
 
 
-def test_every_module_has_a_floor_and_every_line_a_module() -> None:
-    modules = {module_of(path) for path in PACKAGE}
-    assert [module for module in modules if floor_of(module) is None] == []
-    assert set(FLOOR_OF) - modules == set()
+def test_every_module_is_in_a_package_of_the_order() -> None:
+    assert {package_of(module_of(path)) for path in PACKAGE} == set(RANK)
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=module_of)
 def test_imports_go_down(path: Path) -> None:
-    here = floor_of(module_of(path)) or 0
-    up = {name for name in own(imported(path)) if (floor_of(name) or 0) >= here}
-    assert not up, f"{name_of(path)} imports from its own floor or above"
+    here = package_of(module_of(path))
+    others = {package_of(name) for name in own(imported(path))} - {here}
+    assert not {name for name in others if RANK[name] >= RANK[here]}, "imports from above"
+
+
+def test_no_imports_go_round() -> None:
+    modules = {module_of(path): own(imported(path)) for path in PACKAGE}
+    TopologicalSorter(modules).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", [*PACKAGE, *DESK], ids=module_of)
-def test_each_library_stays_in_its_rooms(path: Path) -> None:
-    module = module_of(path)
+def test_each_library_stays_in_its_packages(path: Path) -> None:
     for library in sorted(libraries(imported(path))):
-        assert library in ROOMS, f"{library} has no room; give it one here and in pyproject.toml"
-        rooms = ROOMS[library].split()
-        assert module in rooms or module.split(".")[0] in rooms, f"{library} in {module}"
+        assert library in LIBRARIES, f"{library}: name its package here and in pyproject.toml"
+        assert package_of(module_of(path)) in LIBRARIES[library].split(), library
 
 
-def test_the_ground_floors_load_no_torch() -> None:
-    light = [m for m in FLOOR_OF if FLOOR_OF[m] <= FLOOR_OF["dashboard"]] + ["report", "cli"]
+def test_packages_that_only_read_load_no_torch() -> None:
+    light = [m for m in map(module_of, PACKAGE) if package_of(m) in LIGHT.split()]
+    light.append("cli.commands")
     assert [m for m in light if "torch" in loaded_with(m)] == []
 
 
 def test_the_command_line_starts_light() -> None:
-    heavy = set(ROOMS) - {"typer", "click"}
-    probe = "import sys, moenas, moenas.cli; print(*{m.split('.')[0] for m in sys.modules})"
+    heavy = set(LIBRARIES) - {"typer", "click"}
+    probe = (
+        "import sys, moenas, moenas.cli.commands; print(*{m.split('.')[0] for m in sys.modules})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert heavy & set(done.stdout.split()) == set()
 
 
-def test_dependencies_name_their_rooms() -> None:
+def test_dependencies_name_their_packages() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     named = dict(re.findall(r'^\s*"([a-z-]+)[^"]*",\s*# ([^;\n]*)', listed, re.MULTILINE))
     library_of = {"pyyaml": "yaml", "optuna-dashboard": "optuna_dashboard"}
-    found = {library_of.get(name, name): set(rooms.split(", ")) for name, rooms in named.items()}
-    own_dependency = {name: set(rooms.split()) for name, rooms in ROOMS.items() if name != "click"}
+    found = {
+        library_of.get(name, name): set(packages.split(", ")) for name, packages in named.items()
+    }
+    own_dependency = {k: set(v.split()) for k, v in LIBRARIES.items() if k != "click"}
     assert found == own_dependency
 
 

@@ -78,7 +78,7 @@ def test_a_traceback_holds_no_password() -> None:
     url = "postgresql://bob:Tr0ub4dor@127.0.0.1:1/db"
     code = (
         f"import sys; sys.argv = ['moenas', 'status', '--storage', {url!r}]\n"
-        "from moenas import cli, database\n"
+        "from moenas.cli import commands as cli\nfrom moenas.store import database\n"
         f"def broken(self, *a): raise ValueError('cannot use {url}')\n"
         "database.Database.__init__ = broken; cli.main()\n"
     )

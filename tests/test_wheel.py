@@ -22,7 +22,7 @@ def pip(*arguments: object) -> None:
 
 def shipped_files() -> set[str]:
     """The names that the wheel must hold, read off the checkout."""
-    ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in {".py", ".yaml"})
+    ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in {".py", ".yaml", ".json"})
     found = {str(p.relative_to(ROOT)) for p in ours} | {"moenas/py.typed"}
     for folder, pattern in FOLDERS.items():
         shipped = (p.relative_to(ROOT) for p in (ROOT / folder).rglob(pattern) if p.is_file())
@@ -62,11 +62,11 @@ def test_installed_it_finds_what_was_shipped(wheel: Path, tmp_path: Path) -> Non
     probe = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from moenas import refs
+from moenas import resources
 for folder, suffix in (
     ("spaces", ".yaml"), ("spaces/zoo", ".yaml"), ("objectives", ".py"), ("dashboards", ".py")
 ):
-    for path in refs.listing(folder, suffix).values():
+    for path in resources.listing(folder, suffix).values():
         assert path.is_relative_to(sys.argv[1]), path
         print(f"{folder}/{path.name}")
 """

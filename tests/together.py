@@ -6,10 +6,10 @@ import multiprocessing
 
 from moenas.errors import StudyBusyError
 from moenas.records import Evaluation
-from moenas.store import Store
+from moenas.store.store import Store
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["moenas.store", "optuna.storages._rdb.models", "alembic.command", "psycopg"]
+PRELOAD = ["moenas.store.store", "optuna.storages._rdb.models", "alembic.command", "psycopg"]
 CONTEXT.set_forkserver_preload(PRELOAD)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from moenas.component import Component, setting
-from moenas.draws import draw
-from moenas.grammar import Tree
+from moenas.grammar.component import Component, setting
+from moenas.grammar.sampling import draw
+from moenas.grammar.tree import Tree
 from moenas.records import Plain
 
 

@@ -31,7 +31,8 @@ def main() -> int:
     group = next(one for one in GROUPS if one.name == name)
     import torch
 
-    from gpu.card import machine
+    from gpu.card import DEVICE, GPU, machine
+    from moenas.evaluate.devices import prepare_process
 
     measure = getattr(importlib.import_module(f"gpu.{group.module or name}"), group.function)
     limit = sys.stdin.readline().strip()
@@ -41,6 +42,8 @@ def main() -> int:
     torch.set_num_threads(1)
     report = Report(name, Path(path))
     report.machine(machine())
+    if GPU and name != "ceilings":  # as a worker process of a study is
+        prepare_process(DEVICE)
     with report.part(name):
         measure(report)
     faulthandler.cancel_dump_traceback_later()

@@ -10,9 +10,9 @@ import torch
 from gpu.card import DEVICE, GPU, release, sized
 from gpu.models import D256_SMALL, D512, DENSE, Shape
 from gpu.report import Report
-from moenas.latency import Workload, deployed, device_lease, measure_latency
-from moenas.lease import DeviceLease
-from moenas.sections import Protocol
+from moenas.evaluate.device_lock import DeviceLock
+from moenas.evaluate.latency import Workload, device_lock, inference_copy, measure_latency
+from moenas.space.sections import Protocol
 
 SHAPES = (D512, D256_SMALL, DENSE)
 WORKLOADS = (("decode", 8, 128), ("prefill", 4, 2048))
@@ -21,7 +21,7 @@ WORKLOADS = (("decode", 8, 128), ("prefill", 4, 2048))
 
 def measure(report: Report) -> None:
     """Measure each model under each workload."""
-    with closing(device_lease(DEVICE)) as lease:
+    with closing(device_lock(DEVICE)) as lease:
         for shape in SHAPES:
             for phase, batch, context in WORKLOADS:
                 with report.part(f"{shape.name} {phase}"):
@@ -30,13 +30,13 @@ def measure(report: Report) -> None:
 
 
 def one_workload(
-    report: Report, lease: DeviceLease, shape: Shape, sizes: tuple[str, int, int]
+    report: Report, lease: DeviceLock, shape: Shape, sizes: tuple[str, int, int]
 ) -> None:
     """Report the value that a study would store, and what stands beside it."""
     phase, batch, context = sizes
     dtype = sized(torch.bfloat16, torch.float32)
     architecture = shape.architecture()
-    model = deployed(architecture, architecture.build(DEVICE).eval(), dtype)
+    model = inference_copy(architecture, architecture.build(DEVICE).eval(), dtype)
     workload = Workload(phase, batch, context, dtype, 1, DEVICE)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(256, workload.tokens, generator=generator).to(DEVICE)

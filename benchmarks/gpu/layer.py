@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpu.card import DEVICE, GPU, PEAK, kernels, milliseconds, release, sized
 from gpu.report import Report
-from moenas.parts import DenseFFN, MoE, MoEFFN, Router
+from moenas.model import DenseFFN, MoE, MoEFFN, Router
 
 SHAPES = ((512, 16, 2, 512), (512, 64, 8, 128), (1024, 64, 8, 256), (256, 16, 2, 256))
 """Model width, experts, experts of a token, width of an expert."""

@@ -11,11 +11,11 @@ from gpu.card import DEVICE, GIB, GPU, MIB, milliseconds, release, seconds, sett
 from gpu.models import D256, D256_SMALL, D512, Shape, corpus, recipe, tokens
 from gpu.report import Report
 from gpu.training import capture, opened, warm_up
-from moenas import causality
-from moenas.architecture import Model
-from moenas.memory import peak_bytes
-from moenas.subject import excerpts
-from moenas.train import train, validate
+from moenas.evaluate import causality
+from moenas.evaluate.memory import peak_bytes
+from moenas.evaluate.subject import excerpts
+from moenas.evaluate.training import train, validate
+from moenas.model.architecture import Model
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "base": {"top_k": 1, "selection": "base", "allow_acausal": True},
@@ -126,11 +126,11 @@ def gate(report: Report, shape: Shape, model: Model) -> None:
         looks.append(1)
         return exact(*given)
 
-    periods = causality.periods(shape.architecture())
-    text = excerpts(corpus(), *causality.text_size(sized(1024, 16), periods))
+    mask_boundaries = causality.mask_boundaries(shape.architecture())
+    text = excerpts(corpus(), *causality.text_size(sized(1024, 16), mask_boundaries))
     causality._exact_run = counted  # type: ignore[assignment]
     try:
-        took, leaks = seconds(lambda: causality.find_leaks(model, text, periods))
+        took, leaks = seconds(lambda: causality.find_leaks(model, text, mask_boundaries))
     finally:
         causality._exact_run = exact
     report.figure("gate of causality", took, "s", f"{len(leaks)} leaks")

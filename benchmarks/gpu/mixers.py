@@ -9,7 +9,7 @@ import torch
 from gpu.card import DEVICE, milliseconds, peak_gib, release, seconds, sized
 from gpu.models import tokens
 from gpu.report import Report
-from moenas.architecture import Architecture
+from moenas.model.architecture import Architecture
 
 D_MODEL = 512
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from gpu.card import DEVICE, sized
-from moenas.architecture import Architecture, Model
-from moenas.corpus import Corpus
-from moenas.data import load
-from moenas.sections import Recipe
+from moenas.data.corpus import Corpus
+from moenas.data.loading import load
+from moenas.model.architecture import Architecture, Model
+from moenas.space.sections import Recipe
 
 
 @dataclass(frozen=True)

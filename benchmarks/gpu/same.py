@@ -11,7 +11,7 @@ from gpu.card import GPU, release, sized
 from gpu.models import Shape, corpus, recipe
 from gpu.report import Report
 from gpu.training import capture, opened, warm_up
-from moenas.train import train
+from moenas.evaluate.training import train
 
 SHAPE = Shape(128, 2, 8, 2, 64)
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -12,11 +12,11 @@ import torch
 
 from gpu.card import GPU, MIB, sized
 from gpu.report import Report
-from moenas.events import Event, Listener
-from moenas.pool import Workers
 from moenas.records import Evaluation
-from moenas.space import Space
-from moenas.study import Interrupted, load_study, run
+from moenas.space.space import Space
+from moenas.study.events import Event, Listener
+from moenas.study.launch import Interrupted, load_study, run
+from moenas.workers.pool import Workers
 
 STORAGE = "sqlite:///gpu.db"
 SPACE = Path(__file__).with_name("study.yaml")

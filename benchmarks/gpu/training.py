@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 from gpu.card import GPU, settle
 from gpu.models import corpus
-from moenas.architecture import Model
-from moenas.device_steps import WARM_UP, DeviceSteps
-from moenas.sections import Recipe
+from moenas.evaluate.device_steps import WARM_UP, DeviceSteps
+from moenas.model.architecture import Model
+from moenas.space.sections import Recipe
 
 
 @contextmanager

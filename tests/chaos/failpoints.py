@@ -73,7 +73,7 @@ def install() -> None:
 
 if __name__ == "__main__":
     install()
-    from moenas.cli import main
+    from moenas.cli.commands import main
 
     sys.argv[0] = "moenas"
     main()

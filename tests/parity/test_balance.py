@@ -14,7 +14,7 @@ from test_models import ours_of, randomise, theirs_of, tokens
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from weights import rows_of, to_ours
 
-from moenas.architecture import Architecture, Model
+from moenas.model.architecture import Architecture, Model
 
 FAMILIES = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}
 ROUTER = "ffn.router.logits.weight"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from moenas.draws import RandomSuggest
-from moenas.space import Space
+from moenas.grammar.sampling import RandomSuggest
+from moenas.space.space import Space
 
 hf = pytest.importorskip("transformers")
 

@@ -16,9 +16,9 @@ from others import OTHERS
 from variants import VARIANTS
 from weights import Weights, from_one, rows_of, to_ours, to_theirs
 
-from moenas.architecture import Architecture, Model
-from moenas.draws import RandomSuggest
-from moenas.space import Space
+from moenas.grammar.sampling import RandomSuggest
+from moenas.model.architecture import Architecture, Model
+from moenas.space.space import Space
 
 ZOO = Path(__file__).parents[2] / "spaces" / "zoo"
 MODELS = FAMILIES | VARIANTS | OTHERS

@@ -1,0 +1,104 @@
+"""Write the transcripts and the picture of a front in the documents from a real study.
+
+`make transcripts` runs the study `tiny` if it is not finished, then every command that stands
+behind `$ moenas` in README.md and docs/, and puts its output in the place of the former one. An
+output that ends with `...` keeps its number of lines. Commands that write or serve are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "getting_started.md"]
+PICTURE = ROOT / "docs" / "front.png"
+COLUMNS = 110
+"""Width of the terminal that the transcripts show."""
+RUN_AGAIN = ("check", "status", "front", "show")
+"""Commands that only read."""
+SIZE = 960, 660
+"""Pixels of the picture."""
+
+MOENAS = [sys.executable, "-m", "moenas"]
+
+
+def output(command: str, folder: Path) -> list[str]:
+    """Return the lines that a command prints, data first."""
+    words = shlex.split(command.partition("#")[0])
+    environment = {**os.environ, "COLUMNS": str(COLUMNS)}
+    done = subprocess.run(
+        [*MOENAS, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stderr}")
+    return [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
+
+
+def blocks(text: str) -> list[tuple[str, list[str]]]:
+    """Return each command behind `$ moenas` of a page, with the lines under it."""
+    found = []
+    for i, fence in enumerate(re.split(r"^```.*\n", text, flags=re.MULTILINE)):
+        for part in re.split(r"^(?=\$ )", fence if i % 2 else "", flags=re.MULTILINE):
+            if part.startswith("$ moenas"):
+                head, *lines = part.rstrip("\n").split("\n")
+                found.append((head[2:], lines))
+    return found
+
+
+def renewed(text: str, folder: Path) -> str:
+    """Return a page with the outputs of its commands put in anew."""
+    for command, lines in blocks(text):
+        if command.split()[1] not in RUN_AGAIN or not any(lines):
+            continue
+        new = output(command, folder)
+        if "..." in lines:
+            new = [*new[: lines.index("...")], "..."]
+        former = "\n".join([f"$ {command}", *lines]).rstrip("\n")
+        text = text.replace(former, "\n".join([f"$ {command}", *new]))
+    return text
+
+
+def picture(folder: Path) -> None:
+    """Draw the front of the study, as the dashboard shows it, into docs/front.png."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise SystemExit("the picture needs Chromium; install it, or leave the picture as it is")
+    from moenas.report.figures import figures
+    from moenas.store.store import Store
+
+    view = Store.open(f"sqlite:///{folder / 'moenas.db'}").view("tiny")
+    with tempfile.TemporaryDirectory() as place:
+        page = Path(place, "front.html")
+        width, height = SIZE
+        figures(view)["front"].write_html(
+            page,
+            default_width=f"{width - 20}px",
+            default_height=f"{height - 20}px",
+            config={"displayModeBar": False},
+        )
+        subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+             f"--screenshot={PICTURE}", f"--window-size={width},{height}",
+             "--virtual-time-budget=8000", page.as_uri()],
+            check=True, capture_output=True,
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Renew all pages from the study in the folder that is named, or here."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
+    subprocess.run([*MOENAS, "run", "tiny"], cwd=folder, check=True)
+    for page in PAGES:
+        page.write_text(renewed(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
+    picture(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""The command line: one verb a command, no logic; stdout is data, stderr has messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import moenas
+from moenas import terminal
+from moenas.cli import maintenance_commands
+from moenas.cli.options import (
+    AcceptChanges,
+    Address,
+    AllowCode,
+    Format,
+    Output,
+    Storage,
+    StudyName,
+    TrialNumber,
+    Workers,
+    command_line,
+    without_password,
+    worker_count,
+    write_csv,
+    write_rows,
+)
+from moenas.errors import (
+    EnvironmentFaultError,
+    InputError,
+    MoenasError,
+    StorageLostError,
+    StudyStoppedError,
+)
+from moenas.terminal import emit, say, to_json
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+    from moenas.store.row_readers import FrontView
+
+app = typer.Typer(
+    name="moenas",
+    help="Describe a family of mixture-of-experts language models; get back its Pareto front.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help needs no rich, and half the time
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; every known error is one line on stderr and its own exit code."""
+    terminal.prepare()
+    try:
+        try:
+            app()
+        finally:
+            terminal.flush()
+    except MoenasError as error:
+        say(_clean(f"moenas: {error}"))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("MOENAS_DEBUG"):
+            say(_clean(traceback.format_exc()))
+            sys.exit(1)
+        said = " ".join(str(error).split())[:300]
+        say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
+        say("this is a fault of moenas; MOENAS_DEBUG=1 shows where it happened")
+        sys.exit(1)
+
+
+def _clean(text: str) -> str:
+    """Leave out the passwords of the databases that were opened."""
+    urls = sys.modules.get("moenas.store.urls")  # where it is not, no database was opened
+    return str(urls.clean(text)) if urls else text
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        emit(f"moenas {moenas.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Describe a family of mixture-of-experts language models; get back its Pareto front."""
+
+
+def _say_what_is_taken() -> None:
+    """Say on stderr which files of the folders here are used."""
+    from moenas import resources
+
+    resources.listener = say
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The space file to write.")],
+    start: Annotated[str | None, typer.Option("--from", help="Copy this space instead.")] = None,
+) -> None:
+    """Write a commented space file to edit, and the schema that editors check it by."""
+    from moenas import resources
+    from moenas.space.space import file_schema
+
+    source = resources.shipped("spaces") / "_template.yaml"
+    text = resources.read_text(resources.find("spaces", ".yaml", start) if start else source)
+    if path.suffix != ".yaml":
+        raise InputError(f"{path}: the name of a space file ends in .yaml")
+    schema = path.parent / "moenas.schema.json"
+    header = f"# yaml-language-server: $schema={schema.name}\n"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(header + text)
+        schema.write_text(json.dumps(file_schema(), indent=1) + "\n", encoding="utf-8")
+    except FileExistsError:
+        raise InputError(f"{path}: exists already; give another name") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    say(f"wrote {path} and {schema}")
+    say(f"next: moenas check {path}")
+
+
+@app.command()
+def check(
+    space: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPACE", help="Name or path of a space file, or a .py file of your own."
+        ),
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...")] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Random architectures to look at; 200 if left out, fewer if over 100 layers deep.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Format = Output.table,
+) -> None:
+    """Check a space: is it valid, how many points, what do they cost, what do they look like."""
+    _say_what_is_taken()
+    if space.endswith(".py"):
+        from moenas.testing.parts import check_file
+
+        for line in check_file(Path(space)):
+            emit(line)
+        return
+    from moenas.report.summary import check_report, check_text
+    from moenas.space.space import Space
+
+    found = check_report(Space.load(space, overrides or ()), draws)
+    if output is Output.json:
+        emit(to_json(found))
+    elif output is Output.csv:
+        write_csv(found["draws"])
+    else:
+        emit(check_text(found))
+
+
+@app.command()
+def run(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="Name or path of a space file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD=VALUE]...", help="e.g. train.tokens=2e6"),
+    ] = None,
+    storage: Storage = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="Candidates that the study evaluates in total; resumes up to it.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    address: Address = None,
+    accept_changes: AcceptChanges = False,
+    output: Format = Output.table,
+) -> None:
+    """Launch a study, or resume it; prints its front at the end."""
+    from moenas.cli.progress import listener
+    from moenas.space.space import Space
+    from moenas.study import launch
+
+    _say_what_is_taken()
+    loaded = Space.load(space, overrides or ())
+    _say_notes(loaded)
+    options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
+    hint = command_line(["run", space, *(overrides or ())], options)
+    try:
+        with listener(loaded) as listen:
+            study = launch.run(
+                loaded,
+                storage=storage,
+                trials=trials,
+                workers=worker_count(workers),
+                address=address,
+                listener=listen,
+                accept_changes=accept_changes,
+            )
+    except launch.Interrupted as stop:
+        say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
+        raise typer.Exit(stop.exit_code) from None
+    except (StorageLostError, EnvironmentFaultError, StudyStoppedError) as error:
+        say(f"moenas: {error}")
+        say(f"Nothing is lost; resume with:\n  {hint}")
+        raise typer.Exit(error.exit_code) from None
+    view = study.store.front_view(study.name)
+    write_front(view, output)
+    _next_steps(view, storage)
+
+
+def _say_notes(space: Space) -> None:
+    """Say on stderr what should be known of the corpus before a study trains on it."""
+    from moenas.evaluate.matching import notes, open_corpus
+
+    for note in notes(space, open_corpus(space)):
+        say(note)
+
+
+def _next_steps(view: FrontView, storage: str | None) -> None:
+    """Say what to type next."""
+    if not view.members:
+        return
+    name, best = view.study.name, view.members[0].trial
+    steps = [
+        (["show", name, str(best)], "one candidate, whole"),
+        (["dashboard"], "the Optuna dashboard with the figures"),
+    ]
+    if view.members[0].weights_sha256 is not None:
+        steps.append((["export", name, str(best), "out/"], "a trained PyTorch module to take home"))
+    where = {"storage": without_password(storage) if storage else None}
+    say("next:")
+    for words, what in steps:
+        say(f"  {terminal.command(words, where):<36} # {what}")
+
+
+@app.command()
+def status(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
+    storage: Storage = None,
+    output: Format = Output.table,
+) -> None:
+    """Say how far a study is and how it does; without a name, list the studies."""
+    from moenas.report.summary import status_report, status_text, studies_report
+    from moenas.store.store import Store
+
+    store = Store.open(storage)
+    if study is None:
+        write_rows(studies_report(store), output)
+        return
+    found = status_report(store, study)
+    if output is Output.table:
+        emit(status_text(found))
+    else:
+        write_rows([found], output, single=True)
+
+
+@app.command()
+def front(study: StudyName, storage: Storage = None, output: Format = Output.table) -> None:
+    """Print the Pareto front of a study."""
+    from moenas.store.store import Store
+
+    write_front(Store.open(storage).front_view(study), output)
+
+
+@app.command()
+def show(
+    study: StudyName,
+    trial: TrialNumber,
+    storage: Storage = None,
+    output: Format = Output.table,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print fields that have their defaults, too.")
+    ] = False,
+) -> None:
+    """Print one trial: its architecture, its numbers and how they were measured."""
+    from moenas.report.summary import trial_report, trial_text
+    from moenas.store.store import Store
+
+    found = trial_report(Store.open(storage), study, trial)
+    if output is Output.table:
+        emit(trial_text(found, full=full))
+    else:
+        write_rows([found], output, single=True)
+
+
+@app.command()
+def dashboard(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+) -> None:
+    """Open the Optuna dashboard with the notes and figures of every study."""
+    from moenas.dashboard.server import serve
+    from moenas.store.store import Store
+
+    _say_what_is_taken()
+    server = serve(Store.open(storage), host, port)
+    say(f"dashboard at {server.url} (Ctrl-C stops it)")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        say("stopped")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def export(
+    study: StudyName,
+    trial: TrialNumber,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    storage: Storage = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Write a trial's trained model to a folder that runs without moenas."""
+    from moenas.export.folder import export as export_trial
+    from moenas.store.store import Store
+
+    folder = export_trial(Store.open(storage), study, trial, out, allow_code=allow_code)
+    emit(str(folder))
+    say(f"checked: {folder} gives the same logits to the last bit without moenas")
+    say(f"next: python {folder / 'model.py'}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of space files."""
+    from moenas.space.space import file_schema
+
+    emit(to_json(file_schema(), indent=1))
+
+
+def write_front(view: FrontView, output: Output) -> None:
+    """Write the front to stdout; what it is measured on goes to stderr."""
+    from moenas.report.summary import front_caption, front_rows
+
+    rows = front_rows(view, short_form=output is Output.table)
+    write_rows(rows, output)
+    if output is Output.table:
+        for line in front_caption(view):
+            say(line)
+
+
+app.add_typer(maintenance_commands.commands)

@@ -1,0 +1,155 @@
+"""Commands for a study that is there: run failed trials again, measure again, examine, repair."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moenas import terminal
+from moenas.cli.options import (
+    Address,
+    Format,
+    Output,
+    Storage,
+    StudyName,
+    Workers,
+    command_line,
+    without_password,
+    worker_count,
+    write_rows,
+)
+from moenas.terminal import emit, say
+
+if TYPE_CHECKING:
+    from moenas.records import Evaluation
+
+
+commands = typer.Typer()
+"""The commands, to be added to the command line."""
+
+
+@commands.command()
+def retry(
+    study: StudyName,
+    failed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--failed",
+            metavar="KIND",
+            help="Kind of failure, such as error or environment; several times for several. "
+            "Default: all but those that end the same way again, such as diverged.",
+        ),
+    ] = None,
+    storage: Storage = None,
+    workers: Workers = None,
+    address: Address = None,
+    output: Format = Output.table,
+) -> None:
+    """Run failed trials again under their numbers, then the rest of the study."""
+    from moenas.cli.progress import listener
+    from moenas.report.summary import front_rows
+    from moenas.store.store import Store
+    from moenas.study import maintenance
+    from moenas.study.launch import Interrupted
+
+    space = maintenance.stored_space(Store.open(storage).study(study))
+    options = {"storage": storage, "workers": workers, "address": address}
+    try:
+        with listener(space) as listen:
+            found = maintenance.retry(
+                study,
+                kinds=failed or (),
+                storage=storage,
+                workers=worker_count(workers),
+                address=address,
+                listener=listen,
+            )
+    except Interrupted as stop:
+        where = {"storage": without_password(storage) if storage else None}
+        say(f"stopped: {stop}. What is not evaluated yet is evaluated by the next `moenas run`:")
+        say(f"  {terminal.command(['status', study], where)}  # how far it is")
+        raise typer.Exit(stop.exit_code) from None
+    view = found.store.front_view(found.name)
+    write_rows(front_rows(view, short_form=output is Output.table), output)
+    say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
+
+
+@commands.command()
+def remeasure(
+    study: StudyName,
+    trial: Annotated[
+        int | None, typer.Argument(metavar="[TRIAL]", min=0, help="One trial; default: all.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Objective to measure, also one that the study does not have. Default: those "
+            "whose files have changed; of one trial, all.",
+        ),
+    ] = None,
+    storage: Storage = None,
+    workers: Workers = None,
+    address: Address = None,
+    output: Format = Output.table,
+) -> None:
+    """Measure objectives of finished trials again, from their stored weights, without training."""
+    from moenas.study import maintenance
+
+    def progress(done: int, total: int, found: Evaluation) -> None:
+        failure = (found.failure or {}).get("message")
+        reason = f": {failure}" if failure else ""
+        say(f"[{done}/{total}] trial {found.trial} {found.status}{reason}")
+
+    found = maintenance.remeasure(
+        study,
+        trial=trial,
+        objective=objective,
+        storage=storage,
+        workers=worker_count(workers),
+        address=address,
+        progress=progress,
+    )
+    row = {
+        "study": study,
+        "objectives": ", ".join(found.objectives),
+        "measured": len(found.trials),
+        "complete": found.complete,
+        "failed": found.failed,
+    }
+    write_rows([row], output, single=True)
+
+
+@commands.command()
+def doctor(
+    study: StudyName,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair what can be repaired, after a backup.")
+    ] = False,
+    storage: Storage = None,
+    output: Format = Output.table,
+) -> None:
+    """Compare a study's rows with Optuna's, the front, the weights and the files.
+
+    Ends with 0 if all is sound, and with 1 if something is wrong and was not repaired.
+    """
+    from moenas.store.store import Store
+    from moenas.study import doctor as examination
+
+    store = Store.open(storage)
+    found = examination.examine(store, study)
+    if repair and (backup := examination.repair(store, study, found)) is not None:
+        say(f"backup: {backup}")
+        repaired = [finding for finding in found if finding.repair]
+        say(f"repaired: {len(repaired)}")
+        found = examination.examine(store, study)
+    if output is Output.table and not found:
+        emit(f"study '{study}' is sound")
+        return
+    write_rows([finding.plain() for finding in found], output)
+    if found:
+        if any(finding.repair for finding in found):
+            where = {"storage": without_password(storage) if storage else None}
+            say(f"next: {terminal.command(['doctor', study, '--repair'], where)}")
+        raise typer.Exit(1)

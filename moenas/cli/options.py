@@ -1,0 +1,107 @@
+"""Options that several commands share, and how commands write rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moenas import terminal
+from moenas.errors import InputError
+from moenas.terminal import columns, emit, to_json
+
+
+class Output(StrEnum):
+    """How data is written to stdout."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="Database URL as Optuna takes it. Default: $MOENAS_STORAGE, $OPTUNA_STORAGE, then "
+        "sqlite:///moenas.db",
+        metavar="URL",
+    ),
+]
+Format = Annotated[Output, typer.Option("-o", "--output", help="Form of the data on stdout.")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
+TrialNumber = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
+
+
+Workers = Annotated[
+    str | None,
+    typer.Option(help="Candidates at a time on Ray, or 'inline' for none of it."),
+]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to join; a local one is made otherwise.")
+]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Go on although files of objectives have changed; measures finished trials again.",
+    ),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run the Python that the database holds for the study."),
+]
+
+
+def worker_count(text: str | None) -> int | Literal["inline"] | None:
+    """Read --workers: a number, 'inline' or nothing."""
+    if text is None:
+        return None
+    if text == "inline":
+        return "inline"
+    if not re.fullmatch("[1-9][0-9]{0,4}", text):
+        raise InputError(f"--workers {text}: give a number of at least 1, or 'inline'")
+    return int(text)
+
+
+def command_line(words: Sequence[str], options: Mapping[str, object]) -> str:
+    """Return a command to type, without the password of its database."""
+    given = dict(options)
+    if given.get("storage") is not None:
+        given["storage"] = without_password(str(given["storage"]))
+    return terminal.command(words, given)
+
+
+def without_password(url: str) -> str:
+    """Hide the secrets of a database URL; $MOENAS_STORAGE can hold it."""
+    from moenas.store.urls import shown
+
+    return shown(url)
+
+
+def write_rows(rows: list[dict[str, Any]], output: Output, *, single: bool = False) -> None:
+    """Write rows to stdout as a table, JSON or CSV."""
+    if output is Output.json:
+        emit(to_json(rows[0] if single else rows))
+    elif output is Output.csv:
+        write_csv(rows)
+    else:
+        from moenas.report.summary import table
+
+        emit(table(rows, columns()))
+
+
+def write_csv(rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV; nested values are JSON."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        writer.writerow(to_json(c, None) if isinstance(c, dict | list) else c for c in cells)
+    emit(text.getvalue().removesuffix("\n"))

@@ -1,0 +1,1 @@
+"""The Optuna dashboard with the notes and figures of moenas."""

@@ -1,0 +1,1 @@
+"""Corpora: how they are named, loaded and cut into batches."""

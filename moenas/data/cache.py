@@ -1,0 +1,48 @@
+"""Corpora that a process keeps from one candidate for the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+
+from moenas.data import loading
+from moenas.data.corpus import Corpus
+from moenas.records import Plain
+
+MOST = 2
+"""Corpora that are kept."""
+_KEPT: dict[str, Corpus] = {}
+"""By `_key`; the one that was used last stands last."""
+
+
+def load(section: Plain, digest: str) -> Corpus:
+    """Return the corpus of a section as `data.load` does; one with this digest is kept.
+
+    Text is then neither read nor counted again, unless a file of it has changed. Arrays of tokens
+    are mapped anew each time, for what is in a mapped file can change.
+
+    Raises:
+        DataError: as `data.load` does.
+    """
+    key = _key(section, digest)
+    corpus = _KEPT.pop(key, None) or loading.load(section)
+    if section["kind"] != "tokens" and corpus.sha256 == digest:
+        _KEPT[key] = corpus
+        while len(_KEPT) > MOST:
+            del _KEPT[next(iter(_KEPT))]
+    return corpus
+
+
+def _key(section: Plain, digest: str) -> str:
+    """Return a text that changes with the section, the digest, or a file of the section.
+
+    Nobody can set back the time of change of an inode (ctime).
+    """
+    stamps: list[object] = []
+    for path in section.get("files", []):
+        with suppress(OSError):
+            found = os.stat(path)
+            inode = found.st_dev, found.st_ino, found.st_size
+            stamps.append([path, *inode, found.st_mtime_ns, found.st_ctime_ns])
+    return json.dumps([section, digest, stamps], sort_keys=True)

@@ -1,0 +1,230 @@
+"""Text at hand anywhere, and anyone's: read, cleaned, split into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moenas.data import domains
+from moenas.errors import DataError
+from moenas.records import Plain
+from moenas.resources import sha256
+
+RULES = 1
+"""Version of the rules by which text becomes a corpus; part of every manifest and cache key."""
+SKIPPED = frozenset(
+    [
+        *("test", "tests", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
+        *("lib2to3", "idlelib", "turtledemo", "ensurepip", "__phello__"),
+        *("encodings", "pydoc_data"),
+    ]
+)
+"""Folders of the standard library left out: no library code, bundled programs, tables."""
+LICENCE = re.compile(rb"copyright|licen[cs]e|all rights reserved|warrant", re.IGNORECASE)
+SHINGLE = 5
+"""Lines in a shingle; two files share text where they share shingles."""
+SHARED = 0.3
+"""A file with more than this share of its shingles in earlier files is a near-duplicate."""
+VAL_SHARE = 0.1
+"""Share of the built-in files (by hash of their name) that validate: 5 to 10 % of the bytes."""
+TAIL = 0.05
+"""Share of validation text among anyone's files."""
+
+
+Named = tuple[str, bytes]
+"""A text and what it is called."""
+
+
+@dataclass
+class Text:
+    """Text in two splits, and what is known of it."""
+
+    name: str
+    details: Plain = field(default_factory=dict)
+    """Python version, what was left out."""
+    rule: str = ""
+    """How the splits were chosen."""
+    train: list[bytes] = field(default_factory=list)
+    val: list[bytes] = field(default_factory=list)
+    domains: dict[str, list[str]] = field(default_factory=lambda: {"train": [], "val": []})
+    """Split -> the domain of each of its texts."""
+    files: list[Plain] = field(default_factory=list)
+    """A row for each file or topic: path, bytes and sha256 (as cleaned), split."""
+
+    def add(self, name: str, text: bytes, split: str, domain: str) -> None:
+        """Put a whole text into a split, with exactly one newline at its end."""
+        self.note(name, text, split)
+        self.domains[split].append(domain)
+        (self.val if split == "val" else self.train).append(text.rstrip(b"\r\n") + b"\n")
+
+    def note(self, name: str, text: bytes, split: str) -> None:
+        """Write down where a text went."""
+        row = {"path": name, "bytes": len(text), "sha256": sha256(text), "split": split}
+        self.files.append(row)
+
+
+def stdlib_sources() -> list[Named]:
+    """Return (relative path, text) of the running Python's library, in order of path.
+
+    Raises:
+        DataError: if this Python came without its sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    paths: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in SKIPPED and not f.startswith("config-")]
+        # `_sysconfigdata*` holds the settings of the build, with its paths.
+        paths += [Path(folder, n) for n in names if n.endswith(".py") and n[:6] != "_sysco"]
+    found = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
+    if not found:
+        raise DataError(f"data 'stdlib': no Python sources in {root}; give {{files: [...]}}")
+    return found
+
+
+def digest(sources: list[Named]) -> str:
+    """Return the digest of everything that a text is made of: rules, names, bytes."""
+    found = hashlib.sha256(f"rules {RULES}".encode())
+    for name, text in sources:
+        found.update(f"\n{name}:{len(text)}\n".encode() + text)
+    return found.hexdigest()
+
+
+def stdlib(sources: list[Named]) -> Text:
+    """Clean and split the library's sources: no licence headers, no near-duplicates."""
+    clean = [(name, without_licence(text)) for name, text in sources]
+    kept, dropped = without_near_duplicates(clean)
+    size = sum(len(text) for _, text in sources)
+    details = {
+        "python": platform.python_version(),
+        "read": {"files": len(sources), "bytes": size},
+        "near_duplicates": dropped,
+    }
+    packages = domains.of_library([name for name, _ in kept])
+    return _split_by_name(Text("stdlib", details), kept, packages)
+
+
+def pydoc() -> Text:
+    """Return the topics of Python's language reference, as `help('topic')` shows them.
+
+    Topics quote one another: a paragraph that stands in an earlier topic is left out.
+
+    Raises:
+        DataError: if this Python came without them.
+    """
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise DataError("data 'pydoc': this Python has no pydoc_data; use stdlib") from None
+    seen: set[bytes] = set()
+    kept = []
+    for name in sorted(topics):
+        paragraphs = []
+        for paragraph in topics[name].encode().split(b"\n\n"):
+            words = b" ".join(paragraph.split())
+            if words and words not in seen:
+                paragraphs.append(paragraph)
+                seen.add(words)
+        kept.append((name, b"\n\n".join(paragraphs)))
+    kept = [(name, text) for name, text in kept if text]
+    topic = {name: name for name, _ in kept}
+    return _split_by_name(Text("pydoc", {"python": platform.python_version()}), kept, topic)
+
+
+def files(paths: list[str]) -> Text:
+    """Return anyone's text, byte for byte; of files with equal content only the first counts.
+
+    Content is equal, too, if only the line ends differ.
+
+    Raises:
+        DataError: naming a file that cannot be read.
+    """
+    found: dict[bytes, Named] = {}
+    for path in paths:
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
+    return _split_by_size(Text("files"), list(found.values()))
+
+
+def without_licence(text: bytes) -> bytes:
+    """Remove the licence header of a source file.
+
+    Of the comments before the first line of code, every paragraph goes that speaks of copyright,
+    licence, rights reserved or warranty.
+    """
+    lines = text.splitlines(keepends=True)
+    kept: list[bytes] = []
+    at = 0
+    while at < len(lines) and lines[at].lstrip()[:1] in (b"", b"#"):
+        end = at + 1
+        while lines[at].strip() and end < len(lines) and lines[end].lstrip()[:1] == b"#":
+            end += 1
+        paragraph = lines[at:end]
+        if not LICENCE.search(b"".join(paragraph)):
+            kept += paragraph
+        at = end
+    return b"".join(kept + lines[at:]).lstrip(b"\r\n")
+
+
+def without_near_duplicates(files: Iterable[Named]) -> tuple[list[Named], list[str]]:
+    """Return the files to keep, and the names of those that repeat earlier ones.
+
+    A shingle is 5 consecutive lines, blank ones left out and white space collapsed. A file goes
+    if more than 30 % of its shingles stand in files kept before it, in order of name.
+    """
+    seen: set[int] = set()
+    kept, dropped = [], []
+    for name, text in files:
+        lines = [b" ".join(line.split()) for line in text.splitlines()]
+        lines = [line for line in lines if line]
+        starts = range(max(1, len(lines) - SHINGLE + 1))
+        shingles = {hash(tuple(lines[i : i + SHINGLE])) for i in starts}
+        if not lines or len(shingles & seen) > SHARED * len(shingles):
+            dropped.append(name)
+            continue
+        seen |= shingles
+        kept.append((name, text))
+    return kept, dropped
+
+
+def _split_by_name(text: Text, sources: list[Named], domain: Mapping[str, str]) -> Text:
+    """Split by the hash of a name, so that it stays in its split in every Python version."""
+    text.rule = f"val if sha256(path) is in the lowest {VAL_SHARE:.0%}"
+    for name, part in sources:
+        low = int(sha256(name.encode())[:8], 16) < VAL_SHARE * 16**8
+        text.add(name, part, "val" if low else "train", domain[name])
+    return text
+
+
+def _split_by_size(text: Text, sources: list[Named]) -> Text:
+    """Split by file where that comes out at 5 to 20 % of the bytes, else by the tails of files."""
+    total = sum(len(part) for _, part in sources)
+    domain = domains.of_files([name for name, _ in sources])
+    size, chosen = 0, set()
+    for name, part in sorted(sources, key=lambda source: sha256(source[1])):
+        if size < TAIL * total and size + len(part) <= 4 * TAIL * total:
+            size += len(part)
+            chosen.add(name)
+    if size >= TAIL * total:
+        text.rule = f"files in order of sha256 are val until it holds {TAIL:.0%}"
+        for name, part in sources:
+            text.add(name, part, "val" if name in chosen else "train", domain[name])
+        return text
+    text.rule = f"the last {TAIL:.0%} of each file is val"
+    for name, part in sources:
+        cut = len(part) - int(len(part) * TAIL)
+        text.note(name, part, "both")
+        text.train.append(part[:cut])
+        text.val.append(part[cut:])
+        for split in text.domains.values():
+            split.append(domain[name])
+    return text

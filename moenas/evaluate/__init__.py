@@ -1,0 +1,1 @@
+"""One job in, one evaluation out: training, latency, FLOPs, memory, causality and routing."""

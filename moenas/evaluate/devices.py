@@ -1,0 +1,75 @@
+"""The device that a job names, a process that is made ready for it, and what it leaves there."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import torch
+
+from moenas.errors import MachineError
+from moenas.failures import one_line
+from moenas.model.mixers.softmax_attention import avoid_cudnn_attention
+
+CONTEXT_BYTES = 640 * 2**20
+"""Bytes of a GPU that each process needs beside torch's tensors: CUDA's context and libraries."""
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a GPU that PyTorch can use."""
+    return torch.cuda.is_available()
+
+
+def named(name: str) -> torch.device:
+    """Return the device that a job names: the CPU, or the first GPU that this process sees.
+
+    Raises:
+        MachineError: if this process does not see it.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise MachineError(f"the job names the device '{name}'; there are cpu and cuda")
+    if not has_gpu():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if given is None else f" (CUDA_VISIBLE_DEVICES={given!r})"
+        raise MachineError(
+            f"host {os.uname().nodename}: the job names a GPU, and PyTorch sees none there{seen}"
+        )
+    return torch.device("cuda", 0)
+
+
+def prepare_process(device: torch.device, share: float | None = None) -> None:
+    """Set what a process must have set for candidates on this device; before each of them.
+
+    `share` is the part of a GPU's memory that the process may take, its CUDA context included; None
+    sets no bound.
+    """
+    if device.type != "cuda":
+        return
+    avoid_cudnn_attention()
+    if share is not None:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(tensor_share(share, whole), device)
+
+
+def tensor_share(share: float, whole: int) -> float:
+    """Return the part of a GPU's `whole` bytes for the tensors of a process with a share of it."""
+    return 1.0 if share >= 1 else max(share / 2, share - CONTEXT_BYTES / whole)
+
+
+def tidy(device: torch.device) -> str | None:
+    """Free what a candidate has left in this process; say why the device is lost, if it is.
+
+    An error inside a kernel, such as a failed assertion or an illegal address, ends the CUDA
+    context: every later call fails, until the process ends.
+    """
+    gc.collect()
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        return one_line(error)
+    return None

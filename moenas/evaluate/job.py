@@ -1,0 +1,356 @@
+"""One job in, one evaluation out: cost, model, training, and every objective that was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import moenas
+from moenas.checked import TIMED
+from moenas.data import cache
+from moenas.data.corpus import Corpus
+from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
+from moenas.evaluate import devices
+from moenas.evaluate.causality import Leak, allows_acausal, find_leaks, mask_boundaries, text_size
+from moenas.evaluate.dtypes import training_dtype
+from moenas.evaluate.footprint import require_fit
+from moenas.evaluate.isolation import put_back
+from moenas.evaluate.latency import (
+    device_info,
+    device_lock,
+    device_name,
+)
+from moenas.evaluate.optimizer import learning_rate
+from moenas.evaluate.subject import Subject, Training, excerpts
+from moenas.evaluate.training import train, validate
+from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
+from moenas.grammar import tree, user_parts
+from moenas.model.architecture import Architecture, Model
+from moenas.records import Evaluation, Failure, Job, Plain, WeightsFile
+from moenas.resources import sha256
+from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
+from moenas.space.sections import Protocol, Recipe
+from moenas.store.weights import remove_draft, write_draft
+
+OWN = "own_"
+"""Goes before a detail of an objective that has the name of one of a timed latency."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a value can depend on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "moenas": moenas.__version__,
+        "cpu": device_name(torch.device("cpu")),
+    }
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
+    """Evaluate one candidate; return what came of it, and the trained weights as safetensors.
+
+    The weights are in a file if the job says where to write it, and it can be written.
+
+    Objectives are measured as cheaply as they can be: those that need the cost first, then those
+    that need the model, then, after training, the rest; nothing is built or trained that none of
+    them needs. A failure of the candidate is an evaluation with the status `failed` and a reason,
+    and with all that was measured before.
+    """
+    run = _Run(job)
+    threads = torch.get_num_threads()
+    failure = None
+    try:
+        with run.phase("total"):
+            run.evaluate()
+    except KeyboardInterrupt:  # by the user or by the candidate: the pool knows
+        if isinstance(run.weights, WeightsFile):
+            remove_draft(run.weights.path)
+        raise
+    except BaseException as error:
+        failure = failure_of(error)
+    finally:
+        torch.set_num_threads(threads)
+    return run.evaluation(failure), run.weights
+
+
+def _with_own_names(found: Measurement, timed: list[Plain]) -> Measurement:
+    """Mark details by which a study would move the value to its reference time, but must not.
+
+    That is right for a latency that the subject has timed, with the value it was given back with.
+    """
+    details = found.details
+    if "reference_key" not in details:
+        return found
+    for one in timed:
+        same = all(details.get(name) == one[name] for name in TIMED)
+        if same and math.isclose(found.value, one["ratio"] * one["reference_ms"]):
+            return found
+    renamed = {OWN + name if name in TIMED else name: value for name, value in details.items()}
+    return Measurement(found.value, renamed)
+
+
+class _Run:
+    """The state of one evaluation: all that is known so far, whatever comes next."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.began = time.monotonic()
+        self.found: dict[str, Any] = {"fingerprint": ""}
+        self.values: dict[str, float] = {}
+        self.measurements: dict[str, Plain] = {}
+        self.curve: list[Plain] = []
+        self.seconds: dict[str, float] = {}
+        self.weights: bytes | WeightsFile | None = None
+        """The trained weights as safetensors, once there are any."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Moment of time.monotonic at which the candidate is out of time."""
+        limit = self.job.time_limit_s
+        return None if limit is None else self.began + limit
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to a phase."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def evaluate(self) -> None:
+        """Do the job."""
+        job = self.job
+        device = devices.named(job.device)
+        user_parts.load_all(job.use)
+        architecture = Architecture.parse(job.architecture)
+        recipe = tree.parse(Recipe, job.train)
+        recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
+        cost = architecture.cost(recipe.context)
+        self.found["fingerprint"] = architecture.fingerprint
+        self.found["cost"] = cost.plain()
+        self.found["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
+        torch.set_num_threads(recipe.threads)
+        torch.manual_seed(job.seed)
+        with self.phase("data"):
+            corpus = self.load_corpus(recipe.context, architecture.vocab_size)
+        protocol = tree.parse(Protocol, job.measure)
+        objectives = [
+            shipped_objective(name) if source is None else load_objective(name, source)
+            for name, source in job.objectives.items()
+        ]
+        with closing(device_lock(device)) as lease:
+            subject = Subject(
+                architecture=architecture,
+                cost=cost,
+                recipe=recipe,
+                protocol=protocol,
+                corpus=corpus,
+                device=device,
+                seed=job.seed,
+                lease=lease,
+                reference_ms=job.reference_ms,
+                sharers=job.sharers,
+            )
+            self.measure_all(subject, objectives)
+
+    def load_corpus(self, context: int, vocab_size: int) -> Corpus:
+        """Load the corpus and make sure that it is the one that the study is on."""
+        try:
+            corpus = cache.load(self.job.data, self.job.data_sha256)
+        except (InputError, OSError) as error:
+            raise MachineError(f"the corpus cannot be read here: {error}") from error
+        self.found["data"] = {
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "train_tokens": len(corpus.train),
+            "val_tokens": len(corpus.val),
+            "vocab_size": corpus.vocab_size,
+        }
+        if corpus.sha256 != self.job.data_sha256:
+            raise MachineError(
+                f"data '{corpus.name}': this machine has another corpus than the study: digest"
+                f" {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the same Python"
+                " version and the same files everywhere"
+            )
+        corpus.require(context, vocab_size)
+        return corpus
+
+    def measure_all(self, subject: Subject, objectives: list[Objective]) -> None:
+        """Measure the objectives in the order of their needs."""
+        needs = {objective.needs for objective in objectives}
+        self.measure(subject, [o for o in objectives if o.needs == "cost"])
+        if needs == {"cost"}:
+            return
+        subject.build = lambda: self.build(subject, training="training" in needs)
+        if self.job.known is not None:
+            self.measure_again(subject, objectives)
+            return
+        self.measure(subject, [o for o in objectives if o.needs == "model"])
+        if "training" not in needs:
+            return
+        subject.trained = self.train(subject)
+        self.weights = _weights(subject, self.job)  # now: they are those of the stored loss
+        self.measure(subject, [o for o in objectives if o.needs == "training"])
+
+    def measure_again(self, subject: Subject, objectives: list[Objective]) -> None:
+        """Measure objectives of a candidate that was trained before, from its stored weights."""
+        self.measure(subject, [o for o in objectives if o.needs == "model"])
+        trained = [o for o in objectives if o.needs == "training"]
+        if not trained:
+            return
+        known, weights = Evaluation.parse(self.job.known or {}), self.job.weights
+        if weights is None or "val_loss" not in known.metrics:
+            raise CandidateError("no trained weights are stored, and an objective needs them")
+        state = safetensors.torch.load(weights)
+        subject.model.load_state_dict(state)
+        metrics = known.metrics
+        subject.trained = Training(
+            metrics["val_loss"],
+            metrics.get("bits_per_byte"),
+            metrics["train_loss"],
+            known.seconds.get("train", 0.0),
+            known.curve,
+            known.routing,
+        )
+        self.measure(subject, trained)
+
+    def build(self, subject: Subject, *, training: bool) -> Model:
+        """Build the model if it fits its device, and training it does if it is to be trained."""
+        with self.phase("build"), subject.lease.shared():
+            architecture, recipe, device = subject.architecture, subject.recipe, subject.device
+            require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
+            return architecture.build(device, subject.seed)
+
+    def train(self, subject: Subject) -> Training:
+        """Train and validate the model."""
+        model, corpus, recipe = subject.model, subject.corpus, subject.recipe
+        self.require_causal(subject, "with its first weights")
+        with self.phase("train"):
+            for row in train(model, corpus, recipe, subject.seed, subject.lease, self.deadline):
+                self.curve.append(row.plain())
+        self.check_time()
+        leaks = self.require_causal(subject, "trained")
+        with self.phase("validate"), subject.lease.shared():
+            validation = validate(model, corpus, recipe)
+        self.curve[-1]["val_loss"] = validation.loss
+        self.found["routing"] = validation.routing
+        seconds, train_loss = self.seconds["train"], float(self.curve[-1]["train_loss"])
+        metrics = {
+            "val_loss": validation.loss,
+            "bits_per_byte": validation.bits_per_byte,
+            "train_loss": train_loss,
+            "lr": recipe.lr,
+            "tokens_per_second": recipe.steps * recipe.batch * recipe.context / seconds,
+            "bigram_loss": corpus.bigram_loss,
+            "causal": float(leaks is None),
+        }
+        self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}
+        return Training(
+            validation.loss,
+            validation.bits_per_byte,
+            train_loss,
+            seconds,
+            self.curve,
+            validation.routing,
+            None if leaks is None else [leak.mode for leak in leaks],
+        )
+
+    def require_causal(self, subject: Subject, state: str) -> list[Leak] | None:
+        """Return what looks ahead in a model that was given leave to; None if it was not.
+
+        Raises:
+            AcausalError: if a model without leave looks ahead.
+        """
+        leave = allows_acausal(subject.architecture)
+        with self.phase("causality"), subject.lease.shared():
+            ends = mask_boundaries(subject.architecture)
+            text = excerpts(subject.corpus, *text_size(subject.recipe.context, ends))
+            leaks = find_leaks(subject.model, text, ends)
+        if leaks and not leave:
+            raise AcausalError(f"{state}, {leaks[0]}")
+        return leaks if leave else None
+
+    def measure(self, subject: Subject, objectives: list[Objective]) -> None:
+        """Measure some objectives."""
+        for objective in objectives:
+            self.check_time()
+            with self.phase("measure"):
+                measured = self.measured(subject, objective)
+            self.values[objective.name] = measured.value
+            self.measurements[objective.name] = {"unit": objective.unit, **measured.details}
+
+    def measured(self, subject: Subject, objective: Objective) -> Measurement:
+        """Measure one objective; one of the user gets a copy of the model, and leaves no trace."""
+        if objective.from_user:
+            subject = subject.apart()
+        try:
+            with put_back():
+                found = objective.measure(subject)
+        except (CandidateError, InputError, MachineError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if is_out_of_memory(error) or machine_fault(error) is not None:
+                raise
+            text = f"objective '{objective.name}': {located(error)}"
+            raise CandidateError(text) from error
+        return _with_own_names(found, subject.timed)
+
+    def check_time(self) -> None:
+        """Raise TimeLimitError if the candidate is out of time."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise TimeLimitError(f"used up its time limit of {self.job.time_limit_s:g} s")
+
+    def evaluation(self, failure: Failure | None) -> Evaluation:
+        """Write down all that is known."""
+        job = self.job
+        return Evaluation(
+            study=job.study,
+            trial=job.trial,
+            attempt=job.attempt,
+            status="complete" if failure is None else "failed",
+            values=self.values,
+            measurements=self.measurements,
+            curve=self.curve,
+            seconds=self.seconds,
+            versions=versions(),
+            seed=job.seed,
+            failure=None if failure is None else failure.plain(),
+            weights_sha256=_digest(self.weights),
+            **self.found,
+        )
+
+
+def _digest(weights: bytes | WeightsFile | None) -> str | None:
+    """Return the SHA-256 of weights."""
+    if isinstance(weights, WeightsFile):
+        return weights.sha256
+    return None if weights is None else sha256(weights)
+
+
+def _weights(subject: Subject, job: Job) -> bytes | WeightsFile:
+    """Return parameters and buffers as safetensors; as a file where the driver finds it."""
+    state = {k: v.detach().cpu().contiguous() for k, v in subject.model.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "fingerprint": subject.architecture.fingerprint,
+        "study": job.study,
+        "trial": str(job.trial),
+        "moenas": moenas.__version__,
+    }
+    if job.weights_to is not None:
+        save = functools.partial(safetensors.torch.save_file, state, metadata=metadata)
+        file = write_draft(job.weights_to, save)
+        if file is not None:
+            return file
+    return safetensors.torch.save(state, metadata=metadata)

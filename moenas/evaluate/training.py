@@ -1,0 +1,173 @@
+"""The one run that every candidate gets: equal tokens, equal data, a learning rate by rule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from moenas.data.corpus import Corpus
+from moenas.errors import CollapsedError, DivergedError
+from moenas.evaluate.device_steps import DeviceSteps
+from moenas.evaluate.memory import tune_malloc
+from moenas.evaluate.optimizer import schedule
+from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator, RoutingStats
+from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
+from moenas.model.architecture import Model
+from moenas.records import Plain
+from moenas.space.sections import Recipe
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A row of the learning curve."""
+
+    tokens: int
+    """Training tokens seen."""
+    train_loss: float
+    """Mean cross entropy since the row before, nats per token."""
+    lr: float
+    grad_norm: float
+    """Norm of the last step's gradient, before clipping."""
+    seconds: float
+    """Wall seconds since the run began."""
+    routing: list[Plain] = field(default_factory=list)
+    """A row for each MoE layer, over the steps since the row before, as `RoutingStats.short` gives
+    it; with domains in the last row alone."""
+
+    def plain(self) -> Plain:
+        """Return the row as a JSON object; a model without MoE layers has no `routing`."""
+        return {name: value for name, value in asdict(self).items() if value != []}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a trained model is worth on text that it has not seen."""
+
+    loss: float
+    """Cross entropy in nats per token."""
+    bits_per_byte: float | None
+    """The same in bits, where the tokens are bytes."""
+    tokens: int
+    """Predictions that the loss is the mean of."""
+    routing: list[Plain] = field(default_factory=list)
+    """A row for each MoE layer, as `RoutingStats.plain` gives it; `dropped` is the share of the
+    slots of this text that find no room at the capacity of training."""
+
+
+def train(
+    model: Model,
+    corpus: Corpus,
+    recipe: Recipe,
+    seed: int,
+    gate: Gate | None = None,
+    deadline: float | None = None,
+) -> Iterator[Progress]:
+    """Train a model in place for `recipe.steps` steps and yield a row about 40 times.
+
+    `recipe.lr` must be set (see `learning_rate`). `seed` orders the data; it is the same for
+    every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
+    thread the same call gives the same weights to the last bit.
+
+    Raises:
+        DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
+        CollapsedError: if more than `recipe.max_dead` of the experts of a layer are dead, after
+            the row of the curve that shows it.
+        TimeLimitError: once the deadline has passed.
+    """
+    assert recipe.lr is not None
+    tune_malloc()
+    began, start, total = time.monotonic(), 0, recipe.steps
+    names = corpus.domains.names if corpus.domains else ()
+    steps = open_steps(model, corpus, recipe, seed)
+    watch = CollapseDetector(model.moe_layers(), recipe.max_dead)
+    model.train()
+    try:
+        for end in row_ends(total):
+            last = end == total
+            with _threads(recipe.threads):
+                sums = steps.advance(end, gate, deadline, with_domains=last)
+            readings = steps.meter.read()
+            rows = [reading.short(names if last else ()) for reading in readings]
+            tokens, mean = end * recipe.batch * recipe.context, sums.loss / (end - start)
+            rate, seconds = recipe.lr * schedule(end - 1, recipe), time.monotonic() - began
+            yield Progress(tokens, mean, rate, sums.grad_norm, seconds, rows)
+            if start >= recipe.warmup * total:
+                _require_alive(watch, readings, end - 1, total)
+            start = end
+    finally:
+        steps.close()
+
+
+def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps:
+    """Return the steps of a run: on a GPU none of them makes the host wait."""
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
+
+
+def _require_alive(
+    watch: CollapseDetector, readings: list[RoutingStats], step: int, steps: int
+) -> None:
+    """Raise CollapsedError if a layer has collapsed."""
+    collapsed = watch.judge(readings)
+    if collapsed is not None:
+        layer, share = collapsed
+        raise CollapsedError(
+            f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, more"
+            f" than train.max_dead: {watch.max_dead:g}"
+        )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with this many CPU threads, and leave the process as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
+    """Return the loss of a model on fixed windows of the validation split, and how it routes.
+
+    In evaluation mode and float32, whatever the run computed in: the same on every machine, and
+    what an exported model gives again.
+
+    Raises:
+        DivergedError: if the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    names = corpus.domains.names if corpus.domains else ()
+    layers = model.moe_layers()
+    meter, with_capacity = RoutingAccumulator(layers, len(names)), RoutingAccumulator(layers)
+    sizes = (recipe.context, recipe.batch, recipe.val_tokens)
+    total, count = 0.0, 0
+    was_training = model.training
+    with torch.inference_mode(), _threads(recipe.threads):
+        for batch, where in zip(
+            corpus.val_batches(*sizes), corpus.val_domains(*sizes), strict=True
+        ):
+            tokens, targets = (part.to(device) for part in batch)
+            model.eval()
+            total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
+            count += targets.numel()
+            meter.add(where)
+            if any(moe.capacity_factor is not None for _, moe in layers):
+                model.train()
+                model(tokens, dtype=torch.float32)
+                with_capacity.add()
+    model.train(was_training)
+    loss = total / count
+    if not math.isfinite(loss):
+        raise DivergedError("the validation loss was not finite")
+    rows = [reading.plain(names) for reading in meter.read()]
+    for row, reading in zip(rows, with_capacity.read(), strict=False):
+        row["dropped"] = reading.dropped
+    bits = loss / math.log(2) if corpus.is_bytes else None
+    return Validation(loss, bits, count, rows)

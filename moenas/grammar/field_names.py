@@ -1,0 +1,125 @@
+"""The names of fields that a requirement can use: the end of a field's path, if only one has it.
+
+The path of a field is `architecture.d_model`, `block.mixer.scale` or `block.ffn.router.scale`. Its
+names are the ends of it: `block.mixer.scale`, `mixer.scale` and `scale`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache, lru_cache, reduce
+from operator import or_
+from typing import TypeVar
+
+from moenas.grammar.component import Component, fields
+from moenas.grammar.tree import Choice, Fixed, Listing, Record, Tree, join
+
+V = TypeVar("V")
+
+WHOLE, LAYER = "architecture", "block"
+"""First steps of the paths: of what all layers share, and of what stands in one of them."""
+OF_A_GROUP = (f"{LAYER}.repeat", f"{LAYER}.vary")
+"""Fields of a group of layers, which no layer has."""
+
+
+@cache
+def ends(path: str) -> tuple[str, ...]:
+    """Return a dotted path and every end of it, the shortest first."""
+    steps = path.split(".")
+    return tuple(".".join(steps[-n:]) for n in range(1, len(steps) + 1))
+
+
+def named(values: Mapping[str, V]) -> dict[str, V]:
+    """Return path -> value under every name that is the end of one of the paths only."""
+    return {end: values[path] for end, path in _names_of(tuple(values))}
+
+
+@lru_cache(maxsize=1024)
+def _names_of(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return every name that is the end of one of the paths only, with that path."""
+    often = Counter(end for path in paths for end in ends(path))
+    return tuple((end, path) for path in paths for end in ends(path) if often[end] == 1)
+
+
+def scalars(component: Component, path: str) -> dict[str, float | str]:
+    """Return path -> value of the scalar fields of a component and of the components in it.
+
+    A component of a family with kinds has its kind as value. Fields that are null are left out.
+    """
+    found: dict[str, float | str] = {}
+    for name in fields(type(component)):
+        value, inner = getattr(component, name), join(path, name)
+        if isinstance(value, Component):
+            found |= scalars(value, inner)
+            if value.kind is not None:
+                found[inner] = value.kind
+        elif isinstance(value, str):
+            found[inner] = value
+        elif isinstance(value, bool | int | float):
+            found[inner] = float(value) if isinstance(value, bool) else value
+    return {inner: value for inner, value in found.items() if inner not in OF_A_GROUP}
+
+
+def declared(root: type[Component]) -> set[str]:
+    """Return the paths of all fields that a component of a class can hold, and of those in it."""
+    todo, seen = [(root, WHOLE)], set[tuple[type[Component], str]]()
+    found = set[str]()
+    while todo:
+        cls, path = todo.pop()
+        if (cls, path) in seen:
+            continue
+        seen.add((cls, path))
+        todo += [(kind, path) for kind in cls.kinds.values()] if cls.kind is None else []
+        for name, field in fields(cls).items():
+            inner = join(path, name)
+            if field.component is not None:
+                todo.append((field.component, LAYER if field.is_list else inner))
+            if field.component is None or field.component.kinds:
+                found.add(inner)
+    return found - set(OF_A_GROUP)
+
+
+def ambiguous(tree: Tree) -> dict[str, list[str]]:
+    """Return every name that means several fields of a layer -> the shortest name of each.
+
+    Options exclude one another, so a name that no two of them use together is not ambiguous.
+    """
+    often, paths = _often(tree, WHOLE), set[str]()
+    _collect(tree, WHOLE, paths)
+    found: dict[str, list[str]] = {}
+    for path in sorted(paths):
+        own = next((end for end in ends(path) if often[end] == 1), path)
+        for end in ends(path):
+            if often[end] > 1:
+                found.setdefault(end, []).append(own)
+    return found
+
+
+def _often(tree: Tree, path: str) -> Counter[str]:
+    """Return how many fields of one layer, at most, each name is the end of."""
+    if isinstance(tree, Choice):
+        return reduce(or_, (_often(option, path) for option in tree.options))
+    if isinstance(tree, Listing):
+        return reduce(or_, (_often(item, LAYER) for item in tree.items))
+    found = Counter(ends(path))
+    if isinstance(tree, Record):
+        for name, value in tree.fields.items():
+            if fields(tree.cls)[name].component is tree.cls and not isinstance(value, Fixed):
+                return _often(value, LAYER)  # a pattern, whose groups hold the fields
+            found += _often(value, join(path, name))
+    return found
+
+
+def _collect(tree: Tree, path: str, found: set[str]) -> None:
+    """Add the path of every field of a tree."""
+    if isinstance(tree, Choice):
+        for option in tree.options:
+            _collect(option, path, found)
+    elif isinstance(tree, Listing):
+        for item in tree.items:
+            _collect(item, LAYER, found)
+    else:
+        found.add(path)
+        for name, value in tree.fields.items() if isinstance(tree, Record) else ():
+            _collect(value, join(path, name), found)

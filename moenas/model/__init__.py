@@ -1,0 +1,99 @@
+"""The parts of a model: typed records that count their cost, each with the module it becomes."""
+
+from __future__ import annotations
+
+from moenas.model.blocks import Block, BlockGroup, ParallelBlock, Shortcut
+from moenas.model.feedforward.dense import FFN, DenseFFN, FeedForward, SigmoidGatedFeedForward
+from moenas.model.feedforward.product_key import ProductKeyFFN, ProductKeys
+from moenas.model.layers.activations import Activation
+from moenas.model.layers.linear import Convolution, Linear
+from moenas.model.layers.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
+from moenas.model.mixers.attention import Attention, AttentionMixer
+from moenas.model.mixers.gated_delta import GatedDelta, GatedDeltaMixer, ShortConv, ShortConvMixer
+from moenas.model.mixers.kimi_delta import KimiDelta, KimiDeltaMixer
+from moenas.model.mixers.latent_attention import LatentAttention, LatentAttentionMixer
+from moenas.model.mixers.lightning_attention import LightningAttention, LightningAttentionMixer
+from moenas.model.mixers.mamba import Mamba, Mamba2, Mamba2Mixer, MambaMixer
+from moenas.model.mixers.mixer import KVCache, Mixer, StateCache
+from moenas.model.mixers.position_bias import PositionBias
+from moenas.model.mixers.rotary import RopeScaling, Rotary
+from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv_attention import CrossLayerAttention
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
+from moenas.model.moe.balance import Balance, Routing
+from moenas.model.moe.batch_selection import Base, ExpertChoice, Sinkhorn
+from moenas.model.moe.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
+from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.mixture_of_attention import HeadExperts, MoA, MoAMixer
+from moenas.model.moe.router import Router
+from moenas.model.moe.scores import Score
+from moenas.model.moe.selection import ExpertSelection, Picked, Selection
+from moenas.model.residual import ResidualAdd
+
+__all__ = [
+    "FFN",
+    "Activation",
+    "Attention",
+    "AttentionMixer",
+    "AttentionSpan",
+    "Balance",
+    "Base",
+    "Block",
+    "BlockGroup",
+    "Choice",
+    "Convolution",
+    "CrossLayerAttention",
+    "DenseFFN",
+    "DynamicTanh",
+    "ExpertChoice",
+    "ExpertSelection",
+    "Experts",
+    "FeedForward",
+    "GatedDelta",
+    "GatedDeltaMixer",
+    "GatedNorm",
+    "Gating",
+    "HeadExperts",
+    "KVCache",
+    "KimiDelta",
+    "KimiDeltaMixer",
+    "LatentAttention",
+    "LatentAttentionMixer",
+    "LatentExperts",
+    "LayerNorm",
+    "LightningAttention",
+    "LightningAttentionMixer",
+    "Linear",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Mixer",
+    "MambaMixer",
+    "Mixer",
+    "MoA",
+    "MoAMixer",
+    "MoE",
+    "MoEFFN",
+    "ParallelBlock",
+    "Picked",
+    "PositionBias",
+    "ProductKeyFFN",
+    "ProductKeys",
+    "RMSNorm",
+    "ResidualAdd",
+    "RopeScaling",
+    "Rotary",
+    "Router",
+    "Routing",
+    "Score",
+    "Selection",
+    "SharedKV",
+    "SharesKV",
+    "ShortConv",
+    "ShortConvMixer",
+    "Shortcut",
+    "SigmoidGatedFeedForward",
+    "Sinkhorn",
+    "SoftmaxAttention",
+    "StateCache",
+    "ZeroExperts",
+]

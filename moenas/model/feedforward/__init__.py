@@ -1,0 +1,1 @@
+"""Feed-forward layers without a router."""

@@ -1,0 +1,1 @@
+"""What all parts are made of: linear maps, norms and activations."""

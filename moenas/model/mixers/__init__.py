@@ -1,0 +1,1 @@
+"""Sequence mixers: attention of every shape, linear attention, state spaces and convolutions."""

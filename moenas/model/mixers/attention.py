@@ -1,0 +1,441 @@
+"""Softmax attention of every common shape. Kinds: attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+
+from moenas.grammar.component import changed, setting
+from moenas.model.layers.linear import Linear
+from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.mixer import MOST, KVCache, Mixer
+from moenas.model.mixers.position_bias import PositionBias
+from moenas.model.mixers.qkv import QKV, LowRankProjection, LowRankQKV, NormedValues, QKNorm
+from moenas.model.mixers.rotary import (
+    THETA,
+    RopeScaling,
+    Rotary,
+    YarnScaling,
+    canonical_theta,
+    fold_into_scale,
+)
+from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryProjection
+from moenas.model.mixers.softmax_attention import (
+    SINK_WIDTH,
+    AttentionSpan,
+    PositionTemperature,
+    SoftmaxAttention,
+    gated,
+)
+from moenas.records import Cost
+
+OF_KEYS = (
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "v_head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "rope_fraction",
+    "qk_norm",
+    "qk_norm_after_rope",
+    "window",
+    "chunk",
+    "sinks",
+)
+"""Fields in which a layer is like the one whose keys and values it reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMixer(Mixer, kind="attention"):
+    """Causal softmax attention with rotary positions.
+
+    Multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150), by the number
+    of key-value heads. A window or chunk bounds what a token sees, not what the cache keeps, and
+    the FLOPs are those of the full square with a mask.
+    """
+
+    head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
+    n_heads: int | None = setting(
+        "query heads; null: d_model / head_dim", default=None, low=1, high=MOST
+    )
+    n_kv_heads: int | None = setting(
+        "key-value heads, each shared by n_heads / n_kv_heads query heads; null: n_heads",
+        default=None,
+        low=1,
+    )
+    v_head_dim: int | None = setting(
+        "width of the values of a head; null: head_dim", default=None, low=8, multiple=8
+    )
+    q_rank: int | None = setting(
+        "width of a latent of the queries, with a norm (MFA, arXiv 2412.19255; Step-3); null: no"
+        " latent",
+        default=None,
+        low=1,
+    )
+    rope_theta: float = setting(
+        "base of the rotary wavelengths (RoFormer, arXiv 2104.09864)", default=10000.0, low=1.0
+    )
+    rope_scaling: RopeScaling | None = setting(
+        "how the rotary wavelengths are stretched; null: not at all", default=None
+    )
+    rope_fraction: float = setting(
+        "share of a head that turns, as the nearest even number of elements (of two as near, the"
+        " multiple of 4); 0: no positions (NoPE)",
+        default=1.0,
+        low=0.0,
+        high=1.0,
+    )
+    qk_norm: Literal["none", "head", "full", "weightless"] = setting(
+        "RMSNorm of queries and keys: none, over each head (Qwen3), over all heads together"
+        " (OLMoE), or over each head without a weight (Llama 4)",
+        default="none",
+    )
+    qk_norm_after_rope: bool = setting(
+        "qk_norm comes after the positions, not before them (Hunyuan)", default=False
+    )
+    v_norm: bool = setting(
+        "RMSNorm of the values of each head, without a weight (Gemma 4)", default=False
+    )
+    k_eq_v: bool = setting(
+        "the values are the keys as they are projected, before norms and positions (Gemma 4)",
+        default=False,
+    )
+    inner_eps: float = setting(
+        "added to the mean square in qk_norm, in v_norm and in the norm of q_rank",
+        default=1e-6,
+        low=0.0,
+    )
+    qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
+    qkv_clip: float | None = setting(
+        "queries, keys and values are cut to -c..c (DBRX: 8); null: no cut", default=None, low=1e-3
+    )
+    out_bias: bool = setting("the output projection has a bias", default=False)
+    window: int | None = setting(
+        "a token sees itself and the window - 1 tokens before (Longformer, arXiv 2004.05150)",
+        default=None,
+        low=1,
+    )
+    chunk: int | None = setting(
+        "a token sees only tokens of its own chunk of so many (Llama 4)", default=None, low=1
+    )
+    sinks: bool = setting(
+        "a learned logit for each head that takes part in the softmax and has no value (gpt-oss)",
+        default=False,
+    )
+    softcap: float | None = setting(
+        "scores become c tanh(score / c) (Gemma 2, arXiv 2408.00118); training keeps every score",
+        default=None,
+        low=0.1,
+    )
+    output_gate: Literal["none", "head", "element"] = setting(
+        "the heads' output times sigmoid(W x), one gate a head or an element (arXiv 2505.06708)",
+        default="none",
+    )
+    scale: float | None = setting(
+        "factor of the scores; null: 1 / sqrt(head_dim)", default=None, low=0.0
+    )
+    floor_scale: int | None = setting(
+        "queries from position floor_scale - 1 on are multiplied by"
+        " 1 + attn_scale ln(1 + floor((position + 1) / floor_scale)) (arXiv 2501.19399; Llama 4:"
+        " 8192 where nothing turns); null: none is",
+        default=None,
+        low=1,
+    )
+    attn_scale: float = setting("of floor_scale", default=0.1, low=0.0)
+    position_bias: PositionBias | None = setting(
+        "added to the scores by the distance of their tokens; null: nothing is", default=None
+    )
+    kv_source: int | None = setting(
+        "reads the keys and values of an earlier layer: of the attention layers with keys of their"
+        " own, the so-many-th before (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or"
+        " 2); null: has its own",
+        default=None,
+        low=1,
+        high=1000,
+    )
+
+    def heads_at(self, d_model: int) -> tuple[int, int]:
+        """Return the query heads and the key-value heads at a model width."""
+        n_heads = self.n_heads or d_model // self.head_dim
+        return n_heads, self.n_kv_heads or n_heads
+
+    @property
+    def v_dim(self) -> int:
+        """Width of the values of a head."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How many elements of a head turn with the position: pairs, rounded half to even."""
+        return 2 * round(self.rope_fraction * self.head_dim / 2)
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied with."""
+        return float(self.head_dim**-0.5 if self.scale is None else self.scale)
+
+    @property
+    def bias_shared(self) -> bool | None:
+        """Whether the table of the position bias is that of an earlier layer; None: needs none."""
+        return getattr(self.position_bias, "shared", None)
+
+    @property
+    def stretch(self) -> float:
+        """By what the rotary positions multiply what turns."""
+        if not self.rope_dim or self.rope_scaling is None:
+            return 1.0
+        scaling = self.rope_scaling.canonical_for(self.rope_dim, self.rope_theta)
+        return 1.0 if scaling is None else scaling.attention
+
+    def unlike(self, source: AttentionMixer, d_model: int) -> str | None:
+        """Return a field in which this and the layer whose keys it reads differ, or None.
+
+        What shapes the keys, and which of them are seen, is that of the source.
+        """
+        # Folded into each one's own scores, a factor of the keys could not be told any more.
+        if self.stretch != source.stretch:
+            return "rope_scaling"
+        one, other = self.canonical_at(d_model), source.canonical_at(d_model)
+        names = (*OF_KEYS, "inner_eps") if one.qk_norm != "none" else OF_KEYS
+        unlike = (name for name in names if getattr(one, name) != getattr(other, name))
+        return next(unlike, None)
+
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if self.window is not None and self.chunk is not None:
+            return "window and chunk exclude each other; set one of them to null"
+        if self.k_eq_v and self.v_dim != self.head_dim:
+            return "k_eq_v: the values are as wide as the keys; leave v_head_dim out"
+        alone = 1 in (self.window, self.chunk) and not self.sinks
+        if self.kv_source is not None and (alone or self.scale == 0):
+            return "kv_source: its queries have no effect; give a wider window and no scale of 0"
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
+        return None
+
+    def invalid_at(self, d_model: int) -> str | None:
+        """Return why the heads do not fit the width or one another, or None."""
+        if self.n_heads is None and d_model % self.head_dim:
+            return f"head_dim ({self.head_dim}) must divide d_model ({d_model}); or give n_heads"
+        n_heads, n_kv_heads = self.heads_at(d_model)
+        if n_heads % n_kv_heads:
+            return f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads})"
+        return None
+
+    def canonical_at(self, d_model: int) -> Self:
+        """Write out the numbers that follow from others and reset fields without effect."""
+        n_heads, n_kv_heads = self.heads_at(d_model)
+        one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
+        tempered = self.floor_scale is not None and self.attn_scale > 0
+        own = self.kv_source is None
+        normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
+        bias = self.position_bias and self.position_bias.canonical_within(self.reach)
+        found = changed(
+            self,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            v_head_dim=self.v_dim,
+            qk_norm="head" if one_head else self.qk_norm,
+            v_norm=self.v_norm and own,
+            k_eq_v=self.k_eq_v and own,
+            inner_eps=self.inner_eps if normed else 1e-6,
+            window=1 if self.chunk == 1 else self.window,
+            chunk=None if self.chunk == 1 else self.chunk,
+            floor_scale=self.floor_scale if tempered else None,
+            attn_scale=self.attn_scale if tempered else 0.1,
+            position_bias=bias,
+        )
+        if found.window == 1 and not found.sinks:
+            return found._without_scores()
+        return found._with_canonical_positions()
+
+    def _without_scores(self) -> Self:
+        """Reset what acts on the scores alone: over one token their softmax is 1."""
+        return changed(
+            self,
+            rope_theta=THETA,
+            rope_scaling=None,
+            rope_fraction=1.0,
+            qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
+            qk_norm_after_rope=False,
+            inner_eps=self.inner_eps if self.v_norm else 1e-6,
+            softcap=None,
+            scale=None,
+            floor_scale=None,
+            attn_scale=0.1,
+            position_bias=self.position_bias if self.bias_shared is not None else None,
+        )
+
+    def _with_canonical_positions(self) -> Self:
+        """Reset what has no effect in rotary positions; let `scale` say what it can."""
+        width, theta = self.rope_dim, self.rope_theta
+        scaling, stronger = None, 1.0
+        if width and self.rope_scaling is not None:
+            scaling = self.rope_scaling.canonical_for(width, theta)
+        # To turn a vector changes neither its length nor what has no weight; YaRN's factor does.
+        longer = scaling is not None and scaling.attention != 1
+        ordered = width > 0 and (self.qk_norm in ("head", "full") or longer)
+        after = self.qk_norm_after_rope and ordered and self.qk_norm != "none"
+        if width == self.head_dim and not after and scaling is not None:
+            scaling, stronger = fold_into_scale(scaling, width, theta)
+        factor, usual = self.factor * stronger, self.head_dim**-0.5
+        is_usual = factor == usual or (stronger != 1 and math.isclose(factor, usual, rel_tol=1e-10))
+        scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
+        return changed(
+            self,
+            rope_theta=canonical_theta(width, theta, scaling) if width else THETA,
+            rope_scaling=scaling,
+            rope_fraction=width / self.head_dim,
+            qk_norm_after_rope=after,
+            scale=None if is_usual else scale,
+        )
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count the projections, and scores and values over the full context."""
+        n_heads, n_kv_heads = self.heads_at(d_model)
+        own = self.kv_source is None
+        widths = n_heads * self.head_dim, n_kv_heads * self.head_dim * own
+        out_width, kept = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim) * own
+        kv_width = widths[1] if self.k_eq_v else kept
+        gates = {"none": 0, "head": n_heads, "element": out_width}[self.output_gate]
+        q_rank = self.q_rank or 0
+        products = (d_model + widths[0]) * q_rank if q_rank else d_model * widths[0]
+        products += d_model * (kv_width + gates) + out_width * d_model
+        params = products + q_rank + (n_heads if self.sinks else 0)
+        params += self.position_bias.params(n_heads) if self.position_bias else 0
+        params += {"head": (1 + own) * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
+        params += (widths[0] + kv_width) * self.qkv_bias + d_model * self.out_bias
+        return Cost(
+            params=params,
+            active_params=params,
+            flops_per_token=2 * products + 2 * context * (widths[0] + out_width),
+            kv_bytes_per_token=2 * kept,
+            weight_bytes=2 * params,
+        )
+
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Return what the one more key of a sink takes, and the elements that it adds to all."""
+        if not self.sinks or self.softcap is not None or context == 1 or not self.factor:
+            return 0
+        width = self.head_dim + self.v_dim
+        added = SINK_WIDTH * (2 if self.v_dim == self.head_dim else 1)
+        pairs = (context + 1) * (width + added) - context * width
+        return 2 * self.heads_at(d_model)[0] * context * pairs
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the attention at a model width."""
+        n_heads, n_kv_heads = self.heads_at(d_model)
+        width = n_heads * self.v_dim
+        gates = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
+        rotary, attend = self._build_rotary(), self._build_attend(n_heads)
+        gate = Linear(d_model, gates) if gates else None
+        out = Linear(width, d_model, self.out_bias)
+        if self.kv_source is not None:
+            query = self._build_query(d_model)
+            norm = self._build_norm(n_heads) if self.qk_norm != "none" else None
+            entry = QueryProjection(
+                query, n_heads, self.qkv_clip, norm, rotary, self.qk_norm_after_rope
+            )
+            return CrossLayerAttention(self.kv_source, entry, attend, gate, out)
+        norms = None
+        if self.qk_norm != "none":
+            q, k = self._build_norm(n_heads), self._build_norm(n_kv_heads)
+            norms = QKNorm(q, k, self.qk_norm_after_rope)
+        return Attention(self._build_qkv(d_model), rotary, norms, attend, gate, out)
+
+    def _build_query(self, d_model: int) -> nn.Module:
+        """Build what makes the queries where they are made by themselves."""
+        width = self.heads_at(d_model)[0] * self.head_dim
+        if self.q_rank is None:
+            return Linear(d_model, width, self.qkv_bias)
+        return LowRankProjection(
+            Linear(d_model, self.q_rank),
+            RMSNorm(self.q_rank, self.inner_eps),
+            Linear(self.q_rank, width, self.qkv_bias),
+        )
+
+    def _build_qkv(self, d_model: int) -> nn.Module:
+        counts, widths = self.heads_at(d_model), (self.head_dim, 0 if self.k_eq_v else self.v_dim)
+        if self.q_rank is None:
+            qkv: nn.Module = QKV(d_model, counts, widths, self.qkv_bias, self.qkv_clip)
+        else:
+            keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
+            qkv = LowRankQKV(self._build_query(d_model), keys, counts, widths, self.qkv_clip)
+        return NormedValues(qkv, self.v_dim, self.inner_eps) if self.v_norm else qkv
+
+    def _build_rotary(self) -> Rotary | None:
+        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
+        return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
+
+    def _build_attend(self, n_heads: int) -> SoftmaxAttention:
+        bias = None if self.position_bias is None else self.position_bias.build(n_heads)
+        return SoftmaxAttention(
+            n_heads,
+            self.factor,
+            AttentionSpan(self.window, self.chunk, bias),
+            self.softcap,
+            self.sinks,
+            None
+            if self.floor_scale is None
+            else PositionTemperature(self.floor_scale, self.attn_scale),
+        )
+
+    def _build_norm(self, n_heads: int) -> RMSNorm:
+        width = self.head_dim * (n_heads if self.qk_norm == "full" else 1)
+        return RMSNorm(width, self.inner_eps, self.qk_norm != "weightless")
+
+
+class Attention(SharesKV):
+    """softmax(q k^T scale) v over the tokens so far (Vaswani et al., arXiv 1706.03762)."""
+
+    def __init__(
+        self,
+        qkv: nn.Module,
+        rotary: nn.Module | None,
+        norm: nn.Module | None,
+        attend: SoftmaxAttention,
+        gate: Linear | None,
+        out: Linear,
+    ) -> None:
+        super().__init__(None, attend.bias_shared)
+        self.qkv = qkv
+        self.rotary = rotary
+        self.norm = norm
+        self.attend = attend
+        self.gate = gate
+        self.out = out
+
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, lent: SharedKV | None = None
+    ) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
+
+        What other layers read is left in `lent`, and the table of a shared bias is found there.
+        """
+        qkv: Any = self.qkv
+        q, k, v = qkv.heads(x)
+        norm: Any = self.norm
+        if norm is not None and not norm.after_rope:
+            q, k = norm(q, k)
+        start = 0 if cache is None else cache.length
+        if self.rotary is not None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        if norm is not None and norm.after_rope:
+            q, k = norm(q, k)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        self.publish_kv(k, v, lent)
+        y = self.attend(q, k, v, start, self.table(self.attend.table, lent)).transpose(1, 2)
+        if self.gate is not None:
+            y = gated(y, self.gate(x))
+        out: Tensor = self.out(y.flatten(-2))
+        return out
+
+    def new_cache(self, batch: int, context: int) -> KVCache:
+        """Return an empty cache."""
+        return KVCache(batch, context)

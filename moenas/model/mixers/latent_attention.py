@@ -1,0 +1,202 @@
+"""Attention whose keys and values are read out of one small latent. Kinds: latent_attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from moenas.grammar.component import setting
+from moenas.model.layers.linear import Linear, size
+from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.mixer import MOST, KVCache, Mixer
+from moenas.model.mixers.qkv import LowRankProjection
+from moenas.model.mixers.rotary import RopeScaling, Rotary, YarnScaling, canonical_theta
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, gated
+from moenas.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionMixer(Mixer, kind="latent_attention"):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    The cache keeps the latent of `kv_rank` numbers and one rotary key for all heads. A step of
+    decoding works on the latent itself: the key matrix moves to the query, the value matrix to
+    the output (the same section).
+    """
+
+    n_heads: int = setting("heads", low=1, high=MOST)
+    q_rank: int | None = setting(
+        "width of the latent of the queries, with a norm; null: no latent", default=None, low=1
+    )
+    kv_rank: int = setting("width of the latent of keys and values, with a norm", low=1)
+    nope_dim: int = setting(
+        "elements of a query or key without a position", low=8, high=MOST, multiple=8
+    )
+    rope_dim: int = setting(
+        "elements that turn; all heads share their key", low=2, high=MOST, multiple=2
+    )
+    v_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
+    rope_theta: float | None = setting(
+        "base of the rotary wavelengths; null: nothing turns (NoPE)", default=10000.0, low=1.0
+    )
+    rope_scaling: RopeScaling | None = setting(
+        "how the rotary wavelengths are stretched; null: not at all", default=None
+    )
+    inner_eps: float = setting("added to the mean square in the norms", default=1e-6, low=0.0)
+    rank_scale: bool = setting(
+        "a normed latent of width r is multiplied by sqrt(d_model / r) (LongCat-Flash)",
+        default=False,
+    )
+    output_gate: Literal["none", "head", "element"] = setting(
+        "the heads' output times sigmoid(W x), one gate a head (Ling hybrid) or an element (arXiv"
+        " 2505.06708)",
+        default="none",
+    )
+    scale: float | None = setting(
+        "factor of the scores; null: 1 / sqrt(nope_dim + rope_dim)", default=None, low=0.0
+    )
+
+    @property
+    def gates(self) -> int:
+        """Gates of a token."""
+        return {"none": 0, "head": self.n_heads, "element": self.n_heads * self.v_dim}[
+            self.output_gate
+        ]
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied with."""
+        return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
+
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
+        return None
+
+    def canonical_at(self, d_model: int) -> Self:
+        """Reset fields without effect; a single pair turns by the position, whatever theta."""
+        usual = (self.nope_dim + self.rope_dim) ** -0.5
+        theta, scaling = self.rope_theta, None
+        if theta is not None and self.rope_scaling is not None:
+            scaling = self.rope_scaling.canonical_for(self.rope_dim, theta)
+        narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
+        return replace(
+            self,
+            rope_theta=theta and canonical_theta(self.rope_dim, theta, scaling),
+            rope_scaling=scaling,
+            rank_scale=self.rank_scale and narrow,
+            scale=None if self.scale == usual else self.scale,
+        )
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count the projections, and scores and values of all heads over the full context."""
+        q_width = self.n_heads * (self.nope_dim + self.rope_dim)
+        out_width = self.n_heads * self.v_dim
+        q_rank = self.q_rank or 0
+        products = (d_model + q_width) * q_rank if q_rank else d_model * q_width
+        products += d_model * (self.kv_rank + self.rope_dim)
+        products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
+        products += (out_width + self.gates) * d_model
+        params = products + q_rank + self.kv_rank
+        return Cost(
+            params=params,
+            active_params=params,
+            flops_per_token=2 * products + 2 * context * (q_width + out_width),
+            kv_bytes_per_token=2 * (self.kv_rank + self.rope_dim),
+            weight_bytes=2 * params,
+        )
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the attention at a model width."""
+        q_width = self.n_heads * (self.nope_dim + self.rope_dim)
+        kv_width = self.n_heads * (self.nope_dim + self.v_dim)
+        query: nn.Module = Linear(d_model, q_width)
+        if self.q_rank is not None:
+            query = self._build_bottleneck(d_model, self.q_rank, 0, q_width)
+        return LatentAttention(
+            query,
+            self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
+            self._build_rotary(),
+            SoftmaxAttention(self.n_heads, self.factor, AttentionSpan()),
+            Linear(d_model, self.gates) if self.gates else None,
+            Linear(self.n_heads * self.v_dim, d_model),
+        )
+
+    def _build_rotary(self) -> Rotary | None:
+        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
+        return None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta, scaling)
+
+    def _build_bottleneck(
+        self, d_model: int, rank: int, beside: int, width: int
+    ) -> LowRankProjection:
+        return LowRankProjection(
+            Linear(d_model, rank + beside),
+            RMSNorm(rank, self.inner_eps),
+            Linear(rank, width),
+            (d_model / rank) ** 0.5 if self.rank_scale else 1.0,
+        )
+
+
+class LatentAttention(nn.Module):
+    """Attention over keys and values that are made from a latent, and one rotary key for all."""
+
+    def __init__(
+        self,
+        query: nn.Module,
+        keys: LowRankProjection,
+        rotary: nn.Module | None,
+        attend: SoftmaxAttention,
+        gate: Linear | None,
+        out: Linear,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.keys = keys
+        self.rotary = rotary
+        self.attend = attend
+        self.gate = gate
+        self.out = out
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+        q = self.query(x).unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2)
+        latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
+        nope = size(q.shape[-1] - k_rope.shape[-1])  # tensors while the model is traced
+        q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
+        start = 0 if cache is None else cache.length
+        if self.rotary is not None:
+            q_rope, k_rope = self.rotary(q_rope, start), self.rotary(k_rope, start)
+        if cache is not None:
+            latent, k_rope = cache.extend(latent, k_rope)
+        if start:
+            y = self.on_latent(q_nope, q_rope, latent, k_rope, start)
+        else:
+            kv = self.keys.up(latent.squeeze(1)).unflatten(-1, (self.attend.n_heads, -1))
+            kv = kv.transpose(1, 2)
+            k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
+            k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
+            q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
+            y = self.attend(q, k, v, start)
+        y = y.transpose(1, 2)
+        out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))
+        return out
+
+    def on_latent(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, start: int
+    ) -> Tensor:
+        """Attend with the latent as key and value of every head, (B, H, S, C of the values)."""
+        up = self.keys.up.weight.to(q_nope.dtype).unflatten(0, (self.attend.n_heads, -1))
+        nope = size(q_nope.shape[-1])
+        up_k, up_v = up[:, :nope], up[:, nope:]  # (H, C, rank)
+        q = torch.cat((q_nope @ up_k, q_rope), dim=-1)
+        k = torch.cat((latent, k_rope), dim=-1)
+        y: Tensor = self.attend(q, k, latent, start) @ up_v.transpose(-2, -1)
+        return y
+
+    def new_cache(self, batch: int, context: int) -> KVCache:
+        """Return an empty cache."""
+        return KVCache(batch, context)

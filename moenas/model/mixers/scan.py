@@ -1,0 +1,232 @@
+"""Recurrences over tokens, computed chunk by chunk in float32, mostly as matrix products.
+
+A scan keeps every step for its gradient. On CUDA it keeps only what it was given, and is computed
+once more in the backward pass: see `recomputed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moenas.model.layers.linear import on_cuda, size
+
+# Shapes: B sequences, S tokens, H heads, G groups of heads, N chunks of Q tokens, P width of the
+# values of a head, M width of its keys (its state is M x P).
+
+CHUNK = 64
+"""Most tokens in a chunk."""
+CHANNEL_CHUNK = 16
+"""The same where every channel decays by itself: a factor for each pair of tokens and channel."""
+
+
+def chunk_length(length: int, longest: int = CHUNK) -> int:
+    """Return the tokens of a chunk: the most that divide the length, at least longest / 2.
+
+    If nothing divides it, `longest`, and the last chunk is filled up.
+    """
+    chunks = -(-length // longest)
+    for n in range(chunks, 2 * chunks):
+        if length % n == 0:
+            return length // n
+    return longest
+
+
+def padded(length: int, longest: int = CHUNK) -> int:
+    """Return how many tokens are computed for `length` of them: whole chunks."""
+    chunk = chunk_length(length, longest)
+    return -(-length // chunk) * chunk
+
+
+def in_chunks(x: Tensor, chunk: int) -> Tensor:
+    """Map (B, S, ...) to (B, N, Q, ...), filled up with 0."""
+    missing = -size(x.shape[1]) % chunk
+    if missing:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
+    chunks: Tensor = x.unflatten(1, (-1, chunk))
+    return chunks
+
+
+def decays_between(steps: Tensor) -> Tensor:
+    """Return (..., Q, Q): exp(sum of steps j + 1 to i) for i >= j, else 0; steps (..., Q) <= 0."""
+    sums = steps.cumsum(dim=-1)
+    between = sums.unsqueeze(-1) - sums.unsqueeze(-2)
+    later = torch.ones_like(between, dtype=torch.bool).triu(1)
+    return between.masked_fill(later, -torch.inf).exp()
+
+
+def recomputed(scan: Callable[..., tuple[Tensor, Tensor]], *given: object) -> tuple[Tensor, Tensor]:
+    """Return what a scan gives; for its gradient only what it was given is kept."""
+    if not torch.is_grad_enabled():
+        return scan(*given)
+    y, state = checkpoint(scan, *given, use_reentrant=False, preserve_rng_state=False)
+    return y, state
+
+
+def scan_heads(
+    x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, S, H, P) and the last state of h_t = exp(steps_t) h_(t-1) + b_t x_t, y = c h.
+
+    `x` (B, S, H, P), `steps` (B, S, H), `b` and `c` (B, S, G, M), each for H / G heads. The state
+    is (B, G, H / G, M, P). The state space dual (arXiv 2405.21060, listing 1): attention without
+    softmax inside a chunk, one state carried from chunk to chunk.
+    """
+    if on_cuda(x):
+        return recomputed(heads_by_chunks, x, steps, b, c, state)
+    return heads_by_chunks(x, steps, b, c, state)
+
+
+def heads_by_chunks(
+    x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `scan_heads` does."""
+    batch, length, heads, width = map(int, x.shape)  # tensors while the model is traced
+    groups = size(b.shape[2])
+    chunk = chunk_length(length)
+    x = in_chunks(x, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # B N G . Q P
+    steps = in_chunks(steps, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # B N G . Q
+    b, c = (in_chunks(m, chunk).transpose(2, 3).unsqueeze(3) for m in (b, c))  # B N G 1 Q M
+    inside = (c @ b.transpose(-2, -1)) * decays_between(steps) @ x
+    sums = steps.cumsum(dim=-1)
+    to_end = (sums[..., -1:] - sums).exp().unsqueeze(-1)
+    added = b.transpose(-2, -1) @ (x * to_end)  # B N G . M P
+    carry = sums[..., -1].exp()[..., None, None]
+    if state is None:
+        state = torch.zeros_like(added[:, 0])
+    before = []
+    for kept, new in zip(carry.unbind(1), added.unbind(1), strict=True):
+        before.append(state)
+        state = state * kept + new
+    across = c @ torch.stack(before, dim=1) * sums.exp().unsqueeze(-1)
+    y = (inside + across).permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)
+    return y[:, :length], state
+
+
+def scan_macs(heads: int, groups: int, state: int, width: int, length: int) -> int:
+    """Return the multiply-adds of `scan_heads` over a sequence, full squares inside a chunk."""
+    chunk = chunk_length(length)
+    a_token = groups * chunk * state + heads * (chunk * width + 2 * state * width)
+    return padded(length) * a_token
+
+
+def read_channels(
+    x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, S, C), the states of `scan_channels` times `c` (B, S, M), and the last state."""
+    if on_cuda(x):
+        return recomputed(channels_by_chunks, x, rates, dt, b, c, state)
+    return channels_by_chunks(x, rates, dt, b, c, state)
+
+
+def channels_by_chunks(
+    x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `read_channels` does."""
+    states, state = scan_channels(x, rates, dt, b, state)
+    return (states @ c.unsqueeze(-1)).squeeze(-1), state
+
+
+def scan_channels(
+    x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return all states (B, S, C, M) of h_t = exp(dt_t rates) h_(t-1) + dt_t x_t b_t, and the last.
+
+    `x` and `dt` (B, S, C), `rates` (C, M) < 0, `b` (B, S, M). The selective scan (arXiv
+    2312.00752, section 3.3), in which every channel and state decays by itself: no matrix product
+    computes it. All chunks go through their tokens together, then each takes over the state of
+    the one before it: about 2 sqrt(S) steps.
+    """
+    length = size(x.shape[1])
+    chunk = max(1, round(length**0.5))
+    dt = in_chunks(dt, chunk)
+    decays = (dt.unsqueeze(-1) * rates).exp()  # B N Q C M
+    inputs = (dt * in_chunks(x, chunk)).unsqueeze(-1) * in_chunks(b, chunk).unsqueeze(3)
+    # unbind, not one index after another: the gradient of an index is a whole tensor of zeros.
+    own, through = [inputs[:, :, 0]], [decays[:, :, 0]]
+    for decay, new in zip(decays.unbind(2)[1:], inputs.unbind(2)[1:], strict=True):
+        own.append(own[-1] * decay + new)
+        through.append(through[-1] * decay)
+    states, reached = torch.stack(own, dim=2), torch.stack(through, dim=2)
+    if state is None:
+        state = torch.zeros_like(own[0][:, 0])
+    before = []
+    for kept, new in zip(through[-1].unbind(1), own[-1].unbind(1), strict=True):
+        before.append(state)
+        state = new + kept * state
+    states = states + reached * torch.stack(before, dim=1).unsqueeze(2)
+    return states.flatten(1, 2)[:, :length], state
+
+
+def delta_rule(
+    qkv: tuple[Tensor, Tensor, Tensor], steps: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y (B, S, H, P) and the last state (B, H, M, P) of the gated delta rule.
+
+    S_t = (I - beta_t k_t k_t^T) exp(steps_t) S_(t-1) + beta_t k_t v_t^T and y_t = S_t^T q_t, with
+    `qkv` (B, S, H, M), (B, S, H, M) and (B, S, H, P) and `beta` (B, S, H). The `steps` are
+    (B, S, H), or (B, S, H, M) where each row of the state decays by itself (Kimi delta attention,
+    arXiv 2510.26692). Chunked by the WY form (arXiv 2412.06464, section 3.3): a triangular system
+    for each chunk gives what its tokens write, then one state is carried from chunk to chunk.
+    """
+    if on_cuda(beta):
+        return recomputed(rule_by_chunks, qkv, steps, beta, state)
+    return rule_by_chunks(qkv, steps, beta, state)
+
+
+def rule_by_chunks(
+    qkv: tuple[Tensor, Tensor, Tensor], steps: Tensor, beta: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `delta_rule` does."""
+    length, by_channel = size(beta.shape[1]), steps.dim() == 4
+    chunk = chunk_length(length, CHANNEL_CHUNK if by_channel else CHUNK)
+    q, k, v = (in_chunks(x, chunk).transpose(2, 3) for x in qkv)  # B N H Q .
+    steps, beta = (in_chunks(x, chunk).transpose(2, 3) for x in (steps, beta))  # B N H Q [M]
+    steps = steps.transpose(-2, -1) if by_channel else steps.unsqueeze(-2)
+    decays = decays_between(steps).permute(0, 1, 2, 4, 5, 3)  # B N H Q Q M, or 1 for M
+    since = steps.cumsum(dim=-1).exp().transpose(-2, -1)  # B N H Q M, or 1 for M
+    keys = k * beta.unsqueeze(-1)
+    system = products(keys, k, decays).tril(-1)
+    wanted = torch.cat((v * beta.unsqueeze(-1), keys * since), dim=-1)
+    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    values, reads = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+    scores = products(q, k, decays)
+    to_end = (k * decays[..., -1, :, :]).transpose(-2, -1)
+    if state is None:
+        state = k.new_zeros(k.shape[0], k.shape[2], k.shape[-1], v.shape[-1])
+    # Two products a chunk: what reads the state, then what takes up what is written.
+    readers = torch.cat((reads, q * since), dim=-2).unbind(1)
+    takers = torch.cat((scores, to_end), dim=-2).unbind(1)
+    carry = since[..., -1:, :].transpose(-2, -1).unbind(1)
+    sizes, found = (chunk, k.shape[-1]), []
+    for reader, taker, kept, value in zip(readers, takers, carry, values.unbind(1), strict=True):
+        expected, seen = (reader @ state).chunk(2, dim=-2)
+        now, added = (taker @ (value - expected)).split(sizes, dim=-2)
+        found.append(seen + now)
+        state = state * kept + added
+    y = torch.stack(found, dim=1).transpose(2, 3).flatten(1, 2)
+    return y[:, :length], state
+
+
+def products(a: Tensor, b: Tensor, decays: Tensor) -> Tensor:
+    """Return (..., Q, Q), the sums over M of a_i b_j decays_ij.
+
+    `a` and `b` (..., Q, M), `decays` (..., Q, Q, M), or 1 for M.
+    """
+    if decays.shape[-1] == 1:
+        return (a @ b.transpose(-2, -1)) * decays.squeeze(-1)
+    return ((decays * b.unsqueeze(-3)) @ a.unsqueeze(-1)).squeeze(-1)
+
+
+def delta_macs(heads: int, key: int, value: int, length: int, longest: int = CHUNK) -> int:
+    """Return the multiply-adds of `delta_rule` over a sequence, full squares inside a chunk.
+
+    The triangular system counts as the product of its full square with its right sides.
+    """
+    chunk = chunk_length(length, longest)
+    a_token = chunk * (3 * key + 2 * value) + 3 * key * value
+    return padded(length, longest) * heads * a_token

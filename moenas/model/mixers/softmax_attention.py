@@ -1,0 +1,323 @@
+"""Scores, softmax and the mean of the values; which tokens a token sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moenas.model.layers.linear import on_cuda, size
+from moenas.model.mixers.position_bias import distances
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
+    factors: Tensor = gate.unflatten(-1, (y.shape[2], -1)).float().sigmoid()
+    return y * factors.to(y.dtype)
+
+
+def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
+    """Return biases (H, S, L), -inf where a key is not `seen` (S, L); None: all are."""
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+
+
+class AttentionSpan(nn.Module):
+    """Which tokens a token sees: of those so far, a window's or those of its own chunk.
+
+    And what is added to its score by their distance, if there is a `bias`.
+    """
+
+    def __init__(
+        self,
+        window: int | None = None,
+        chunk: int | None = None,
+        bias: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.chunk = chunk
+        self.bias = bias
+
+    def first_seen(self, start: int) -> int:
+        """Return the first position that a query at `start` sees."""
+        if self.chunk is not None:
+            return start // self.chunk * self.chunk
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def is_limited(self, start: int, length: int) -> bool:
+        """Whether the last of `length` queries from `start` on sees less than the first one."""
+        return self.first_seen(start + length - 1) > self.first_seen(start)
+
+    def seen(self, start: int, length: int, first: int, device: torch.device) -> Tensor:
+        """Return (S, L) which keys, from position `first` on, each query sees."""
+        query = torch.arange(start, start + length, device=device).unsqueeze(-1)
+        key = torch.arange(first, start + length, device=device)
+        seen = key <= query
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        if self.chunk is not None:
+            seen = seen & (key >= query - query % self.chunk)
+        return seen
+
+
+class PositionTemperature(nn.Module):
+    """Sharper scores at late positions (scalable softmax, arXiv 2501.19399, as in Llama 4).
+
+    The query at position p, from 0, times 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+    """
+
+    def __init__(self, floor_scale: int, attn_scale: float) -> None:
+        super().__init__()
+        self.floor_scale = floor_scale
+        self.attn_scale = attn_scale
+
+    def forward(self, q: Tensor, start: int) -> Tensor:
+        """Scale (B, H, S, C) queries that stand at positions start, start + 1, ..."""
+        end = start + size(q.shape[2])
+        if not torch.compiler.is_compiling() and end < self.floor_scale:
+            return q  # all factors are 1
+        steps = torch.arange(start + 1, end + 1, device=q.device) // self.floor_scale
+        factors = 1 + self.attn_scale * (1.0 + steps).log()
+        return (q * factors.unsqueeze(-1)).to(q.dtype)
+
+
+SINK_WIDTH = 8
+"""Elements that a sink adds to queries and keys: two for its logit, the others 0, for alignment."""
+
+
+class SoftmaxAttention(nn.Module):
+    """Scores, softmax and the mean of the values, over the tokens that a token may see.
+
+    Soft caps are computed step by step, and sinks at a single query; all else by torch's own
+    kernel, to which a sink is one more key: see `with_sinks`.
+    """
+
+    matrices: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        n_heads: int,
+        scale: float,
+        reach: nn.Module,
+        softcap: float | None = None,
+        sinks: bool = False,
+        temperature: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.scale = scale
+        self.reach = reach
+        self.softcap = softcap
+        self.temperature = temperature
+        self.sinks = nn.Parameter(torch.zeros(n_heads)) if sinks else None
+
+    @property
+    def bias(self) -> Any:
+        """The position bias, or None."""
+        return self.reach.bias
+
+    @property
+    def bias_shared(self) -> bool | None:
+        """Whether the table of the bias is that of another layer; None: there is none."""
+        return getattr(self.bias, "shared", None)
+
+    @property
+    def table(self) -> Tensor | None:
+        """The table (buckets, H) of the bias, if it has one of its own."""
+        return getattr(self.bias, "weight", None)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, table: Tensor | None = None
+    ) -> Tensor:
+        """Return (B, H, S, C of v) for queries at start, start + 1, ... and keys from 0 on.
+
+        `table` is that of an earlier layer's bias, where this one shares it.
+
+        On CPUs a bfloat16 gradient goes through float32: the kernel's own is up to 3 times slower.
+        """
+        dtype = q.dtype
+        if self.temperature is not None:
+            q = self.temperature(q, start)
+        if q.requires_grad and q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        reach: Any = self.reach
+        first = reach.first_seen(start)
+        if first:
+            k, v = k[:, :, first:], v[:, :, first:]
+        length = size(q.shape[2])  # a tensor while the model is traced
+        plain = self.softcap is None and self.sinks is None and self.bias is None
+        causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
+        mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
+        if self.bias is not None:
+            far = distances(start, length, first, q.device)
+            mask = masked(self.bias(far, table), mask).to(q.dtype)
+        if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
+            return self.explicit_attention(q, k, v, mask).to(dtype)
+        width = size(v.shape[-1])
+        if self.sinks is not None and mask is not None:
+            q, k, v = self.with_sinks(q, k, v, self.sinks)
+            mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
+        if on_cuda(q):
+            # At a single query plain products share key-value heads that no kernel shares.
+            unlike = size(k.shape[-1]) != width and size(k.shape[1]) < self.n_heads
+            if length == 1 and unlike:
+                return self.explicit_attention(q, k, v, mask).to(dtype)
+            return attended_on_cuda(q, k, v, mask, causal, self.scale)[..., :width].to(dtype)
+        grouped = size(k.shape[1]) < self.n_heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
+        return y[..., :width].to(dtype)
+
+    def with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a first key whose score is each head's sink, and whose value is 0.
+
+        Queries end in sink / scale, as a number of their dtype and what that leaves over; the key
+        ends in ones, the other keys in zeros. Values that are as wide as keys stay so.
+        """
+        logits = (sinks.float() / self.scale).unsqueeze(-1)
+        near = logits.to(q.dtype)
+        parts = torch.cat((near, (logits - near).to(q.dtype)), dim=-1)  # (H, 2)
+        ends = F.pad(parts, (0, SINK_WIDTH - 2)).view(1, self.n_heads, 1, -1)
+        one = F.pad(torch.zeros_like(k[:, :, :1]), (0, 2), value=1.0)
+        keys = F.pad(one, (0, SINK_WIDTH - 2)), F.pad(k, (0, SINK_WIDTH))
+        wider = SINK_WIDTH if v.shape[-1] == k.shape[-1] else 0
+        q = torch.cat((q, ends.expand(q.shape[0], -1, q.shape[2], -1)), dim=-1)
+        return q, torch.cat(keys, dim=2), F.pad(v, (0, wider, 1, 0))
+
+    def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each.
+
+        `mask` (S, L) says what is seen, or (H, S, L) what is added to the scores.
+        """
+        kv_heads = k.shape[1]
+        q = q.unflatten(1, (kv_heads, -1))  # (B, K, H / K, S, C)
+        scores = (q @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        if mask is not None and self.bias is None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask.float().unflatten(0, (kv_heads, -1))
+        if self.sinks is not None:
+            sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1)
+            sinks = sinks.expand(*scores.shape[:-1], 1)
+            shares = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            shares = scores.softmax(dim=-1)
+        return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+# --- on CUDA -----------------------------------------------------------------------------------
+
+KERNEL_WIDTH = 8
+"""Widths of keys and values that the kernels take are multiples of this."""
+FLASH_WIDTH = 256
+"""Widest head of the flash kernel, the only one besides cuDNN's that shares key-value heads."""
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep torch from attending by cuDNN in this process; a worker calls it once, at its start.
+
+    cuDNN makes a plan for each new shape, of which a candidate has about six: about half a second
+    each in reports of others. Its gradients add up in an unknown order.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attended_on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Return what torch's kernels attend to, with gradients in one order.
+
+    (B, H, S, C of v), and zeros behind, where C is no multiple of KERNEL_WIDTH. With a mask, in
+    float32, or where keys and values differ in width the kernel is one that shares no key-value
+    heads: each query head gets its own there. In its place torch would take plain products, which
+    store every score.
+    """
+    # The kernels read a mask along its rows.
+    mask = mask if mask is None else mask.contiguous()
+    missing = [-x.shape[-1] % KERNEL_WIDTH for x in (q, k, v)]
+    if any(missing):
+        q, k, v = (F.pad(x, (0, n)) for x, n in zip((q, k, v), missing, strict=True))
+    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    flash = flash and q.shape[-1] == v.shape[-1] <= FLASH_WIDTH
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and not flash:
+        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    how = Kernel(causal, scale, enable_gqa=shared > 1 and flash)
+    trained = any(x is not None and x.requires_grad for x in (q, k, v, mask))
+    if torch.is_grad_enabled() and trained and how.exists(q, k, v, mask):
+        y: Tensor = _Attended.apply(q, k, v, mask, how)  # type: ignore[no-untyped-call]
+        return y
+    return how.attend(q, k, v, mask)
+
+
+class Kernel(NamedTuple):
+    """How torch is to attend."""
+
+    causal: bool
+    scale: float
+    enable_gqa: bool
+
+    def exists(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+        """Whether a kernel with atomic adds in its gradients does; else they are plain products."""
+        backend = torch.backends.cuda
+        params = backend.SDPAParams(q, k, v, mask, 0.0, self.causal, self.enable_gqa)
+        return backend.can_use_flash_attention(params) or backend.can_use_efficient_attention(
+            params
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (B, H, S, C of v)."""
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
+
+
+class _Attended(torch.autograd.Function):
+    """Attention by torch's kernels, whose gradients are added up in one order.
+
+    Without torch's switch they use atomic adds, and the forward pass may take a kernel that has no
+    other way. It cannot be on for a whole backward pass: other operations, that never meet at one
+    place here, would be refused.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, how: Kernel) -> Tensor:
+        own: list[Any] = [x if x is None else x.detach() for x in (q, k, v, mask)]
+        wanted = ctx.needs_input_grad[:4]
+        ctx.inputs = [x.requires_grad_() for x, needed in zip(own, wanted, strict=True) if needed]
+        with torch.enable_grad(), _in_one_order():
+            ctx.y = how.attend(*own)
+        y: Tensor = ctx.y.detach()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with _in_one_order():
+            found = iter(torch.autograd.grad(ctx.y, ctx.inputs, grad))
+        ctx.y = ctx.inputs = None  # as torch frees what a node has saved
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+
+
+@contextmanager
+def _in_one_order() -> Iterator[None]:
+    """Let torch's kernels add up in one order, and leave fresh memory as it is."""
+    switch: Any = torch.utils.deterministic
+    mode, filled = torch.get_deterministic_debug_mode(), switch.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    switch.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        switch.fill_uninitialized_memory = filled

@@ -1,0 +1,1 @@
+"""Mixtures of experts: routers, selections, balancing, dispatch and the experts themselves."""

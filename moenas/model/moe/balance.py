@@ -1,0 +1,214 @@
+"""How the load of the experts is kept even: by a loss, or by a bias on the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moenas.model.layers.linear import on_cuda
+from moenas.model.moe.gating import Choice
+
+# Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
+# with a load of its own.
+
+
+@dataclass
+class Routing:
+    """What the last forward pass sent where."""
+
+    load: Tensor
+    """(E,) slots that chose each expert, before any were dropped, int64."""
+    dropped: Tensor
+    """Share of the slots that found no room, a scalar."""
+    balance_loss: Tensor
+    """Differentiable scalar; 0 outside training. When the load is even it is 1 (aux_loss) or 0
+    (importance_load)."""
+    z_loss: Tensor
+    """Differentiable scalar; 0 outside training."""
+    entropy: Tensor
+    """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
+    no weight in the loss."""
+    choice: Choice
+    """What was decided: the slots, and the logits of the router."""
+    slots: Tensor | None = None
+    """(G, E) slots of a token at each expert in the mean, in training."""
+    probabilities: Tensor | None = None
+    """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
+
+    def detached(self) -> Routing:
+        """Return the values without the graph of the pass that they come from."""
+        values = {name: _detached(value) for name, value in vars(self).items() if name != "choice"}
+        choice = self.choice._replace(
+            **{name: _detached(value) for name, value in self.choice._asdict().items()}
+        )
+        return Routing(choice=choice, **values)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def squared_variation(x: Tensor) -> Tensor:
+    """Return (standard deviation / mean)^2 of the elements, a scalar."""
+    return x.var(correction=0) / (x.mean().square() + 1e-20)
+
+
+def switch_loss(slots: Tensor, probabilities: Tensor) -> Tensor:
+    """Return E sum_i f_i P_i for (G, E) slots and P, the mean over the groups.
+
+    f_i is the share of the slots at expert i and P_i the mean of s_i / sum s: Switch Transformer
+    (arXiv 2101.03961), eq. 4 to 6, for K slots a token; for each sequence DeepSeek-V3 (arXiv
+    2412.19437), eq. 17 to 20.
+    """
+    shares = slots / slots.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+    return slots.shape[-1] * (shares * probabilities).sum(dim=-1).mean()
+
+
+def mean_entropy(scores: Tensor) -> Tensor:
+    """Return the mean over T tokens of -sum_i p_i log p_i, p = s / sum s, for scores (T, E).
+
+    The loss of dynamic routing (arXiv 2403.07652) is this, of softmax scores.
+    """
+    p = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    return -(p * (p + 1e-20).log()).sum(dim=-1).mean()
+
+
+def unbiased(choice: Choice) -> Choice:
+    """Return the K best scores of each token, without bias and groups, as what was chosen.
+
+    They are what the loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts.
+    """
+    best = choice.scores.topk(choice.experts.shape[-1], dim=-1)
+    return choice._replace(experts=best.indices, weights=best.values, tokens=None, kept=None)
+
+
+class Balance(nn.Module):
+    """Keeps the load of the experts even: by a loss, or by a bias on the selection.
+
+    The loss has a `form` of three words: "load" (Switch) or "importance" (Shazeer); whose load is
+    even, that of a "batch" or of each "sequence"; how the losses of all layers join, "sum", "mean"
+    or "pooled" (`total_auxiliary_loss`).
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        n_experts: int,
+        aux_coef: float,
+        z_coef: float,
+        bias_rate: float | None,
+        form: Sequence[str] = ("load", "batch", "sum"),
+        entropy_coef: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.aux_coef = aux_coef
+        self.z_coef = z_coef
+        self.bias_rate = bias_rate
+        self.form = form
+        self.entropy_coef = entropy_coef
+        self.loss, self.scope, self.reduce = form
+        self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
+        self.seen: Tensor | None = None
+
+    def forward(self, choice: Choice, dropped: Tensor, sequences: int = 1) -> Routing:
+        """Count the load and, in training, work out the losses over B `sequences`."""
+        groups = sequences if self.scope == "sequence" else 1
+        load = self.load(choice, groups)
+        whole = load.sum(dim=0)
+        nothing = choice.scores.new_zeros(())
+        if not self.training:
+            return Routing(whole, dropped, nothing, nothing, nothing, choice)
+        self.seen = whole
+        # ST-MoE (arXiv 2202.08906), eq. 5.
+        z_loss = choice.logits.logsumexp(dim=-1).square().mean()
+        entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
+        if self.loss == "importance":
+            return Routing(whole, dropped, self.importance_loss(choice), z_loss, entropy, choice)
+        if self.bias is not None:
+            load = self.load(unbiased(choice), groups)
+        slots = load * groups / choice.scores.shape[0]
+        scores = choice.scores / (choice.scores.sum(dim=-1, keepdim=True) + 1e-20)
+        mean = scores.view(groups, -1, self.n_experts).mean(dim=1)
+        even = switch_loss(slots, mean)
+        return Routing(whole, dropped, even, z_loss, entropy, choice, slots, mean)
+
+    def load(self, choice: Choice, groups: int) -> Tensor:
+        """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
+        if on_cuda(choice.scores):
+            return self.load_on_cuda(choice, groups)
+        group = choice.slot_tokens() // (choice.scores.shape[0] // groups)
+        slots = choice.experts.flatten() + self.n_experts * group
+        ones = torch.ones_like(slots) if choice.kept is None else choice.kept.flatten().long()
+        load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)
+        return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
+
+    def load_on_cuda(self, choice: Choice, groups: int) -> Tensor:
+        """Return the load by a table of tokens and experts: all slots at one counter would wait."""
+        place = choice.slot_tokens() * self.n_experts + choice.experts.flatten()
+        kept = torch.ones_like(place, dtype=torch.bool)
+        kept = kept if choice.kept is None else choice.kept.flatten()
+        table = torch.zeros_like(choice.scores, dtype=torch.bool).flatten().scatter(0, place, kept)
+        return table.view(groups, -1, self.n_experts).sum(dim=1)
+
+    def importance_loss(self, choice: Choice) -> Tensor:
+        """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
+
+        The importance of an expert is the sum of its weights, its load the expected number of
+        tokens over the noise; without noise the load has no gradient and is left out.
+        """
+        loss = squared_variation(choice.table().sum(dim=0))
+        return loss if choice.chance is None else loss + squared_variation(choice.chance.sum(dim=0))
+
+    def auxiliary_loss(self, routing: Routing) -> Tensor:
+        """Return the weighted sum of the losses of one forward pass, a scalar."""
+        return self.aux_coef * routing.balance_loss + self.other_losses(routing)
+
+    def other_losses(self, routing: Routing) -> Tensor:
+        """Return the weighted losses of one forward pass that do not even out the load."""
+        return self.z_coef * routing.z_loss + self.entropy_coef * routing.entropy
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
+
+        The load is that of the last forward pass in training since the step before, if there was
+        one; of several, as of the parts of a batch, the others do not count.
+        """
+        if self.seen is not None and self.bias is not None and self.bias_rate is not None:
+            load = self.seen.float()
+            self.bias += self.bias_rate * torch.sign(load.mean() - load)
+        self.seen = None
+
+
+def total_auxiliary_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
+    """Return the weighted losses of the L layers of a model that have a router, a scalar.
+
+    By `reduce` of a layer: "sum" adds its losses up; "mean" divides them by L (MegaBlocks);
+    "pooled" counts the tokens of all layers as those of one, and slots instead of shares, so that
+    an even load has K instead of 1: E sum_i n_i P_i, n_i the slots of a token at expert i
+    (load_balancing_loss_func of transformers). Pooled layers that differ in E, K or coefficient
+    have one such loss for each kind, weighted by the share of its layers in L.
+    """
+    losses = []
+    pooled: dict[tuple[int, int, float, str], list[Routing]] = {}
+    for balance, routing in layers:
+        parts = 1 if balance.reduce == "sum" else len(layers)
+        if balance.reduce == "pooled" and routing.slots is not None:
+            top_k = routing.choice.experts.shape[-1]
+            kind = (balance.n_experts, top_k, balance.aux_coef, balance.scope)
+            pooled.setdefault(kind, []).append(routing)
+            losses.append(balance.other_losses(routing) / parts)
+        else:
+            losses.append(balance.auxiliary_loss(routing) / parts)
+    for (n_experts, _, coefficient, _), routings in pooled.items():
+        slots = torch.stack([x.slots for x in routings if x.slots is not None]).mean(dim=0)
+        means = [x.probabilities for x in routings if x.probabilities is not None]
+        even = n_experts * (slots * torch.stack(means).mean(dim=0)).sum(dim=-1).mean()
+        losses.append(coefficient * even * len(routings) / len(layers))
+    return torch.stack(losses).sum()

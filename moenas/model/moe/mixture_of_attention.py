@@ -1,0 +1,297 @@
+"""Mixtures of attention heads: experts are heads that share keys and values. Kind: moa."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from moenas.grammar.component import setting
+from moenas.model.layers.linear import Linear, on_cuda
+from moenas.model.mixers.mixer import MOST, KVCache, Mixer
+from moenas.model.mixers.rotary import (
+    THETA,
+    RopeScaling,
+    Rotary,
+    YarnScaling,
+    canonical_theta,
+    fold_into_scale,
+)
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
+from moenas.model.moe.balance import Balance
+from moenas.model.moe.dispatch import (
+    Rows,
+    grouped,
+    places,
+    row_multiple,
+    rows_of,
+    sort_slots,
+    sums_of,
+)
+from moenas.model.moe.experts import MoE
+from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.router import Router
+from moenas.records import Cost
+
+# Shapes: B sequences of S tokens, T = B S tokens, D model width, E experts, N experts chosen for a
+# token, K key-value heads, C width of a head. An expert has K query heads, W = K C numbers.
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoAMixer(Mixer, kind="moa"):
+    """Mixture of attention heads (arXiv 2210.05144, section 3; JetMoE, arXiv 2404.07413).
+
+    An expert projects a token to a query for each key-value head, and what these heads give back
+    to the stream. Keys and values are those of all experts. The router chooses for each token.
+    """
+
+    n_experts: int = setting("experts, each with queries and an output of its own", low=1)
+    head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
+    n_kv_heads: int = setting(
+        "key-value heads; an expert has a query head for each (JetMoE: 16)", default=1, low=1
+    )
+    router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
+    rope_theta: float = setting("base of the rotary wavelengths", default=10000.0, low=1.0)
+    rope_scaling: RopeScaling | None = setting(
+        "how the rotary wavelengths are stretched; null: not at all", default=None
+    )
+    rope_fraction: float = setting(
+        "share of a head that turns; 0: no positions", default=1.0, low=0.0, high=1.0
+    )
+    window: int | None = setting(
+        "a token sees itself and the window - 1 tokens before", default=None, low=2
+    )
+    scale: float | None = setting(
+        "factor of the scores; null: 1 / sqrt(head_dim)", default=None, low=0.0
+    )
+    out_bias: bool = setting("the layer adds a bias to its output (JetMoE)", default=False)
+
+    @property
+    def rope_dim(self) -> int:
+        """How many elements of a head turn with the position: pairs, rounded half to even."""
+        return 2 * round(self.rope_fraction * self.head_dim / 2)
+
+    @property
+    def width(self) -> int:
+        """Width of the queries of an expert, of all keys, and of all values."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def factor(self) -> float:
+        """What the scores are multiplied with."""
+        return float(self.head_dim**-0.5 if self.scale is None else self.scale)
+
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if self.router.top_k > self.n_experts:
+            return f"top_k ({self.router.top_k}) must be at most n_experts ({self.n_experts})"
+        if not self.router.chooses.alone:
+            return (
+                f"selection: '{self.router.selection}' is not for heads; take 'top_k' or"
+                " 'noisy_top_k'"
+            )
+        if self.router.router_input != "ffn":
+            return (
+                f"router_input: '{self.router.router_input}' is for feed-forward layers; a router"
+                " of heads reads what the mixer reads: leave it out"
+            )
+        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
+            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
+        return self.router.invalid_among(self.n_experts)
+
+    def canonical(self) -> Self:
+        """Reset fields without effect, and write the router canonically."""
+        turning, theta = self.rope_dim, self.rope_theta
+        scaling, stronger = None, 1.0
+        if turning and self.rope_scaling is not None:
+            scaling = self.rope_scaling.canonical_for(turning, theta)
+        if turning == self.head_dim and scaling is not None:
+            scaling, stronger = fold_into_scale(scaling, turning, theta)
+        factor, usual = self.factor * stronger, self.head_dim**-0.5
+        near = abs(factor - usual) <= 1e-10 * usual
+        return replace(
+            self,
+            router=self.router.canonical_among(self.n_experts),
+            rope_theta=canonical_theta(turning, theta, scaling) if turning else THETA,
+            rope_scaling=scaling,
+            rope_fraction=turning / self.head_dim,
+            scale=None if near else float(f"{factor:.12g}"),
+        )
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """Count all experts as parameters and top_k of them as active, over the full context."""
+        expert, kv = 2 * d_model * self.width, 2 * d_model * self.width
+        used, bias = expert * self.router.top_k + kv, d_model * self.out_bias
+        params = expert * self.n_experts + kv + bias
+        scores = 2 * context * 2 * self.width * self.router.top_k
+        return self.router.cost(d_model, self.n_experts) + Cost(
+            params=params,
+            active_params=used + bias,
+            flops_per_token=2 * used + scores,
+            kv_bytes_per_token=2 * 2 * self.width,
+            weight_bytes=2 * params,
+        )
+
+    def build(self, d_model: int) -> nn.Module:
+        """Build the layer at a model width."""
+        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
+        turning, n_heads = self.rope_dim, self.n_kv_heads * self.router.top_k
+        attention = SharedKeys(
+            Linear(d_model, 2 * self.width),
+            Rotary(turning, self.rope_theta, scaling) if turning else None,
+            SoftmaxAttention(n_heads, self.factor, AttentionSpan(self.window)),
+            self.n_kv_heads,
+        )
+        return MoA(
+            self.router.build(d_model, self.n_experts),
+            self.router.build_balance(self.n_experts),
+            HeadExperts(self.n_experts, d_model, self.width, self.router.weight_on),
+            attention,
+            self.router.capacity_factor,
+            self.out_bias,
+        )
+
+
+class HeadExperts(nn.Module):
+    """E query projections and E output projections in two stacks of matrices, each (in, out)."""
+
+    matrices = ("query", "out")
+
+    def __init__(self, n_experts: int, d_model: int, width: int, weight_on: str) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.d_model = d_model
+        self.width = width
+        self.weight_on = weight_on
+        self.query = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.out = nn.Parameter(torch.empty(n_experts, width, d_model))
+
+    def rows(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Rows:
+        """Return where the slots of `x` (T, D) lie, those of an expert together."""
+        multiple = row_multiple(x, choice.experts, self.n_experts)
+        return sort_slots(choice.experts, self.n_experts, kept, multiple)
+
+    def queries(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return the queries (T N, W) of tokens (T, D), by slots; 0 where one is dropped."""
+        if on_cuda(x):
+            return self.queries_on_cuda(x, choice, rows)
+        n_slots = choice.experts.numel()
+        taken = x.index_select(0, rows.slot // choice.experts.shape[1])
+        if self.weight_on == "input":
+            taken = taken * self.weights(choice, rows, x.dtype)
+        y = self.product(taken, self.query, rows)
+        return y.new_zeros(n_slots, self.width).index_add(0, rows.slot, y)
+
+    def outputs(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return (T, D): for each token the weighted sum over its experts, from (T N, W)."""
+        if on_cuda(y):
+            return self.outputs_on_cuda(y, choice, rows)
+        n_tokens, top_k = choice.experts.shape
+        z = self.product(y.index_select(0, rows.slot), self.out, rows)
+        if self.weight_on == "output":
+            z = z * self.weights(choice, rows, y.dtype)
+        return z.new_zeros(n_tokens, self.d_model).index_add(0, rows.slot // top_k, z)
+
+    def queries_on_cuda(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return the queries with sums in one order."""
+        at = places(rows, *choice.experts.shape)
+        taken = rows_of(x, at)
+        if self.weight_on == "input":
+            taken = taken * self.weights_on_cuda(choice, rows, x.dtype)
+        y = self.product(taken, self.query, rows)
+        return sums_of(y, at.by_slot(rows.slot))
+
+    def outputs_on_cuda(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+        """Return the outputs with sums in one order; the projection is linear in its weight."""
+        at = places(rows, *choice.experts.shape)
+        taken = rows_of(y, at.by_slot(rows.slot))
+        if self.weight_on == "output":
+            taken = taken * self.weights_on_cuda(choice, rows, y.dtype)
+        z = self.product(taken, self.out, rows)
+        return sums_of(z, at)
+
+    def weights_on_cuda(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the slot in each row, (rows, 1)."""
+        return choice.weights.flatten().index_select(0, rows.slot).unsqueeze(-1).to(dtype)
+
+    def product(self, x: Tensor, stack: Tensor, rows: Rows) -> Tensor:
+        """Multiply each row with the matrix of its expert; rows without a slot are 0."""
+        # The grouped product leaves them unwritten, in its output and in the gradient of its input.
+        x = x if rows.empty is None else x.masked_fill(rows.empty, 0)
+        y = grouped(x, stack.to(x.dtype), rows.ends)
+        return y if rows.empty is None else y.masked_fill(rows.empty, 0)
+
+    def weights(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Return the weight of the slot in each row, (rows, 1)."""
+        return choice.weights.flatten()[rows.slot].unsqueeze(-1).to(dtype)
+
+
+class SharedKeys(nn.Module):
+    """Keys and values of all experts, and attention over them."""
+
+    def __init__(
+        self, keys: Linear, rotary: nn.Module | None, attend: SoftmaxAttention, n_kv_heads: int
+    ) -> None:
+        super().__init__()
+        self.keys = keys
+        self.rotary = rotary
+        self.attend = attend
+        self.n_kv_heads = n_kv_heads
+
+    def forward(self, x: Tensor, rows: Tensor, cache: KVCache | None) -> Tensor:
+        """Map tokens (B, S, D) and queries (T N, W) by slots to (T N, W)."""
+        batch, length = x.shape[:2]
+        q = rows.view(batch, length, -1, self.n_kv_heads, rows.shape[-1] // self.n_kv_heads)
+        q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)  # (B, K N, S, C): N heads for each key
+        kv = self.keys(x).unflatten(-1, (2 * self.n_kv_heads, -1)).transpose(1, 2)
+        k, v = kv.chunk(2, dim=1)
+        start = 0 if cache is None else cache.length
+        if self.rotary is not None:
+            q, k = self.rotary(q, start), self.rotary(k, start)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        y: Tensor = self.attend(q, k, v, start).unflatten(1, (self.n_kv_heads, -1))
+        return y.permute(0, 3, 2, 1, 4).reshape(rows.shape)
+
+
+class MoA(MoE):
+    """Mixture of attention heads: sum over the chosen experts of weight * out(attend(query(x))).
+
+    Routed, balanced and watched as a mixture of feed-forward experts is. A slot that finds no room
+    adds nothing.
+    """
+
+    matrices: tuple[str, ...] = ()
+
+    reads_tokens = False
+
+    def __init__(
+        self,
+        router: Gating,
+        balance: Balance,
+        experts: HeadExperts,
+        attention: SharedKeys,
+        capacity_factor: float | None,
+        biased: bool,
+    ) -> None:
+        super().__init__(router, balance, experts, None, None, capacity_factor)
+        self.attention = attention
+        self.biased = biased
+        self.bias = nn.Parameter(torch.zeros(experts.d_model)) if biased else None
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # type: ignore[override]
+        """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
+        tokens = x.flatten(0, 1)
+        choice: Choice = self.router(tokens, self.balance.bias)
+        kept, dropped = self.apply_capacity(choice, x.shape[0])
+        rows = self.experts.rows(tokens, choice, kept)
+        heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
+        y: Tensor = self.experts.outputs(heads, choice, rows).view_as(x)
+        self.routing = self.balance(choice, dropped, x.shape[0])
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def new_cache(self, batch: int, context: int) -> KVCache:
+        """Return an empty cache."""
+        return KVCache(batch, context)

@@ -1,0 +1,228 @@
+"""Selections: which experts a token goes to, from its scores. One class for each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moenas.grammar.component import Component
+
+# Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Component):
+    """The family of selections: modules that map the scores of T tokens to `Picked` slots."""
+
+    causal: ClassVar[bool] = True
+    """A token's experts depend on no other token of its batch, in training too."""
+    alone: ClassVar[bool] = False
+    """It ranks the experts of each token by themselves, so a bias and groups have an effect."""
+    learned: ClassVar[bool] = True
+    """The load of an expert depends on what was learned, so a balancing loss has an effect."""
+    by_expert: ClassVar[bool] = False
+    """Experts choose tokens: the load is even, and top_k is what a token gets in the mean."""
+    variable: ClassVar[bool] = False
+    """top_k is only a mean that is aimed at: a cost is that of the mean."""
+    noisy: ClassVar[bool] = False
+    """In training, learned noise is added to the logits."""
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        raise NotImplementedError
+
+    def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
+        """Return how many slots a batch of tokens has, those that do not count among them."""
+        return top_k * n_tokens
+
+    def invalid_with(self, top_k: int) -> str | None:
+        """Return why so many experts cannot be chosen, or None."""
+        return None
+
+
+class Picked(NamedTuple):
+    """Slots: pairs of a token and an expert."""
+
+    experts: Tensor
+    """Numbers of experts, int64: (T, K), row by row those of a token; or (N, 1)."""
+    tokens: Tensor | None = None
+    """(N,) numbers of the tokens where `experts` is (N, 1)."""
+    kept: Tensor | None = None
+    """Which slots count, in the shape of `experts`; None: all."""
+
+
+class ExpertSelection(nn.Module):
+    """Maps `ranked` (T, E), the scores with the bias on the selection, and the logits to slots.
+
+    `tokens` (T,) are the numbers of the tokens in the vocabulary, where the model has them.
+    """
+
+    capturable: bool = True
+    """A pass reads no value on the host, so a CUDA graph can hold it; see `Model.capturable`."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+
+    def after_step(self) -> None:
+        """Learn from the last training batch; most have nothing to learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSelection(Selection, kind="top_k"):
+    """The best top_k of each token."""
+
+    alone = True
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return TopK(top_k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopKSelection(Selection, kind="noisy_top_k"):
+    """The best top_k; in training after learned noise on the logits (arXiv 1701.06538, eq. 4)."""
+
+    alone = True
+    noisy = True
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return TopK(top_k)
+
+
+class TopK(ExpertSelection):
+    """The K best of each token, where the load may fall as it likes."""
+
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+        """Choose by `ranked` (T, E): the scores, with the bias on the selection."""
+        return Picked(ranked.topk(self.top_k, dim=-1).indices)
+
+
+class GroupedTopK(ExpertSelection):
+    """The K best of each token among the experts of its `top_groups` best groups.
+
+    Groups are of equal size, one after another. The score of a group is the best of its experts
+    (max: DeepSeek-V2, arXiv 2405.04434, section 2.2.2) or the sum of its best two (top2_sum:
+    DeepSeek-V3, arXiv 2412.19437, section 2.1.2). With `even` each of those groups gives its
+    K / top_groups best (MoGE, arXiv 2505.21411, eq. 6, where top_groups is the number of groups).
+    """
+
+    def __init__(
+        self, top_k: int, n_groups: int, top_groups: int, group_score: str, even: bool = False
+    ) -> None:
+        super().__init__(top_k)
+        self.n_groups = n_groups
+        self.top_groups = top_groups
+        self.group_score = group_score
+        self.even = even
+
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+        """Choose by `ranked` (T, E)."""
+        members = ranked.unflatten(-1, (self.n_groups, -1))  # (T, G, E / G)
+        best = 1 if self.group_score == "max" else min(2, members.shape[-1])
+        groups = members.topk(best, dim=-1).values.sum(dim=-1)
+        inside = groups.topk(self.top_groups, dim=-1).indices
+        outside = torch.ones_like(groups, dtype=torch.bool).scatter(-1, inside, 0)
+        if self.even:
+            first = members.topk(self.top_k // self.top_groups, dim=-1).indices
+            rest = torch.ones_like(members, dtype=torch.bool).scatter(-1, first, 0)
+            members = members.masked_fill(rest, -math.inf)
+        open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
+        return Picked(open_to.topk(self.top_k, dim=-1).indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashSelection(Selection, kind="hash"):
+    """A fixed pseudo-random set of top_k experts for each token of the vocabulary (Hash layers,
+    arXiv 2106.04426, section 3.2; the first layers of DeepSeek-V4)."""
+
+    learned = False
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return Hash(top_k, n_experts)
+
+
+class Hash(ExpertSelection):
+    """Of E pseudo-random numbers, made from a token's number and the expert's, the K largest.
+
+    Rendezvous hashing: any K experts are distinct, all sets are alike likely, and no table of the
+    vocabulary is kept.
+    """
+
+    def __init__(self, top_k: int, n_experts: int) -> None:
+        super().__init__(top_k)
+        self.n_experts = n_experts
+
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+        """Choose by `tokens` (T,)."""
+        if tokens is None:
+            raise ValueError("selection: hash needs the numbers of the tokens")
+        experts = torch.arange(self.n_experts, device=tokens.device)
+        mixed = tokens.unsqueeze(-1) * 73856093 + (experts + 1) * 19349663
+        for _ in range(2):  # an integer finaliser of shifts and odd factors, modulo 2^32
+            mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
+        return Picked((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdSelection(Selection, kind="threshold"):
+    """Every expert that scores a token above its moving cut-off: the causal form of expert choice
+    (arXiv 2603.11535)."""
+
+    variable = True
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the part that chooses among E experts."""
+        return Threshold(top_k, n_experts)
+
+    def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
+        """Return how many slots a batch of tokens has, those that do not count among them."""
+        return min(2 * top_k, n_experts) * n_tokens
+
+
+class Threshold(ExpertSelection):
+    """Each token goes to the experts where it scores above the expert's cut-off.
+
+    The causal form of expert choice (arXiv 2603.11535): the cut-off is a moving average of the
+    score of the last token that the expert would have taken, ceil(K T / E) of T, in the training
+    batches before this one: of several between two steps, the last. At most the 2 K best experts
+    take a token, which bounds the rows; until there are cut-offs, the K best do.
+    """
+
+    cutoff: Tensor
+    known: Tensor
+
+    def __init__(self, top_k: int, n_experts: int, decay: float = 0.9) -> None:
+        super().__init__(top_k)
+        self.n_experts = n_experts
+        self.decay = decay
+        self.register_buffer("cutoff", torch.zeros(n_experts))
+        self.register_buffer("known", torch.zeros(()))  # 1 once there are cut-offs
+        self.seen: Tensor | None = None
+
+    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+        """Choose by `ranked` (T, E)."""
+        n_tokens, n_experts = ranked.shape
+        if self.training:
+            room = math.ceil(self.top_k * n_tokens / n_experts)
+            self.seen = ranked.detach().topk(room, dim=0).values[-1]
+        best = ranked.topk(min(2 * self.top_k, n_experts), dim=-1)
+        cutoff = self.cutoff.float()[best.indices]
+        place = torch.arange(best.indices.shape[-1], device=ranked.device)
+        kept = torch.where(self.known > 0, best.values > cutoff, place < self.top_k)
+        return Picked(best.indices, kept=kept)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the cut-offs towards those of the last training batch."""
+        if self.seen is not None:
+            moved = self.decay * self.cutoff + (1 - self.decay) * self.seen
+            self.cutoff.copy_(torch.where(self.known > 0, moved, self.seen))
+            self.known.fill_(1)
+        self.seen = None

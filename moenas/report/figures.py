@@ -1,0 +1,267 @@
+"""Figures of a study: the look that the files of dashboards/ share; all drawn, or on one page."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, TypeVar
+
+from plotly import graph_objects as go
+
+from moenas.errors import InputError
+from moenas.grammar.summary import one_line, short
+from moenas.records import Evaluation, ObjectiveInfo, View
+from moenas.resources import listing, load_module, take
+
+# After Okabe and Ito's palette, which colour-blind readers can tell apart: without yellow and
+# black, and with a lighter blue, for one is lost on white paper and the others on a dark page.
+BLUE, VERMILION, GREEN = "#2484CE", "#D55E00", "#009E73"
+COLOURS = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", "#8C6BB1", "#8A6D3B")
+GREY = "#9AA0A6"
+"""Everything that is not on the front."""
+RIM = {"color": "rgba(255,255,255,0.7)", "width": 0.8}
+"""Keeps points apart where many lie together."""
+LOG_FROM = 20.0
+"""An axis is logarithmic if its largest value is this many times the smallest."""
+
+LOAD_EDGE = 2.0
+"""The colours of loads end at 2^-2 and 2^2 times the balanced one."""
+LOAD_SCALE = [
+    [0.0, "#B35806"],
+    [0.25, "#FDB863"],
+    [0.5, "#F7F7F7"],
+    [0.75, "#B2ABD2"],
+    [1.0, "#542788"],
+]
+"""ColorBrewer's PuOr: two hues that colour-blind readers tell apart, white where balanced."""
+
+ORDER = ("front", "hypervolume", "curves", "load", "routing", "domains")
+"""Shipped figures in the order of reading; others follow by name."""
+
+Item = TypeVar("Item")
+
+
+def drawing(title: str, subtitle: str = "") -> go.Figure:
+    """Return an empty figure with the title and the look that all figures share."""
+    axis = {
+        "automargin": True,
+        "gridcolor": "rgba(128,134,139,0.22)",
+        "linecolor": "rgba(128,134,139,0.8)",
+        "showline": True,
+        "ticks": "outside",
+        "tickcolor": "rgba(128,134,139,0.8)",
+        "ticklen": 4,
+        "title": {"standoff": 6},
+        "zeroline": False,
+    }
+    layout = {
+        "colorway": list(COLOURS),
+        "font": {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": "#30343A"},
+        "hoverlabel": {"align": "left", "font": {"size": 12}},
+        "hovermode": "closest",
+        "legend": {"bgcolor": "rgba(0,0,0,0)", "font": {"size": 11}},
+        "margin": {"l": 64, "r": 24, "t": 72, "b": 52},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#B6BBC1", "activecolor": "#60666D"},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "title": {"x": 0.02, "xanchor": "left", "y": 0.95, "yanchor": "top", "font": {"size": 16}},
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+    if subtitle:
+        title += f"<br><span style='font-size:12px'>{escape(subtitle)}</span>"
+    return go.Figure(layout={"template": {"layout": layout}, "title": {"text": title}})
+
+
+def blank(title: str, message: str) -> go.Figure:
+    """Return a figure that says why there is nothing to draw."""
+    figure = drawing(title)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(
+        text=escape(message), x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
+    )
+    return figure
+
+
+def objectives(view: View) -> list[ObjectiveInfo]:
+    """Return what the values of the study mean, in order."""
+    return [ObjectiveInfo.parse(plain) for plain in view.study.objectives]
+
+
+def complete(view: View) -> list[Evaluation]:
+    """Return the evaluations that have a finite value for every objective, by trial."""
+    names = list(view.study.directions)
+    found = [
+        evaluation
+        for evaluation in view.evaluations
+        if evaluation.status == "complete"
+        and all(math.isfinite(evaluation.values.get(name, math.nan)) for name in names)
+    ]
+    return sorted(found, key=lambda evaluation: evaluation.trial)
+
+
+def members(view: View) -> list[Evaluation]:
+    """Return the evaluations on the front, in the order of the front."""
+    found = {evaluation.trial: evaluation for evaluation in complete(view)}
+    return [found[trial] for trial in view.front if trial in found]
+
+
+def bigram_loss(view: View) -> float | None:
+    """Return the held-out loss of a bigram of the corpus in nats per token, if it is known.
+
+    A model that knows nothing but the previous token reaches this loss.
+    """
+    known = view.study.data.get("bigram_loss")
+    return float(known) if isinstance(known, int | float) else None
+
+
+def label(info: ObjectiveInfo, gap: str = " ") -> str:
+    """Return the title of an axis: the name of an objective and its unit."""
+    return f"{info.name}{gap}({info.unit})" if info.unit else info.name
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Write a value in few characters with its unit: `1.23M FLOP/token`, `2.314 nats/token`."""
+    return f"{short(value) if abs(value) >= 1e4 else f'{value:.4g}'} {unit}".strip()
+
+
+def described(view: View, trial: int) -> str:
+    """Return the architecture of a trial in one line, or an empty text if it has none."""
+    plain = view.architectures.get(trial)
+    if plain is None:
+        return ""
+    try:
+        return one_line(plain)
+    except (KeyError, TypeError):  # written by a version with other fields
+        return str(plain)[:100]
+
+
+def hover(view: View, evaluation: Evaluation) -> str:
+    """Return the trial, its values with units and its architecture, as lines for a hover."""
+    lines = [f"<b>trial {evaluation.trial}</b>"]
+    for info in objectives(view):
+        lines.append(escape(f"{info.name} {quantity(evaluation.values[info.name], info.unit)}"))
+    if evaluation.metrics.get("causal") == 0:
+        lines.append("NOT CAUSAL: it may look at later tokens")
+    words = escape(described(view, evaluation.trial)).replace(", ", ",<br>  ", 1)
+    return "<br>".join([*lines, words.replace(" + ", "<br>  + ")])
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Keep five digits: enough for any axis, and the dashboard sends figures on every poll."""
+    return [float(f"{value:.5g}") for value in values]
+
+
+def load_ratios(load: Sequence[float]) -> list[float]:
+    """Return the load of each expert over the balanced load; [] if there is none."""
+    total = math.fsum(load)
+    return [len(load) * share / total for share in load] if total > 0 else []
+
+
+def load_level(ratio: float) -> float:
+    """Return the base-2 logarithm of a load ratio, within the colours."""
+    if ratio <= 0:
+        return -LOAD_EDGE
+    return round(max(-LOAD_EDGE, min(LOAD_EDGE, math.log2(ratio))), 3)
+
+
+def load_colours(title: str = "load") -> dict[str, Any]:
+    """Return the colour axis of load levels."""
+    bar = {
+        "outlinewidth": 0,
+        "thickness": 12,
+        "tickvals": [-2, -1, 0, 1, 2],
+        "ticktext": ["1/4 or less", "1/2", "1", "2", "4 or more"],
+        "title": {"text": f"{title}<br> ", "side": "top"},
+    }
+    return {"cmin": -LOAD_EDGE, "cmax": LOAD_EDGE, "colorscale": LOAD_SCALE, "colorbar": bar}
+
+
+def thin(items: Sequence[Item], limit: int) -> list[Item]:
+    """Return at most `limit` items, evenly spread, the first and the last among them."""
+    if len(items) <= limit:
+        return list(items)
+    step = (len(items) - 1) / (limit - 1)
+    return [items[round(i * step)] for i in range(limit)]
+
+
+def is_log(values: Sequence[float]) -> bool:
+    """Return whether an axis of these values should be logarithmic."""
+    return bool(values) and min(values) > 0 and max(values) >= LOG_FROM * min(values)
+
+
+def is_near(level: float, values: Sequence[float]) -> bool:
+    """Return whether an axis of these values can show `level` too and still show the values."""
+    span = max(values) - min(values)
+    return min(values) - span <= level <= max(values) + span
+
+
+def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
+    """Draw every figure of dashboards/, keyed by name; the folder here shadows the shipped one.
+
+    With `same_front` those are left out that say `READS = "front"`: they show members alone.
+
+    A file that does not run, or does not give a figure, becomes a figure that says so: a study
+    must not end because of a picture of it.
+    """
+    files = listing("dashboards", ".py")
+    names = [name for name in ORDER if name in files]
+    names += [name for name in files if name not in ORDER]
+    found = {}
+    for name in names:
+        if not same_front or _reads(files[name]) != "front":
+            found[name] = _draw(files[name], view)
+    return found
+
+
+def _reads(path: Path) -> object:
+    """Return what a figure says that it reads; None is everything."""
+    try:
+        return getattr(load_module(take(path, "dashboards")), "READS", None)
+    except Exception:  # drawing it says what is wrong
+        return None
+
+
+def digest() -> str:
+    """Name the texts of the figures, so that a changed one is known to be another."""
+    found = hashlib.sha256()
+    for path in listing("dashboards", ".py").values():
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _draw(path: Path, view: View) -> go.Figure:
+    try:
+        made = load_module(take(path, "dashboards")).figure(view)
+        if not isinstance(made, go.Figure):
+            raise InputError(
+                f"{path}: figure(view) gave {type(made).__name__}, not a plotly Figure"
+            )
+        return made
+    except InputError as error:
+        message = str(error)
+    except Exception as error:
+        message = f"{path}: {type(error).__name__}: {error}"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return blank(path.stem, message)
+
+
+def write_html(view: View, path: Path) -> None:
+    """Write the figures as one page that needs no network; see `figures`."""
+    parts: list[str] = []
+    for name, figure in figures(view).items():
+        script = not parts  # plotly's own script, 5 MB, goes in once
+        body = figure.to_html(full_html=False, include_plotlyjs=script, default_height="520px")
+        parts.append(f'<section id="{escape(name)}">{body}</section>')
+    title = escape(view.study.name)
+    style = "body{font-family:Helvetica,Arial,sans-serif;max-width:960px;margin:2em auto}"
+    path.write_text(
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{style}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>",
+        encoding="utf-8",
+    )

@@ -1,0 +1,376 @@
+"""What the command line prints: rows and texts of a space, a study, a front and a trial."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from moenas.errors import NotFoundError
+from moenas.grammar.brief import brief
+from moenas.grammar.summary import one_line, short
+from moenas.pareto import is_exact
+from moenas.records import Evaluation, Plain, View
+from moenas.resources import to_yaml
+from moenas.store.row_readers import FrontView, Summary, as_front
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+    from moenas.store.store import Store
+
+DRAWS, DRAWN_LAYERS = 200, 20_000
+"""Random architectures that `check` looks at, and how many layers they have in all."""
+SHOWN_DRAWS = 3
+SHOWN_POINTS = 10**40
+"""From this many points on, their number is told by its digits."""
+COSTS = ("params", "active_params", "flops_per_token")
+SHOWN_EXPERTS = 32
+"""Experts of a layer whose loads are printed."""
+LAST_COLUMN = 40
+"""Characters of a last column that is broken into lines, at least."""
+SHOWN_BEST = 3
+"""Experts that are named for a domain: those that get the most of it."""
+
+
+def table(rows: list[dict[str, Any]], width: int | None = None) -> str:
+    """Lay rows out in columns, numbers to the right; no rows give '(none)'.
+
+    Where the rows are wider than `width`, the last column continues on lines of its own.
+    """
+    if not rows:
+        return "(none)"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    right = [all(isinstance(row.get(n), int | float | None) for row in rows) for n in names]
+    before = sum(widths[:-1]) + 2 * len(widths[:-1])
+    lines = []
+    for line in [names, *cells]:
+        parts = [line[-1]] if width is None else wrapped(line[-1], max(LAST_COLUMN, width - before))
+        first = [
+            text.rjust(wide) if to_right else text.ljust(wide)
+            for text, wide, to_right in zip([*line[:-1], parts[0]], widths, right, strict=True)
+        ]
+        lines.append("  ".join(first).rstrip())
+        lines += [" " * (before + 2) + part for part in parts[1:]]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Break a text between words into lines of at most `width`; an empty one is one line."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return short(value) if abs(value) >= 1e5 else f"{value:.4g}"
+    return str(value)
+
+
+# --- a space -----------------------------------------------------------------------------------
+
+
+def check_report(space: Space, n_draws: int | None = None) -> Plain:
+    """Describe a space by exact counts and by `n_draws` random architectures.
+
+    None draws DRAWS, or fewer where they have more than DRAWN_LAYERS layers in all.
+
+    A space of one point gives its exact costs as plain integers; others give {min, max} over the
+    drawn architectures that meet every requirement.
+
+    Raises:
+        SpaceError: if none of 1000 drawn architectures is valid and meets the requirements.
+        DataError: if the corpus cannot be read, or the space cannot be trained on it.
+    """
+    from moenas.evaluate.matching import notes, open_corpus, room
+    from moenas.grammar.sampling import most_layers
+
+    if n_draws is None:
+        n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
+    corpus = open_corpus(space)
+    single = space.size == 1 and space.continuous == 0
+    tries = list(space.feasible(1 if single else n_draws))
+    drawn = [found for found in tries if not isinstance(found, str)]
+    refused = Counter(found for found in tries if isinstance(found, str))
+    shown = drawn or [space.require_feasible()]
+    found: Plain = {
+        "name": space.name,
+        "valid": True,
+        "points": space.size if space.size < SHOWN_POINTS else about(space.size),
+        "continuous": space.continuous,
+        "holes": [hole.name for hole in space.holes],
+        "objectives": [o.name for o in space.objectives],
+        "context": space.train.context,
+        "drawn": 1 if single else n_draws,
+        "feasible": len(drawn),
+        "refused": dict(refused.most_common()),
+    }
+    costs = [space.cost(architecture).plain() for architecture in shown]
+    for name in costs[0]:
+        values = [cost[name] for cost in costs]
+        found[name] = values[0] if single else {"min": min(values), "max": max(values)}
+    found["bigram_loss"] = corpus.bigram_loss
+    found["notes"] = [*notes(space, corpus), *room(space, shown)]
+    found["draws"] = [
+        {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
+        for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
+    ]
+    return found
+
+
+def about(count: int) -> str:
+    """Say how many digits a number has: about 10^384."""
+    return f"about 10^{int(math.log10(count))}"
+
+
+def check_text(found: Plain) -> str:
+    """Lay out what `check_report` found."""
+    points = found["points"]
+    if isinstance(points, int):
+        more = f" ({about(points)})" if points >= 10**9 else ""
+        points = f"{points:,} points{more}"
+    else:
+        points = f"{points} points"
+    if found["continuous"]:
+        points += f" times {found['continuous']} continuous ranges"
+    lines = [f"{found['name']}: valid; {points}, {len(found['holes'])} holes"]
+    lines.append(f"objectives: {', '.join(found['objectives'])}")
+    context = f"FLOPs at a context of {found['context']} tokens"
+    if not isinstance(found["params"], dict):
+        lines += [f"{name}: {found[name]:,}" for name in COSTS]
+        lines[-1] += f" ({context})"
+    else:
+        lines.append(f"{found['feasible']} of {found['drawn']} random draws are feasible")
+        lines += [f"  refused {n} times: {text}" for text, n in list(found["refused"].items())[:5]]
+        if found["feasible"]:
+            lines.append(f"over the feasible draws ({context}):")
+        else:
+            lines.append(f"of the first feasible one that further draws gave ({context}):")
+        for name in COSTS:
+            low, high = found[name]["min"], found[name]["max"]
+            lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")
+    if found["bigram_loss"] is not None:
+        loss = found["bigram_loss"]
+        lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
+    lines += found["notes"]
+    lines += ["for example:", table(found["draws"])]
+    return "\n".join(lines)
+
+
+# --- studies -----------------------------------------------------------------------------------
+
+
+def studies_report(store: Store) -> list[Plain]:
+    """Return one row for each study of the database."""
+    rows = []
+    for record in store.studies():
+        found = store.summary(record.name)
+        rows.append(
+            {
+                "study": record.name,
+                "trials": f"{found.evaluated}/{record.trials}",
+                "front": found.front,
+                "objectives": ", ".join(record.directions),
+                "created": record.created_at[:19],
+            }
+        )
+    return rows
+
+
+def status_report(store: Store, name: str) -> Plain:
+    """Say how far a study is: counts, best values, the front, failures and who runs it."""
+    found = store.summary(name)
+    study = found.study
+    return {
+        "study": name,
+        "trials": study.trials,
+        "evaluated": found.evaluated,
+        "complete": found.counts.get("complete", 0),
+        "failed": found.counts.get("failed", 0),
+        "infeasible": found.counts.get("infeasible", 0),
+        "repeated": found.repeated,
+        "left": max(0, study.trials - found.evaluated),
+        "running_in": store.driver(name),
+        "failures": found.failures,
+        "best": found.best,
+        "front": found.front,
+        "hypervolume": found.hypervolume,
+        "hypervolume_is_exact": is_exact(len(study.objectives)),
+        "bigram_loss": _bigram_loss(found),
+        "devices": found.devices,
+        "data": {key: study.data.get(key) for key in ("name", "sha256")},
+    }
+
+
+def _bigram_loss(found: Summary) -> float | None:
+    """Return the held-out bigram loss of the corpus, where a loss of the study is to compare."""
+    return found.study.data.get("bigram_loss") if found.trained else None
+
+
+def status_text(found: Plain) -> str:
+    """Lay out what `status_report` found."""
+    driver = found["running_in"]
+    state = f"running in {driver}" if driver else ("done" if not found["left"] else "stopped")
+    lines = [
+        f"{found['study']}: {state}; {found['evaluated']} of {found['trials']} trials evaluated",
+        f"  complete {found['complete']}, failed {found['failed']},"
+        f" infeasible {found['infeasible']}, repeated {found['repeated']}, left {found['left']}",
+    ]
+    if found["failures"]:
+        reasons = ", ".join(f"{kind} {n}" for kind, n in found["failures"].items())
+        lines.append(f"  failures: {reasons}")
+    for name, value in found["best"].items():
+        lines.append(f"  best {name}: {_cell(value)}")
+    if found["bigram_loss"] is not None:
+        lines.append(
+            f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
+        )
+    volume = _cell(found["hypervolume"])
+    about = "" if found["hypervolume_is_exact"] else " (approximate)"
+    lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
+    lines += [f"  device: {name}" for name in found["devices"]]
+    return "\n".join(lines)
+
+
+def front_rows(view: View | FrontView, *, short_form: bool = False) -> list[Plain]:
+    """Return one row for each member of the front, best first objective first.
+
+    In the short form counts and the architecture take a few characters each.
+    """
+    view = as_front(view)
+    rows = []
+    for evaluation in view.members:
+        trial = evaluation.trial
+        row: Plain = {"trial": trial}
+        row |= {o["name"]: evaluation.values[o["name"]] for o in view.study.objectives}
+        if short_form:
+            row |= {"params": short(evaluation.cost["params"])}
+            row |= {"active": short(evaluation.cost["active_params"])}
+            row |= {"architecture": one_line(view.architectures[trial])}
+        else:
+            row |= {k: evaluation.cost[k] for k in ("params", "active_params")}
+            row |= {"fingerprint": evaluation.fingerprint}
+            row |= {"architecture": view.architectures[trial]}
+        rows.append(row)
+    return rows
+
+
+def front_caption(view: View | FrontView) -> list[str]:
+    """Say what the numbers of a front stand on."""
+    view = as_front(view)
+    done, name = view.summary.counts.get("complete", 0), view.study.name
+    lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
+    units = [f"{o['name']} in {o['unit']}" for o in view.study.objectives if o["unit"]]
+    lines += [", ".join(units)] if view.members and units else []
+    loss = _bigram_loss(view.summary)
+    if loss is not None and view.members:
+        lines.append(
+            f"a bigram, which knows only the previous token, has a held-out loss of {loss:.4g} nats"
+        )
+    if view.members and not is_exact(len(view.study.objectives)):
+        volume = _cell(view.summary.hypervolume)
+        lines.append(f"hypervolume {volume}, approximate as for all of more than 5 objectives")
+    ahead = [e.trial for e in view.members if looks_ahead(e)]
+    if ahead:
+        lines.append(
+            f"allowed to look at later tokens, so their losses say little: {_spans(ahead)}"
+        )
+    if view.summary.devices:
+        lines.append(f"measured on {', '.join(view.summary.devices)}")
+    return lines
+
+
+def looks_ahead(evaluation: Evaluation) -> bool:
+    """Whether a model was given leave to look at later tokens, so that its loss means little."""
+    return evaluation.metrics.get("causal") == 0
+
+
+# --- a trial -----------------------------------------------------------------------------------
+
+
+def trial_report(store: Store, study: str, trial: int) -> Plain:
+    """Return everything that is stored of one trial.
+
+    Raises:
+        NotFoundError: if the study has no such trial.
+    """
+    record, found = store.study(study), store.evaluation(study, trial)
+    if found is None:
+        numbers = store.finished(study)
+        there = f"it has {_spans(numbers)}" if numbers else "it has none yet"
+        raise NotFoundError(f"study '{study}' has no finished trial {trial}; {there}")
+    return {
+        **found.plain(),
+        "units": {o["name"]: o["unit"] for o in record.objectives},
+        "on_front": trial in store.front(study),
+        "architecture": store.architecture(study, trial),
+    }
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Write numbers as spans: 0-5, 7, 9-12."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def trial_text(found: Plain, *, full: bool = False) -> str:
+    """Lay out what `trial_report` found; with `full` every field of the architecture."""
+    on_front = ", on the front" if found["on_front"] else ""
+    lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
+    if found["failure"]:
+        lines.append(f"  {found['failure']['kind']}: {found['failure']['message']}")
+    lines += [f"  broken by {by:.3g}: {text}" for text, by in found["violations"].items() if by > 0]
+    for name, value in found["values"].items():
+        lines.append(f"  {name}: {value:.5g} {found['units'].get(name, '')}{_details(found, name)}")
+    told = set(found["values"])
+    lines += [f"  {n}: {value:.5g}" for n, value in found["metrics"].items() if n not in told]
+    told |= set(found["metrics"])
+    lines += [f"  {name}: {value:,}" for name, value in found["cost"].items() if name not in told]
+    if found["device"]:
+        lines.append(f"  device: {found['device'].get('name')}, {found['device'].get('dtype')}")
+    lines += [f"  {phase}: {took:.1f} s" for phase, took in found["seconds"].items()]
+    lines += [line for row in found["routing"] for line in _routing_lines(row)]
+    if found["architecture"]:
+        architecture = found["architecture"] if full else brief(found["architecture"])
+        lines += ["", to_yaml({"architecture": architecture}).rstrip()]
+    return "\n".join(lines)
+
+
+def _details(found: Plain, name: str) -> str:
+    """Say how sure a measured value is, or what it must not be mistaken for."""
+    details = found["measurements"].get(name, {})
+    if "acausal" in details:
+        seen = " and ".join(details["acausal"]) or "no pass that was tried"
+        return f" (NOT CAUSAL: may look at later tokens, and did in {seen})"
+    if "ratio" not in details:
+        return ""
+    spread = f"{100 * details['spread']:.1f} %" if "spread" in details else "unknown"
+    return f" ({details['ratio']:.3f} of the reference, spread {spread}, n = {details['n']})"
+
+
+def _routing_lines(row: Plain) -> list[str]:
+    """Return the routing of a layer: its figures, the loads, and where each domain mostly goes."""
+    numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "layer"}
+    text = ", ".join(f"{k} {v:.3g}" for k, v in numbers.items() if not math.isnan(v))
+    lines = [f"  layer {row['layer']} routing: {text}"]
+    if load := row.get("load"):
+        total = math.fsum(load) or 1.0
+        shares = [f"{100 * share / total:.3g}" for share in load[:SHOWN_EXPERTS]]
+        more = [f"and {len(load) - len(shares)} more"] if len(load) > len(shares) else []
+        lines.append(f"    load by expert, %: {', '.join(shares + more)}")
+    for name, shares in row.get("domains", {}).items():
+        best = sorted(range(len(shares)), key=lambda i: -shares[i])[:SHOWN_BEST]
+        experts = ", ".join(f"expert {i} {100 * shares[i]:.3g} %" for i in best)
+        lines.append(f"    {name}: {experts}")
+    return lines

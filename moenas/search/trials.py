@@ -1,0 +1,337 @@
+"""Asks Optuna for trials and tells it their outcome, over all runs of a study."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from moenas.errors import InputError, MoenasError, StorageLostError
+from moenas.grammar.summary import one_line
+from moenas.records import Evaluation, Plain
+from moenas.search.points import Points
+from moenas.search.samplers import Setup, derived_seed, make
+from moenas.store.store import Store
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+REPEATS = 10
+"""Draws in a row without a new candidate after which a point that was not drawn is proposed."""
+OF_THE_SAMPLER = (Exception, SystemExit)
+"""What a user's sampler may raise; `sys.exit` in it must not end a run as if all was well."""
+TOLERANCE = 1e-8
+"""How far a value may lie from the grid of its distribution, in steps."""
+
+
+class ToldElsewhereError(Exception):
+    """Another program has finished a trial of this study."""
+
+
+class SamplerFailedError(Exception):
+    """A sampler raised, so that a trial has no parameters."""
+
+    def __init__(self, trial: Trial, message: str) -> None:
+        super().__init__(message)
+        self.trial = trial
+
+
+class ParametersError(Exception):
+    """The parameters of a trial, such as an enqueued one, are not a point of the space."""
+
+
+class _AskAndTell(optuna.Study):
+    """Optuna's study outside of `optimize`, which alone allows a sampler to call `stop`."""
+
+    stopped = False
+
+    def stop(self) -> None:
+        """Note that the sampler proposes nothing more."""
+        self.stopped = True
+
+
+def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
+    """Return the state and the values that Optuna's trial has for an evaluation of ours.
+
+    A trial that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it by
+    its constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
+    and its constraints keep every sampler from taking it for a good one.
+    """
+    if found.status == "failed":
+        return TrialState.FAIL, None
+    if found.values.keys() >= set(names):
+        return TrialState.COMPLETE, [found.values[name] for name in names]
+    return TrialState.PRUNED, None
+
+
+class OptunaTrials:
+    """Optuna's side of one study."""
+
+    def __init__(self, store: Store, space: Space) -> None:
+        self._store, self._space = store, space
+        self._names = [o.name for o in space.objectives]
+        self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
+        self.points = Points(space)
+        self._orphans: deque[int] = deque()
+        """Ids of trials that an earlier run left without an outcome."""
+        self._active: set[int] = set()
+        """Numbers of the trials that are asked and not told."""
+        self._asked = 0
+        self._of_the_user: BaseSampler | None = None
+
+    def open(self) -> None:
+        """Open Optuna's study, or make it.
+
+        Raises:
+            InputError: if Optuna's tables hold a study of that name that has other objectives.
+        """
+        directions = [o.direction for o in self._space.objectives]
+        storage = self._store.optuna_storage()
+        made = optuna.create_study(
+            study_name=self._space.name,
+            storage=storage,
+            directions=list(directions),
+            load_if_exists=True,
+        )
+        there = [direction.name.lower() for direction in made.directions]
+        if there != directions:
+            raise InputError(
+                f"study '{self._space.name}': Optuna's tables in {self._store.place} hold a study"
+                f" of that name with the directions {', '.join(there)}, not"
+                f" {', '.join(directions)}; give the space another `name`"
+            )
+        self._optuna = _AskAndTell(
+            study_name=self._space.name, storage=storage, sampler=RandomSampler()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self._optuna.set_metric_names(self._names)
+
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's study."""
+        return self._optuna
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return Optuna's trials in order of their numbers."""
+        return self._optuna.get_trials(deepcopy=False)
+
+    def load(self, stored: Mapping[int, Evaluation]) -> None:
+        """Take in the trials as they are, after both stores were made to agree."""
+        trials = self.trials()
+        # A trial that somebody enqueued waits; it counts once it is asked for.
+        self._asked = sum(t.state != TrialState.WAITING for t in trials)
+        for frozen in trials:
+            if frozen.state == TrialState.RUNNING:
+                self._orphans.append(frozen._trial_id)
+            elif frozen.number in stored and stored[frozen.number].fingerprint:
+                self.points.add(frozen.params)
+
+    @property
+    def orphans(self) -> int:
+        """Trials of earlier runs that wait for their outcome."""
+        return len(self._orphans)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the sampler has ended the study."""
+        return self._optuna.stopped
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every point of a finite space was drawn, and nothing is enqueued."""
+        return self.points.exhausted and not self._optuna.get_trials(
+            deepcopy=False, states=(TrialState.WAITING,)
+        )
+
+    def next(self, fruitless: int) -> Trial:
+        """Return a trial that an earlier run left, or ask for a new one.
+
+        After REPEATS draws in a row without a new candidate, a point of a finite space that was
+        not drawn is proposed in place of the sampler's.
+
+        Raises:
+            SamplerFailedError: if the sampler raised; it carries the trial.
+        """
+        number = self._asked
+        try:
+            if self._orphans:
+                trial_id = self._orphans.popleft()
+                number = self._optuna._storage.get_trial(trial_id).number
+                self._optuna.sampler = self._sampler(number)
+                trial = Trial(self._optuna, trial_id)
+            else:
+                self._optuna.sampler = self._proposing(number, fruitless)
+                self._asked += 1
+                trial = self._optuna.ask()
+                if trial.number != number:  # an enqueued trial has an earlier number
+                    self._optuna.sampler = self._sampler(trial.number)
+        except (MoenasError, StorageInternalError):
+            raise
+        except OF_THE_SAMPLER as error:
+            raise SamplerFailedError(self._left_behind(), _said(error)) from error
+        self._active.add(trial.number)
+        return trial
+
+    def draw(self, trial: Trial) -> Plain:
+        """Fill the holes of the space; a trial of an earlier run keeps the values it had.
+
+        Raises:
+            ParametersError: if a value that the trial holds is not one of the space.
+            SamplerFailedError: if the sampler raised.
+        """
+        held = dict(trial.params)
+        fixed = self._optuna._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+        try:
+            with warnings.catch_warnings():
+                # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
+                warnings.simplefilter("ignore", UserWarning)
+                plain = self._space.draw(trial)
+        except (MoenasError, StorageInternalError):
+            raise
+        except OF_THE_SAMPLER as error:
+            if held or fixed:
+                raise ParametersError(_said(error)) from error
+            raise SamplerFailedError(trial, _said(error)) from error
+        for name, distribution in trial.distributions.items():
+            if not _contains(distribution, trial.params[name]):
+                raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
+        self.points.add(trial.params)
+        return plain
+
+    def constrain(self, trial: Trial, violations: Mapping[str, float]) -> None:
+        """Say by how much each requirement is broken, over 0, or met."""
+        held = trial.constraints
+        for name, value in violations.items():
+            if name not in held:
+                trial.set_constraint(name, value)
+
+    def tell(self, trial: Trial, found: Evaluation) -> None:
+        """Tell the outcome of a trial. Its attributes come first: a told trial is closed.
+
+        Raises:
+            ToldElsewhereError: if another program has told the trial.
+            StorageLostError: if another program has deleted it.
+        """
+        try:
+            frozen = self._optuna._storage.get_trial(trial._trial_id)
+        except KeyError:
+            raise StorageLostError(
+                f"study '{self._space.name}': another program has deleted it from Optuna's tables;"
+                " run the same command again to restore it from ours"
+            ) from None
+        self._active.discard(frozen.number)
+        if frozen.state.is_finished():
+            raise ToldElsewhereError(f"trial {frozen.number} is {frozen.state.name} already")
+        self._describe(trial, found)
+        state, values = outcome(found, self._names)
+        self._optuna.sampler = self._sampler(frozen.number)
+        try:
+            self._optuna.tell(trial, values, state=state)
+        except (MoenasError, StorageInternalError):
+            raise
+        except OF_THE_SAMPLER as error:
+            told = self._optuna._storage.get_trial(trial._trial_id)
+            if told.state != state or told.values != values:
+                raise ToldElsewhereError(_said(error)) from error
+
+    def tell_stored(self, found: Evaluation) -> None:
+        """Tell what an earlier run stored and did not come to tell.
+
+        Raises:
+            ToldElsewhereError: if the trial does not run.
+        """
+        storage, study_id = self._optuna._storage, self._optuna._study_id
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, found.trial)
+        self._optuna.sampler = RandomSampler()
+        self.tell(Trial(self._optuna, trial_id), found)
+
+    def _describe(self, trial: Trial, found: Evaluation) -> None:
+        """Set constraints of the trained model, and what the dashboard shows of a trial."""
+        plain = self._store.architecture(found.study, found.trial)
+        if found.status != "failed" and found.values.keys() >= set(self._names):
+            architecture = self._space.architecture(plain)
+            self.constrain(trial, self._space.trained_violations(architecture, found.routing))
+        known: dict[str, Any] = {
+            "architecture": one_line(plain) if plain else None,
+            "fingerprint": found.fingerprint or None,
+            "failure": found.failure["kind"] if found.failure else None,
+            "params": found.cost.get("params"),
+            "active_params": found.cost.get("active_params"),
+            "seconds": found.seconds.get("total"),
+            **{name: found.metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
+        }
+        for name, value in known.items():
+            if value is not None:
+                trial.set_user_attr(name, value)
+
+    def _proposing(self, number: int, fruitless: int) -> BaseSampler:
+        """Return the sampler of a new trial."""
+        name = self._space.search.sampler
+        if name == "grid" or fruitless >= REPEATS:
+            base = RandomSampler(seed=derived_seed(self._setup.seed, number))
+            if self.points.enumerable and (point := self.points.unseen()) is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    return PartialFixedSampler(point, base)
+            if fruitless % REPEATS == 0:  # a space too large to be listed
+                return base
+        return self._sampler(number)
+
+    def _sampler(self, number: int) -> BaseSampler:
+        """Return the sampler of a trial.
+
+        Optuna's samplers by name are made for each trial, so that a resumed study asks what an
+        uninterrupted one asks. A class of the user's may keep state, so one instance serves a run.
+        """
+        name = self._space.search.sampler
+        if ".py:" not in name:
+            return make(name, self._setup, number)
+        if self._of_the_user is None:
+            self._of_the_user = make(name, self._setup, number)
+        return self._of_the_user
+
+    def _left_behind(self) -> Trial:
+        """Return the trial that was made before its sampler raised."""
+        self._optuna.sampler = RandomSampler()
+        running = self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        waiting = set(self._orphans)
+        left = [t for t in running if t.number not in self._active and t._trial_id not in waiting]
+        trial = Trial(self._optuna, left[-1]._trial_id)
+        self._active.add(trial.number)
+        return trial
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Say whether a value is one of a distribution; Optuna does not ask for a fixed one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    if not isinstance(distribution, IntDistribution | FloatDistribution):
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(distribution, IntDistribution) and value != int(value):
+        return False
+    if not distribution.low <= value <= distribution.high:
+        return False
+    if distribution.step is None:
+        return True
+    steps = (value - distribution.low) / distribution.step
+    return abs(steps - round(steps)) <= TOLERANCE * max(1.0, abs(steps))
+
+
+def _said(error: BaseException) -> str:
+    """Return the class and the message of an exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

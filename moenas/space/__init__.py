@@ -1,0 +1,1 @@
+"""The user's file: an architecture with holes, requirements, objectives and settings."""

@@ -1,0 +1,302 @@
+"""The reference of the space file, written from the code: `python -m moenas.space.reference`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+from moenas import resources as refs
+from moenas.grammar.brief import NO_DEFAULT
+from moenas.grammar.component import Component, Field, Part, fields
+from moenas.grammar.requirements import TRAINED
+from moenas.model.architecture import Architecture
+from moenas.records import Cost, Plain
+from moenas.space import space
+from moenas.space.objective import load_objective
+from moenas.space.sections import Protocol, Recipe, Search
+
+OWN = ("moenas.",)
+"""Modules whose components are ours; a user's own parts have no defaults on file."""
+
+INTRODUCTION = """\
+# The space file
+
+<!-- `make docs` writes this file from the code; change the code's docstrings instead. -->
+
+A space file is one whole experiment: an architecture with holes, what it must meet, what is
+measured, on which data, how it is trained, and how it is searched. It is YAML 1.2, read strictly:
+an unknown key, a key that stands twice, an anchor, an alias, a tag or a second document is an
+error with line and column. `moenas check FILE` reads a file and says what is in it, and
+`moenas schema` prints the JSON Schema for editors.
+"""
+
+SECTIONS = {
+    "name": "name of the study; the file's name without `.yaml` if left out",
+    "use": "Python files with [parts of your own](parts.md), a list of paths",
+    "architecture": "a language model with [holes](#holes)",
+    "require": "comparisons that every candidate must meet",
+    "objectives": "the numbers to measure, by name or by path",
+    "data": "the corpus; `stdlib` if left out",
+    "train": "the training run that every candidate gets",
+    "measure": "the workload that latency is measured under",
+    "search": "who proposes candidates, how many, and what each may use",
+}
+
+HOLES = """\
+## Holes
+
+A hole stands in `architecture` wherever a value may stand. All options of all holes are checked
+when the file is read: one that no valid architecture can have is an error.
+"""
+
+HOLE_FORMS = {
+    "`{choice: [a, b, ...]}`": "one of the options: values, mappings or whole lists. An option may"
+    " have holes of its own, which exist only where that option is drawn",
+    "`{int: [low, high]}`": "a whole number from low to high, both included; in steps of n where"
+    " the field must be a multiple of n",
+    "`{int: [low, high], step: n}`": "low, low + n, low + 2n, ..., high",
+    "`{int: [low, high], log: true}`": "a whole number, drawn by its logarithm: 8 to 16 is as"
+    " likely as 16 to 32; excludes `step`",
+    "`{float: [low, high]}`": "any number from low to high; takes `step` or `log` as well",
+}
+
+AFTER_HOLES = """\
+A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
+variants each has c to the power of n points.
+
+Where a table below lists presets, `preset: NAME` stands for the fields of that row; fields written
+beside it win.
+"""
+
+REQUIRE = """\
+## `require`
+
+A list of comparisons (`<`, `<=`, `>`, `>=`, `==`, `!=`), joined by `and`, `or` and `not`. The
+sides are numbers, words in quotes, names, `+ - * / // %`, `min`, `max` and `abs`. Nothing else is
+accepted, and nothing is executed as code.
+
+A candidate that breaks one is told to the sampler as infeasible, with the amount, and is neither
+built nor trained. A name that is a field of a layer is compared layer by layer, and the worst
+layer counts; a layer without that field is passed over. `mixer` and `ffn` are the kind as a word:
+`ffn == "moe"`.
+
+The name of a field may have the names of what it stands in before it: `mixer.scale`,
+`ffn.router.scale`, `architecture.norm`. A name that several parts of one layer have is refused
+without them.
+"""
+
+REQUIRE_TRAINED = """\
+A comparison with one of these names is decided on the trained model, by the routing of the text
+that validates; the worst layer counts. A candidate that breaks it is infeasible, too: its values
+are kept, it is never on the front, and the sampler is told the amount.
+"""
+
+DATA_FORMS = {
+    "`stdlib`": "the sources of the running Python's standard library, as bytes, split by file;"
+    " tests, near-duplicates and licence headers are left out",
+    "`pydoc`": "the topics of Python's language reference, as bytes",
+    "`{files: [PATH, ...]}`": "your own text, as bytes; patterns like `texts/*.md` are expanded",
+    "`{tokens: PATH, vocab_size: N}`": "a memory-mapped array of tokens: `.npy`, or raw with"
+    " `dtype: uint8`, `uint16` or `uint32`; or a folder with `train.bin` and `val.bin`."
+    " `val: PATH` names an array to validate on; without it the last 5% are held back",
+}
+
+AFTER_DATA = """\
+A relative path starts from the current directory. `architecture.vocab_size` must be at least that
+of the data; it is 256 for bytes.
+"""
+
+OVERRIDES = """\
+## Overrides
+
+Any value can be replaced on the command line, without a change to the file:
+`moenas run tiny train.tokens=2e6 architecture.d_model=128`. Items of lists count from 0:
+`architecture.blocks.0.repeat=3`. Overrides are stored with the study.
+
+A study is resumed by the same command. Of `search`, these may change meanwhile:
+{resources}. Any other change is refused, with the difference
+shown; give the changed space another `name`.
+"""
+
+
+def reference() -> str:
+    """Return the whole reference as Markdown."""
+    return "\n".join(_pages())
+
+
+def _pages() -> Iterator[str]:
+    yield INTRODUCTION
+    rows = [(f"`{key}`", SECTIONS[key]) for key in space.KEYS]
+    yield _table(("section", "says"), rows)
+    yield "`architecture` and `objectives` must be there.\n"
+    yield HOLES
+    yield _table(("hole", "what may be drawn"), HOLE_FORMS.items())
+    yield AFTER_HOLES
+    yield from _family("architecture", Architecture, "##", set())
+    yield from _require()
+    yield from _objectives()
+    yield "## `data`\n"
+    yield _table(("corpus", "is"), DATA_FORMS.items())
+    yield AFTER_DATA
+    for name, cls in (("train", Recipe), ("measure", Protocol), ("search", Search)):
+        yield from _family(name, cls, "##", set())
+    yield OVERRIDES.format(resources=", ".join(f"`{name}`" for name in space.RESOURCES))
+
+
+def _family(
+    name: str, family: type[Component], level: str, written: set[type[Component]]
+) -> Iterator[str]:
+    """Yield what is known of a family and each of its kinds, then the families inside it.
+
+    Each family is written once, where it is met first.
+    """
+    written.add(family)
+    yield f"{level} `{name}`\n\n{_prose(family)}\n"
+    kinds = list(family.kinds.values()) if family.kind is None else []
+    for cls in kinds or [family]:
+        if cls.kind is not None:
+            yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
+        if issubclass(cls, Part):
+            yield f"Cost: {inspect.getdoc(cls.cost)}\n"
+        rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
+        yield _table(("field", "accepts", "default", "is"), rows)
+        for field in fields(cls).values():
+            if field.words is not None:
+                words = [(f"`{n}`", inspect.getdoc(c) or "") for n, c in field.words.kinds.items()]
+                yield _table((field.name, "is"), words)
+        if cls.presets:
+            presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
+            yield _table(("preset", "fields"), presets)
+    found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
+    for component, inner in dict.fromkeys(found):
+        new = component is not None and component not in written
+        if component is not None and new and _heading(component) == inner != name:
+            yield from _family(inner, component, "###", written)
+
+
+def _heading(family: type[Component]) -> str:
+    """Return the name of the first field, from the architecture down, that a family stands in."""
+    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture)]
+    for name, cls in todo:
+        if cls is family:
+            return name
+        for kind in cls.kinds.values() if cls.kind is None and cls.kinds else (cls,):
+            inner = ((f.name, f.component) for f in fields(kind).values())
+            todo += [(n, c) for n, c in inner if c is not None and c not in dict(todo).values()]
+    return family.__name__.lower()
+
+
+def _require() -> Iterator[str]:
+    yield REQUIRE
+    costs = _field_docs(Cost) | {"total_params": "The same as `params`."}
+    yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
+    plain = {name for name in space.known_names() - set(costs) if "." not in name}
+    names = ", ".join(f"`{name}`" for name in sorted(plain))
+    yield textwrap.fill(f"Fields: {names}.", 100) + "\n"
+    yield REQUIRE_TRAINED
+    yield _table(("of the routing", "is"), [(f"`{n}`", doc) for n, (_, doc) in TRAINED.items()])
+
+
+def _objectives() -> Iterator[str]:
+    yield "## `objectives`\n\nNames from this table, or paths of [your own files](objectives.md).\n"
+    names = sorted(path.stem for path in refs.shipped("objectives").glob("[!_]*.py"))
+    rows = [
+        (f"`{o.name}`", o.unit or "none", o.direction, o.needs, o.doc)
+        for o in map(load_objective, names)
+    ]
+    yield _table(("objective", "unit", "direction", "needs", "is"), rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    cells = [head, ["---"] * len(head), *rows]
+    texts = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in cells)
+    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
+
+
+def _accepted(field: Field) -> str:
+    if field.component is None:
+        return field.wanted()
+    name = _heading(field.component)
+    return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
+
+
+def _default(field: Field) -> str:
+    if field.required:
+        return "required"
+    return "its defaults" if isinstance(field.default, Component) else _yaml(field.default)
+
+
+def _pairs(values: Plain) -> str:
+    return ", ".join(f"`{key}: {_yaml(value)}`" for key, value in values.items())
+
+
+def _yaml(value: object) -> str:
+    """Spell a scalar as YAML does."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _prose(cls: type[Component]) -> str:
+    """Return the docstring of a component without the name of the section that opens it."""
+    text = inspect.getdoc(cls) or ""
+    head, colon, rest = text.partition(": ")
+    if colon and head.startswith("`"):
+        return rest[0].upper() + rest[1:]
+    return text
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Return field -> the string below its declaration, or nothing where there is none."""
+    body = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    name = ""
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign):
+            name = ast.unparse(node.target)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
+            found[name] = str(node.value.value)
+    return found
+
+
+def defaults() -> str:
+    """Return the text of `defaults.json`, which `moenas.grammar.brief` reads."""
+    found: Plain = {}
+    waiting: list[type[Component]] = [Architecture]
+    while waiting:
+        family = waiting.pop()
+        name = family.__name__.lower()
+        if name in found:
+            continue
+        own = found[name] = {}
+        for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
+            if any(kind.__module__.startswith(part) for part in OWN):
+                own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
+                waiting += [f.component for f in fields(kind).values() if f.component is not None]
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+
+
+def _on_file(field: Field) -> list[object]:
+    """Return [] for a required plain field, else its default and the family of its value."""
+    family = None if field.component is None else field.component.__name__.lower()
+    if field.required:
+        return [] if family is None else [NO_DEFAULT, family]
+    default = field.default
+    if isinstance(default, Component):
+        default = default.plain()
+    elif isinstance(default, tuple):
+        default = [item.plain() if isinstance(item, Component) else item for item in default]
+    return [default, family]
+
+
+def main() -> None:
+    """Print the page, or with `--defaults` the defaults of all components."""
+    print(defaults() if "--defaults" in sys.argv[1:] else reference(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The sections of a space file beside the architecture: train, measure and search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moenas.errors import suggestion
+from moenas.grammar.component import Component, setting
+
+SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid")
+"""Samplers by name; any other is `file.py:Class`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Component):
+    """`train`: the run that every candidate gets, equal in tokens, data and order of data."""
+
+    tokens: int = setting("training tokens of every candidate", default=500_000, low=1)
+    context: int = setting("length of a training sequence in tokens", default=128, low=2)
+    batch: int = setting("sequences in a step", default=16, low=1)
+    lr: float | None = setting(
+        "peak learning rate of the matrices, the embedding gets d_model / 64 times it; null sets"
+        " it per candidate by the rule of docs/learning_rate.md",
+        default=None,
+        low=0.0,
+    )
+    lr_scale: float = setting("factor on the rule's learning rate", default=1.0, low=0.0)
+    warmup: float = setting("share of the steps that warm up", default=0.1, low=0.0, high=1.0)
+    decay: float = setting(
+        "share of the steps, at the end, over which the rate falls linearly to 0",
+        default=0.3,
+        low=0.0,
+        high=1.0,
+    )
+    weight_decay: float = setting("AdamW's decay of matrices", default=0.1, low=0.0)
+    beta1: float = setting("AdamW's first-moment decay", default=0.9, low=0.0, high=0.9999)
+    beta2: float = setting("AdamW's second-moment decay", default=0.95, low=0.0, high=0.9999)
+    grad_clip: float = setting(
+        "largest gradient norm of a step; 0 for no limit", default=1.0, low=0.0
+    )
+    max_dead: float | None = setting(
+        "largest share of the experts of a layer that may be dead (below 1 % of the mean load) over"
+        " a tenth of the run after warm-up; above it the candidate ends; null: any",
+        default=0.9,
+        low=0.0,
+        high=1.0,
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "compute type of training, weights stay float32; auto takes bfloat16 where the GPU or CPU"
+        " has instructions for it. Name it if the machines of a study differ in that",
+        default="auto",
+    )
+    val_tokens: int = setting("validation tokens of every candidate", default=65_536, low=1)
+    threads: int = setting("CPU threads of a candidate", default=1, low=1, high=1024)
+
+    def invalid(self) -> str | None:
+        """Refuse schedules and budgets that cannot be met."""
+        if self.tokens < self.batch * self.context:
+            step = self.batch * self.context
+            return f"tokens ({self.tokens}) is less than one step: batch * context = {step}"
+        if self.warmup + self.decay > 1:
+            return f"warmup ({self.warmup:g}) and decay ({self.decay:g}) add up to more than 1"
+        return None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the run; the last incomplete step is left out."""
+        return self.tokens // (self.batch * self.context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Component):
+    """`measure`: the workload that latency is measured under, the same for every candidate."""
+
+    decode_batch: int = setting("sequences decoded side by side", default=8, low=1)
+    decode_context: int = setting("tokens in the key-value cache", default=128, low=1)
+    prefill_batch: int = setting("sequences prefilled side by side", default=1, low=1)
+    prefill_tokens: int = setting("tokens of each prefilled sequence", default=256, low=1)
+    min_repeats: int = setting("pairs timed at least", default=10, low=3)
+    max_repeats: int = setting("pairs timed at most", default=60, low=3)
+    precision: float = setting(
+        "stop once the confidence interval's half-width is below this share", default=0.02, low=0.0
+    )
+    max_seconds: float = setting("longest time for one figure, seconds", default=4.0, low=0.1)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "type of the weights and activations of a model that is timed; auto takes bfloat16 on GPUs"
+        " that have it, float32 on CPUs",
+        default="auto",
+    )
+    threads: int = setting("CPU threads while timing", default=1, low=1, high=1024)
+
+    def invalid(self) -> str | None:
+        """Refuse a range of repeats that is empty."""
+        if self.min_repeats > self.max_repeats:
+            return f"min_repeats ({self.min_repeats}) is above max_repeats ({self.max_repeats})"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Component):
+    """`search`: who proposes candidates, how many, and what each may use."""
+
+    sampler: str = setting(
+        "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp | grid (every point of a finite"
+        " space, in random order), or `file.py:Class`",
+        default="tpe",
+    )
+    trials: int = setting(
+        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
+        " models are recorded and do not count",
+        default=24,
+        low=1,
+        high=1_000_000,
+    )
+    seed: int = setting("seed of sampling, initial weights and order of data", default=0, low=0)
+    workers: int | None = setting(
+        "candidates evaluated at a time; null takes one per core, or per share of a GPU",
+        default=None,
+        low=1,
+    )
+    cpus: float = setting("CPU cores of a candidate", default=1.0, low=0.0)
+    gpus: float | None = setting(
+        "share of a GPU that a candidate has; 0.25 puts four on one, 0 evaluates on the CPU; null"
+        " takes GPUs where there are any, two candidates on each, or as many as `workers` asks for",
+        default=None,
+        low=0.0,
+        high=1.0,
+        why="one candidate is trained on one GPU at most",
+    )
+    candidates_per_worker: int | None = setting(
+        "candidates that one worker process evaluates, one after another, before a fresh one takes"
+        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        default=None,
+        low=1,
+    )
+    time_limit: float | None = setting(
+        "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
+    )
+
+    def invalid(self) -> str | None:
+        """Refuse a sampler that is neither known nor a user's class."""
+        if self.sampler in SAMPLERS or ".py:" in self.sampler:
+            return None
+        near = suggestion(self.sampler, SAMPLERS)
+        names = ", ".join(SAMPLERS)
+        return f"no sampler '{self.sampler}'.{near} There are {names}, or write file.py:Class"

@@ -1,0 +1,455 @@
+"""A space file: an architecture with holes, what it must meet, and how to search it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
+
+from moenas.data import loading as data
+from moenas.errors import InputError, MoenasError, PartError, SpaceError, suggestion
+from moenas.failures import located
+from moenas.grammar import field_names, sampling, user_parts
+from moenas.grammar import tree as grammar
+from moenas.grammar.component import Component
+from moenas.grammar.json_schema import SchemaWriter
+from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
+from moenas.grammar.user_parts import UserFile
+from moenas.model.architecture import Architecture
+from moenas.records import Cost, Plain, astuple
+from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
+from moenas.space.lengths import require_layers, require_positions
+from moenas.space.objective import Objective, load_objective
+from moenas.space.sections import Protocol, Recipe, Search
+
+KEYS = (
+    "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
+)  # fmt: skip
+RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
+"""Fields of `search` that a resumed study may change: they do not touch what a value means."""
+NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
+MAX_NAME = 200
+
+S = TypeVar("S", bound=Component)
+
+
+@dataclass(frozen=True)
+class Space:
+    """One whole experiment: the architecture with holes and everything around it."""
+
+    name: str
+    text: str
+    """The file, verbatim."""
+    overrides: tuple[str, ...]
+    use: tuple[UserFile, ...]
+    """Files of parts that are not moenas's own."""
+    tree: grammar.Tree
+    requirements: tuple[Requirement, ...]
+    objectives: tuple[Objective, ...]
+    data: Plain
+    train: Recipe
+    measure: Protocol
+    search: Search
+    data_mark: SourceLocation = field(default=SourceLocation("<space>"), compare=False)
+    """Where the section `data` stands."""
+
+    def __repr__(self) -> str:
+        objectives = ", ".join(objective.name for objective in self.objectives)
+        size = self.size
+        points = f"{size:,}" if size < 10**12 else f"about 10^{math.log10(size):.0f}"
+        return f"Space({self.name!r}: {points} points; {objectives})"
+
+    @classmethod
+    def load(cls, ref: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Self:
+        """Read a space by path or name; `overrides` are dotted, like `train.tokens=2e6`.
+
+        Every option of every hole is checked now.
+
+        Raises:
+            SpaceError: with file, line and column of what is wrong.
+            NotFoundError: if there is no such space.
+        """
+        path = find("spaces", ".yaml", os.fspath(ref))
+        return cls.parse(read_text(path), str(path), overrides)
+
+    @classmethod
+    def parse(cls, text: str, source: str = "<space>", overrides: Sequence[str] = ()) -> Self:
+        """Read a space from YAML text; `source` names it in errors and names the study."""
+        root = parse_yaml(text, source)
+        if not isinstance(root.value, dict):
+            raise root.error("", f"a space file is a mapping with the keys {', '.join(KEYS)}")
+        for override in overrides:
+            root = _override(root, override)
+        found = cast(dict[str, Node], root.value)
+        for key, node in found.items():
+            if key not in KEYS:
+                near = suggestion(key, KEYS)
+                raise node.error(
+                    key, f"no such section.{near} There are {', '.join(KEYS)}.", key=True
+                )
+        for key in ("architecture", "objectives"):
+            if key not in found:
+                raise root.error("", f"the section '{key}' is missing")
+        use = tuple(_read_use(found.get("use")))
+        tree = grammar.read(Architecture, found["architecture"], "architecture")
+        space = cls(
+            name=_read_name(found.get("name"), source),
+            text=text,
+            overrides=tuple(overrides),
+            use=use,
+            tree=tree,
+            requirements=tuple(_read_requirements(found.get("require"), tree)),
+            objectives=tuple(_read_objectives(found["objectives"])),
+            data=data.parse(found.get("data") or Node("stdlib", SourceLocation(source))),
+            train=_read_section(Recipe, "train", found, source),
+            measure=_read_section(Protocol, "measure", found, source),
+            search=_read_section(Search, "search", found, source),
+            data_mark=found["data"].mark if "data" in found else SourceLocation(source),
+        )
+        space._check(found)
+        return space
+
+    def _check(self, found: dict[str, Node]) -> None:
+        """Check what spans sections: never-valid options, and the vocabulary of the data."""
+        require_layers(self.tree)
+        require_positions(self.tree, self.objectives, self.train, self.measure)
+        sampling.check_options(self.tree)
+        if not any(True for _ in self.holes):
+            self.architecture(self.draw(sampling.RandomSuggest(0)), found["architecture"].mark)
+        untrained = all(objective.needs != "training" for objective in self.objectives)
+        for requirement in self.requirements if untrained else ():
+            if requirement.trained:
+                raise SpaceError(
+                    f"{requirement.mark}: require: '{requirement.text}' is decided on the trained"
+                    " model, and no objective trains it; add val_loss to the objectives"
+                )
+        needed = self.data.get("vocab_size", 256)
+        for value, mark in _values(self.tree, "vocab_size"):
+            if value < needed:
+                raise SpaceError(
+                    f"{mark}: architecture.vocab_size: {value} is too small for the data,"
+                    f" which has {needed} different tokens"
+                )
+
+    @property
+    def size(self) -> int:
+        """The exact number of points, before `require`; a continuous range counts as one."""
+        return sampling.count(self.tree)
+
+    @property
+    def continuous(self) -> int:
+        """How many holes are continuous ranges, with infinitely many values."""
+        ranges = (hole.tree for hole in self.holes)
+        return sum(isinstance(tree, grammar.Range) and tree.count is None for tree in ranges)
+
+    @property
+    def holes(self) -> Iterator[sampling.Hole]:
+        """Every hole under the name that the sampler sees."""
+        return sampling.holes(self.tree)
+
+    @property
+    def vocab_sizes(self) -> list[int]:
+        """Every vocabulary that an architecture of the space can have; of a range, its low end."""
+        return [value for value, _ in _values(self.tree, "vocab_size")]
+
+    def draw(self, suggest: sampling.Suggest) -> Plain:
+        """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data."""
+        return cast(Plain, sampling.draw(self.tree, suggest))
+
+    def architecture(self, plain: Plain, mark: SourceLocation | None = None) -> Architecture:
+        """Build the canonical architecture from drawn data.
+
+        Raises:
+            SpaceError: if the drawn fields do not go together.
+        """
+        source = str(mark) if mark else "<draw>"
+        return grammar.parse(Architecture, plain, source).canonical()
+
+    def violations(self, architecture: Architecture) -> dict[str, float]:
+        """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less.
+
+        Of those that are decided before anything is built.
+        """
+        wanted = [r for r in self.requirements if not r.trained]
+        layers = self._names(architecture) if wanted else []
+        return {r.text: r.violation(layers) for r in wanted}
+
+    def trained_violations(
+        self, architecture: Architecture, routing: Sequence[Plain]
+    ) -> dict[str, float]:
+        """Return the same of the requirements that are decided on the routing after training.
+
+        `routing` are the rows of an evaluation. A model without MoE layers breaks none.
+        """
+        wanted = [r for r in self.requirements if r.trained]
+        if not wanted:
+            return {}
+        rows = {row["layer"]: row for row in routing}
+        layers: list[Names] = [
+            {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
+            for i, names in enumerate(self._names(architecture))
+        ]
+        return {r.text: r.violation(layers) for r in wanted}
+
+    def _names(self, architecture: Architecture) -> list[Names]:
+        """Return the values of the names that a requirement can use, for each layer."""
+        cost = self.cost(architecture)
+        shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}
+        layers = architecture.names()
+        known = {id(layer): {**layer, **shared} for layer in layers}
+        return [known[id(layer)] for layer in layers]
+
+    def feasible(self, n_draws: int) -> Iterator[Architecture | str]:
+        """Draw random architectures; yield each that is feasible, or why it is not.
+
+        A string is the reason: a broken requirement, or the clash that makes the draw invalid.
+        """
+        for seed in range(n_draws):
+            try:
+                found = sampling.drawn(self.tree, sampling.RandomSuggest(seed))
+            except SpaceError as error:
+                yield str(error)
+                continue
+            architecture = cast(Architecture, found).canonical()
+            violations = self.violations(architecture)
+            worst = max(violations, key=lambda text: violations[text], default="")
+            yield worst if violations.get(worst, 0) > 0 else architecture
+
+    def require_feasible(self, n_draws: int = 1000) -> Architecture:
+        """Return the first feasible one of `n_draws` random architectures.
+
+        Raises:
+            SpaceError: with what most of them break, if none is feasible.
+        """
+        reasons = Counter[str]()
+        for found in self.feasible(n_draws):
+            if not isinstance(found, str):
+                return found
+            reasons[found] += 1
+        worst = ", ".join(f"{text} ({n} times)" for text, n in reasons.most_common(3))
+        raise SpaceError(
+            f"{self.name}: no architecture meets what it requires;"
+            f" {n_draws} random ones break {worst}"
+        )
+
+    def cost(self, architecture: Architecture) -> Cost:
+        """Return the cost of an architecture at the training context of this space.
+
+        Raises:
+            PartError: if a part of the user's does not count its own.
+        """
+        try:
+            found = architecture.cost(self.train.context)
+            right = all(type(n) is int and n >= 0 for n in astuple(found))
+        except MoenasError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PartError(f"{NO_COST}: {located(error)}") from error
+        if not right:
+            raise PartError(f"{NO_COST}: the sum is {found}")
+        return found
+
+    def plain(self) -> Plain:
+        """Return all that the space says, with presets and defaults written out."""
+        use: Plain = {"use": [file.plain() for file in self.use]} if self.use else {}
+        return use | {
+            "architecture": grammar.unparse(self.tree),
+            "require": [r.text for r in self.requirements],
+            "objectives": [{"name": o.name, "sha256": o.info().sha256} for o in self.objectives],
+            "data": self.data,
+            "train": self.train.plain(),
+            "measure": self.measure.plain(),
+            "search": self.search.plain(),
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all that a resumed study must not change: everything but its resources."""
+        return digest(self.plain())
+
+    def with_search(self, **changes: Any) -> Self:
+        """Return the space with other values in `search`, e.g. `with_search(trials=100)`."""
+        return replace(self, search=replace(self.search, **changes))
+
+
+def digest(plain: Plain) -> str:
+    """Return the digest of a space in plain form, leaving out the resources of the search."""
+    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
+    return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
+
+
+def with_current_defaults(plain: Plain) -> Plain:
+    """Return the stored plain form of a space with the fields that came later at their defaults.
+
+    What cannot be read any more is returned as it is. Resources of the search are left at their
+    defaults: they may change, and an earlier version took values that are refused now.
+    """
+    sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
+    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
+    lasting = {**plain, "search": search}
+    try:
+        tree = grammar.read(Architecture, Node.wrap(plain["architecture"], "<stored>"))
+        found = {name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()}
+    except SpaceError:
+        return plain
+    return {**plain, "architecture": grammar.unparse(tree), **found}
+
+
+def known_names() -> set[str]:
+    """Return every name that a requirement may use: costs, and ends of the paths of fields."""
+    paths = field_names.declared(Architecture) | {f"{field_names.WHOLE}.n_layers"}
+    return {
+        *Cost().plain(),
+        "total_params",
+        *(end for path in paths for end in field_names.ends(path)),
+    }
+
+
+def file_schema() -> Plain:
+    """Return the JSON Schema (draft 7) of a space file."""
+    writer = SchemaWriter()
+    text = {"type": "string"}
+    properties: Plain = {
+        "name": {"type": "string", "description": "the study's name; the file's name if left out"},
+        "use": {"type": "array", "items": text, "description": "files of parts of your own"},
+        "architecture": writer.family(Architecture),
+        "require": {"type": "array", "items": text, "description": "comparisons to meet"},
+        "objectives": {"type": "array", "minItems": 1, "items": text},
+        "data": {"anyOf": [text, {"type": "object"}], "description": "the corpus"},
+        "train": writer.family(Recipe, holes=False),
+        "measure": writer.family(Protocol, holes=False),
+        "search": writer.family(Search, holes=False),
+    }
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "moenas space file",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["architecture", "objectives"],
+        "properties": properties,
+        "definitions": writer.definitions,
+    }
+
+
+# --- reading the sections ----------------------------------------------------------------------
+
+
+def _override(root: Node, text: str) -> Node:
+    """Set one value by its dotted path: `architecture.blocks.0.repeat=2`."""
+    place = f"override '{text}'"
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise SpaceError(f"{place}: write it as section.field=value, e.g. train.tokens=2e6")
+    keys = path.strip().split(".")
+    if len(keys) > MAX_DEPTH:
+        raise SpaceError(f"{place[:60]}...: more than {MAX_DEPTH} levels deep")
+    return _set(root, keys, parse_yaml(value, place), place)
+
+
+def _set(node: Node, keys: list[str], value: Node, place: str) -> Node:
+    """Return a copy of `node` in which the value at `keys` is replaced."""
+    if not keys:
+        return Node(value.value, SourceLocation(place), SourceLocation(place))
+    key, rest = keys[0], keys[1:]
+    if isinstance(node.value, list):
+        if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node.value):
+            raise SpaceError(f"{place}: '{key}' is not a number from 0 to {len(node.value) - 1}")
+        items = list(node.value)
+        items[int(key)] = _set(items[int(key)], rest, value, place)
+        return replace(node, value=items)
+    if not isinstance(node.value, dict):
+        raise SpaceError(f"{place}: nothing can be set below {node.plain!r}; it is not a mapping")
+    inner = node.value.get(key) or Node({}, SourceLocation(place), SourceLocation(place))
+    return replace(node, value={**node.value, key: _set(inner, rest, value, place)})
+
+
+def _read_name(node: Node | None, source: str) -> str:
+    """Read the study's name; the file's name stands in."""
+    if node is None:
+        name = Path(source).stem
+    elif isinstance(node.value, str):
+        name = node.value
+    else:
+        raise node.error("name", f"{node.plain!r} is not text")
+    name = unicodedata.normalize("NFC", name)
+    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
+        message = f"a study's name has 1 to {MAX_NAME} printable characters, not {name[:40]!r}"
+        raise node.error("name", message) if node else InputError(f"{source}: {message}")
+    return name
+
+
+def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) -> S:
+    """Read train, measure or search; holes cannot stand in them."""
+    node = found.get(name)
+    if node is None or node.value is None:
+        node = Node({}, node.mark if node else SourceLocation(source))
+    if isinstance(node.value, dict):
+        for key, value in node.value.items():
+            if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
+                where = f"{name}.{key}"
+                raise value.error(where, "a hole cannot stand here, only in 'architecture'")
+    return cast(S, grammar.construct(grammar.read(cls, node, name), name))
+
+
+def _read_use(node: Node | None) -> Iterator[UserFile]:
+    """Load the files of parts, so that the architecture can name them."""
+    if node is None or node.value is None:
+        return
+    if not isinstance(node.value, list):
+        raise node.error("use", "write a list of Python files: [./my_router.py]")
+    for item in node.value:
+        if not isinstance(item.value, str):
+            raise item.error("use", f"{item.plain!r} is not the path of a Python file")
+        try:
+            yield user_parts.load(item.value)
+        except InputError as error:
+            raise item.error("use", str(error)) from None
+
+
+def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requirement]:
+    if node is None or node.value is None:
+        return
+    if not isinstance(node.value, list):
+        raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
+    known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    for item in node.value:
+        if not isinstance(item.value, str):
+            raise item.error("require", f"{item.plain!r} is not a comparison in text")
+        yield parse_requirement(item.value, item.mark, known, several)
+
+
+def _read_objectives(node: Node) -> Iterator[Objective]:
+    if not isinstance(node.value, list) or not node.value:
+        raise node.error("objectives", "write a list of at least one name: [val_loss, decode_ms]")
+    seen: set[str] = set()
+    for item in node.value:
+        if not isinstance(item.value, str):
+            raise item.error("objectives", f"{item.plain!r} is not the name of an objective")
+        try:
+            objective = load_objective(item.value)
+        except InputError as error:
+            raise item.error("objectives", str(error)) from None
+        if objective.name in seen:
+            raise item.error("objectives", f"'{objective.name}' stands twice")
+        seen.add(objective.name)
+        yield objective
+
+
+def _values(tree: grammar.Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
+    """Yield every value that a top-level whole-number field of the architecture can have."""
+    if isinstance(tree, grammar.Choice):
+        for option in tree.options:
+            yield from _values(option, name)
+    elif isinstance(tree, grammar.Record):
+        yield from _values(tree.fields[name], name)
+    elif isinstance(tree, grammar.Range):
+        yield int(tree.low), tree.mark
+    elif isinstance(tree, grammar.Fixed):
+        yield cast(int, tree.value), tree.mark

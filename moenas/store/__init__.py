@@ -1,0 +1,1 @@
+"""What stands in SQL and beside it: studies, trials, evaluations, fronts, leases and weights."""

@@ -1,0 +1,201 @@
+"""Which database this is: its uuid, its file, and the folder of its weights."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from sqlalchemy import Connection, Text, func, literal_column, select, update
+from sqlalchemy.exc import DBAPIError
+
+from moenas.errors import InputError, StorageLostError
+from moenas.store.tables import database
+from moenas.store.urls import sqlite_url
+from moenas.store.weights import Root
+
+FOLDER = "moenas_runs"
+"""Name of the folder of weights, where nobody names another."""
+
+FileId: TypeAlias = tuple[int, int]
+"""Device and inode of a file."""
+
+
+class ReplacedError(StorageLostError):
+    """Another database, or none, is where one was opened."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a database says of itself."""
+
+    uuid: str
+    """Empty for a database of the first schema."""
+    place: str | None = None
+    weights: str | None = None
+    former: tuple[str, ...] = ()
+
+
+UNKNOWN = Identity("")
+
+
+def read(connection: Connection) -> Identity:
+    """Return the identity of a database."""
+    row = connection.execute(select(database).where(database.c.id == 1)).first()
+    if row is None:
+        return UNKNOWN
+    return Identity(row.uuid, row.place, row.weights, tuple(row.former or ()))
+
+
+def file_id(path: Path) -> FileId:
+    """Return what names the file itself rather than its place."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def check_file(path: Path | None, opened: FileId | None, place: str) -> None:
+    """Raise ReplacedError if another file, or none, lies where an SQLite file was opened."""
+    if path is None or opened is None:
+        return
+    try:
+        now = file_id(path)
+    except OSError:
+        raise ReplacedError(
+            f"{place}: the file was moved or deleted while it was in use; what was stored since"
+            f" is not at {path}"
+        ) from None
+    if now != opened:
+        raise ReplacedError(
+            f"{place}: the file was replaced by another one while it was in use; what was stored"
+            f" since is not at {path}"
+        )
+
+
+def check_row(connection: Connection, known: Identity, place: str) -> None:
+    """Raise ReplacedError if a database has another uuid than it had."""
+    if not known.uuid:
+        return
+    now = connection.execute(select(database.c.uuid).where(database.c.id == 1)).scalar()
+    if now != known.uuid:
+        raise ReplacedError(f"{place}: is another database than the one that was opened")
+
+
+# --- at the start of a run -----------------------------------------------------------------------
+
+
+def settle(connection: Connection, path: Path | None, wanted: str | None, folder: Path) -> Identity:
+    """Write down where a database lies and where its weights go; return its identity.
+
+    A copy of a database gets a uuid of its own, so that its weights never replace those of the
+    original; it still finds the weights that it was copied with.
+
+    Raises:
+        InputError: if $MOENAS_RUNS, `wanted`, would split the weights over two folders.
+    """
+    known, here = read(connection), place(connection, path)
+    name, former = known.uuid or uuid.uuid4().hex, list(known.former)
+    root = known.weights
+    if known.place not in (None, here):
+        before = Path(root) if root else Path(str(known.place)).parent / FOLDER
+        if _is_copy(known, path):
+            name = uuid.uuid4().hex
+            former += [known.uuid, str(before / known.uuid)]
+        elif path is not None and root is None and _was_left(known, before, path):
+            root = str(before)
+    if wanted:
+        root = str(folder / wanted)
+        _check_whole(known, name, Path(root))
+    elif path is None:
+        root = root or str(folder / FOLDER)
+    now = Identity(name, here, root, tuple(former))
+    if now != known:
+        changes = {"uuid": name, "place": here, "weights": root, "former": former}
+        connection.execute(update(database).where(database.c.id == 1).values(changes))
+    return now
+
+
+def _was_left(known: Identity, before: Path, path: Path) -> bool:
+    """Whether an SQLite file was moved without the folder of its weights."""
+    beside = path.parent / FOLDER / known.uuid
+    return (before / known.uuid).is_dir() and not beside.is_dir()
+
+
+def place(connection: Connection, path: Path | None) -> str:
+    """Name where a database lies: the file; or the server, the database and the schema."""
+    if path is not None:
+        return str(path.resolve())
+    where = select(func.current_database(), func.current_schema())
+    name = "/".join(map(str, connection.execute(where).one()))
+    system = select(literal_column("system_identifier", Text)).select_from(func.pg_control_system())
+    try:
+        with connection.begin_nested():
+            return f"{connection.execute(system).scalar()}/{name}"
+    except DBAPIError:  # the server keeps its identity to itself
+        return name
+
+
+def _is_copy(known: Identity, path: Path | None) -> bool:
+    """Whether a database that lay elsewhere is still there too.
+
+    Of another place on a PostgreSQL server it is not known, and a new uuid harms nothing.
+    """
+    if path is None:
+        return True
+    other = Path(str(known.place))
+    try:
+        if os.path.samefile(other, path):
+            return False
+        url = sqlite_url(other, mode="ro")
+        connection = sqlite3.connect(f"{url.database}?mode=ro", uri=True, timeout=1)
+    except (OSError, sqlite3.Error):
+        return False
+    try:
+        row = connection.execute("SELECT uuid FROM moenas_database").fetchone()
+    except sqlite3.Error:
+        return False
+    finally:
+        connection.close()
+    return bool(row and row[0] == known.uuid)
+
+
+def _check_whole(known: Identity, name: str, root: Path) -> None:
+    """Refuse another folder while weights lie in the one that is written down."""
+    before = Path(known.weights, known.uuid) if known.weights else None
+    if before is None or before.parent == root or not before.is_dir() or (root / name).is_dir():
+        return
+    raise InputError(
+        f"MOENAS_RUNS={root}: the weights of this database lie in {before.parent}; move the folder"
+        f" {before.name} from there, or leave MOENAS_RUNS out"
+    )
+
+
+# --- where weights lie ---------------------------------------------------------------------------
+
+
+def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -> Root:
+    """Return the folder of the weights of a database, and those where they may also lie.
+
+    It is in $MOENAS_RUNS; or else in the folder that is written down; or else in moenas_runs
+    beside the SQLite file, or in the folder that this process began in.
+    """
+    beside = (path.parent if path else folder) / FOLDER
+    if wanted:
+        base = folder / wanted
+    elif known.weights and (path is None or Path(known.weights).is_dir()):
+        base = Path(known.weights)
+    else:
+        base = beside
+    if not known.uuid:
+        return Root(base)
+    bases = [base, beside]
+    if path is not None and known.place:
+        bases.append(Path(known.place).parent / FOLDER)
+    # A former one may be a whole path; the first schema had no uuid.
+    names = [known.uuid, *reversed(known.former), ""]
+    places = dict.fromkeys(each / name for each in bases for name in names)
+    root = Root(base / known.uuid)
+    root.older = tuple(place for place in places if place != root)
+    return root

@@ -1,0 +1,248 @@
+"""What a reader of a study asks the database for, and no more: counts, the front, one trial."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
+
+from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.store import front_rows, mapping, tables
+from moenas.store.tally import is_evaluated
+
+Rest = Callable[[str, int], list[Plain]]
+"""Reads the `curve` or the `routing` of a trial."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How far a study is and how it does."""
+
+    study: StudyRecord
+    counts: dict[str, int]
+    """Status -> finished trials."""
+    failures: dict[str, int]
+    """Kind of failure -> failed trials."""
+    best: dict[str, float | None]
+    """Objective -> the best value of all complete trials."""
+    front: int
+    """Members of the front."""
+    hypervolume: float | None
+    devices: list[str]
+    """Names of the devices of the complete trials."""
+    trained: bool
+    """Whether a trial has a validation loss."""
+
+    evaluated: int
+    """Candidates that count towards `trials`; see `tally.is_evaluated`."""
+    repeated: int
+    """Trials that are copies of an earlier trial of the same model."""
+
+    @property
+    def finished(self) -> int:
+        """Trials that are over."""
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class FrontView:
+    """The front of a study, and what its numbers stand on."""
+
+    summary: Summary
+    members: list[Evaluation]
+    """In order of the first objective, best first."""
+    architectures: dict[int, Plain]
+
+    @property
+    def study(self) -> StudyRecord:
+        """The study."""
+        return self.summary.study
+
+
+def as_front(view: View | FrontView) -> FrontView:
+    """Return the front of a whole view."""
+    if isinstance(view, FrontView):
+        return view
+    complete = [e for e in view.evaluations if e.status == "complete"]
+    found = {e.trial: e for e in complete}
+    summary = Summary(
+        study=view.study,
+        counts=dict(Counter(e.status for e in view.evaluations)),
+        failures={},
+        best={},
+        front=len(view.front),
+        hypervolume=view.history[-1].hypervolume if view.history else None,
+        trained=any("val_loss" in e.metrics for e in view.evaluations),
+        evaluated=sum(
+            is_evaluated(e.status, e.metrics, e.failure, bool(e.values)) for e in view.evaluations
+        ),
+        repeated=sum("copied_from" in e.metrics for e in view.evaluations),
+        devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
+    )
+    return FrontView(summary, [found[trial] for trial in view.front], view.architectures)
+
+
+class StoredView(View):
+    """A view that reads evaluations and architectures when they are asked for."""
+
+    @classmethod
+    def of(
+        cls,
+        study: StudyRecord,
+        front: list[int],
+        history: list[FrontPoint],
+        later: dict[str, Callable[[], Any]],
+    ) -> StoredView:
+        """Build a view whose other parts are read by `later`."""
+        found = cls(study, [], {}, front, history)
+        for name in later:
+            del found.__dict__[name]
+        found.__dict__["_later"] = later
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        later = self.__dict__.get("_later", {})
+        if name not in later:
+            raise AttributeError(name)
+        self.__dict__[name] = later[name]()
+        return self.__dict__[name]
+
+
+def studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
+    """Return the study of a name, or all of them, oldest first."""
+    wanted = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)
+    infos = select(tables.objective).order_by(tables.objective.c.position)
+    if name is not None:
+        wanted = wanted.where(tables.study.c.name == name)
+        infos = infos.where(tables.objective.c.study == name)
+    objectives: dict[str, list[Row[Any]]] = {}
+    for info in connection.execute(infos):
+        objectives.setdefault(info.study, []).append(info)
+    return [
+        mapping.study_record(row, objectives.get(row.name, []))
+        for row in connection.execute(wanted)
+    ]
+
+
+def evaluations(
+    connection: Connection, name: str, rest: Rest, which: Callable[[Table], Any] | None = None
+) -> list[Evaluation]:
+    """Return evaluations in order of their trials; `rest` reads their curves when asked for.
+
+    `which` limits the rows of a table that has the column `trial`.
+    """
+
+    def read(table: Table) -> list[Row[Any]]:
+        wanted = select(table).where(table.c.study == name).order_by(table.c.trial)
+        if which is not None:
+            wanted = wanted.where(which(table))
+        return list(connection.execute(wanted).all())
+
+    plains = mapping.evaluations(read(tables.evaluation), read(tables.value))
+    return [mapping.Stored.of(plain, rest) for plain in plains]
+
+
+def evaluation(connection: Connection, name: str, trial: int) -> Evaluation | None:
+    """Return the whole evaluation of one trial."""
+    found = evaluations(
+        connection,
+        name,
+        lambda part, number: rest_of(connection, name, part, number),
+        lambda table: table.c.trial == trial,
+    )
+    return Evaluation.parse(found[0].plain()) if found else None
+
+
+def rest_of(connection: Connection, name: str, part: str, trial: int) -> list[Plain]:
+    """Return the `curve` or the `routing` of a trial."""
+    table, order = (tables.curve, "position") if part == "curve" else (tables.routing, "layer")
+    wanted = select(table).where(table.c.study == name, table.c.trial == trial)
+    return mapping.part(part, connection.execute(wanted.order_by(table.c[order])))
+
+
+def routing_of_front(connection: Connection, name: str) -> dict[int, list[Plain]]:
+    """Return trial -> routing of the members of the front, which several figures show."""
+    table = tables.routing
+    wanted = select(table).where(table.c.study == name, on_front(name)(table))
+    found: dict[int, list[Row[Any]]] = {}
+    for row in connection.execute(wanted.order_by(table.c.trial, table.c.layer)):
+        found.setdefault(row.trial, []).append(row)
+    return {trial: mapping.part("routing", entries) for trial, entries in found.items()}
+
+
+def architectures(
+    connection: Connection, name: str, *which: ColumnElement[bool]
+) -> dict[int, Plain]:
+    """Return trial -> canonical architecture, in order of the trials."""
+    candidate = tables.candidate.c
+    wanted = select(candidate.trial, candidate.architecture).where(candidate.study == name, *which)
+    found = connection.execute(wanted.order_by(candidate.trial))
+    return {row.trial: row.architecture for row in found}
+
+
+def on_front(name: str) -> Callable[[Table], ColumnElement[bool]]:
+    """Return the condition that a row belongs to a member of the front."""
+    front = tables.front.c
+    trials = select(front.trial).where(front.study == name, front.left_seq.is_(None))
+    return lambda table: table.c.trial.in_(trials)
+
+
+def front_view(connection: Connection, name: str, rest: Rest) -> FrontView:
+    """Return the front of a study."""
+    found = summary(connection, name)
+    which = on_front(name)
+    members = {e.trial: e for e in evaluations(connection, name, rest, which)}
+    order = front_rows.members(connection, found.study)
+    plain = architectures(connection, name, which(tables.candidate))
+    return FrontView(found, [members[trial] for trial in order], plain)
+
+
+def summary(connection: Connection, name: str) -> Summary:
+    """Return how far a study is and how it does."""
+    record, evaluation = studies(connection, name)[0], tables.evaluation
+    this = evaluation.c.study == name
+    counted = select(evaluation.c.status, func.count()).where(this).group_by(evaluation.c.status)
+    kind = evaluation.c.failure["kind"].as_string()
+    failed = select(kind, func.count()).where(this, evaluation.c.failure.is_not(None))
+    device = evaluation.c.device["name"].as_string()
+    devices = select(device).where(this, evaluation.c.status == "complete").distinct()
+    copied = evaluation.c.metrics["copied_from"].as_float().is_not(None)
+    copies = select(func.count()).select_from(evaluation).where(this, copied)
+    loss = evaluation.c.metrics["val_loss"].as_float()
+    losses = select(evaluation.c.trial).where(this, loss.is_not(None))
+    info = tables.objective.c
+    ends = select(info.name, info.direction, info.lowest, info.highest).where(info.study == name)
+    last = front_rows.last(connection, name)
+    return Summary(
+        study=record,
+        counts={row[0]: row[1] for row in connection.execute(counted)},
+        failures={
+            row[0] or "error": row[1]
+            for row in connection.execute(failed.group_by(kind).order_by(func.count().desc()))
+        },
+        best={
+            row.name: row.lowest if row.direction == "minimize" else row.highest
+            for row in connection.execute(ends.order_by(info.position))
+        },
+        front=last.size if last else 0,
+        hypervolume=last.hypervolume if last else None,
+        trained=connection.execute(losses.limit(1)).first() is not None,
+        evaluated=evaluated(connection, name),
+        repeated=connection.execute(copies).scalar_one(),
+        devices=sorted(str(n) for n in connection.scalars(devices) if n is not None),
+    )
+
+
+def evaluated(connection: Connection, name: str) -> int:
+    """Return how many candidates of a study were evaluated."""
+    row, value = tables.evaluation.c, tables.value.c
+    wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
+    valued = select(value.trial).where(value.study == name, value.value.is_not(None))
+    with_values = set(connection.scalars(valued))
+    return sum(
+        is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values)
+        for r in connection.execute(wanted)
+    )

@@ -1,0 +1,93 @@
+"""Statements that several methods of the store share, each inside a transaction of its caller."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, select
+
+from moenas.errors import InputError, NotFoundError, suggestion
+from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.store import tables
+
+
+def insert_rows(connection: Connection, found: dict[Table, list[Plain]]) -> None:
+    """Store the rows of each table."""
+    for table, entries in found.items():
+        if entries:
+            connection.execute(insert(table), entries)
+
+
+def of_trial(table: Table, name: str, trial: int) -> ColumnElement[bool]:
+    """Return the condition that a row belongs to a trial."""
+    return (table.c.study == name) & (table.c.trial == trial)
+
+
+def known_study(connection: Connection, name: str, *, lock: bool = False) -> None:
+    """Raise NotFoundError if there is no such study; with `lock`, let no other one change it."""
+    wanted = select(tables.study.c.name).where(tables.study.c.name == name)
+    if connection.execute(wanted.with_for_update() if lock else wanted).first() is None:
+        names = connection.scalars(select(tables.study.c.name).order_by(tables.study.c.name)).all()
+        there = f"There are: {', '.join(names)}." if names else "There is none yet."
+        raise NotFoundError(f"no study '{name}'.{suggestion(name, names)} {there}")
+
+
+def candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:
+    """Return what a trial is to evaluate, or None."""
+    wanted = select(tables.candidate).where(of_trial(tables.candidate, name, trial))
+    return connection.execute(wanted).first()
+
+
+def known_trial(connection: Connection, name: str, trial: int) -> Row[Any]:
+    """Return what a trial is to evaluate; raise NotFoundError if it was never asked for."""
+    found = candidate(connection, name, trial)
+    if found is None:
+        numbers = tables.candidate.c.trial
+        count, last = connection.execute(
+            select(func.count(), func.max(numbers)).where(tables.candidate.c.study == name)
+        ).one()
+        there = f"it has {count}, up to trial {last}" if count else "it has none yet"
+        raise NotFoundError(f"study '{name}' has no trial {trial}; {there}")
+    return found
+
+
+def newest_attempt(connection: Connection, name: str, trial: int) -> int:
+    """Return how many times a trial was started."""
+    this = of_trial(tables.attempt, name, trial)
+    return connection.execute(select(func.max(tables.attempt.c.attempt)).where(this)).scalar() or 0
+
+
+def started_at(connection: Connection, name: str, trial: int, number: int) -> str | None:
+    """Return when an attempt began, or None if there is no such attempt."""
+    attempt = tables.attempt.c
+    this = of_trial(tables.attempt, name, trial) & (attempt.attempt == number)
+    return connection.execute(select(attempt.started_at).where(this)).scalar()
+
+
+def is_stored(connection: Connection, record: StudyRecord, created: str) -> bool:
+    """Whether the study of this name is this one, stored at this moment."""
+    study = tables.study.c
+    wanted = select(study.space_sha256, study.created_at).where(study.name == record.name)
+    row = connection.execute(wanted).first()
+    return row is not None and tuple(row) == (record.space_sha256, created)
+
+
+def point(record: StudyRecord, evaluation: Evaluation) -> list[float]:
+    """Return the values of a complete evaluation in the order of the study's objectives."""
+    values = [evaluation.values.get(name, math.nan) for name in record.directions]
+    for name, number in zip(record.directions, values, strict=True):
+        if not math.isfinite(number):
+            raise InputError(
+                f"study '{record.name}', trial {evaluation.trial}: complete, but {name} is"
+                f" {evaluation.values.get(name)}; a complete trial has a finite value of each"
+                " objective"
+            )
+    return [float(number) for number in values]
+
+
+def reference_ms(connection: Connection, name: str) -> dict[str, float]:
+    """Return device and workload -> time of the reference model there, in ms."""
+    reference = tables.reference.c
+    wanted = select(reference.key, reference.ms).where(reference.study == name)
+    return {row.key: row.ms for row in connection.execute(wanted)}

@@ -1,0 +1,350 @@
+"""What is known of the studies: every statement of SQL that is ours."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    delete,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+
+from moenas.errors import InputError, StudyBusyError
+from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.store import front_rows, identity, leases, mapping, row_readers, statements, tables
+from moenas.store.database import Database
+from moenas.store.reader import StoreReader, again
+from moenas.store.retry import RELEASE_S
+from moenas.store.urls import is_uri
+from moenas.store.weights import Root, sweep
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _now(precision: str = "milliseconds") -> str:
+    return datetime.now(UTC).isoformat(timespec=precision)
+
+
+class Store(StoreReader):
+    """The studies of one database, and the folder of their weights.
+
+    Every method is one transaction, which is tried again for a limited time when it fails for a
+    reason that passes: a lock, a restart of the server, a full disk. One that names a study raises
+    NotFoundError if there is none of that name, and StorageLostError if the database cannot be
+    reached any more.
+    """
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._owner = uuid.uuid4().hex
+
+    @classmethod
+    def open(cls, url: str | None = None, create: bool = False) -> Store:
+        """Open a database: the URL given, $MOENAS_STORAGE, $OPTUNA_STORAGE or ./moenas.db.
+
+        With `create`, the file and our tables are made where they are missing.
+
+        Raises:
+            StorageError: naming the database and the way out.
+        """
+        return cls(Database.open(url, create=create))
+
+    @classmethod
+    def known(cls, url: str | None, name: str) -> StudyRecord | None:
+        """Return a study that a run is to write to, or None; nothing is written or made.
+
+        Raises:
+            StorageError: if the database cannot be opened or made.
+        """
+        database = Database.peek(url)
+        if database is None:
+            return None
+        with cls(database)._database.reading() as connection:
+            found = row_readers.studies(connection, name)
+        database.engine.dispose()
+        return found[0] if found else None
+
+    @property
+    def url(self) -> str:
+        """The URL of the database, with its password: for programs, not for people."""
+        url, path = self._database.url, self._database.path
+        if path is not None and not is_uri(url):
+            url = url.set(database=str(path))
+        return url.render_as_string(hide_password=False)
+
+    @property
+    def place(self) -> str:
+        """The URL of the database without its password: for people."""
+        return self._database.place
+
+    @property
+    def path(self) -> Path | None:
+        """The file, if the database is one of SQLite."""
+        return self._database.path
+
+    @property
+    def engine(self) -> Engine:
+        """The database, for reading the tables and the view `pareto_front` by SQL."""
+        return self._database.engine
+
+    @property
+    def runs(self) -> Root:
+        """Where the weights of this database lie, and of no other one.
+
+        It is a folder in $MOENAS_RUNS, if that was set when the store was opened; or else in the
+        folder that the database names, or in moenas_runs/ beside the SQLite file.
+        """
+        database = self._database
+        return identity.runs(
+            database.identity, database.path, database.runs_wanted, database.folder
+        )
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which this store waits for its database."""
+        return self._database.again.seconds
+
+    def optuna_storage(self, serving: bool = False) -> RDBStorage:
+        """Return Optuna's storage on the same database; its tables are made if they are missing.
+
+        With `serving`, for a process that shows studies, reading does not keep the driver
+        waiting.
+
+        Raises:
+            StorageError: if the tables are those of another version of Optuna.
+        """
+        from moenas.store.optuna_storage import open_storage
+
+        return open_storage(self._database, serving=serving)
+
+    def verify(self) -> None:
+        """Raise StorageLostError if the database was moved, replaced or damaged meanwhile."""
+        self._database.again(self._database.verify)
+
+    # --- studies -------------------------------------------------------------------------------
+
+    def create_study(self, record: StudyRecord) -> None:
+        """Store a new study.
+
+        Raises:
+            InputError: if its name is taken or cannot be one.
+        """
+        name = record.name
+        if not (name.strip() and name.isprintable() and len(name) <= tables.NAME_LENGTH):
+            raise InputError(
+                f"study name {name[:40]!r}: 1 to {tables.NAME_LENGTH} printable characters"
+            )
+        created = record.created_at or _now()
+        tries = 0
+
+        def work() -> None:
+            nonlocal tries
+            tries += 1
+            found = mapping.study_rows(record)
+            found[tables.study][0]["created_at"] = created
+            try:
+                with self._database.writing() as connection:
+                    statements.insert_rows(connection, found)
+            except IntegrityError:
+                with self._database.reading() as connection:
+                    if tries > 1 and statements.is_stored(connection, record, created):
+                        return  # the answer of the first commit was lost
+                raise InputError(f"study '{name}' is there already in {self.place}") from None
+
+        self._database.again(work)
+
+    @again
+    def set_trials(self, name: str, trials: int) -> None:
+        """Set how many trials the study is to have in total."""
+        with self._changing(name) as connection:
+            connection.execute(
+                update(tables.study).where(tables.study.c.name == name).values(trials=trials)
+            )
+
+    # --- the driver ----------------------------------------------------------------------------
+
+    @again
+    def claim(self, name: str) -> None:
+        """Become the driver of a study, until `release`; `beat` at least every 10 s.
+
+        Raises:
+            StudyBusyError: if another driver lives, in this process or in any other.
+        """
+        with self._changing(name) as connection:
+            self._database.settle(connection)
+            holder = leases.claim(connection, name, self._owner)
+        if holder is not None:
+            raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
+        sweep(self.runs, name)
+
+    def beat(self, name: str) -> None:
+        """Say that this driver lives; one that fails is not tried again.
+
+        Raises:
+            StorageLostError: if the database was moved or replaced.
+            StudyBusyError: if another driver has taken over.
+        """
+        self._database.check_identity()
+        with self._changing(name) as connection:
+            self._database.check_identity(connection)
+            leases.beat(connection, name, self._owner)
+
+    def release(self, name: str) -> None:
+        """Stop being the driver of a study; nothing happens if this store is not.
+
+        It does not wait for long: this is done when a user ends a run.
+        """
+
+        def work() -> None:
+            with self._changing(name) as connection:
+                leases.release(connection, name, self._owner)
+
+        self._database.again(work, seconds=RELEASE_S)
+
+    # --- trials --------------------------------------------------------------------------------
+
+    @again
+    def asked(
+        self, name: str, trial: int, fingerprint: str, architecture: Plain, cost: dict[str, int]
+    ) -> None:
+        """Store what a trial is to evaluate; once more for the same trial changes nothing.
+
+        Raises:
+            InputError: if the trial is another architecture already.
+        """
+        row = {
+            "study": name,
+            "trial": trial,
+            "fingerprint": fingerprint,
+            "architecture": architecture,
+            "cost": cost,
+            "asked_at": _now(),
+        }
+        with self._changing(name) as connection:
+            known = statements.candidate(connection, name, trial)
+            if known is None:
+                connection.execute(insert(tables.candidate), row)
+            elif known.fingerprint != fingerprint:
+                raise InputError(
+                    f"study '{name}': trial {trial} is architecture {known.fingerprint}, not"
+                    f" {fingerprint}; our tables and Optuna's disagree"
+                )
+
+    def start_attempt(self, name: str, trial: int) -> int:
+        """Store that a trial is started once more; return which attempt it is, from 1.
+
+        From now on the results of earlier attempts are refused.
+        """
+        return self._start_attempt(name, trial, _now("microseconds"))
+
+    @again
+    def _start_attempt(self, name: str, trial: int, started: str) -> int:
+        """Store an attempt that began at `started`; once more for the same moment is no other."""
+        with self._changing(name) as connection:
+            statements.known_trial(connection, name, trial)
+            newest = statements.newest_attempt(connection, name, trial)
+            if statements.started_at(connection, name, trial, newest) == started:
+                return newest
+            row = {"study": name, "trial": trial, "attempt": newest + 1, "started_at": started}
+            connection.execute(insert(tables.attempt), row)
+            return newest + 1
+
+    @again
+    def apply(self, name: str, change: Callable[[Connection], T]) -> T:
+        """Run a change of a study's rows in one transaction."""
+        with self._changing(name) as connection:
+            return change(connection)
+
+    # --- evaluations ---------------------------------------------------------------------------
+
+    @again
+    def record(self, evaluation: Evaluation) -> bool:
+        """Store an evaluation, the front and its history together; return whether it counts.
+
+        It counts once: the same attempt again changes nothing. It is refused, with a warning in
+        the log, if a later attempt was started or the trial is complete already. Numbers that are
+        not finite are stored as NULL.
+
+        Raises:
+            NotFoundError: if the trial was never asked for.
+            InputError: if it is complete but lacks a finite value of an objective.
+        """
+        name, trial = evaluation.study, evaluation.trial
+        with self._changing(name) as connection:
+            statements.known_trial(connection, name, trial)
+            known = connection.execute(
+                select(tables.evaluation).where(statements.of_trial(tables.evaluation, name, trial))
+            ).first()
+            if known is not None and known.attempt == evaluation.attempt:
+                return True
+            newest = statements.newest_attempt(connection, name, trial)
+            if evaluation.attempt < newest or (known is not None and known.status == "complete"):
+                log.warning(
+                    "study '%s', trial %d: the result of attempt %d came too late and is ignored",
+                    *(name, trial, evaluation.attempt),
+                )
+                return False
+            self._write(connection, evaluation)
+            return True
+
+    def _write(self, connection: Connection, evaluation: Evaluation) -> None:
+        """Store an evaluation in place of that of an earlier attempt, and its effect."""
+        name, trial = evaluation.study, evaluation.trial
+        record = row_readers.studies(connection, name)[0]
+        now = _now()
+        found = mapping.evaluation_rows(evaluation, now)
+        for table in found:
+            connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
+        statements.insert_rows(connection, found)
+        this = tables.attempt.c.attempt == evaluation.attempt
+        connection.execute(
+            update(tables.attempt)
+            .where(statements.of_trial(tables.attempt, name, trial), this)
+            .values(
+                finished_at=now,
+                status=evaluation.status,
+                failure=mapping.failure(evaluation.failure),
+            )
+        )
+        if evaluation.status == "complete":
+            copied = "copied_from" in evaluation.metrics
+            point = statements.point(record, evaluation)
+            front_rows.advance(connection, record, trial, point, copied=copied)
+
+    # --- the reference model -------------------------------------------------------------------
+
+    @again
+    def set_reference_ms(self, name: str, key: str, ms: float) -> float:
+        """Fix the time of the reference model, if none is fixed; return the one that holds."""
+        with self._changing(name) as connection:
+            known = statements.reference_ms(connection, name)
+            if key not in known:
+                row = {"study": name, "key": key, "ms": ms, "set_at": _now()}
+                connection.execute(insert(tables.reference), row)
+            return known.get(key, ms)
+
+    # --- transactions --------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[Connection]:
+        """Yield a connection of a transaction that no other one changes this study beside."""
+        with self._database.writing() as connection:
+            statements.known_study(connection, name, lock=True)
+            yield connection

@@ -1,0 +1,284 @@
+"""What is wrong with a stored study, and the repair of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from sqlalchemy import Connection, select, text
+
+from moenas import pareto
+from moenas.errors import InputError, StorageLostError, StudyBusyError
+from moenas.records import Evaluation, Plain
+from moenas.search.trials import outcome
+from moenas.store import attempts, front_rows, row_readers, tables
+from moenas.store.heartbeat import Lease
+from moenas.store.store import Store
+from moenas.store.weights import FILE, has_weights, read_weights, weights_path
+from moenas.study import reconcile, repairs
+from moenas.study.spool import Spool
+
+Area = Literal["database", "trials", "front", "weights", "files"]
+TOLERANCE = 1e-9
+"""Share by which a stored hypervolume may differ from one that is computed again."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be."""
+
+    area: Area
+    trial: int | None
+    text: str
+    repair: str | None
+    """What `repair` would do; None if only the user can."""
+
+    def plain(self) -> Plain:
+        """Return the finding as a JSON object."""
+        return asdict(self)
+
+
+def examine(store: Store, name: str) -> list[Finding]:
+    """Compare both stores, the front, the weights and the files of a study; change nothing.
+
+    Raises:
+        StudyBusyError: if a process runs the study: what it is writing would be taken for damage.
+    """
+    _require_rest(store, name)
+    record = store.study(name)
+    stored = {e.trial: e for e in store.evaluations(name)}
+    findings = [*_database(store), *_trials(store, name, stored, list(record.directions))]
+    findings += store.read(name, lambda connection: _front(connection, name))
+    findings += [*_weights(store, name, stored), *_files(store, name, stored)]
+    _require_rest(store, name)
+    return findings
+
+
+def _require_rest(store: Store, name: str) -> None:
+    """Raise StudyBusyError if a process runs the study."""
+    if (holder := store.driver(name)) is not None:
+        raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
+
+
+def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[str]:
+    """Examine what a run relies on, repair the front, and return what the user should know.
+
+    Digests of weights are left to `examine`: they take as long as all the files are large.
+    """
+    said = []
+    if found := store.read(name, lambda connection: _front(connection, name)):
+        record = store.study(name)
+        store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
+        said.append(f"{found[0].text}; it was computed again")
+    lost = [
+        trial
+        for trial, evaluation in stored.items()
+        if evaluation.weights_sha256 and not has_weights(store.runs, name, trial)
+    ]
+    if lost:
+        said.append(
+            f"the weights of {len(lost)} trials, such as {lost[0]}, are not there; `moenas doctor`"
+            " says more"
+        )
+    return said
+
+
+def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
+    """Repair what can be repaired, after a backup; return the backup, or None if nothing was done.
+
+    Raises:
+        StudyBusyError: if a process runs the study.
+    """
+    areas = {finding.area for finding in findings if finding.repair}
+    if not areas:
+        return None
+    record = store.study(name)
+    with Lease(store, name):
+        backup = back_up(store, name)
+        # Results first: an uncommitted one needs its weights, and Optuna is told it.
+        Spool(store.runs, name).commit(store)
+        _repair_trials(store, name, list(record.directions))
+        if "front" in areas:
+            store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
+        if "files" in areas:
+            for path in _leftovers(store, name, {e.trial for e in store.evaluations(name)}):
+                path.unlink(missing_ok=True)
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+    return backup
+
+
+def back_up(store: Store, name: str) -> Path:
+    """Copy an SQLite database beside itself; of another one, write the study's rows as JSON.
+
+    Raises:
+        InputError: if the backup cannot be written.
+    """
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    path = store.path
+    try:
+        if path is not None:
+            backup = path.with_name(f"{path.name}.backup-{now}")
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as to:
+                source.backup(to)
+            return backup
+        folder = weights_path(store.runs, name, 0).parents[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        backup = folder / f"backup-{now}.json.gz"
+        with gzip.open(backup, "wt", encoding="utf-8") as file:
+            json.dump(store.read(name, lambda connection: _all_rows(connection, name)), file)
+        return backup
+    except (OSError, sqlite3.Error) as error:
+        raise InputError(f"the backup cannot be written: {error}; nothing was repaired") from None
+
+
+def _all_rows(connection: Connection, name: str) -> dict[str, list[Plain]]:
+    """Return our rows of a study, and Optuna's, by table."""
+    found: dict[str, list[Plain]] = {}
+    for table in tables.metadata.sorted_tables:
+        key = table.c.get("study", table.c.get("name"))
+        if key is None:
+            continue
+        rows = connection.execute(select(table).where(key == name)).mappings()
+        found[table.name] = [dict(row) for row in rows]
+    trials = text(
+        "SELECT t.number, CAST(t.state AS varchar) AS state, v.objective, v.value FROM trials t"
+        " JOIN studies s ON s.study_id = t.study_id"
+        " LEFT JOIN trial_values v ON v.trial_id = t.trial_id WHERE s.study_name = :name"
+    )
+    found["optuna"] = [dict(row) for row in connection.execute(trials, {"name": name}).mappings()]
+    return found
+
+
+# --- what is examined ----------------------------------------------------------------------------
+
+
+def _database(store: Store) -> list[Finding]:
+    """Check the file or the server itself."""
+    try:
+        store.verify()
+    except StorageLostError as error:
+        return [Finding("database", None, str(error), None)]
+    return []
+
+
+def _trials(
+    store: Store, name: str, stored: dict[int, Evaluation], names: list[str]
+) -> list[Finding]:
+    """Compare our evaluations with Optuna's trials."""
+    texts = {
+        "missing": "add it to Optuna's tables",
+        "untold": "tell it to Optuna",
+        "different": "give Optuna's trial our values",
+        "taken": "open it again, so that the next run evaluates it",
+        "foreign": "record that it is not ours",
+    }
+    trials = _optuna_trials(store, name)
+    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
+    return [Finding("trials", d.trial, d.text, texts[d.kind]) for d in found]
+
+
+def _optuna_trials(store: Store, name: str) -> list[optuna.trial.FrozenTrial]:
+    storage = store.optuna_storage()
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return []
+    return study.get_trials(deepcopy=False)
+
+
+def _front(connection: Connection, name: str) -> list[Finding]:
+    """Compare the stored front and its hypervolume with what the stored values give."""
+    record = row_readers.studies(connection, name)[0]
+    names, directions = list(record.directions), list(record.directions.values())
+    points = repairs.complete_points(connection, name, names)
+    own = {trial: values for trial, values, copied in points if not copied}
+    wanted: set[int] = set()
+    if own:
+        mask = pareto.non_dominated(list(own.values()), directions)
+        wanted = {trial for trial, keep in zip(own, mask, strict=True) if keep}
+    stored = set(front_rows.members(connection, record))
+    again = "compute the front and its history again"
+    found = []
+    if stored != wanted:
+        text = f"the front is {sorted(stored)}, and the stored values give {sorted(wanted)}"
+        found.append(Finding("front", None, text, again))
+    history = front_rows.history(connection, name)
+    if [point.trial for point in history] and len(history) != len(points):
+        text = f"{len(history)} rows of history for {len(points)} complete trials"
+        found.append(Finding("front", None, text, again))
+    if own:
+        corner = pareto.reference_point([values for _, values, _ in points], directions)
+        volume = pareto.hypervolume([own[t] for t in wanted], corner, directions)
+        last = history[-1].hypervolume if history else 0.0
+        if list(record.reference_point.values()) != corner:
+            text = f"the reference point is {record.reference_point}, and the values give {corner}"
+            found.append(Finding("front", None, text, again))
+        elif abs(last - volume) > TOLERANCE * max(1.0, abs(volume)) and pareto.is_exact(
+            len(corner)
+        ):
+            text = f"the hypervolume is {last:.9g}, and the stored values give {volume:.9g}"
+            found.append(Finding("front", None, text, again))
+    return found
+
+
+def _weights(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Finding]:
+    """Compare each file of weights with its stored digest."""
+    found = []
+    for trial, evaluation in stored.items():
+        if evaluation.weights_sha256 is None:
+            continue
+        try:
+            read_weights(store.runs, name, trial, evaluation.weights_sha256)
+        except InputError as error:
+            found.append(Finding("weights", trial, str(error), None))
+    return found
+
+
+def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Finding]:
+    """Find files that no row needs, and results that have no row."""
+    found = [
+        Finding("files", None, f"{path}: left by a run that was killed", "remove it")
+        for path in _leftovers(store, name, set(stored))
+    ]
+    for path, result in Spool(store.runs, name).results():
+        trial = result.trial if result is not None else None
+        found.append(Finding("files", trial, f"{path}: a result without a row", "record it"))
+    return found
+
+
+def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
+    """Return drafts, and weights of trials that have no evaluation."""
+    folder = weights_path(store.runs, name, 0).parents[1]
+    spooled = {r.trial for _, r in Spool(store.runs, name).results() if r is not None}
+    found = []
+    for path in folder.glob("*/*") if folder.is_dir() else ():
+        number = path.parent.name
+        draft = path.name.startswith(".")
+        lost = path.name == FILE and number.isdigit() and int(number) not in trials | spooled
+        if path.is_file() and (draft or lost):
+            found.append(path)
+    return found
+
+
+def _repair_trials(store: Store, name: str, names: list[str]) -> None:
+    """Make Optuna's rows agree with ours."""
+    stored = {e.trial: e for e in store.evaluations(name)}
+    if not store.holds_optuna_study(name):
+        directions: list[Any] = list(store.study(name).directions.values())
+        optuna.create_study(study_name=name, storage=store.optuna_storage(), directions=directions)
+    study = optuna.load_study(study_name=name, storage=store.optuna_storage())
+    trials = study.get_trials(deepcopy=False)
+    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
+    reconcile.repair(store, study, found, stored, names)
+    for difference in found:
+        if difference.kind == "untold":
+            found_outcome = outcome(stored[difference.trial], names)
+            reconcile.correct(store, name, difference.trial, *found_outcome)

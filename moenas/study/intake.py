@@ -1,0 +1,148 @@
+"""From what a worker sent to what is stored: values, latencies, requirements and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moenas.errors import InputError, StorageLostError
+from moenas.pareto import unusable
+from moenas.records import Evaluation, Failure, WeightsFile
+from moenas.space.objective import rebase
+from moenas.store.store import Store
+from moenas.store.weights import adopt_draft, copy_weights, remove_drafts, write_weights
+from moenas.study.candidate import Candidate
+from moenas.workers.pool import Result
+
+if TYPE_CHECKING:
+    from moenas.model.architecture import Architecture
+    from moenas.space.space import Space
+
+
+class Intake:
+    """Turns results of one study into evaluations."""
+
+    def __init__(self, store: Store, space: Space) -> None:
+        self._store, self._space, self._study = store, space, space.name
+        self._names = [o.name for o in space.objectives]
+        self._timed: dict[str, str] = {}
+        """Objective -> the key of the reference time that all its values share."""
+
+    def add(self, found: Evaluation) -> None:
+        """Take in a stored evaluation: its device is that of the study's latencies."""
+        if found.status == "complete":
+            for name, details in found.measurements.items():
+                if "reference_key" in details:
+                    self._timed.setdefault(name, details["reference_key"])
+
+    def evaluation(self, candidate: Candidate, result: Result) -> Evaluation:
+        """Return what is to be stored of a result; write the weights if there are any.
+
+        Raises:
+            StorageLostError: if the weights cannot be written.
+        """
+        outcome, attempt = result.outcome, result.job.attempt
+        if isinstance(outcome, Failure):
+            failure = outcome.plain()
+            seed = self._space.search.seed
+            return candidate.evaluation(self._study, attempt, "failed", failure=failure, seed=seed)
+        found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
+        if found.status == "complete":
+            found = self.judged(candidate.architecture, found)
+        digest = None
+        # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
+        if result.weights is not None and found.status != "infeasible":
+            place = self._store.runs, self._study, candidate.number
+            with self.writing():
+                if isinstance(result.weights, WeightsFile):
+                    digest = adopt_draft(*place, result.weights)
+                else:
+                    digest = write_weights(*place, result.weights)
+        self.clean(candidate.number)
+        return replace(found, weights_sha256=digest)
+
+    def clean(self, trial: int, result: Result | None = None) -> None:
+        """Remove what workers have written of a trial and not sent, such as one that was killed."""
+        file = None if result is None else result.weights
+        but = file if isinstance(file, WeightsFile) else None
+        remove_drafts(self._store.runs, self._study, trial, but)
+
+    def judged(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
+        """Return a complete evaluation with the study's reference times, if it can be complete.
+
+        It is failed if a value cannot be used, infeasible if the trained model breaks a
+        requirement.
+        """
+        why = unusable({name: found.values.get(name, math.nan) for name in self._names})
+        if why is not None:
+            return failed(found, "error", why)
+        return self._as_required(architecture, self._on_one_reference(found))
+
+    def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
+        """Return the evaluation of an earlier trial of the same model as that of a candidate.
+
+        The second item says why the weights are not copied, if they are not.
+        """
+        original = self._store.evaluation(self._study, source)
+        assert original is not None
+        digest, warning = original.weights_sha256, None
+        if digest is not None:
+            try:
+                with self.writing():
+                    copy_weights(self._store.runs, self._study, source, candidate.number, digest)
+            except InputError as error:
+                digest, warning = None, f"its weights are not copied: {error}"
+        copied = replace(
+            original,
+            trial=candidate.number,
+            attempt=self._store.attempts(self._study, candidate.number),
+            seconds={},
+            metrics={**original.metrics, "copied_from": float(source)},
+            weights_sha256=digest,
+        )
+        return copied, warning
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say that the storage is lost if a file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageLostError(
+                f"{error.filename or self._store.runs}: cannot be written: {error.strerror}"
+            ) from error
+
+    def _on_one_reference(self, found: Evaluation) -> Evaluation:
+        """Express latencies by the study's reference times; refuse those of another device."""
+        keys = {
+            name: (details["reference_key"], details["reference_ms"])
+            for name, details in found.measurements.items()
+            if "reference_key" in details
+        }
+        for name, (key, _) in keys.items():
+            if (first := self._timed.get(name, key)) != key:
+                text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
+                return failed(found, "refused", text)
+        fixed = {
+            key: self._store.set_reference_ms(self._study, key, ms) for key, ms in keys.values()
+        }
+        return rebase(found, fixed)
+
+    def _as_required(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
+        """Make an evaluation infeasible if the trained model breaks a requirement."""
+        if found.status != "complete" or architecture is None:
+            return found
+        violations = self._space.trained_violations(architecture, found.routing)
+        broken = {name: value for name, value in violations.items() if value > 0}
+        if not broken:
+            return found
+        return replace(found, status="infeasible", violations=broken)
+
+
+def failed(found: Evaluation, kind: str, message: str) -> Evaluation:
+    """Turn an evaluation into a failed one."""
+    failure = Failure(kind, message).plain()
+    return replace(found, status="failed", failure=failure)

@@ -1,0 +1,390 @@
+"""A study: launched or taken up again where it stopped, and read."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import optuna
+
+from moenas.errors import InputError, NotFoundError, StorageLostError
+from moenas.grammar import user_parts
+from moenas.grammar.summary import one_line
+from moenas.records import Evaluation, Plain, StudyRecord, View
+from moenas.search import points, samplers
+from moenas.store import attempts
+from moenas.store.heartbeat import Lease
+from moenas.store.store import Store
+from moenas.store.tally import Tally
+from moenas.study import repairs
+from moenas.study.changes import refuse_changes, version_changes
+from moenas.study.driver import Driver
+from moenas.study.events import Event, Interrupted, Listener
+from moenas.study.remeasure import Remeasurer
+from moenas.workers.pool import Pool, Workers, open_pool
+
+if TYPE_CHECKING:
+    import pandas
+
+    from moenas.data.corpus import Corpus
+    from moenas.model.architecture import Architecture
+    from moenas.space.space import Space
+
+__all__ = [
+    "Event",
+    "Front",
+    "Interrupted",
+    "Listener",
+    "Member",
+    "Study",
+    "Tally",
+    "load_study",
+    "run",
+]
+
+SHOWN_MEMBERS = 8
+"""Trials that the text of a front names."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One candidate that no other one beats in every objective."""
+
+    trial: int
+    values: dict[str, float]
+    architecture: Plain
+
+
+@dataclass(frozen=True)
+class Front:
+    """The non-dominated candidates of a study, best first by the first objective."""
+
+    members: tuple[Member, ...]
+    directions: dict[str, str]
+    hypervolume: float | None
+    """Volume of objective space that the front dominates, up to the reference point."""
+    reference_point: dict[str, float]
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Member:
+        return self.members[index]
+
+    def __repr__(self) -> str:
+        volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
+        trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
+        more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
+        return (
+            f"Front({len(self.members)} members: {', '.join(map(str, trials))}{more};"
+            f" {', '.join(self.directions)}; hypervolume {volume})"
+        )
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Return a row for each member: trial, values, the architecture in one line."""
+        import pandas
+
+        rows = [
+            {"trial": m.trial, **m.values, "architecture": one_line(m.architecture)}
+            for m in self.members
+        ]
+        return pandas.DataFrame(rows, columns=["trial", *self.directions, "architecture"])
+
+    def _repr_html_(self) -> str:
+        return str(self.dataframe().to_html(index=False))
+
+
+class Study:
+    """One study in a store; everything is read when it is asked for."""
+
+    def __init__(self, store: Store, name: str, finished: str | None = None) -> None:
+        self.store = store
+        self.name = name
+        self._finished = finished
+
+    def __repr__(self) -> str:
+        return f"Study({self.name!r}, {self.store.place!r})"
+
+    def _repr_html_(self) -> str:
+        done, total = self.store.count(self.name), self.record.trials
+        return f"<h4>{self.name}: {done} of {total} trials</h4>{self.front()._repr_html_()}"
+
+    @property
+    def record(self) -> StudyRecord:
+        """What was stored when the study began."""
+        return self.store.study(self.name)
+
+    @property
+    def changes(self) -> list[Plain]:
+        """What was accepted after the start, in order: {changed_at, what, before, after}."""
+        return self.store.read(self.name, lambda c: repairs.changes(c, self.name))
+
+    @property
+    def view(self) -> View:
+        """Everything of the study at once."""
+        return self.store.view(self.name)
+
+    @property
+    def finished(self) -> str | None:
+        """Why the study is over; None if it is not.
+
+        `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
+        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
+        """
+        if (
+            self._finished is None
+            and attempts.evaluated(self.store, self.name) >= self.record.trials
+        ):
+            return "trials"
+        return self._finished
+
+    @property
+    def optuna(self) -> optuna.Study:
+        """The Optuna study behind it."""
+        return optuna.load_study(study_name=self.name, storage=self.store.optuna_storage())
+
+    def evaluation(self, trial: int) -> Evaluation:
+        """Return what came of a trial.
+
+        Raises:
+            NotFoundError: if the trial does not exist or is not finished.
+        """
+        found = self.store.evaluation(self.name, trial)
+        if found is None:
+            raise NotFoundError(f"study '{self.name}' has no finished trial {trial}")
+        return found
+
+    def architecture(self, trial: int, *, allow_code: bool = False) -> Architecture:
+        """Return the architecture of a trial.
+
+        With `allow_code` the Python files that the database holds for the study are run.
+
+        Raises:
+            InputError: if the architecture needs such a file, which is neither allowed nor here.
+        """
+        from moenas.model.architecture import Architecture
+
+        user_parts.load_stored(self.record.space, allow_code=allow_code)
+        return Architecture.parse(self.store.architecture(self.name, trial))
+
+    def front(self) -> Front:
+        """Return the Pareto front."""
+        view = self.store.front_view(self.name)
+        names = view.study.directions
+        members = tuple(
+            Member(e.trial, {name: e.values[name] for name in names}, view.architectures[e.trial])
+            for e in view.members
+        )
+        return Front(members, names, view.summary.hypervolume, view.study.reference_point)
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Return a row for each finished trial: state, values, parameters, cost, failure, seconds.
+
+        Columns of the values are the objectives' names; drawn parameters have the prefix
+        `params.`, exact costs `cost.`.
+        """
+        import pandas
+
+        names = self.record.directions
+        drawn = {t.number: t.params for t in self.optuna.get_trials(deepcopy=False)}
+        rows = [
+            {
+                "trial": e.trial,
+                "state": e.status,
+                **{name: e.values.get(name) for name in names},
+                **{f"cost.{name}": value for name, value in e.cost.items()},
+                "failure": e.failure["kind"] if e.failure else None,
+                "seconds": e.seconds.get("total"),
+                **{f"params.{name}": value for name, value in drawn.get(e.trial, {}).items()},
+            }
+            for e in self.store.evaluations(self.name)
+        ]
+        return pandas.DataFrame(rows)
+
+
+def load_study(name: str, storage: str | None = None) -> Study:
+    """Return a stored study.
+
+    Raises:
+        NotFoundError: if there is none of that name.
+    """
+    store = Store.open(storage)
+    store.study(name)
+    return Study(store, name)
+
+
+# --- launch or resume --------------------------------------------------------------------------
+
+
+def run(
+    space: Space,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    workers: Workers = None,
+    address: str | None = None,
+    listener: Listener | None = None,
+    accept_changes: bool = False,
+) -> Study:
+    """Run a study to its end and return it; called again, it goes on where it stopped.
+
+    `trials` is how many candidates the study is to evaluate in total, failed ones included. Draws
+    that are infeasible and models that are evaluated already are recorded and do not count. None
+    takes what the space file says, or what an earlier run asked for if that is more. `workers` and
+    `address` are those of `pool.open_pool`. With `accept_changes`, objectives may have other files
+    than before: finished trials are measured again by them, and the change is stored.
+
+    Raises:
+        InputError: if nothing in the space is feasible, or the study of that name has another
+            space or corpus; nothing is written.
+        StudyBusyError: if another process runs it.
+        NoCandidateError: if not one trial is complete at the end.
+        EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
+        StudyStoppedError: if several candidates in a row fail for one reason.
+        Interrupted: on Ctrl-C or SIGTERM.
+    """
+    from moenas.evaluate.matching import open_corpus
+
+    samplers.check(space.search.sampler)
+    points.check_grid(space)
+    space.require_feasible()
+    corpus = open_corpus(space)
+    known = Store.known(storage, space.name)
+    changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
+    sigterm = _Sigterm()
+    with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
+        # Only where there is a pool is all that the user wrote known to be right.
+        pool = None if known else _opened(stack, space, workers, address)
+        store = Store.open(storage, create=True)
+        if known is None:
+            _create(store, space, corpus, trials)
+        if changed:
+            pool = pool or _opened(stack, space, workers, address)
+            Remeasurer(store, space, corpus.sha256).run(pool, changed)
+        lease = stack.enter_context(Lease(store, space.name))
+        refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
+        driver = Driver(store, space, corpus.sha256, listener or _silent)
+        driver.resume(_total(store.study(space.name), space, trials))
+        if driver.over is None:
+            pool = pool or _opened(stack, space, workers, address)
+            if known and (text := version_changes(known, _versions())):
+                driver.warn(f"the study began with other versions: {text}")
+            driver.work(pool, lease)
+        store.verify()
+        return Study(store, space.name, driver.end())
+
+
+@contextmanager
+def _plain_endings(sigterm: _Sigterm) -> Iterator[None]:
+    """Keep Optuna quiet, and turn what may end a run from outside into errors of moenas."""
+    quiet = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise StorageLostError(f"the database: {error.__cause__ or error}") from error
+    except KeyboardInterrupt:
+        raise Interrupted(*sigterm.reason) from None
+    finally:
+        optuna.logging.set_verbosity(quiet)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that a study is stored with."""
+    from moenas.evaluate.job import versions
+
+    return versions() | {"optuna": optuna.__version__}
+
+
+def _create(store: Store, space: Space, corpus: Corpus, trials: int | None) -> None:
+    """Store a new study; one that another process has just stored is taken as it is.
+
+    Raises:
+        InputError: if Optuna's tables hold a study of that name that is not ours.
+    """
+    if store.holds_optuna_study(space.name) and not store.knows(space.name):
+        raise InputError(
+            f"study '{space.name}': Optuna's tables in {store.place} hold a study of that name"
+            " which moenas did not make; give the space another `name`"
+        )
+    try:
+        store.create_study(_record(space, corpus, trials))
+    except InputError:
+        known = next((r for r in store.studies() if r.name == space.name), None)
+        if known is None:
+            raise
+        refuse_changes(known, space, corpus)
+
+
+def _silent(event: Event) -> None:
+    """Listen to nothing."""
+
+
+def _opened(stack: ExitStack, space: Space, workers: Workers, address: str | None) -> Pool:
+    """Open a pool that is closed with the stack."""
+    pool = open_pool(workers, space.search, address=address)
+    stack.callback(pool.close)
+    return pool
+
+
+class _Sigterm:
+    """Lets SIGTERM and SIGHUP end a run as Ctrl-C does."""
+
+    HEEDED = (signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.reason = ("Ctrl-C", 130)
+        """What ended the run, and the exit code for it."""
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Heed the signals meanwhile.
+
+        A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.getsignal(s) for s in self.HEEDED}
+        before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Raise what no `except Exception` swallows, and what Ray's waiting lets through."""
+        self.reason = (signal.Signals(number).name, 128 + number)
+        raise KeyboardInterrupt
+
+
+def _total(known: StudyRecord, space: Space, trials: int | None) -> int:
+    """Return how many trials the study is to have now: a stated number, else the largest so far."""
+    return trials or max(known.trials, space.search.trials)
+
+
+def _record(space: Space, corpus: Corpus, trials: int | None) -> StudyRecord:
+    """Write down what a new study is."""
+    return StudyRecord(
+        name=space.name,
+        space_text=space.text,
+        overrides=list(space.overrides),
+        space=space.plain(),
+        space_sha256=space.sha256,
+        objectives=[o.info().plain() for o in space.objectives],
+        data=corpus.manifest,
+        versions=_versions(),
+        trials=trials or space.search.trials,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )

@@ -1,0 +1,147 @@
+"""A stored study by its name: failed trials run again, objectives measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moenas.errors import InputError, suggestion
+from moenas.records import StudyRecord
+from moenas.store.heartbeat import Lease
+from moenas.store.store import Store
+from moenas.study import repairs
+from moenas.study.changes import refuse_changes
+from moenas.study.events import Listener
+from moenas.study.launch import Study, run
+from moenas.study.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
+from moenas.study.spool import Spool
+from moenas.study.stop_rules import FINAL
+from moenas.workers.pool import Workers, open_pool
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+SAME_AGAIN = (*FINAL, "parameters", "foreign")
+"""Kinds of failure that another try ends with, too; only named ones are tried again."""
+
+
+def stored_space(record: StudyRecord) -> Space:
+    """Return the space of a study from the text and the overrides that are stored.
+
+    Objectives and other files are read from the places that the text names.
+    """
+    from moenas.space.space import Space
+
+    space = Space.parse(record.space_text, f"{record.name}.yaml", record.overrides)
+    return replace(space, name=record.name)
+
+
+def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[int]:
+    """Open failed trials again, so that the next run evaluates them; return their numbers.
+
+    Without `kinds`, those whose outcome may be another one: a diverged model diverges again.
+
+    Raises:
+        InputError: if no failed trial has a kind of `kinds`.
+        StudyBusyError: if a process runs the study.
+    """
+    with Lease(store, study):
+        # The lease comes first: another process may have evaluated them again meanwhile.
+        Spool(store.runs, study).commit(store)
+        failed = {
+            e.trial: str((e.failure or {}).get("kind", "error"))
+            for e in store.evaluations(study)
+            if e.status == "failed"
+        }
+        chosen = _chosen(study, failed, kinds)
+        if chosen:
+            store.apply(study, lambda connection: repairs.reopen(connection, study, chosen))
+    return chosen
+
+
+def _chosen(study: str, failed: dict[int, str], kinds: Sequence[str]) -> list[int]:
+    """Return the failed trials to open; `failed` is trial -> kind of failure."""
+    there = sorted(set(failed.values()))
+    for kind in kinds:
+        if kind not in there:
+            known = f"its failures are {', '.join(there)}" if there else "it has no failed trial"
+            raise InputError(
+                f"--failed {kind}: study '{study}' has no such failure."
+                f"{suggestion(kind, there)} {known[0].upper()}{known[1:]}."
+            )
+    return [
+        trial
+        for trial, kind in failed.items()
+        if (kind in kinds if kinds else kind not in SAME_AGAIN)
+    ]
+
+
+def retry(
+    name: str,
+    *,
+    kinds: Sequence[str] = (),
+    storage: str | None = None,
+    workers: Workers = None,
+    address: str | None = None,
+    listener: Listener | None = None,
+) -> Study:
+    """Run failed trials of a stored study again, and the rest of the study.
+
+    Raises:
+        InputError: if the files that the study names have changed, or no trial is to be retried.
+        StudyBusyError: if a process runs the study.
+    """
+    from moenas.data.loading import load
+
+    store = Store.open(storage)
+    record = store.study(name)
+    space = stored_space(record)
+    refuse_changes(record, space, load(space.data))
+    if not reopen_failed(store, name, kinds):
+        raise InputError(
+            f"study '{name}': no failed trial may end otherwise; --failed KIND names one of the"
+            " kinds that `moenas status` lists"
+        )
+    return run(
+        space,
+        storage=storage,
+        trials=record.trials,
+        workers=workers,
+        address=address,
+        listener=listener,
+    )
+
+
+def remeasure(
+    name: str,
+    *,
+    trial: int | None = None,
+    objective: str | None = None,
+    storage: str | None = None,
+    workers: Workers = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> Remeasured:
+    """Measure objectives of finished trials again, from their stored weights.
+
+    `objective` is a name or a file, and may be one that the study does not have: its values are
+    then stored beside the others and do not change the front.
+
+    Raises:
+        InputError: if there is nothing to measure, or the study's corpus has changed.
+        StudyBusyError: if a process runs the study.
+    """
+    from moenas.data.loading import load
+
+    store = Store.open(storage)
+    record = store.study(name)
+    space = stored_space(record)
+    chosen = chosen_objectives(record, space, objective, trial)
+    corpus = load(space.data)
+    refuse_changes(record, space, corpus, accept=True)
+    pool = open_pool(workers, space.search, address=address)
+    try:
+        return Remeasurer(store, space, corpus.sha256).run(pool, chosen, trial, progress)
+    finally:
+        pool.close()

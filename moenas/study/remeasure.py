@@ -1,0 +1,243 @@
+"""Objectives of finished trials, measured again from their stored weights, without training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
+
+from moenas.errors import InputError, MoenasError
+from moenas.model.architecture import Architecture
+from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
+from moenas.search.trials import outcome
+from moenas.space.objective import Objective, load_objective
+from moenas.store.heartbeat import Lease
+from moenas.store.store import Store
+from moenas.store.weights import read_weights
+from moenas.study import repairs
+from moenas.study.changes import changed_objectives
+from moenas.study.intake import Intake
+from moenas.study.jobs import Jobs
+from moenas.study.spool import Spool
+from moenas.study.stop_rules import RETRIES
+from moenas.workers.pool import Pool, Result
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+Progress = Callable[[int, int, Evaluation], None]
+"""Takes how many trials are measured, of how many, and the latest one."""
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What a new measurement of a study gave."""
+
+    objectives: list[str]
+    trials: list[int]
+    """Trials that were measured."""
+    complete: int
+    """Of these, how many are complete now."""
+    failed: int
+
+
+def chosen_objectives(
+    record: StudyRecord, space: Space, ref: str | None, trial: int | None
+) -> list[Objective]:
+    """Return the objectives to measure: the one named, or those whose files have changed.
+
+    With a trial and no name, all of the study's.
+
+    Raises:
+        InputError: if there is nothing to measure, or a changed objective is asked for one trial.
+    """
+    changed = changed_objectives(record, space)
+    if ref is None:
+        found = list(space.objectives) if trial is not None else changed
+    else:
+        found = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
+    if not found:
+        raise InputError(
+            f"study '{record.name}': no objective's file has changed; name one by --objective, or"
+            " a trial"
+        )
+    mixed = [o.name for o in found if o in changed]
+    if mixed and trial is not None:
+        raise InputError(
+            f"study '{record.name}': the file of '{mixed[0]}' has changed, so all trials must be"
+            " measured again, that one front does not mix two measurements; leave the trial out"
+        )
+    return found
+
+
+class Remeasurer:
+    """Measures objectives of the finished trials of one study."""
+
+    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+        self._store, self._space = store, space
+        self._record = store.study(space.name)
+        self._jobs = Jobs(store, space, data_sha256)
+        self._intake = Intake(store, space)
+
+    def run(
+        self,
+        pool: Pool,
+        objectives: Sequence[Objective],
+        trial: int | None = None,
+        progress: Progress | None = None,
+    ) -> Remeasured:
+        """Measure, then store all values, Optuna's and the front in one transaction.
+
+        A candidate whose objective fails now becomes failed; one whose objective failed before
+        becomes complete. Nothing is stored if the run is stopped before its end.
+
+        Raises:
+            InputError: if the trial cannot be measured.
+            MoenasError: if the machine fails a measurement.
+        """
+        name, store = self._space.name, self._store
+        with Lease(store, name) as lease:
+            Spool(store.runs, name).commit(store)
+            todo = self._todo(trial)
+            done: list[Evaluation] = []
+            waiting = list(todo)
+            running: dict[int, Evaluation] = {}
+            crashes: Counter[int] = Counter()
+            while waiting or running:
+                while waiting and len(running) < pool.capacity:
+                    known = waiting.pop(0)
+                    running[known.trial] = known
+                    pool.submit(self._job(pool, known, objectives))
+                for result in pool.wait(0.5):
+                    known = running.pop(result.job.trial)
+                    if _died(result) and crashes[known.trial] < RETRIES:
+                        crashes[known.trial] += 1
+                        waiting.append(known)
+                        continue
+                    found = self._merged(known, result, objectives)
+                    self._intake.add(found)
+                    done.append(found)
+                    if progress is not None:
+                        progress(len(done), len(todo), found)
+                lease.check()
+            done += self._copies(done)
+            self._store_all(done + self._outdated(objectives), objectives)
+        complete = sum(e.status == "complete" for e in done)
+        failed = sum(e.status == "failed" for e in done)
+        names = [o.name for o in objectives]
+        return Remeasured(names, [e.trial for e in done], complete, failed)
+
+    def _todo(self, trial: int | None) -> list[Evaluation]:
+        """Return the evaluations to measure: complete ones, and those with stored weights."""
+        stored = self._store.evaluations(self._space.name)
+        found = [
+            e
+            for e in stored
+            if "copied_from" not in e.metrics
+            and (e.status == "complete" or e.weights_sha256 is not None)
+            and (trial is None or e.trial == trial)
+        ]
+        if not found and trial is not None:
+            raise InputError(
+                f"study '{self._space.name}': trial {trial} is not complete and has no stored"
+                " weights; there is nothing to measure again"
+            )
+        for other in stored if trial is not None else ():
+            if other.trial != trial:  # latencies of one device stay those of one device
+                self._intake.add(other)
+        return found
+
+    def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
+        """Return the job of one trial, with its stored weights if an objective needs them."""
+        name, weights = self._space.name, None
+        if known.weights_sha256 and any(o.needs == "training" for o in objectives):
+            weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
+        architecture = self._store.architecture(name, known.trial)
+        more: Plain = {"known": known.plain(), "weights": weights}
+        more |= {"device": pool.device, "sharers": pool.sharers}
+        return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
+
+    def _merged(
+        self, known: Evaluation, result: Result, objectives: Sequence[Objective]
+    ) -> Evaluation:
+        """Return the stored evaluation with the new values."""
+        found = result.outcome
+        failure = found if isinstance(found, Failure) else None
+        if not isinstance(found, Failure) and found.failure:
+            failure = Failure.parse(found.failure)
+        if failure is not None and failure.kind == "environment":
+            raise MoenasError(
+                f"study '{known.study}', trial {known.trial}: {failure.message}; nothing is stored"
+            )
+        own = {o.name for o in self._space.objectives}
+        if failure is not None and own & {o.name for o in objectives}:
+            return replace(known, status="failed", failure=failure.plain())
+        if isinstance(found, Failure):
+            return known
+        merged = replace(
+            known,
+            values=known.values | found.values,
+            measurements=known.measurements | found.measurements,
+        )
+        if not own <= merged.values.keys():
+            return merged
+        architecture = Architecture.parse(result.job.architecture)
+        complete = replace(merged, status="complete", failure=None, violations={})
+        return self._intake.judged(architecture, complete)
+
+    def _copies(self, done: Sequence[Evaluation]) -> list[Evaluation]:
+        """Return the copies of measured trials with their values."""
+        by_trial = {float(e.trial): e for e in done}
+        return [
+            replace(
+                e,
+                status=source.status,
+                values=source.values,
+                measurements=source.measurements,
+                failure=source.failure,
+                violations=source.violations,
+            )
+            for e in self._store.evaluations(self._space.name)
+            if (source := by_trial.get(e.metrics.get("copied_from", -1.0))) is not None
+        ]
+
+    def _outdated(self, objectives: Sequence[Objective]) -> list[Evaluation]:
+        """Return infeasible trained trials without the values that changed objectives had given.
+
+        Their weights were not kept. Without a value Optuna holds such a trial as one that was not
+        measured, so that no sampler learns from two measurements under one name.
+        """
+        changed = changed_objectives(self._record, self._space)
+        names = {o.name for o in objectives if o in changed}
+        return [
+            replace(
+                e,
+                values={k: v for k, v in e.values.items() if k not in names},
+                measurements={k: v for k, v in e.measurements.items() if k not in names},
+            )
+            for e in self._store.evaluations(self._space.name)
+            if e.status == "infeasible" and e.weights_sha256 is None and names & e.values.keys()
+        ]
+
+    def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
+        """Store values, digests, Optuna's rows and the front together."""
+        record, space = self._record, self._space
+        names = list(record.directions)
+        changes = [(e, *outcome(e, names)) for e in done]
+        infos = [o.info() for o in objectives if o.name in names]
+        all_current = all(o in objectives for o in changed_objectives(record, space))
+
+        def store_rows(connection: Connection) -> None:
+            repairs.replace_evaluations(connection, record, changes)
+            if all_current:
+                repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
+
+        self._store.apply(record.name, store_rows)
+
+
+def _died(result: Result) -> bool:
+    """Say whether the worker process of a result died, which another try may not do."""
+    return isinstance(result.outcome, Failure) and result.outcome.kind == "crashed"

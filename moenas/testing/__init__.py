@@ -1,0 +1,1 @@
+"""Contract tests for what people add: components, objectives, figures and corpora."""

@@ -1,0 +1,303 @@
+"""The command line, as a person uses it: from a new file to an exported model, and every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from moenas import resources as refs
+from moenas.cli import commands, options
+
+SMALL = """\
+architecture:
+  vocab_size: 256
+  d_model: {choice: [32, 48]}
+  blocks:
+    - mixer: {kind: attention, head_dim: 16}
+      ffn:
+        choice:
+          - {kind: dense, d_ff: {int: [32, 64], step: 32}}
+          - {kind: moe, n_experts: 4, d_expert: 32, router: {top_k: {choice: [1, 2]}}}
+objectives: [val_loss, flops_per_token]
+data: pydoc
+train: {tokens: 2048, context: 32, batch: 4, val_tokens: 512}
+search: {sampler: random, trials: 4}
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def moenas(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """Run the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MOENAS_STORAGE", "OPTUNA_STORAGE", "MOENAS_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["moenas", *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            commands.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        out, err = capfd.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> None:
+    Path("small.yaml").write_text(SMALL)
+
+    checked = moenas("check", "small.yaml", "-o", "json")
+    assert checked.code == 0
+    assert json.loads(checked.out)["points"] == 2 * (2 + 2)
+
+    ran = moenas("run", "small.yaml", "--workers", "inline", "-o", "json")
+    assert ran.code == 0, ran.err
+    members = json.loads(ran.out)
+    assert members
+    assert set(members[0]) >= {"trial", "val_loss", "flops_per_token", "architecture"}
+
+    again = moenas("run", "small.yaml", "--workers", "inline", "-o", "json")
+    assert again.code == 0
+    assert json.loads(again.out) == members
+    assert "done" in again.err
+
+    status = json.loads(moenas("status", "small", "-o", "json").out)
+    assert (status["evaluated"], status["left"]) == (4, 0)
+    assert json.loads(moenas("front", "small", "-o", "json").out) == members
+    header, *rows = moenas("front", "small", "-o", "csv").out.splitlines()
+    assert header.startswith("trial,val_loss,flops_per_token")
+    assert len(rows) == len(members)
+    assert "val_loss in nats/token" in moenas("front", "small").err
+
+    trial = members[0]["trial"]
+    shown = json.loads(moenas("show", "small", trial, "-o", "json").out)
+    assert shown["values"]["val_loss"] == members[0]["val_loss"]
+    assert "d_model" in moenas("show", "small", trial).out
+
+    exported = moenas("export", "small", trial, "out")
+    assert exported.code == 0, exported.err
+    assert {p.name for p in Path("out").iterdir()} >= {
+        "model.py",
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    said = subprocess.run(
+        [sys.executable, "model.py"], cwd="out", capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    assert "small" in moenas("status").out
+
+
+def test_what_was_not_trained_is_not_offered_for_export(moenas: Run) -> None:
+    text = SMALL.replace("[val_loss, flops_per_token]", "[active_params, total_params]")
+    Path("costs.yaml").write_text(text)
+    ran = moenas("run", "costs.yaml", "--workers", "inline")
+    assert ran.code == 0, ran.err
+    assert "moenas show costs" in ran.err
+    assert "export" not in ran.err
+    refused = moenas("export", "costs", ran.out.splitlines()[2].split()[0], "out")
+    assert refused.code == 2
+    assert "was not trained" in refused.err
+
+
+def test_a_run_says_first_what_is_known_of_its_corpus(moenas: Run) -> None:
+    text = SMALL.replace("data: pydoc", "data: {files: [squares.txt]}").replace("2048", "8192")
+    Path("small.yaml").write_text(text)
+    Path("squares.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(300)))
+    ran = moenas("run", "small.yaml", "--workers", "inline", "--trials", "1")
+    assert ran.code == 0, ran.err
+    note = ran.err.index("data: 8,192 tokens of training are drawn from")
+    assert note < ran.err.index("trial 0")
+    assert "moenas export small" in ran.err
+    missing = moenas("run", "small.yaml", "data.files=[nowhere.txt]", "--workers", "inline")
+    assert missing.code == 2
+
+
+def test_init_writes_a_file_that_checks_and_a_schema_that_accepts_it(moenas: Run) -> None:
+    assert moenas("init", "mine.yaml").code == 0
+    text = Path("mine.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=moenas.schema.json\n")
+    schema = json.loads(Path("moenas.schema.json").read_text())
+    jsonschema.validate(refs.read_yaml(Path("mine.yaml")).plain, schema)
+    assert schema == json.loads(moenas("schema").out)
+    assert "valid" in moenas("check", "mine.yaml").out
+    refused = moenas("init", "mine.yaml")
+    assert refused.code == 2
+    assert Path("mine.yaml").read_text() == text
+    assert moenas("init", "other.yaml", "--from", "tiny").code == 0
+
+
+BROKEN = {
+    "wrong type": ("d_model: {choice: [32, 48]}", "d_model: wide", "bad.yaml:3:12"),
+    "misspelt key": ("vocab_size", "vocabsize", "Did you mean 'vocab_size'"),
+    "misspelt section": ("objectives:", "objective:", "Did you mean 'objectives'"),
+    "empty choice": ("[32, 48]", "[]", "bad.yaml:3:21"),
+    "unknown kind": ("kind: dense", "kind: dens", "Did you mean 'dense'"),
+    "broken YAML": ("[32, 48]}", "[32, 48}", "not valid YAML"),
+    "alias bomb": ("d_model", "a: &a [1]\n  b: [*a, *a]\n  d_model", "anchors"),
+    "tag": ("256", "!!python/name:os.system 256", "tags"),
+    "k over n_experts": ("{choice: [1, 2]}", "8", "top_k (8) must be at most n_experts (4)"),
+    "never valid width": ("head_dim: 16", "head_dim: 160", "head_dim"),
+    "duplicate key": ("data: pydoc", "data: pydoc\ndata: pydoc", "stands twice"),
+    "unreadable data": ("data: pydoc", "data: {files: nowhere.txt}", "nowhere.txt"),
+    "unknown data": ("data: pydoc", "data: pydok", "bad.yaml:11:7"),
+    "unknown objective": ("val_loss", "val_los", "Did you mean 'val_loss'"),
+    "unknown sampler": ("sampler: random", "sampler: randm", "Did you mean 'random'"),
+    "negative trials": ("trials: 4", "trials: -4", "search.trials: -4"),
+    "bad requirement": ("data:", "require: [parms < 3]\ndata:", "Did you mean 'params'"),
+    "code in a requirement": ("data:", "require: ['exit() < 3']\ndata:", "not allowed"),
+    "range upside down": (
+        "[32, 64], step: 32",
+        "[64, 32], step: 32",
+        "low (64) is above high (32)",
+    ),
+    "tokens below a step": ("tokens: 2048", "tokens: 20", "less than one step"),
+    "impossible requirement": ("data:", "require: [params < 10]\ndata:", "no architecture meets"),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_mistake_in_the_file_is_one_line_and_nothing_is_created(
+    moenas: Run, mistake: str
+) -> None:
+    old, new, words = BROKEN[mistake]
+    assert old in SMALL
+    Path("bad.yaml").write_text(SMALL.replace(old, new, 1))
+    for command in ("check", "run"):
+        result = moenas(command, "bad.yaml")
+        assert result.code == 2, result
+        assert words in result.err
+        assert result.err.count("\n") == 1
+        assert "Traceback" not in result.err
+        assert result.out == ""
+        assert os.listdir() == ["bad.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "nowhere.yaml"), "no such file"),
+        (("run", "tinny"), "Did you mean 'tiny'"),
+        (("run", "small.yaml", "train.tokns=3"), "Did you mean 'tokens'"),
+        (("run", "small.yaml", "--workers", "many"), "'inline'"),
+        (("run", "small.yaml", "--workers", "\u00b2"), "'inline'"),
+        (("init", "mine"), "ends in .yaml"),
+        (("run", "small.yaml", "--storage", "nonsense"), "nonsense"),
+        (("run", "small.yaml", "--storage", "sqlite:////proc/moenas.db"), "/proc/moenas.db"),
+        (("run", "small.yaml", "--storage", "sqlite:///small.yaml"), "small.yaml"),
+        (("run", "small.yaml", "--storage", "postgresql://u:secret@127.0.0.1:1/x"), "127.0.0.1"),
+        (("front", "small"), "moenas.db"),
+        (("status", "small"), "moenas.db"),
+        (("show", "small", "3"), "moenas.db"),
+        (("export", "small", "3", "out"), "moenas.db"),
+        (("dashboard",), "moenas.db"),
+        (("init", "nowhere/mine.yaml"), "nowhere"),
+        (("init", "mine.yaml", "--from", "tinny"), "Did you mean 'tiny'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    moenas: Run, words: tuple[str, ...], message: str
+) -> None:
+    Path("small.yaml").write_text(SMALL)
+    result = moenas(*words)
+    assert result.code == 2, result
+    assert message in result.err
+    assert "secret" not in result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("\n") == 1
+    assert os.listdir() == ["small.yaml"]
+
+
+def test_unknown_studies_and_trials_are_named_with_what_there_is(moenas: Run) -> None:
+    Path("small.yaml").write_text(SMALL)
+    assert moenas("run", "small.yaml", "--workers", "inline", "--trials", "2").code == 0
+    for words, message in (
+        (("front", "smal"), "Did you mean 'small'"),
+        (("show", "small", "7"), "0-2"),
+        (("export", "small", "7", "out"), "7"),
+        (("export", "smal", "0", "out"), "Did you mean 'small'"),
+    ):
+        result = moenas(*words)
+        assert result.code == 2, result
+        assert message in result.err
+        assert not Path("out").exists()
+
+
+def test_a_changed_space_is_refused_with_the_difference(moenas: Run) -> None:
+    Path("small.yaml").write_text(SMALL)
+    assert moenas("run", "small.yaml", "--workers", "inline", "--trials", "1").code == 0
+    before = moenas("status", "small", "-o", "json").out
+    refused = moenas("run", "small.yaml", "train.tokens=4096", "--workers", "inline")
+    assert refused.code == 2
+    assert "train.tokens" in refused.err
+    assert "2048" in refused.err
+    assert "4096" in refused.err
+    assert moenas("status", "small", "-o", "json").out == before
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys\nsys.argv = ['moenas', '--help']\nfrom moenas.cli import commands as cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'optuna', 'ray', 'pandas', 'sqlalchemy', 'plotly'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_front_is_read_without_torch(moenas: Run) -> None:
+    Path("small.yaml").write_text(SMALL)
+    assert moenas("run", "small.yaml", "--workers", "inline", "--trials", "1").code == 0
+    code = (
+        "import sys\nsys.argv = ['moenas', 'front', 'small']\nfrom moenas.cli import commands as cli\n"
+        "cli.app(standalone_mode=False)\nassert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_closed_pipe_is_no_traceback(moenas: Run, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m moenas schema | head -c 10"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_hint_can_be_pasted_and_holds_no_password() -> None:
+    hint = options.command_line(
+        ["run", "a b.yaml"], {"storage": "postgresql://u:secret@h/d", "trials": None}
+    )
+    assert hint == "moenas run 'a b.yaml' --storage 'postgresql://u:***@h/d'"
+
+
+def test_a_fault_of_ours_is_two_lines(moenas: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(refs, "find", broken)
+    result = moenas("init", "mine.yaml", "--from", "tiny")
+    assert result.code == 1
+    assert "internal error: ZeroDivisionError: oh" in result.err
+    assert "Traceback" not in result.err

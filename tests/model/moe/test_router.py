@@ -1,0 +1,210 @@
+"""Each router against its formula, written out token by token; what balancing adds to it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moenas.grammar import tree
+from moenas.model import Balance, Choice, Gating, Router
+
+D_MODEL, N_EXPERTS, TOKENS = 16, 6, 40
+
+
+def build(router: Router, seed: int = 0) -> Gating:
+    module = router.build(D_MODEL, N_EXPERTS)
+    module.logits.weight.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
+    return module
+
+
+def some_tokens(seed: int = 1) -> Tensor:
+    return torch.randn(TOKENS, D_MODEL, generator=torch.Generator().manual_seed(seed))
+
+
+def written_out(router: Router, logits: list[float], bias: list[float]) -> dict[int, float]:
+    """Expert -> weight of one token."""
+    if router.score == "sigmoid":
+        scores = [1 / (1 + math.exp(-z)) for z in logits]
+    else:
+        scores = [math.exp(z) / sum(math.exp(other) for other in logits) for z in logits]
+    ranks = sorted(range(len(logits)), key=lambda e: scores[e] + bias[e], reverse=True)
+    chosen = {e: scores[e] for e in ranks[: router.top_k]}
+    whole = sum(chosen.values()) if router.normalizes else 1.0
+    return {e: router.scale * score / whole for e, score in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Router(top_k=2),
+        Router(top_k=1, normalize=False),
+        Router(top_k=3, normalize=False, scale=2.0),
+        Router(top_k=2, score="sigmoid", scale=2.5),
+        Router(top_k=N_EXPERTS, score="sigmoid", normalize=False),
+    ],
+    ids=["mixtral", "switch", "raw", "deepseek", "all"],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_and_weights_follow_the_formula(router: Router, biased: bool) -> None:
+    module, x = build(router), some_tokens()
+    bias = torch.linspace(-0.4, 0.4, N_EXPERTS) if biased else None
+    choice = module(x, bias)
+    logits = (x.double() @ module.logits.weight.double().T).tolist()
+    for token in range(TOKENS):
+        want = written_out(router, logits[token], bias.tolist() if biased else [0.0] * N_EXPERTS)
+        found = dict(
+            zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True)
+        )
+        assert found == pytest.approx(want, abs=1e-5)
+
+
+def test_normalised_softmax_is_the_softmax_over_the_chosen() -> None:
+    choice = build(Router(top_k=2))(some_tokens())
+    over_chosen = choice.logits.gather(-1, choice.experts).softmax(dim=-1)
+    torch.testing.assert_close(choice.weights, over_chosen)
+
+
+def test_the_bias_moves_the_selection_and_never_the_weights() -> None:
+    module, x = build(Router(top_k=1, score="sigmoid", normalize=False)), some_tokens()
+    favoured = torch.tensor([10.0, 0, 0, 0, 0, 0])
+    choice = module(x, favoured)
+    assert (choice.experts == 0).all()
+    torch.testing.assert_close(choice.weights[:, 0], choice.scores[:, 0])
+
+
+def test_logits_are_float32_whatever_the_tokens_are() -> None:
+    choice = build(Router())(some_tokens().bfloat16())
+    assert {choice.logits.dtype, choice.weights.dtype} == {torch.float32}
+
+
+def choice_of(experts: list[list[int]], logits: Tensor, score: str) -> Choice:
+    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    chosen = torch.tensor(experts)
+    return Choice(chosen, scores.gather(-1, chosen), scores, logits)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_losses_follow_the_formulas(score: str) -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    experts = [[0, 1], [0, 2], [0, 1], [1, 2]]
+    balance = Balance(3, aux_coef=0.5, z_coef=0.25, bias_rate=None)
+    routing = balance(choice_of(experts, logits, score), torch.zeros(()))
+    assert routing.load.tolist() == [3, 3, 2]
+    aux = z = 0.0
+    for i in range(3):
+        share = sum(row.count(i) for row in experts) / 8
+        mean = 0.0
+        for row in logits.tolist():
+            s = [1 / (1 + math.exp(-x)) if score == "sigmoid" else math.exp(x) for x in row]
+            mean += s[i] / sum(s) / 4
+        aux += 3 * share * mean
+    for row in logits.tolist():
+        z += math.log(sum(math.exp(x) for x in row)) ** 2 / 4
+    assert routing.balance_loss.item() == pytest.approx(aux, abs=1e-6)
+    assert routing.z_loss.item() == pytest.approx(z, abs=1e-6)
+    total = balance.auxiliary_loss(routing).item()
+    assert total == pytest.approx(0.5 * aux + 0.25 * z, abs=1e-6)
+
+
+def test_an_even_load_has_balance_loss_1_and_an_uneven_one_more() -> None:
+    balance = Balance(2, aux_coef=1.0, z_coef=0.0, bias_rate=None)
+    even = balance(
+        choice_of([[0], [1]], torch.tensor([[9.0, 0], [0, 9]]), "softmax"), torch.zeros(())
+    )
+    assert even.balance_loss.item() == pytest.approx(1)
+    all_to_one = torch.tensor([[9.0, 0], [9, 0]])
+    uneven = balance(choice_of([[0], [0]], all_to_one, "softmax"), torch.zeros(()))
+    assert uneven.balance_loss.item() == pytest.approx(2, abs=1e-3)
+
+
+def test_the_selection_bias_lifts_the_idle_and_lowers_the_busy() -> None:
+    balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
+    choice = choice_of([[0], [0], [0], [0], [1], [1]], torch.zeros(6, 3), "sigmoid")
+    balance(choice, torch.zeros(()))
+    balance.step()
+    assert balance.bias is not None
+    assert balance.bias.tolist() == [-0.25, 0, 0.25]
+
+
+def test_an_evaluation_before_the_step_does_not_count() -> None:
+    balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
+    balance(choice_of([[0], [0], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
+    balance.eval()
+    balance(choice_of([[2], [2], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
+    for _ in range(2):  # the second has no training pass before it
+        balance.step()
+        assert balance.bias.tolist() == [-0.25, 0, 0.25]
+
+
+def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
+    router = Router(score="sigmoid", top_k=1, balance="bias", bias_rate=0.01)
+    module, balance, x = build(router), router.build_balance(N_EXPERTS), some_tokens()
+    x[:, 0] = 1.0
+    module.logits.weight.data[0, 0] = 4.0
+    busiest = []
+    for _ in range(150):
+        routing = balance(module(x, balance.bias), torch.zeros(()))
+        busiest.append(routing.load.max().item() / TOKENS)
+        balance.step()
+    assert busiest[0] > 0.6
+    assert busiest[-1] < 0.3
+
+
+@pytest.mark.parametrize("preset", Router.presets)
+def test_presets_are_valid_spellings(preset: str) -> None:
+    router = tree.parse(Router, {"preset": preset})
+    assert {k: getattr(router, k) for k in Router.presets[preset]} == Router.presets[preset]
+    assert tree.parse(Router, router.plain()) == router
+
+
+ALIKE = [
+    # A single weight is not divided by itself.
+    (Router(top_k=1), Router(top_k=1, normalize=False)),
+    (Router(top_k=2), Router(top_k=2, normalize=True)),
+    # Coefficients of a balance that is not in use.
+    (Router(balance="bias", aux_coef=0.5), Router(balance="bias")),
+    (Router(balance="aux_loss", bias_rate=0.5), Router(balance="aux_loss")),
+    (Router(balance="none", bias_rate=0.5, aux_coef=0.5), Router(balance="none")),
+    # A balance without any force.
+    (Router(balance="aux_loss", aux_coef=0.0), Router(balance="none")),
+    (Router(balance="bias", bias_rate=0.0), Router(balance="none")),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ALIKE)
+def test_spellings_of_one_router_have_one_form(one: Router, other: Router) -> None:
+    assert one != other
+    assert one.canonical() == other.canonical()
+    assert one.canonical().canonical() == one.canonical()
+
+
+def test_different_routers_keep_different_forms() -> None:
+    routers = [
+        Router(),
+        Router(normalize=False),
+        Router(score="sigmoid"),
+        Router(top_k=1),
+        Router(top_k=1, score="sigmoid"),
+        Router(scale=2.0),
+        Router(aux_coef=0.02),
+        Router(z_coef=0.001),
+        Router(capacity_factor=1.0),
+        Router(balance="bias"),
+        Router(balance="bias", bias_rate=0.01),
+        Router(balance="none"),
+    ]
+    assert len({router.canonical() for router in routers}) == len(routers)
+
+
+def test_among_as_many_experts_as_are_chosen_nothing_is_left_to_balance() -> None:
+    router = Router(top_k=4, normalize=False, balance="bias", capacity_factor=1.0)
+    assert router.canonical_among(4) == Router(top_k=4, balance="none", normalize=True)
+    assert router.canonical_among(8) == router
+
+
+def test_a_capacity_that_never_binds_is_none() -> None:
+    assert Router(top_k=2, capacity_factor=4.0).canonical_among(8).capacity_factor is None
+    assert Router(top_k=2, capacity_factor=3.9).canonical_among(8).capacity_factor == 3.9
