@@ -206,7 +206,7 @@ def test_an_operator_without_a_rule_is_named() -> None:
     with pytest.raises(CandidateError) as error:
         count_flops(Unknown(), torch.ones(1, 8, dtype=torch.int64))
     assert "aten::_convolution, aten::erfinv" in str(error.value)
-    assert "moenas/flops.py" in str(error.value)
+    assert "moenas/evaluate/flops.py" in str(error.value)
 
 
 class Square(torch.autograd.Function):
