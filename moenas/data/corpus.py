@@ -38,6 +38,11 @@ class Corpus:
     """Loss on val of a smoothed bigram that was counted on train: see `bigram_loss`. What a model
     reaches that knows the previous token alone."""
 
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """Names of the domains, none if they are not known."""
+        return self.domains.names if self.domains else ()
+
     def require(self, context: int, vocab_size: int) -> None:
         """Check that sequences of `context` tokens can be cut and that a model knows all tokens.
 

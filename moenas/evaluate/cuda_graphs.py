@@ -1,8 +1,7 @@
 """CUDA graphs: work on a device that the host launches as one thing.
 
 All captures of a process share one side stream of each device. cuBLAS keeps a workspace for every
-stream that it was used on, 32 MiB or more, so that a stream for each candidate would hold memory
-for good.
+stream that it was used on, 32 MiB or more. With a stream for each candidate that memory would grow.
 """
 
 from __future__ import annotations

@@ -60,10 +60,7 @@ class DeviceSteps:
         self._tried, self._group, self._last = False, 1, math.nan
         with self._on_stream():
             self.optimizer = AdamW(model, recipe)
-            layers = model.moe_layers()
-            self.meter = RoutingAccumulator(
-                layers, len(corpus.domains.names) if corpus.domains else 0
-            )
+            self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
             rates = [recipe.lr * schedule(step, recipe) for step in range(recipe.steps)]
             self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
             self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the step
@@ -187,7 +184,7 @@ class DeviceSteps:
     ) -> Sums:
         """See `Steps.advance`; others may have the device between groups of steps."""
         recipe, first, began = self.recipe, self.done, time.monotonic()
-        counts = with_domains and self.corpus.domains is not None and bool(self.meter.layers)
+        counts = with_domains and bool(self.corpus.domain_names and self.meter.layers)
         if counts:
             self._drop_graph()  # these steps are eager, and need its memory
         self.load(first, until)

@@ -86,9 +86,7 @@ class HostSteps:
         self.model, self.corpus, self.recipe, self.seed = model, corpus, recipe, seed
         self.dtype = training_dtype(recipe, next(model.parameters()).device)
         self.optimizer = AdamW(model, recipe)
-        self.meter = RoutingAccumulator(
-            model.moe_layers(), len(corpus.domains.names) if corpus.domains else 0
-        )
+        self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
         self.done = 0
         self._last = math.nan
 

@@ -82,7 +82,7 @@ def train(
     assert recipe.lr is not None
     tune_malloc()
     began, start, total = time.monotonic(), 0, recipe.steps
-    names = corpus.domains.names if corpus.domains else ()
+    names = corpus.domain_names
     steps = open_steps(model, corpus, recipe, seed)
     watch = CollapseDetector(model.moe_layers(), recipe.max_dead)
     model.train()
@@ -143,7 +143,7 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
         DivergedError: if the loss is not finite.
     """
     device = next(model.parameters()).device
-    names = corpus.domains.names if corpus.domains else ()
+    names = corpus.domain_names
     layers = model.moe_layers()
     meter, with_capacity = RoutingAccumulator(layers, len(names)), RoutingAccumulator(layers)
     sizes = (recipe.context, recipe.batch, recipe.val_tokens)
