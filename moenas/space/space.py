@@ -23,7 +23,7 @@ from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
-from moenas.records import Cost, Plain, astuple
+from moenas.records import Cost, Plain
 from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.objective import Objective, load_objective
@@ -247,7 +247,7 @@ class Space:
         """
         try:
             found = architecture.cost(self.train.context)
-            right = all(type(n) is int and n >= 0 for n in astuple(found))
+            right = all(type(n) is int and n >= 0 for n in found.plain().values())
         except MoenasError:
             raise
         except (Exception, SystemExit) as error:
