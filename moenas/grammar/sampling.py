@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from moenas.errors import SpaceError
+from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.component import Component, Scalar, fields
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree, has_holes, join
 from moenas.records import Plain
-from moenas.resources import SourceLocation
 
 TRIES = 1000
 """Random architectures tried before an option is called never valid."""
@@ -222,7 +221,7 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     `whole`: see `grammar.parse`.
 
     Raises:
-        SpaceError: `path: why the fields do not go together`.
+        SpaceError: with the path of the part whose fields do not go together.
     """
     component = _fill(tree, suggest, "", "")
     if whole and (reason := component.invalid_together()) is not None:
@@ -276,7 +275,7 @@ def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -
     if component is None:
         component = tree.cls(**{**closed, **values})
         if (reason := component.invalid()) is not None:
-            raise SpaceError(f"{place}: {reason}" if place else reason)
+            raise SpaceError(reason, path=place)
         if len(tree.drawn) < MANY:
             tree.drawn[answers] = component
     return component
@@ -357,8 +356,9 @@ def enumerate_points(tree: Tree, limit: int | None = None) -> Iterator[dict[str,
     for hole in holes(tree):
         if isinstance(hole.tree, Range) and hole.tree.count is None:
             raise SpaceError(
-                f"{hole.tree.mark}: {hole.name}: a continuous range has no end of values;"
-                " give it a step"
+                "a continuous range has no end of values; give it a step",
+                location=hole.tree.mark,
+                path=hole.name,
             )
     return _points(tree, limit)
 
@@ -413,7 +413,12 @@ def _check_narrow(tree: Tree) -> None:
             forced = {**hole.given, name: label}
             unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
             shown = repr(label) if unit == 1 else f"{unit} * {label}"
-            _check_option(tree, forced, f"{marks[repr(label)][1]}: {name}: {shown}")
+            if (reason := _never_valid(tree, forced)) is not None:
+                raise SpaceError(
+                    f"{shown} can never be valid: {reason}",
+                    location=marks[repr(label)][1],
+                    path=name,
+                )
 
 
 def _same(a: Scalar, b: Scalar) -> bool:
@@ -480,12 +485,13 @@ def _options(tree: Choice | Range) -> list[tuple[Scalar, SourceLocation]]:
     return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
 
 
-def _check_option(tree: Tree, forced: dict[str, Any], place: str) -> None:
+def _never_valid(tree: Tree, forced: dict[str, Any]) -> str | None:
+    """Return why none of TRIES random architectures with these answers is valid; None if one is."""
     reason = ""
     for seed in range(TRIES):
         try:
             drawn(tree, RandomSuggest(seed, forced), whole=False)
-            return
+            return None
         except SpaceError as error:
             reason = str(error)
-    raise SpaceError(f"{place} can never be valid: {reason}")
+    return reason

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
-from moenas.errors import SpaceError, suggestion
+from moenas.errors import SourceLocation, SpaceError, suggestion
 from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
 from moenas.records import Plain
-from moenas.resources import Node, SourceLocation
+from moenas.resources import NOWHERE, Node
 
 MAX_OPTIONS = 1000
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
@@ -356,7 +356,7 @@ def construct(tree: Tree, path: str = "") -> Component:
         SpaceError: if a hole is left, or the fields do not go together.
     """
     if not isinstance(tree, Record):
-        raise SpaceError(f"{tree.mark}: {path or 'architecture'}: a hole is left open")
+        raise SpaceError("a hole is left open", location=tree.mark, path=path or "architecture")
     values: dict[str, Any] = {}
     for name, value in tree.fields.items():
         inner = join(path, name)
@@ -369,24 +369,25 @@ def construct(tree: Tree, path: str = "") -> Component:
             values[name] = construct(value, inner)
     component = tree.cls(**values)
     if (reason := component.invalid()) is not None:
-        raise SpaceError(f"{tree.mark}: {path}: {reason}" if path else f"{tree.mark}: {reason}")
+        raise SpaceError(reason, location=tree.mark, path=path)
     return component
 
 
 def parse(
-    cls: type[C], plain: Mapping[str, Any], source: str = "<data>", *, whole: bool = True
+    cls: type[C], plain: Mapping[str, Any], mark: SourceLocation = NOWHERE, *, whole: bool = True
 ) -> C:
     """Build a component of a family from plain data; the inverse of `Component.plain`.
 
-    Not `whole`: lists may have items left out, so what must hold between items is not asked.
+    An error names the place `mark`. Not `whole`: lists may have items left out, so what must hold
+    between items is not asked.
 
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    tree = read(cls, Node.wrap(dict(plain), source))
+    tree = read(cls, Node.wrap(dict(plain), mark))
     component = construct(tree)
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(f"{tree.mark}: {reason}")
+        raise SpaceError(reason, location=tree.mark)
     return cast(C, component)
 
 
