@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import cast
 
@@ -33,22 +34,32 @@ class Surrogate:
     def __init__(self, features: Array, values: Array, seed: int = 0) -> None:
         """Fit the process to values (N,) at features (N, D)."""
         self._center, self._scale = float(values.mean()), float(values.std()) or 1.0
-        x = torch.from_numpy(np.ascontiguousarray(features))
-        y = torch.from_numpy((values - self._center) / self._scale)[:, None]
+        x, y = self._tensors(features, values)
         chosen = np.random.default_rng(seed).permutation(len(x))[:FITTED]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputDataWarning)
             warnings.simplefilter("ignore", OptimizationWarning)
-            model = SingleTaskGP(x[chosen], y[chosen], outcome_transform=None)
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-            model.set_train_data(x, y[:, 0], strict=False)
-        self._model = model.eval()
+            self._model = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(self._model.likelihood, self._model))
+        self._model.set_train_data(x, y, strict=False)
+        self._model.eval()
+
+    def given(self, features: Array, values: Array) -> Surrogate:
+        """Return the process with the same hyperparameters, conditioned on other values (N,)."""
+        other = copy.deepcopy(self)
+        other._model.set_train_data(*self._tensors(features, values), strict=False)
+        other._model.eval()
+        return other
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Return mean and standard deviation (N,) of the value without noise."""
-        x = torch.from_numpy(np.ascontiguousarray(features))
+        x, _ = self._tensors(features, np.empty(0))
         with torch.no_grad(), max_cholesky_size(EXACT):
             found = self._model.posterior(x)
-            mean, variance = found.mean[:, 0].numpy(), found.variance[:, 0].numpy()
+        mean, variance = found.mean[:, 0].numpy(), found.variance[:, 0].numpy()
         deviation = np.sqrt(np.maximum(variance, 0.0)) * self._scale
         return mean * self._scale + self._center, cast(Array, deviation)
+
+    def _tensors(self, features: Array, values: Array) -> tuple[torch.Tensor, torch.Tensor]:
+        scaled = (values - self._center) / self._scale
+        return torch.from_numpy(np.ascontiguousarray(features)), torch.from_numpy(scaled)

@@ -55,8 +55,6 @@ def _areas(known: Array, front: Array, corner: Array) -> Array:
     k members or by none of them, as a whole.
     """
     n_axes, n_front = front.shape[1], len(front)
-    if n_axes == 0:
-        raise ValueError("at least one objective must be known")
     edges = [np.append(np.unique(front[:, axis]), corner[axis]) for axis in range(n_axes)]
     lows = [np.insert(edge[:-1], 0, -np.inf) for edge in edges]
     # First member, in order of losses, that dominates each cell; n_front where none does.

@@ -8,7 +8,7 @@ from typing import Literal
 from moenas.errors import suggestion
 from moenas.grammar.component import Component, setting
 
-SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid")
+SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box")
 """Samplers by name; any other is `file.py:Class`."""
 
 
