@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -30,7 +30,7 @@ from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
-from moenas.records import Cost, Plain
+from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.objective import Objective, load_objective
@@ -191,7 +191,7 @@ class Space:
         return {r.text: r.violation(layers) for r in wanted}
 
     def trained_violations(
-        self, architecture: Architecture, routing: Sequence[Plain]
+        self, architecture: Architecture, routing: Sequence[RoutingRow]
     ) -> dict[str, float]:
         """Return the same of the requirements that are decided on the routing after training.
 
@@ -200,7 +200,7 @@ class Space:
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
             return {}
-        rows = {row["layer"]: row for row in routing}
+        rows: dict[int, Mapping[str, Any]] = {row["layer"]: row for row in routing}
         layers: list[Names] = [
             {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
             for i, names in enumerate(self._names(architecture))
