@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from botorch.exceptions import InputDataWarning, OptimizationWarning
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
-from botorch.models.transforms import Standardize
-from gpytorch.mlls import ExactMarginalLogLikelihood
-from gpytorch.settings import max_cholesky_size
 from numpy.typing import NDArray
+
+with warnings.catch_warnings():
+    # linear_operator compiles functions with torch.jit.script when it is imported.
+    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+    from botorch.exceptions.warnings import InputDataWarning, OptimizationWarning
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+    from gpytorch.settings import max_cholesky_size
 
 Array = NDArray[np.float64]
 
 FITTED = 200
-"""Evaluations that the hyperparameters are fitted to, at most; all of them condition the process."""
+"""Evaluations that hyperparameters are fitted to, at most; all of them condition the process."""
 EXACT = 100_000
 """Evaluations up to which gpytorch factorises the whole matrix."""
 
@@ -39,7 +42,7 @@ class Surrogate:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputDataWarning)
             warnings.simplefilter("ignore", OptimizationWarning)
-            self._model = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
+            self._model: Any = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
             fit_gpytorch_mll(ExactMarginalLogLikelihood(self._model.likelihood, self._model))
         self._model.set_train_data(x, y, strict=False)
         self._model.eval()

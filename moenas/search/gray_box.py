@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ class GrayBox:
         prediction = self._predict([d for d, _ in complete], losses, running, pool)
         return pool[int(np.argmax(prediction.improvements()))].point.params
 
-    # --- predictions -------------------------------------------------------------------------------
+    # --- predictions ---------------------------------------------------------------------------
 
     def _predict(
         self,
@@ -142,7 +142,7 @@ class GrayBox:
             self._fitted[column] = n_fitted, Surrogate(x[:n_fitted], losses[:n_fitted])
         return self._fitted[column][1].given(x, losses)
 
-    # --- points ------------------------------------------------------------------------------------
+    # --- points --------------------------------------------------------------------------------
 
     def _described(self, trial: FrozenTrial) -> Described | None:
         """Return the point of a trial; None if it is infeasible or has no parameters yet."""
@@ -215,7 +215,7 @@ class Prediction:
                 trials[:, order],
                 reference[order],
             )
-        return cast(Array, gains / n_samples)
+        return gains / n_samples
 
 
 def _is_infeasible(trial: FrozenTrial) -> bool:

@@ -22,11 +22,10 @@ def expected_improvement(
     The loss of candidate i is normal with `mean[i]` and `deviation[i]` (N,), its other objectives
     are `known[i]` (N, M - 1). `front` (K, M) and `reference` (M,) hold the loss in column 0.
 
-    At a loss of t a candidate dominates the volume A(t) of the known objectives that no front
-    member with a loss of at most t dominates. The gain at a loss of y is the integral of A(t) from y
-    to the reference, so its expectation is the integral of A(t) Phi((t - mean) / deviation). A(t) is
-    constant between the losses of the front: the sum below is exact, not sampled. With all
-    objectives uncertain there is no such form (Yang et al., arXiv 1904.03942).
+    A(t) is the volume of known objectives that a candidate dominates and that no front member with
+    a loss of at most t dominates. The gain at a loss of y is the integral of A(t) from y to the
+    reference. Its expectation is the integral of A(t) Phi((t - mean) / deviation). A(t) is constant
+    between the losses of the front, so the sum below is exact.
     """
     inside = front[(front < reference).all(axis=1)]
     inside = inside[np.argsort(inside[:, 0], kind="stable")]
