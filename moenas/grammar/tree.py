@@ -15,8 +15,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SpaceError, suggestion
 from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
+from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import Node, SourceLocation
+from moenas.resources import Node, SourceLocation, names_with
 
 MAX_OPTIONS = 1000
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
@@ -140,7 +141,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             place = cls.kind or cls.__name__.lower()
             raise value.error(
                 join(path, key),
-                f"no field of '{place}'.{suggestion(key, known)} It has {', '.join(known)}.",
+                f"no field of '{place}'.{hint(key, known)} It has {', '.join(known)}.",
                 key=True,
             )
     trees: dict[str, Tree] = {}
@@ -175,7 +176,7 @@ def _read_kind(
     kind = found.pop("kind")
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
         text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
-        near = suggestion(str(kind.plain), family.kinds)
+        near = hint(str(kind.plain), family.kinds)
         raise kind.error(join(path, "kind"), f"{text}{near} There are {kinds}.")
     return family.kinds[kind.value]
 
@@ -186,12 +187,20 @@ def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> No
         return
     preset = found.pop("preset")
     if not isinstance(preset.value, str) or preset.value not in cls.presets:
-        text = f"no preset {preset.plain!r}.{suggestion(str(preset.plain), cls.presets)}"
+        text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
         names = ", ".join(cls.presets) or "none"
         raise preset.error(join(path, "preset"), f"{text} There are {names}.")
     for key, value in cls.presets[preset.value].items():
         wrapped = Node.wrap(value)
         found.setdefault(key, Node(wrapped.value, preset.mark))
+
+
+def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
+    """Name the preset of nearly this name, or the published models whose names hold it."""
+    spaces = names_with("spaces", ".yaml", word)
+    if not spaces or any(word in name for name in presets):
+        return hint(word, presets)
+    return f" It is in {' and '.join(map(repr, spaces))}: see docs/zoo.md."
 
 
 def _read_field(field: Field, node: Node, path: str) -> Tree:
