@@ -14,7 +14,7 @@ from moenas.data.corpus import Corpus
 from moenas.errors import CandidateError
 from moenas.evaluate.device_lock import DeviceLock
 from moenas.evaluate.dtypes import deployed_dtype, training_dtype
-from moenas.evaluate.flops import count_outline
+from moenas.evaluate.flops import count_forward
 from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.latency import Workload, inference_copy, measure_latency
 from moenas.evaluate.memory import peak_bytes
@@ -127,13 +127,13 @@ class Subject:
         return found
 
     def flops(self) -> Measurement:
-        """Count the forward FLOPs per token at `recipe.context`, with fvcore, on the meta device.
+        """Count the forward FLOPs per token at `recipe.context`; see `flops.count_forward`.
 
         Raises:
             CandidateError: if the count differs from the closed form, or knows an operator not.
         """
         context = self.recipe.context
-        counted = count_outline(self.architecture, context)
+        counted = count_forward(self.architecture, context)
         foreseen = self.architecture.pass_flops(context)
         if 2 * counted.macs != foreseen:
             raise CandidateError(
