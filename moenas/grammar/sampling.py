@@ -10,7 +10,18 @@ from typing import Any, Protocol, cast
 
 from moenas.errors import SpaceError
 from moenas.grammar.component import Component, Scalar, fields
-from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree, has_holes, join
+from moenas.grammar.tree import (
+    Choice,
+    Fixed,
+    Listing,
+    Range,
+    Record,
+    Tree,
+    conflict,
+    has_holes,
+    join,
+    make,
+)
 from moenas.records import Plain
 from moenas.resources import SourceLocation
 
@@ -222,43 +233,41 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     `whole`: see `grammar.parse`.
 
     Raises:
-        SpaceError: `path: why the fields do not go together`.
+        SpaceError: where the fields are written that do not go together.
     """
-    component = _fill(tree, suggest, "", "")
+    component: Component = _fill(tree, suggest, "")
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(reason)
-    return cast(Component, component)
+        raise conflict(component, reason)
+    return component
 
 
-def _fill(tree: Tree, suggest: Suggest, path: str, place: str) -> Any:
-    """Return the value of a tree: `path` names its holes, `place` is where it stands."""
+def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
+    """Return the value of a tree; `path` names its holes."""
     if isinstance(tree, Fixed):
         return tree.value
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
         option, inner = _draw_option(tree, suggest, path)
-        return _fill(option, suggest, inner, place)
+        return _fill(option, suggest, inner)
     if isinstance(tree, Listing):
         found: list[Any] = []
         for i, item in enumerate(tree.items, tree.first):
-            _fill_item(item, suggest, join(path, i), place, found)
+            _fill_item(item, suggest, join(path, i), found)
         return tuple(found)
     if not tree.has_holes and WHOLE in tree.drawn:
         return tree.drawn[WHOLE]
-    component = _made(tree, suggest, path, place, {})
+    component = _made(tree, suggest, path, {})
     if not tree.has_holes:
         tree.drawn[WHOLE] = component
     return component
 
 
-def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -> Component:
+def _made(tree: Record, suggest: Suggest, path: str, given: Plain) -> Component:
     """Return the component of a record; `given` answers some of its fields."""
     if FIXED not in tree.drawn:
         closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
-        tree.drawn[FIXED] = {
-            name: _fill(value, suggest, "", join(place, name)) for name, value in closed.items()
-        }
+        tree.drawn[FIXED] = {name: _fill(x, suggest, "") for name, x in closed.items()}
         known = fields(tree.cls)
         tree.drawn[OPEN] = [
             (name, value, known[name].convert if isinstance(value, Choice | Range) else None)
@@ -268,15 +277,13 @@ def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -
     closed, values = tree.drawn[FIXED], dict(given)
     for name, value, convert in tree.drawn[OPEN]:
         if name not in given:
-            found = _fill(value, suggest, join(path, name), join(place, name))
+            found = _fill(value, suggest, join(path, name))
             values[name] = found if convert is None else convert(found)
     # Parts are made once, so two of the same fields are one object; True is not 1.
     answers = tuple(map(_answer, values.values()))
     component: Component | None = tree.drawn.get(answers)
     if component is None:
-        component = tree.cls(**{**closed, **values})
-        if (reason := component.invalid()) is not None:
-            raise SpaceError(f"{place}: {reason}" if place else reason)
+        component = make(tree, {**closed, **values})
         if len(tree.drawn) < MANY:
             tree.drawn[answers] = component
     return component
@@ -289,18 +296,18 @@ def _answer(value: Any) -> Any:
     return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
-def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[Any]) -> None:
+def _fill_item(tree: Tree, suggest: Suggest, path: str, found: list[Any]) -> None:
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
     if not draws_each_layer(tree):
-        found.append(_fill(tree, suggest, path, join(place, len(found))))
+        found.append(_fill(tree, suggest, path))
         return
     tree = cast(Record, tree)
-    repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat"), place))
+    repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat")))
     given: Plain = {"repeat": 1, "vary": False}
     for i in range(repeat):
-        found.append(_made(tree, suggest, join(path, i), join(place, len(found)), given))
+        found.append(_made(tree, suggest, join(path, i), given))
 
 
 class _Walk:
@@ -406,6 +413,8 @@ def _check_narrow(tree: Tree) -> None:
             continue
         for name, label in noted.asked.items():
             left[name] = [x for x in left[name] if not _same(x, label)]
+    if all(len(left[name]) == len(options) for name, (_, options) in known.items()):
+        _require_one(tree)
     for name, labels in left.items():
         hole, options = known[name]
         marks = dict(zip(map(repr, (label for label, _ in options)), options, strict=True))
@@ -478,6 +487,18 @@ def _options(tree: Choice | Range) -> list[tuple[Scalar, SourceLocation]]:
     steps = {i * (tree.count - 1) // max(1, looks - 1) for i in range(looks)}
     values = [tree.low + i * tree.step for i in sorted(steps)]
     return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
+
+
+def _require_one(tree: Tree) -> None:
+    """Raise the first reason if no random architecture is valid: then no one hole is at fault."""
+    reasons: list[SpaceError] = []
+    for seed in range(TRIES):
+        try:
+            drawn(tree, RandomSuggest(seed), whole=False)
+            return
+        except SpaceError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _check_option(tree: Tree, forced: dict[str, Any], place: str) -> None:

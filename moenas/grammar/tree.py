@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SpaceError, suggestion
-from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
+from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
 from moenas.grammar.synonyms import hint
 from moenas.records import Plain
 from moenas.resources import Node, SourceLocation, names_with
@@ -73,6 +73,24 @@ class Range:
         return f"/{self.unit}" if self.unit > 1 else ""
 
 
+ORIGIN = "_origin"
+"""Where a component keeps its `Origin`; it is no field, so it does not count in comparisons."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component is written: its path in the space file, and its place."""
+
+    path: str
+    mark: SourceLocation
+
+    def error(self, reason: str) -> SpaceError:
+        """Build the error for this component."""
+        return SpaceError(
+            f"{self.mark}: {self.path}: {reason}" if self.path else f"{self.mark}: {reason}"
+        )
+
+
 @dataclass(frozen=True)
 class Record:
     """A component whose fields may hold holes."""
@@ -80,6 +98,13 @@ class Record:
     cls: type[Component]
     fields: dict[str, Tree]
     mark: SourceLocation
+    path: str = ""
+    """Where it stands in the space file: the fields above it and the options that hold it."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the component is written."""
+        return Origin(self.path, self.mark)
 
     @cached_property
     def has_holes(self) -> bool:
@@ -154,7 +179,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             trees[name] = _read_default(field, node.mark, join(path, name))
     if not isinstance(trees.get("vary", node), Fixed | Node):
         raise found["vary"].error(join(path, "vary"), "a hole cannot stand here; true or false")
-    return Record(cls, trees, node.mark)
+    return Record(cls, trees, node.mark, path)
 
 
 def _hole_kind(node: Node) -> str | None:
@@ -197,7 +222,7 @@ def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> No
 
 def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
     """Name the preset of nearly this name, or the published models whose names hold it."""
-    spaces = names_with("spaces", ".yaml", word)
+    spaces = [x for x in names_with("spaces", ".yaml", word) if f"/{word}" in x]
     if not spaces or any(word in name for name in presets):
         return hint(word, presets)
     return f" It is in {' and '.join(map(repr, spaces))}: see docs/zoo.md."
@@ -358,6 +383,27 @@ def _short(plain: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def make(record: Record, values: Mapping[str, Any]) -> Component:
+    """Make the component of a record from the values of its fields.
+
+    Raises:
+        SpaceError: where the fields stand that do not go together.
+    """
+    component = record.cls(**values)
+    component.__dict__[ORIGIN] = record.origin
+    if (reason := component.invalid()) is not None:
+        raise conflict(component, reason)
+    return component
+
+
+def conflict(component: Component, reason: str | Conflict) -> SpaceError:
+    """Build the error for a component that was made from a tree."""
+    if isinstance(reason, Conflict):
+        component, reason = reason.component, reason.reason
+    origin = component.__dict__.get(ORIGIN)
+    return origin.error(reason) if isinstance(origin, Origin) else SpaceError(reason)
+
+
 def construct(tree: Tree, path: str = "") -> Component:
     """Turn a tree without holes into the component that it describes.
 
@@ -376,10 +422,7 @@ def construct(tree: Tree, path: str = "") -> Component:
             values[name] = tuple(construct(item, join(inner, i)) for i, item in items)
         else:
             values[name] = construct(value, inner)
-    component = tree.cls(**values)
-    if (reason := component.invalid()) is not None:
-        raise SpaceError(f"{tree.mark}: {path}: {reason}" if path else f"{tree.mark}: {reason}")
-    return component
+    return make(tree, values)
 
 
 def parse(
@@ -392,10 +435,9 @@ def parse(
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    tree = read(cls, Node.wrap(dict(plain), source))
-    component = construct(tree)
+    component = construct(read(cls, Node.wrap(dict(plain), source)))
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(f"{tree.mark}: {reason}")
+        raise conflict(component, reason)
     return cast(C, component)
 
 

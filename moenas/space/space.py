@@ -122,7 +122,7 @@ class Space:
         require_positions(self.tree, self.objectives, self.train, self.measure)
         sampling.check_options(self.tree)
         if not any(True for _ in self.holes):
-            self.architecture(self.draw(sampling.RandomSuggest(0)), found["architecture"].mark)
+            sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
