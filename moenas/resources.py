@@ -52,6 +52,8 @@ class Node:
     mark: SourceLocation
     key_mark: SourceLocation | None = None
     """Where the key stands, if the node is the value of one."""
+    path: str | None = None
+    """The path of the definition that stands here in place of a name."""
 
     @property
     def plain(self) -> Any:

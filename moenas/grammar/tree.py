@@ -20,6 +20,8 @@ from moenas.records import Plain
 from moenas.resources import Node, SourceLocation, names_with
 
 MAX_OPTIONS = 1000
+LAYERS = "layers"
+"""The section of named layers, and the first part of the paths of their holes."""
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
 
 
@@ -39,6 +41,8 @@ class Choice:
     """What the sampler sees: the value of a scalar option, the kind or preset of a component."""
     options: tuple[Tree, ...]
     mark: SourceLocation
+    shared: str = ""
+    """The name of a hole in a named layer: all uses of the layer have this one hole."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Range:
     log: bool
     whole: bool
     mark: SourceLocation
+    shared: str = ""
+    """As of a `Choice`."""
 
     @property
     def count(self) -> int | None:
@@ -152,6 +158,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     Raises:
         SpaceError: `file:line:column: path: what is wrong; what would be right`.
     """
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: read(family, n, p), node, path)
@@ -230,6 +237,7 @@ def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
 
 def _read_field(field: Field, node: Node, path: str) -> Tree:
     """Read one field: a hole, a component, a list of components or a scalar."""
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: _read_field(field, n, p), node, path)
@@ -290,7 +298,7 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
             if (type(value), value) in seen:
                 raise option.error(path, f"the option {value!r} stands twice")
             seen.add((type(value), value))
-    return Choice(tuple(labels), tuple(trees), node.mark)
+    return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
 
 def _labels(options: list[Node]) -> list[Scalar]:
@@ -305,6 +313,8 @@ def _labels(options: list[Node]) -> list[Scalar]:
         if isinstance(option.value, dict):
             named = option.value.get("kind") or option.value.get("preset")
         label = str(named.plain) if named is not None else f"option{i + 1}"
+        if option.path:  # a named layer
+            label = option.path.rpartition(".")[2]
         taken[label] += 1
         labels.append(f"{label}-{taken[label]}" if taken[label] > 1 else label)
     return labels
@@ -339,7 +349,12 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
-    return Range(low, high, step, log, whole, node.mark)
+    return Range(low, high, step, log, whole, node.mark, _shared(path))
+
+
+def _shared(path: str) -> str:
+    """Return the name of a hole that stands in a named layer, or an empty string."""
+    return path if path.startswith(f"{LAYERS}.") else ""
 
 
 def _end(field: Field, value: float, whole: bool) -> float:
