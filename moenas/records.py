@@ -13,7 +13,7 @@ Plain = dict[str, Any]
 Status = Literal["complete", "failed", "infeasible"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Cost:
     """What an architecture costs, by exact arithmetic, before anything is built.
 
@@ -33,36 +33,56 @@ class Cost:
     """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16): keys and
     values of every token, those behind a window or chunk too; of latent attention the latent and
     the rotary key. A state of fixed size adds 0."""
-    weight_bytes: int = 0
-    """Size of the parameters, 2 bytes an element (bfloat16)."""
+
+    def __init__(
+        self,
+        params: int = 0,
+        active_params: int = 0,
+        flops_per_token: int = 0,
+        kv_bytes_per_token: int = 0,
+        weight_bytes: int | None = None,
+    ) -> None:
+        """Build a cost; give the numbers by keyword.
+
+        `weight_bytes` is ignored: files of components that stored studies hold still pass it.
+        """
+        put = object.__setattr__
+        put(self, "params", params)
+        put(self, "active_params", active_params)
+        put(self, "flops_per_token", flops_per_token)
+        put(self, "kv_bytes_per_token", kv_bytes_per_token)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the parameters, 2 bytes an element (bfloat16)."""
+        return 2 * self.params
 
     def __add__(self, other: Cost) -> Cost:
         if not isinstance(other, Cost):
             return NotImplemented
         # Written out: spaces of many layers add millions of costs.
         return Cost(
-            self.params + other.params,
-            self.active_params + other.active_params,
-            self.flops_per_token + other.flops_per_token,
-            self.kv_bytes_per_token + other.kv_bytes_per_token,
-            self.weight_bytes + other.weight_bytes,
+            params=self.params + other.params,
+            active_params=self.active_params + other.active_params,
+            flops_per_token=self.flops_per_token + other.flops_per_token,
+            kv_bytes_per_token=self.kv_bytes_per_token + other.kv_bytes_per_token,
         )
 
     def __mul__(self, times: int) -> Cost:
         if times == 1:
             return self
-        return Cost(*(value * times for value in astuple(self)))
+        return Cost(
+            params=self.params * times,
+            active_params=self.active_params * times,
+            flops_per_token=self.flops_per_token * times,
+            kv_bytes_per_token=self.kv_bytes_per_token * times,
+        )
 
     __rmul__ = __mul__
 
     def plain(self) -> dict[str, int]:
-        """Return the cost as a JSON object."""
-        return dataclasses.asdict(self)
-
-
-def astuple(cost: Cost) -> tuple[int, ...]:
-    """Return the numbers of a cost in the order of its fields."""
-    return tuple(getattr(cost, f.name) for f in dataclasses.fields(cost))
+        """Return the cost as a JSON object, `weight_bytes` included."""
+        return dataclasses.asdict(self) | {"weight_bytes": self.weight_bytes}
 
 
 class _Record:

@@ -64,8 +64,9 @@ def enumerate_points(tree: Tree, limit: int | None = None) -> Iterator[dict[str,
     for hole in holes(tree):
         if isinstance(hole.tree, Range) and hole.tree.count is None:
             raise SpaceError(
-                f"{hole.tree.mark}: {hole.name}: a continuous range has no end of values;"
-                " give it a step"
+                "a continuous range has no end of values; give it a step",
+                location=hole.tree.mark,
+                path=hole.name,
             )
     return _points(tree, limit)
 

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from moenas.errors import SpaceError
+from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.synonyms import hint
-from moenas.resources import SourceLocation
 
 Number: TypeAlias = float
 Names: TypeAlias = Mapping[str, "float | str | None"]
@@ -84,14 +83,16 @@ def parse_requirement(
         SpaceError: at the column of what is wrong.
     """
     if len(text) > MAX_LENGTH:
-        raise SpaceError(f"{mark}: require: longer than {MAX_LENGTH} characters")
+        raise SpaceError(f"longer than {MAX_LENGTH} characters", location=mark, path="require")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or "not an expression"
         place = _shift(mark, (getattr(error, "offset", 1) or 1) - 1)
         raise SpaceError(
-            f"{place}: require: {text!r} is not valid: {reason}; write e.g. 'active_params < 2e6'"
+            f"{text!r} is not valid: {reason}; write e.g. 'active_params < 2e6'",
+            location=place,
+            path="require",
         ) from None
     names: set[str] = set()
     _check_logic(tree, names, mark, known)
@@ -108,7 +109,7 @@ def _shift(mark: SourceLocation, columns: int) -> SourceLocation:
 
 
 def _refuse(node: ast.expr, mark: SourceLocation, message: str) -> SpaceError:
-    return SpaceError(f"{_shift(mark, node.col_offset)}: require: {message}")
+    return SpaceError(message, location=_shift(mark, node.col_offset), path="require")
 
 
 def _check_logic(node: ast.expr, names: set[str], mark: SourceLocation, known: set[str]) -> None:

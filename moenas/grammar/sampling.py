@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from moenas.errors import SpaceError
+from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.component import Component, Scalar, fields
 from moenas.grammar.counting import draws_each_layer
 from moenas.grammar.tree import (
@@ -24,7 +24,6 @@ from moenas.grammar.tree import (
     make,
 )
 from moenas.records import Plain
-from moenas.resources import SourceLocation
 
 TRIES = 1000
 """Random architectures tried before an option is called never valid."""
@@ -358,7 +357,12 @@ def _check_narrow(tree: Tree) -> None:
             forced = {**hole.given, name: label}
             unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
             shown = repr(label) if unit == 1 else f"{unit} * {label}"
-            _check_option(tree, forced, f"{marks[repr(label)][1]}: {name}: {shown}")
+            if (reason := _never_valid(tree, forced)) is not None:
+                raise SpaceError(
+                    f"{shown} can never be valid: {reason}",
+                    location=marks[repr(label)][1],
+                    path=name,
+                )
 
 
 def _same(a: Scalar, b: Scalar) -> bool:
@@ -437,12 +441,13 @@ def _require_one(tree: Tree) -> None:
     raise reasons[0]
 
 
-def _check_option(tree: Tree, forced: dict[str, Any], place: str) -> None:
+def _never_valid(tree: Tree, forced: dict[str, Any]) -> str | None:
+    """Return why none of TRIES random architectures with these answers is valid; None if one is."""
     reason = ""
     for seed in range(TRIES):
         try:
             drawn(tree, RandomSuggest(seed, forced), whole=False)
-            return
+            return None
         except SpaceError as error:
             reason = str(error)
-    raise SpaceError(f"{place} can never be valid: {reason}")
+    return reason

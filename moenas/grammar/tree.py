@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
-from moenas.errors import SpaceError, suggestion
+from moenas.errors import SourceLocation, SpaceError, suggestion
 from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
 from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import Node, SourceLocation, names_with
+from moenas.resources import NOWHERE, Node, names_with
 
 MAX_OPTIONS = 1000
 LAYERS = "layers"
@@ -92,9 +92,7 @@ class Origin:
 
     def error(self, reason: str) -> SpaceError:
         """Build the error for this component."""
-        return SpaceError(
-            f"{self.mark}: {self.path}: {reason}" if self.path else f"{self.mark}: {reason}"
-        )
+        return SpaceError(reason, location=self.mark, path=self.path)
 
 
 @dataclass(frozen=True)
@@ -426,7 +424,7 @@ def construct(tree: Tree, path: str = "") -> Component:
         SpaceError: if a hole is left, or the fields do not go together.
     """
     if not isinstance(tree, Record):
-        raise SpaceError(f"{tree.mark}: {path or 'architecture'}: a hole is left open")
+        raise SpaceError("a hole is left open", location=tree.mark, path=path or "architecture")
     values: dict[str, Any] = {}
     for name, value in tree.fields.items():
         inner = join(path, name)
@@ -441,16 +439,17 @@ def construct(tree: Tree, path: str = "") -> Component:
 
 
 def parse(
-    cls: type[C], plain: Mapping[str, Any], source: str = "<data>", *, whole: bool = True
+    cls: type[C], plain: Mapping[str, Any], mark: SourceLocation = NOWHERE, *, whole: bool = True
 ) -> C:
     """Build a component of a family from plain data; the inverse of `Component.plain`.
 
-    Not `whole`: lists may have items left out, so what must hold between items is not asked.
+    An error names the place `mark`. Not `whole`: lists may have items left out, so what must hold
+    between items is not asked.
 
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    component = construct(read(cls, Node.wrap(dict(plain), source)))
+    component = construct(read(cls, Node.wrap(dict(plain), mark)))
     if whole and (reason := component.invalid_together()) is not None:
         raise conflict(component, reason)
     return cast(C, component)

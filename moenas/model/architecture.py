@@ -160,10 +160,10 @@ class Architecture(Component):
         table = self.vocab_size * self.d_model
         bias = self.vocab_size if self.head_bias else 0
         rows = self.d_model * (self.max_positions or 0) if self.positions == "learned" else 0
-        head = Cost(table + bias, table + bias, 2 * table, 0, 2 * (table + bias))
-        lookups = [Cost(rows, min(rows, self.d_model), 0, 0, 2 * rows)]
+        head = Cost(params=table + bias, active_params=table + bias, flops_per_token=2 * table)
+        lookups = [Cost(params=rows, active_params=min(rows, self.d_model))]
         if not self.tie_embeddings:
-            lookups.append(Cost(table, self.d_model, 0, 0, 2 * table))
+            lookups.append(Cost(params=table, active_params=self.d_model))
         norms = self.embedding_norm + (self.norm_position != "post")
         head = head + self.stream.norm_cost() * norms
         often, groups = Counter[tuple[object, ...]](), dict[tuple[object, ...], BlockGroup]()

@@ -42,7 +42,7 @@ class ResidualConfig:
     def norm_cost(self) -> Cost:
         """Return the cost of one norm of the stream."""
         params = norm_params(self.norm, self.d_model)
-        return Cost(params=params, active_params=params, weight_bytes=2 * params)
+        return Cost(params=params, active_params=params)
 
     def build_norm(self) -> nn.Module:
         """Build one norm of the stream."""

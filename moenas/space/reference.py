@@ -221,7 +221,10 @@ def _heading(family: type[Component]) -> str:
 
 def _require() -> Iterator[str]:
     yield REQUIRE
-    costs = _field_docs(Cost) | {"total_params": "The same as `params`."}
+    costs = _field_docs(Cost) | {
+        "weight_bytes": inspect.getdoc(Cost.weight_bytes) or "",
+        "total_params": "The same as `params`.",
+    }
     yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
     plain = {name for name in space.known_names() - set(costs) if "." not in name}
     names = ", ".join(f"`{name}`" for name in sorted(plain))

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from moenas.data import loading as data
-from moenas.errors import InputError, MoenasError, PartError, SpaceError, suggestion
+from moenas.errors import (
+    InputError,
+    MoenasError,
+    PartError,
+    SourceLocation,
+    SpaceError,
+    suggestion,
+)
 from moenas.failures import located
 from moenas.grammar import field_names, sampling, user_parts
 from moenas.grammar import tree as grammar
@@ -24,8 +31,8 @@ from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
-from moenas.records import Cost, Plain, astuple
-from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
+from moenas.records import Cost, Plain
+from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
@@ -131,15 +138,18 @@ class Space:
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
                 raise SpaceError(
-                    f"{requirement.mark}: require: '{requirement.text}' is decided on the trained"
-                    " model, and no objective trains it; add val_loss to the objectives"
+                    f"'{requirement.text}' is decided on the trained model, and no objective trains"
+                    " it; add val_loss to the objectives",
+                    location=requirement.mark,
+                    path="require",
                 )
         needed = self.data.get("vocab_size", 256)
         for value, mark in _values(self.tree, "vocab_size"):
             if value < needed:
                 raise SpaceError(
-                    f"{mark}: architecture.vocab_size: {value} is too small for the data,"
-                    f" which has {needed} different tokens"
+                    f"{value} is too small for the data, which has {needed} different tokens",
+                    location=mark,
+                    path="architecture.vocab_size",
                 )
 
     @property
@@ -167,14 +177,13 @@ class Space:
         """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data."""
         return cast(Plain, sampling.draw(self.tree, suggest))
 
-    def architecture(self, plain: Plain, mark: SourceLocation | None = None) -> Architecture:
-        """Build the canonical architecture from drawn data.
+    def architecture(self, plain: Plain, mark: SourceLocation = NOWHERE) -> Architecture:
+        """Build the canonical architecture from drawn data; an error names the place `mark`.
 
         Raises:
             SpaceError: if the drawn fields do not go together.
         """
-        source = str(mark) if mark else "<draw>"
-        return grammar.parse(Architecture, plain, source).canonical()
+        return grammar.parse(Architecture, plain, mark).canonical()
 
     def violations(self, architecture: Architecture) -> dict[str, float]:
         """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less.
@@ -251,7 +260,7 @@ class Space:
         """
         try:
             found = architecture.cost(self.train.context)
-            right = all(type(n) is int and n >= 0 for n in astuple(found))
+            right = all(type(n) is int and n >= 0 for n in found.plain().values())
         except MoenasError:
             raise
         except (Exception, SystemExit) as error:
@@ -306,7 +315,7 @@ def with_current_defaults(plain: Plain) -> Plain:
     search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
     lasting = {**plain, "search": search}
     try:
-        tree = grammar.read(Architecture, Node.wrap(plain["architecture"], "<stored>"))
+        tree = grammar.read(Architecture, Node.wrap(plain["architecture"]))
         found = {name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()}
     except SpaceError:
         return plain
@@ -358,30 +367,35 @@ def file_schema() -> Plain:
 
 def _override(root: Node, text: str) -> Node:
     """Set one value by its dotted path: `architecture.blocks.0.repeat=2`."""
-    place = f"override '{text}'"
+    place = SourceLocation(f"override '{text}'")
     path, equals, value = text.partition("=")
     if not equals or not path:
-        raise SpaceError(f"{place}: write it as section.field=value, e.g. train.tokens=2e6")
+        raise SpaceError("write it as section.field=value, e.g. train.tokens=2e6", location=place)
     keys = path.strip().split(".")
     if len(keys) > MAX_DEPTH:
-        raise SpaceError(f"{place[:60]}...: more than {MAX_DEPTH} levels deep")
-    return _set(root, keys, parse_yaml(value, place), place)
+        short = SourceLocation(f"{place.source[:60]}...")
+        raise SpaceError(f"more than {MAX_DEPTH} levels deep", location=short)
+    return _set(root, keys, parse_yaml(value, place.source), place)
 
 
-def _set(node: Node, keys: list[str], value: Node, place: str) -> Node:
+def _set(node: Node, keys: list[str], value: Node, place: SourceLocation) -> Node:
     """Return a copy of `node` in which the value at `keys` is replaced."""
     if not keys:
-        return Node(value.value, SourceLocation(place), SourceLocation(place))
+        return Node(value.value, place, place)
     key, rest = keys[0], keys[1:]
     if isinstance(node.value, list):
         if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node.value):
-            raise SpaceError(f"{place}: '{key}' is not a number from 0 to {len(node.value) - 1}")
+            raise SpaceError(
+                f"'{key}' is not a number from 0 to {len(node.value) - 1}", location=place
+            )
         items = list(node.value)
         items[int(key)] = _set(items[int(key)], rest, value, place)
         return replace(node, value=items)
     if not isinstance(node.value, dict):
-        raise SpaceError(f"{place}: nothing can be set below {node.plain!r}; it is not a mapping")
-    inner = node.value.get(key) or Node({}, SourceLocation(place), SourceLocation(place))
+        raise SpaceError(
+            f"nothing can be set below {node.plain!r}; it is not a mapping", location=place
+        )
+    inner = node.value.get(key) or Node({}, place, place)
     return replace(node, value={**node.value, key: _set(inner, rest, value, place)})
 
 

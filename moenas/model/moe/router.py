@@ -371,14 +371,14 @@ class Router(Component):
         """
         factors = n_experts if self.expert_scale else 0
         if not self.scores.from_logits:
-            return Cost(factors, factors, 0, 0, 2 * factors)
+            return Cost(params=factors, active_params=factors)
         width = self.hidden or d_model
         weights = width * n_experts + (d_model * self.hidden if self.hidden else 0)
         bias, norm = n_experts * self.logit_bias, d_model * self.input_norm
         temperature = self.logits == "cosine" and (self.logit_bias or not self.logit_norm)
         params = weights + factors + bias + norm + temperature
         noise = d_model * n_experts if self.chooses.noisy else 0
-        return Cost(params + noise, params, 2 * weights, 0, 2 * (params + noise))
+        return Cost(params=params + noise, active_params=params, flops_per_token=2 * weights)
 
     def build(self, d_model: int, n_experts: int) -> Gating:
         """Build the part that chooses."""
