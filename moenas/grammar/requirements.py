@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from moenas.errors import SourceLocation, SpaceError, suggestion
+from moenas.errors import SourceLocation, SpaceError
+from moenas.grammar.synonyms import hint
 
 Number: TypeAlias = float
 Names: TypeAlias = Mapping[str, "float | str | None"]
@@ -145,7 +146,7 @@ def _check_value(node: ast.expr, names: set[str], mark: SourceLocation, known: s
         return
     if (name := _dotted(node)) is not None:
         if name not in known:
-            near = suggestion(name, known)
+            near = hint(name, known)
             raise _refuse(node, mark, f"no cost or field '{name}'.{near}")
         names.add(name)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:

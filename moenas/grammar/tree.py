@@ -14,11 +14,14 @@ from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SourceLocation, SpaceError, suggestion
-from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
+from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
+from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import NOWHERE, Node
+from moenas.resources import NOWHERE, Node, names_with
 
 MAX_OPTIONS = 1000
+LAYERS = "layers"
+"""The section of named layers, and the first part of the paths of their holes."""
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
 
 
@@ -38,6 +41,8 @@ class Choice:
     """What the sampler sees: the value of a scalar option, the kind or preset of a component."""
     options: tuple[Tree, ...]
     mark: SourceLocation
+    shared: str = ""
+    """The name of a hole in a named layer: all uses of the layer have this one hole."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Range:
     log: bool
     whole: bool
     mark: SourceLocation
+    shared: str = ""
+    """As of a `Choice`."""
 
     @property
     def count(self) -> int | None:
@@ -72,6 +79,22 @@ class Range:
         return f"/{self.unit}" if self.unit > 1 else ""
 
 
+ORIGIN = "_origin"
+"""Where a component keeps its `Origin`; it is no field, so it does not count in comparisons."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component is written: its path in the space file, and its place."""
+
+    path: str
+    mark: SourceLocation
+
+    def error(self, reason: str) -> SpaceError:
+        """Build the error for this component."""
+        return SpaceError(reason, location=self.mark, path=self.path)
+
+
 @dataclass(frozen=True)
 class Record:
     """A component whose fields may hold holes."""
@@ -79,6 +102,13 @@ class Record:
     cls: type[Component]
     fields: dict[str, Tree]
     mark: SourceLocation
+    path: str = ""
+    """Where it stands in the space file: the fields above it and the options that hold it."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the component is written."""
+        return Origin(self.path, self.mark)
 
     @cached_property
     def has_holes(self) -> bool:
@@ -126,6 +156,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     Raises:
         SpaceError: `file:line:column: path: what is wrong; what would be right`.
     """
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: read(family, n, p), node, path)
@@ -140,7 +171,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             place = cls.kind or cls.__name__.lower()
             raise value.error(
                 join(path, key),
-                f"no field of '{place}'.{suggestion(key, known)} It has {', '.join(known)}.",
+                f"no field of '{place}'.{hint(key, known)} It has {', '.join(known)}.",
                 key=True,
             )
     trees: dict[str, Tree] = {}
@@ -153,7 +184,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             trees[name] = _read_default(field, node.mark, join(path, name))
     if not isinstance(trees.get("vary", node), Fixed | Node):
         raise found["vary"].error(join(path, "vary"), "a hole cannot stand here; true or false")
-    return Record(cls, trees, node.mark)
+    return Record(cls, trees, node.mark, path)
 
 
 def _hole_kind(node: Node) -> str | None:
@@ -175,7 +206,7 @@ def _read_kind(
     kind = found.pop("kind")
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
         text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
-        near = suggestion(str(kind.plain), family.kinds)
+        near = hint(str(kind.plain), family.kinds)
         raise kind.error(join(path, "kind"), f"{text}{near} There are {kinds}.")
     return family.kinds[kind.value]
 
@@ -186,7 +217,7 @@ def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> No
         return
     preset = found.pop("preset")
     if not isinstance(preset.value, str) or preset.value not in cls.presets:
-        text = f"no preset {preset.plain!r}.{suggestion(str(preset.plain), cls.presets)}"
+        text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
         names = ", ".join(cls.presets) or "none"
         raise preset.error(join(path, "preset"), f"{text} There are {names}.")
     for key, value in cls.presets[preset.value].items():
@@ -194,8 +225,17 @@ def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> No
         found.setdefault(key, Node(wrapped.value, preset.mark))
 
 
+def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
+    """Name the preset of nearly this name, or the published models whose names hold it."""
+    spaces = [x for x in names_with("spaces", ".yaml", word) if f"/{word}" in x]
+    if not spaces or any(word in name for name in presets):
+        return hint(word, presets)
+    return f" It is in {' and '.join(map(repr, spaces))}: see docs/zoo.md."
+
+
 def _read_field(field: Field, node: Node, path: str) -> Tree:
     """Read one field: a hole, a component, a list of components or a scalar."""
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: _read_field(field, n, p), node, path)
@@ -256,7 +296,7 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
             if (type(value), value) in seen:
                 raise option.error(path, f"the option {value!r} stands twice")
             seen.add((type(value), value))
-    return Choice(tuple(labels), tuple(trees), node.mark)
+    return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
 
 def _labels(options: list[Node]) -> list[Scalar]:
@@ -271,6 +311,8 @@ def _labels(options: list[Node]) -> list[Scalar]:
         if isinstance(option.value, dict):
             named = option.value.get("kind") or option.value.get("preset")
         label = str(named.plain) if named is not None else f"option{i + 1}"
+        if option.path:  # a named layer
+            label = option.path.rpartition(".")[2]
         taken[label] += 1
         labels.append(f"{label}-{taken[label]}" if taken[label] > 1 else label)
     return labels
@@ -305,7 +347,12 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
-    return Range(low, high, step, log, whole, node.mark)
+    return Range(low, high, step, log, whole, node.mark, _shared(path))
+
+
+def _shared(path: str) -> str:
+    """Return the name of a hole that stands in a named layer, or an empty string."""
+    return path if path.startswith(f"{LAYERS}.") else ""
 
 
 def _end(field: Field, value: float, whole: bool) -> float:
@@ -349,6 +396,27 @@ def _short(plain: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def make(record: Record, values: Mapping[str, Any]) -> Component:
+    """Make the component of a record from the values of its fields.
+
+    Raises:
+        SpaceError: where the fields stand that do not go together.
+    """
+    component = record.cls(**values)
+    component.__dict__[ORIGIN] = record.origin
+    if (reason := component.invalid()) is not None:
+        raise conflict(component, reason)
+    return component
+
+
+def conflict(component: Component, reason: str | Conflict) -> SpaceError:
+    """Build the error for a component that was made from a tree."""
+    if isinstance(reason, Conflict):
+        component, reason = reason.component, reason.reason
+    origin = component.__dict__.get(ORIGIN)
+    return origin.error(reason) if isinstance(origin, Origin) else SpaceError(reason)
+
+
 def construct(tree: Tree, path: str = "") -> Component:
     """Turn a tree without holes into the component that it describes.
 
@@ -367,10 +435,7 @@ def construct(tree: Tree, path: str = "") -> Component:
             values[name] = tuple(construct(item, join(inner, i)) for i, item in items)
         else:
             values[name] = construct(value, inner)
-    component = tree.cls(**values)
-    if (reason := component.invalid()) is not None:
-        raise SpaceError(reason, location=tree.mark, path=path)
-    return component
+    return make(tree, values)
 
 
 def parse(
@@ -384,10 +449,9 @@ def parse(
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    tree = read(cls, Node.wrap(dict(plain), mark))
-    component = construct(tree)
+    component = construct(read(cls, Node.wrap(dict(plain), mark)))
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(reason, location=tree.mark)
+        raise conflict(component, reason)
     return cast(C, component)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
-from moenas.grammar.sampling import enumerate_points
+from moenas.grammar.enumeration import enumerate_points
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
