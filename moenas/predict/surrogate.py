@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 
 FITTED = 200
 """Evaluations that hyperparameters are fitted to, at most; all of them condition the process."""
+STEPS = 60
+"""Steps of the fit at most: it need not converge to rank candidates."""
 EXACT = 100_000
 """Evaluations up to which gpytorch factorises the whole matrix."""
 
@@ -42,10 +44,11 @@ class Surrogate:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputDataWarning)
             warnings.simplefilter("ignore", OptimizationWarning)
-            self._model: Any = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(self._model.likelihood, self._model))
-        self._model.set_train_data(x, y, strict=False)
-        self._model.eval()
+            model: Any = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
+            likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+            fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": STEPS}})
+        model.set_train_data(x, y, strict=False)
+        self._model = model.eval()
 
     def given(self, features: Array, values: Array) -> Surrogate:
         """Return the process with the same hyperparameters, conditioned on other values (N,)."""

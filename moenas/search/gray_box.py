@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ DRAWN = 1000
 """Random draws of a pool."""
 KEPT_FOR = 16
 """Trials for which the random points of a pool are kept."""
-NEIGHBOURS = 400
+MUTATIONS = 200
 """Mutations of front members in a pool."""
 SAMPLES = 16
 """Joint samples of the predicted objectives beside the first one."""
@@ -66,6 +66,7 @@ class GrayBox:
         self._signs = np.array([1 if o.direction == "minimize" else -1 for o in space.objectives])
         self._of_trials: dict[int, Described | None] = {}
         self._random: tuple[int, list[Described]] = (-1, [])
+        self._known: dict[str, Described] = {}
         self._fitted: dict[int, tuple[int, Surrogate]] = {}
 
     def propose(self, number: int, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
@@ -90,7 +91,7 @@ class GrayBox:
         losses = np.array([values for _, values in complete]) * self._signs
         front = pareto.non_dominated(losses, ["minimize"] * losses.shape[1])
         members = [complete[i][0] for i in np.flatnonzero(front)]
-        pool = [p for p in self._pool(number, members) if p.fingerprint not in seen]
+        pool = self._pool(number, members, seen)
         if not pool:
             return None
         prediction = self._predict([d for d, _ in complete], losses, running, pool)
@@ -152,18 +153,23 @@ class GrayBox:
         return self._of_trials.get(trial.number)
 
     def _describe(self, found: Point) -> Described:
-        cost = self._space.cost(found.architecture)
-        exact = {o.name: o.exact_value(cost) for o in self._objectives}
-        known = {name: value for name, value in exact.items() if value is not None}
-        return Described(found, features(found.architecture, cost), known)
+        fingerprint = found.architecture.fingerprint
+        if fingerprint not in self._known:
+            cost = self._space.cost(found.architecture)
+            exact = {o.name: o.exact_value(cost) for o in self._objectives}
+            values = {name: value for name, value in exact.items() if value is not None}
+            self._known[fingerprint] = Described(found, features(found.architecture, cost), values)
+        return self._known[fingerprint]
 
-    def _pool(self, number: int, front: Sequence[Described]) -> Iterator[Described]:
-        """Yield points of different architectures: random ones, and mutations of the front."""
-        fingerprints = set[str]()
-        for found in (*self._random_points(number // KEPT_FOR), *self._mutations(number, front)):
-            if found.fingerprint not in fingerprints:
-                fingerprints.add(found.fingerprint)
-                yield found
+    def _pool(self, number: int, front: Sequence[Described], seen: set[str]) -> list[Described]:
+        """Return points of architectures that no trial had: random ones, mutations of the front."""
+        found = {p.fingerprint: p for p in self._random_points(number // KEPT_FOR)}
+        draw = random.Random(f"{self._seed}:{number}:mutations")
+        for i in range(MUTATIONS):
+            parent = front[i % len(front)].point.params
+            if (mutated := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
+                found.setdefault(mutated.architecture.fingerprint, self._describe(mutated))
+        return [point for fingerprint, point in found.items() if fingerprint not in seen]
 
     def _random_points(self, block: int) -> list[Described]:
         if self._random[0] != block:
@@ -171,13 +177,6 @@ class GrayBox:
             points = (point(self._space, draw.getrandbits(48)) for _ in range(DRAWN))
             self._random = block, [self._describe(p) for p in points if p is not None]
         return self._random[1]
-
-    def _mutations(self, number: int, front: Sequence[Described]) -> Iterator[Described]:
-        draw = random.Random(f"{self._seed}:{number}:mutations")
-        for i in range(NEIGHBOURS):
-            parent = front[i % len(front)].point.params
-            if (found := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
-                yield self._describe(found)
 
 
 class Prediction:

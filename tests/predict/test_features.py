@@ -44,7 +44,8 @@ def test_columns_are_from_0_to_1_and_leave_out_what_says_nothing_new() -> None:
     rows = [described(width, DENSE, MOE) for width in (64, 128, 512)]
     encoder = Encoder(rows)
     columns = encoder.encode(rows)
-    assert columns.min() == 0.0 and columns.max() == 1.0
+    assert columns.min() == 0.0
+    assert columns.max() == 1.0
     assert "architecture.d_model" in encoder.names
     assert "block.ffn.d_ff" not in encoder.names, "equal in all"
     # A width varies by 8, so its logarithm counts: 128 is a third of the way from 64 to 512.

@@ -12,7 +12,8 @@ def test_a_point_has_the_parameters_that_give_its_architecture() -> None:
     assert len({p.architecture.fingerprint for p in found}) > 30
     for one in found:
         again = point(space, 999, one.params)
-        assert again is not None and again.architecture == one.architecture
+        assert again is not None
+        assert again.architecture == one.architecture
         assert again.params == one.params
 
 
