@@ -222,7 +222,7 @@ def run(
                 trials=trials,
                 workers=worker_count(workers),
                 address=address,
-                listener=listen,
+                listeners=[listen],
                 accept_changes=accept_changes,
             )
     except launch.Interrupted as stop:
