@@ -198,7 +198,8 @@ class OptunaTrials:
             with warnings.catch_warnings():
                 # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
                 warnings.simplefilter("ignore", UserWarning)
-                plain = self._space.draw(trial)
+                answers = self.points.held(held, trial) if held else None
+                plain = self._space.draw(answers or trial)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -208,7 +209,7 @@ class OptunaTrials:
         for name, distribution in trial.distributions.items():
             if not _contains(distribution, trial.params[name]):
                 raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
-        self.points.add(trial.params)
+        self.points.add(answers.answers if answers else trial.params)
         return plain
 
     def constrain(self, trial: Trial, violations: Mapping[str, float]) -> None:

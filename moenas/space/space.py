@@ -139,6 +139,22 @@ class Space:
                 )
 
     @property
+    def former_fields(self) -> dict[str, str]:
+        """Former name -> present place of the fields that had another name in earlier versions."""
+        return field_names.former(Architecture)
+
+    @property
+    def former_names(self) -> list[str]:
+        """A line for each former name of a field in the text: where it is, and what to write."""
+        found = list(grammar.former_names(self.tree))
+        for requirement in self.requirements:
+            found += [
+                f"{requirement.mark}: require: {name}: a former name; write {now}"
+                for name, now in requirement.former
+            ]
+        return found
+
+    @property
     def size(self) -> int:
         """The exact number of points, before `require`; a continuous range counts as one."""
         return sampling.count(self.tree)
@@ -419,10 +435,11 @@ def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requir
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
     known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several)
+        yield parse_requirement(item.value, item.mark, known, several, former)
 
 
 def _read_objectives(node: Node) -> Iterator[Objective]:
