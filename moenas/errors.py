@@ -2,8 +2,9 @@
 
 MoenasError                      1   anything that moenas itself raises
 |-- InputError                   2   what the user wrote or named is wrong; no study was created
-|   |-- SpaceError                   a space file, an override or an architecture
-|   |-- DataError                    a corpus that cannot be read or is too small
+|   |-- LocatedError                 something at one place of what the user wrote
+|   |   |-- SpaceError               a space file, an override or an architecture
+|   |   `-- DataError                a corpus that cannot be read or is too small
 |   |-- PartError                    a part of the user's raised, or gave what cannot be used
 |   |-- NotFoundError                a study, trial, space, objective or figure that does not exist
 |   `-- StorageError                 a database that cannot be opened, read or written at the start
@@ -25,12 +26,50 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+FailureKind = Literal[
+    "diverged",  # the loss stopped being finite
+    "acausal",  # a logit depends on a later token or on another sequence
+    "collapsed",  # hardly any expert of a layer gets tokens
+    "timeout",  # the candidate used up its time limit
+    "out_of_memory",
+    "crashed",  # the worker process died
+    "error",  # the candidate's code raised
+    "refused",  # the job names something that cannot be read or used
+    "environment",  # the machine or its surroundings are at fault, not the candidate
+    "invalid",  # what a worker or an objective sent is no evaluation
+    "internal",  # moenas itself raised
+    "parameters",  # the trial's parameters are no point of the space
+    "sampler",  # the sampler raised, so the trial has no parameters
+    "foreign",  # another program made and finished the trial
+]
+"""Why a trial has no values."""
+FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """A place in what the user wrote; line and column count from 1, and are 0 where unknown."""
+
+    source: str
+    """The file as the user named it, or the override; empty for plain data."""
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
 
 
 class MoenasError(Exception):
     """Base of every error that moenas raises on purpose."""
 
     exit_code = 1
+
+    def plain(self) -> dict[str, Any]:
+        """Return the error as a JSON object: its class and its message."""
+        return {"error": type(self).__name__, "message": str(self)}
 
 
 class InputError(MoenasError):
@@ -39,11 +78,53 @@ class InputError(MoenasError):
     exit_code = 2
 
 
-class SpaceError(InputError):
+class LocatedError(InputError):
+    """Something at one place of what the user wrote is wrong.
+
+    The message says what is wrong and what would be right; place and field are arguments:
+
+        raise SpaceError("0 is below 1", location=node.mark, path="train.batch")
+
+    `Node.error(path, message)` builds a SpaceError for a node of a file. `str(error)` is
+    `file:line:column: path: message`, of which it leaves out what is None. Code that needs a part
+    reads the attribute and never takes the text apart.
+
+    Attributes:
+        message: what is wrong; what would be right.
+        location: file, line and column; None for plain data.
+        path: the dotted path of the field, such as `architecture.blocks.0.repeat`; or None.
+    """
+
+    def __init__(
+        self, message: str, *, location: SourceLocation | None = None, path: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.location = location if location is not None and location.source else None
+        self.path = path or None
+
+    def __str__(self) -> str:
+        place = None if self.location is None else str(self.location)
+        return ": ".join(part for part in (place, self.path, self.message) if part is not None)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the error as a JSON object: class, message, path, file, line and column."""
+        place = self.location or SourceLocation("")
+        return {
+            "error": type(self).__name__,
+            "message": self.message,
+            "path": self.path,
+            "file": place.source or None,
+            "line": place.line or None,
+            "column": place.column or None,
+        }
+
+
+class SpaceError(LocatedError):
     """A space file, an override or an architecture is not valid."""
 
 
-class DataError(InputError):
+class DataError(LocatedError):
     """A corpus cannot be read, or is too small for what is asked of it."""
 
 
@@ -94,7 +175,7 @@ class MachineError(MoenasError):
 class CandidateError(MoenasError):
     """One candidate failed; the study records the reason and goes on."""
 
-    kind = "error"
+    kind: FailureKind = "error"
 
 
 class DivergedError(CandidateError):

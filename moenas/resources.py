@@ -18,10 +18,11 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from moenas.errors import InputError, NotFoundError, SpaceError, suggestion
+from moenas.errors import InputError, NotFoundError, SourceLocation, SpaceError, suggestion
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 MAX_DIGITS = 40
 
 listener: Callable[[str], None] | None = None
@@ -29,18 +30,8 @@ listener: Callable[[str], None] | None = None
 _told: set[Path] = set()
 
 
-@dataclass(frozen=True)
-class SourceLocation:
-    """A place in what the user wrote; line and column count from 1."""
-
-    source: str
-    line: int = 0
-    column: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
-
-
+NOWHERE = SourceLocation("")
+"""The place of plain data."""
 Value: TypeAlias = "bool | int | float | str | dict[str, Node] | list[Node] | None"
 
 
@@ -52,6 +43,8 @@ class Node:
     mark: SourceLocation
     key_mark: SourceLocation | None = None
     """Where the key stands, if the node is the value of one."""
+    path: str | None = None
+    """The path of the definition that stands here in place of a name."""
 
     @property
     def plain(self) -> Any:
@@ -63,19 +56,18 @@ class Node:
         return self.value
 
     @classmethod
-    def wrap(cls, plain: Any, source: str = "<data>") -> Node:
-        """Give plain data a (lineless) place, so that one reader serves files and data."""
-        mark = SourceLocation(source)
+    def wrap(cls, plain: Any, mark: SourceLocation = NOWHERE) -> Node:
+        """Give all of some plain data one place, so that one reader serves files and data."""
         if isinstance(plain, dict):
-            return cls({str(k): cls.wrap(v, source) for k, v in plain.items()}, mark)
+            return cls({str(k): cls.wrap(v, mark) for k, v in plain.items()}, mark)
         if isinstance(plain, list | tuple):
-            return cls([cls.wrap(v, source) for v in plain], mark)
+            return cls([cls.wrap(v, mark) for v in plain], mark)
         return cls(plain, mark)
 
     def error(self, path: str, message: str, *, key: bool = False) -> SpaceError:
-        """Build the error for this place: `file:line:column: path: message`."""
+        """Build the error for this place, or for that of the node's key."""
         mark = self.key_mark if key and self.key_mark else self.mark
-        return SpaceError(f"{mark}: {path}: {message}" if path else f"{mark}: {message}")
+        return SpaceError(message, location=mark, path=path)
 
 
 # YAML 1.2 core schema. PyYAML's 1.1 rules would read `1e-3` as text, `no` as False, `012` as 10.
@@ -114,12 +106,12 @@ class _Composer:
         next(self.events)  # stream start
         event = next(self.events)
         if isinstance(event, yaml.StreamEndEvent):
-            raise SpaceError(f"{self.source}:1:1: the file is empty")
+            raise SpaceError("the file is empty", location=SourceLocation(self.source, 1, 1))
         node = self.compose(next(self.events), 0)
         next(self.events)  # document end
         event = next(self.events)
         if not isinstance(event, yaml.StreamEndEvent):
-            raise SpaceError(f"{self.mark(event)}: a second document; write one per file")
+            raise SpaceError("a second document; write one per file", location=self.mark(event))
         return node
 
     def compose(
@@ -127,11 +119,13 @@ class _Composer:
     ) -> Node:
         mark = self.mark(event)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise SpaceError(f"{mark}: anchors and aliases (& and *) are not allowed; repeat it")
+            raise SpaceError(
+                "anchors and aliases (& and *) are not allowed; repeat the value", location=mark
+            )
         if getattr(event, "tag", None):
-            raise SpaceError(f"{mark}: tags (!) are not allowed; write the plain value")
+            raise SpaceError("tags (!) are not allowed; write the plain value", location=mark)
         if depth > MAX_DEPTH:
-            raise SpaceError(f"{mark}: nested more than {MAX_DEPTH} levels deep")
+            raise SpaceError(TOO_DEEP, location=mark)
         if isinstance(event, yaml.ScalarEvent):
             value = scalar(event.value) if event.style is None else event.value
             return Node(value, mark, key_mark)
@@ -148,10 +142,10 @@ class _Composer:
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             mark = self.mark(event)
             if not isinstance(event, yaml.ScalarEvent):
-                raise SpaceError(f"{mark}: a key must be a word")
+                raise SpaceError("a key must be a word", location=mark)
             self.compose(event, depth)  # refuses anchors and tags on keys
             if event.value in found:
-                raise SpaceError(f"{mark}: the key '{event.value}' stands twice")
+                raise SpaceError(f"the key '{event.value}' stands twice", location=mark)
             found[event.value] = self.compose(next(self.events), depth + 1, mark)
         return found
 
@@ -164,18 +158,20 @@ def parse_yaml(text: str, source: str) -> Node:
     Raises:
         SpaceError: with file, line and column of the first thing that is wrong.
     """
+    file = SourceLocation(source)
     if len(text) > MAX_BYTES:
-        raise SpaceError(f"{source}: larger than 1 MiB; a space file is a few hundred lines")
+        raise SpaceError("larger than 1 MiB; a space file is a few hundred lines", location=file)
     try:
         return _Composer(text, source).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise SpaceError(f"{place}: not valid YAML: {error.problem or error.context}") from None
+        place = SourceLocation(source, mark.line + 1, mark.column + 1) if mark else file
+        what = error.problem or error.context
+        raise SpaceError(f"not valid YAML: {what}", location=place) from None
     except yaml.reader.ReaderError as error:
-        raise SpaceError(f"{source}: not valid YAML: {error.reason}") from None
+        raise SpaceError(f"not valid YAML: {error.reason}", location=file) from None
     except RecursionError:
-        raise SpaceError(f"{source}: nested more than {MAX_DEPTH} levels deep") from None
+        raise SpaceError(TOO_DEEP, location=file) from None
 
 
 def read_text(path: Path) -> str:
@@ -193,9 +189,22 @@ def read_yaml(path: Path) -> Node:
     return parse_yaml(read_text(path), str(path))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that `parse_yaml` reads back."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote text that YAML 1.2 reads as a number, such as 1e5; PyYAML quotes by YAML 1.1."""
+    style = None if isinstance(scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def to_yaml(plain: Any) -> str:
-    """Write plain data as YAML, in the order given."""
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)
+    """Write plain data as YAML, in the order given; `parse_yaml` reads the same data back."""
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100)
 
 
 def shipped(folder: str) -> Path:
@@ -247,7 +256,7 @@ def find(folder: str, suffix: str, ref: str) -> Path:
     if inside or not ref.removeprefix(parent + slash):
         names = ", ".join(inside or known)
         raise NotFoundError(f"'{_short(ref)}' is a folder of {folder}/; name one of: {names}")
-    holding = [name for name in below if ref.lower() in name.rpartition("/")[2].lower()][:SUGGESTED]
+    holding = [] if slash else names_with(folder, suffix, ref)
     near = f" Did you mean {' or '.join(map(repr, holding))}?" if holding else ""
     names = ", ".join(known) or "none"
     raise NotFoundError(
@@ -269,6 +278,12 @@ def _below(folder: str, suffix: str) -> list[str]:
     places = [place for root in (shipped(folder), Path(folder)) for place in root.glob("*/")]
     parents = sorted({place.name for place in places if not place.name.startswith(("_", "."))})
     return [name for parent in parents for name in _named(folder, suffix, parent)]
+
+
+def names_with(folder: str, suffix: str, word: str) -> list[str]:
+    """Return at most SUGGESTED names in the folders right below `folder` that hold a word."""
+    below = _below(folder, suffix)
+    return [x for x in below if word.lower() in x.rpartition("/")[2].lower()][:SUGGESTED]
 
 
 def take(path: Path, folder: str) -> Path:

@@ -1,9 +1,9 @@
 """Forward operations per token: two for each multiply-add of every matrix product.
 
-Counted by fvcore on the meta device, over one sequence of `train.context` tokens; attention counts
-over the full square, element-wise work counts nothing, a training step costs about three times as
-much. The count must equal the closed form `Cost.flops_per_token`: where they differ, the candidate
-fails.
+fvcore counts one pass over a sequence of `train.context` tokens; a large model is counted on the
+meta device. Attention counts over the full square, element-wise work counts nothing, a training
+step costs about three times as much. The count must equal the closed form `Cost.flops_per_token`:
+where they differ, the candidate fails.
 """
 
 from __future__ import annotations

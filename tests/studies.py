@@ -115,7 +115,7 @@ def counts(row: Evaluation) -> bool:
     if "copied_from" in row.metrics:
         return False
     if row.failure:
-        return row.failure["kind"] not in ("parameters", "foreign", "sampler")
+        return row.failure.kind not in ("parameters", "foreign", "sampler")
     return bool(row.values)
 
 

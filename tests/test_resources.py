@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moenas import resources as refs
@@ -99,9 +99,11 @@ plain = st.recursive(
 
 
 @given(plain)
-def test_what_pyyaml_writes_reads_back(value: object) -> None:
-    text = yaml.safe_dump(value)
+@example("0E0")
+def test_what_is_written_reads_back(value: object) -> None:
+    text = refs.to_yaml(value)
     assert refs.parse_yaml(text, "f").plain == value
+    assert yaml.safe_load(text) == value
 
 
 @given(st.text(max_size=60))

@@ -114,7 +114,7 @@ def reasons(rows: list[Evaluation]) -> str:
     failures = [row.failure for row in rows if row.status == "failed" and row.failure]
     if not failures:
         return ""
-    kinds = sorted({str(failure["kind"]) for failure in failures})
+    kinds = sorted({failure.kind for failure in failures})
     return f"{', '.join(kinds)}: {str(failures[0]['message'])[:160]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from moenas.cli.options import (
     TrialNumber,
     Workers,
     command_line,
+    is_json_wanted,
     without_password,
     worker_count,
     write_csv,
@@ -62,7 +64,7 @@ def main() -> None:
         finally:
             terminal.flush()
     except MoenasError as error:
-        say(_clean(f"moenas: {error}"))
+        _write_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say("stopped")
@@ -75,6 +77,16 @@ def main() -> None:
         say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
         say("this is a fault of moenas; MOENAS_DEBUG=1 shows where it happened")
         sys.exit(1)
+
+
+def _write_error(error: MoenasError) -> None:
+    """Write an error to stderr; with `-o json`, also its fields to stdout as a JSON object."""
+    say(_clean(f"moenas: {error}"))
+    if is_json_wanted():
+        # The exit code is that of the error, whether or not stdout can be written.
+        with contextlib.suppress(MoenasError, SystemExit):
+            emit(_clean(to_json(error.plain())))
+            terminal.flush()
 
 
 def _clean(text: str) -> str:

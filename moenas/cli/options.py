@@ -32,7 +32,27 @@ Storage = Annotated[
         metavar="URL",
     ),
 ]
-Format = Annotated[Output, typer.Option("-o", "--output", help="Form of the data on stdout.")]
+_wanted: set[Output] = set()
+"""The form of the data that the command line asks for."""
+
+
+def _note_format(output: Output) -> Output:
+    _wanted.clear()
+    _wanted.add(output)
+    return output
+
+
+def is_json_wanted() -> bool:
+    """Whether this command line asks for data as JSON."""
+    return Output.json in _wanted
+
+
+Format = Annotated[
+    Output,
+    typer.Option(
+        "-o", "--output", callback=_note_format, is_eager=True, help="Form of the data on stdout."
+    ),
+]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
 TrialNumber = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number of the trial.")]
 

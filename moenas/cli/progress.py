@@ -70,7 +70,7 @@ def reason(event: Event) -> str:
     """Say why a trial has no values."""
     found = event.evaluation
     if found is not None and found.failure is not None:
-        return f"{found.failure['kind']}: {found.failure['message']} | {event.text}"
+        return f"{found.failure} | {event.text}"
     broken = ", ".join(found.violations) if found is not None else ""
     return f"breaks {broken} | {event.text}" if broken else event.text
 

@@ -52,13 +52,15 @@ class Corpus:
         for split, tokens in (("train", self.train), ("val", self.val)):
             if len(tokens) < context + 1:
                 raise DataError(
-                    f"data '{self.name}': its {split} split holds {len(tokens)} tokens, a sequence"
-                    f" needs {context + 1}; give more text or a train.context below {len(tokens)}"
+                    f"the {split} split of '{self.name}' holds {len(tokens)} tokens, a sequence"
+                    f" needs {context + 1}; give more text or a train.context below {len(tokens)}",
+                    path="data",
                 )
         if vocab_size < self.vocab_size:
             raise DataError(
-                f"data '{self.name}': has tokens 0 to {self.vocab_size - 1}, the architecture"
-                f" knows {vocab_size}; give it vocab_size: {self.vocab_size}"
+                f"'{self.name}' has tokens 0 to {self.vocab_size - 1}, the architecture knows"
+                f" {vocab_size}; give it vocab_size: {self.vocab_size}",
+                path="data",
             )
 
     def batch(

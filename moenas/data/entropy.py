@@ -47,7 +47,8 @@ class Counts:
                 at = int(strange[0])
                 raise DataError(
                     f"{path}: token {wide[at]} at position {start + i + at} is not below vocab_size"
-                    f" {self.vocab_size}; give the tokenizer's vocab_size, or the right dtype"
+                    f" {self.vocab_size}; give the tokenizer's vocab_size, or the right dtype",
+                    path="data",
                 )
             self.ones += np.bincount(wide, minlength=self.vocab_size)
             if self.pairs is not None:

@@ -284,7 +284,9 @@ def _load_tokens(section: Plain) -> Corpus:
         arrays = [_map(path, dtype) for path in paths]
         files = [{"path": p, "bytes": os.path.getsize(p)} for p in paths]
     except (OSError, ValueError) as error:
-        raise DataError(f"data: {error}; it was readable when the space was checked") from None
+        raise DataError(
+            f"{error}; it was readable when the space was checked", path="data"
+        ) from None
     cut = 0
     if len(arrays) == 1:
         cut = len(arrays[0]) - int(len(arrays[0]) * TAIL)

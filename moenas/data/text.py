@@ -84,7 +84,9 @@ def stdlib_sources() -> list[Named]:
         paths += [Path(folder, n) for n in names if n.endswith(".py") and n[:6] != "_sysco"]
     found = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
     if not found:
-        raise DataError(f"data 'stdlib': no Python sources in {root}; give {{files: [...]}}")
+        raise DataError(
+            f"'stdlib' finds no Python sources in {root}; give {{files: [...]}}", path="data"
+        )
     return found
 
 
@@ -121,7 +123,9 @@ def pydoc() -> Text:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise DataError("data 'pydoc': this Python has no pydoc_data; use stdlib") from None
+        raise DataError(
+            "'pydoc' needs pydoc_data, which this Python lacks; use stdlib", path="data"
+        ) from None
     seen: set[bytes] = set()
     kept = []
     for name in sorted(topics):
@@ -150,7 +154,7 @@ def files(paths: list[str]) -> Text:
         try:
             text = Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+            raise DataError(f"{path}: cannot be read: {error.strerror}", path="data") from None
         found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
     return _split_by_size(Text("files"), list(found.values()))
 

@@ -36,16 +36,13 @@ def open_corpus(space: Space) -> Corpus:
     """Load the corpus of a space and require that the space can be trained on it.
 
     Raises:
-        DataError: `file:line:column: data: what is wrong`.
+        DataError: at the section `data` of the space file.
     """
     try:
         corpus = loading.load(space.data)
         corpus.require(space.train.context, min(space.vocab_sizes))
     except DataError as error:
-        text = str(error)
-        raise DataError(
-            f"{space.data_mark}: {text if text.startswith('data') else f'data: {text}'}"
-        ) from None
+        raise DataError(error.message, location=space.data_mark, path="data") from None
     return corpus
 
 

@@ -72,8 +72,7 @@ def _present(plain: Plain, family: str, fields: Fields) -> Plain:
         if not inner:
             found[outer] = value
             continue
-        component = found.get(outer)
-        kind = component["kind"] if isinstance(component, dict) else None
-        if inner in _fields(fields[outer][1], str(kind)):
+        component = found.get(outer) or {}
+        if inner in _fields(fields[outer][1], str(component.get("kind"))):
             found[outer] = {**component, inner: value}
     return found

@@ -127,6 +127,15 @@ class Field:
         return float(value) if float in self.scalars else value
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """Why the fields of a component below do not go together with those above it."""
+
+    component: Component
+    """The component below that the error points at."""
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """A frozen record of fields that reads from and writes to plain data.
@@ -158,11 +167,14 @@ class Component:
         cls.kind = kind
         cls.kinds[kind] = cls
 
-    def invalid(self) -> str | None:
-        """Return why the fields do not go together, or None. Overridden where they can clash."""
+    def invalid(self) -> str | Conflict | None:
+        """Return why the fields do not go together, or None. Overridden where they can clash.
+
+        The error points at this component, or at the one that a `Conflict` names.
+        """
         return None
 
-    def invalid_together(self) -> str | None:
+    def invalid_together(self) -> str | Conflict | None:
         """Return why items of its lists do not go together, or None. Asked of a whole alone."""
         return None
 
@@ -259,7 +271,7 @@ class Part(Component):
         found: int | None = getattr(self, "window", None) or getattr(self, "chunk", None)
         return found
 
-    def invalid_at(self, d_model: int) -> str | None:
+    def invalid_at(self, d_model: int) -> str | Conflict | None:
         """Return why the part does not fit a model of this width, or None."""
         return None
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from moenas.errors import SpaceError, suggestion
+from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.spellings import present_name
-from moenas.resources import SourceLocation
+from moenas.grammar.synonyms import hint
 
 Number: TypeAlias = float
 Names: TypeAlias = Mapping[str, "float | str | None"]
@@ -54,8 +54,8 @@ class Requirement:
     tree: ast.expr
     names: frozenset[str]
     mark: SourceLocation
-    former: tuple[tuple[str, str], ...] = ()
-    """Former names in the text, each with the present one."""
+    former: tuple[str, ...] = ()
+    """A line for each former name of a field in the text."""
 
     @property
     def trained(self) -> bool:
@@ -92,14 +92,16 @@ def parse_requirement(
         SpaceError: at the column of what is wrong.
     """
     if len(text) > MAX_LENGTH:
-        raise SpaceError(f"{mark}: require: longer than {MAX_LENGTH} characters")
+        raise SpaceError(f"longer than {MAX_LENGTH} characters", location=mark, path="require")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", None) or "not an expression"
         place = _shift(mark, (getattr(error, "offset", 1) or 1) - 1)
         raise SpaceError(
-            f"{place}: require: {text!r} is not valid: {reason}; write e.g. 'active_params < 2e6'"
+            f"{text!r} is not valid: {reason}; write e.g. 'active_params < 2e6'",
+            location=place,
+            path="require",
         ) from None
     present = _PresentNames(known, former or {})
     tree = present.visit(tree)
@@ -110,7 +112,8 @@ def parse_requirement(
         if name in names and several and name in several:
             which = " or ".join(several[name])
             raise _refuse(node, mark, f"'{name}' is a field of several parts; write {which}")
-    return Requirement(text, tree, frozenset(names), mark, tuple(present.replaced))
+    former_names = (f"{mark}: require: {line}" for line in present.replaced)
+    return Requirement(text, tree, frozenset(names), mark, tuple(former_names))
 
 
 class _PresentNames(ast.NodeTransformer):
@@ -119,7 +122,7 @@ class _PresentNames(ast.NodeTransformer):
     def __init__(self, known: set[str], former: Mapping[str, str]) -> None:
         self.known = known
         self.former = former
-        self.replaced: list[tuple[str, str]] = []
+        self.replaced: list[str] = []
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         """Replace one word."""
@@ -136,7 +139,7 @@ class _PresentNames(ast.NodeTransformer):
         now = present_name(name, self.former)
         if now == name:
             return node
-        self.replaced.append((name, now))
+        self.replaced.append(f"{name}: a former name; write {now}")
         found = ast.parse(now, mode="eval").body
         for inner in ast.walk(found):
             if isinstance(inner, ast.expr):
@@ -149,7 +152,7 @@ def _shift(mark: SourceLocation, columns: int) -> SourceLocation:
 
 
 def _refuse(node: ast.expr, mark: SourceLocation, message: str) -> SpaceError:
-    return SpaceError(f"{_shift(mark, node.col_offset)}: require: {message}")
+    return SpaceError(message, location=_shift(mark, node.col_offset), path="require")
 
 
 def _check_logic(node: ast.expr, names: set[str], mark: SourceLocation, known: set[str]) -> None:
@@ -186,7 +189,7 @@ def _check_value(node: ast.expr, names: set[str], mark: SourceLocation, known: s
         return
     if (name := _dotted(node)) is not None:
         if name not in known:
-            near = suggestion(name, known)
+            near = hint(name, known)
             raise _refuse(node, mark, f"no cost or field '{name}'.{near}")
         names.add(name)
     elif isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:

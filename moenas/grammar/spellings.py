@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-from moenas.errors import suggestion
+from moenas.errors import SourceLocation
 from moenas.grammar.component import Component, Field, fields
+from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import Node, SourceLocation
+from moenas.resources import Node, names_with
 
 Inside = Callable[[str, str], bool]
 """Whether a kind of the component in a field has an inner field: (kind, inner field)."""
@@ -17,7 +19,7 @@ Inside = Callable[[str, str], bool]
 def as_mapping(family: type[Component], node: Node) -> Node:
     """Return a bare word as a mapping: `bias` is `{kind: bias}`. Anything else stays as it is."""
     if isinstance(node.value, str) and family.kind is None and family.kinds:
-        return Node({"kind": Node(node.value, node.mark)}, node.mark)
+        return replace(node, value={"kind": Node(node.value, node.mark)})
     return node
 
 
@@ -60,10 +62,18 @@ def _take_preset(
         return {}, None
     preset = found.pop("preset")
     if not isinstance(preset.value, str) or preset.value not in cls.presets:
-        text = f"no preset {preset.plain!r}.{suggestion(str(preset.plain), cls.presets)}"
+        text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
         names = ", ".join(cls.presets) or "none"
         raise preset.error(_join(path, "preset"), f"{text} There are {names}.")
     return cls.presets[preset.value], preset.mark
+
+
+def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
+    """Name the preset of nearly this name, or the published models whose names hold it."""
+    spaces = [x for x in names_with("spaces", ".yaml", word) if f"/{word}" in x]
+    if not spaces or any(word in name for name in presets):
+        return hint(word, presets)
+    return f" It is in {' and '.join(map(repr, spaces))}: see docs/zoo.md."
 
 
 def _move(
@@ -123,7 +133,7 @@ def with_field(
         if not isinstance(options.value, list):
             return node
         given = [with_field(o, inner, value, has, on_clash=on_clash) for o in options.value]
-        return Node({**node.value, "choice": Node(given, options.mark)}, node.mark, node.key_mark)
+        return replace(node, value={**node.value, "choice": replace(options, value=given)})
     own: dict[str, Node] = {"kind": node} if isinstance(node.value, str) else {}
     own = dict(node.value) if isinstance(node.value, dict) else own
     kind: Any = own["kind"].value if "kind" in own else None
@@ -133,7 +143,7 @@ def with_field(
         if on_clash == "keep":
             return node
         raise on_clash
-    return Node({**own, inner: value}, node.mark, node.key_mark)
+    return replace(node, value={**own, inner: value})
 
 
 def present_name(name: str, former: Mapping[str, str]) -> str:

@@ -7,19 +7,23 @@ nesting alone: what stands inside one option of a `Choice` exists only where tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
-from moenas.errors import SpaceError, suggestion
-from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
+from moenas.errors import SourceLocation, SpaceError, suggestion
+from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
 from moenas.grammar.spellings import apply_spellings, as_mapping
+from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import Node, SourceLocation
+from moenas.resources import NOWHERE, Node
 
 MAX_OPTIONS = 1000
+LAYERS = "layers"
+"""The section of named layers, and the first part of the paths of their holes."""
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
 
 
@@ -39,6 +43,8 @@ class Choice:
     """What the sampler sees: the value of a scalar option, the kind or preset of a component."""
     options: tuple[Tree, ...]
     mark: SourceLocation
+    shared: str = ""
+    """The name of a hole in a named layer: all uses of the layer have this one hole."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Range:
     log: bool
     whole: bool
     mark: SourceLocation
+    shared: str = ""
+    """As of a `Choice`."""
 
     @property
     def count(self) -> int | None:
@@ -73,6 +81,22 @@ class Range:
         return f"/{self.unit}" if self.unit > 1 else ""
 
 
+ORIGIN = "_origin"
+"""Where a component keeps its `Origin`; it is no field, so it does not count in comparisons."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component is written: its path in the space file, and its place."""
+
+    path: str
+    mark: SourceLocation
+
+    def error(self, reason: str) -> SpaceError:
+        """Build the error for this component."""
+        return SpaceError(reason, location=self.mark, path=self.path)
+
+
 @dataclass(frozen=True)
 class Record:
     """A component whose fields may hold holes."""
@@ -80,8 +104,15 @@ class Record:
     cls: type[Component]
     fields: dict[str, Tree]
     mark: SourceLocation
-    former: tuple[str, ...] = field(default=(), compare=False)
+    path: str = ""
+    """Where it stands in the space file: the fields above it and the options that hold it."""
+    former: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """A line for each former name of a field that the text uses."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the component is written."""
+        return Origin(self.path, self.mark)
 
     @cached_property
     def has_holes(self) -> bool:
@@ -129,6 +160,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     Raises:
         SpaceError: `file:line:column: path: what is wrong; what would be right`.
     """
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: read(family, n, p), node, path)
@@ -146,7 +178,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             place = cls.kind or cls.__name__.lower()
             raise value.error(
                 join(path, key),
-                f"no field of '{place}'.{suggestion(key, known)} It has {', '.join(known)}.",
+                f"no field of '{place}'.{hint(key, known)} It has {', '.join(known)}.",
                 key=True,
             )
     trees: dict[str, Tree] = {}
@@ -163,7 +195,7 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
         f"{node.key_mark or node.mark}: {join(path, name)}: a former name; write {cls.former[name]}"
         for name, _, node in former
     )
-    return Record(cls, trees, node.mark, tuple(notes))
+    return Record(cls, trees, node.mark, path, tuple(notes))
 
 
 def former_names(tree: Tree) -> Iterator[str]:
@@ -198,7 +230,7 @@ def _read_kind(
     kind = found.pop("kind")
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
         text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
-        near = suggestion(str(kind.plain), family.kinds)
+        near = hint(str(kind.plain), family.kinds)
         place = path if kind.mark is node.mark else join(path, "kind")
         raise kind.error(place, f"{text}{near} There are {kinds}.")
     return family.kinds[kind.value]
@@ -206,6 +238,7 @@ def _read_kind(
 
 def _read_field(field: Field, node: Node, path: str) -> Tree:
     """Read one field: a hole, a component, a list of components or a scalar."""
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: _read_field(field, n, p), node, path)
@@ -269,7 +302,7 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
         if (type(value), value) in seen:
             raise option.error(path, f"the option {value!r} stands twice")
         seen.add((type(value), value))
-    return Choice(tuple(labels), tuple(trees), node.mark)
+    return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
 
 def _labels(options: list[Node]) -> list[Scalar]:
@@ -284,6 +317,8 @@ def _labels(options: list[Node]) -> list[Scalar]:
         if isinstance(option.value, dict):
             named = option.value.get("kind") or option.value.get("preset")
         label = str(named.plain) if named is not None else f"option{i + 1}"
+        if option.path:  # a named layer
+            label = option.path.rpartition(".")[2]
         taken[label] += 1
         labels.append(f"{label}-{taken[label]}" if taken[label] > 1 else label)
     return labels
@@ -318,7 +353,12 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
-    return Range(low, high, step, log, whole, node.mark)
+    return Range(low, high, step, log, whole, node.mark, _shared(path))
+
+
+def _shared(path: str) -> str:
+    """Return the name of a hole that stands in a named layer, or an empty string."""
+    return path if path.startswith(f"{LAYERS}.") else ""
 
 
 def _end(field: Field, value: float, whole: bool) -> float:
@@ -362,6 +402,27 @@ def _short(plain: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def make(record: Record, values: Mapping[str, Any]) -> Component:
+    """Make the component of a record from the values of its fields.
+
+    Raises:
+        SpaceError: where the fields stand that do not go together.
+    """
+    component = record.cls(**values)
+    component.__dict__[ORIGIN] = record.origin
+    if (reason := component.invalid()) is not None:
+        raise conflict(component, reason)
+    return component
+
+
+def conflict(component: Component, reason: str | Conflict) -> SpaceError:
+    """Build the error for a component that was made from a tree."""
+    if isinstance(reason, Conflict):
+        component, reason = reason.component, reason.reason
+    origin = component.__dict__.get(ORIGIN)
+    return origin.error(reason) if isinstance(origin, Origin) else SpaceError(reason)
+
+
 def construct(tree: Tree, path: str = "") -> Component:
     """Turn a tree without holes into the component that it describes.
 
@@ -369,7 +430,7 @@ def construct(tree: Tree, path: str = "") -> Component:
         SpaceError: if a hole is left, or the fields do not go together.
     """
     if not isinstance(tree, Record):
-        raise SpaceError(f"{tree.mark}: {path or 'architecture'}: a hole is left open")
+        raise SpaceError("a hole is left open", location=tree.mark, path=path or "architecture")
     values: dict[str, Any] = {}
     for name, value in tree.fields.items():
         inner = join(path, name)
@@ -380,26 +441,23 @@ def construct(tree: Tree, path: str = "") -> Component:
             values[name] = tuple(construct(item, join(inner, i)) for i, item in items)
         else:
             values[name] = construct(value, inner)
-    component = tree.cls(**values)
-    if (reason := component.invalid()) is not None:
-        raise SpaceError(f"{tree.mark}: {path}: {reason}" if path else f"{tree.mark}: {reason}")
-    return component
+    return make(tree, values)
 
 
 def parse(
-    cls: type[C], plain: Mapping[str, Any], source: str = "<data>", *, whole: bool = True
+    cls: type[C], plain: Mapping[str, Any], mark: SourceLocation = NOWHERE, *, whole: bool = True
 ) -> C:
     """Build a component of a family from plain data; the inverse of `Component.plain`.
 
-    Not `whole`: lists may have items left out, so what must hold between items is not asked.
+    An error names the place `mark`. Not `whole`: lists may have items left out, so what must hold
+    between items is not asked.
 
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    tree = read(cls, Node.wrap(dict(plain), source))
-    component = construct(tree)
+    component = construct(read(cls, Node.wrap(dict(plain), mark)))
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(f"{tree.mark}: {reason}")
+        raise conflict(component, reason)
     return cast(C, component)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moenas.grammar import field_names, tree
 from moenas.grammar import summary as describe
-from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.component import Component, Conflict, changed, setting
 from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, ResidualConfig, merged
 from moenas.model.head import Head
 from moenas.model.layers.linear import matrices, output_projections, size
@@ -79,18 +79,18 @@ class Architecture(Component):
         """
         return tree.parse(cls, plain)
 
-    def invalid(self) -> str | None:
+    def invalid(self) -> str | Conflict | None:
         """Return why a block does not fit the width, or fields do not go together, or None."""
         if (layers := sum(group.n_layers for group in self.blocks)) > MAX_LAYERS:
             return f"blocks: {layers:,} layers, written out; at most {MAX_LAYERS:,}: lower a repeat"
-        for i, group in enumerate(self.blocks):
-            if (reason := group.invalid_at(self.d_model)) is not None:
-                return f"blocks.{i}.{reason}"
+        for group in self.blocks:
+            if (found := group.invalid_at(self.d_model)) is not None:
+                return found
         if self.positions == "learned" and self.max_positions is None:
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
 
-    def invalid_together(self) -> str | None:
+    def invalid_together(self) -> Conflict | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
         return kv_source_error([layer.mixer for layer in self.layers], self.d_model)
 
@@ -161,10 +161,10 @@ class Architecture(Component):
         table = self.vocab_size * self.d_model
         bias = self.vocab_size if self.head_bias else 0
         rows = self.d_model * (self.max_positions or 0) if self.positions == "learned" else 0
-        head = Cost(table + bias, table + bias, 2 * table, 0, 2 * (table + bias))
-        lookups = [Cost(rows, min(rows, self.d_model), 0, 0, 2 * rows)]
+        head = Cost(params=table + bias, active_params=table + bias, flops_per_token=2 * table)
+        lookups = [Cost(params=rows, active_params=min(rows, self.d_model))]
         if not self.tie_embeddings:
-            lookups.append(Cost(table, self.d_model, 0, 0, 2 * table))
+            lookups.append(Cost(params=table, active_params=self.d_model))
         norms = self.embedding_norm + (self.norm_position != "post")
         head = head + self.stream.norm_cost() * norms
         often, groups = Counter[tuple[object, ...]](), dict[tuple[object, ...], BlockGroup]()

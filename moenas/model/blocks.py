@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.grammar.component import Component, Part, changed, setting
+from moenas.grammar.component import Component, Conflict, Part, changed, setting
 from moenas.model.feedforward.dense import FFN, DenseFFN
 from moenas.model.layers.norms import NormKind, build_norm, norm_params
 from moenas.model.mixers.mixer import Mixer
@@ -42,7 +42,7 @@ class ResidualConfig:
     def norm_cost(self) -> Cost:
         """Return the cost of one norm of the stream."""
         params = norm_params(self.norm, self.d_model)
-        return Cost(params=params, active_params=params, weight_bytes=2 * params)
+        return Cost(params=params, active_params=params)
 
     def build_norm(self) -> nn.Module:
         """Build one norm of the stream."""
@@ -132,14 +132,15 @@ class BlockGroup(Component):
             )
         return None
 
-    def invalid_at(self, d_model: int) -> str | None:
-        """Return why a part does not fit a model of this width, or None."""
-        for name, part in self.parts.items():
-            if (reason := part.invalid_at(d_model)) is not None:
-                return f"{name}: {reason}"
-        for i, group in enumerate(self.blocks or ()):
-            if (reason := group.invalid_at(d_model)) is not None:
-                return f"blocks.{i}.{reason}"
+    def invalid_at(self, d_model: int) -> Conflict | None:
+        """Return which part does not fit a model of this width, and why, or None."""
+        for part in self.parts.values():
+            reason = part.invalid_at(d_model)
+            if reason is not None:
+                return reason if isinstance(reason, Conflict) else Conflict(part, reason)
+        for group in self.blocks or ():
+            if (found := group.invalid_at(d_model)) is not None:
+                return found
         return None
 
     @property

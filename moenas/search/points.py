@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
-from moenas.grammar.sampling import Suggest, draw, enumerate_points
+from moenas.grammar.enumeration import enumerate_points
+from moenas.grammar.sampling import Suggest, draw
 from moenas.grammar.spellings import former_hole_name
 
 if TYPE_CHECKING:

@@ -268,7 +268,7 @@ class OptunaTrials:
         known: dict[str, Any] = {
             "architecture": one_line(plain) if plain else None,
             "fingerprint": found.fingerprint or None,
-            "failure": found.failure["kind"] if found.failure else None,
+            "failure": found.failure.kind if found.failure else None,
             "params": found.cost.get("params"),
             "active_params": found.cost.get("active_params"),
             "seconds": found.seconds.get("total"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from moenas.errors import SpaceError
-from moenas.grammar import sampling
+from moenas.errors import SourceLocation, SpaceError
+from moenas.grammar.counting import most_layers
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.model.architecture import MAX_LAYERS
-from moenas.resources import SourceLocation
 from moenas.space.objective import Objective
 from moenas.space.sections import Protocol, Recipe
 
@@ -22,11 +21,13 @@ def require_layers(tree: Tree) -> None:
     for record in _records(tree):
         blocks, total = record.fields["blocks"], 0
         for item in blocks.items if isinstance(blocks, Listing) else [blocks]:
-            total += sampling.most_layers(item)
+            total += most_layers(item)
             if total > MAX_LAYERS:
                 raise SpaceError(
-                    f"{item.mark}: architecture.blocks: {total:,} layers, written out up to here;"
-                    f" an architecture has at most {MAX_LAYERS:,}: lower a repeat"
+                    f"{total:,} layers, written out up to here; an architecture has at most"
+                    f" {MAX_LAYERS:,}: lower a repeat",
+                    location=item.mark,
+                    path="architecture.blocks",
                 )
 
 
@@ -47,9 +48,10 @@ def require_positions(
         for value, mark in _values(record.fields["max_positions"]) if learned else ():
             if isinstance(value, int | float) and value < asked[name]:
                 raise SpaceError(
-                    f"{mark}: architecture.max_positions: {value:g} is less than the"
-                    f" {asked[name]} tokens of a pass ({name}); give at least {asked[name]}, or"
-                    " shorten the pass"
+                    f"{value:g} is less than the {asked[name]} tokens of a pass ({name}); give at"
+                    f" least {asked[name]}, or shorten the pass",
+                    location=mark,
+                    path="architecture.max_positions",
                 )
 
 

@@ -29,7 +29,7 @@ INTRODUCTION = """\
 
 A space file is one whole experiment: an architecture with holes, what it must meet, what is
 measured, on which data, how it is trained, and how it is searched. It is YAML 1.2, read strictly:
-an unknown key, a key that stands twice, an anchor, an alias, a tag or a second document is an
+an unknown key, a duplicate key, an anchor, an alias, a tag or a second document is an
 error with line and column. `moenas check FILE` reads a file and says what is in it, and
 `moenas schema` prints the JSON Schema for editors.
 """
@@ -37,6 +37,7 @@ error with line and column. `moenas check FILE` reads a file and says what is in
 SECTIONS = {
     "name": "name of the study; the file's name without `.yaml` if left out",
     "use": "Python files with [parts of your own](parts.md), a list of paths",
+    "layers": "blocks and components with [names](#layers), used in `architecture`",
     "architecture": "a language model with [holes](#holes)",
     "require": "comparisons that every candidate must meet",
     "objectives": "the numbers to measure, by name or by path",
@@ -74,6 +75,33 @@ A bare word stands for a component of that kind with its defaults: `balance: bia
 Where a table below lists presets, `preset: NAME` stands for the fields of that row. Fields written
 beside it win, one by one: `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}` keeps the
 `coef` of the preset.
+"""
+
+NAMED_LAYERS = """\
+## `layers`
+
+This section names blocks and components. `architecture` uses a name in place of a block or a
+component. `layer: NAME` in a mapping takes the fields of the named layer; fields beside it win.
+
+```yaml
+layers:
+  local: {mixer: {kind: attention, head_dim: 64, n_heads: {choice: [8, 16]}, window: 1024}}
+  experts: {kind: moe, n_experts: 64, d_expert: 512, router: {top_k: 4}}
+architecture:
+  vocab_size: 50304
+  d_model: 1024
+  blocks:
+    - repeat: 6
+      blocks:
+        - {layer: local, ffn: {kind: dense, d_ff: 4096}, repeat: 5}
+        - {mixer: {kind: attention, head_dim: 64}, ffn: experts}
+objectives: [active_params, flops_per_token]
+```
+
+A name is only a spelling: the fingerprint and the cost are those of the architecture written out.
+A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each candidate,
+and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it again. A layer
+may use other layers. A name that is unknown, unused or the name of a kind is an error.
 """
 
 REQUIRE = """\
@@ -140,6 +168,7 @@ def _pages() -> Iterator[str]:
     yield HOLES
     yield _table(("hole", "what may be drawn"), HOLE_FORMS.items())
     yield AFTER_HOLES
+    yield NAMED_LAYERS
     yield from _family("architecture", Architecture, "##", set())
     yield from _require()
     yield from _objectives()
@@ -204,7 +233,10 @@ def _heading(family: type[Component]) -> str:
 
 def _require() -> Iterator[str]:
     yield REQUIRE
-    costs = _field_docs(Cost) | {"total_params": "The same as `params`."}
+    costs = _field_docs(Cost) | {
+        "weight_bytes": inspect.getdoc(Cost.weight_bytes) or "",
+        "total_params": "The same as `params`.",
+    }
     yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
     plain = {name for name in space.known_names() - set(costs) if "." not in name}
     names = ", ".join(f"`{name}`" for name in sorted(plain))

@@ -8,29 +8,39 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from moenas.data import loading as data
-from moenas.errors import InputError, MoenasError, PartError, SpaceError, suggestion
+from moenas.errors import (
+    InputError,
+    MoenasError,
+    PartError,
+    SourceLocation,
+    SpaceError,
+    suggestion,
+)
 from moenas.failures import located
 from moenas.grammar import field_names, sampling, user_parts
 from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
+from moenas.grammar.counting import count
 from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
-from moenas.records import Cost, Plain, astuple
-from moenas.resources import MAX_DEPTH, Node, SourceLocation, find, parse_yaml, read_text, sha256
+from moenas.records import Cost, Plain, RoutingRow
+from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
+from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
 from moenas.space.sections import Protocol, Recipe, Search
 
 KEYS = (
-    "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
+    "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
+    "search",
 )  # fmt: skip
 RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
@@ -98,7 +108,8 @@ class Space:
             if key not in found:
                 raise root.error("", f"the section '{key}' is missing")
         use = tuple(_read_use(found.get("use")))
-        tree = grammar.read(Architecture, found["architecture"], "architecture")
+        written = expand(found["architecture"], found.get("layers"))
+        tree = grammar.read(Architecture, written, "architecture")
         space = cls(
             name=_read_name(found.get("name"), source),
             text=text,
@@ -122,20 +133,23 @@ class Space:
         require_positions(self.tree, self.objectives, self.train, self.measure)
         sampling.check_options(self.tree)
         if not any(True for _ in self.holes):
-            self.architecture(self.draw(sampling.RandomSuggest(0)), found["architecture"].mark)
+            sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
                 raise SpaceError(
-                    f"{requirement.mark}: require: '{requirement.text}' is decided on the trained"
-                    " model, and no objective trains it; add val_loss to the objectives"
+                    f"'{requirement.text}' is decided on the trained model, and no objective trains"
+                    " it; add val_loss to the objectives",
+                    location=requirement.mark,
+                    path="require",
                 )
         needed = self.data.get("vocab_size", 256)
         for value, mark in _values(self.tree, "vocab_size"):
             if value < needed:
                 raise SpaceError(
-                    f"{mark}: architecture.vocab_size: {value} is too small for the data,"
-                    f" which has {needed} different tokens"
+                    f"{value} is too small for the data, which has {needed} different tokens",
+                    location=mark,
+                    path="architecture.vocab_size",
                 )
 
     @property
@@ -146,18 +160,13 @@ class Space:
     @property
     def former_names(self) -> list[str]:
         """A line for each former name of a field in the text: where it is, and what to write."""
-        found = list(grammar.former_names(self.tree))
-        for requirement in self.requirements:
-            found += [
-                f"{requirement.mark}: require: {name}: a former name; write {now}"
-                for name, now in requirement.former
-            ]
-        return found
+        required = (line for requirement in self.requirements for line in requirement.former)
+        return [*grammar.former_names(self.tree), *required]
 
     @property
     def size(self) -> int:
         """The exact number of points, before `require`; a continuous range counts as one."""
-        return sampling.count(self.tree)
+        return count(self.tree)
 
     @property
     def continuous(self) -> int:
@@ -179,14 +188,13 @@ class Space:
         """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data."""
         return cast(Plain, sampling.draw(self.tree, suggest))
 
-    def architecture(self, plain: Plain, mark: SourceLocation | None = None) -> Architecture:
-        """Build the canonical architecture from drawn data.
+    def architecture(self, plain: Plain, mark: SourceLocation = NOWHERE) -> Architecture:
+        """Build the canonical architecture from drawn data; an error names the place `mark`.
 
         Raises:
             SpaceError: if the drawn fields do not go together.
         """
-        source = str(mark) if mark else "<draw>"
-        return grammar.parse(Architecture, plain, source).canonical()
+        return grammar.parse(Architecture, plain, mark).canonical()
 
     def violations(self, architecture: Architecture) -> dict[str, float]:
         """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less.
@@ -198,7 +206,7 @@ class Space:
         return {r.text: r.violation(layers) for r in wanted}
 
     def trained_violations(
-        self, architecture: Architecture, routing: Sequence[Plain]
+        self, architecture: Architecture, routing: Sequence[RoutingRow]
     ) -> dict[str, float]:
         """Return the same of the requirements that are decided on the routing after training.
 
@@ -207,7 +215,7 @@ class Space:
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
             return {}
-        rows = {row["layer"]: row for row in routing}
+        rows: dict[int, Mapping[str, Any]] = {row["layer"]: row for row in routing}
         layers: list[Names] = [
             {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
             for i, names in enumerate(self._names(architecture))
@@ -263,7 +271,7 @@ class Space:
         """
         try:
             found = architecture.cost(self.train.context)
-            right = all(type(n) is int and n >= 0 for n in astuple(found))
+            right = all(type(n) is int and n >= 0 for n in found.plain().values())
         except MoenasError:
             raise
         except (Exception, SystemExit) as error:
@@ -275,15 +283,22 @@ class Space:
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""
         use: Plain = {"use": [file.plain() for file in self.use]} if self.use else {}
-        return use | {
-            "architecture": grammar.unparse(self.tree),
-            "require": [r.text for r in self.requirements],
-            "objectives": [{"name": o.name, "sha256": o.info().sha256} for o in self.objectives],
-            "data": self.data,
-            "train": self.train.plain(),
-            "measure": self.measure.plain(),
-            "search": self.search.plain(),
-        }
+        shared = sampling.shared_holes(self.tree)
+        return (
+            use
+            | ({"layers": shared} if shared else {})
+            | {
+                "architecture": grammar.unparse(self.tree),
+                "require": [r.text for r in self.requirements],
+                "objectives": [
+                    {"name": o.name, "sha256": o.info().sha256} for o in self.objectives
+                ],
+                "data": self.data,
+                "train": self.train.plain(),
+                "measure": self.measure.plain(),
+                "search": self.search.plain(),
+            }
+        )
 
     @property
     def sha256(self) -> str:
@@ -311,7 +326,7 @@ def with_current_defaults(plain: Plain) -> Plain:
     search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
     lasting = {**plain, "search": search}
     try:
-        tree = grammar.read(Architecture, Node.wrap(plain["architecture"], "<stored>"))
+        tree = grammar.read(Architecture, Node.wrap(plain["architecture"]))
         found = {name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()}
     except SpaceError:
         return plain
@@ -332,10 +347,14 @@ def file_schema() -> Plain:
     """Return the JSON Schema (draft 7) of a space file."""
     writer = SchemaWriter()
     text = {"type": "string"}
+    architecture = writer.family(Architecture, layers=False)
+    parts = [{"$ref": f"#/definitions/{x}"} for x in writer.definitions if x != "architecture"]
+    layers = {"type": "object", "additionalProperties": {"anyOf": parts}}
     properties: Plain = {
         "name": {"type": "string", "description": "the study's name; the file's name if left out"},
         "use": {"type": "array", "items": text, "description": "files of parts of your own"},
-        "architecture": writer.family(Architecture),
+        "layers": {**layers, "description": "blocks and components by name"},
+        "architecture": architecture,
         "require": {"type": "array", "items": text, "description": "comparisons to meet"},
         "objectives": {"type": "array", "minItems": 1, "items": text},
         "data": {"anyOf": [text, {"type": "object"}], "description": "the corpus"},
@@ -359,30 +378,35 @@ def file_schema() -> Plain:
 
 def _override(root: Node, text: str) -> Node:
     """Set one value by its dotted path: `architecture.blocks.0.repeat=2`."""
-    place = f"override '{text}'"
+    place = SourceLocation(f"override '{text}'")
     path, equals, value = text.partition("=")
     if not equals or not path:
-        raise SpaceError(f"{place}: write it as section.field=value, e.g. train.tokens=2e6")
+        raise SpaceError("write it as section.field=value, e.g. train.tokens=2e6", location=place)
     keys = path.strip().split(".")
     if len(keys) > MAX_DEPTH:
-        raise SpaceError(f"{place[:60]}...: more than {MAX_DEPTH} levels deep")
-    return _set(root, keys, parse_yaml(value, place), place)
+        short = SourceLocation(f"{place.source[:60]}...")
+        raise SpaceError(f"more than {MAX_DEPTH} levels deep", location=short)
+    return _set(root, keys, parse_yaml(value, place.source), place)
 
 
-def _set(node: Node, keys: list[str], value: Node, place: str) -> Node:
+def _set(node: Node, keys: list[str], value: Node, place: SourceLocation) -> Node:
     """Return a copy of `node` in which the value at `keys` is replaced."""
     if not keys:
-        return Node(value.value, SourceLocation(place), SourceLocation(place))
+        return Node(value.value, place, place)
     key, rest = keys[0], keys[1:]
     if isinstance(node.value, list):
         if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node.value):
-            raise SpaceError(f"{place}: '{key}' is not a number from 0 to {len(node.value) - 1}")
+            raise SpaceError(
+                f"'{key}' is not a number from 0 to {len(node.value) - 1}", location=place
+            )
         items = list(node.value)
         items[int(key)] = _set(items[int(key)], rest, value, place)
         return replace(node, value=items)
     if not isinstance(node.value, dict):
-        raise SpaceError(f"{place}: nothing can be set below {node.plain!r}; it is not a mapping")
-    inner = node.value.get(key) or Node({}, SourceLocation(place), SourceLocation(place))
+        raise SpaceError(
+            f"nothing can be set below {node.plain!r}; it is not a mapping", location=place
+        )
+    inner = node.value.get(key) or Node({}, place, place)
     return replace(node, value={**node.value, key: _set(inner, rest, value, place)})
 
 

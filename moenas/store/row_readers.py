@@ -243,6 +243,6 @@ def evaluated(connection: Connection, name: str) -> int:
     valued = select(value.trial).where(value.study == name, value.value.is_not(None))
     with_values = set(connection.scalars(valued))
     return sum(
-        is_evaluated(r.status, r.metrics, r.failure, r.trial in with_values)
+        is_evaluated(r.status, r.metrics, mapping.failure_of(r.failure), r.trial in with_values)
         for r in connection.execute(wanted)
     )

@@ -320,7 +320,7 @@ class Store(StoreReader):
             .values(
                 finished_at=now,
                 status=evaluation.status,
-                failure=mapping.failure(evaluation.failure),
+                failure=mapping.failure_json(evaluation.failure),
             )
         )
         if evaluation.status == "complete":

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moenas.records import Evaluation, Plain
+from moenas.records import Evaluation, Failure
 
 NOT_EVALUATED = ("parameters", "foreign", "sampler")
 """Kinds of failure of a trial that no worker has seen: they do not count as evaluated."""
 
 
 def is_evaluated(
-    status: str, metrics: Mapping[str, float], failure: Plain | None, has_values: bool
+    status: str, metrics: Mapping[str, float], failure: Failure | None, has_values: bool
 ) -> bool:
     """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
 
@@ -24,7 +24,7 @@ def is_evaluated(
     if "copied_from" in metrics:
         return False
     if status == "failed":
-        return (failure or {}).get("kind") not in NOT_EVALUATED
+        return failure is None or failure.kind not in NOT_EVALUATED
     return has_values
 
 

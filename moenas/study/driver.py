@@ -320,17 +320,13 @@ class Driver:
         candidate, found = self.running.pop(result.job.trial), result.outcome
         self.ended += 1
         self.intake.clean(candidate.number, result)
-        failure = found if isinstance(found, Failure) else None
-        if not isinstance(found, Failure) and found.status == "failed" and found.failure:
-            failure = Failure.parse(found.failure)
+        failure = found if isinstance(found, Failure) else found.failure
         if failure and failure.kind == ENVIRONMENT and self._delay(candidate, failure, result.job):
             return
         died = failure is not None and failure.kind == "crashed"
         if failure and died and candidate.crashes < stop_rules.RETRIES:
             candidate.crashes += 1
-            attempts.end(
-                self.store, self.name, candidate.number, result.job.attempt, failure.plain()
-            )
+            attempts.end(self.store, self.name, candidate.number, result.job.attempt, failure)
             self._emit("retried", candidate.number, failure.message)
             self._guarded(candidate, self._start)
             return
@@ -358,7 +354,7 @@ class Driver:
 
     def _delay(self, candidate: Candidate, failure: Failure, job: Job) -> bool:
         """Let a candidate start again after a pause; False if it is to fail itself."""
-        attempts.end(self.store, self.name, job.trial, job.attempt, failure.plain())
+        attempts.end(self.store, self.name, job.trial, job.attempt, failure)
         tries = attempts.failed(self.store, self.name, job.trial, ENVIRONMENT)
         if self.faults.exhausted(job.trial, tries):
             return False
@@ -379,7 +375,8 @@ class Driver:
         earlier = attempts.failed(self.store, self.name, number, "crashed")
         if earlier >= 2 * (stop_rules.RETRIES + 1):  # it was held back in two earlier runs
             return False
-        attempts.end(self.store, self.name, number, attempt, evaluation.failure or {})
+        assert evaluation.failure is not None
+        attempts.end(self.store, self.name, number, attempt, evaluation.failure)
         self.crashed.append((candidate, evaluation))
         if len(self.crashed) >= stop_rules.CRASHES:
             raise StudyStoppedError(
@@ -412,7 +409,7 @@ class Driver:
             self.name,
             self.store.attempts(self.name, number),
             "failed",
-            failure=failure.plain(),
+            failure=failure,
             seed=self.space.search.seed,
         )
         self.draws.add({})
@@ -429,7 +426,7 @@ class Driver:
             raise
         except Exception as error:  # a value that the tables do not take
             found = candidate.evaluation(
-                self.name, found.attempt, "failed", failure=internal(error).plain()
+                self.name, found.attempt, "failed", failure=internal(error)
             )
             recorded = self.store.record(found)
         if not recorded:
@@ -459,7 +456,7 @@ class Driver:
         self.intake.add(found)
         # The recipe, the data and the seed are those of the study, so that a model diverges again.
         trained = found.status != "failed" and bool(found.values)
-        if trained or (found.failure or {}).get("kind") in FINAL:
+        if trained or (found.failure is not None and found.failure.kind in FINAL):
             self.known.setdefault(found.fingerprint, found.trial)
 
     def _emit(

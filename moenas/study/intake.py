@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moenas.errors import InputError, StorageLostError
+from moenas.errors import FailureKind, InputError, StorageLostError
 from moenas.pareto import unusable
 from moenas.records import Evaluation, Failure, WeightsFile
 from moenas.space.objective import rebase
@@ -46,9 +46,8 @@ class Intake:
         """
         outcome, attempt = result.outcome, result.job.attempt
         if isinstance(outcome, Failure):
-            failure = outcome.plain()
             seed = self._space.search.seed
-            return candidate.evaluation(self._study, attempt, "failed", failure=failure, seed=seed)
+            return candidate.evaluation(self._study, attempt, "failed", failure=outcome, seed=seed)
         found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if found.status == "complete":
             found = self.judged(candidate.architecture, found)
@@ -142,7 +141,6 @@ class Intake:
         return replace(found, status="infeasible", violations=broken)
 
 
-def failed(found: Evaluation, kind: str, message: str) -> Evaluation:
+def failed(found: Evaluation, kind: FailureKind, message: str) -> Evaluation:
     """Turn an evaluation into a failed one."""
-    failure = Failure(kind, message).plain()
-    return replace(found, status="failed", failure=failure)
+    return replace(found, status="failed", failure=Failure(kind, message))

@@ -201,7 +201,7 @@ class Study:
                 "state": e.status,
                 **{name: e.values.get(name) for name in names},
                 **{f"cost.{name}": value for name, value in e.cost.items()},
-                "failure": e.failure["kind"] if e.failure else None,
+                "failure": e.failure.kind if e.failure else None,
                 "seconds": e.seconds.get("total"),
                 **{f"params.{name}": value for name, value in drawn.get(e.trial, {}).items()},
             }

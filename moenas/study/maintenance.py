@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
         # The lease comes first: another process may have evaluated them again meanwhile.
         Spool(store.runs, study).commit(store)
         failed = {
-            e.trial: str((e.failure or {}).get("kind", "error"))
+            e.trial: e.failure.kind if e.failure else "error"
             for e in store.evaluations(study)
             if e.status == "failed"
         }
@@ -60,7 +60,7 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
     return chosen
 
 
-def _chosen(study: str, failed: dict[int, str], kinds: Sequence[str]) -> list[int]:
+def _chosen(study: str, failed: Mapping[int, str], kinds: Sequence[str]) -> list[int]:
     """Return the failed trials to open; `failed` is trial -> kind of failure."""
     there = sorted(set(failed.values()))
     for kind in kinds:

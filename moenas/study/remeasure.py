@@ -165,16 +165,14 @@ class Remeasurer:
     ) -> Evaluation:
         """Return the stored evaluation with the new values."""
         found = result.outcome
-        failure = found if isinstance(found, Failure) else None
-        if not isinstance(found, Failure) and found.failure:
-            failure = Failure.parse(found.failure)
+        failure = found if isinstance(found, Failure) else found.failure
         if failure is not None and failure.kind == "environment":
             raise MoenasError(
                 f"study '{known.study}', trial {known.trial}: {failure.message}; nothing is stored"
             )
         own = {o.name for o in self._space.objectives}
         if failure is not None and own & {o.name for o in objectives}:
-            return replace(known, status="failed", failure=failure.plain())
+            return replace(known, status="failed", failure=failure)
         if isinstance(found, Failure):
             return known
         merged = replace(

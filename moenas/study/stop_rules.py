@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
+from typing import Final
 
 from moenas.errors import EnvironmentFaultError, NoCandidateError, StudyStoppedError
 from moenas.records import Evaluation, Failure
 
-ENVIRONMENT = "environment"
+ENVIRONMENT: Final = "environment"
 """Kind of a failure that is the machine's, not the candidate's."""
 ENVIRONMENT_FAULTS = 5
 """Faults of the environment in a row, pauses between them, before the run stops."""
@@ -40,7 +40,7 @@ DRAWS = 1000
 def reason(found: Evaluation) -> str:
     """Say in one line why a trial has no values."""
     if found.failure:
-        return f"{found.failure['kind']}: {found.failure['message']}"
+        return str(found.failure)
     return "breaks " + ", ".join(found.violations)
 
 
@@ -95,7 +95,7 @@ class SameFailures:
 
     def __init__(self, study: str) -> None:
         self._study = study
-        self._last = ""
+        self._last: Failure | None = None
         self._times = 0
 
     def add(self, found: Evaluation, any_complete: bool) -> None:
@@ -104,16 +104,15 @@ class SameFailures:
         Raises:
             StudyStoppedError: at SAME_FAILURES in a row.
         """
-        kind = (found.failure or {}).get("kind")
-        if kind == "crashed":  # the driver holds these back by itself
+        failure = found.failure
+        if failure is not None and failure.kind == "crashed":  # see `CrashedCandidates`
             return
-        if found.status != "failed" or (any_complete and kind in OF_THE_CANDIDATE):
-            self._last, self._times = "", 0
+        if failure is None or (any_complete and failure.kind in OF_THE_CANDIDATE):
+            self._last, self._times = None, 0
             return
-        # Numbers, such as those of a process or a shape, do not make another reason.
-        text = re.sub(r"\d+", "#", reason(found))
-        self._times = self._times + 1 if text == self._last else 1
-        self._last = text
+        same = self._last is not None and failure.has_reason_of(self._last)
+        self._times = self._times + 1 if same else 1
+        self._last = failure
         if self._times >= SAME_FAILURES:
             which = "candidates in a row" if any_complete else "first candidates"
             raise StudyStoppedError(

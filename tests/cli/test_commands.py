@@ -197,6 +197,34 @@ def test_a_mistake_in_the_file_is_one_line_and_nothing_is_created(
         assert os.listdir() == ["bad.yaml"]
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_with_json_an_error_has_fields(moenas: Run, command: str) -> None:
+    Path("bad.yaml").write_text(SMALL.replace("d_model: {choice: [32, 48]}", "d_model: wide"))
+    result = moenas(command, "bad.yaml", "-o", "json")
+    found = json.loads(result.out)
+    message = found.pop("message")
+    assert found == {
+        "error": "SpaceError",
+        "path": "architecture.d_model",
+        "file": "bad.yaml",
+        "line": 3,
+        "column": 12,
+    }
+    assert result.err == f"moenas: bad.yaml:3:12: architecture.d_model: {message}\n"
+    assert result.code == 2
+
+
+def test_with_json_every_error_of_input_has_a_message(moenas: Run) -> None:
+    url = "postgresql://u:secret@127.0.0.1:1/x"
+    for words in (("status", "small"), ("show", "small", "3", "--storage", url)):
+        result = moenas(*words, "-o", "json")
+        assert result.code == 2
+        found = json.loads(result.out)
+        assert result.err == f"moenas: {found['message']}\n"
+        assert found["error"] == "StorageError"
+        assert "secret" not in result.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from moenas.cli.progress import LiveProgress, duration, line, listener, write_line
-from moenas.records import Evaluation
+from moenas.records import Evaluation, Failure
 from moenas.space.space import Space
 from moenas.store.tally import Tally
 from moenas.study.events import Event, Kind
@@ -38,9 +38,7 @@ def event(kind: Kind, trial: int | None, text: str = "16d", **more: object) -> E
 COMPLETE = event(
     "finished", 8, status="complete", values={"flops_per_token": 123456.0, "val_loss": 2.25}
 )
-FAILED = event(
-    "finished", 9, status="failed", failure={"kind": "diverged", "message": "loss is nan"}
-)
+FAILED = event("finished", 9, status="failed", failure=Failure("diverged", "loss is nan"))
 INFEASIBLE = event("infeasible", 3, status="infeasible", violations={"d_model < 9": 0.5})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from moenas.errors import CandidateError
-from moenas.evaluate.flops import HANDLERS, NO_PRODUCTS, count_flops, count_outline
+from moenas.evaluate import flops
+from moenas.evaluate.flops import (
+    HANDLERS,
+    NO_PRODUCTS,
+    count_flops,
+    count_forward,
+    count_outline,
+)
 from moenas.grammar.sampling import RandomSuggest
 from moenas.model.architecture import Architecture
 from moenas.space.space import Space
@@ -277,3 +286,31 @@ def test_a_part_that_needs_values_is_told_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Architecture, "outline", lambda self: Peeking())
     with pytest.raises(CandidateError, match="a part needs the values of tensors"):
         count_outline(random_architecture(0), 8)
+
+
+def test_a_small_model_is_counted_without_the_compiler() -> None:
+    """The import of torch's compiler would take longer than the count, in each worker."""
+    code = """if True:
+        import sys
+        from moenas import Space
+        from moenas.evaluate.flops import count_forward
+        architecture = Space.load("tiny").require_feasible()
+        assert 2 * count_forward(architecture, 128).macs == architecture.pass_flops(128)
+        assert "sympy" not in sys.modules and "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("limit", ["params", "pass"])
+def test_a_large_model_is_counted_by_its_shapes(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = Space.load("tiny").require_feasible()
+    small = count_forward(architecture, 64)
+    lowered = {
+        "params": ("SMALL_PARAMS", architecture.cost(64).params - 1),
+        "pass": ("SMALL_PASS", architecture.pass_flops(64) - 1),
+    }[limit]
+    monkeypatch.setattr(flops, *lowered)
+    monkeypatch.setattr(Architecture, "build", lambda self: pytest.fail("it was built"))
+    assert count_forward(architecture, 64) == small

@@ -37,7 +37,7 @@ def random_tokens(path: Path, count: int = 4000, high: int = 300, seed: int = 0)
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: random_tokens(path, 40), "its val split holds 2 tokens"),
+        (lambda path: random_tokens(path, 40), "the val split of 't.bin' holds 2 tokens"),
         (lambda path: random_tokens(path, high=4000), "is not below vocab_size"),
     ],
 )

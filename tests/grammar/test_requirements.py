@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moenas.errors import SpaceError
+from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.requirements import parse_requirement
-from moenas.resources import SourceLocation
 
 KNOWN = {"a", "b", "c", "norm", "top_k", "n_experts", "m.q", "f.r.q", "q"}
 MARK = SourceLocation("f", 3, 10)

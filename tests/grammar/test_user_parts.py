@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_refused(desk: Path, use: str, message: str) -> N
         ("raise SystemExit(0)", r"average\.py:\d+: SystemExit: 0"),
         ("raise KeyError('d')", r"average\.py:\d+: KeyError: 'd'"),
         ("return 3", "TypeError"),
-        ("return Cost(-(10**9), 1, 1, 0, 1)", r"the sum is Cost\(params=-"),
+        ("return Cost(params=-(10**9), active_params=1)", r"the sum is Cost\(params=-"),
     ],
 )
 def test_a_part_that_does_not_count_its_cost_is_refused(desk: Path, body: str, said: str) -> None:

@@ -29,7 +29,7 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
-from moenas.records import Evaluation, ObjectiveInfo, StudyRecord
+from moenas.records import Evaluation, Failure, ObjectiveInfo, StudyRecord
 from moenas.store import migrations
 from moenas.store.store import Store
 from moenas.store.tables import metadata
@@ -151,7 +151,7 @@ def test_an_evaluation_comes_back_as_it_went_in(store, url):
 def test_a_failure_is_stored_whatever_it_says(store):
     store.create_study(a_study())
     ask(store, 0)
-    failure = {"kind": "error", "message": "NUL \0, half a pair \ud800", "traceback": "\u00df"}
+    failure = Failure("error", "NUL \0, half a pair \ud800", "\u00df")
     bad = replace(
         an_evaluation(0, {"val_loss": math.nan, "speed": 2.0}, status="failed", attempt=0),
         failure=failure,
@@ -161,8 +161,8 @@ def test_a_failure_is_stored_whatever_it_says(store):
     )
     assert store.record(bad)
     found = store.evaluation("x", 0)
-    assert found.failure["message"] == "NUL \\x00, half a pair \\ud800"
-    assert found.failure["traceback"] == "\u00df"
+    assert found.failure.message == "NUL \\x00, half a pair \\ud800"
+    assert found.failure.traceback == "\u00df"
     assert (found.values, found.metrics) == ({"speed": 2.0}, {"train_loss": None})
     assert (found.curve, found.measurements) == ([{"tokens": 1}], {"speed": {"spread": None}})
 
@@ -225,7 +225,7 @@ def test_an_evaluation_counts_once(store):
 def test_a_late_result_is_refused_and_a_retry_takes_the_place_of_a_failure(store, caplog):
     store.create_study(a_study())
     ask(store, 0)
-    crash = {"kind": "crashed", "message": "SIGKILL", "traceback": ""}
+    crash = Failure("crashed", "SIGKILL")
     assert store.attempts("x", 0) == 0
     store.start_attempt("x", 0)
     failed = replace(an_evaluation(0, status="failed"), failure=crash, curve=[{"tokens": 1}])

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("study_folder")
 
 def kinds(found: Study) -> dict[int, str]:
     """Trial -> kind of failure."""
-    return {e.trial: e.failure["kind"] for e in found.view.evaluations if e.failure}
+    return {e.trial: e.failure.kind for e in found.view.evaluations if e.failure}
 
 
 def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job]) -> None:
@@ -54,7 +54,7 @@ def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job
     assert found.finished == "exhausted"
     assert len(jobs) == 6
     (failure,) = [e.failure for e in found.view.evaluations if e.failure]
-    assert failure["message"] == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
+    assert failure.message == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
 def test_a_job_says_how_many_candidates_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,8 @@ def test_the_last_candidate_that_always_meets_a_fault_fails_at_the_third_start(
 
 def test_the_same_failure_in_a_row_stops_a_run_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def script(job: Job) -> Evaluation | Failure:
-        return Failure("error", f"o.py:3: no file {job.trial}") if job.trial > 3 else fake(job)[0]
+        failure = Failure("error", f"o.py:3: no file {job.trial}", cause="OSError o.py:3")
+        return failure if job.trial > 3 else fake(job)[0]
 
     scripted(monkeypatch, script)
     with pytest.raises(StudyStoppedError, match="5 candidates in a row all failed for one"):

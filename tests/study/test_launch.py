@@ -371,7 +371,7 @@ def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again(
     again = [found.evaluation(trial) for trial in (drawn, drawn + 1)]
     assert ["copied_from" in e.metrics for e in again] == [True, True]
     assert [e.status for e in again] == ["failed", "complete"]
-    assert again[0].failure == {"kind": "diverged", "message": "nan", "traceback": ""}
+    assert again[0].failure == Failure("diverged", "nan")
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_a_failed_candidate_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPat
     scripted(monkeypatch, script)
     found = run(space(), trials=6, workers=2)
     assert_sound(found, 6)
-    assert {e.trial: e.failure["kind"] for e in found.view.evaluations if e.failure} == {
+    assert {e.trial: e.failure.kind for e in found.view.evaluations if e.failure} == {
         2: "timeout",
         3: "error",
     }
@@ -460,7 +460,12 @@ def test_candidates_that_kill_their_workers_do_not_stop_a_study(
 def test_a_run_whose_first_candidates_all_fail_alike_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pool = scripted(monkeypatch, lambda job: Failure("error", f"x.py:{job.trial}: no module 'y'"))
+    pool = scripted(
+        monkeypatch,
+        lambda job: Failure(
+            "error", f"x.py:{job.trial}: no module 'y'", cause="ImportError x.py:1"
+        ),
+    )
     with pytest.raises(MoenasError, match="5 first candidates all failed for one reason: error: x"):
         run(space(), trials=40, workers=2)
     assert pool.most == 2
@@ -573,8 +578,8 @@ def test_a_latency_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch)
     found = run(space(), trials=6, workers=2)
     failure = found.evaluation(4).failure
     assert failure is not None
-    assert failure["kind"] == "refused"
-    assert "timed on [gpu y], and those of this study on [cpu x]" in failure["message"]
+    assert failure.kind == "refused"
+    assert "timed on [gpu y], and those of this study on [cpu x]" in failure.message
 
 
 # --- crashes and interrupts --------------------------------------------------------------------

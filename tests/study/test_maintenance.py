@@ -277,7 +277,7 @@ def test_a_trial_measured_on_another_device_is_refused(monkeypatch: pytest.Monke
     assert remeasure("s", trial=1, workers=2).failed == 1
     failure = load_study("s").evaluation(1).failure
     assert failure
-    assert failure["message"] == (
+    assert failure.message == (
         "'val_loss' was timed on [gpu b], and those of this study on [cpu a]"
     )
 

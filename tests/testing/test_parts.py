@@ -68,7 +68,7 @@ class Average(Mixer, kind="average"):
 
     def cost(self, d_model: int, context: int) -> Cost:
         n = 2 * d_model * self.rank
-        return Cost(n, n, 2 * n, 0, 2 * n)
+        return Cost(params=n, active_params=n, flops_per_token=2 * n)
 
     def build(self, d_model: int) -> nn.Module:
         return Averaging(d_model, self.rank)
@@ -124,7 +124,7 @@ def test_a_guests_part_is_checked(tmp_path: Path) -> None:
     ("right", "wrong", "message"),
     [
         ("n = 2 *", "n = 3 *", r"cost\(\) counts \d+ parameters in the model, build\(\) makes"),
-        ("Cost(n, n,", "Cost(n, n + 10**6,", "more active parameters than parameters"),
+        ("active_params=n,", "active_params=n + 10**6,", "more active parameters than parameters"),
         ("h.cumsum(1)", "h.sum(1, keepdim=True)", "depends on a later token"),
         ("cache[:] =", "nothing =", "with a cache the output is another one"),
         ("return (sums / counts)", "return (sums / counts / 0)", "the output is not finite"),

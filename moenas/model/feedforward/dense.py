@@ -52,7 +52,7 @@ def network_cost(d_model: int, width: int, activation: str, bias: bool) -> Cost:
     up = up_width(width, activation)
     weights = d_model * (up + width)
     params = weights + (up + d_model if bias and width else 0)
-    return Cost(params, params, 2 * weights, 0, 2 * params)
+    return Cost(params=params, active_params=params, flops_per_token=2 * weights)
 
 
 class FeedForward(nn.Module):

@@ -46,7 +46,7 @@ class ProductKeyFFN(FFN, kind="product_key"):
         memory = d_model * self.n_keys**2
         read = min(memory, self.n_heads * self.top_k * d_model)
         params = search + memory
-        return Cost(params, search + read, 2 * search, 0, 2 * params)
+        return Cost(params=params, active_params=search + read, flops_per_token=2 * search)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""

@@ -315,7 +315,6 @@ class AttentionMixer(Mixer, kind="attention"):
             active_params=params,
             flops_per_token=2 * products + 2 * context * (widths[0] + out_width),
             kv_bytes_per_token=2 * kept,
-            weight_bytes=2 * params,
         )
 
     def surplus_flops(self, d_model: int, context: int) -> int:

@@ -67,7 +67,7 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
         products = d_model * (2 * keys + 2 * values + 2 * self.n_heads) + values * d_model
         params = products + (2 * keys + values) * self.d_conv + 2 * self.n_heads + self.value_dim
         flops = 2 * products + -(-self.rule_flops(context) // context)
-        return Cost(params, params, flops, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def rule_flops(self, context: int) -> int:
         """Return the operations of the rule over a sequence."""
@@ -164,7 +164,7 @@ class ShortConvMixer(Mixer, kind="short_conv"):
         """Count two projections; the convolution is element by element."""
         products = 4 * d_model * d_model
         params = products + d_model * self.d_conv + 5 * d_model * self.bias
-        return Cost(params, params, 2 * products, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=2 * products)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the mixer at a model width."""

@@ -64,7 +64,7 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
         params = products + (2 * keys + values) * self.d_conv
         params += keys + self.n_heads + self.value_dim
         flops = 2 * products + -(-self.rule_flops(context) // context)
-        return Cost(params, params, flops, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def rule_flops(self, context: int) -> int:
         """Return the operations of the rule over a sequence."""

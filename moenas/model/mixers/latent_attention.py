@@ -107,7 +107,6 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             active_params=params,
             flops_per_token=2 * products + 2 * context * (q_width + out_width),
             kv_bytes_per_token=2 * (self.kv_rank + self.rope_dim),
-            weight_bytes=2 * params,
         )
 
     def build(self, d_model: int) -> nn.Module:

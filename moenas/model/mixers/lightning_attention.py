@@ -44,7 +44,7 @@ class LightningAttentionMixer(Mixer, kind="lightning_attention"):
         products = 5 * d_model * self.width
         params = products + self.width
         flops = 2 * products + -(-self.scan_flops(context) // context)
-        return Cost(params, params, flops, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def scan_flops(self, context: int) -> int:
         """Return the operations of the scan over a sequence."""

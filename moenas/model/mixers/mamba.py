@@ -70,7 +70,7 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         params = products + self.conv_width * (self.d_conv + self.conv_bias)
         params += 3 * self.n_heads + self.width + (into + d_model) * self.proj_bias
         flops = 2 * products + -(-self.scan_flops(context) // context)
-        return Cost(params, params, flops, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def scan_flops(self, context: int) -> int:
         """Return the operations of the scan over a sequence."""
@@ -199,7 +199,7 @@ class MambaMixer(Mixer, kind="mamba"):
         params += inner * (self.d_state + 1)
         params += chosen * self.inner_norm + (2 * inner + d_model) * self.proj_bias
         flops = 2 * (products + inner * self.d_state)
-        return Cost(params, params, flops, 0, 2 * params)
+        return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the mixer at a model width."""

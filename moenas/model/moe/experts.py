@@ -130,8 +130,8 @@ class MoEFFN(Activated, FFN, kind="moe"):
         gate = d_model if self.shared_gate and self.shared_width else 0
         rest, bias = latent + zero + gate, d_model * self.out_bias
         return (
-            Cost(params, used[0], used[1], 0, 2 * params)
-            + Cost(rest + bias, rest + bias, 2 * rest, 0, 2 * (rest + bias))
+            Cost(params=params, active_params=used[0], flops_per_token=used[1])
+            + Cost(params=rest + bias, active_params=rest + bias, flops_per_token=2 * rest)
             + self.router.cost(d_model, self.n_choices)
             + network_cost(d_model, self.shared_width, self.activation, False)
         )

@@ -131,7 +131,6 @@ class MoAMixer(Mixer, kind="moa"):
             active_params=used + bias,
             flops_per_token=2 * used + scores,
             kv_bytes_per_token=2 * 2 * self.width,
-            weight_bytes=2 * params,
         )
 
     def build(self, d_model: int) -> nn.Module:

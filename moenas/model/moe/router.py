@@ -247,11 +247,11 @@ class Router(Component):
         """
         factors = n_experts if self.expert_scale else 0
         if not self.has_logits:
-            return Cost(factors, factors, 0, 0, 2 * factors)
+            return Cost(params=factors, active_params=factors)
         params = self.logits.n_params(d_model, n_experts) + factors
         noise = d_model * n_experts if self.selection.noisy else 0
         flops = 2 * self.logits.n_weights(d_model, n_experts)
-        return Cost(params + noise, params, flops, 0, 2 * (params + noise))
+        return Cost(params=params + noise, active_params=params, flops_per_token=flops)
 
     def build(self, d_model: int, n_experts: int) -> Gating:
         """Build the module that scores and chooses among E experts."""
