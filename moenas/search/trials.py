@@ -201,7 +201,8 @@ class OptunaTrials:
             with warnings.catch_warnings():
                 # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
                 warnings.simplefilter("ignore", UserWarning)
-                plain = self._space.draw(trial)
+                answers = self.points.held(held, trial) if held else None
+                plain = self._space.draw(answers or trial)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -211,7 +212,7 @@ class OptunaTrials:
         for name, distribution in trial.distributions.items():
             if not _contains(distribution, trial.params[name]):
                 raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
-        self.points.add(trial.params)
+        self.points.add(answers.answers if answers else trial.params)
         return plain
 
     def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
@@ -308,7 +309,7 @@ class OptunaTrials:
             if fruitless % REPEATS == 0:  # a space too large to be listed
                 return base
         elif name == "gray_box":
-            proposed = self._gray_box.propose(number, self.trials())
+            proposed = self._gray_box.propose(number, self.frozen())
             return base if proposed is None else _fixed(proposed, base)
         return self._sampler(number)
 

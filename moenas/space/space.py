@@ -153,6 +153,17 @@ class Space:
                 )
 
     @property
+    def former_fields(self) -> dict[str, str]:
+        """Former name -> present place of the fields that had another name in earlier versions."""
+        return field_names.former(Architecture)
+
+    @property
+    def former_names(self) -> list[str]:
+        """A line for each former name of a field in the text: where it is, and what to write."""
+        required = (line for requirement in self.requirements for line in requirement.former)
+        return [*grammar.former_names(self.tree), *required]
+
+    @property
     def size(self) -> int:
         """The exact number of points, before `require`; a continuous range counts as one."""
         return count(self.tree)
@@ -448,10 +459,11 @@ def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requir
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
     known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several)
+        yield parse_requirement(item.value, item.mark, known, several, former)
 
 
 def _read_objectives(node: Node) -> Iterator[Objective]:
