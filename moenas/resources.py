@@ -43,6 +43,8 @@ class Node:
     mark: SourceLocation
     key_mark: SourceLocation | None = None
     """Where the key stands, if the node is the value of one."""
+    path: str | None = None
+    """The path of the definition that stands here in place of a name."""
 
     @property
     def plain(self) -> Any:
@@ -254,7 +256,7 @@ def find(folder: str, suffix: str, ref: str) -> Path:
     if inside or not ref.removeprefix(parent + slash):
         names = ", ".join(inside or known)
         raise NotFoundError(f"'{_short(ref)}' is a folder of {folder}/; name one of: {names}")
-    holding = [name for name in below if ref.lower() in name.rpartition("/")[2].lower()][:SUGGESTED]
+    holding = [] if slash else names_with(folder, suffix, ref)
     near = f" Did you mean {' or '.join(map(repr, holding))}?" if holding else ""
     names = ", ".join(known) or "none"
     raise NotFoundError(
@@ -276,6 +278,12 @@ def _below(folder: str, suffix: str) -> list[str]:
     places = [place for root in (shipped(folder), Path(folder)) for place in root.glob("*/")]
     parents = sorted({place.name for place in places if not place.name.startswith(("_", "."))})
     return [name for parent in parents for name in _named(folder, suffix, parent)]
+
+
+def names_with(folder: str, suffix: str, word: str) -> list[str]:
+    """Return at most SUGGESTED names in the folders right below `folder` that hold a word."""
+    below = _below(folder, suffix)
+    return [x for x in below if word.lower() in x.rpartition("/")[2].lower()][:SUGGESTED]
 
 
 def take(path: Path, folder: str) -> Path:

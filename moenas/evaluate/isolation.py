@@ -11,11 +11,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
 Restore = Callable[[], object]
 
 
@@ -37,38 +38,45 @@ def put_back() -> Iterator[None]:
 
 def _of_torch() -> list[Restore]:
     """Return what puts torch's settings back."""
-    threads, dtype, device = torch.get_num_threads(), torch.get_default_dtype(), _default_device()
-    grad, anomaly = torch.is_grad_enabled(), torch.is_anomaly_enabled()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    precision, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
     cudnn = torch.backends.cudnn
-    flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+    def deterministic() -> tuple[bool, bool]:
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled(), warn_only
+
+    def set_deterministic(value: tuple[bool, bool]) -> None:
+        torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+
+    def cudnn_flags() -> tuple[bool, bool, bool]:
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+    def set_cudnn_flags(value: tuple[bool, bool, bool]) -> None:
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = value
+
+    state = torch.get_rng_state()
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
-
-    def cudnn_flags() -> None:
-        if (cudnn.enabled, cudnn.benchmark, cudnn.deterministic) != flags:
-            cudnn.enabled, cudnn.benchmark, cudnn.deterministic = flags
-
-    def only_if(differs: Callable[[], bool], restore: Restore) -> Restore:
-        return lambda: differs() and restore()
-
     return [
-        only_if(lambda: torch.get_num_threads() != threads, lambda: torch.set_num_threads(threads)),
-        lambda: torch.set_default_dtype(dtype),
-        only_if(
-            lambda: _default_device() != device,
-            lambda: torch.set_default_device(device),
-        ),
-        lambda: torch.set_grad_enabled(grad),
-        lambda: torch.set_anomaly_enabled(anomaly),
-        lambda: torch.use_deterministic_algorithms(deterministic, warn_only=warn_only),
-        lambda: torch.set_float32_matmul_precision(precision),
+        _unless_equal(torch.get_num_threads, torch.set_num_threads),
+        _unless_equal(torch.get_default_dtype, torch.set_default_dtype),
+        _unless_equal(_default_device, torch.set_default_device),
+        _unless_equal(torch.is_grad_enabled, torch.set_grad_enabled),
+        _unless_equal(torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+        _unless_equal(deterministic, set_deterministic),
+        _unless_equal(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        _unless_equal(cudnn_flags, set_cudnn_flags),
         lambda: torch.set_rng_state(state),
         *(lambda k=k, on=on: torch.set_autocast_enabled(k, on) for k, on in autocast.items()),
-        cudnn_flags,
         *_of_cuda(),
     ]
+
+
+def _unless_equal(read: Callable[[], T], write: Callable[[T], object]) -> Restore:
+    """Return what writes a setting back if it is another one than now.
+
+    Some writes are dear: torch imports its compiler to set deterministic algorithms, over 1 s.
+    """
+    before = read()
+    return lambda: None if read() == before else write(before)
 
 
 def _of_cuda() -> list[Restore]:

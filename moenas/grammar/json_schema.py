@@ -5,6 +5,7 @@ from __future__ import annotations
 from moenas.grammar.component import Component, Field, fields
 from moenas.records import Plain
 
+_LAYER: Plain = {"type": "string", "description": "the name of a layer of `layers`"}
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -14,23 +15,31 @@ class SchemaWriter:
     def __init__(self) -> None:
         self.definitions: Plain = {}
 
-    def family(self, cls: type[Component], *, holes: bool = True) -> Plain:
-        """Return a reference to the schema of a family, writing it down the first time."""
+    def family(self, cls: type[Component], *, holes: bool = True, layers: bool = True) -> Plain:
+        """Return a reference to the schema of a family, writing it down the first time.
+
+        `holes`: its values may be holes. `layers`: a named layer may give its fields.
+        """
+        layers = layers and holes
         name = cls.__name__.lower()
         if name not in self.definitions:
             self.definitions[name] = {}
             members = list(cls.kinds.values()) if cls.kinds and cls.kind is None else [cls]
-            options = [self._record(member, holes=holes) for member in members]
+            options = [self._record(x, holes=holes, layers=layers) for x in members]
+            if cls.kinds and cls.kind is None:
+                options.append({"enum": list(cls.kinds), "description": "with its defaults"})
             option = options[0] if len(options) == 1 else {"anyOf": options}
             self.definitions[name] = option
         return {"$ref": f"#/definitions/{name}"}
 
-    def _record(self, cls: type[Component], *, holes: bool) -> Plain:
+    def _record(self, cls: type[Component], *, holes: bool, layers: bool) -> Plain:
         properties: Plain = {}
         if cls.kind is not None:
             properties["kind"] = {"const": cls.kind}
         if cls.presets:
             properties["preset"] = {"enum": list(cls.presets), "description": "spells fields"}
+        if layers:
+            properties["layer"] = {"type": "string", "description": "takes the fields of a layer"}
         known = fields(cls)
         for name, field in known.items():
             properties[name] = {"description": field.doc, **self._field(field, holes=holes)}
@@ -43,11 +52,15 @@ class SchemaWriter:
             "additionalProperties": False,
             "properties": properties,
         }
+        if required and layers:
+            return found | {"anyOf": [{"required": required}, {"required": ["layer"]}]}
         return found | ({"required": required} if required else {})
 
     def _field(self, field: Field, *, holes: bool) -> Plain:
         if field.component is not None:
             inner = self.family(field.component, holes=holes)
+            if holes:
+                inner = {"anyOf": [inner, _LAYER]}
             if field.is_list:
                 item = {"anyOf": [inner, _choice(inner)]} if holes else inner
                 inner = {"type": "array", "minItems": 1, "items": item}

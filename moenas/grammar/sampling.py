@@ -1,4 +1,4 @@
-"""What a space is good for: its points are counted, its holes listed, architectures drawn."""
+"""Draws from a space: its holes, random and enumerated points, and options that never fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from typing import Any, Protocol, cast
 
 from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.component import Component, Scalar, fields
-from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree, has_holes, join
+from moenas.grammar.counting import draws_each_layer
+from moenas.grammar.tree import (
+    Choice,
+    Fixed,
+    Listing,
+    Range,
+    Record,
+    Tree,
+    conflict,
+    has_holes,
+    join,
+    make,
+)
 from moenas.records import Plain
 
 TRIES = 1000
@@ -71,58 +83,6 @@ class RandomSuggest:
         return self.random.uniform(low, high)
 
 
-def draws_each_layer(tree: Tree) -> bool:
-    """Whether the tree is a group of blocks that draws each of its layers by itself."""
-    if not isinstance(tree, Record):
-        return False
-    vary = tree.fields.get("vary")
-    return isinstance(vary, Fixed) and vary.value is True
-
-
-def count(tree: Tree) -> int:
-    """Return the exact number of points, without enumeration; a continuous range counts as 1.
-
-    A record is the product of its fields, a choice the sum of its options, a varied group of n
-    layers with c variants each is c ** n.
-    """
-    if isinstance(tree, Fixed):
-        return 1
-    if isinstance(tree, Range):
-        return tree.count or 1
-    if isinstance(tree, Choice):
-        return sum(count(option) for option in tree.options)
-    if isinstance(tree, Listing):
-        return math.prod(count(item) for item in tree.items)
-    if draws_each_layer(tree):
-        layer = math.prod(count(t) for name, t in tree.fields.items() if name != "repeat")
-        return sum(layer**n for n in _repeats(tree))
-    return math.prod(count(t) for t in tree.fields.values())
-
-
-def _repeats(tree: Record) -> list[int]:
-    """Return every number of layers that a varied group can have."""
-    repeat = tree.fields["repeat"]
-    if isinstance(repeat, Fixed):
-        return [cast(int, repeat.value)]
-    if isinstance(repeat, Range):
-        return list(range(int(repeat.low), int(repeat.high) + 1, int(repeat.step or 1)))
-    options = cast(Choice, repeat).options
-    return [n for option in options for n in _repeats(replace(tree, fields={"repeat": option}))]
-
-
-def most_layers(tree: Tree) -> int:
-    """Return the most layers that an architecture or a group of blocks can have, written out."""
-    if isinstance(tree, Choice):
-        return max(map(most_layers, tree.options))
-    if isinstance(tree, Listing):
-        return sum(map(most_layers, tree.items))
-    if not isinstance(tree, Record):
-        return 0
-    blocks = tree.fields.get("blocks")
-    inner = 0 if blocks is None else most_layers(blocks)
-    return (max(_repeats(tree)) if "repeat" in tree.fields else 1) * (inner or 1)
-
-
 @dataclass(frozen=True)
 class Hole:
     """A hole of a space under the name that the sampler sees."""
@@ -133,45 +93,103 @@ class Hole:
     """Answers to other holes that make this one exist."""
 
 
-def holes(tree: Tree, path: str = "", given: dict[str, Any] | None = None) -> Iterator[Hole]:
-    """Yield every hole; a varied group of layers yields those of its first layer."""
-    given = given or {}
+def holes(tree: Tree) -> Iterator[Hole]:
+    """Yield every hole; a varied group of layers yields those of its first layer.
+
+    A hole of a named layer is yielded where the layer is used first.
+    """
+    seen: set[str] = set()
+    for hole in _holes(tree, "", {}):
+        if hole.name not in seen:
+            seen.add(hole.name)
+            yield hole
+
+
+def shared_holes(tree: Tree) -> dict[str, list[int]]:
+    """Return the holes of named layers, by name, with their places among all holes written out."""
+    found: dict[str, list[int]] = {}
+    for i, hole in enumerate(_holes(tree, "", {})):
+        if hole.tree.shared:
+            found.setdefault(hole.name, []).append(i)
+    return found
+
+
+def _named(tree: Tree, path: str) -> str:
+    """Return the name of a hole: its path, or the one that it has in a named layer."""
+    return (tree.shared if isinstance(tree, Choice | Range) else "") or path
+
+
+def _holes(tree: Tree, path: str, given: dict[str, Any]) -> Iterator[Hole]:
+    path = _named(tree, path)
     if isinstance(tree, Range):
         yield Hole(path + tree.name, tree, given)
     elif isinstance(tree, Choice):
         yield Hole(path, tree, given)
         for label, option in zip(tree.labels, tree.options, strict=True):
-            yield from holes(option, join(path, label), {**given, path: label})
+            yield from _holes(option, join(path, label), {**given, path: label})
     elif isinstance(tree, Listing):
         for i, item in enumerate(tree.items, tree.first):
-            yield from holes(item, join(path, i), given)
+            yield from _holes(item, join(path, i), given)
     elif isinstance(tree, Record):
         varied = draws_each_layer(tree)
         for name, value in tree.fields.items():
             inner = join(path, 0) if varied and name != "repeat" else path
-            yield from holes(value, join(inner, name), given)
+            yield from _holes(value, join(inner, name), given)
 
 
-def draw(tree: Tree, suggest: Suggest, path: str = "") -> Any:
+class _Once:
+    """Asks for each name once: a named layer has the same values in all its uses."""
+
+    def __init__(self, suggest: Suggest) -> None:
+        self.suggest = suggest
+        self.answers: dict[str, Any] = {}
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Return the choice of this name."""
+        if name not in self.answers:
+            self.answers[name] = self.suggest.suggest_categorical(name, choices)
+        return self.answers[name]
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        """Return the whole number of this name."""
+        if name not in self.answers:
+            self.answers[name] = self.suggest.suggest_int(name, low, high, step=step, log=log)
+        return int(self.answers[name])
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float:
+        """Return the number of this name."""
+        if name not in self.answers:
+            self.answers[name] = self.suggest.suggest_float(name, low, high, step=step, log=log)
+        return float(self.answers[name])
+
+
+def draw(tree: Tree, suggest: Suggest) -> Any:
     """Fill every hole and return plain data; names are dotted paths, options included."""
+    return _draw(tree, _Once(suggest), "")
+
+
+def _draw(tree: Tree, suggest: Suggest, path: str) -> Any:
     if isinstance(tree, Fixed):
         return tree.value
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
         option, inner = _draw_option(tree, suggest, path)
-        return draw(option, suggest, inner)
+        return _draw(option, suggest, inner)
     if isinstance(tree, Listing):
         items = enumerate(tree.items, tree.first)
         return [x for i, item in items for x in _draw_item(item, suggest, join(path, i))]
     found: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}
     for name, value in tree.fields.items():
-        found[name] = draw(value, suggest, join(path, name))
+        found[name] = _draw(value, suggest, join(path, name))
     return found
 
 
 def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
     """Draw one option of a choice; return it and the path of the holes in it."""
+    path = _named(tree, path)
     label = suggest.suggest_categorical(path, tree.labels)
     at = [i for i, x in enumerate(tree.labels) if x == label and type(x) is type(label)]
     if not at:  # a fixed value that another program gave, such as 16.0 for 16
@@ -186,24 +204,24 @@ def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
         tree, path = _draw_option(tree, suggest, path)
     if draws_each_layer(tree):
         return _draw_layers(cast(Record, tree), suggest, path)
-    return [draw(tree, suggest, path)]
+    return [_draw(tree, suggest, path)]
 
 
 def _draw_layers(tree: Record, suggest: Suggest, path: str) -> list[Plain]:
     """Draw the number of layers of a varied group, then each layer by itself."""
-    repeat = draw(tree.fields["repeat"], suggest, join(path, "repeat"))
+    repeat = _draw(tree.fields["repeat"], suggest, join(path, "repeat"))
     layers = []
     for i in range(repeat):
         layer: Plain = {"repeat": 1, "vary": False}
         for name, value in tree.fields.items():
             if name not in layer:
-                layer[name] = draw(value, suggest, join(join(path, i), name))
+                layer[name] = _draw(value, suggest, join(join(path, i), name))
         layers.append(layer)
     return layers
 
 
 def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
-    path += tree.name
+    path = _named(tree, path) + tree.name
     if tree.log and tree.whole:
         unit = tree.unit
         low, high = int(tree.low) // unit, int(tree.high) // unit
@@ -221,43 +239,41 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     `whole`: see `grammar.parse`.
 
     Raises:
-        SpaceError: with the path of the part whose fields do not go together.
+        SpaceError: where the fields are written that do not go together.
     """
-    component = _fill(tree, suggest, "", "")
+    component: Component = _fill(tree, _Once(suggest), "")
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(reason)
-    return cast(Component, component)
+        raise conflict(component, reason)
+    return component
 
 
-def _fill(tree: Tree, suggest: Suggest, path: str, place: str) -> Any:
-    """Return the value of a tree: `path` names its holes, `place` is where it stands."""
+def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
+    """Return the value of a tree; `path` names its holes."""
     if isinstance(tree, Fixed):
         return tree.value
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
         option, inner = _draw_option(tree, suggest, path)
-        return _fill(option, suggest, inner, place)
+        return _fill(option, suggest, inner)
     if isinstance(tree, Listing):
         found: list[Any] = []
         for i, item in enumerate(tree.items, tree.first):
-            _fill_item(item, suggest, join(path, i), place, found)
+            _fill_item(item, suggest, join(path, i), found)
         return tuple(found)
     if not tree.has_holes and WHOLE in tree.drawn:
         return tree.drawn[WHOLE]
-    component = _made(tree, suggest, path, place, {})
+    component = _made(tree, suggest, path, {})
     if not tree.has_holes:
         tree.drawn[WHOLE] = component
     return component
 
 
-def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -> Component:
+def _made(tree: Record, suggest: Suggest, path: str, given: Plain) -> Component:
     """Return the component of a record; `given` answers some of its fields."""
     if FIXED not in tree.drawn:
         closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
-        tree.drawn[FIXED] = {
-            name: _fill(value, suggest, "", join(place, name)) for name, value in closed.items()
-        }
+        tree.drawn[FIXED] = {name: _fill(x, suggest, "") for name, x in closed.items()}
         known = fields(tree.cls)
         tree.drawn[OPEN] = [
             (name, value, known[name].convert if isinstance(value, Choice | Range) else None)
@@ -267,15 +283,13 @@ def _made(tree: Record, suggest: Suggest, path: str, place: str, given: Plain) -
     closed, values = tree.drawn[FIXED], dict(given)
     for name, value, convert in tree.drawn[OPEN]:
         if name not in given:
-            found = _fill(value, suggest, join(path, name), join(place, name))
+            found = _fill(value, suggest, join(path, name))
             values[name] = found if convert is None else convert(found)
     # Parts are made once, so two of the same fields are one object; True is not 1.
     answers = tuple(map(_answer, values.values()))
     component: Component | None = tree.drawn.get(answers)
     if component is None:
-        component = tree.cls(**{**closed, **values})
-        if (reason := component.invalid()) is not None:
-            raise SpaceError(reason, path=place)
+        component = make(tree, {**closed, **values})
         if len(tree.drawn) < MANY:
             tree.drawn[answers] = component
     return component
@@ -288,90 +302,18 @@ def _answer(value: Any) -> Any:
     return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
-def _fill_item(tree: Tree, suggest: Suggest, path: str, place: str, found: list[Any]) -> None:
+def _fill_item(tree: Tree, suggest: Suggest, path: str, found: list[Any]) -> None:
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
     if not draws_each_layer(tree):
-        found.append(_fill(tree, suggest, path, join(place, len(found))))
+        found.append(_fill(tree, suggest, path))
         return
     tree = cast(Record, tree)
-    repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat"), place))
+    repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat")))
     given: Plain = {"repeat": 1, "vary": False}
     for i in range(repeat):
-        found.append(_made(tree, suggest, join(path, i), join(place, len(found)), given))
-
-
-class _Walk:
-    """Answers each question with the option at a given place, and the first where none is given."""
-
-    def __init__(self, places: Sequence[int]) -> None:
-        self.places = list(places)
-        self.last: list[int] = []
-        """The place of the last option of each question."""
-        self.answers: dict[str, Any] = {}
-
-    def _next(self, name: str, options: Sequence[Any]) -> Any:
-        at = len(self.last)
-        if at == len(self.places):
-            self.places.append(0)
-        self.last.append(len(options) - 1)
-        self.answers[name] = options[self.places[at]]
-        return self.answers[name]
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Return the choice at the place."""
-        return self._next(name, choices)
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        """Return the whole number at the place."""
-        return int(self._next(name, range(low, high + 1, step)))
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        """Return the number at the place."""
-        assert step is not None, "continuous ranges are refused before"
-        count = round((high - low) / step) + 1
-        at = self._next(name, range(count))
-        self.answers[name] = min(high, low + step * at)
-        return float(self.answers[name])
-
-    def advanced(self) -> list[int] | None:
-        """Return the places of the next point: the last place that can move on does."""
-        places = self.places
-        while places and places[-1] == self.last[len(places) - 1]:
-            places = places[:-1]
-        return [*places[:-1], places[-1] + 1] if places else None
-
-
-def enumerate_points(tree: Tree, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield each point of a finite space, at most `limit`: what `draw` asks for -> the answer.
-
-    The order is fixed, the last hole moves first. Nothing is held but the current point.
-
-    Raises:
-        SpaceError: at once, naming a hole that is a continuous range.
-    """
-    for hole in holes(tree):
-        if isinstance(hole.tree, Range) and hole.tree.count is None:
-            raise SpaceError(
-                "a continuous range has no end of values; give it a step",
-                location=hole.tree.mark,
-                path=hole.name,
-            )
-    return _points(tree, limit)
-
-
-def _points(tree: Tree, limit: int | None) -> Iterator[dict[str, Any]]:
-    places: list[int] | None = []
-    yielded = 0
-    while places is not None and (limit is None or yielded < limit):
-        walk = _Walk(places)
-        draw(tree, walk)
-        yield walk.answers
-        yielded += 1
-        places = walk.advanced()
+        found.append(_made(tree, suggest, join(path, i), given))
 
 
 def check_options(tree: Tree) -> None:
@@ -406,6 +348,8 @@ def _check_narrow(tree: Tree) -> None:
             continue
         for name, label in noted.asked.items():
             left[name] = [x for x in left[name] if not _same(x, label)]
+    if all(len(left[name]) == len(options) for name, (_, options) in known.items()):
+        _require_one(tree)
     for name, labels in left.items():
         hole, options = known[name]
         marks = dict(zip(map(repr, (label for label, _ in options)), options, strict=True))
@@ -483,6 +427,18 @@ def _options(tree: Choice | Range) -> list[tuple[Scalar, SourceLocation]]:
     steps = {i * (tree.count - 1) // max(1, looks - 1) for i in range(looks)}
     values = [tree.low + i * tree.step for i in sorted(steps)]
     return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
+
+
+def _require_one(tree: Tree) -> None:
+    """Raise the first reason if no random architecture is valid: then no one hole is at fault."""
+    reasons: list[SpaceError] = []
+    for seed in range(TRIES):
+        try:
+            drawn(tree, RandomSuggest(seed), whole=False)
+            return
+        except SpaceError as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _never_valid(tree: Tree, forced: dict[str, Any]) -> str | None:

@@ -77,14 +77,19 @@ def _ffn(ffn: Plain) -> str:
 
 def _routed(router: Plain) -> list[str]:
     """Return the words of a router."""
-    words = [str(router["score"])]
-    if router.get("selection") not in (None, "top_k"):
-        words.append(str(router["selection"]))
-    if router.get("balance") not in (None, "none"):
-        words.append(str(router["balance"]))
+    words = [_kind(router["score"])]
+    if "selection" in router and _kind(router["selection"]) != "top_k":
+        words.append(_kind(router["selection"]))
+    if "balance" in router and _kind(router["balance"]) != "none":
+        words.append(_kind(router["balance"]))
     if router.get("capacity_factor") is not None:
         words.append(f"cf{router['capacity_factor']:g}")
     return words
+
+
+def _kind(component: Plain | str) -> str:
+    """Return the kind of a component; earlier versions stored the kinds of a router as words."""
+    return component if isinstance(component, str) else str(component["kind"])
 
 
 def _shortcut(ffn: Plain) -> str:

@@ -7,18 +7,23 @@ nesting alone: what stands inside one option of a `Choice` exists only where tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SourceLocation, SpaceError, suggestion
-from moenas.grammar.component import MAX_NUMBER, Component, Field, Scalar, fields
+from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
+from moenas.grammar.spellings import apply_spellings, as_mapping
+from moenas.grammar.synonyms import hint
 from moenas.records import Plain
 from moenas.resources import NOWHERE, Node
 
 MAX_OPTIONS = 1000
+LAYERS = "layers"
+"""The section of named layers, and the first part of the paths of their holes."""
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
 
 
@@ -38,6 +43,8 @@ class Choice:
     """What the sampler sees: the value of a scalar option, the kind or preset of a component."""
     options: tuple[Tree, ...]
     mark: SourceLocation
+    shared: str = ""
+    """The name of a hole in a named layer: all uses of the layer have this one hole."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Range:
     log: bool
     whole: bool
     mark: SourceLocation
+    shared: str = ""
+    """As of a `Choice`."""
 
     @property
     def count(self) -> int | None:
@@ -72,6 +81,22 @@ class Range:
         return f"/{self.unit}" if self.unit > 1 else ""
 
 
+ORIGIN = "_origin"
+"""Where a component keeps its `Origin`; it is no field, so it does not count in comparisons."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a component is written: its path in the space file, and its place."""
+
+    path: str
+    mark: SourceLocation
+
+    def error(self, reason: str) -> SpaceError:
+        """Build the error for this component."""
+        return SpaceError(reason, location=self.mark, path=self.path)
+
+
 @dataclass(frozen=True)
 class Record:
     """A component whose fields may hold holes."""
@@ -79,6 +104,15 @@ class Record:
     cls: type[Component]
     fields: dict[str, Tree]
     mark: SourceLocation
+    path: str = ""
+    """Where it stands in the space file: the fields above it and the options that hold it."""
+    former: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """A line for each former name of a field that the text uses."""
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the component is written."""
+        return Origin(self.path, self.mark)
 
     @cached_property
     def has_holes(self) -> bool:
@@ -126,21 +160,25 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     Raises:
         SpaceError: `file:line:column: path: what is wrong; what would be right`.
     """
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: read(family, n, p), node, path)
+    node = as_mapping(family, node)
     if not isinstance(node.value, dict) or hole is not None:
         raise node.error(path, f"{node.plain!r} is not a mapping ({family.__name__.lower()})")
     found = dict(node.value)
     cls = _read_kind(family, found, node, path)
-    _apply_preset(cls, found, path)
+    former = apply_spellings(cls, found, path)
+    for name, present, value in former:  # checked even where the value has no effect
+        _read_field(present, value, join(path, name))
     known = fields(cls)
     for key, value in found.items():
         if key not in known:
             place = cls.kind or cls.__name__.lower()
             raise value.error(
                 join(path, key),
-                f"no field of '{place}'.{suggestion(key, known)} It has {', '.join(known)}.",
+                f"no field of '{place}'.{hint(key, known)} It has {', '.join(known)}.",
                 key=True,
             )
     trees: dict[str, Tree] = {}
@@ -153,7 +191,24 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             trees[name] = _read_default(field, node.mark, join(path, name))
     if not isinstance(trees.get("vary", node), Fixed | Node):
         raise found["vary"].error(join(path, "vary"), "a hole cannot stand here; true or false")
-    return Record(cls, trees, node.mark)
+    notes = (
+        f"{node.key_mark or node.mark}: {join(path, name)}: a former name; write {cls.former[name]}"
+        for name, _, node in former
+    )
+    return Record(cls, trees, node.mark, path, tuple(notes))
+
+
+def former_names(tree: Tree) -> Iterator[str]:
+    """Yield a line for each former name of a field that the text of a tree uses."""
+    if isinstance(tree, Record):
+        yield from tree.former
+    inner: Iterable[Tree] = ()
+    if isinstance(tree, Record):
+        inner = tree.fields.values()
+    elif isinstance(tree, Choice | Listing):
+        inner = tree.options if isinstance(tree, Choice) else tree.items
+    for value in inner:
+        yield from former_names(value)
 
 
 def _hole_kind(node: Node) -> str | None:
@@ -175,27 +230,15 @@ def _read_kind(
     kind = found.pop("kind")
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
         text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
-        near = suggestion(str(kind.plain), family.kinds)
-        raise kind.error(join(path, "kind"), f"{text}{near} There are {kinds}.")
+        near = hint(str(kind.plain), family.kinds)
+        place = path if kind.mark is node.mark else join(path, "kind")
+        raise kind.error(place, f"{text}{near} There are {kinds}.")
     return family.kinds[kind.value]
-
-
-def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> None:
-    """Replace a `preset` key by the fields that it spells; fields written beside it win."""
-    if "preset" not in found or "preset" in fields(cls):
-        return
-    preset = found.pop("preset")
-    if not isinstance(preset.value, str) or preset.value not in cls.presets:
-        text = f"no preset {preset.plain!r}.{suggestion(str(preset.plain), cls.presets)}"
-        names = ", ".join(cls.presets) or "none"
-        raise preset.error(join(path, "preset"), f"{text} There are {names}.")
-    for key, value in cls.presets[preset.value].items():
-        wrapped = Node.wrap(value)
-        found.setdefault(key, Node(wrapped.value, preset.mark))
 
 
 def _read_field(field: Field, node: Node, path: str) -> Tree:
     """Read one field: a hole, a component, a list of components or a scalar."""
+    path = node.path or path
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: _read_field(field, n, p), node, path)
@@ -220,7 +263,7 @@ def _read_default(field: Field, mark: SourceLocation, path: str) -> Tree:
     """Read the default of a field that was left out."""
     value = field.default
     if isinstance(value, Component):
-        return read(type(value), Node.wrap(value.plain()), path)
+        return read(cast(type[Component], field.component), Node.wrap(value.plain()), path)
     return Fixed(cast(Scalar, value), mark)
 
 
@@ -250,19 +293,22 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
         inner = join(path, label) if isinstance(option.value, dict | list) else path
         trees.append(read_option(option, inner))
     if all(isinstance(tree, Fixed) for tree in trees):
-        labels = [tree.value for tree in trees]
-        seen: set[tuple[type, Scalar]] = set()
-        for option, value in zip(options.value, labels, strict=True):
-            if (type(value), value) in seen:
-                raise option.error(path, f"the option {value!r} stands twice")
-            seen.add((type(value), value))
-    return Choice(tuple(labels), tuple(trees), node.mark)
+        labels = [cast(Fixed, tree).value for tree in trees]
+    seen: set[tuple[type, Scalar]] = set()
+    for option, tree, label in zip(options.value, trees, labels, strict=True):
+        value = label if isinstance(tree, Fixed) else option.value
+        if isinstance(value, dict | list):
+            continue
+        if (type(value), value) in seen:
+            raise option.error(path, f"the option {value!r} stands twice")
+        seen.add((type(value), value))
+    return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
 
 def _labels(options: list[Node]) -> list[Scalar]:
     """Name the options: a scalar by itself, a component by kind or preset, else by number."""
     labels: list[Scalar] = []
-    taken: Counter[str] = Counter()
+    taken = Counter(option.value for option in options if isinstance(option.value, str))
     for i, option in enumerate(options):
         if not isinstance(option.value, dict | list):
             labels.append(option.value)
@@ -271,6 +317,8 @@ def _labels(options: list[Node]) -> list[Scalar]:
         if isinstance(option.value, dict):
             named = option.value.get("kind") or option.value.get("preset")
         label = str(named.plain) if named is not None else f"option{i + 1}"
+        if option.path:  # a named layer
+            label = option.path.rpartition(".")[2]
         taken[label] += 1
         labels.append(f"{label}-{taken[label]}" if taken[label] > 1 else label)
     return labels
@@ -305,7 +353,12 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
-    return Range(low, high, step, log, whole, node.mark)
+    return Range(low, high, step, log, whole, node.mark, _shared(path))
+
+
+def _shared(path: str) -> str:
+    """Return the name of a hole that stands in a named layer, or an empty string."""
+    return path if path.startswith(f"{LAYERS}.") else ""
 
 
 def _end(field: Field, value: float, whole: bool) -> float:
@@ -349,6 +402,27 @@ def _short(plain: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def make(record: Record, values: Mapping[str, Any]) -> Component:
+    """Make the component of a record from the values of its fields.
+
+    Raises:
+        SpaceError: where the fields stand that do not go together.
+    """
+    component = record.cls(**values)
+    component.__dict__[ORIGIN] = record.origin
+    if (reason := component.invalid()) is not None:
+        raise conflict(component, reason)
+    return component
+
+
+def conflict(component: Component, reason: str | Conflict) -> SpaceError:
+    """Build the error for a component that was made from a tree."""
+    if isinstance(reason, Conflict):
+        component, reason = reason.component, reason.reason
+    origin = component.__dict__.get(ORIGIN)
+    return origin.error(reason) if isinstance(origin, Origin) else SpaceError(reason)
+
+
 def construct(tree: Tree, path: str = "") -> Component:
     """Turn a tree without holes into the component that it describes.
 
@@ -367,10 +441,7 @@ def construct(tree: Tree, path: str = "") -> Component:
             values[name] = tuple(construct(item, join(inner, i)) for i, item in items)
         else:
             values[name] = construct(value, inner)
-    component = tree.cls(**values)
-    if (reason := component.invalid()) is not None:
-        raise SpaceError(reason, location=tree.mark, path=path)
-    return component
+    return make(tree, values)
 
 
 def parse(
@@ -384,10 +455,9 @@ def parse(
     Raises:
         SpaceError: naming the field that is wrong.
     """
-    tree = read(cls, Node.wrap(dict(plain), mark))
-    component = construct(tree)
+    component = construct(read(cls, Node.wrap(dict(plain), mark)))
     if whole and (reason := component.invalid_together()) is not None:
-        raise SpaceError(reason, location=tree.mark)
+        raise conflict(component, reason)
     return cast(C, component)
 
 

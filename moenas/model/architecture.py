@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moenas.grammar import field_names, tree
 from moenas.grammar import summary as describe
-from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.component import Component, Conflict, changed, setting
 from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, ResidualConfig, merged
 from moenas.model.head import Head
 from moenas.model.layers.linear import matrices, output_projections, size
@@ -79,18 +79,18 @@ class Architecture(Component):
         """
         return tree.parse(cls, plain)
 
-    def invalid(self) -> str | None:
+    def invalid(self) -> str | Conflict | None:
         """Return why a block does not fit the width, or fields do not go together, or None."""
         if (layers := sum(group.n_layers for group in self.blocks)) > MAX_LAYERS:
             return f"blocks: {layers:,} layers, written out; at most {MAX_LAYERS:,}: lower a repeat"
-        for i, group in enumerate(self.blocks):
-            if (reason := group.invalid_at(self.d_model)) is not None:
-                return f"blocks.{i}.{reason}"
+        for group in self.blocks:
+            if (found := group.invalid_at(self.d_model)) is not None:
+                return found
         if self.positions == "learned" and self.max_positions is None:
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
 
-    def invalid_together(self) -> str | None:
+    def invalid_together(self) -> Conflict | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
         return kv_source_error([layer.mixer for layer in self.layers], self.d_model)
 
@@ -152,7 +152,8 @@ class Architecture(Component):
 
         They are made of what differs from the defaults, so a field that comes later changes none.
         """
-        text = json.dumps(self.canonical().brief(), sort_keys=True, separators=(",", ":"))
+        data = self.canonical().fingerprint_data()
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return sha256(text.encode())[:16]
 
     def cost(self, context: int) -> Cost:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.grammar.component import Component, Part, changed, setting
+from moenas.grammar.component import Component, Conflict, Part, changed, setting
 from moenas.model.feedforward.dense import FFN, DenseFFN
 from moenas.model.layers.norms import NormKind, build_norm, norm_params
 from moenas.model.mixers.mixer import Mixer
@@ -132,14 +132,15 @@ class BlockGroup(Component):
             )
         return None
 
-    def invalid_at(self, d_model: int) -> str | None:
-        """Return why a part does not fit a model of this width, or None."""
-        for name, part in self.parts.items():
-            if (reason := part.invalid_at(d_model)) is not None:
-                return f"{name}: {reason}"
-        for i, group in enumerate(self.blocks or ()):
-            if (reason := group.invalid_at(d_model)) is not None:
-                return f"blocks.{i}.{reason}"
+    def invalid_at(self, d_model: int) -> Conflict | None:
+        """Return which part does not fit a model of this width, and why, or None."""
+        for part in self.parts.values():
+            reason = part.invalid_at(d_model)
+            if reason is not None:
+                return reason if isinstance(reason, Conflict) else Conflict(part, reason)
+        for group in self.blocks or ():
+            if (found := group.invalid_at(d_model)) is not None:
+                return found
         return None
 
     @property
@@ -217,11 +218,13 @@ class BlockGroup(Component):
         def written(part: FFN | None, of_block: bool) -> FFN | None:
             if not isinstance(part, MoEFFN):
                 return part
-            word = part.router.router_input
+            logits = part.router.logits
+            word = logits.input
             if word != "ffn" and (whole or of_block):
                 word = "stream"
             word = "ffn" if word == "stream" and not normed else word
-            return changed(part, router=changed(part.router, router_input=word))
+            logits = changed(logits, input=word)
+            return changed(part, router=changed(part.router, logits=logits))
 
         return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 

@@ -89,7 +89,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
         DataError: if the corpus cannot be read, or the space cannot be trained on it.
     """
     from moenas.evaluate.matching import notes, open_corpus, room
-    from moenas.grammar.sampling import most_layers
+    from moenas.grammar.counting import most_layers
 
     if n_draws is None:
         n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))

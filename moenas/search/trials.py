@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
+from moenas.search.gray_box import GrayBox
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
 from moenas.store.store import Store
@@ -85,6 +86,7 @@ class OptunaTrials:
         self._names = [o.name for o in space.objectives]
         self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
         self.points = Points(space)
+        self._gray_box = GrayBox(space)
         self._interrupted: deque[int] = deque()
         """Ids of trials that an earlier run left without an outcome."""
         self._active: set[int] = set()
@@ -199,7 +201,8 @@ class OptunaTrials:
             with warnings.catch_warnings():
                 # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
                 warnings.simplefilter("ignore", UserWarning)
-                plain = self._space.draw(trial)
+                answers = self.points.held(held, trial) if held else None
+                plain = self._space.draw(answers or trial)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -209,7 +212,7 @@ class OptunaTrials:
         for name, distribution in trial.distributions.items():
             if not _contains(distribution, trial.params[name]):
                 raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
-        self.points.add(trial.params)
+        self.points.add(answers.answers if answers else trial.params)
         return plain
 
     def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
@@ -299,14 +302,15 @@ class OptunaTrials:
     def _proposing(self, number: int, fruitless: int) -> BaseSampler:
         """Return the sampler of a new trial."""
         name = self._space.search.sampler
+        base = RandomSampler(seed=derived_seed(self._setup.seed, number))
         if name == "grid" or fruitless >= REPEATS:
-            base = RandomSampler(seed=derived_seed(self._setup.seed, number))
             if self.points.enumerable and (point := self.points.unseen()) is not None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)
-                    return PartialFixedSampler(point, base)
+                return _fixed(point, base)
             if fruitless % REPEATS == 0:  # a space too large to be listed
                 return base
+        elif name == "gray_box":
+            proposed = self._gray_box.propose(number, self.frozen())
+            return base if proposed is None else _fixed(proposed, base)
         return self._sampler(number)
 
     def _sampler(self, number: int) -> BaseSampler:
@@ -331,6 +335,13 @@ class OptunaTrials:
         trial = Trial(self._optuna, left[-1]._trial_id)
         self._active.add(trial.number)
         return trial
+
+
+def _fixed(params: dict[str, Any], base: BaseSampler) -> BaseSampler:
+    """Return a sampler that answers with these parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(params, base)
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

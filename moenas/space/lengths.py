@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar import sampling
+from moenas.grammar.counting import most_layers
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.model.architecture import MAX_LAYERS
 from moenas.space.objective import Objective
@@ -21,7 +21,7 @@ def require_layers(tree: Tree) -> None:
     for record in _records(tree):
         blocks, total = record.fields["blocks"], 0
         for item in blocks.items if isinstance(blocks, Listing) else [blocks]:
-            total += sampling.most_layers(item)
+            total += most_layers(item)
             if total > MAX_LAYERS:
                 raise SpaceError(
                     f"{total:,} layers, written out up to here; an architecture has at most"

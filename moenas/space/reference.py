@@ -29,7 +29,7 @@ INTRODUCTION = """\
 
 A space file is one whole experiment: an architecture with holes, what it must meet, what is
 measured, on which data, how it is trained, and how it is searched. It is YAML 1.2, read strictly:
-an unknown key, a key that stands twice, an anchor, an alias, a tag or a second document is an
+an unknown key, a duplicate key, an anchor, an alias, a tag or a second document is an
 error with line and column. `moenas check FILE` reads a file and says what is in it, and
 `moenas schema` prints the JSON Schema for editors.
 """
@@ -37,6 +37,7 @@ error with line and column. `moenas check FILE` reads a file and says what is in
 SECTIONS = {
     "name": "name of the study; the file's name without `.yaml` if left out",
     "use": "Python files with [parts of your own](parts.md), a list of paths",
+    "layers": "blocks and components with [names](#layers), used in `architecture`",
     "architecture": "a language model with [holes](#holes)",
     "require": "comparisons that every candidate must meet",
     "objectives": "the numbers to measure, by name or by path",
@@ -68,8 +69,39 @@ AFTER_HOLES = """\
 A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
 variants each has c to the power of n points.
 
-Where a table below lists presets, `preset: NAME` stands for the fields of that row; fields written
-beside it win.
+A bare word stands for a component of that kind with its defaults: `balance: bias` is
+`balance: {kind: bias}`, also as an option of a `choice`.
+
+Where a table below lists presets, `preset: NAME` stands for the fields of that row. Fields written
+beside it win, one by one: `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}` keeps the
+`coef` of the preset.
+"""
+
+NAMED_LAYERS = """\
+## `layers`
+
+This section names blocks and components. `architecture` uses a name in place of a block or a
+component. `layer: NAME` in a mapping takes the fields of the named layer; fields beside it win.
+
+```yaml
+layers:
+  local: {mixer: {kind: attention, head_dim: 64, n_heads: {choice: [8, 16]}, window: 1024}}
+  experts: {kind: moe, n_experts: 64, d_expert: 512, router: {top_k: 4}}
+architecture:
+  vocab_size: 50304
+  d_model: 1024
+  blocks:
+    - repeat: 6
+      blocks:
+        - {layer: local, ffn: {kind: dense, d_ff: 4096}, repeat: 5}
+        - {mixer: {kind: attention, head_dim: 64}, ffn: experts}
+objectives: [active_params, flops_per_token]
+```
+
+A name is only a spelling: the fingerprint and the cost are those of the architecture written out.
+A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each candidate,
+and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it again. A layer
+may use other layers. A name that is unknown, unused or the name of a kind is an error.
 """
 
 REQUIRE = """\
@@ -136,6 +168,7 @@ def _pages() -> Iterator[str]:
     yield HOLES
     yield _table(("hole", "what may be drawn"), HOLE_FORMS.items())
     yield AFTER_HOLES
+    yield NAMED_LAYERS
     yield from _family("architecture", Architecture, "##", set())
     yield from _require()
     yield from _objectives()
@@ -157,25 +190,33 @@ def _family(
     written.add(family)
     yield f"{level} `{name}`\n\n{_prose(family)}\n"
     kinds = list(family.kinds.values()) if family.kind is None else []
-    for cls in kinds or [family]:
-        if cls.kind is not None:
-            yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
-        if issubclass(cls, Part):
-            yield f"Cost: {inspect.getdoc(cls.cost)}\n"
-        rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
-        yield _table(("field", "accepts", "default", "is"), rows)
-        for field in fields(cls).values():
-            if field.words is not None:
-                words = [(f"`{n}`", inspect.getdoc(c) or "") for n, c in field.words.kinds.items()]
-                yield _table((field.name, "is"), words)
-        if cls.presets:
-            presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
-            yield _table(("preset", "fields"), presets)
+    plain = [cls for cls in kinds if not fields(cls) and not issubclass(cls, Part)]
+    if plain:
+        yield _table(("kind without fields", "is"), [(f"`{c.kind}`", _prose(c)) for c in plain])
+    for cls in [cls for cls in kinds if cls not in plain] or ([] if plain else [family]):
+        yield from _component(cls)
     found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
     for component, inner in dict.fromkeys(found):
         new = component is not None and component not in written
         if component is not None and new and _heading(component) == inner != name:
             yield from _family(inner, component, "###", written)
+
+
+def _component(cls: type[Component]) -> Iterator[str]:
+    """Yield what is known of one component: its fields, presets and former names of fields."""
+    if cls.kind is not None:
+        yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
+    if issubclass(cls, Part):
+        yield f"Cost: {inspect.getdoc(cls.cost)}\n"
+    rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
+    yield _table(("field", "accepts", "default", "is"), rows)
+    if cls.presets:
+        presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
+        yield _table(("preset", "fields"), presets)
+    moved = [(f"`{n}`", f"`{p}`") for n, p in cls.former.items() if p != f"{n}.kind"]
+    if moved:
+        yield "Former names are still read; `moenas check` says what to write instead.\n"
+        yield _table(("former name", "present place"), moved)
 
 
 def _heading(family: type[Component]) -> str:
@@ -231,7 +272,9 @@ def _accepted(field: Field) -> str:
 def _default(field: Field) -> str:
     if field.required:
         return "required"
-    return "its defaults" if isinstance(field.default, Component) else _yaml(field.default)
+    if isinstance(field.default, Component):
+        return field.default.kind or "its defaults"
+    return _yaml(field.default)
 
 
 def _pairs(values: Plain) -> str:
@@ -239,7 +282,9 @@ def _pairs(values: Plain) -> str:
 
 
 def _yaml(value: object) -> str:
-    """Spell a scalar as YAML does."""
+    """Spell a scalar, or a mapping of scalars, as YAML does."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -269,6 +314,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 def defaults() -> str:
     """Return the text of `defaults.json`, which `moenas.grammar.brief` reads."""
     found: Plain = {}
+    former: Plain = {}
     waiting: list[type[Component]] = [Architecture]
     while waiting:
         family = waiting.pop()
@@ -276,11 +322,13 @@ def defaults() -> str:
         if name in found:
             continue
         own = found[name] = {}
+        if family.former:
+            former[name] = dict(family.former)
         for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
             if any(kind.__module__.startswith(part) for part in OWN):
                 own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
                 waiting += [f.component for f in fields(kind).values() if f.component is not None]
-    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+    return json.dumps({"defaults": found, "former": former}, indent=1, sort_keys=True) + "\n"
 
 
 def _on_file(field: Field) -> list[object]:

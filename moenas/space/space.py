@@ -26,6 +26,7 @@ from moenas.failures import located
 from moenas.grammar import field_names, sampling, user_parts
 from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
+from moenas.grammar.counting import count
 from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
@@ -33,11 +34,13 @@ from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
+from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
 from moenas.space.sections import Protocol, Recipe, Search
 
 KEYS = (
-    "name", "use", "architecture", "require", "objectives", "data", "train", "measure", "search"
+    "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
+    "search",
 )  # fmt: skip
 RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
@@ -105,7 +108,8 @@ class Space:
             if key not in found:
                 raise root.error("", f"the section '{key}' is missing")
         use = tuple(_read_use(found.get("use")))
-        tree = grammar.read(Architecture, found["architecture"], "architecture")
+        written = expand(found["architecture"], found.get("layers"))
+        tree = grammar.read(Architecture, written, "architecture")
         space = cls(
             name=_read_name(found.get("name"), source),
             text=text,
@@ -129,7 +133,7 @@ class Space:
         require_positions(self.tree, self.objectives, self.train, self.measure)
         sampling.check_options(self.tree)
         if not any(True for _ in self.holes):
-            self.architecture(self.draw(sampling.RandomSuggest(0)), found["architecture"].mark)
+            sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
@@ -149,9 +153,20 @@ class Space:
                 )
 
     @property
+    def former_fields(self) -> dict[str, str]:
+        """Former name -> present place of the fields that had another name in earlier versions."""
+        return field_names.former(Architecture)
+
+    @property
+    def former_names(self) -> list[str]:
+        """A line for each former name of a field in the text: where it is, and what to write."""
+        required = (line for requirement in self.requirements for line in requirement.former)
+        return [*grammar.former_names(self.tree), *required]
+
+    @property
     def size(self) -> int:
         """The exact number of points, before `require`; a continuous range counts as one."""
-        return sampling.count(self.tree)
+        return count(self.tree)
 
     @property
     def continuous(self) -> int:
@@ -268,15 +283,22 @@ class Space:
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""
         use: Plain = {"use": [file.plain() for file in self.use]} if self.use else {}
-        return use | {
-            "architecture": grammar.unparse(self.tree),
-            "require": [r.text for r in self.requirements],
-            "objectives": [{"name": o.name, "sha256": o.info().sha256} for o in self.objectives],
-            "data": self.data,
-            "train": self.train.plain(),
-            "measure": self.measure.plain(),
-            "search": self.search.plain(),
-        }
+        shared = sampling.shared_holes(self.tree)
+        return (
+            use
+            | ({"layers": shared} if shared else {})
+            | {
+                "architecture": grammar.unparse(self.tree),
+                "require": [r.text for r in self.requirements],
+                "objectives": [
+                    {"name": o.name, "sha256": o.info().sha256} for o in self.objectives
+                ],
+                "data": self.data,
+                "train": self.train.plain(),
+                "measure": self.measure.plain(),
+                "search": self.search.plain(),
+            }
+        )
 
     @property
     def sha256(self) -> str:
@@ -325,10 +347,14 @@ def file_schema() -> Plain:
     """Return the JSON Schema (draft 7) of a space file."""
     writer = SchemaWriter()
     text = {"type": "string"}
+    architecture = writer.family(Architecture, layers=False)
+    parts = [{"$ref": f"#/definitions/{x}"} for x in writer.definitions if x != "architecture"]
+    layers = {"type": "object", "additionalProperties": {"anyOf": parts}}
     properties: Plain = {
         "name": {"type": "string", "description": "the study's name; the file's name if left out"},
         "use": {"type": "array", "items": text, "description": "files of parts of your own"},
-        "architecture": writer.family(Architecture),
+        "layers": {**layers, "description": "blocks and components by name"},
+        "architecture": architecture,
         "require": {"type": "array", "items": text, "description": "comparisons to meet"},
         "objectives": {"type": "array", "minItems": 1, "items": text},
         "data": {"anyOf": [text, {"type": "object"}], "description": "the corpus"},
@@ -433,10 +459,11 @@ def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requir
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
     known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several)
+        yield parse_requirement(item.value, item.mark, known, several, former)
 
 
 def _read_objectives(node: Node) -> Iterator[Objective]:

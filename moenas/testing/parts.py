@@ -92,7 +92,7 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
     """Draw each field by itself."""
     cls = family
     if family.kinds and family.kind is None:
-        wanted = _part_with(kind)
+        wanted = kind if kind is not None and issubclass(kind, family) else _part_with(kind)
         fixed = wanted is not None and issubclass(wanted, family)
         cls = wanted if fixed and wanted else rng.choice(list(family.kinds.values()))
     found: Plain = {} if cls.kind is None else {"kind": cls.kind}
@@ -103,8 +103,6 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
             found[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
         elif field.component is not None:
             found[name] = _draw(field.component, rng, kind)
-        elif kind is not None and field.words is not None and issubclass(kind, field.words):
-            found[name] = kind.kind
         else:
             found[name] = _draw_scalar(field, rng)
     return found

@@ -128,3 +128,15 @@ def test_what_is_printed_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> No
     caught = capfd.readouterr()
     assert caught.out == "three\n"
     assert set(caught.err.split()) == {"one", "two"}
+
+
+def test_a_candidate_loads_no_compiler() -> None:
+    """The import of torch._dynamo would take over 1 s of each worker process."""
+    code = """if True:
+        import sys
+        from moenas.evaluate.isolation import put_back
+        with put_back():
+            pass
+        assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -238,7 +238,7 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         MOE | {"n_zero_experts": 3},
         MOE | {"router": {"selection": "threshold", "top_k": 1}},
         MOE | {"n_experts": 3, "router": {"selection": "expert_choice", "allow_acausal": True}},
-        MOE | {"router": {"n_groups": 2, "top_groups": 1}},
+        MOE | {"router": {"selection": {"kind": "top_k", "n_groups": 2, "top_groups": 1}}},
         MOE | {"n_experts": 3, "router": {"selection": "sinkhorn", "allow_acausal": True}},
         MOE | {"n_experts": 3, "router": {"selection": "base", "top_k": 1, "allow_acausal": True}},
     ],
@@ -360,7 +360,11 @@ def test_a_leak_that_comes_with_training_is_found_before_the_loss(
 
 
 def test_the_gate_changes_no_bit(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    routed = {"selection": "noisy_top_k", "jitter": 0.1, "capacity_factor": 1.0}
+    routed = {
+        "selection": "noisy_top_k",
+        "logits": {"kind": "linear", "jitter": 0.1},
+        "capacity_factor": 1.0,
+    }
     blocks = [{"mixer": MIXER, "ffn": MOE | {"router": routed}}]
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
     first, weights = evaluate(make_job("val_loss", architecture=plain))

@@ -15,6 +15,7 @@ from moenas.evaluate.flops import count_flops
 from moenas.evaluate.latency import prepare
 from moenas.export.folder import model_source
 from moenas.grammar import sampling, tree
+from moenas.grammar.counting import count
 from moenas.model import Mixer, RMSNorm
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
@@ -138,8 +139,8 @@ def test_a_pattern_with_holes_is_counted_and_drawn() -> None:
         Architecture,
         Node.wrap(plain({"repeat": 2, "vary": True, "blocks": [varied, {"ffn": DENSE}]})),
     )
-    assert sampling.count(same) == 2
-    assert sampling.count(free) == (2 + 4) ** 2
+    assert count(same) == 2
+    assert count(free) == (2 + 4) ** 2
     found = set()
     for seed in range(600):
         architecture = Architecture.parse(sampling.draw(free, sampling.RandomSuggest(seed)))

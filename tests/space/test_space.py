@@ -267,3 +267,60 @@ def test_the_canonical_architecture_is_what_is_built() -> None:
     architecture = space.architecture(plain)
     assert isinstance(architecture, Architecture)
     assert architecture == architecture.canonical()
+
+
+PLACED = """\
+architecture:
+  vocab_size: 256
+  d_model: 64
+  blocks:
+    - mixer: {kind: attention, head_dim: 16}
+      ffn: {kind: dense, d_ff: 64}
+    - repeat: 2
+      mixer:
+        kind: attention
+        head_dim: 16
+        n_heads: 4
+      ffn:
+        choice:
+          - {kind: dense, d_ff: 64}
+          - kind: moe
+            n_experts: 4
+            d_expert: 64
+            router: {preset: mixtral}
+objectives: [val_loss]
+train:
+  context: 64
+  warmup: 0.2
+search:
+  trials: 4
+"""
+FFN = "architecture.blocks.1.ffn.moe"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "path"),
+    [
+        ("n_heads: 4", "n_heads: 4\n        n_kv_heads: 3", "9:9", "architecture.blocks.1.mixer"),
+        ("16\n        n_heads: 4", "48", "9:9", "architecture.blocks.1.mixer"),
+        ("n_heads: 4", "n_heads: 4\n        kv_source: 7", "9:9", "architecture.blocks.1.mixer"),
+        ("n_experts: 4", "n_experts: 1", "15:13", FFN),
+        ("preset: mixtral", "preset: mixtral, top_k: 8", "15:13", FFN),
+        ("preset: mixtral", "preset: mixtral, top_k: {choice: [8, 9]}", "15:13", FFN),
+        ("warmup: 0.2", "warmup: 0.9", "21:3", "train"),
+        ("context: 64", "tokens: 10", "21:3", "train"),
+        ("trials: 4", "sampler: tep", "24:3", "search"),
+        (
+            "objectives",
+            "measure:\n  min_repeats: 50\n  max_repeats: 4\nobjectives",
+            "20:3",
+            "measure",
+        ),
+    ],
+)
+def test_an_error_about_two_fields_names_the_place_and_path_of_their_block(
+    old: str, new: str, place: str, path: str
+) -> None:
+    with pytest.raises(SpaceError) as refused:
+        Space.parse(PLACED.replace(old, new, 1), "s.yaml").require_feasible(20)
+    assert f"s.yaml:{place}: {path}: " in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from moenas import resources
 from moenas.cli.commands import app
 from moenas.grammar.sampling import RandomSuggest
 from moenas.model.architecture import Architecture
+from moenas.records import Plain
 from moenas.space.space import Space
 
 ZOO = Path(__file__).parents[2] / "spaces" / "zoo"
@@ -181,6 +183,27 @@ def test_the_written_out_point_is_the_same_point(name: str) -> None:
     again = Architecture.parse(resources.parse_yaml(text, name).plain)
     assert again == point
     assert again.fingerprint == point.fingerprint
+
+
+def written_out(value: Any, layers: Plain) -> Any:
+    """A space without names of layers, by the plainest replacement of words."""
+    if isinstance(value, list):
+        return [written_out(item, layers) for item in value]
+    if isinstance(value, dict):
+        named = layers[value["layer"]] if "layer" in value else {}
+        both = {**named, **{key: item for key, item in value.items() if key != "layer"}}
+        return {key: written_out(item, layers) for key, item in both.items()}
+    return written_out(layers[value], layers) if value in layers else value
+
+
+NAMED = [path.stem for path in sorted(ZOO.iterdir()) if "\nlayers:\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_layers_do_not_change_a_fingerprint(name: str) -> None:
+    found = resources.read_yaml(ZOO / f"{name}.yaml").plain
+    plain = written_out(found["architecture"], found["layers"])
+    assert Architecture.parse(plain).fingerprint == architecture(name).fingerprint
 
 
 def test_no_two_models_have_one_fingerprint() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moenas.grammar.component import Conflict
+
 # Shapes: B sequences, K key-value heads, L tokens so far, C width of a head, H query heads.
 
 
@@ -102,33 +104,39 @@ def link(mixers: Sequence[Any]) -> None:
             mixers[table].number, mixers[table].lends_table = table, True
 
 
-def kv_source_error(mixers: Sequence[Any], d_model: int) -> str | None:
-    """Return why a mixer cannot read what it would of an earlier one, or None.
+def kv_source_error(mixers: Sequence[Any], d_model: int) -> Conflict | None:
+    """Return which mixer cannot read what it would of an earlier one, and why, or None.
 
     The mixers are records, by layers; None where a layer has none.
     """
     for i, (keys, table) in enumerate(lenders(mixers)):
-        mixer = mixers[i]
-        if keys == -1:
-            return (
-                f"layer {i}: kv_source: {mixer.kv_source}, but fewer attention layers before it"
-                " have keys and values of their own; leave it out there"
-            )
-        if keys is not None and (name := mixer.unlike(mixers[keys], d_model)):
-            return (
-                f"layer {i}: kv_source reads the keys of layer {keys}, and their {name} differ;"
-                " make them equal"
-            )
-        if table == -1:
-            return (
-                f"layer {i}: position_bias is shared, but no layer before it has one of its own;"
-                " the first must not be shared"
-            )
-        if table is not None and _table(mixer, d_model) != _table(mixers[table], d_model):
-            return (
-                f"layer {i}: position_bias is that of layer {table}, and their n_heads or"
-                " num_buckets differ; make them equal"
-            )
+        if (reason := _source_error(mixers, i, (keys, table), d_model)) is not None:
+            return Conflict(mixers[i], f"layer {i}: {reason}")
+    return None
+
+
+def _source_error(
+    mixers: Sequence[Any], i: int, sources: tuple[int | None, int | None], d_model: int
+) -> str | None:
+    """Return why mixer `i` cannot read the keys or the table of its sources, or None."""
+    mixer, (keys, table) = mixers[i], sources
+    if keys == -1:
+        return (
+            f"kv_source: {mixer.kv_source}, but fewer attention layers before it"
+            " have keys and values of their own; leave it out there"
+        )
+    if keys is not None and (name := mixer.unlike(mixers[keys], d_model)):
+        return f"kv_source reads the keys of layer {keys}, and their {name} differ; make them equal"
+    if table == -1:
+        return (
+            "position_bias is shared, but no layer before it has one of its own;"
+            " the first must not be shared"
+        )
+    if table is not None and _table(mixer, d_model) != _table(mixers[table], d_model):
+        return (
+            f"position_bias is that of layer {table}, and their n_heads or"
+            " num_buckets differ; make them equal"
+        )
     return None
 
 
