@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from moenas.evaluate.memory import tune_malloc
+from moenas.evaluate.malloc import tune_malloc
 from moenas.model import MoE, MoEFFN, Router
 
 SHAPES = [(16, 2, 512), (64, 8, 128)]

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 import torch
 
+from moenas.evaluate.devices import device_info
 from moenas.evaluate.latency import (
     Workload,
-    device_info,
     device_lock,
     inference_copy,
     measure_latency,

@@ -24,7 +24,7 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.evaluate.memory import tune_malloc
+from moenas.evaluate.malloc import tune_malloc
 from moenas.model import DenseFFN, MoE, MoEFFN, Router
 
 D_MODEL, D_EXPERT, TOKENS = 256, 512, 2048

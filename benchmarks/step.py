@@ -22,7 +22,7 @@ import peers
 import torch
 from torch import Tensor, nn
 
-from moenas.evaluate.memory import tune_malloc
+from moenas.evaluate.malloc import tune_malloc
 from moenas.model.architecture import Model
 
 BATCH, CONTEXT = 8, 256

@@ -76,7 +76,7 @@ def text_of(error: BaseException) -> str:
         return "(its text cannot be had)"
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return class and first line of an exception."""
     lines = clean(text_of(error), MESSAGE).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -86,7 +86,7 @@ def located(error: BaseException) -> str:
     """Return `file:line: class: message` of an exception that nobody foresaw."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
-    return place + one_line(error)
+    return place + error_line(error)
 
 
 def origin(error: BaseException) -> str:
@@ -155,7 +155,7 @@ def failure_of(error: BaseException) -> Failure:
     """Say why a candidate has no values."""
     fault = machine_fault(error)
     if fault is not None:
-        text = text_of(fault) if isinstance(fault, MachineError) else one_line(fault)
+        text = text_of(fault) if isinstance(fault, MachineError) else error_line(fault)
         return Failure("environment", clean(text, MESSAGE), traceback_of(error), origin(error))
     if isinstance(error, CandidateError):
         tail = traceback_of(error) if error.__cause__ else ""
@@ -176,4 +176,6 @@ def is_of_the_device(failure: Failure) -> bool:
 
 def internal(error: BaseException) -> Failure:
     """Describe an exception of moenas itself."""
-    return Failure("internal", clean(one_line(error), MESSAGE), traceback_of(error), origin(error))
+    return Failure(
+        "internal", clean(error_line(error), MESSAGE), traceback_of(error), origin(error)
+    )

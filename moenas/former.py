@@ -33,6 +33,13 @@ RENAMED = {
     "Reach": "AttentionSpan",
 }
 """Former name of a class of the present modules -> its present name."""
+OBJECTIVE_DIGESTS = {
+    "decode_ms": ("1606add9dcc28e03ebef1441b19769fa9fbf45779a65aa691c5a6dd2e37ad248",),
+    "flops_per_token": ("4c625cb492fcf682a5b2923c33e9e86fb39a391c4fabca97675dfe0be7769a74",),
+    "peak_memory": ("39359b392161e7bc84426a7b56c2388e16b18cd95352d7c69f07f5337d757fb3",),
+    "prefill_ms": ("f0ca876f4cadae1f9b0132a68897ad1251ce53bf3dcf601005bff36371091eeb",),
+}
+"""Shipped objective -> digests of former files that measure the same number."""
 FORMER = {present: former for former, present in PRESENT.items()}
 
 

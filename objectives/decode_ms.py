@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moenas.evaluate.latency import candidate_latency
 from moenas.space.objective import Measurement
 
 if TYPE_CHECKING:
@@ -21,4 +22,5 @@ needs = "training"
 
 def measure(subject: Subject) -> Measurement:
     """Return the time, with ratio, spread, n and the reference's time."""
-    return subject.time("decode")
+    protocol = subject.protocol
+    return candidate_latency(subject, "decode", protocol.decode_batch, protocol.decode_context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moenas.evaluate.training_peak import training_peak
 from moenas.space.objective import Measurement
 
 if TYPE_CHECKING:
@@ -18,7 +19,18 @@ direction = "minimize"
 unit = "MiB"
 needs = "model"
 
+MIB = 2**20
+
 
 def measure(subject: Subject) -> Measurement:
     """Return the peak, with the step that it was measured in."""
-    return subject.peak_memory()
+    recipe = subject.recipe
+    peak = training_peak(subject, steps=2)  # optimizer state and gradients exist from the second on
+    details = {
+        "bytes": peak,
+        "batch": recipe.batch,
+        "context": recipe.context,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": subject.device.type,
+    }
+    return Measurement(peak / MIB, details)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moenas.errors import CandidateError, DivergedError, InputError, MachineError
-from moenas.failures import clean, failure_of, is_of_the_device, one_line
+from moenas.failures import clean, error_line, failure_of, is_of_the_device
 from moenas.records import Failure
 
 
@@ -102,7 +102,7 @@ def test_texts_are_cut_and_free_of_escapes() -> None:
     assert len(failure.message) <= 4096
     assert len(failure.traceback) <= 32 * 1024
     assert "\x1b" not in failure.message + failure.traceback
-    assert len(one_line(ValueError("z" * 10**7))) < 5000
+    assert len(error_line(ValueError("z" * 10**7))) < 5000
 
 
 def raised(number: int) -> BaseException:

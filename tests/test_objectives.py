@@ -14,7 +14,7 @@ import torch
 
 from moenas.data.corpus import Corpus
 from moenas.evaluate.latency import device_lock
-from moenas.evaluate.subject import MIB, Subject, Training
+from moenas.evaluate.subject import Subject, Training
 from moenas.model.architecture import Architecture
 from moenas.resources import listing
 from moenas.space.objective import shipped_objective
@@ -122,7 +122,7 @@ def test_peak_memory_repeats_and_grows_by_what_is_added(subject: Subject) -> Non
     objective = shipped_objective("peak_memory")
     small = objective.measure(subject)
     assert objective.measure(subject) == small
-    assert small.value * MIB == small.details["bytes"]
+    assert small.value * 2**20 == small.details["bytes"]
     # Weights, their gradients and two moments at least, four bytes each.
     assert small.details["bytes"] > 16 * subject.cost.params
     subject.recipe = replace(subject.recipe, batch=8)

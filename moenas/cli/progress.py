@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moenas.grammar.summary import short
+from moenas.grammar.summary import compact
 from moenas.space.space import Space
 from moenas.study.events import Event, Listener
 from moenas.study.progress import Progress
@@ -61,7 +61,7 @@ def line(event: Event) -> str:
     if found is None:
         return f"{head} {event.kind}: {event.text}"
     if found.status == "complete":
-        values = "  ".join(f"{name} {number(found.values[name])}" for name in progress.best)
+        values = "  ".join(f"{name} {compact(found.values[name])}" for name in progress.best)
         return f"{head} {values}  | {event.text} | front {progress.front}, {left(progress)}"
     return f"{head} {found.status}: {reason(event)} | {left(progress)}"
 
@@ -73,11 +73,6 @@ def reason(event: Event) -> str:
         return f"{found.failure} | {event.text}"
     broken = ", ".join(found.violations) if found is not None else ""
     return f"breaks {broken} | {event.text}" if broken else event.text
-
-
-def number(value: float) -> str:
-    """Write a value in few characters."""
-    return short(value) if abs(value) >= 1e5 else f"{value:.4g}"
 
 
 def left(progress: Progress) -> str:
@@ -137,7 +132,7 @@ class LiveProgress:
         rows: list[RenderableType] = [head]
         if progress.best:
             best = ", ".join(
-                f"{name} {number(value)} {self.units[name]}".rstrip()
+                f"{name} {compact(value)} {self.units[name]}".rstrip()
                 for name, value in progress.best.items()
             )
             rows.append(Text(f"front of {progress.front}; best {best}", style="green"))

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial
 import moenas
 from moenas.dashboard.notes import REMARKS, former_note, study_note, trial_note
 from moenas.errors import InputError
+from moenas.failures import error_line
 from moenas.records import Plain, View
 from moenas.report import figures
 
@@ -367,7 +368,7 @@ def serve(store: Store, host: str = "127.0.0.1", port: int = 8080) -> Server:
             if store.driver(name) is None:
                 publish(store, name)
         except Exception as error:  # the rest can be looked at all the same
-            reason = f"{type(error).__name__}: {error}"
+            reason = error_line(error)
             message = f"the notes and figures of '{name}' were not updated: {reason}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     return server

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import socket
+from pathlib import Path
 
 import torch
 
 from moenas.errors import MachineError
-from moenas.failures import one_line
+from moenas.failures import error_line
 from moenas.model.mixers.softmax_attention import avoid_cudnn_attention
+from moenas.records import Plain
 
 CONTEXT_BYTES = 640 * 2**20
 """Bytes of a GPU that each process needs beside torch's tensors: CUDA's context and libraries."""
@@ -37,6 +41,38 @@ def named(name: str) -> torch.device:
             f"host {os.uname().nodename}: the job names a GPU, and PyTorch sees none there{seen}"
         )
     return torch.device("cuda", 0)
+
+
+def device_key(device: torch.device) -> str:
+    """Return what tells one device of this host from another: `cpu` or `cuda:<uuid>`."""
+    if device.type == "cuda":
+        return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
+    return device.type
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of a device; two devices of one name are taken to be equally fast."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain:
+    """Return what an evaluation stores of the device that it ran on."""
+    return {
+        "key": device_key(device),
+        "kind": device.type,
+        "name": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "host": socket.gethostname(),
+    }
 
 
 def prepare_process(device: torch.device, share: float | None = None) -> None:
@@ -71,5 +107,5 @@ def tidy(device: torch.device) -> str | None:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        return one_line(error)
+        return error_line(error)
     return None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.errors import CandidateError
+from moenas.failures import error_line
 from moenas.model.architecture import Architecture
 
 with warnings.catch_warnings():
@@ -147,6 +148,21 @@ def count_forward(architecture: Architecture, context: int) -> Flops:
     return count_flops(architecture.build(), torch.zeros(1, context, dtype=torch.int64))
 
 
+def require_closed_form(counted: Flops, architecture: Architecture, context: int) -> None:
+    """Require that a count equals the closed form of the architecture's cost.
+
+    Raises:
+        CandidateError: if it differs.
+    """
+    foreseen = architecture.pass_flops(context)
+    if 2 * counted.macs != foreseen:
+        raise CandidateError(
+            f"flops_per_token: fvcore counts {2 * counted.macs} operations in a pass of"
+            f" {context} tokens, the closed form says {foreseen}; `cost` or `surplus_flops` of"
+            " one of the parts is wrong"
+        )
+
+
 def count_outline(architecture: Architecture, context: int) -> Flops:
     """Count one pass over `context` tokens on the meta device: no weight is allocated.
 
@@ -160,7 +176,7 @@ def count_outline(architecture: Architecture, context: int) -> Flops:
     except (NotImplementedError, RuntimeError) as error:
         raise CandidateError(
             "flops_per_token: a part needs the values of tensors, which are counted by their shapes"
-            f" alone: {str(error).splitlines()[0]}; let its shapes follow from those of its input"
+            f" alone: {error_line(error)}; let its shapes follow from those of its input"
         ) from error
 
 

@@ -21,16 +21,14 @@ from moenas.data.corpus import Corpus
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
 from moenas.evaluate import devices
 from moenas.evaluate.causality import Leak, allows_acausal, find_leaks, mask_boundaries, text_size
+from moenas.evaluate.devices import device_info, device_name
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.isolation import put_back
-from moenas.evaluate.latency import (
-    device_info,
-    device_lock,
-    device_name,
-)
+from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.subject import Subject, Training, excerpts
+from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.training import train, validate
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
@@ -67,10 +65,9 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     and with all that was measured before.
     """
     run = _Run(job)
-    threads = torch.get_num_threads()
     failure = None
     try:
-        with run.phase("total"):
+        with cpu_threads(), run.phase("total"):
             run.evaluate()
     except KeyboardInterrupt:  # by the user or by the candidate: the pool knows
         if isinstance(run.weights, WeightsFile):
@@ -78,8 +75,6 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
         raise
     except BaseException as error:
         failure = failure_of(error)
-    finally:
-        torch.set_num_threads(threads)
     return run.evaluation(failure), run.weights
 
 
@@ -149,7 +144,7 @@ class _Run:
             shipped_objective(name) if source is None else load_objective(name, source)
             for name, source in job.objectives.items()
         ]
-        with closing(device_lock(device)) as lease:
+        with closing(device_lock(device)) as lock:
             subject = Subject(
                 architecture=architecture,
                 cost=cost,
@@ -158,7 +153,7 @@ class _Run:
                 corpus=corpus,
                 device=device,
                 seed=job.seed,
-                lease=lease,
+                device_lock=lock,
                 reference_ms=job.reference_ms,
                 sharers=job.sharers,
             )
@@ -227,7 +222,7 @@ class _Run:
 
     def build(self, subject: Subject, *, training: bool) -> Model:
         """Build the model if it fits its device, and training it does if it is to be trained."""
-        with self.phase("build"), subject.lease.shared():
+        with self.phase("build"), subject.device_lock.shared():
             architecture, recipe, device = subject.architecture, subject.recipe, subject.device
             require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
             return architecture.build(device, subject.seed)
@@ -238,11 +233,11 @@ class _Run:
         self.require_causal(subject, "with its first weights")
         with self.phase("train"):
             self.curve.extend(
-                train(model, corpus, recipe, subject.seed, subject.lease, self.deadline)
+                train(model, corpus, recipe, subject.seed, subject.device_lock, self.deadline)
             )
         self.check_time()
         leaks = self.require_causal(subject, "trained")
-        with self.phase("validate"), subject.lease.shared():
+        with self.phase("validate"), subject.device_lock.shared():
             validation = validate(model, corpus, recipe)
         self.curve[-1]["val_loss"] = validation.loss
         self.found["routing"] = validation.routing
@@ -274,7 +269,7 @@ class _Run:
             AcausalError: if a model without leave looks ahead.
         """
         leave = allows_acausal(subject.architecture)
-        with self.phase("causality"), subject.lease.shared():
+        with self.phase("causality"), subject.device_lock.shared():
             ends = mask_boundaries(subject.architecture)
             text = excerpts(subject.corpus, *text_size(subject.recipe.context, ends))
             leaks = find_leaks(subject.model, text, ends)

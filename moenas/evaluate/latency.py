@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import socket
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +13,10 @@ from torch import Tensor
 
 from moenas.evaluate.cuda_graphs import CaptureError
 from moenas.evaluate.device_lock import DeviceLock
+from moenas.evaluate.devices import device_key, device_name
+from moenas.evaluate.dtypes import deployed_dtype
+from moenas.evaluate.subject import Subject, excerpts
+from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.timing import DeviceClock, Run, WallClock, replayed, time_pairs
 from moenas.model.architecture import Architecture, Model, initialise
 from moenas.model.moe.gating import Gating
@@ -89,45 +89,10 @@ EAGER_RUNS = 10
 """Runs of the candidate without a CUDA graph."""
 
 
-# --- the device --------------------------------------------------------------------------------
-
-
-def device_key(device: torch.device) -> str:
-    """Return what tells one device of this host from another: `cpu` or `cuda:<uuid>`."""
-    if device.type == "cuda":
-        return f"cuda:{torch.cuda.get_device_properties(device).uuid}"
-    return device.type
-
-
-def device_name(device: torch.device) -> str:
-    """Return the model name of a device; two devices of one name are taken to be equally fast."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def device_lock(device: torch.device) -> DeviceLock:
-    """Return the lease of a device; a step there has not ended while its kernels are queued."""
+    """Return the lock of a device; a step there has not ended while its kernels are queued."""
     cuda = device.type == "cuda"
     return DeviceLock(device_key(device), WallClock(device).settle if cuda else None)
-
-
-def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain:
-    """Return what an evaluation stores of the device that it ran on."""
-    return {
-        "key": device_key(device),
-        "kind": device.type,
-        "name": device_name(device),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "dtype": str(dtype).removeprefix("torch."),
-        "host": socket.gethostname(),
-    }
 
 
 # --- a model under a workload ------------------------------------------------------------------
@@ -249,7 +214,7 @@ def measure_latency(
     tokens: Tensor,
     workload: Workload,
     protocol: Protocol,
-    lease: DeviceLock,
+    lock: DeviceLock,
     reference_ms: Mapping[str, float],
 ) -> Measurement:
     """Time an `inference_copy` of a model on `tokens` of shape `workload.tokens`, in ms.
@@ -263,23 +228,21 @@ def measure_latency(
     runs them; `eager_ms` is the wall time of the candidate without a graph. `captured` is false
     for a model that waits for the device, whose value is then timed without one.
     """
-    threads = torch.get_num_threads()
     collecting = gc.isenabled()
     on_cuda = workload.device.type == "cuda"
     clock = (DeviceClock if on_cuda else WallClock)(workload.device)
-    torch.set_num_threads(workload.threads)
-    try:
-        with lease.shared():
-            candidate = _side(model, tokens, workload)
-            reference = _side(*_reference(workload), workload)
-        gc.disable()
-        with lease.exclusive():
-            pairs = time_pairs(candidate.run, reference.run, protocol, clock)
-            eager = _eager_ms(model, tokens, workload) if on_cuda else None
-    finally:
-        torch.set_num_threads(threads)
-        if collecting:
-            gc.enable()
+    with cpu_threads(workload.threads):
+        try:
+            with lock.shared():
+                candidate = _side(model, tokens, workload)
+                reference = _side(*_reference(workload), workload)
+            gc.disable()
+            with lock.exclusive():
+                pairs = time_pairs(candidate.run, reference.run, protocol, clock)
+                eager = _eager_ms(model, tokens, workload) if on_cuda else None
+        finally:
+            if collecting:
+                gc.enable()
     measured = 1000 * statistics.median(pairs.reference)
     fixed = reference_ms.get(workload.key, measured)
     details = workload.plain() | {
@@ -300,6 +263,25 @@ def measure_latency(
     elif workload.threads == 1:
         details |= pairs.contention()
     return Measurement(pairs.ratio * fixed, details)
+
+
+def candidate_latency(
+    subject: Subject, phase: Literal["decode", "prefill"], batch: int, context: int
+) -> Measurement:
+    """Time a phase of a candidate on text of the validation split, in ms; see `measure_latency`.
+
+    `context` is the tokens in the cache of each sequence at decoding, or those of each prompt.
+    """
+    protocol, device = subject.protocol, subject.device
+    dtype = deployed_dtype(protocol, device)
+    workload = Workload(phase, batch, context, dtype, protocol.threads, device)
+    tokens = excerpts(subject.corpus, *workload.tokens).to(device)
+    model = inference_copy(subject.architecture, subject.model, dtype)
+    measured = measure_latency(
+        model, tokens, workload, protocol, subject.device_lock, subject.reference_ms
+    )
+    subject.timed.append(dict(measured.details))
+    return measured
 
 
 def _eager_ms(model: Model, tokens: Tensor, workload: Workload) -> float:

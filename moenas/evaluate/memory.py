@@ -1,8 +1,7 @@
-"""Peak bytes of live tensors, and memory that a process keeps from one step for the next."""
+"""Peak bytes of live tensors."""
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,9 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moenas.evaluate.cuda_graphs import side_stream
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt: malloc.h of the GNU C library."""
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -102,18 +98,3 @@ def _use_libraries(device: torch.device) -> None:
             heads = x.view(1, 2, 64, 64)
             attended = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
             (y.sum() + attended.sum()).backward()
-
-
-def tune_malloc() -> None:
-    """Let this process keep memory that it frees, up to 2 GiB, for what it allocates next.
-
-    By default the GNU C library returns a freed tensor of over 32 MiB to the system at once, and
-    smaller ones often; the system then clears every page anew when a step writes to it. Kept, a
-    training step of a layer of 64 experts took about 0.7 of the time. The peak of two small models
-    stayed within 4 %. Under
-    another C library this does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)

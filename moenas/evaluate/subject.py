@@ -1,4 +1,4 @@
-"""One candidate as an objective sees it: cost, model, training, and what can be timed."""
+"""One candidate as an objective sees it: its cost, model, training, corpus and device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,11 @@ import torch
 from moenas.data.corpus import Corpus
 from moenas.errors import CandidateError
 from moenas.evaluate.device_lock import DeviceLock
-from moenas.evaluate.dtypes import deployed_dtype, training_dtype
-from moenas.evaluate.flops import count_forward
-from moenas.evaluate.footprint import require_fit
-from moenas.evaluate.latency import Workload, inference_copy, measure_latency
-from moenas.evaluate.memory import peak_bytes
-from moenas.evaluate.training import train
+from moenas.evaluate.dtypes import training_dtype
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Cost, CurvePoint, Plain, RoutingRow
-from moenas.space.objective import Measurement
+from moenas.space.objective import Measurement, shipped_objective
 from moenas.space.sections import Protocol, Recipe
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Subject:
     corpus: Corpus
     device: torch.device
     seed: int
-    lease: DeviceLock
+    device_lock: DeviceLock
     reference_ms: Mapping[str, float] = field(default_factory=dict)
     sharers: int = 1
     """Candidates that share the memory of the device at a time."""
@@ -69,7 +62,7 @@ class Subject:
     original: Callable[[], Model] | None = None
     """Gives the model that a copy is made of at first use: an objective of the user has a copy."""
     timed: list[Plain] = field(default_factory=list)
-    """Details of the latencies that were timed."""
+    """Details of the latencies that were timed; see `latency.candidate_latency`."""
 
     @property
     def model(self) -> Model:
@@ -109,64 +102,20 @@ class Subject:
         """The type that training computes in."""
         return training_dtype(self.recipe, self.device)
 
+    # Files of objectives that are stored with a study call these three. New files call the
+    # functions that the shipped objectives call.
+
     def time(self, phase: Literal["decode", "prefill"]) -> Measurement:
-        """Time the model on text of the validation split, in ms; see `latency.measure_latency`."""
-        protocol = self.protocol
-        sizes = {
-            "decode": (protocol.decode_batch, protocol.decode_context),
-            "prefill": (protocol.prefill_batch, protocol.prefill_tokens),
-        }
-        dtype = deployed_dtype(protocol, self.device)
-        workload = Workload(phase, *sizes[phase], dtype, protocol.threads, self.device)
-        tokens = excerpts(self.corpus, *workload.tokens).to(self.device)
-        model = inference_copy(self.architecture, self.model, dtype)
-        found = measure_latency(model, tokens, workload, protocol, self.lease, self.reference_ms)
-        self.timed.append(dict(found.details))
-        return found
+        """Return what the shipped objective `decode_ms` or `prefill_ms` measures."""
+        return shipped_objective(f"{phase}_ms").measure(self)
 
     def flops(self) -> Measurement:
-        """Count the forward FLOPs per token at `recipe.context`; see `flops.count_forward`.
-
-        Raises:
-            CandidateError: if the count differs from the closed form, or knows an operator not.
-        """
-        context = self.recipe.context
-        counted = count_forward(self.architecture, context)
-        foreseen = self.architecture.pass_flops(context)
-        if 2 * counted.macs != foreseen:
-            raise CandidateError(
-                f"flops_per_token: fvcore counts {2 * counted.macs} operations in a pass of"
-                f" {context} tokens, the closed form says {foreseen}; `cost` or `surplus_flops` of"
-                " one of the parts is wrong"
-            )
-        details = {
-            "context": context,
-            "macs": counted.macs,
-            "macs_by_operator": counted.by_operator,
-        }
-        return Measurement(self.cost.flops_per_token, details)
+        """Return what the shipped objective `flops_per_token` measures."""
+        return shipped_objective("flops_per_token").measure(self)
 
     def peak_memory(self) -> Measurement:
-        """Return the peak of memory of a training step in MiB; see `memory.peak_bytes`.
-
-        Two steps of a second copy: optimizer state and gradients exist from the second on.
-        """
-        recipe = self.recipe
-        two_steps = dataclasses.replace(recipe, tokens=2 * recipe.batch * recipe.context)
-        with self.lease.shared():
-            require_fit(self.architecture, recipe, self.device, training=True, sharers=self.sharers)
-            model = self.architecture.build(self.device, self.seed)
-            held = model.state_dict(keep_vars=True).values()
-            steps = train(model, self.corpus, two_steps, self.seed)
-            peak = peak_bytes(lambda: list(steps), held, self.device)
-        details = {
-            "bytes": peak,
-            "batch": recipe.batch,
-            "context": recipe.context,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-        }
-        return Measurement(peak / MIB, details)
+        """Return what the shipped objective `peak_memory` measures."""
+        return shipped_objective("peak_memory").measure(self)
 
 
 def _copied(architecture: Architecture, model: Model) -> Model:

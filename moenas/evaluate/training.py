@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,10 +12,11 @@ import torch
 from moenas.data.corpus import Corpus
 from moenas.errors import CollapsedError, DivergedError
 from moenas.evaluate.device_steps import DeviceSteps
-from moenas.evaluate.memory import tune_malloc
+from moenas.evaluate.malloc import tune_malloc
 from moenas.evaluate.optimizer import schedule
 from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator, RoutingStats
 from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
+from moenas.evaluate.threads import cpu_threads
 from moenas.model.architecture import Model
 from moenas.records import CurvePoint, RoutingRow
 from moenas.space.sections import Recipe
@@ -69,7 +69,7 @@ def train(
     try:
         for end in row_ends(total):
             last = end == total
-            with _threads(recipe.threads):
+            with cpu_threads(recipe.threads):
                 sums = steps.advance(end, gate, deadline, with_domains=last)
             readings = steps.meter.read()
             point: CurvePoint = {
@@ -110,17 +110,6 @@ def _require_alive(
         )
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with this many CPU threads, and leave the process as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     """Return the loss of a model on fixed windows of the validation split, and how it routes.
 
@@ -137,7 +126,7 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     sizes = (recipe.context, recipe.batch, recipe.val_tokens)
     total, count = 0.0, 0
     was_training = model.training
-    with torch.inference_mode(), _threads(recipe.threads):
+    with torch.inference_mode(), cpu_threads(recipe.threads):
         for batch, where in zip(
             corpus.val_batches(*sizes), corpus.val_domains(*sizes), strict=True
         ):

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +19,7 @@ import torch
 
 import moenas
 from moenas.errors import InputError, MoenasError, NotFoundError
+from moenas.evaluate.threads import cpu_threads
 from moenas.export import source
 from moenas.grammar import user_parts
 from moenas.model.architecture import Architecture, Model, initialise
@@ -267,7 +267,7 @@ def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
     """
     size = CHECK_BATCH, CHECK_TOKENS
     tokens = (torch.arange(size[0] * size[1]) * 7919 % architecture.vocab_size).view(size)
-    with _one_thread(), torch.no_grad():
+    with cpu_threads(1), torch.no_grad():
         ours = _model(architecture, weights)(tokens).numpy()
     done = subprocess.run(
         [sys.executable, "-P", "-B", "-c", _CHECK_SCRIPT, str(folder.resolve())],
@@ -301,17 +301,6 @@ def _model(architecture: Architecture, weights: bytes) -> Model:
             f"the stored weights do not fit moenas {moenas.__version__}: {reason}"
         ) from None
     return model.eval()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread meanwhile: the order of sums depends on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- config.json and README.md -----------------------------------------------------------------

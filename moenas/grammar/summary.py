@@ -96,6 +96,11 @@ def _shortcut(ffn: Plain) -> str:
     return f"shortcut {_ffn(ffn)}"
 
 
+def compact(value: float) -> str:
+    """Write a measured number in few characters: 1.23M from 10,000 on, else 4 digits."""
+    return short(value) if abs(value) >= 1e4 else f"{value:.4g}"
+
+
 def short(number: float) -> str:
     """Write a count in few characters: 1.23M, 46.7B, 812."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from plotly import graph_objects as go
 
 from moenas.errors import InputError
-from moenas.grammar.summary import one_line, short
+from moenas.failures import error_line
+from moenas.grammar.summary import compact, one_line
 from moenas.records import Evaluation, ObjectiveInfo, View
 from moenas.resources import listing, load_module, take
 
@@ -127,7 +128,7 @@ def label(info: ObjectiveInfo, gap: str = " ") -> str:
 
 def quantity(value: float, unit: str = "") -> str:
     """Write a value in few characters with its unit: `1.23M FLOP/token`, `2.314 nats/token`."""
-    return f"{short(value) if abs(value) >= 1e4 else f'{value:.4g}'} {unit}".strip()
+    return f"{compact(value)} {unit}".strip()
 
 
 def described(view: View, trial: int) -> str:
@@ -246,7 +247,7 @@ def _draw(path: Path, view: View) -> go.Figure:
     except InputError as error:
         message = str(error)
     except Exception as error:
-        message = f"{path}: {type(error).__name__}: {error}"
+        message = f"{path}: {error_line(error)}"
     warnings.warn(message, RuntimeWarning, stacklevel=3)
     return blank(path.stem, message)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
-from moenas.grammar.summary import one_line, short
+from moenas.grammar.summary import compact, one_line, short
 from moenas.pareto import is_exact
 from moenas.records import Evaluation, Plain, View
 from moenas.resources import to_yaml
@@ -69,7 +69,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return short(value) if abs(value) >= 1e5 else f"{value:.4g}"
+        return compact(value)
     return str(value)
 
 

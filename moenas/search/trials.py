@@ -19,6 +19,7 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from moenas.errors import InputError, MoenasError, StorageLostError
+from moenas.failures import error_line
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
 from moenas.search.gray_box import GrayBox
@@ -184,7 +185,7 @@ class OptunaTrials:
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
-            raise SamplerFailedError(self._left_behind(), _said(error)) from error
+            raise SamplerFailedError(self._left_behind(), error_line(error)) from error
         self._active.add(trial.number)
         return trial
 
@@ -207,8 +208,8 @@ class OptunaTrials:
             raise
         except OF_THE_SAMPLER as error:
             if held or fixed:
-                raise ParametersError(_said(error)) from error
-            raise SamplerFailedError(trial, _said(error)) from error
+                raise ParametersError(error_line(error)) from error
+            raise SamplerFailedError(trial, error_line(error)) from error
         for name, distribution in trial.distributions.items():
             if not _contains(distribution, trial.params[name]):
                 raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
@@ -257,7 +258,7 @@ class OptunaTrials:
         except OF_THE_SAMPLER as error:
             told = self._optuna._storage.get_trial(trial._trial_id)
             if told.state != state or told.values != values:
-                raise ToldElsewhereError(_said(error)) from error
+                raise ToldElsewhereError(error_line(error)) from error
 
     def tell_stored(self, evaluation: Evaluation) -> None:
         """Tell an evaluation that an earlier run stored and could not tell.
@@ -360,8 +361,3 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
         return True
     steps = (value - distribution.low) / distribution.step
     return abs(steps - round(steps)) <= TOLERANCE * max(1.0, abs(steps))
-
-
-def _said(error: BaseException) -> str:
-    """Return the class and the message of an exception in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

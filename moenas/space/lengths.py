@@ -62,9 +62,9 @@ def _lengths(objectives: Sequence[Objective], train: Recipe, measure: Protocol) 
     found: dict[str, int] = {}
     if needs != {"cost"}:
         found["train.context"] = train.context
-    if 'time("decode")' in sources:
+    if "decode_context" in sources or 'time("decode")' in sources:
         found["measure.decode_context + 1"] = measure.decode_context + 1
-    if 'time("prefill")' in sources:
+    if "prefill_tokens" in sources or 'time("prefill")' in sources:
         found["measure.prefill_tokens"] = measure.prefill_tokens
     return found
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
+from moenas.former import OBJECTIVE_DIGESTS
 from moenas.records import Plain, StudyRecord
 from moenas.resources import sha256
 from moenas.space.objective import Objective
@@ -96,7 +97,8 @@ def version_changes(known: StudyRecord, versions: dict[str, str]) -> str | None:
 
 def _is_same(stored: str, objective: Objective) -> bool:
     """Whether a stored digest is that of an objective; older studies hold that of its text."""
-    return stored in (objective.info().sha256, sha256(objective.source.encode()))
+    former = () if objective.from_user else OBJECTIVE_DIGESTS.get(objective.name, ())
+    return stored in (objective.info().sha256, sha256(objective.source.encode()), *former)
 
 
 def _with_objectives_of(space: Space, stored: Plain) -> Plain:

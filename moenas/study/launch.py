@@ -279,17 +279,25 @@ def run(
         total = _total(store.study(space.name), space, trials)
         session = Session.open(store, space, total, listeners)
         if session.over is None:
-            pool = open_once()
-            if known and (text := version_changes(known, _versions())):
-                session.events.warn(f"the study began with other versions: {text}")
-            publisher = DashboardPublisher(store, space.name, session.events.warn)
-            session.events.add(publisher)
-            jobs = Jobs(session.store, space, corpus.sha256)
-            Driver(session, jobs, pool, lease).run()
-            publisher.publish()
+            _warn_of_versions(session, known)
+            _drive(session, Jobs(session.store, space, corpus.sha256), open_once(), lease)
         store.verify()
         session.finish()
         return Study(store, space.name)
+
+
+def _drive(session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
+    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile."""
+    publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
+    session.events.add(publisher)
+    Driver(session, jobs, pool, lease).run()
+    publisher.publish()
+
+
+def _warn_of_versions(session: Session, known: StudyRecord | None) -> None:
+    """Warn if the study began with other versions than those here."""
+    if known is not None and (text := version_changes(known, _versions())):
+        session.events.warn(f"the study began with other versions: {text}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from moenas.failures import one_line
+from moenas.failures import error_line
 from moenas.store.store import Store
 from moenas.study.events import Event
 
@@ -32,5 +32,5 @@ class DashboardPublisher:
 
             publish(self._store, self._name)
         except Exception as error:
-            self._warn(f"the dashboard's figures were not updated: {one_line(error)}")
+            self._warn(f"the dashboard's figures were not updated: {error_line(error)}")
         self._published = time.monotonic()

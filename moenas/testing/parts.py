@@ -19,6 +19,7 @@ from moenas.data import loading as data
 from moenas.errors import InputError, SpaceError
 from moenas.evaluate.job import evaluate
 from moenas.export import source
+from moenas.failures import error_line
 from moenas.grammar import tree
 from moenas.grammar.component import Component, Field, fields
 from moenas.model.architecture import Architecture, Model
@@ -166,7 +167,7 @@ def check_part(kind: type[Component], instances: int = 10) -> None:
         except InputError as error:
             problem = str(error)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = error_line(error)
         if problem is not None:
             part = json.dumps(architecture.plain()["blocks"][0])
             raise InputError(

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from moenas.errors import EnvironmentFaultError, InputError
-from moenas.failures import failure_of, one_line
+from moenas.failures import error_line, failure_of
 from moenas.records import Failure, Job
 from moenas.space.sections import Search
 from moenas.workers.ray_pool import RayPool
@@ -142,7 +142,7 @@ def _inline_failure(error: BaseException) -> Failure:
     """Say why no evaluation came back."""
     failure = failure_of(error)
     if failure.kind == "error":
-        return replace(failure, message=one_line(error))
+        return replace(failure, message=error_line(error))
     return failure
 
 

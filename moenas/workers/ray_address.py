@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from moenas.errors import InputError
-from moenas.failures import clean, one_line
+from moenas.failures import clean, error_line
 from moenas.space.sections import Search
 
 ANSWER_S = 5.0
@@ -225,7 +225,7 @@ def require_version(ray: Any) -> None:
         ) from None
     except Exception as error:
         raise InputError(
-            f"the Ray cluster's workers cannot import moenas ({one_line(error)}); {here}"
+            f"the Ray cluster's workers cannot import moenas ({error_line(error)}); {here}"
         ) from error
     if found != __version__:
         raise InputError(

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from moenas import folders
 from moenas.errors import InputError, MoenasError, StorageLostError
-from moenas.failures import clean, one_line
+from moenas.failures import clean, error_line
 from moenas.processes import born, children, kill, kill_descendants, kill_marked, state
 from moenas.space.sections import Search
 from moenas.workers.ray_address import probe, require_free, require_version, with_share
@@ -211,7 +211,7 @@ def _init(address: str) -> Any:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
         raise InputError(
-            f"no Ray cluster at {address}: {one_line(error)}; if it asks for a token, set"
+            f"no Ray cluster at {address}: {error_line(error)}; if it asks for a token, set"
             " RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here and on its nodes"
         ) from error
     finally:

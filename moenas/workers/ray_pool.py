@@ -12,7 +12,7 @@ from typing import Any
 
 from moenas.errors import FailureKind, StorageLostError
 from moenas.evaluate.devices import has_gpu
-from moenas.failures import MESSAGE, TRACEBACK, clean, one_line
+from moenas.failures import MESSAGE, TRACEBACK, clean, error_line
 from moenas.processes import (
     born,
     descendants,
@@ -221,7 +221,7 @@ class RayPool:
             return list(self._ray.wait(streams, num_returns=1, timeout=pause)[0])
         except self._ray.exceptions.RayError as error:
             self._require_cluster()
-            raise StorageLostError(f"the Ray cluster went away: {one_line(error)}") from error
+            raise StorageLostError(f"the Ray cluster went away: {error_line(error)}") from error
 
     # --- results -------------------------------------------------------------------------------
 
@@ -297,17 +297,17 @@ class RayPool:
         errors = self._ray.exceptions
         self._require_cluster()
         if isinstance(error, errors.LocalRayletDiedError | errors.RaySystemError):
-            raise StorageLostError(f"the Ray cluster went away: {one_line(error)}") from error
+            raise StorageLostError(f"the Ray cluster went away: {error_line(error)}") from error
         process = f"worker process {task.pid}" if task.pid else "the worker process"
         trace = clean(str(error), TRACEBACK)
         if isinstance(error, errors.RayTaskError):
             # The job's own exceptions are part of the reply: this one came before or after it.
-            text = clean(one_line(error.cause or error), MESSAGE)
+            text = clean(error_line(error.cause or error), MESSAGE)
             return Failure("environment", f"{process} could not work on a job: {text}", trace)
         if isinstance(error, errors.OutOfMemoryError):
             return self._out_of_memory(task, f"Ray killed {process}", trace)
         if isinstance(error, errors.RayActorError) and _is_of_a_node(error):
-            text = f"the node of {process} went away: {one_line(error)}"
+            text = f"the node of {process} went away: {error_line(error)}"
             return Failure("environment", text, trace)
         if isinstance(error, errors.WorkerCrashedError | errors.RayActorError):
             if kernel_kills() > task.kernel_kills and not task.is_there():
@@ -349,6 +349,6 @@ def _result(job: Job, said: Any) -> Result:
         sent = json.loads(said["evaluation"])
     except (KeyError, TypeError, ValueError) as error:
         return Result(
-            job, Failure("invalid", f"what came back is no evaluation: {one_line(error)}")
+            job, Failure("invalid", f"what came back is no evaluation: {error_line(error)}")
         )
     return checked_result(job, sent, said.get("weights"))

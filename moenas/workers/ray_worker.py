@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from moenas.checked import plain_json
-from moenas.failures import failure_of, is_of_the_device, one_line
+from moenas.failures import error_line, failure_of, is_of_the_device
 from moenas.processes import adopt_orphans, born, kill, kill_descendants, machine
 from moenas.records import Failure, Job, Plain, WeightsFile
 from moenas.workers.results import Evaluate
@@ -161,7 +161,7 @@ def _reply(evaluate: Evaluate, job: Plain, gpus: float) -> Plain:
     except BaseException as error:
         failure = failure_of(error)
         if failure.kind == "error":
-            failure = replace(failure, message=one_line(error))
+            failure = replace(failure, message=error_line(error))
         reply["failure"] = failure
     finally:
         sys.stdout = stdout

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moenas.checked import checked_evaluation
-from moenas.failures import MESSAGE, clean, one_line
+from moenas.failures import MESSAGE, clean, error_line
 from moenas.records import Evaluation, Failure, Job, WeightsFile
 from moenas.resources import sha256
 from moenas.store.weights import is_draft
@@ -69,7 +69,7 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
         found = checked_evaluation(sent, job)
         taken = _checked_weights(weights, job, found.weights_sha256)
     except Exception as error:
-        text = clean(str(error) if type(error) is ValueError else one_line(error), MESSAGE)
+        text = clean(str(error) if type(error) is ValueError else error_line(error), MESSAGE)
         return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
     if found.failure is not None and found.failure.kind == "environment":
         return Result(job, found.failure)

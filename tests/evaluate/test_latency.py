@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from moenas.evaluate.device_lock import DeviceLock
-from moenas.evaluate.devices import prepare_process
+from moenas.evaluate.devices import device_info, prepare_process
 from moenas.evaluate.latency import (
     DEVICE_REFERENCE,
     DEVICE_REFERENCE_VERSION,
@@ -22,7 +22,6 @@ from moenas.evaluate.latency import (
     REFERENCE_VERSION,
     Workload,
     _side,
-    device_info,
     device_lock,
     inference_copy,
     measure_latency,

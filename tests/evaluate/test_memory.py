@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,28 +78,6 @@ def test_a_training_step_takes_what_the_profiler_sees(width: int) -> None:
     held = [*weights, *state, batch, ends]
     own = sum(t.numel() * t.element_size() for t in held)
     assert peak_bytes(step, held, CPU) == own + profiled_peak(step)
-
-
-STEPS = """
-import resource, sys, torch
-from moenas.evaluate.memory import tune_malloc
-if sys.argv[1] == "kept":
-    tune_malloc()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(12):
-    torch.ones(1 << 24)  # 64 MiB
-    torch.zeros(1 << 23) + 1
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of the GNU C library")
-def test_kept_memory_is_not_asked_for_again() -> None:
-    faults = {
-        word: int(subprocess.check_output([sys.executable, "-c", STEPS, word]))
-        for word in ("kept", "returned")
-    }
-    assert faults["kept"] < faults["returned"] / 2
 
 
 PEAKS = """
