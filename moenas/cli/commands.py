@@ -69,6 +69,11 @@ def main() -> None:
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
+    except SystemExit as end:
+        # Typer turns a KeyboardInterrupt into an exit without a word.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            say("stopped")
+        raise
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
             say(_clean(traceback.format_exc()))
