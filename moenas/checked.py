@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moenas.errors import FAILURE_KINDS
 from moenas.failures import MESSAGE, TRACEBACK, clean
-from moenas.records import Evaluation, Job, Plain
+from moenas.records import Evaluation, Failure, Job, Plain
 
 LARGEST = 1e150
 """Bound of a value's size: sums of squares and volumes of two such values stay finite."""
@@ -25,7 +26,6 @@ DEPTH = 50
 TIMED = ("reference_key", "reference_ms", "ratio")
 """Details of a measured latency, by which a study expresses values on one reference time."""
 
-_KIND = re.compile(r"[a-z][a-z_]{0,31}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -147,18 +147,20 @@ def checked_evaluation(sent: object, job: Job) -> Evaluation:
     )
 
 
-def _failure(sent: object) -> Plain:
-    """Return kind, message and traceback of a failed evaluation."""
+def _failure(sent: object) -> Failure:
+    """Return the failure of a failed evaluation."""
     if not isinstance(sent, Mapping):
         raise ValueError(f"failed, and its failure is {_shown(sent)}")
-    texts = {name: sent.get(name, "") for name in ("kind", "message", "traceback")}
+    texts = {name: sent.get(name, "") for name in ("kind", "message", "traceback", "cause")}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(f"failure.{name} is {_shown(text)}, not a text")
-    if not _KIND.fullmatch(texts["kind"]):
-        raise ValueError(f"failure.kind is {_shown(texts['kind'])}")
-    message, lines = clean(texts["message"], MESSAGE), clean(texts["traceback"], TRACEBACK)
-    return {"kind": texts["kind"], "message": message, "traceback": lines}
+    if texts["kind"] not in FAILURE_KINDS:
+        kinds = ", ".join(FAILURE_KINDS)
+        raise ValueError(f"failure.kind is {_shown(texts['kind'])}, not one of {kinds}")
+    limits = {"message": MESSAGE, "traceback": TRACEBACK, "cause": MESSAGE}
+    short = {name: clean(texts[name], limit) for name, limit in limits.items()}
+    return Failure.parse({"kind": texts["kind"], **short})
 
 
 def _values(sent: object, job: Job, status: str) -> dict[str, float]:
@@ -244,7 +246,7 @@ def _texts(sent: Mapping[str, Any], name: str) -> dict[str, str]:
     return dict(found)
 
 
-def _rows(sent: Mapping[str, Any], name: str) -> list[Plain]:
+def _rows(sent: Mapping[str, Any], name: str) -> list[Any]:
     """Return a field of rows."""
     rows = sent.get(name, [])
     if not isinstance(rows, list) or len(rows) > MAX_ROWS:

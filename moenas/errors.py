@@ -27,7 +27,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+FailureKind = Literal[
+    "diverged",  # the loss stopped being finite
+    "acausal",  # a logit depends on a later token or on another sequence
+    "collapsed",  # hardly any expert of a layer gets tokens
+    "timeout",  # the candidate used up its time limit
+    "out_of_memory",
+    "crashed",  # the worker process died
+    "error",  # the candidate's code raised
+    "refused",  # the job names something that cannot be read or used
+    "environment",  # the machine or its surroundings are at fault, not the candidate
+    "invalid",  # what a worker or an objective sent is no evaluation
+    "internal",  # moenas itself raised
+    "parameters",  # the trial's parameters are no point of the space
+    "sampler",  # the sampler raised, so the trial has no parameters
+    "foreign",  # another program made and finished the trial
+]
+"""Why a trial has no values."""
+FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,7 @@ class MachineError(MoenasError):
 class CandidateError(MoenasError):
     """One candidate failed; the study records the reason and goes on."""
 
-    kind = "error"
+    kind: FailureKind = "error"
 
 
 class DivergedError(CandidateError):

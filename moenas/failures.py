@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Iterator
 
-from moenas.errors import CandidateError, InputError, MachineError
+from moenas.errors import FAILURE_KINDS, CandidateError, InputError, MachineError
 from moenas.records import Failure
 
 MESSAGE = 4096
@@ -89,6 +89,18 @@ def located(error: BaseException) -> str:
     return place + one_line(error)
 
 
+def origin(error: BaseException) -> str:
+    """Return class and place of an exception, or of the one that it was raised from.
+
+    It tells whether two exceptions have one reason: their messages may hold a shape or a process
+    id. An exception that was not raised has none.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception, what it was raised from, and the members of a group."""
     waiting, seen = [error], set[int]()
@@ -144,14 +156,15 @@ def failure_of(error: BaseException) -> Failure:
     fault = machine_fault(error)
     if fault is not None:
         text = text_of(fault) if isinstance(fault, MachineError) else one_line(fault)
-        return Failure("environment", clean(text, MESSAGE), traceback_of(error))
+        return Failure("environment", clean(text, MESSAGE), traceback_of(error), origin(error))
     if isinstance(error, CandidateError):
         tail = traceback_of(error) if error.__cause__ else ""
-        return Failure(error.kind, clean(text_of(error), MESSAGE), tail)
+        kind = error.kind if error.kind in FAILURE_KINDS else "error"
+        return Failure(kind, clean(text_of(error), MESSAGE), tail, origin(error))
     if isinstance(error, InputError):
-        return Failure("refused", clean(text_of(error), MESSAGE))
+        return Failure("refused", clean(text_of(error), MESSAGE), cause=origin(error))
     kind = "out_of_memory" if is_out_of_memory(error) else "error"
-    return Failure(kind, clean(located(error), MESSAGE), traceback_of(error))
+    return Failure(kind, clean(located(error), MESSAGE), traceback_of(error), origin(error))
 
 
 def is_of_the_device(failure: Failure) -> bool:
@@ -163,4 +176,4 @@ def is_of_the_device(failure: Failure) -> bool:
 
 def internal(error: BaseException) -> Failure:
     """Describe an exception of moenas itself."""
-    return Failure("internal", clean(one_line(error), MESSAGE), traceback_of(error))
+    return Failure("internal", clean(one_line(error), MESSAGE), traceback_of(error), origin(error))

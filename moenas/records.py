@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
+
+from moenas.errors import FAILURE_KINDS, FailureKind
 
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
@@ -150,12 +152,72 @@ class WeightsFile(_Record):
 class Failure(_Record):
     """Why a candidate has no values."""
 
-    kind: str
-    """diverged | acausal | collapsed | timeout | out_of_memory | crashed | error | refused, or
-    environment: the machine or its surroundings are at fault, not the candidate; or
-    invalid: what a worker or an objective sent is no evaluation."""
+    kind: FailureKind
     message: str
     traceback: str = ""
+    cause: str = ""
+    """Class and place of the exception, such as `ValueError x.py:12`. Two failures of one kind and
+    one cause have the same reason. It is not stored."""
+
+    @classmethod
+    def parse(cls, plain: Mapping[str, Any]) -> Self:
+        """Build the record from a JSON object; a kind of a newer version is an `error`."""
+        kind: Any = plain.get("kind")
+        texts = {name: str(plain.get(name) or "") for name in ("message", "traceback", "cause")}
+        return cls(kind if kind in FAILURE_KINDS else "error", **texts)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+    def has_reason_of(self, other: Failure) -> bool:
+        """Whether two failures have one reason: the same kind and cause, or the same text."""
+        if self.kind != other.kind:
+            return False
+        if self.cause and other.cause:
+            return self.cause == other.cause
+        return self.message == other.message
+
+
+class RoutingRow(TypedDict, total=False):
+    """How one MoE layer routes the tokens of one pass or several."""
+
+    layer: int
+    load: list[float]
+    """Share of the slots at each expert; they add up to 1."""
+    max_vio: float
+    """Largest load over mean load, minus 1 (arXiv 2408.15664, eq. 4)."""
+    cv: float
+    """Standard deviation of the load over its mean."""
+    entropy: float
+    """Entropy of the shares over the logarithm of the number of experts: 1 when even."""
+    dead: int
+    """Experts with less than 1 % of the mean load."""
+    dropped: float
+    """Share of the slots that find no room at an expert."""
+    logit_rms: float
+    """Root mean square of the router's logits."""
+    logit_max: float
+    """Largest absolute logit of the router."""
+    domains: dict[str, list[float]]
+    """Domain of the corpus -> share of its slots at each expert."""
+
+
+class CurvePoint(TypedDict, total=False):
+    """One row of a learning curve."""
+
+    tokens: int
+    """Training tokens seen."""
+    train_loss: float
+    """Mean cross entropy since the row before, nats per token."""
+    val_loss: float
+    """Validation loss, nats per token; in the last row alone."""
+    lr: float
+    grad_norm: float
+    """Norm of the last step's gradient, before clipping."""
+    seconds: float
+    """Wall seconds since the run began."""
+    routing: list[RoutingRow]
+    """Routing of training since the row before; `domains` in the last row alone."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +236,9 @@ class Evaluation(_Record):
     metrics: dict[str, float] = field(default_factory=dict)
     """Further numbers of the trained model: val_loss, bits_per_byte, train_loss, lr, causal (0 if
     it was given leave to look at later tokens) ..."""
-    curve: list[Plain] = field(default_factory=list)
-    """Rows of {tokens, train_loss, lr, grad_norm, seconds, routing} in order, and val_loss at the
-    end. `routing` is that of training since the row before, without domains but in the last."""
-    routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped, logit_rms,
-    logit_max, domains}, in validation."""
+    curve: list[CurvePoint] = field(default_factory=list)
+    routing: list[RoutingRow] = field(default_factory=list)
+    """A row for each MoE layer, in validation."""
     cost: dict[str, int] = field(default_factory=dict)
     violations: dict[str, float] = field(default_factory=dict)
     """Requirement -> by how much it is broken (over 0), for an infeasible candidate."""
@@ -191,8 +250,21 @@ class Evaluation(_Record):
     data: Plain = field(default_factory=dict)
     """{name, sha256, train_tokens, val_tokens, vocab_size}"""
     seed: int = 0
-    failure: Plain | None = None
+    failure: Failure | None = None
+    """Why it has no values; None unless its status is `failed`."""
     weights_sha256: str | None = None
+
+    @classmethod
+    def parse(cls, plain: Mapping[str, Any]) -> Self:
+        """Build the record from a JSON object; fields of newer versions are ignored."""
+        failure = plain.get("failure")
+        parsed = Failure.parse(failure) if isinstance(failure, Mapping) else failure
+        return super().parse({**plain, "failure": parsed})
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is copied from an earlier trial of the same model."""
+        return "copied_from" in self.metrics
 
 
 @dataclass(frozen=True)

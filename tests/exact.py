@@ -70,7 +70,7 @@ def no_row_is_idle(architecture: Architecture, length: int) -> bool:
     mixtures = [p for x in architecture.layers for p in x.parts.values() if isinstance(p, MoEFFN)]
     return all(
         part.n_zero_experts == 0
-        and part.router.chooses.slots(part.router.top_k, length, part.n_choices)
+        and part.router.selection.slots(part.router.top_k, length, part.n_choices)
         == part.router.top_k * length
         for part in mixtures
     )
@@ -211,9 +211,9 @@ MAY_HIDE = {
     "scale": "a norm after the experts takes the factor out",
     "weight_on": "a norm after the experts takes the factor out",
     "balance": "the bias moves too little to change a choice",
-    "bias_rate": "the bias moves too little to change a choice",
-    "aux_coef": "the load is even in these batches",
-    "aux_scope": "the load is even in these batches",
+    "rate": "the bias moves too little to change a choice",
+    "coef": "the load is even in these batches",
+    "scope": "the load is even in these batches",
     "selection": "all experts are below their cut-offs, or none",
     "zero_kind": "no token goes to such an expert",
     "dt_floor": "no time step is that short",

@@ -173,7 +173,8 @@ def reading_alike(part: FFN) -> FFN:
     part = part.canonical()
     if not isinstance(part, MoEFFN):
         return part
-    return replace(part, router=replace(part.router, router_input="ffn"))
+    logits = replace(part.router.logits, input="ffn")
+    return replace(part, router=replace(part.router, logits=logits))
 
 
 def copy(source: nn.Module | None, target: nn.Module | None) -> None:

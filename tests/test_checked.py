@@ -72,9 +72,9 @@ def test_a_failed_one_may_lack_values_and_keeps_a_short_clean_reason() -> None:
     )
     assert found.values == {}
     assert found.failure is not None
-    assert found.failure["message"].startswith("redxxx")
-    assert len(found.failure["message"]) <= 4096
-    assert found.failure["traceback"] == "t"
+    assert found.failure.message.startswith("redxxx")
+    assert len(found.failure.message) <= 4096
+    assert found.failure.traceback == "t"
 
 
 DEEP: list[Any] = []

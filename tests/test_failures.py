@@ -7,8 +7,9 @@ import errno
 import pytest
 import torch
 
-from moenas.errors import DivergedError, InputError, MachineError
+from moenas.errors import CandidateError, DivergedError, InputError, MachineError
 from moenas.failures import clean, failure_of, is_of_the_device, one_line
+from moenas.records import Failure
 
 
 def wrapped(error: BaseException) -> BaseException:
@@ -102,3 +103,30 @@ def test_texts_are_cut_and_free_of_escapes() -> None:
     assert len(failure.traceback) <= 32 * 1024
     assert "\x1b" not in failure.message + failure.traceback
     assert len(one_line(ValueError("z" * 10**7))) < 5000
+
+
+def raised(number: int) -> BaseException:
+    """An error of one line, whose message holds a number, as shapes and process ids do."""
+    try:
+        try:
+            raise ValueError(f"shape ({number}, 4)")
+        except ValueError as error:
+            raise CandidateError(f"objective 'x': shape ({number}, 4)") from error
+    except CandidateError as error:
+        return error
+
+
+def test_failures_of_one_line_of_code_have_one_reason() -> None:
+    one, two = failure_of(raised(3)), failure_of(raised(5))
+    assert one.message != two.message
+    assert one.has_reason_of(two)
+    assert one.cause.startswith(f"ValueError {__file__}:")
+    elsewhere = failure_of(ValueError("shape (3, 4)"))
+    assert not one.has_reason_of(elsewhere)
+
+
+def test_without_a_cause_the_texts_are_compared() -> None:
+    stored = Failure("error", "a.py:3: no file x")
+    assert stored.has_reason_of(Failure("error", "a.py:3: no file x", cause="OSError a.py:3"))
+    assert not stored.has_reason_of(Failure("error", "a.py:3: no file y"))
+    assert not stored.has_reason_of(Failure("refused", "a.py:3: no file x"))

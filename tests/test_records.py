@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moenas.records import Cost
+from moenas.records import Cost, Evaluation, Failure
 
 
 def test_a_cost_is_stored_with_the_bytes_of_its_weights() -> None:
@@ -20,3 +20,15 @@ def test_a_file_of_a_former_version_gives_the_same_cost() -> None:
     assert Cost(10, 4, 20, 6, 20) == Cost(
         params=10, active_params=4, flops_per_token=20, kv_bytes_per_token=6
     )
+
+
+def test_a_failure_is_a_record_of_its_evaluation_both_ways() -> None:
+    failed = Evaluation("s", 0, 1, "failed", "f", failure=Failure("timeout", "60 s"))
+    plain = failed.plain()
+    assert plain["failure"]["kind"] == "timeout"
+    assert Evaluation.parse(plain) == failed
+    assert Evaluation.parse(plain | {"failure": None}).failure is None
+
+
+def test_a_stored_failure_of_another_version_is_read() -> None:
+    assert Failure.parse({"kind": "of_tomorrow", "message": "x", "y": 1}) == Failure("error", "x")

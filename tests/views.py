@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import Evaluation, Failure, FrontPoint, Plain, StudyRecord, View
 
 OBJECTIVES: list[Plain] = [
     {"name": "val_loss", "direction": "minimize", "unit": "nats/token"},
@@ -143,7 +143,7 @@ def view(n_complete: int = 40, n_objectives: int = 3, n_failed: int = 3, **study
     done = [evaluation(i, architectures[i], rng, chosen) for i in range(n_complete)]
     directions = {o["name"]: o["direction"] for o in chosen}
     front, points = history(done, directions)
-    failure = {"kind": "diverged", "message": "loss is nan", "traceback": ""}
+    failure = Failure("diverged", "loss is nan")
     rising = [{"tokens": 2048 * (i + 1), "train_loss": 5.0 + 0.1 * i} for i in range(20)]
     rising.append({"tokens": 2048 * 21, "train_loss": math.nan})
     rest = [

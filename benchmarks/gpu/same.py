@@ -85,7 +85,9 @@ def whole_runs(report: Report) -> None:
     for _ in range(2):
         torch.manual_seed(0)
         model = SHAPE.build()
-        curves.append([(row.train_loss, row.grad_norm) for row in train(model, corpus(), plan, 0)])
+        curves.append(
+            [(row["train_loss"], row["grad_norm"]) for row in train(model, corpus(), plan, 0)]
+        )
         states.append({k: v.detach().cpu().clone() for k, v in model.state_dict().items()})
     equal = curves[0] == curves[1] and apart((0.0, states[0]), (0.0, states[1])) == 0
     report.figure("two runs of train are bit-equal", equal, "", f"last loss {curves[0][-1][0]:.4f}")

@@ -57,7 +57,7 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     before = taken()
     listen = listener(report, began, kept if workers == "inline" else None)
     try:
-        run(space, storage=STORAGE, workers=workers, listener=listen)
+        run(space, storage=STORAGE, workers=workers, listeners=[listen])
     except Interrupted:  # the limit of the group came; what is stored counts
         report.note("the study was interrupted")
     took = time.perf_counter() - began
@@ -114,7 +114,7 @@ def reasons(rows: list[Evaluation]) -> str:
     failures = [row.failure for row in rows if row.status == "failed" and row.failure]
     if not failures:
         return ""
-    kinds = sorted({str(failure["kind"]) for failure in failures})
+    kinds = sorted({failure.kind for failure in failures})
     return f"{', '.join(kinds)}: {str(failures[0]['message'])[:160]}"
 
 

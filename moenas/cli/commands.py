@@ -222,7 +222,7 @@ def run(
                 trials=trials,
                 workers=worker_count(workers),
                 address=address,
-                listener=listen,
+                listeners=[listen],
                 accept_changes=accept_changes,
             )
     except launch.Interrupted as stop:
@@ -238,10 +238,10 @@ def run(
 
 
 def _say_notes(space: Space) -> None:
-    """Say on stderr what should be known of the corpus before a study trains on it."""
+    """Say on stderr what should be known of the space file and the corpus before a study runs."""
     from moenas.evaluate.matching import notes, open_corpus
 
-    for note in notes(space, open_corpus(space)):
+    for note in [*space.former_names, *notes(space, open_corpus(space))]:
         say(note)
 
 

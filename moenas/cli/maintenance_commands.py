@@ -63,7 +63,7 @@ def retry(
                 storage=storage,
                 workers=worker_count(workers),
                 address=address,
-                listener=listen,
+                listeners=[listen],
             )
     except Interrupted as stop:
         where = {"storage": without_password(storage) if storage else None}
@@ -98,8 +98,7 @@ def remeasure(
     from moenas.study import maintenance
 
     def progress(done: int, total: int, found: Evaluation) -> None:
-        failure = (found.failure or {}).get("message")
-        reason = f": {failure}" if failure else ""
+        reason = f": {found.failure.message}" if found.failure else ""
         say(f"[{done}/{total}] trial {found.trial} {found.status}{reason}")
 
     found = maintenance.remeasure(

@@ -35,7 +35,7 @@ from moenas.evaluate.training import train, validate
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
 from moenas.model.architecture import Architecture, Model
-from moenas.records import Evaluation, Failure, Job, Plain, WeightsFile
+from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, WeightsFile
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
 from moenas.space.sections import Protocol, Recipe
@@ -108,7 +108,7 @@ class _Run:
         self.found: dict[str, Any] = {"fingerprint": ""}
         self.values: dict[str, float] = {}
         self.measurements: dict[str, Plain] = {}
-        self.curve: list[Plain] = []
+        self.curve: list[CurvePoint] = []
         self.seconds: dict[str, float] = {}
         self.weights: bytes | WeightsFile | None = None
         """The trained weights as safetensors, once there are any."""
@@ -237,8 +237,9 @@ class _Run:
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         self.require_causal(subject, "with its first weights")
         with self.phase("train"):
-            for row in train(model, corpus, recipe, subject.seed, subject.lease, self.deadline):
-                self.curve.append(row.plain())
+            self.curve.extend(
+                train(model, corpus, recipe, subject.seed, subject.lease, self.deadline)
+            )
         self.check_time()
         leaks = self.require_causal(subject, "trained")
         with self.phase("validate"), subject.lease.shared():
@@ -325,7 +326,7 @@ class _Run:
             seconds=self.seconds,
             versions=versions(),
             seed=job.seed,
-            failure=None if failure is None else failure.plain(),
+            failure=failure,
             weights_sha256=_digest(self.weights),
             **self.found,
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from moenas.model.moe.experts import MoE
 from moenas.model.moe.selection import Hash
-from moenas.records import Plain
+from moenas.records import RoutingRow
 
 # Shapes: B sequences of S tokens, T = B S tokens, E experts, G domains.
 
@@ -43,13 +44,13 @@ class RoutingStats:
     domains: Tensor
     """(G, E) slots of each domain at each expert."""
 
-    def plain(self, names: Sequence[str] = ()) -> Plain:
+    def row(self, names: Sequence[str] = ()) -> RoutingRow:
         """Return a row of routing health: `layer`, `routing_health`, and what is above.
 
         `domains`, if there are `names`: name -> share of its slots at each expert; a domain
         without a slot is left out.
         """
-        row = {
+        row: RoutingRow = {
             "layer": self.layer,
             **routing_health(self.load),
             "dropped": self.dropped,
@@ -66,16 +67,17 @@ class RoutingStats:
             }
         return row
 
-    def short(self, names: Sequence[str] = ()) -> Plain:
+    def rounded_row(self, names: Sequence[str] = ()) -> RoutingRow:
         """Return the same row with 4 decimals: one of many, for a learning curve."""
-        return {
+        rounded = {
             key: [round(x, 4) for x in value]
             if isinstance(value, list)
             else round(value, 4)
             if isinstance(value, float)
             else value
-            for key, value in self.plain(names).items()
+            for key, value in self.row(names).items()
         }
+        return cast(RoutingRow, rounded)
 
 
 class RoutingAccumulator:
@@ -184,7 +186,7 @@ class CollapseDetector:
         return next(((i, share) for i, share in shares.items() if share > self.max_dead), None)
 
 
-def routing_health(load: Tensor) -> Plain:
+def routing_health(load: Tensor) -> RoutingRow:
     """Say how evenly slots fell on experts, from their (E,) counts.
 
     load: share of each expert, adding up to 1. max_vio: largest load over mean load, minus 1

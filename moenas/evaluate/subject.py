@@ -20,7 +20,7 @@ from moenas.evaluate.latency import Workload, inference_copy, measure_latency
 from moenas.evaluate.memory import peak_bytes
 from moenas.evaluate.training import train
 from moenas.model.architecture import Architecture, Model
-from moenas.records import Cost, Plain
+from moenas.records import Cost, CurvePoint, Plain, RoutingRow
 from moenas.space.objective import Measurement
 from moenas.space.sections import Protocol, Recipe
 
@@ -38,11 +38,9 @@ class Training:
     train_loss: float
     """Mean of the last row of the curve, nats per token."""
     seconds: float
-    curve: list[Plain]
-    """Rows of {tokens, train_loss, lr, grad_norm, seconds, routing}; the last one has val_loss."""
-    routing: list[Plain]
-    """A row for each MoE layer: {layer, load, max_vio, cv, entropy, dead, dropped, logit_rms,
-    logit_max, domains}, in validation."""
+    curve: list[CurvePoint]
+    routing: list[RoutingRow]
+    """A row for each MoE layer, in validation."""
     acausal: list[str] | None = None
     """Where a model that may look at later tokens did: in training, evaluation; else None."""
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,30 +18,8 @@ from moenas.evaluate.optimizer import schedule
 from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator, RoutingStats
 from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
 from moenas.model.architecture import Model
-from moenas.records import Plain
+from moenas.records import CurvePoint, RoutingRow
 from moenas.space.sections import Recipe
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A row of the learning curve."""
-
-    tokens: int
-    """Training tokens seen."""
-    train_loss: float
-    """Mean cross entropy since the row before, nats per token."""
-    lr: float
-    grad_norm: float
-    """Norm of the last step's gradient, before clipping."""
-    seconds: float
-    """Wall seconds since the run began."""
-    routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer, over the steps since the row before, as `RoutingStats.short` gives
-    it; with domains in the last row alone."""
-
-    def plain(self) -> Plain:
-        """Return the row as a JSON object; a model without MoE layers has no `routing`."""
-        return {name: value for name, value in asdict(self).items() if value != []}
 
 
 @dataclass(frozen=True)
@@ -54,8 +32,8 @@ class Validation:
     """The same in bits, where the tokens are bytes."""
     tokens: int
     """Predictions that the loss is the mean of."""
-    routing: list[Plain] = field(default_factory=list)
-    """A row for each MoE layer, as `RoutingStats.plain` gives it; `dropped` is the share of the
+    routing: list[RoutingRow] = field(default_factory=list)
+    """A row for each MoE layer, as `RoutingStats.row` gives it; `dropped` is the share of the
     slots of this text that find no room at the capacity of training."""
 
 
@@ -66,12 +44,14 @@ def train(
     seed: int,
     gate: Gate | None = None,
     deadline: float | None = None,
-) -> Iterator[Progress]:
-    """Train a model in place for `recipe.steps` steps and yield a row about 40 times.
+) -> Iterator[CurvePoint]:
+    """Train a model in place for `recipe.steps` steps and yield about 40 points of its curve.
 
     `recipe.lr` must be set (see `learning_rate`). `seed` orders the data; it is the same for
     every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
     thread the same call gives the same weights to the last bit.
+
+    A point has `routing` if the model has MoE layers.
 
     Raises:
         DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
@@ -92,10 +72,18 @@ def train(
             with _threads(recipe.threads):
                 sums = steps.advance(end, gate, deadline, with_domains=last)
             readings = steps.meter.read()
-            rows = [reading.short(names if last else ()) for reading in readings]
-            tokens, mean = end * recipe.batch * recipe.context, sums.loss / (end - start)
-            rate, seconds = recipe.lr * schedule(end - 1, recipe), time.monotonic() - began
-            yield Progress(tokens, mean, rate, sums.grad_norm, seconds, rows)
+            point: CurvePoint = {
+                "tokens": end * recipe.batch * recipe.context,
+                "train_loss": sums.loss / (end - start),
+                "lr": recipe.lr * schedule(end - 1, recipe),
+                "grad_norm": sums.grad_norm,
+                "seconds": time.monotonic() - began,
+            }
+            if readings:
+                point["routing"] = [
+                    reading.rounded_row(names if last else ()) for reading in readings
+                ]
+            yield point
             if start >= recipe.warmup * total:
                 _require_alive(watch, readings, end - 1, total)
             start = end
@@ -166,7 +154,7 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     loss = total / count
     if not math.isfinite(loss):
         raise DivergedError("the validation loss was not finite")
-    rows = [reading.plain(names) for reading in meter.read()]
+    rows = [reading.row(names) for reading in meter.read()]
     for row, reading in zip(rows, with_capacity.read(), strict=False):
         row["dropped"] = reading.dropped
     bits = loss / math.log(2) if corpus.is_bytes else None

@@ -14,29 +14,65 @@ from typing import Any
 from moenas.records import Plain
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
-"""Family -> kind ("" for a family without kinds) -> field -> [default, family of its value]. The
-family is null for a plain value; a required plain field has []."""
+"""Under "defaults": family -> kind ("" for a family without kinds) -> field -> [default, family of
+its value]. The family is null for a plain value; a required plain field has []. Under "former":
+family -> former name of a field -> its place, as in `Component.former`."""
 NO_DEFAULT = "(required)"
 """Stands for the default of a required component."""
 
+Fields = dict[str, list[Any]]
+
 
 @cache
-def _families() -> dict[str, dict[str, dict[str, list[Any]]]]:
-    found: dict[str, dict[str, dict[str, list[Any]]]] = json.loads(DEFAULTS.read_text())
+def _on_file() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(DEFAULTS.read_text())
+    return found
+
+
+def _fields(family: str, kind: str) -> Fields:
+    found: Fields = _on_file()["defaults"].get(family, {}).get(kind, {})
     return found
 
 
 def brief(plain: Any, family: str = "architecture") -> Any:
-    """Return a component as a JSON object without the fields that have their defaults."""
+    """Return a component as a JSON object without the fields that have their defaults.
+
+    A component inside it whose fields all have their defaults is written as its kind. Former names
+    of fields, as earlier versions stored them, are replaced by the present ones.
+    """
     if isinstance(plain, list):
         return [brief(item, family) for item in plain]
     if not isinstance(plain, dict):
         return plain
-    fields = _families().get(family, {}).get(str(plain.get("kind", "")), {})
+    fields = _fields(family, str(plain.get("kind", "")))
     found: Plain = {}
-    for name, value in plain.items():
+    for name, value in _present(plain, family, fields).items():
         default, inner = [*fields.get(name, []), None, None][:2]
+        if inner is not None:
+            value, default = brief(value, inner), brief(default, inner)
         if len(fields.get(name, [])) and value == default:
             continue
-        found[name] = value if inner is None else brief(value, inner)
+        only_kind = isinstance(value, dict) and list(value) == ["kind"]
+        found[name] = value["kind"] if only_kind else value
+    return found
+
+
+def _present(plain: Plain, family: str, fields: Fields) -> Plain:
+    """Return a component with each field at its present place."""
+    former: dict[str, str] = _on_file()["former"].get(family, {})
+    found: Plain = {}
+    for name, value in plain.items():
+        if name in fields or name not in former:
+            is_kind = former.get(name) == f"{name}.kind" and isinstance(value, str)
+            found[name] = {"kind": value} if is_kind else value
+    for name, value in plain.items():
+        if name in fields or name not in former:
+            continue
+        outer, _, inner = former[name].partition(".")
+        if not inner:
+            found[outer] = value
+            continue
+        component = found.get(outer) or {}
+        if inner in _fields(fields[outer][1], str(component.get("kind"))):
+            found[outer] = {**component, inner: value}
     return found

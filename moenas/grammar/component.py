@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
@@ -29,17 +30,14 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     multiple: int | None = None,
-    words: type[Component] | None = None,
     why: str | None = None,
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
-    `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `words` is a
-    family: the field, a str, is the name of one of its kinds, those of users included. `why` is
-    the reason for the bounds; an error says it.
+    `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `why` is the
+    reason for the bounds; an error says it.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "words": words}
-    metadata["why"] = why
+    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "why": why}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -51,10 +49,8 @@ class Field:
     doc: str
     scalars: tuple[type, ...]
     """Accepted scalar types: bool, int, float, str."""
-    literals: tuple[Scalar, ...]
-    """The words of a Literal."""
-    words: type[Component] | None
-    """The family whose kinds the field names."""
+    choices: tuple[Scalar, ...]
+    """The values of a Literal that the field accepts; empty if any value of the type will do."""
     component: type[Component] | None
     """The family that stands here, if the field is a component."""
     is_list: bool
@@ -68,11 +64,6 @@ class Field:
     """The reason for the bounds."""
 
     @property
-    def choices(self) -> tuple[Scalar, ...]:
-        """The words that the field accepts; empty if any value of the type will do."""
-        return self.literals if self.words is None else tuple(self.words.kinds)
-
-    @property
     def required(self) -> bool:
         """The field has no default."""
         return self.default is dataclasses.MISSING
@@ -83,7 +74,10 @@ class Field:
             return "one of " + ", ".join(str(c) for c in self.choices)
         if self.component is not None:
             name = self.component.__name__.lower()
-            return f"a list of {name} mappings" if self.is_list else f"a mapping ({name})"
+            if self.is_list:
+                return f"a list of {name} mappings"
+            kinds = ", ".join(self.component.kinds) if self.component.kind is None else ""
+            return f"a mapping ({name})" + (f" or one of its kinds: {kinds}" if kinds else "")
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
         words = " or ".join(
             text[s] for s in self.scalars if not (s is int and len(self.scalars) > 1)
@@ -154,6 +148,10 @@ class Component:
     kind: ClassVar[str | None] = None
     presets: ClassVar[dict[str, Plain]] = {}
     """Names of well-known combinations of fields. A preset is only a spelling."""
+    former: ClassVar[Mapping[str, str]] = {}
+    """Former name of a field -> its present place: `field`, `field.inner`, or `field.kind` if the
+    former field was the name of a kind. Space files and stored architectures may use these names.
+    Fingerprints are made of them, so that those of earlier versions stay valid."""
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -168,11 +166,6 @@ class Component:
             )
         cls.kind = kind
         cls.kinds[kind] = cls
-
-    @classmethod
-    def named(cls, kind: str) -> Self:
-        """Return the kind of this family with that name, which has no fields of its own."""
-        return cast(Self, cls.kinds[kind]())
 
     def invalid(self) -> str | Conflict | None:
         """Return why the fields do not go together, or None. Overridden where they can clash.
@@ -202,18 +195,47 @@ class Component:
         return found
 
     def brief(self) -> Plain:
-        """Return the component as a JSON object without the fields that have their defaults."""
+        """Return the component as a JSON object without the fields that have their defaults.
+
+        A component inside it whose fields all have their defaults is written as its kind.
+        """
         found: Plain = {} if self.kind is None else {"kind": self.kind}
-        for name, field in fields(type(self)).items():
-            value = getattr(self, name)
-            if value == field.default:
-                continue
+        for name, value in self._not_default():
             if isinstance(value, Component):
                 value = value.brief()
+                value = value["kind"] if list(value) == ["kind"] else value
             elif isinstance(value, tuple):
                 value = [item.brief() for item in value]
             found[name] = value
         return found
+
+    def fingerprint_data(self) -> Plain:
+        """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
+
+        Fields that had another place in an earlier version stand under their former names.
+        """
+        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        former = {place: name for name, place in self.former.items()}
+        for name, value in self._not_default():
+            if isinstance(value, tuple):
+                found[name] = [item.fingerprint_data() for item in value]
+            elif not isinstance(value, Component):
+                found[former.get(name, name)] = value
+            elif f"{name}.kind" not in former:
+                found[name] = value.fingerprint_data()
+            else:
+                inner = value.fingerprint_data()
+                default = fields(type(self))[name].default
+                if inner["kind"] == default.kind:
+                    del inner["kind"]
+                found |= {former.get(place := f"{name}.{n}", place): v for n, v in inner.items()}
+        return found
+
+    def _not_default(self) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of the fields that differ from their defaults."""
+        for name, field in fields(type(self)).items():
+            if (value := getattr(self, name)) != field.default:
+                yield name, value
 
 
 def changed(component: C, **changes: Any) -> C:
@@ -301,8 +323,7 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         name=declared.name,
         doc=meta.get("doc", ""),
         scalars=tuple(scalars),
-        literals=tuple(literals),
-        words=meta.get("words"),
+        choices=tuple(literals),
         component=component,
         is_list=is_list,
         optional=types.NoneType in args,

@@ -80,6 +80,20 @@ def declared(root: type[Component]) -> set[str]:
     return found - set(OF_A_GROUP)
 
 
+def former(root: type[Component]) -> dict[str, str]:
+    """Return former name -> present place of the fields of all components inside a class."""
+    todo, seen, found = [root], set[type[Component]](), dict[str, str]()
+    while todo:
+        cls = todo.pop()
+        if cls not in seen:
+            seen.add(cls)
+            todo += list(cls.kinds.values()) if cls.kind is None else []
+            todo += [f.component for f in fields(cls).values() if f.component is not None]
+            places = cls.former.items()
+            found |= {name: place for name, place in places if place != f"{name}.kind"}
+    return found
+
+
 def ambiguous(tree: Tree) -> dict[str, list[str]]:
     """Return every name that means several fields of a layer -> the shortest name of each.
 

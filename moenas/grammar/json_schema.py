@@ -26,6 +26,8 @@ class SchemaWriter:
             self.definitions[name] = {}
             members = list(cls.kinds.values()) if cls.kinds and cls.kind is None else [cls]
             options = [self._record(x, holes=holes, layers=layers) for x in members]
+            if cls.kinds and cls.kind is None:
+                options.append({"enum": list(cls.kinds), "description": "with its defaults"})
             option = options[0] if len(options) == 1 else {"anyOf": options}
             self.definitions[name] = option
         return {"$ref": f"#/definitions/{name}"}

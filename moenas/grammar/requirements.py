@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from moenas.errors import SourceLocation, SpaceError
+from moenas.grammar.spellings import present_name
 from moenas.grammar.synonyms import hint
 
 Number: TypeAlias = float
@@ -53,6 +54,8 @@ class Requirement:
     tree: ast.expr
     names: frozenset[str]
     mark: SourceLocation
+    former: tuple[str, ...] = ()
+    """A line for each former name of a field in the text."""
 
     @property
     def trained(self) -> bool:
@@ -75,9 +78,15 @@ class Requirement:
 
 
 def parse_requirement(
-    text: str, mark: SourceLocation, known: set[str], several: Mapping[str, list[str]] | None = None
+    text: str,
+    mark: SourceLocation,
+    known: set[str],
+    several: Mapping[str, list[str]] | None = None,
+    former: Mapping[str, str] | None = None,
 ) -> Requirement:
     """Read one requirement; `several` maps names that are ambiguous to those to write instead.
+
+    `former` maps former names of fields to their present places; such names are read as well.
 
     Raises:
         SpaceError: at the column of what is wrong.
@@ -94,6 +103,8 @@ def parse_requirement(
             location=place,
             path="require",
         ) from None
+    present = _PresentNames(known, former or {})
+    tree = present.visit(tree)
     names: set[str] = set()
     _check_logic(tree, names, mark, known)
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.expr)):
@@ -101,7 +112,39 @@ def parse_requirement(
         if name in names and several and name in several:
             which = " or ".join(several[name])
             raise _refuse(node, mark, f"'{name}' is a field of several parts; write {which}")
-    return Requirement(text, tree, frozenset(names), mark)
+    former_names = (f"{mark}: require: {line}" for line in present.replaced)
+    return Requirement(text, tree, frozenset(names), mark, tuple(former_names))
+
+
+class _PresentNames(ast.NodeTransformer):
+    """Replaces former names of fields, such as `router.bias_rate`, by the present ones."""
+
+    def __init__(self, known: set[str], former: Mapping[str, str]) -> None:
+        self.known = known
+        self.former = former
+        self.replaced: list[str] = []
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Replace one word."""
+        return self._present(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        """Replace a dotted name."""
+        return self._present(node)
+
+    def _present(self, node: ast.expr) -> ast.expr:
+        name = _dotted(node)
+        if name is None or name in self.known:
+            return node
+        now = present_name(name, self.former)
+        if now == name:
+            return node
+        self.replaced.append(f"{name}: a former name; write {now}")
+        found = ast.parse(now, mode="eval").body
+        for inner in ast.walk(found):
+            if isinstance(inner, ast.expr):
+                ast.copy_location(inner, node)
+        return found
 
 
 def _shift(mark: SourceLocation, columns: int) -> SourceLocation:

@@ -34,7 +34,7 @@ LEVELS = 5
 """Levels of detail, from every word to the kinds and the experts alone."""
 
 MANY = 64
-"""Groups of layers from which on only the kinds are counted: drawn layers differ from each other."""
+"""Groups of layers above which only the kinds are counted, as layers drawn one by one differ."""
 
 Words = list[tuple[int, str]]
 """Words of a part, each with the first level that leaves it out."""

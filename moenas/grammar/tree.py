@@ -7,17 +7,19 @@ nesting alone: what stands inside one option of a `Choice` exists only where tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SourceLocation, SpaceError, suggestion
 from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
+from moenas.grammar.spellings import apply_spellings, as_mapping
 from moenas.grammar.synonyms import hint
 from moenas.records import Plain
-from moenas.resources import NOWHERE, Node, names_with
+from moenas.resources import NOWHERE, Node
 
 MAX_OPTIONS = 1000
 LAYERS = "layers"
@@ -104,6 +106,8 @@ class Record:
     mark: SourceLocation
     path: str = ""
     """Where it stands in the space file: the fields above it and the options that hold it."""
+    former: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """A line for each former name of a field that the text uses."""
 
     @cached_property
     def origin(self) -> Origin:
@@ -160,11 +164,14 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     hole = _hole_kind(node)
     if hole == "choice":
         return _read_choice(lambda n, p: read(family, n, p), node, path)
+    node = as_mapping(family, node)
     if not isinstance(node.value, dict) or hole is not None:
         raise node.error(path, f"{node.plain!r} is not a mapping ({family.__name__.lower()})")
     found = dict(node.value)
     cls = _read_kind(family, found, node, path)
-    _apply_preset(cls, found, path)
+    former = apply_spellings(cls, found, path)
+    for name, present, value in former:  # checked even where the value has no effect
+        _read_field(present, value, join(path, name))
     known = fields(cls)
     for key, value in found.items():
         if key not in known:
@@ -184,7 +191,24 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
             trees[name] = _read_default(field, node.mark, join(path, name))
     if not isinstance(trees.get("vary", node), Fixed | Node):
         raise found["vary"].error(join(path, "vary"), "a hole cannot stand here; true or false")
-    return Record(cls, trees, node.mark, path)
+    notes = (
+        f"{node.key_mark or node.mark}: {join(path, name)}: a former name; write {cls.former[name]}"
+        for name, _, node in former
+    )
+    return Record(cls, trees, node.mark, path, tuple(notes))
+
+
+def former_names(tree: Tree) -> Iterator[str]:
+    """Yield a line for each former name of a field that the text of a tree uses."""
+    if isinstance(tree, Record):
+        yield from tree.former
+    inner: Iterable[Tree] = ()
+    if isinstance(tree, Record):
+        inner = tree.fields.values()
+    elif isinstance(tree, Choice | Listing):
+        inner = tree.options if isinstance(tree, Choice) else tree.items
+    for value in inner:
+        yield from former_names(value)
 
 
 def _hole_kind(node: Node) -> str | None:
@@ -207,30 +231,9 @@ def _read_kind(
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
         text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
         near = hint(str(kind.plain), family.kinds)
-        raise kind.error(join(path, "kind"), f"{text}{near} There are {kinds}.")
+        place = path if kind.mark is node.mark else join(path, "kind")
+        raise kind.error(place, f"{text}{near} There are {kinds}.")
     return family.kinds[kind.value]
-
-
-def _apply_preset(cls: type[Component], found: dict[str, Node], path: str) -> None:
-    """Replace a `preset` key by the fields that it spells; fields written beside it win."""
-    if "preset" not in found or "preset" in fields(cls):
-        return
-    preset = found.pop("preset")
-    if not isinstance(preset.value, str) or preset.value not in cls.presets:
-        text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
-        names = ", ".join(cls.presets) or "none"
-        raise preset.error(join(path, "preset"), f"{text} There are {names}.")
-    for key, value in cls.presets[preset.value].items():
-        wrapped = Node.wrap(value)
-        found.setdefault(key, Node(wrapped.value, preset.mark))
-
-
-def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
-    """Name the preset of nearly this name, or the published models whose names hold it."""
-    spaces = [x for x in names_with("spaces", ".yaml", word) if f"/{word}" in x]
-    if not spaces or any(word in name for name in presets):
-        return hint(word, presets)
-    return f" It is in {' and '.join(map(repr, spaces))}: see docs/zoo.md."
 
 
 def _read_field(field: Field, node: Node, path: str) -> Tree:
@@ -260,7 +263,7 @@ def _read_default(field: Field, mark: SourceLocation, path: str) -> Tree:
     """Read the default of a field that was left out."""
     value = field.default
     if isinstance(value, Component):
-        return read(type(value), Node.wrap(value.plain()), path)
+        return read(cast(type[Component], field.component), Node.wrap(value.plain()), path)
     return Fixed(cast(Scalar, value), mark)
 
 
@@ -290,19 +293,22 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
         inner = join(path, label) if isinstance(option.value, dict | list) else path
         trees.append(read_option(option, inner))
     if all(isinstance(tree, Fixed) for tree in trees):
-        labels = [tree.value for tree in trees]
-        seen: set[tuple[type, Scalar]] = set()
-        for option, value in zip(options.value, labels, strict=True):
-            if (type(value), value) in seen:
-                raise option.error(path, f"the option {value!r} stands twice")
-            seen.add((type(value), value))
+        labels = [cast(Fixed, tree).value for tree in trees]
+    seen: set[tuple[type, Scalar]] = set()
+    for option, tree, label in zip(options.value, trees, labels, strict=True):
+        value = label if isinstance(tree, Fixed) else option.value
+        if isinstance(value, dict | list):
+            continue
+        if (type(value), value) in seen:
+            raise option.error(path, f"the option {value!r} stands twice")
+        seen.add((type(value), value))
     return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
 
 def _labels(options: list[Node]) -> list[Scalar]:
     """Name the options: a scalar by itself, a component by kind or preset, else by number."""
     labels: list[Scalar] = []
-    taken: Counter[str] = Counter()
+    taken = Counter(option.value for option in options if isinstance(option.value, str))
     for i, option in enumerate(options):
         if not isinstance(option.value, dict | list):
             labels.append(option.value)

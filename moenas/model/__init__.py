@@ -20,10 +20,11 @@ from moenas.model.mixers.rotary import RopeScaling, Rotary
 from moenas.model.mixers.shared_kv import SharedKV, SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
-from moenas.model.moe.balance import Balance, Routing
+from moenas.model.moe.balance import Balance, LoadBalancer, Routing
 from moenas.model.moe.batch_selection import Base, ExpertChoice, Sinkhorn
 from moenas.model.moe.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroExperts
 from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.logits import Logits
 from moenas.model.moe.mixture_of_attention import HeadExperts, MoA, MoAMixer
 from moenas.model.moe.router import Router
 from moenas.model.moe.scores import Score
@@ -64,6 +65,8 @@ __all__ = [
     "LightningAttention",
     "LightningAttentionMixer",
     "Linear",
+    "LoadBalancer",
+    "Logits",
     "Mamba",
     "Mamba2",
     "Mamba2Mixer",

@@ -152,7 +152,8 @@ class Architecture(Component):
 
         They are made of what differs from the defaults, so a field that comes later changes none.
         """
-        text = json.dumps(self.canonical().brief(), sort_keys=True, separators=(",", ":"))
+        data = self.canonical().fingerprint_data()
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return sha256(text.encode())[:16]
 
     def cost(self, context: int) -> Cost:

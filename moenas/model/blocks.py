@@ -218,11 +218,13 @@ class BlockGroup(Component):
         def written(part: FFN | None, of_block: bool) -> FFN | None:
             if not isinstance(part, MoEFFN):
                 return part
-            word = part.router.router_input
+            logits = part.router.logits
+            word = logits.input
             if word != "ffn" and (whole or of_block):
                 word = "stream"
             word = "ffn" if word == "stream" and not normed else word
-            return changed(part, router=changed(part.router, router_input=word))
+            logits = changed(logits, input=word)
+            return changed(part, router=changed(part.router, logits=logits))
 
         return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
 from moenas.grammar.enumeration import enumerate_points
+from moenas.grammar.sampling import Suggest, draw
+from moenas.grammar.spellings import former_hole_name
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -46,10 +49,20 @@ class Points:
         self._size = math.inf if space.continuous else space.size
         self._drawn: set[str] = set()
         self._left: list[dict[str, Any]] | None = None
+        self._former = space.former_fields
 
     def add(self, params: Mapping[str, Any]) -> None:
-        """Take in a point that was drawn."""
+        """Take in a point that was drawn, by present or by former names of its holes."""
+        if any(_last_step(name) in self._former for name in params):
+            held = HeldAnswers(params, self._former)
+            with suppress(LookupError):  # the point of another space: it counts as it is
+                draw(self._space.tree, held)
+                params = held.answers
         self._drawn.add(_key(params))
+
+    def held(self, params: Mapping[str, Any], rest: Suggest) -> HeldAnswers:
+        """Return what draws a point of which some answers are known, by former names, too."""
+        return HeldAnswers(params, self._former, rest)
 
     @property
     def exhausted(self) -> bool:
@@ -70,6 +83,54 @@ class Points:
         while self._left and _key(self._left[-1]) in self._drawn:
             self._left.pop()
         return self._left[-1] if self._left else None
+
+
+class HeldAnswers:
+    """Answers a hole from known answers, by its present or its former name, else from `rest`.
+
+    Studies of earlier versions drew the fields of a router under other names.
+    """
+
+    def __init__(
+        self, held: Mapping[str, Any], former: Mapping[str, str], rest: Suggest | None = None
+    ) -> None:
+        self._held = held
+        self._former = former
+        self._rest = rest
+        self.answers: dict[str, Any] = {}
+        """All answers so far, by present names."""
+
+    def _answer(self, name: str, ask: Callable[[Suggest], Any]) -> Any:
+        before = None if name in self._held else former_hole_name(name, self._former)
+        if before is not None and before in self._held:
+            value = self._held[before]
+        elif self._rest is not None:
+            value = ask(self._rest)
+        else:
+            value = self._held[name]
+        self.answers[name] = value
+        return value
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Return one of the choices."""
+        return self._answer(name, lambda rest: rest.suggest_categorical(name, choices))
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        """Return a whole number from low to high."""
+        ask = lambda rest: rest.suggest_int(name, low, high, step=step, log=log)  # noqa: E731
+        return int(self._answer(name, ask))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None, log: bool
+    ) -> float:
+        """Return a number from low to high."""
+        ask = lambda rest: rest.suggest_float(name, low, high, step=step, log=log)  # noqa: E731
+        return float(self._answer(name, ask))
+
+
+def _last_step(name: str) -> str:
+    """Return the field that a hole stands in."""
+    return name.partition("/")[0].rpartition(".")[2]
 
 
 def _key(params: Mapping[str, Any]) -> str:

@@ -69,8 +69,12 @@ AFTER_HOLES = """\
 A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
 variants each has c to the power of n points.
 
-Where a table below lists presets, `preset: NAME` stands for the fields of that row; fields written
-beside it win.
+A bare word stands for a component of that kind with its defaults: `balance: bias` is
+`balance: {kind: bias}`, also as an option of a `choice`.
+
+Where a table below lists presets, `preset: NAME` stands for the fields of that row. Fields written
+beside it win, one by one: `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}` keeps the
+`coef` of the preset.
 """
 
 NAMED_LAYERS = """\
@@ -186,25 +190,33 @@ def _family(
     written.add(family)
     yield f"{level} `{name}`\n\n{_prose(family)}\n"
     kinds = list(family.kinds.values()) if family.kind is None else []
-    for cls in kinds or [family]:
-        if cls.kind is not None:
-            yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
-        if issubclass(cls, Part):
-            yield f"Cost: {inspect.getdoc(cls.cost)}\n"
-        rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
-        yield _table(("field", "accepts", "default", "is"), rows)
-        for field in fields(cls).values():
-            if field.words is not None:
-                words = [(f"`{n}`", inspect.getdoc(c) or "") for n, c in field.words.kinds.items()]
-                yield _table((field.name, "is"), words)
-        if cls.presets:
-            presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
-            yield _table(("preset", "fields"), presets)
+    plain = [cls for cls in kinds if not fields(cls) and not issubclass(cls, Part)]
+    if plain:
+        yield _table(("kind without fields", "is"), [(f"`{c.kind}`", _prose(c)) for c in plain])
+    for cls in [cls for cls in kinds if cls not in plain] or ([] if plain else [family]):
+        yield from _component(cls)
     found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
     for component, inner in dict.fromkeys(found):
         new = component is not None and component not in written
         if component is not None and new and _heading(component) == inner != name:
             yield from _family(inner, component, "###", written)
+
+
+def _component(cls: type[Component]) -> Iterator[str]:
+    """Yield what is known of one component: its fields, presets and former names of fields."""
+    if cls.kind is not None:
+        yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
+    if issubclass(cls, Part):
+        yield f"Cost: {inspect.getdoc(cls.cost)}\n"
+    rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
+    yield _table(("field", "accepts", "default", "is"), rows)
+    if cls.presets:
+        presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
+        yield _table(("preset", "fields"), presets)
+    moved = [(f"`{n}`", f"`{p}`") for n, p in cls.former.items() if p != f"{n}.kind"]
+    if moved:
+        yield "Former names are still read; `moenas check` says what to write instead.\n"
+        yield _table(("former name", "present place"), moved)
 
 
 def _heading(family: type[Component]) -> str:
@@ -260,7 +272,9 @@ def _accepted(field: Field) -> str:
 def _default(field: Field) -> str:
     if field.required:
         return "required"
-    return "its defaults" if isinstance(field.default, Component) else _yaml(field.default)
+    if isinstance(field.default, Component):
+        return field.default.kind or "its defaults"
+    return _yaml(field.default)
 
 
 def _pairs(values: Plain) -> str:
@@ -268,7 +282,9 @@ def _pairs(values: Plain) -> str:
 
 
 def _yaml(value: object) -> str:
-    """Spell a scalar as YAML does."""
+    """Spell a scalar, or a mapping of scalars, as YAML does."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -298,6 +314,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 def defaults() -> str:
     """Return the text of `defaults.json`, which `moenas.grammar.brief` reads."""
     found: Plain = {}
+    former: Plain = {}
     waiting: list[type[Component]] = [Architecture]
     while waiting:
         family = waiting.pop()
@@ -305,11 +322,13 @@ def defaults() -> str:
         if name in found:
             continue
         own = found[name] = {}
+        if family.former:
+            former[name] = dict(family.former)
         for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
             if any(kind.__module__.startswith(part) for part in OWN):
                 own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
                 waiting += [f.component for f in fields(kind).values() if f.component is not None]
-    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+    return json.dumps({"defaults": found, "former": former}, indent=1, sort_keys=True) + "\n"
 
 
 def _on_file(field: Field) -> list[object]:

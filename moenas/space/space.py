@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -31,7 +31,7 @@ from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
-from moenas.records import Cost, Plain
+from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
@@ -153,6 +153,17 @@ class Space:
                 )
 
     @property
+    def former_fields(self) -> dict[str, str]:
+        """Former name -> present place of the fields that had another name in earlier versions."""
+        return field_names.former(Architecture)
+
+    @property
+    def former_names(self) -> list[str]:
+        """A line for each former name of a field in the text: where it is, and what to write."""
+        required = (line for requirement in self.requirements for line in requirement.former)
+        return [*grammar.former_names(self.tree), *required]
+
+    @property
     def size(self) -> int:
         """The exact number of points, before `require`; a continuous range counts as one."""
         return count(self.tree)
@@ -195,7 +206,7 @@ class Space:
         return {r.text: r.violation(layers) for r in wanted}
 
     def trained_violations(
-        self, architecture: Architecture, routing: Sequence[Plain]
+        self, architecture: Architecture, routing: Sequence[RoutingRow]
     ) -> dict[str, float]:
         """Return the same of the requirements that are decided on the routing after training.
 
@@ -204,7 +215,7 @@ class Space:
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
             return {}
-        rows = {row["layer"]: row for row in routing}
+        rows: dict[int, Mapping[str, Any]] = {row["layer"]: row for row in routing}
         layers: list[Names] = [
             {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
             for i, names in enumerate(self._names(architecture))
@@ -448,10 +459,11 @@ def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requir
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
     known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several)
+        yield parse_requirement(item.value, item.mark, known, several, former)
 
 
 def _read_objectives(node: Node) -> Iterator[Objective]:

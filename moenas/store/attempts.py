@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, select, update
 
-from moenas.records import Plain
+from moenas.errors import FailureKind
+from moenas.records import Failure
 from moenas.store import mapping, row_readers, statements, tables
 from moenas.store.store import Store
 
@@ -14,14 +15,14 @@ ENDED = "ended"
 """Status of an attempt that gave no evaluation."""
 
 
-def end(store: Store, study: str, trial: int, attempt: int, failure: Plain) -> None:
+def end(store: Store, study: str, trial: int, attempt: int, failure: Failure) -> None:
     """Store why an attempt gave no evaluation; the trial stays without one."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     this = statements.of_trial(tables.attempt, study, trial)
     statement = (
         update(tables.attempt)
         .where(this, tables.attempt.c.attempt == attempt)
-        .values(finished_at=now, status=ENDED, failure=mapping.storable(failure))
+        .values(finished_at=now, status=ENDED, failure=mapping.failure_json(failure))
     )
 
     def change(connection: Connection) -> None:
@@ -30,21 +31,23 @@ def end(store: Store, study: str, trial: int, attempt: int, failure: Plain) -> N
     store.apply(study, change)
 
 
-def failed(store: Store, study: str, trial: int, kind: str) -> int:
+def failed(store: Store, study: str, trial: int, kind: FailureKind) -> int:
     """Return how many attempts of a trial ended by a kind of failure, without an evaluation."""
     wanted = select(tables.attempt.c.failure).where(
         statements.of_trial(tables.attempt, study, trial), tables.attempt.c.status == ENDED
     )
     found = store.read(study, lambda connection: connection.scalars(wanted).all())
-    return sum((failure or {}).get("kind") == kind for failure in found)
+    return sum(
+        failure is not None and failure.kind == kind for failure in map(mapping.failure_of, found)
+    )
 
 
-def is_asked(store: Store, study: str, trial: int) -> bool:
+def has_candidate(store: Store, study: str, trial: int) -> bool:
     """Say whether a trial has a row of ours."""
     return store.read(study, lambda c: statements.candidate(c, study, trial) is not None)
 
 
-def asked(store: Store, study: str) -> set[int]:
+def candidates(store: Store, study: str) -> set[int]:
     """Return the trials that have an architecture of ours."""
     candidate = tables.candidate.c
     wanted = select(candidate.trial).where(candidate.study == study, candidate.fingerprint != "")
@@ -52,5 +55,5 @@ def asked(store: Store, study: str) -> set[int]:
 
 
 def evaluated(store: Store, study: str) -> int:
-    """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
+    """Return how many candidates of a study were evaluated; see `counting.is_evaluated`."""
     return store.read(study, lambda connection: row_readers.evaluated(connection, study))

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Row, Table
 
-from moenas.records import Evaluation, ObjectiveInfo, Plain, StudyRecord
+from moenas.records import Evaluation, Failure, ObjectiveInfo, Plain, StudyRecord
 from moenas.store.tables import curve, evaluation, objective, routing, study, value
 
 KEYS = {"study", "trial", "position", "layer", "extra"}
@@ -49,12 +49,18 @@ def storable(plain: Any) -> Any:
     return plain
 
 
-def failure(plain: Plain | None) -> Plain | None:
+def failure_of(stored: Plain | None) -> Failure | None:
+    """Return a stored failure."""
+    return None if stored is None else Failure.parse(stored)
+
+
+def failure_json(failure: Failure | None) -> Plain | None:
     """Return a failure as it is stored: its texts are cut where they are too long."""
-    if plain is None:
+    if failure is None:
         return None
-    found: Plain = storable(plain)
-    message, trace = str(found.get("message", "")), str(found.get("traceback", ""))
+    found: Plain = storable(failure.plain())
+    del found["cause"]
+    message, trace = found["message"], found["traceback"]
     if len(message) > MESSAGE:
         found["message"] = f"{message[:MESSAGE]}{CUT} ({len(message):,} characters)"
     if len(trace) > TRACEBACK:
@@ -112,7 +118,7 @@ def evaluation_rows(record: Evaluation, recorded_at: str) -> dict[Table, list[Pl
     """Return the rows of an evaluation."""
     key: Plain = {"study": record.study, "trial": record.trial}
     plain = storable(record.plain())
-    plain["failure"] = failure(plain["failure"])
+    plain["failure"] = failure_json(record.failure)
     names = dict.fromkeys((*plain["values"], *plain["measurements"]))
     return {
         evaluation: [

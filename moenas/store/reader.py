@@ -12,6 +12,7 @@ from sqlalchemy import Connection, inspect, select
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
 from moenas.store import front_rows, leases, optuna_rows, row_readers, statements, tables
 from moenas.store.database import Database
+from moenas.store.front_rows import FrontSummary
 from moenas.store.row_readers import FrontView, Summary
 
 P = ParamSpec("P")
@@ -132,11 +133,10 @@ class StoreReader:
             return front_rows.members(connection, row_readers.studies(connection, name)[0])
 
     @again
-    def standing(self, name: str) -> tuple[int, float | None]:
-        """Return the size of the front and its hypervolume now; 0, None without complete trials."""
+    def front_summary(self, name: str) -> FrontSummary:
+        """Return the size of the front and its hypervolume now."""
         with self._reading(name) as connection:
-            row = front_rows.last(connection, name)
-            return (row.size, row.hypervolume) if row else (0, None)
+            return front_rows.summary(connection, name)
 
     @again
     def history(self, name: str) -> list[FrontPoint]:

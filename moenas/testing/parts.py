@@ -27,7 +27,18 @@ from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
 from moenas.model.moe.scores import Score
 from moenas.model.moe.selection import Selection
-from moenas.records import Evaluation, FrontPoint, Job, ObjectiveInfo, Plain, StudyRecord, View
+from moenas.records import (
+    CurvePoint,
+    Evaluation,
+    Failure,
+    FrontPoint,
+    Job,
+    ObjectiveInfo,
+    Plain,
+    RoutingRow,
+    StudyRecord,
+    View,
+)
 from moenas.space.objective import Objective, load_objective
 from moenas.space.sections import Protocol, Recipe
 
@@ -81,7 +92,7 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
     """Draw each field by itself."""
     cls = family
     if family.kinds and family.kind is None:
-        wanted = _part_with(kind)
+        wanted = kind if kind is not None and issubclass(kind, family) else _part_with(kind)
         fixed = wanted is not None and issubclass(wanted, family)
         cls = wanted if fixed and wanted else rng.choice(list(family.kinds.values()))
     found: Plain = {} if cls.kind is None else {"kind": cls.kind}
@@ -92,8 +103,6 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
             found[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
         elif field.component is not None:
             found[name] = _draw(field.component, rng, kind)
-        elif kind is not None and field.words is not None and issubclass(kind, field.words):
-            found[name] = kind.kind
         else:
             found[name] = _draw_scalar(field, rng)
     return found
@@ -276,7 +285,7 @@ def _measured(objective: Objective, architecture: Architecture) -> float:
     )
     evaluation, _ = evaluate(job)
     if evaluation.failure is not None:
-        message = evaluation.failure["message"]
+        message = evaluation.failure.message
         raise InputError(message if objective.path in message else f"{objective.path}: {message}")
     return evaluation.values[objective.name]
 
@@ -338,13 +347,19 @@ def _evaluation(trial: int, architecture: Architecture) -> Evaluation:
     known: Plain = {"study": "check", "trial": trial, "attempt": 1}
     known |= {"fingerprint": architecture.fingerprint, "cost": architecture.cost(TOKENS).plain()}
     if trial % 3 == 2:
-        reason = {"kind": "diverged", "message": "made up", "traceback": ""}
+        reason = Failure("diverged", "made up")
         if trial % 2:
             return Evaluation(**known, status="infeasible", violations={"params < 1": 1.0})
         return Evaluation(**known, status="failed", failure=reason)
     loss = 3.0 - 0.1 * trial
-    row = {"tokens": 100, "train_loss": loss, "lr": 0.01, "grad_norm": 1.0, "seconds": 1.0}
-    health = {"max_vio": 1.0, "cv": 0.5, "entropy": 0.9, "dead": 0, "dropped": 0.0}
+    row: CurvePoint = {
+        "tokens": 100,
+        "train_loss": loss,
+        "lr": 0.01,
+        "grad_norm": 1.0,
+        "seconds": 1.0,
+    }
+    health: RoutingRow = {"max_vio": 1.0, "cv": 0.5, "entropy": 0.9, "dead": 0, "dropped": 0.0}
     layers = [i for i, layer in enumerate(architecture.layers) if isinstance(layer.ffn, MoEFFN)]
     return Evaluation(
         **known,

@@ -6,10 +6,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Literal
 
 from moenas.errors import EnvironmentFaultError, InputError
-from moenas.failures import failure_of, one_line, traceback_of
+from moenas.failures import failure_of, one_line
 from moenas.records import Failure, Job
 from moenas.space.sections import Search
 from moenas.workers.ray_pool import RayPool
@@ -141,7 +142,7 @@ def _inline_failure(error: BaseException) -> Failure:
     """Say why no evaluation came back."""
     failure = failure_of(error)
     if failure.kind == "error":
-        return Failure("error", one_line(error), traceback_of(error))
+        return replace(failure, message=one_line(error))
     return failure
 
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from moenas.errors import StorageLostError
+from moenas.errors import FailureKind, StorageLostError
 from moenas.evaluate.devices import has_gpu
 from moenas.failures import MESSAGE, TRACEBACK, clean, one_line
 from moenas.processes import (
@@ -313,7 +313,7 @@ class RayPool:
             if kernel_kills() > task.kernel_kills and not task.is_there():
                 return self._out_of_memory(task, f"the kernel killed {process}", trace)
             ours = task.pid is None and self._killed_stopped >= task.submitted
-            kind = "environment" if ours else "crashed"
+            kind: FailureKind = "environment" if ours else "crashed"
             return Failure(kind, f"{process} died ({type(error).__name__})", trace)
         gone = f"the node of {process} went away or lost what it sent ({type(error).__name__})"
         return Failure("environment", gone, trace)

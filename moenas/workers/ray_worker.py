@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from moenas.checked import plain_json
-from moenas.failures import failure_of, is_of_the_device, one_line, traceback_of
+from moenas.failures import failure_of, is_of_the_device, one_line
 from moenas.processes import adopt_orphans, born, kill, kill_descendants, machine
 from moenas.records import Failure, Job, Plain, WeightsFile
 from moenas.workers.results import Evaluate
@@ -106,7 +107,7 @@ def _failure_in(reply: Plain) -> Failure | None:
         found = evaluation.get("failure") if isinstance(evaluation, dict) else None
     if not isinstance(found, dict):
         return None
-    return Failure(str(found.get("kind")), str(found.get("message")))
+    return Failure.parse(found)
 
 
 def _left(before: set[threading.Thread]) -> str | None:
@@ -160,7 +161,7 @@ def _reply(evaluate: Evaluate, job: Plain, gpus: float) -> Plain:
     except BaseException as error:
         failure = failure_of(error)
         if failure.kind == "error":
-            failure = Failure("error", one_line(error), traceback_of(error))
+            failure = replace(failure, message=one_line(error))
         reply["failure"] = failure
     finally:
         sys.stdout = stdout

@@ -71,10 +71,8 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
     except Exception as error:
         text = clean(str(error) if type(error) is ValueError else one_line(error), MESSAGE)
         return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
-    if found.failure is not None:
-        failure = Failure.parse(found.failure)
-        if failure.kind == "environment":
-            return Result(job, failure)
+    if found.failure is not None and found.failure.kind == "environment":
+        return Result(job, found.failure)
     return Result(job, found, taken)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import cuda_forms
+from routers import router_of
 from torch import Tensor, nn
 
 from moenas.evaluate import causality
@@ -25,14 +26,20 @@ KINDS = [*Mixer.kinds.values(), *FFN.kinds.values()]
 SELECTIONS: dict[str, Plain] = {name: {"selection": name} for name in Selection.kinds}
 SELECTIONS["base"]["top_k"] = 1
 SELECTIONS |= {
-    "jitter": {"jitter": 0.2},
+    "jitter": {"logits": {"kind": "linear", "jitter": 0.2}},
     "capacity": {"capacity_factor": 0.5, "top_k": 1},
     "noise": {"selection": "noisy_top_k", "capacity_factor": 1.0},
-    "even groups": {"n_groups": 2, "top_groups": 2, "even_groups": True, "expert_scale": True},
-    "top_p": {"top_k": 4, "top_p": 0.6, "entropy_coef": 0.1},
-    "sparsemixer": {"sparsemixer_eps": 0.3, "router_input": "block", "input_norm": True},
-    "cosine": {"logits": "cosine", "hidden": 8, "router_input": "stream", "logit_cap": 0.9},
-    "standardised": {"logit_norm": True, "logit_scale": 2.0},
+    "even groups": {
+        "selection": {"kind": "top_k", "n_groups": 2, "top_groups": 2, "even_groups": True},
+        "expert_scale": True,
+    },
+    "top_p": {"top_k": 4, "selection": {"kind": "top_k", "top_p": 0.6}, "entropy_coef": 0.1},
+    "sparsemixer": {
+        "selection": {"kind": "top_k", "sparsemixer_eps": 0.3},
+        "logits": {"kind": "linear", "input": "block", "input_norm": True},
+    },
+    "cosine": {"logits": {"kind": "cosine", "hidden": 8, "input": "stream", "cap": 0.9}},
+    "standardised": {"logits": {"kind": "linear", "standardize": True, "multiplier": 2.0}},
 }
 
 
@@ -73,7 +80,7 @@ def test_every_kind_of_part_passes(kind: Any) -> None:
 
 @pytest.mark.parametrize("router", SELECTIONS.values(), ids=SELECTIONS)
 def test_every_selection_passes_or_is_marked(router: Plain) -> None:
-    causal = Selection.named(router.get("selection", "top_k")).causal
+    causal = router_of(**router).causal
     found = architecture(**router, allow_acausal=not causal)
     assert allows_acausal(found) is not causal
     model = found.build(seed=0)
@@ -304,7 +311,9 @@ class Counting(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("router", [{"selection": "threshold"}, {"jitter": 0.1}])
+@pytest.mark.parametrize(
+    "router", [{"selection": "threshold"}, {"logits": {"kind": "linear", "jitter": 0.1}}]
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_and_the_generators_stay_as_they_were(router: Plain, training: bool) -> None:
     model = architecture(**router).build(seed=0)

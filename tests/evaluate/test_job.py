@@ -24,12 +24,12 @@ from moenas.evaluate.subject import excerpts
 from moenas.evaluate.training import validate
 from moenas.model import MoEFFN
 from moenas.model.architecture import Architecture
-from moenas.records import Evaluation, WeightsFile
+from moenas.records import Evaluation, Failure, WeightsFile
 from moenas.resources import sha256
 from moenas.store.weights import place
 
 
-def failure(evaluation: Evaluation) -> dict[str, Any]:
+def failure(evaluation: Evaluation) -> Failure:
     assert evaluation.status == "failed"
     assert evaluation.failure is not None
     return evaluation.failure
@@ -113,7 +113,7 @@ def test_a_job_repeats_to_the_last_bit_and_counting_does_not_disturb(make_job: M
 
 
 @pytest.mark.parametrize(
-    ("objective", "built"), [("total_params", 0), ("flops_per_token", 0), ("val_loss", 1)]
+    ("objective", "built"), [("total_params", 0), ("flops_per_token", 1), ("val_loss", 1)]
 )
 def test_nothing_is_built_or_trained_that_no_objective_needs(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, objective: str, built: int
@@ -137,7 +137,7 @@ def test_nothing_is_built_or_trained_that_no_objective_needs(
 def test_cheap_objectives_are_measured_first(make_job: MakeJob) -> None:
     broken = guest("1 / 0", "model")
     found, weights = evaluate(make_job("val_loss", "total_params", guests={"broken": broken}))
-    assert failure(found)["kind"] == "error"
+    assert failure(found).kind == "error"
     assert set(found.values) == {"total_params"}
     assert found.curve == []
     assert weights is None
@@ -182,14 +182,14 @@ def test_a_failing_guest_is_a_row_with_a_reason(make_job: MakeJob, source: str, 
 
 def test_a_broken_guest_file_refuses_the_job(make_job: MakeJob) -> None:
     found, _ = evaluate(make_job(guests={"x": guest("0").replace("direction", "way")}))
-    assert failure(found)["kind"] == "refused"
-    assert failure(found)["message"].startswith("x.py:1: direction is missing")
+    assert failure(found).kind == "refused"
+    assert failure(found).message.startswith("x.py:1: direction is missing")
 
 
 def test_another_corpus_is_a_fault_of_the_machine(make_job: MakeJob) -> None:
     found, _ = evaluate(make_job("total_params", data_sha256="0" * 64))
-    assert failure(found)["kind"] == "environment"
-    assert "another corpus than the study" in failure(found)["message"]
+    assert failure(found).kind == "environment"
+    assert "another corpus than the study" in failure(found).message
     assert found.values == {}
 
 
@@ -198,8 +198,8 @@ def test_a_candidate_out_of_time_is_stopped(make_job: MakeJob, limit: float, nee
     long = replace(RECIPE, tokens=10**9)
     job = make_job("val_loss", "total_params", time_limit_s=limit, train=long.plain())
     found, weights = evaluate(job)
-    assert failure(found)["kind"] == "timeout"
-    assert "time limit" in failure(found)["message"]
+    assert failure(found).kind == "timeout"
+    assert "time limit" in failure(found).message
     assert ("total_params" in found.values) == (needs == "training")
     assert weights is None
 
@@ -207,7 +207,7 @@ def test_a_candidate_out_of_time_is_stopped(make_job: MakeJob, limit: float, nee
 def test_a_diverged_candidate_says_so(make_job: MakeJob) -> None:
     hot = replace(RECIPE, lr=1e15, grad_clip=0.0, warmup=0.0)
     found, _ = evaluate(make_job("val_loss", train=hot.plain()))
-    assert failure(found)["kind"] == "diverged"
+    assert failure(found).kind == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_diverged_candidate_says_so(make_job: MakeJob) -> None:
 )
 def test_running_out_of_memory_has_its_own_kind(make_job: MakeJob, error: str) -> None:
     source = guest("fail()") + f"\n\ndef fail():\n    raise {error}\n"
-    assert failure(evaluate(make_job(guests={"x": source}))[0])["kind"] == "out_of_memory"
+    assert failure(evaluate(make_job(guests={"x": source}))[0]).kind == "out_of_memory"
 
 
 def test_a_count_that_contradicts_the_closed_form_fails(
@@ -228,7 +228,7 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         lambda self, context: replace(cost(self, context), flops_per_token=1),
     )
     found, _ = evaluate(make_job("flops_per_token"))
-    assert "the closed form says 16;" in failure(found)["message"]
+    assert "the closed form says 16;" in failure(found).message
 
 
 @pytest.mark.parametrize("context", [16, 67])
@@ -238,7 +238,7 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         MOE | {"n_zero_experts": 3},
         MOE | {"router": {"selection": "threshold", "top_k": 1}},
         MOE | {"n_experts": 3, "router": {"selection": "expert_choice", "allow_acausal": True}},
-        MOE | {"router": {"n_groups": 2, "top_groups": 1}},
+        MOE | {"router": {"selection": {"kind": "top_k", "n_groups": 2, "top_groups": 1}}},
         MOE | {"n_experts": 3, "router": {"selection": "sinkhorn", "allow_acausal": True}},
         MOE | {"n_experts": 3, "router": {"selection": "base", "top_k": 1, "allow_acausal": True}},
     ],
@@ -276,7 +276,7 @@ def test_a_row_too_many_is_an_error(
         MoEFFN, "surplus_flops", lambda self, width, context: surplus(self, width, context) + row
     )
     wanted = architecture.pass_flops(16)
-    assert f"the closed form says {wanted};" in failure(evaluate(job)[0])["message"]
+    assert f"the closed form says {wanted};" in failure(evaluate(job)[0]).message
 
 
 def test_the_reference_of_the_study_is_used(make_job: MakeJob) -> None:
@@ -351,8 +351,8 @@ def test_a_leak_that_comes_with_training_is_found_before_the_loss(
     start = Architecture.parse(PLAIN).build(seed=0).blocks[0].ffn.up.weight.clone()
     leak_when(monkeypatch, lambda p: not p.training and not torch.equal(p.up.weight, start))
     found, _ = evaluate(make_job("val_loss"))
-    assert failure(found)["kind"] == "acausal"
-    assert failure(found)["message"].startswith("trained, in evaluation, layer 0 (blocks.0.ffn)")
+    assert failure(found).kind == "acausal"
+    assert failure(found).message.startswith("trained, in evaluation, layer 0 (blocks.0.ffn)")
     assert len(found.curve) == 8
     assert "val_loss" not in found.values
     assert "val_loss" not in found.metrics
@@ -360,7 +360,11 @@ def test_a_leak_that_comes_with_training_is_found_before_the_loss(
 
 
 def test_the_gate_changes_no_bit(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    routed = {"selection": "noisy_top_k", "jitter": 0.1, "capacity_factor": 1.0}
+    routed = {
+        "selection": "noisy_top_k",
+        "logits": {"kind": "linear", "jitter": 0.1},
+        "capacity_factor": 1.0,
+    }
     blocks = [{"mixer": MIXER, "ffn": MOE | {"router": routed}}]
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
     first, weights = evaluate(make_job("val_loss", architecture=plain))
@@ -401,8 +405,8 @@ def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) ->
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
     recipe = replace(RECIPE, tokens=80 * 64, lr=0.5, max_dead=0.0, grad_clip=0.0)
     found, weights = evaluate(make_job("val_loss", architecture=plain, train=recipe.plain()))
-    assert failure(found)["kind"] == "collapsed"
-    assert "% of the experts of layer 0 were dead at step" in failure(found)["message"]
+    assert failure(found).kind == "collapsed"
+    assert "% of the experts of layer 0 were dead at step" in failure(found).message
     assert found.curve[-1]["routing"][0]["layer"] == 0
     assert weights is None
 
@@ -429,10 +433,8 @@ def test_a_candidate_that_cannot_fit_is_not_built(
     monkeypatch.setattr(Architecture, "build", None)
     for name in ("val_loss", "peak_memory"):
         found, weights = evaluate(make_job("flops_per_token", name))
-        assert failure(found)["kind"] == "out_of_memory"
-        assert re.search(
-            r"needs at least .* of memory, .* has 0 MiB free", failure(found)["message"]
-        )
+        assert failure(found).kind == "out_of_memory"
+        assert re.search(r"needs at least .* of memory, .* has 0 MiB free", failure(found).message)
         assert weights is None
     assert "flops_per_token" in found.values
 
@@ -488,8 +490,8 @@ def test_what_ends_an_interpreter_is_a_failure_of_the_candidate(
     make_job: MakeJob, call: str
 ) -> None:
     found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
-    assert failure(found)["kind"] == "error"
-    assert failure(found)["message"].startswith("objective 'x': x.py:10: ")
+    assert failure(found).kind == "error"
+    assert failure(found).message.startswith("objective 'x': x.py:10: ")
 
 
 def test_names_of_a_timed_latency_are_kept_for_it(make_job: MakeJob) -> None:
@@ -521,11 +523,11 @@ def test_faults_of_the_machine_are_told_from_those_of_the_candidate(
         ("open('/no/such/file')", "error"),
     ]:
         found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
-        assert failure(found)["kind"] == kind
+        assert failure(found).kind == kind
     job = make_job("total_params")
     (tmp_path / "text.txt").write_text("another text\n" * 1000)
-    assert failure(evaluate(job)[0])["kind"] == "environment"
+    assert failure(evaluate(job)[0]).kind == "environment"
     (tmp_path / "text.txt").unlink()
     found, _ = evaluate(job)
-    assert failure(found)["kind"] == "environment"
-    assert "text.txt" in failure(found)["message"]
+    assert failure(found).kind == "environment"
+    assert "text.txt" in failure(found).message

@@ -44,7 +44,7 @@ def assert_nothing_is_left(jobs: list[Job], first: int, growth: int) -> None:
     tensors = memory = 0
     for number, job in enumerate(jobs):
         found, _ = evaluate(job)
-        assert found.failure is None or found.failure["kind"] in ("diverged", "collapsed"), found
+        assert found.failure is None or found.failure.kind in ("diverged", "collapsed"), found
         del found
         if number == first:
             tensors, memory = live_tensors(), resident_bytes(os.getpid())

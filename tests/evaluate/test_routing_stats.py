@@ -132,10 +132,10 @@ def test_adding_makes_the_host_wait_for_nothing() -> None:
 def test_a_row_has_the_shares_of_each_domain_that_has_slots() -> None:
     load = torch.tensor([30.0, 10.0])
     table = torch.tensor([[6.0, 2.0], [0.0, 0.0], [1.0, 2.0]])
-    row = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).plain(NAMES)
+    row = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).row(NAMES)
     assert row["domains"] == {"a": [0.75, 0.25], "c": [0.3333, 0.6667]}
     assert (row["layer"], row["load"], row["dropped"]) == (3, [0.75, 0.25], 0.25)
-    short = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).short()
+    short = RoutingStats(3, load, 0.25, 1.23456789, 4.0, table).rounded_row()
     assert short["logit_rms"] == 1.2346
     assert "domains" not in short
 

@@ -22,9 +22,9 @@ from moenas.data.corpus import Corpus
 from moenas.data.domains import Domains, table
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.evaluate.optimizer import AdamW, learning_rate, schedule
-from moenas.evaluate.training import Progress, train, validate
+from moenas.evaluate.training import train, validate
 from moenas.model.architecture import Architecture, Model
-from moenas.records import Plain
+from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Recipe
 
 RECIPE = Recipe(tokens=40 * 64, context=16, batch=4, lr=0.01, val_tokens=320, dtype="float32")
@@ -55,7 +55,7 @@ def architecture(**router: Any) -> Architecture:
     return Architecture.parse({"vocab_size": 32, "d_model": 16, "blocks": blocks})
 
 
-def trained(recipe: Recipe = RECIPE, seed: int = 0) -> tuple[Model, list[Progress]]:
+def trained(recipe: Recipe = RECIPE, seed: int = 0) -> tuple[Model, list[CurvePoint]]:
     model = architecture().build(seed=0)
     return model, list(train(model, corpus(), recipe, seed))
 
@@ -72,7 +72,7 @@ def digest(model: Model) -> str:
 
 def test_a_run_learns() -> None:
     model, rows = trained()
-    assert rows[-1].train_loss < 0.6 * rows[0].train_loss
+    assert rows[-1]["train_loss"] < 0.6 * rows[0]["train_loss"]
     assert validate(model, corpus(), RECIPE).loss < 0.6 * math.log(32)
 
 
@@ -128,7 +128,7 @@ def test_a_run_is_a_hand_written_run() -> None:
     recipe = replace(RECIPE, tokens=10 * 64, grad_clip=0.5, weight_decay=0.3, warmup=0.3, decay=0.4)
     model, rows = trained(recipe)
     rates = [0.01 * x for x in (1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4)]
-    assert [row.lr for row in rows] == pytest.approx(rates)
+    assert [row["lr"] for row in rows] == pytest.approx(rates)
     other = architecture().build(seed=0)
     optimizer = torch.optim.AdamW(groups(other), weight_decay=0.3, betas=(0.9, 0.95), fused=False)
     for step, rate in enumerate(rates):
@@ -141,8 +141,8 @@ def test_a_run_is_a_hand_written_run() -> None:
         (loss + other.auxiliary_loss()).backward()
         norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
         optimizer.step()
-        assert rows[step].train_loss == pytest.approx(loss.item(), abs=1e-5)
-        assert rows[step].grad_norm == pytest.approx(norm.item(), rel=1e-3)
+        assert rows[step]["train_loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert rows[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -180,16 +180,16 @@ def test_rows_are_even_and_their_means_cover_every_step(steps: int) -> None:
     recipe = replace(RECIPE, tokens=steps * 64 + 5, warmup=0.0, decay=0.0, lr=1e-9)
     _, rows = trained(recipe)
     assert len(rows) == min(steps, 40)
-    tokens = [row.tokens for row in rows]
+    tokens = [row["tokens"] for row in rows]
     assert tokens[-1] == steps * 64
     sizes = np.diff([0, *tokens])
     assert sizes.max() - sizes.min() <= 64
     model = architecture().build(seed=0)
     with torch.no_grad():
         losses = [float(model.loss(*corpus().batch(s, 4, 16, 0))) for s in range(steps)]
-    mean = sum(row.train_loss * n for row, n in zip(rows, sizes, strict=True)) / sizes.sum()
+    mean = sum(row["train_loss"] * n for row, n in zip(rows, sizes, strict=True)) / sizes.sum()
     assert mean == pytest.approx(sum(losses) / steps, abs=1e-4)
-    assert all(a.seconds <= b.seconds for a, b in pairwise(rows))
+    assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(rows))
 
 
 def test_threads_are_set_for_the_run_and_put_back() -> None:
@@ -380,25 +380,24 @@ def test_a_row_has_the_routing_since_the_row_before() -> None:
 
     model.blocks[1].register_forward_hook(note)
     rows = list(train(model, with_domains(), recipe, 0))
-    ends = [row.tokens // 64 for row in rows]
+    ends = [row["tokens"] // 64 for row in rows]
     for start, end, row in zip([0, *ends], ends, rows, strict=False):
-        (routing,) = row.routing
+        (routing,) = row["routing"]
         total = np.array(loads[start:end]).sum(axis=0)
         assert routing["layer"] == layer == 1
         assert routing["load"] == pytest.approx((total / total.sum()).tolist(), abs=1e-4)
         assert routing["dropped"] == pytest.approx(np.mean(dropped[start:end]), abs=1e-4)
         assert {"max_vio", "cv", "entropy", "dead", "logit_rms", "logit_max"} <= routing.keys()
         assert ("domains" in routing) is (row is rows[-1])
-    shares = rows[-1].routing[0]["domains"]
+    shares = rows[-1]["routing"][0]["domains"]
     assert set(shares) == {"a", "b", "c"}
     assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares.values())
-    assert rows[0].plain()["routing"] == rows[0].routing
 
 
 def test_a_dense_model_has_no_routing() -> None:
     dense = replace(architecture(), blocks=architecture().blocks[:1])
     (row, *_) = train(dense.build(seed=0), with_domains(), RECIPE, 0)
-    assert "routing" not in row.plain()
+    assert "routing" not in row
     assert validate(dense.build(seed=0), with_domains(), RECIPE).routing == []
 
 
@@ -439,12 +438,12 @@ def collapsing() -> Model:
 
 def test_a_collapse_ends_the_run_with_layer_share_and_step() -> None:
     recipe = replace(RECIPE, tokens=200 * 64, max_dead=0.7)
-    rows: list[Progress] = []
+    rows: list[CurvePoint] = []
     with pytest.raises(CollapsedError, match=r"75% of the experts of layer 1 were dead at step 39"):
         rows.extend(train(collapsing(), corpus(), recipe, 0))
     # 20 steps warm up, and a verdict is over 4 rows of 5 steps.
-    assert rows[-1].tokens == 40 * 64, "the row that shows it is given"
-    assert rows[-1].routing[0]["dead"] == 3
+    assert rows[-1]["tokens"] == 40 * 64, "the row that shows it is given"
+    assert rows[-1]["routing"][0]["dead"] == 3
 
 
 @pytest.mark.parametrize("max_dead", [0.75, 1.0, None])

@@ -56,7 +56,7 @@ def test_the_examples_keep_the_contract(desk: Path, name: str, kind: str) -> Non
 
 def test_sparsemax_is_the_projection_on_the_simplex(desk: Path) -> None:
     user_parts.load("sparsemax.py")
-    score = Score.named("sparsemax").build()
+    score = Score.kinds["sparsemax"]().build()
     logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 2
     s = score(logits)
     torch.testing.assert_close(s.sum(-1), torch.ones(50))

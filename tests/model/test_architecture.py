@@ -218,7 +218,11 @@ def test_generation_takes_the_most_likely_token_each_time() -> None:
 
 
 def test_generation_is_in_evaluation_mode_and_leaves_the_mode_alone() -> None:
-    router = {"preset": "switch", "capacity_factor": 0.5, "jitter": 0.3}
+    router = {
+        "preset": "switch",
+        "capacity_factor": 0.5,
+        "logits": {"kind": "linear", "jitter": 0.3},
+    }
     model = parse(moe(router=router)).build(seed=1)
     start = some_tokens(4, 8)
     wanted = model.eval().generate(start, 6)
@@ -398,7 +402,14 @@ ALIKE = {
     "preset": (
         plain(moe(router={"preset": "mixtral"})),
         plain(
-            moe(router={"top_k": 2, "normalize": True, "aux_coef": 0.02, "aux_reduce": "pooled"})
+            moe(
+                router={
+                    "top_k": 2,
+                    "normalize": True,
+                    "balance": {"kind": "aux_loss", "coef": 0.02},
+                    "loss_reduce": "pooled",
+                }
+            )
         ),
     ),
     "shared experts": (
@@ -435,7 +446,7 @@ def test_different_architectures_have_different_fingerprints() -> None:
         plain(moe(), block(DENSE)),
         plain(moe()),
         plain(moe(router={"top_k": 2, "normalize": False})),
-        plain(moe(router={"top_k": 2, "aux_coef": 0.1})),
+        plain(moe(router={"top_k": 2, "balance": {"kind": "aux_loss", "coef": 0.1}})),
         plain(moe(router={"top_k": 2, "capacity_factor": 1.0})),
         plain(moe(n_shared_experts=1)),
     ]

@@ -29,11 +29,12 @@ from points import (
     point,
     wide,
 )
+from routers import router_of
 
 from moenas.errors import SpaceError
 from moenas.grammar.component import Component, Part, fields
 from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
-from moenas.model import FFN, Mixer, Router
+from moenas.model import FFN, Mixer, Router, Selection
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.testing.parts import random_architecture
@@ -104,7 +105,7 @@ def mixture(router: Plain, **fields: Any) -> Architecture:
     return one_layer(ffn | fields)
 
 
-@pytest.mark.parametrize("selection", fields(Router)["selection"].choices)
+@pytest.mark.parametrize("selection", list(Selection.kinds))
 @pytest.mark.parametrize("n_zero_experts", [0, 3])
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_every_selection_alone_is_exact(selection: str, n_zero_experts: int, top_k: int) -> None:
@@ -147,7 +148,7 @@ def test_a_mean_of_one_expert_may_be_normalized(selection: str) -> None:
         model.loss(tokens, tokens.roll(-1, 1)).backward()
         model.after_step()
     assert model.blocks[0].ffn.router.logits.weight.grad.any()
-    assert not Router(selection=selection, top_k=1, allow_acausal=True).normalizes
+    assert not router_of(selection=selection, top_k=1, allow_acausal=True).normalizes
     with pytest.raises(SpaceError, match="with one expert and normalize: true"):
         mixture(router, n_experts=1)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moenas.evaluate.latency import inference_copy, prepare
 from moenas.grammar import component
 from moenas.grammar.component import Component
-from moenas.model import FFN, Mixer, PositionBias, RopeScaling, Router, Score, Selection
+from moenas.model import FFN, Balance, Mixer, PositionBias, RopeScaling, Score, Selection
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
 from moenas.testing.parts import random_architecture
@@ -68,11 +68,18 @@ def cases() -> dict[str, Architecture]:
         for name, kind in kinds.kinds.items():
             found[f"{field}: {name}"] = small({field: part_of(kind)})
     choices = {n: words(Architecture, n) for n in ("norm", "norm_position", "positions")}
-    choices["balance"] = words(Router, "balance")
+    choices["balance"] = tuple(Balance.kinds)
     for i in range(max(map(len, choices.values()))):
         own = {name: several[i % len(several)] for name, several in choices.items()}
-        router = {"balance": own.pop("balance"), "aux_scope": "sequence", "capacity_factor": 1.0}
-        found[f"{router['balance']}, {own}"] = small(router=router, max_positions=256, **own)
+        router = {
+            "balance": {"kind": own.pop("balance")},
+            "capacity_factor": 1.0,
+        }
+        if "loss" in router["balance"]["kind"]:
+            router["balance"]["scope"] = "sequence"
+        found[f"{router['balance']['kind']}, {own}"] = small(
+            router=router, max_positions=256, **own
+        )
     return found
 
 

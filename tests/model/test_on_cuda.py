@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import NoCollisions, cuda_forms
+from routers import router_of
 from torch import Tensor, nn
 
 from moenas.evaluate.causality import _grouped, _InFloat64
@@ -26,7 +27,6 @@ from moenas.model import (
     MoAMixer,
     MoE,
     MoEFFN,
-    Router,
 )
 from moenas.model.mixers.position_bias import AlibiBias, T5Bias
 from moenas.model.mixers.softmax_attention import attended_on_cuda
@@ -43,26 +43,33 @@ D_MODEL, BATCH, LENGTH = 16, 3, 20
 NUMBERS = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 7
 
 ROUTERS = {
-    "plain": Router(top_k=2),
-    "one": Router(top_k=1),
-    "normalised": Router(top_k=3, normalize=True, expert_scale=True),
-    "capacity": Router(top_k=2, capacity_factor=0.5, aux_scope="sequence"),
-    "bias and loss": Router(top_k=2, balance="bias_and_loss", score="sigmoid"),
-    "groups": Router(top_k=2, n_groups=2, top_groups=1, score="sigmoid", balance="bias"),
-    "top p": Router(top_k=3, top_p=0.6),
-    "importance": Router(top_k=2, balance="importance_load"),
-    "sparsemixer": Router(top_k=2, sparsemixer_eps=0.1),
-    "noise": Router(top_k=2, selection="noisy_top_k", jitter=0.01),
+    "plain": router_of(top_k=2),
+    "one": router_of(top_k=1),
+    "normalised": router_of(top_k=3, normalize=True, expert_scale=True),
+    "capacity": router_of(
+        top_k=2, capacity_factor=0.5, balance={"kind": "aux_loss", "scope": "sequence"}
+    ),
+    "bias and loss": router_of(top_k=2, balance="bias_and_loss", score="sigmoid"),
+    "groups": router_of(
+        top_k=2,
+        selection={"kind": "top_k", "n_groups": 2, "top_groups": 1},
+        score="sigmoid",
+        balance="bias",
+    ),
+    "top p": router_of(top_k=3, selection={"kind": "top_k", "top_p": 0.6}),
+    "importance": router_of(top_k=2, balance="importance_load"),
+    "sparsemixer": router_of(top_k=2, selection={"kind": "top_k", "sparsemixer_eps": 0.1}),
+    "noise": router_of(top_k=2, selection="noisy_top_k", logits={"kind": "linear", "jitter": 0.01}),
 }
 BY_BATCH = {
-    "threshold": Router(top_k=2, selection="threshold"),
-    "hash": Router(top_k=2, selection="hash", score="uniform", expert_scale=True),
-    "sinkhorn": Router(top_k=1, selection="sinkhorn", allow_acausal=True),
-    "base": Router(top_k=1, selection="base", allow_acausal=True),
-    "expert choice": Router(
+    "threshold": router_of(top_k=2, selection="threshold"),
+    "hash": router_of(top_k=2, selection="hash", score="uniform", expert_scale=True),
+    "sinkhorn": router_of(top_k=1, selection="sinkhorn", allow_acausal=True),
+    "base": router_of(top_k=1, selection="base", allow_acausal=True),
+    "expert choice": router_of(
         top_k=2, selection="expert_choice", allow_acausal=True, balance="importance_load"
     ),
-    "expert choice, normalised": Router(
+    "expert choice, normalised": router_of(
         top_k=2, selection="expert_choice", allow_acausal=True, normalize=True, expert_scale=True
     ),
 }
@@ -160,7 +167,7 @@ def test_heads(name: str, weight_on: Any) -> None:
 
 def test_the_form_for_a_cpu_adds_up_at_one_place() -> None:
     """So the test above would see it."""
-    moe = MoEFFN(n_experts=6, d_expert=24, router=Router(top_k=2)).build(D_MODEL).double()
+    moe = MoEFFN(n_experts=6, d_expert=24, router=router_of(top_k=2)).build(D_MODEL).double()
     assert isinstance(moe, MoE)
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
     with NoCollisions(), pytest.raises(AssertionError, match="adds several numbers at one place"):

@@ -93,8 +93,12 @@ def test_the_mean_over_layers_is_that_of_megablocks() -> None:
 
 
 def test_one_layer_is_the_same_loss_times_top_k() -> None:
-    one = model_of({"top_k": 2, "aux_reduce": "pooled", "aux_coef": 0.01}, 1)
-    other = model_of({"top_k": 2, "aux_reduce": "mean", "aux_coef": 0.02}, 1)
+    one = model_of(
+        {"top_k": 2, "loss_reduce": "pooled", "balance": {"kind": "aux_loss", "coef": 0.01}}, 1
+    )
+    other = model_of(
+        {"top_k": 2, "loss_reduce": "mean", "balance": {"kind": "aux_loss", "coef": 0.02}}, 1
+    )
     for model in (one, other):
         model.loss(tokens(), tokens())
     torch.testing.assert_close(one.auxiliary_loss(), other.auxiliary_loss(), rtol=1e-6, atol=0)

@@ -633,7 +633,7 @@ architecture:
         n_experts: 16
         d_expert: 24
         n_shared_experts: 1
-        router: {preset: deepseek_v3, n_groups: 8, top_groups: 4, group_score: top2_sum}
+        router: {preset: deepseek_v3, selection: {kind: top_k, n_groups: 8, top_groups: 4, group_score: top2_sum}}
 objectives: [active_params]
 """
 LING = Family(

@@ -48,7 +48,7 @@ def test_every_name_of_a_requirement_is_listed(text: str) -> None:
 
 def test_every_preset_is_spelled_out(text: str) -> None:
     for name, values in Router.presets.items():
-        table = text.partition("| preset | fields |")[2]
+        table = text.partition("| preset | fields |")[2].partition("\n\n")[0]
         (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(f"`{key}: " in row for key in values)
 

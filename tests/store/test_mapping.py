@@ -8,6 +8,7 @@ from pathlib import Path
 
 from test_store import FULL, a_study, an_evaluation, ask
 
+from moenas.records import Failure
 from moenas.store import mapping
 from moenas.store.store import Store
 
@@ -21,15 +22,15 @@ def stored(tmp_path: Path, evaluation):
 
 
 def test_long_texts_of_a_failure_are_cut_and_so_said(tmp_path: Path) -> None:
-    failure = {"kind": "error", "message": "m" * 50_000_000, "traceback": "t" * 9_000_000 + "END"}
+    failure = Failure("error", "m" * 50_000_000, "t" * 9_000_000 + "END")
     store = stored(tmp_path, replace(an_evaluation(0, status="failed"), failure=failure))
     found = store.evaluation("x", 0).failure
-    assert found["message"].startswith("mmm")
-    assert found["message"].endswith("... cut (50,000,000 characters)")
-    assert len(found["message"]) < mapping.MESSAGE + 100
-    assert found["traceback"].startswith("(9,000,003 characters) ... cut\nt")
-    assert found["traceback"].endswith("tEND")
-    assert len(found["traceback"]) < mapping.TRACEBACK + 100
+    assert found.message.startswith("mmm")
+    assert found.message.endswith("... cut (50,000,000 characters)")
+    assert len(found.message) < mapping.MESSAGE + 100
+    assert found.traceback.startswith("(9,000,003 characters) ... cut\nt")
+    assert found.traceback.endswith("tEND")
+    assert len(found.traceback) < mapping.TRACEBACK + 100
     assert (tmp_path / "moenas.db").stat().st_size < 1_000_000
     assert store.summary("x").failures == {"error": 1}
 

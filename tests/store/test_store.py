@@ -29,8 +29,9 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
-from moenas.records import Evaluation, ObjectiveInfo, StudyRecord
+from moenas.records import Evaluation, Failure, ObjectiveInfo, StudyRecord
 from moenas.store import migrations
+from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.tables import metadata
 from moenas.store.urls import storage_url
@@ -79,7 +80,7 @@ def an_evaluation(trial, values=None, attempt=1, status="complete", study="x"):
 
 
 def ask(store, trial, study="x"):
-    store.asked(study, trial, f"f{trial}", {"d_model": trial}, {"params": 10 * trial})
+    store.add_candidate(study, trial, f"f{trial}", {"d_model": trial}, {"params": 10 * trial})
 
 
 def finish(store, trial, values, study="x"):
@@ -151,7 +152,7 @@ def test_an_evaluation_comes_back_as_it_went_in(store, url):
 def test_a_failure_is_stored_whatever_it_says(store):
     store.create_study(a_study())
     ask(store, 0)
-    failure = {"kind": "error", "message": "NUL \0, half a pair \ud800", "traceback": "\u00df"}
+    failure = Failure("error", "NUL \0, half a pair \ud800", "\u00df")
     bad = replace(
         an_evaluation(0, {"val_loss": math.nan, "speed": 2.0}, status="failed", attempt=0),
         failure=failure,
@@ -161,8 +162,8 @@ def test_a_failure_is_stored_whatever_it_says(store):
     )
     assert store.record(bad)
     found = store.evaluation("x", 0)
-    assert found.failure["message"] == "NUL \\x00, half a pair \\ud800"
-    assert found.failure["traceback"] == "\u00df"
+    assert found.failure.message == "NUL \\x00, half a pair \\ud800"
+    assert found.failure.traceback == "\u00df"
     assert (found.values, found.metrics) == ({"speed": 2.0}, {"train_loss": None})
     assert (found.curve, found.measurements) == ([{"tokens": 1}], {"speed": {"spread": None}})
 
@@ -199,7 +200,7 @@ def test_a_trial_keeps_its_architecture(store):
     ask(store, 0)
     ask(store, 0)
     with pytest.raises(InputError, match="trial 0 is architecture f0"):
-        store.asked("x", 0, "another", {}, {})
+        store.add_candidate("x", 0, "another", {}, {})
     assert store.view("x").architectures == {0: {"d_model": 0}}
 
 
@@ -225,7 +226,7 @@ def test_an_evaluation_counts_once(store):
 def test_a_late_result_is_refused_and_a_retry_takes_the_place_of_a_failure(store, caplog):
     store.create_study(a_study())
     ask(store, 0)
-    crash = {"kind": "crashed", "message": "SIGKILL", "traceback": ""}
+    crash = Failure("crashed", "SIGKILL")
     assert store.attempts("x", 0) == 0
     store.start_attempt("x", 0)
     failed = replace(an_evaluation(0, status="failed"), failure=crash, curve=[{"tokens": 1}])
@@ -283,7 +284,7 @@ def check_front(store, values, name="x"):
         replace(s, hypervolume=0.0) for s in steps
     ]
     assert [s.hypervolume for s in found] == pytest.approx([s.hypervolume for s in steps])
-    assert store.standing(name) == (found[-1].size, found[-1].hypervolume)
+    assert store.front_summary(name) == FrontSummary(found[-1].size, found[-1].hypervolume)
     best_first = [values[trial][0] for trial in store.front(name)]
     assert sorted(store.front(name)) == on
     assert best_first == sorted(best_first)
@@ -291,7 +292,11 @@ def check_front(store, values, name="x"):
 
 def test_front_and_history_after_each_trial(store):
     store.create_study(a_study())
-    assert (store.front("x"), store.history("x"), store.standing("x")) == ([], [], (0, None))
+    assert (store.front("x"), store.history("x"), store.front_summary("x")) == (
+        [],
+        [],
+        FrontSummary(0, None),
+    )
     values = np.random.default_rng(0).integers(0, 5, size=(15, 2)).astype(float)
     for trial, point in enumerate(values):
         finish(store, trial, point)
@@ -539,7 +544,7 @@ def test_ten_objectives_and_hundreds_of_members_are_recorded_at_once(tmp_path):
         began = time.perf_counter()
         store.record(an_evaluation(trial, dict(zip(names, point, strict=True))))
         longest = max(longest, time.perf_counter() - began)
-        volumes.append(store.standing("x")[1])
+        volumes.append(store.front_summary("x").hypervolume)
     assert longest < 1.0
     assert volumes[-1] > volumes[0] > 0
     history = [point.hypervolume for point in store.history("x")]

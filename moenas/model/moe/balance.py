@@ -1,19 +1,105 @@
-"""How the load of the experts is kept even: by a loss, or by a bias on the selection."""
+"""Load balancing: by an auxiliary loss, or by a bias on the selection.
+
+Kinds: none, aux_loss, importance_load, bias, bias_and_loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moenas.grammar.component import Component, setting
 from moenas.model.layers.linear import on_cuda
 from moenas.model.moe.gating import Choice
 
 # Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
 # with a load of its own.
+
+
+Scope = Literal["batch", "sequence"]
+Reduce = Literal["sum", "mean", "pooled"]
+
+COEF = "weight of the load-balancing loss"
+SCOPE = (
+    "what the loss evens out: the load of each sequence (arXiv 2412.19437, eq. 17 to 20), or of a"
+    " batch, which one device holds whole, so it is the global batch of arXiv 2501.11873"
+)
+RATE = "step of the selection bias after each update"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance(Component):
+    """How the load of the experts is kept even, in training."""
+
+    loss: ClassVar[Literal["load", "importance"] | None] = None
+    """What the loss of this kind evens out; None: it has no loss."""
+    has_bias: ClassVar[bool] = False
+    """It moves a bias on the selection."""
+
+    @property
+    def coef(self) -> float:
+        """The weight of the loss."""
+        return 0.0
+
+    @property
+    def scope(self) -> Scope:
+        """Whose load the loss evens out."""
+        return "batch"
+
+    @property
+    def rate(self) -> float:
+        """The step of the bias."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBalance(Balance, kind="none"):
+    """Nothing evens out the load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxLossBalance(Balance, kind="aux_loss"):
+    """The load-balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4 to 6)."""
+
+    loss = "load"
+
+    coef: float = setting(COEF, default=0.01, low=0.0)
+    scope: Scope = setting(SCOPE, default="batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceLoadBalance(Balance, kind="importance_load"):
+    """The losses of importance and load (arXiv 1701.06538, eq. 6 to 11)."""
+
+    loss = "importance"
+
+    coef: float = setting(COEF, default=0.01, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasBalance(Balance, kind="bias"):
+    """A bias on the selection, without a loss (DeepSeek-V3; arXiv 2408.15664). It has no effect
+    with selections other than top_k and noisy_top_k."""
+
+    has_bias = True
+
+    rate: float = setting(RATE, default=0.001, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasAndLossBalance(Balance, kind="bias_and_loss"):
+    """Both `bias` and `aux_loss` (arXiv 2412.19437)."""
+
+    loss = "load"
+    has_bias = True
+
+    coef: float = setting(COEF, default=0.01, low=0.0)
+    scope: Scope = setting(SCOPE, default="batch")
+    rate: float = setting(RATE, default=0.001, low=0.0)
 
 
 @dataclass
@@ -86,12 +172,12 @@ def unbiased(choice: Choice) -> Choice:
     return choice._replace(experts=best.indices, weights=best.values, tokens=None, kept=None)
 
 
-class Balance(nn.Module):
-    """Keeps the load of the experts even: by a loss, or by a bias on the selection.
+class LoadBalancer(nn.Module):
+    """Counts the load of the experts, and keeps it even by a loss or by a bias on the selection.
 
-    The loss has a `form` of three words: "load" (Switch) or "importance" (Shazeer); whose load is
-    even, that of a "batch" or of each "sequence"; how the losses of all layers join, "sum", "mean"
-    or "pooled" (`total_auxiliary_loss`).
+    `loss` is "load" (Switch) or "importance" (Shazeer), and counts `aux_coef` times. `scope` says
+    whose load is evened out: of a "batch", or of each "sequence". `reduce` says how the losses of
+    all layers join (`total_auxiliary_loss`). Without a `bias_rate` there is no bias.
     """
 
     bias: Tensor | None
@@ -99,22 +185,27 @@ class Balance(nn.Module):
     def __init__(
         self,
         n_experts: int,
-        aux_coef: float,
-        z_coef: float,
-        bias_rate: float | None,
-        form: Sequence[str] = ("load", "batch", "sum"),
+        *,
+        loss: str = "load",
+        aux_coef: float = 0.0,
+        scope: str = "batch",
+        reduce: str = "sum",
+        z_coef: float = 0.0,
         entropy_coef: float = 0.0,
+        bias_rate: float | None = None,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
+        self.loss = loss
         self.aux_coef = aux_coef
+        self.scope = scope
+        self.reduce = reduce
         self.z_coef = z_coef
-        self.bias_rate = bias_rate
-        self.form = form
         self.entropy_coef = entropy_coef
-        self.loss, self.scope, self.reduce = form
+        self.bias_rate = bias_rate
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
-        self.seen: Tensor | None = None
+        self.last_load: Tensor | None = None
+        """(E,) of the last training pass since the last step."""
 
     def forward(self, choice: Choice, dropped: Tensor, sequences: int = 1) -> Routing:
         """Count the load and, in training, work out the losses over B `sequences`."""
@@ -124,7 +215,7 @@ class Balance(nn.Module):
         nothing = choice.scores.new_zeros(())
         if not self.training:
             return Routing(whole, dropped, nothing, nothing, nothing, choice)
-        self.seen = whole
+        self.last_load = whole
         # ST-MoE (arXiv 2202.08906), eq. 5.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
         entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
@@ -180,13 +271,13 @@ class Balance(nn.Module):
         The load is that of the last forward pass in training since the step before, if there was
         one; of several, as of the parts of a batch, the others do not count.
         """
-        if self.seen is not None and self.bias is not None and self.bias_rate is not None:
-            load = self.seen.float()
+        if self.last_load is not None and self.bias is not None and self.bias_rate is not None:
+            load = self.last_load.float()
             self.bias += self.bias_rate * torch.sign(load.mean() - load)
-        self.seen = None
+        self.last_load = None
 
 
-def total_auxiliary_loss(layers: Sequence[tuple[Balance, Routing]]) -> Tensor:
+def total_auxiliary_loss(layers: Sequence[tuple[LoadBalancer, Routing]]) -> Tensor:
     """Return the weighted losses of the L layers of a model that have a router, a scalar.
 
     By `reduce` of a layer: "sum" adds its losses up; "mean" divides them by L (MegaBlocks);

@@ -121,7 +121,7 @@ class ExpertChoiceSelection(Selection, kind="expert_choice"):
     causal."""
 
     causal = False
-    by_expert = True
+    expert_choice = True
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
         """Build the part that chooses among E experts."""

@@ -14,7 +14,7 @@ from moenas.grammar.component import changed, setting
 from moenas.model.feedforward.dense import FFN, FeedForward, SigmoidGatedFeedForward, network_cost
 from moenas.model.layers.activations import Activated, Activation, up_width
 from moenas.model.layers.linear import Linear, on_cuda
-from moenas.model.moe.balance import Balance, Routing, total_auxiliary_loss
+from moenas.model.moe.balance import LoadBalancer, Routing, total_auxiliary_loss
 from moenas.model.moe.dispatch import (
     grouped,
     one_hot,
@@ -143,14 +143,14 @@ class MoEFFN(Activated, FFN, kind="moe"):
         ).flops_per_token
         top_k, n_choices = self.router.top_k, self.n_choices
         counted = expert * self.n_experts * top_k // n_choices
-        return expert * self.router.chooses.slots(top_k, context, n_choices) - context * counted
+        return expert * self.router.selection.slots(top_k, context, n_choices) - context * counted
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
         experts, zeros = self.build_experts(d_model), self.n_zero_experts
         return MoE(
             self.router.build(d_model, self.n_choices),
-            self.router.build_balance(self.n_choices),
+            self.router.build_balancer(self.n_choices),
             experts,
             self.build_shared(d_model),
             ZeroExperts(zeros, d_model, self.zero_kind) if zeros else None,
@@ -390,7 +390,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         router: Gating,
-        balance: Balance,
+        balance: LoadBalancer,
         experts: Any,  # Experts or LatentExperts
         shared: nn.Module | None,
         zero: nn.Module | None,

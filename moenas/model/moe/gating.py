@@ -90,6 +90,7 @@ class Weights(nn.Module):
 
     def __init__(
         self,
+        *,
         normalize: bool,
         scale: float,
         n_scales: int | None = None,

@@ -1,12 +1,107 @@
-"""The logits of a router: what it reads, a matrix or cosines, and what becomes of the numbers."""
+"""The logits of a router: what it reads, a product or a cosine, and what becomes of the numbers.
+
+Kinds: linear, cosine.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moenas.grammar.component import Component, changed, setting
+from moenas.model.layers.norms import RMSNorm
+
 # Shapes: T tokens, D model width, E experts, H width of the hidden layer or else D.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits(Component):
+    """The logits of a router, a number for each expert, computed in float32."""
+
+    input: Literal["ffn", "stream", "block"] = setting(
+        "what the router reads: the input of its layer; what the norm before the layer reads (Gemma"
+        " 4); or the stream before the mixer of the block (SmallThinker, arXiv 2507.20984)",
+        default="ffn",
+    )
+    input_norm: bool = setting("an RMSNorm of what the router reads (Gemma 4)", default=False)
+    jitter: float = setting(
+        "in training what enters the router is multiplied by 1 - jitter to 1 + jitter (arXiv"
+        " 2101.03961, section 2.4)",
+        default=0.0,
+        low=0.0,
+        high=1.0,
+    )
+    hidden: int | None = setting(
+        "width of a layer before the logits; null: none", default=None, low=8, multiple=8
+    )
+    hidden_activation: Literal["gelu", "none"] = setting(
+        "what follows that layer; none: it is the projection of X-MoE", default="gelu"
+    )
+    add_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
+    standardize: bool = setting(
+        "the logits of a token are standardised over the experts (Skywork-MoE, arXiv 2406.06563,"
+        " eq. 6)",
+        default=False,
+    )
+    multiplier: float = setting(
+        "factor on the logits after that (lambda of Skywork-MoE; Gemma 4: d_model^-0.5)",
+        default=1.0,
+        low=1e-6,
+    )
+    cap: float | None = setting(
+        "logits then become c tanh(z / c) (Laguna); null: they do not", default=None, low=0.1
+    )
+
+    module: ClassVar[type[RouterLinear]]
+    """What `build` makes."""
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether there is a trained factor on the logits."""
+        return False
+
+    def invalid_among(self, n_experts: int) -> str | None:
+        """Return why the logits do not fit a number of experts, or None."""
+        if n_experts <= 2 and self.standardize:
+            return (
+                f"with standardize: true and {n_experts} experts all tokens have the same logits up"
+                " to their order, so the router learns nothing; take 3 experts or leave it out"
+            )
+        return None
+
+    def canonical(self) -> Self:
+        """Reset the activation where there is no hidden layer."""
+        return changed(self, hidden_activation=self.hidden_activation if self.hidden else "gelu")
+
+    def n_weights(self, d_model: int, n_experts: int) -> int:
+        """Return the elements of the matrices."""
+        hidden = d_model * self.hidden if self.hidden else 0
+        return (self.hidden or d_model) * n_experts + hidden
+
+    def n_params(self, d_model: int, n_experts: int) -> int:
+        """Return the parameters: matrices, bias, norm of the input, and temperature."""
+        bias, norm = n_experts * self.add_bias, d_model * self.input_norm
+        return self.n_weights(d_model, n_experts) + bias + norm + self.has_temperature
+
+    def build_input(self, d_model: int) -> RouterInput:
+        """Build what stands before the logits."""
+        return RouterInput(self.input, RMSNorm(d_model) if self.input_norm else None)
+
+    def build(self, d_model: int, n_experts: int) -> nn.Module:
+        """Build the logits of E experts."""
+        width = self.hidden
+        return self.module(
+            width or d_model,
+            n_experts,
+            has_bias=self.add_bias,
+            jitter=self.jitter,
+            hidden=HiddenLayer(d_model, width, self.hidden_activation) if width else None,
+            scaling=LogitScaling(self.multiplier, self.standardize, self.cap),
+        )
 
 
 class RouterInput(nn.Module):
@@ -45,7 +140,7 @@ class HiddenLayer(nn.Module):
         return F.gelu(h) if self.activation == "gelu" else h
 
 
-class LogitShape(nn.Module):
+class LogitScaling(nn.Module):
     """scale * z, of which z is standardised first, and soft-capped to c tanh(z / c).
 
     Standardised over the experts of a token: (z - mean) / sqrt(variance + 1e-6). With it `scale` is
@@ -66,8 +161,8 @@ class LogitShape(nn.Module):
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
 
 
-class RouterLogits(nn.Module):
-    """shape(W h + b) in float32, with h = x or the `hidden` layer of x.
+class RouterLinear(nn.Module):
+    """scaling(W h + b) in float32, with h = x or the `hidden` layer of x.
 
     In training x is multiplied by noise from 1 - jitter to 1 + jitter (Switch Transformer, arXiv
     2101.03961, section 2.4).
@@ -81,10 +176,11 @@ class RouterLogits(nn.Module):
         self,
         width: int,
         n_experts: int,
+        *,
         has_bias: bool,
         jitter: float,
         hidden: nn.Module | None,
-        shape: LogitShape,
+        scaling: LogitScaling,
     ) -> None:
         super().__init__()
         self.width = width
@@ -94,7 +190,12 @@ class RouterLogits(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, width))
         self.bias = nn.Parameter(torch.zeros(n_experts)) if has_bias else None
         self.hidden = hidden
-        self.shape = shape
+        self.scaling = scaling
+        self.temperature = self.build_temperature()
+
+    def build_temperature(self) -> nn.Parameter | None:
+        """Build a trained factor on the products; a linear layer needs none."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, D) to (T, E)."""
@@ -104,7 +205,7 @@ class RouterLogits(nn.Module):
         if self.hidden is not None:
             x = self.hidden(x)
         bias = None if self.bias is None else self.bias.float()
-        logits: Tensor = self.shape(self.products(x, bias))
+        logits: Tensor = self.scaling(self.products(x, bias))
         return logits
 
     def products(self, h: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,8 +213,8 @@ class RouterLogits(nn.Module):
         return F.linear(h, self.weight.float(), bias)
 
 
-class CosineLogits(RouterLogits):
-    """shape(e^t cos(h, w_i) + b), with a trained t that starts at 0 (X-MoE, arXiv 2204.09179).
+class RouterCosine(RouterLinear):
+    """scaling(e^t cos(h, w_i) + b), with a trained t that starts at 0 (X-MoE, arXiv 2204.09179).
 
     X-MoE divides by a trained temperature; e^t is its inverse. Where logits without a bias are
     standardised there is none, for it would have no effect.
@@ -121,20 +222,10 @@ class CosineLogits(RouterLogits):
 
     matrices = ("weight",)
 
-    temperature: Tensor | None
-
-    def __init__(
-        self,
-        width: int,
-        n_experts: int,
-        has_bias: bool,
-        jitter: float,
-        hidden: nn.Module | None,
-        shape: LogitShape,
-    ) -> None:
-        super().__init__(width, n_experts, has_bias, jitter, hidden, shape)
-        trained = has_bias or not shape.standardize
-        self.temperature = nn.Parameter(torch.zeros(1)) if trained else None
+    def build_temperature(self) -> nn.Parameter | None:
+        """Build the trained factor where it has an effect."""
+        trained = self.has_bias or not self.scaling.standardize
+        return nn.Parameter(torch.zeros(1)) if trained else None
 
     def products(self, h: Tensor, bias: Tensor | None) -> Tensor:
         """Map (T, H) to (T, E)."""
@@ -142,6 +233,26 @@ class CosineLogits(RouterLogits):
         if self.temperature is not None:
             logits = logits * self.temperature.float().exp()
         return logits if bias is None else logits + bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearLogits(Logits, kind="linear"):
+    """The product of a token with a trained vector of each expert."""
+
+    module = RouterLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineLogits(Logits, kind="cosine"):
+    """The cosine of a token with a trained vector of each expert, times one trained factor (X-MoE,
+    arXiv 2204.09179)."""
+
+    module = RouterCosine
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether there is a trained factor: the standardisation would take it out again."""
+        return self.add_bias or not self.standardize
 
 
 class NoLogits(nn.Module):

@@ -20,7 +20,7 @@ from moenas.model.mixers.rotary import (
     fold_into_scale,
 )
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
-from moenas.model.moe.balance import Balance
+from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
     Rows,
     grouped,
@@ -87,14 +87,14 @@ class MoAMixer(Mixer, kind="moa"):
         """Return why the fields do not go together, or None."""
         if self.router.top_k > self.n_experts:
             return f"top_k ({self.router.top_k}) must be at most n_experts ({self.n_experts})"
-        if not self.router.chooses.alone:
+        if not self.router.selection.per_token:
             return (
-                f"selection: '{self.router.selection}' is not for heads; take 'top_k' or"
+                f"selection: '{self.router.selection.kind}' is not for heads; take 'top_k' or"
                 " 'noisy_top_k'"
             )
-        if self.router.router_input != "ffn":
+        if self.router.logits.input != "ffn":
             return (
-                f"router_input: '{self.router.router_input}' is for feed-forward layers; a router"
+                f"logits.input: '{self.router.logits.input}' is for feed-forward layers; a router"
                 " of heads reads what the mixer reads: leave it out"
             )
         if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
@@ -145,7 +145,7 @@ class MoAMixer(Mixer, kind="moa"):
         )
         return MoA(
             self.router.build(d_model, self.n_experts),
-            self.router.build_balance(self.n_experts),
+            self.router.build_balancer(self.n_experts),
             HeadExperts(self.n_experts, d_model, self.width, self.router.weight_on),
             attention,
             self.router.capacity_factor,
@@ -269,7 +269,7 @@ class MoA(MoE):
     def __init__(
         self,
         router: Gating,
-        balance: Balance,
+        balance: LoadBalancer,
         experts: HeadExperts,
         attention: SharedKeys,
         capacity_factor: float | None,

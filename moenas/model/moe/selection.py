@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from moenas.grammar.component import Component
+from moenas.grammar.component import Component, changed, setting
 
 # Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Component):
-    """The family of selections: modules that map the scores of T tokens to `Picked` slots."""
+    """Which experts a token goes to, by their scores."""
 
     causal: ClassVar[bool] = True
     """A token's experts depend on no other token of its batch, in training too."""
-    alone: ClassVar[bool] = False
-    """It ranks the experts of each token by themselves, so a bias and groups have an effect."""
-    learned: ClassVar[bool] = True
+    per_token: ClassVar[bool] = False
+    """It ranks the experts of each token by themselves, so a bias on the scores has an effect."""
+    trainable_load: ClassVar[bool] = True
     """The load of an expert depends on what was learned, so a balancing loss has an effect."""
-    by_expert: ClassVar[bool] = False
-    """Experts choose tokens: the load is even, and top_k is what a token gets in the mean."""
-    variable: ClassVar[bool] = False
-    """top_k is only a mean that is aimed at: a cost is that of the mean."""
+    expert_choice: ClassVar[bool] = False
+    """Experts choose tokens: the load is even, and top_k is the mean over the tokens."""
+    variable_k: ClassVar[bool] = False
+    """top_k is only the mean that is aimed at; the cost is that of the mean."""
     noisy: ClassVar[bool] = False
     """In training, learned noise is added to the logits."""
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the part that chooses among E experts."""
+        """Build the module that chooses among E experts."""
         raise NotImplementedError
 
     def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
@@ -42,6 +42,119 @@ class Selection(Component):
     def invalid_with(self, top_k: int) -> str | None:
         """Return why so many experts cannot be chosen, or None."""
         return None
+
+    def invalid_among(self, top_k: int, n_experts: int) -> str | None:
+        """Return why they cannot be chosen among E experts, or None."""
+        return None
+
+    def canonical_for(self, top_k: int) -> Self:
+        """Return the selection with the fields that have no effect at their defaults."""
+        return self
+
+    def canonical_among(self, top_k: int, n_experts: int) -> Self:
+        """Return the same among E experts, for a canonical selection."""
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenChoice:
+    """The fields of the selections that rank the experts of each token by themselves."""
+
+    n_groups: int = setting("equal groups of experts", default=1, low=1)
+    top_groups: int = setting(
+        "groups of which a token chooses experts; beyond n_groups: all", default=1, low=1
+    )
+    group_score: Literal["max", "top2_sum"] = setting(
+        "ranks groups by their best expert (DeepSeek-V2) or best two (DeepSeek-V3)", default="max"
+    )
+    even_groups: bool = setting(
+        "each group that a token chooses from gives as many of its top_k experts (MoGE, arXiv"
+        " 2505.21411, with as many top_groups as n_groups)",
+        default=False,
+    )
+    top_p: float | None = setting(
+        "of its top_k experts a token keeps the first that reach this share of all scores together"
+        " (arXiv 2403.07652, where top_k is n_experts); the cost counts top_k, the most that it"
+        " gets; null: all",
+        default=None,
+        low=1e-3,
+        high=1.0,
+    )
+    sparsemixer_eps: float | None = setting(
+        "weighs each expert by SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
+        " 2409.12136): the softmax over the logits of experts not taken before it that are at"
+        " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
+        " not by the paper's estimator. null: by the scores",
+        default=None,
+        low=1e-4,
+    )
+
+    @property
+    def open_groups(self) -> int:
+        """Groups that a token chooses from."""
+        return min(self.top_groups, self.n_groups)
+
+    def cut(self, top_k: int) -> float | None:
+        """Return `top_p` where a token may keep fewer than its top_k experts, else None."""
+        return self.top_p if top_k > 1 and (self.top_p or 1) < 1 else None
+
+    def invalid_among(self, top_k: int, n_experts: int) -> str | None:
+        """Return why top_k experts cannot be chosen among E, or None."""
+        top_p = self.cut(top_k)
+        if top_p is not None and top_p * n_experts <= 1:
+            return (
+                f"top_p ({top_p:g}) is reached by one of {n_experts} experts; write top_k: 1,"
+                f" or a top_p above {1 / n_experts:.3g}"
+            )
+        if self.n_groups == 1:
+            return None
+        if n_experts % self.n_groups:
+            return f"n_groups ({self.n_groups}) must divide the number of experts ({n_experts})"
+        available = n_experts // self.n_groups * self.open_groups
+        if top_k > available:
+            return f"top_k ({top_k}) must be at most the {available} experts of top_groups"
+        if self.even_groups and top_k % self.open_groups:
+            return (
+                f"with even_groups: true top_k ({top_k}) must be a multiple of the"
+                f" {self.open_groups} groups that a token chooses from"
+            )
+        return None
+
+    def canonical_for(self, top_k: int) -> Self:
+        """Reset groups that leave the choice as it is, and a share that no token reaches."""
+        several = self.n_groups > 1
+        even = several and self.even_groups and self.open_groups > 1
+        limited = several and self.n_groups > self.top_groups
+        # As many open groups as experts, ranked by their best expert, leave all experts open.
+        free = self.group_score == "max" and self.top_groups >= top_k
+        grouped = even or (limited and not free)
+        return self._changed(
+            n_groups=self.n_groups if grouped else 1,
+            top_groups=self.open_groups if grouped else 1,
+            group_score=self.group_score if grouped and limited else "max",
+            even_groups=even,
+            top_p=self.cut(top_k),
+        )
+
+    def canonical_among(self, top_k: int, n_experts: int) -> Self:
+        """Return the same among E experts, for a canonical selection."""
+        # All experts, or groups of one expert: the groups leave the choice as it is.
+        if top_k == n_experts or self.n_groups == n_experts:
+            return self._changed(n_groups=1).canonical_for(top_k)
+        # All experts of the open groups are chosen anyway.
+        if self.even_groups and top_k * self.n_groups == n_experts * self.top_groups:
+            return self._changed(even_groups=False).canonical_for(top_k)
+        return self
+
+    def _changed(self, **fields: Any) -> Self:
+        return cast(Self, changed(cast(Any, self), **fields))
+
+    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
+        """Build the module that chooses among E experts."""
+        even = self.even_groups and self.open_groups > 1
+        if self.n_groups > self.open_groups or even:
+            return GroupedTopK(top_k, self.n_groups, self.open_groups, self.group_score, even)
+        return TopK(top_k)
 
 
 class Picked(NamedTuple):
@@ -73,26 +186,19 @@ class ExpertSelection(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKSelection(Selection, kind="top_k"):
-    """The best top_k of each token."""
+class TopKSelection(TokenChoice, Selection, kind="top_k"):
+    """The top_k experts of each token with the highest scores."""
 
-    alone = True
-
-    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the part that chooses among E experts."""
-        return TopK(top_k)
+    per_token = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyTopKSelection(Selection, kind="noisy_top_k"):
-    """The best top_k; in training after learned noise on the logits (arXiv 1701.06538, eq. 4)."""
+class NoisyTopKSelection(TokenChoice, Selection, kind="noisy_top_k"):
+    """The top_k experts of each token; in training after learned noise on the logits (arXiv
+    1701.06538, eq. 4)."""
 
-    alone = True
+    per_token = True
     noisy = True
-
-    def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the part that chooses among E experts."""
-        return TopK(top_k)
 
 
 class TopK(ExpertSelection):
@@ -141,7 +247,7 @@ class HashSelection(Selection, kind="hash"):
     """A fixed pseudo-random set of top_k experts for each token of the vocabulary (Hash layers,
     arXiv 2106.04426, section 3.2; the first layers of DeepSeek-V4)."""
 
-    learned = False
+    trainable_load = False
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
         """Build the part that chooses among E experts."""
@@ -175,7 +281,7 @@ class ThresholdSelection(Selection, kind="threshold"):
     """Every expert that scores a token above its moving cut-off: the causal form of expert choice
     (arXiv 2603.11535)."""
 
-    variable = True
+    variable_k = True
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
         """Build the part that chooses among E experts."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routers import router_of
 from torch import Tensor
 
 from moenas.model import DenseFFN, MoE, MoEFFN, Router
@@ -86,7 +87,7 @@ def test_the_mixture_is_all_experts_on_all_tokens(
     shared: int,
     shape: tuple[int, int],
 ) -> None:
-    router = Router(top_k=min(top_k, n_experts), score=score)
+    router = router_of(top_k=min(top_k, n_experts), score=score)
     moe = build(n_experts=n_experts, activation=activation, router=router, n_shared_experts=shared)
     x = some_tokens(*shape)
     y, reference = moe(x), all_on_all(moe, x)
@@ -164,7 +165,7 @@ def test_rows_lie_together_by_expert_and_hold_each_slot_once(
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])
 def test_slots_without_room_add_nothing_in_value_or_gradient(factor: float) -> None:
-    router = Router(top_k=2, capacity_factor=factor)
+    router = router_of(top_k=2, capacity_factor=factor)
     moe, x = build(router=router, n_experts=4), some_tokens(3, 10)
     y = moe(x)
     choice = moe.router(x.flatten(0, 1))
@@ -200,7 +201,7 @@ def test_memory_that_was_never_written_stays_out(monkeypatch: pytest.MonkeyPatch
             return grads[0].masked_fill(behind, math.nan), grads[1], None
 
     monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: Poisoned.apply(a, b, offs))
-    moe = build(router=Router(top_k=2, capacity_factor=0.25), n_experts=4)
+    moe = build(router=router_of(top_k=2, capacity_factor=0.25), n_experts=4)
     for dtype in (torch.float32, torch.bfloat16):
         x = some_tokens(3, 16).detach().to(dtype).requires_grad_()
         y = moe(x)
@@ -210,7 +211,7 @@ def test_memory_that_was_never_written_stays_out(monkeypatch: pytest.MonkeyPatch
 
 
 def test_evaluation_drops_nothing() -> None:
-    moe, x = build(router=Router(top_k=2, capacity_factor=0.25)), some_tokens(2, 10)
+    moe, x = build(router=router_of(top_k=2, capacity_factor=0.25)), some_tokens(2, 10)
     moe.eval()
     torch.testing.assert_close(moe(x), all_on_all(moe, x), rtol=1e-4, atol=1e-4)
     assert moe.routing.dropped == 0
@@ -219,7 +220,7 @@ def test_evaluation_drops_nothing() -> None:
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 @pytest.mark.parametrize("length", [3, 81], ids=["rows as they are", "rows rounded up"])
 def test_bfloat16_agrees_with_float32(length: int, capacity_factor: float | None) -> None:
-    router = Router(top_k=2, capacity_factor=capacity_factor)
+    router = router_of(top_k=2, capacity_factor=capacity_factor)
     moe = build(router=router, n_shared_experts=1)
     x = some_tokens(2, length).bfloat16()  # the same tokens for both, so that they route alike
     full, half = moe(x.float()), moe(x)
@@ -239,7 +240,7 @@ def test_a_gradient_that_is_the_same_everywhere_is_fine() -> None:
 
 
 def test_more_chosen_than_there_are_is_refused() -> None:
-    reason = MoEFFN(n_experts=4, d_expert=8, router=Router(top_k=8)).invalid()
+    reason = MoEFFN(n_experts=4, d_expert=8, router=router_of(top_k=8)).invalid()
     assert reason == "top_k (8) must be at most n_experts (4)"
 
 
@@ -255,13 +256,18 @@ def test_shared_experts_are_one_wide_expert() -> None:
 
 
 ROUTERS = {
-    "plain": Router(top_k=2),
-    "capacity": Router(top_k=2, capacity_factor=0.5),
-    "groups": Router(top_k=2, n_groups=2, top_groups=1, score="sigmoid", balance="bias"),
-    "noise": Router(top_k=2, selection="noisy_top_k", jitter=0.01),
-    "threshold": Router(top_k=2, selection="threshold"),
-    "sinkhorn": Router(top_k=1, selection="sinkhorn", allow_acausal=True),
-    "expert choice": Router(top_k=2, selection="expert_choice", allow_acausal=True),
+    "plain": router_of(top_k=2),
+    "capacity": router_of(top_k=2, capacity_factor=0.5),
+    "groups": router_of(
+        top_k=2,
+        selection={"kind": "top_k", "n_groups": 2, "top_groups": 1},
+        score="sigmoid",
+        balance="bias",
+    ),
+    "noise": router_of(top_k=2, selection="noisy_top_k", logits={"kind": "linear", "jitter": 0.01}),
+    "threshold": router_of(top_k=2, selection="threshold"),
+    "sinkhorn": router_of(top_k=1, selection="sinkhorn", allow_acausal=True),
+    "expert choice": router_of(top_k=2, selection="expert_choice", allow_acausal=True),
 }
 
 

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from routers import router_of
 from torch import Tensor
 
-from moenas.model import Balance, Choice, Gating, Router
+from moenas.model import Choice, Gating, LoadBalancer, Router
 
 D_MODEL, N_EXPERTS, TOKENS = 16, 8, 40
 
@@ -52,30 +53,43 @@ def scores_of(name: str, z: list[float]) -> list[float]:
 
 def written_out(router: Router, z: list[float], bias: list[float]) -> dict[int, float]:
     """Expert -> weight of one token, with groups as in the papers of DeepSeek-V2 and V3."""
-    s = scores_of(router.score, z)
+    s = scores_of(router.score.kind, z)
     ranked = [a + b for a, b in zip(s, bias, strict=True)]
-    size = N_EXPERTS // router.n_groups
+    size = N_EXPERTS // router.selection.n_groups
     groups = [ranked[i : i + size] for i in range(0, N_EXPERTS, size)]
-    best = 1 if router.group_score == "max" else 2
+    best = 1 if router.selection.group_score == "max" else 2
     of_group = [sum(sorted(g, reverse=True)[:best]) for g in groups]
-    inside = sorted(range(router.n_groups), key=lambda g: of_group[g], reverse=True)
-    allowed = [e for e in range(N_EXPERTS) if e // size in inside[: router.top_groups]]
+    inside = sorted(range(router.selection.n_groups), key=lambda g: of_group[g], reverse=True)
+    allowed = [e for e in range(N_EXPERTS) if e // size in inside[: router.selection.top_groups]]
     chosen = sorted(allowed, key=lambda e: ranked[e], reverse=True)[: router.top_k]
     whole = sum(s[e] for e in chosen) + 1e-20 if router.normalizes else 1.0
     return {e: router.scale * s[e] / whole for e in chosen}
 
 
 ROUTERS = {
-    "sqrt_softplus": Router(score="sqrt_softplus", top_k=3),
-    "relu": Router(score="relu", top_k=3, normalize=False),
-    "logit bias": Router(top_k=4, logit_bias=True),
-    "hidden": Router(top_k=2, hidden=8, score="sigmoid"),
-    "hidden with bias": Router(top_k=2, hidden=24, logit_bias=True),
-    "v2 groups": Router(top_k=4, normalize=False, scale=16.0, n_groups=4, top_groups=2),
-    "v3 groups": Router(
-        top_k=3, score="sigmoid", scale=2.5, n_groups=4, top_groups=2, group_score="top2_sum"
+    "sqrt_softplus": router_of(score="sqrt_softplus", top_k=3),
+    "relu": router_of(score="relu", top_k=3, normalize=False),
+    "logit bias": router_of(top_k=4, logits={"kind": "linear", "add_bias": True}),
+    "hidden": router_of(top_k=2, logits={"kind": "linear", "hidden": 8}, score="sigmoid"),
+    "hidden with bias": router_of(
+        top_k=2, logits={"kind": "linear", "hidden": 24, "add_bias": True}
     ),
-    "groups of one": Router(top_k=2, n_groups=8, top_groups=2, group_score="top2_sum"),
+    "v2 groups": router_of(
+        top_k=4,
+        normalize=False,
+        scale=16.0,
+        selection={"kind": "top_k", "n_groups": 4, "top_groups": 2},
+    ),
+    "v3 groups": router_of(
+        top_k=3,
+        score="sigmoid",
+        scale=2.5,
+        selection={"kind": "top_k", "n_groups": 4, "top_groups": 2, "group_score": "top2_sum"},
+    ),
+    "groups of one": router_of(
+        top_k=2,
+        selection={"kind": "top_k", "n_groups": 8, "top_groups": 2, "group_score": "top2_sum"},
+    ),
 }
 
 
@@ -90,15 +104,15 @@ def test_experts_and_weights_follow_the_formula(name: str, biased: bool) -> None
     flat = [0.0] * N_EXPERTS if bias is None else bias.tolist()
     for token, z in enumerate(logits_of(module, x)):
         found = zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True)
-        found = {e: w for e, w in found if w or router.score != "relu"}
+        found = {e: w for e, w in found if w or router.score.kind != "relu"}
         want = written_out(router, z, flat)
-        want = {e: w for e, w in want.items() if w or router.score != "relu"}
+        want = {e: w for e, w in want.items() if w or router.score.kind != "relu"}
         assert found == pytest.approx(want, abs=1e-5)
 
 
 def test_scores_of_far_logits_have_finite_gradients() -> None:
     for name in ("softmax", "sigmoid", "sqrt_softplus", "relu"):
-        module = build(Router(score=name))
+        module = build(router_of(score=name))
         x = (some_tokens() * 300).requires_grad_()
         module(x).weights.square().sum().backward()
         assert x.grad is not None
@@ -106,7 +120,7 @@ def test_scores_of_far_logits_have_finite_gradients() -> None:
 
 
 def test_noise_moves_the_choice_in_training_only() -> None:
-    module, x = build(Router(selection="noisy_top_k")), some_tokens()
+    module, x = build(router_of(selection="noisy_top_k")), some_tokens()
     first, second = module(x), module(x)
     assert not torch.equal(first.experts, second.experts)
     # Mixtral's identity holds for the noisy logits, as in eq. 3 and 5 of arXiv 1701.06538.
@@ -120,7 +134,7 @@ def test_noise_moves_the_choice_in_training_only() -> None:
 
 
 def test_noise_has_the_learned_spread() -> None:
-    module = build(Router(selection="noisy_top_k"))
+    module = build(router_of(selection="noisy_top_k"))
     x = some_tokens()[:1].expand(4000, -1)
     choice = module(x)
     clean = x[0].double() @ module.logits.weight.double().T
@@ -131,7 +145,7 @@ def test_noise_has_the_learned_spread() -> None:
 
 def test_the_chance_of_an_expert_is_what_fresh_noise_for_it_gives() -> None:
     """Draw the noise of one expert again and again, the others' as they are (eq. 8)."""
-    module, x = build(Router(selection="noisy_top_k", top_k=2)), some_tokens()[:3]
+    module, x = build(router_of(selection="noisy_top_k", top_k=2)), some_tokens()[:3]
     choice = module(x)
     assert choice.chance is not None
     clean = x @ module.logits.weight.T
@@ -144,7 +158,7 @@ def test_the_chance_of_an_expert_is_what_fresh_noise_for_it_gives() -> None:
 
 
 def test_jitter_scales_what_the_router_sees_in_training_only() -> None:
-    module = build(Router(jitter=0.25))
+    module = build(router_of(logits={"kind": "linear", "jitter": 0.25}))
     x = torch.ones(2000, D_MODEL)
     module.logits.weight.data.zero_()
     module.logits.weight.data[0, 0] = 1.0
@@ -163,7 +177,7 @@ def test_the_loss_of_a_sequence_is_its_own() -> None:
     """Two sequences of two tokens; DeepSeek-V3, eq. 17 to 20, written out."""
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     experts = [[0, 1], [0, 2], [0, 1], [1, 2]]
-    balance = Balance(3, 1.0, 0.0, None, ("load", "sequence", "sum"))
+    balance = LoadBalancer(3, aux_coef=1.0, scope="sequence")
     found = balance(choice_of(experts, logits), torch.zeros(()), 2).balance_loss.item()
     wanted = 0.0
     for start in (0, 2):
@@ -172,7 +186,7 @@ def test_the_loss_of_a_sequence_is_its_own() -> None:
             p = sum(scores_of("softmax", z)[i] for z in logits[start : start + 2].tolist()) / 2
             wanted += f * p / 2
     assert found == pytest.approx(wanted, abs=1e-6)
-    whole = Balance(3, 1.0, 0.0, None)(choice_of(experts, logits), torch.zeros(()), 2)
+    whole = LoadBalancer(3, aux_coef=1.0)(choice_of(experts, logits), torch.zeros(()), 2)
     assert abs(whole.balance_loss.item() - found) > 1e-3
     assert whole.load.tolist() == [3, 3, 2]
 
@@ -183,7 +197,7 @@ def test_beside_a_bias_the_loss_counts_the_best_scores_without_it() -> None:
     scores = logits.sigmoid()
     sent = torch.tensor([[0, 1]] * 6)
     choice = Choice(sent, scores.gather(-1, sent), scores, logits)
-    balance = Balance(4, 1.0, 0.0, 0.001, ("load", "sequence", "sum"))
+    balance = LoadBalancer(4, aux_coef=1.0, scope="sequence", bias_rate=0.001)
     routing = balance(choice, torch.zeros(()), 2)
     wanted = 0.0
     for rows in (scores[:3].tolist(), scores[3:].tolist()):
@@ -197,7 +211,7 @@ def test_beside_a_bias_the_loss_counts_the_best_scores_without_it() -> None:
 
 def test_importance_and_load_follow_the_formula() -> None:
     """Shazeer et al., eq. 6 to 11: CV(sum of gates)^2 + CV(sum of chances)^2."""
-    module, x = build(Router(selection="noisy_top_k", top_k=2)), some_tokens()
+    module, x = build(router_of(selection="noisy_top_k", top_k=2)), some_tokens()
     choice = module(x)
     importance = [0.0] * N_EXPERTS
     for row, gates in zip(choice.experts.tolist(), choice.weights.tolist(), strict=True):
@@ -208,7 +222,7 @@ def test_importance_and_load_follow_the_formula() -> None:
     for sums in (importance, choice.chance.double().sum(0).tolist()):
         mean = sum(sums) / N_EXPERTS
         wanted += sum((v - mean) ** 2 for v in sums) / N_EXPERTS / mean**2
-    balance = Balance(N_EXPERTS, 0.1, 0.0, None, ("importance", "batch", "sum"))
+    balance = LoadBalancer(N_EXPERTS, loss="importance", aux_coef=0.1)
     routing = balance(choice, torch.zeros(()))
     assert routing.balance_loss.item() == pytest.approx(wanted, rel=1e-4)
     routing.balance_loss.backward()

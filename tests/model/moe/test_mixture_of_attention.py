@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact import check_cost, check_gradients, check_spellings
 from points import stir
+from routers import router_of
 from torch import Tensor
 
 from moenas.errors import SpaceError
@@ -91,7 +92,7 @@ def test_the_layer_is_the_textbook_formula(router: Plain, fields: Plain) -> None
     mixer = HEADS | {"router": router} | fields
     layer: Any = stirred(architecture(mixer)).blocks[0].mixer
     x = torch.randn(2, 9, D_MODEL, generator=torch.Generator().manual_seed(3))
-    wanted = torch.stack([textbook(layer, sequence, Router(**router)) for sequence in x])
+    wanted = torch.stack([textbook(layer, sequence, router_of(**router)) for sequence in x])
     torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-4, atol=1e-5)
     cache = layer.new_cache(2, 9)
     parts = [layer(piece, cache) for piece in x.split([4, 1, 4], dim=1)]
@@ -101,7 +102,7 @@ def test_the_layer_is_the_textbook_formula(router: Plain, fields: Plain) -> None
 @torch.no_grad()
 def test_one_expert_is_plain_attention() -> None:
     """Its weight is 1: the softmax over one expert."""
-    one = MoAMixer(n_experts=1, head_dim=8, n_kv_heads=2, router=Router(top_k=1))
+    one = MoAMixer(n_experts=1, head_dim=8, n_kv_heads=2, router=router_of(top_k=1))
     plain = AttentionMixer(head_dim=8, n_heads=2)
     layer, attention = one.build(D_MODEL), plain.build(D_MODEL)
     for parameter in layer.parameters():
@@ -133,7 +134,7 @@ ROUTERS: dict[str, Plain] = {
     "capacity": {"capacity_factor": 0.5, "weight_on": "input"},
     "noise": {"selection": "noisy_top_k", "top_k": 3, "balance": "importance_load"},
     "bias": {"balance": "bias", "score": "sigmoid", "top_k": 1},
-    "groups": {"n_groups": 2, "top_groups": 1, "top_k": 1},
+    "groups": {"selection": {"kind": "top_k", "n_groups": 2, "top_groups": 1}, "top_k": 1},
 }
 
 
@@ -154,7 +155,7 @@ def test_the_contract_of_parts_holds() -> None:
 
 def test_heads_are_balanced_and_watched_as_networks_are() -> None:
     """Loads, losses and biases of the mixer's experts, under the number of its block."""
-    router = {"balance": "bias_and_loss", "score": "sigmoid", "bias_rate": 0.1}
+    router = {"balance": {"kind": "bias_and_loss", "rate": 0.1}, "score": "sigmoid"}
     model = architecture(HEADS | {"router": router}).build(seed=1).train()
     layers = model.moe_layers()
     assert [(i, type(layer).__name__) for i, layer in layers] == [(0, "MoA"), (1, "MoE")]
@@ -186,7 +187,10 @@ def test_heads_and_networks_stay_in_two_blocks() -> None:
     [
         ({"router": {"top_k": 5}}, r"top_k \(5\) must be at most n_experts \(4\)"),
         ({"router": {"selection": "hash"}}, "selection: 'hash' is not for heads; take 'top_k'"),
-        ({"router": {"n_groups": 3}}, r"n_groups \(3\) must divide the number of experts \(4\)"),
+        (
+            {"router": {"selection": {"kind": "top_k", "n_groups": 3}}},
+            r"n_groups \(3\) must divide the number of experts \(4\)",
+        ),
     ],
 )
 def test_routers_that_do_not_fit_are_refused(fields: Plain, reason: str) -> None:

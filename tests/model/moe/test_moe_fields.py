@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routers import router_of
 from torch import Tensor, nn
 
 from moenas.errors import SpaceError
 from moenas.evaluate.flops import count_flops
 from moenas.grammar import tree
-from moenas.model import FFN, DenseFFN, MoE, MoEFFN, ProductKeyFFN, Router
+from moenas.model import FFN, DenseFFN, MoE, MoEFFN, ProductKeyFFN
 from moenas.model.architecture import Architecture
 from moenas.model.layers.activations import GATED, PLAIN, Activation
 from moenas.model.moe.experts import Biased
@@ -113,7 +114,7 @@ def fields_of(seed: int, kind: type[FFN] | None = None) -> FFN:
             part = tree.parse(FFN, _draw(FFN, rng, kind))
         except SpaceError:
             continue
-        if part.causal and not (isinstance(part, MoEFFN) and part.router.selection == "hash"):
+        if part.causal and not (isinstance(part, MoEFFN) and part.router.selection.kind == "hash"):
             return part
 
 
@@ -121,7 +122,8 @@ def fields_of(seed: int, kind: type[FFN] | None = None) -> FFN:
 @given(st.integers(0, 10**9), st.tuples(st.integers(1, 3), st.integers(1, 9)))
 def test_the_mixture_is_all_experts_on_all_tokens(seed: int, shape: tuple[int, int]) -> None:
     part = fields_of(seed, MoEFFN)
-    part = replace(part, router=replace(part.router, capacity_factor=None, jitter=0.0))
+    logits = replace(part.router.logits, jitter=0.0)
+    part = replace(part, router=replace(part.router, capacity_factor=None, logits=logits))
     moe = part.build(D_MODEL).eval()
     fill(moe)
     x = some_tokens(*shape)
@@ -188,7 +190,7 @@ def test_operations_of_any_fields_are_foreseen(seed: int) -> None:
 
 
 def test_zero_experts_cost_their_share_of_an_even_load() -> None:
-    router = Router(top_k=12)
+    router = router_of(top_k=12)
     longcat = MoEFFN(n_experts=512, n_zero_experts=256, d_expert=64, router=router)
     plain = MoEFFN(n_experts=512, d_expert=64, router=replace(router, top_k=8))
     found, wanted = longcat.cost(64, 8), plain.cost(64, 8)
@@ -198,7 +200,9 @@ def test_zero_experts_cost_their_share_of_an_even_load() -> None:
 
 
 def test_no_network_runs_for_a_zero_expert() -> None:
-    moe = MoEFFN(n_experts=2, n_zero_experts=2, d_expert=8, router=Router(top_k=1)).build(D_MODEL)
+    moe = MoEFFN(n_experts=2, n_zero_experts=2, d_expert=8, router=router_of(top_k=1)).build(
+        D_MODEL
+    )
     fill(moe)
     moe.router.logits.weight.data.zero_()
     moe.router.logits.weight.data[3] = 1.0
@@ -211,7 +215,7 @@ def test_no_network_runs_for_a_zero_expert() -> None:
 
 def test_zero_experts_take_no_room() -> None:
     """Capacity is that of the experts with a network; the share dropped is of their slots."""
-    router = Router(top_k=1, capacity_factor=0.5, normalize=False)
+    router = router_of(top_k=1, capacity_factor=0.5, normalize=False)
     moe = MoEFFN(n_experts=1, n_zero_experts=1, d_expert=8, router=router).build(D_MODEL)
     fill(moe)
     moe.router.logits.weight.data[0] = 0
@@ -226,12 +230,11 @@ def test_zero_experts_take_no_room() -> None:
 
 ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # Groups that leave all open, or are ranked by their best and as many as are chosen.
-    ({"router": {"n_groups": 4, "top_groups": 4}}, {}),
-    ({"router": {"n_groups": 4, "top_groups": 9, "group_score": "top2_sum"}}, {}),
-    ({"router": {"n_groups": 4, "top_groups": 2}}, {}),
-    ({"router": {"n_groups": 8, "top_groups": 3, "group_score": "top2_sum"}}, {}),
-    ({"router": {"group_score": "top2_sum", "top_groups": 3}}, {}),
-    ({"router": {"selection": "threshold", "n_groups": 4}}, {"router": {"selection": "threshold"}}),
+    ({"router": {"selection": {"kind": "top_k", "n_groups": 4, "top_groups": 4}}}, {}),
+    ({"router": {"selection": {"kind": "top_k", "n_groups": 4, "top_groups": 9, "group_score": "top2_sum"}}}, {}),
+    ({"router": {"selection": {"kind": "top_k", "n_groups": 4, "top_groups": 2}}}, {}),
+    ({"router": {"selection": {"kind": "top_k", "n_groups": 8, "top_groups": 3, "group_score": "top2_sum"}}}, {}),
+    ({"router": {"selection": {"kind": "top_k", "group_score": "top2_sum", "top_groups": 3}}}, {}),
     # A single weight is not divided by itself, more than one are.
     ({"router": {"top_k": 1, "normalize": False}}, {"router": {"top_k": 1}}),
     ({"router": {"normalize": True}}, {}),
@@ -251,9 +254,8 @@ ALIKE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     # Fields of what is not there.
     ({"router": {"allow_acausal": True}}, {}),
-    ({"router": {"aux_scope": "sequence", "balance": "none"}}, {"router": {"balance": "none"}}),
-    ({"router": {"balance": "bias_and_loss", "aux_coef": 0.0}}, {"router": {"balance": "bias"}}),
-    ({"router": {"balance": "bias_and_loss", "bias_rate": 0.0}}, {}),
+    ({"router": {"balance": {"kind": "bias_and_loss", "coef": 0.0}}}, {"router": {"balance": "bias"}}),
+    ({"router": {"balance": {"kind": "bias_and_loss", "rate": 0.0}}}, {}),
     ({"shared_gate": True, "zero_kind": "constant", "d_shared": 32}, {}),
     ({"activation": "gelu", "gate_limit": 2.0, "up_shift": 1.0}, {"activation": "gelu"}),
     ({"activation": "reglu", "gate_alpha": 2.0}, {"activation": "reglu"}),
@@ -284,8 +286,17 @@ def test_two_spellings_have_one_fingerprint_and_one_function(number: int, train:
 
 DIFFERENT: list[dict[str, Any]] = [
     {},
-    {"router": {"n_groups": 4, "top_groups": 1}},
-    {"router": {"n_groups": 4, "top_groups": 2, "group_score": "top2_sum"}},
+    {"router": {"selection": {"kind": "top_k", "n_groups": 4, "top_groups": 1}}},
+    {
+        "router": {
+            "selection": {
+                "kind": "top_k",
+                "n_groups": 4,
+                "top_groups": 2,
+                "group_score": "top2_sum",
+            }
+        }
+    },
     {"router": {"selection": "noisy_top_k"}},
     {"router": {"selection": "threshold"}},
     {"router": {"selection": "expert_choice", "allow_acausal": True}},
@@ -295,10 +306,10 @@ DIFFERENT: list[dict[str, Any]] = [
     {"router": {"top_k": 1, "score": "relu"}},
     {"router": {"score": "sqrt_softplus"}},
     {"router": {"weight_on": "input"}},
-    {"router": {"logit_bias": True}},
-    {"router": {"hidden": 8}},
-    {"router": {"jitter": 0.1}},
-    {"router": {"aux_scope": "sequence"}},
+    {"router": {"logits": {"kind": "linear", "add_bias": True}}},
+    {"router": {"logits": {"kind": "linear", "hidden": 8}}},
+    {"router": {"logits": {"kind": "linear", "jitter": 0.1}}},
+    {"router": {"balance": {"kind": "aux_loss", "scope": "sequence"}}},
     {"router": {"balance": "importance_load"}},
     {"router": {"balance": "bias_and_loss"}},
     {"expert_bias": True},
@@ -323,8 +334,14 @@ def test_different_fields_have_different_fingerprints() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_groups": 3, "top_groups": 1}, "n_groups (3) must divide the number of experts (8)"),
-        ({"n_groups": 4, "top_k": 3}, "top_k (3) must be at most the 2 experts of top_groups"),
+        (
+            {"selection": {"kind": "top_k", "n_groups": 3, "top_groups": 1}},
+            "n_groups (3) must divide the number of experts (8)",
+        ),
+        (
+            {"selection": {"kind": "top_k", "n_groups": 4}, "top_k": 3},
+            "top_k (3) must be at most the 2 experts of top_groups",
+        ),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(fields: dict[str, Any], message: str) -> None:

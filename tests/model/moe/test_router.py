@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from routers import router_of
 from torch import Tensor
 
 from moenas.grammar import tree
-from moenas.model import Balance, Choice, Gating, Router
+from moenas.model import Choice, Gating, LoadBalancer, Router
 
 D_MODEL, N_EXPERTS, TOKENS = 16, 6, 40
 
@@ -26,7 +27,7 @@ def some_tokens(seed: int = 1) -> Tensor:
 
 def written_out(router: Router, logits: list[float], bias: list[float]) -> dict[int, float]:
     """Expert -> weight of one token."""
-    if router.score == "sigmoid":
+    if router.score.kind == "sigmoid":
         scores = [1 / (1 + math.exp(-z)) for z in logits]
     else:
         scores = [math.exp(z) / sum(math.exp(other) for other in logits) for z in logits]
@@ -39,11 +40,11 @@ def written_out(router: Router, logits: list[float], bias: list[float]) -> dict[
 @pytest.mark.parametrize(
     "router",
     [
-        Router(top_k=2),
-        Router(top_k=1, normalize=False),
-        Router(top_k=3, normalize=False, scale=2.0),
-        Router(top_k=2, score="sigmoid", scale=2.5),
-        Router(top_k=N_EXPERTS, score="sigmoid", normalize=False),
+        router_of(top_k=2),
+        router_of(top_k=1, normalize=False),
+        router_of(top_k=3, normalize=False, scale=2.0),
+        router_of(top_k=2, score="sigmoid", scale=2.5),
+        router_of(top_k=N_EXPERTS, score="sigmoid", normalize=False),
     ],
     ids=["mixtral", "switch", "raw", "deepseek", "all"],
 )
@@ -62,13 +63,13 @@ def test_experts_and_weights_follow_the_formula(router: Router, biased: bool) ->
 
 
 def test_normalised_softmax_is_the_softmax_over_the_chosen() -> None:
-    choice = build(Router(top_k=2))(some_tokens())
+    choice = build(router_of(top_k=2))(some_tokens())
     over_chosen = choice.logits.gather(-1, choice.experts).softmax(dim=-1)
     torch.testing.assert_close(choice.weights, over_chosen)
 
 
 def test_the_bias_moves_the_selection_and_never_the_weights() -> None:
-    module, x = build(Router(top_k=1, score="sigmoid", normalize=False)), some_tokens()
+    module, x = build(router_of(top_k=1, score="sigmoid", normalize=False)), some_tokens()
     favoured = torch.tensor([10.0, 0, 0, 0, 0, 0])
     choice = module(x, favoured)
     assert (choice.experts == 0).all()
@@ -90,7 +91,7 @@ def choice_of(experts: list[list[int]], logits: Tensor, score: str) -> Choice:
 def test_losses_follow_the_formulas(score: str) -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     experts = [[0, 1], [0, 2], [0, 1], [1, 2]]
-    balance = Balance(3, aux_coef=0.5, z_coef=0.25, bias_rate=None)
+    balance = LoadBalancer(3, aux_coef=0.5, z_coef=0.25)
     routing = balance(choice_of(experts, logits, score), torch.zeros(()))
     assert routing.load.tolist() == [3, 3, 2]
     aux = z = 0.0
@@ -110,7 +111,7 @@ def test_losses_follow_the_formulas(score: str) -> None:
 
 
 def test_an_even_load_has_balance_loss_1_and_an_uneven_one_more() -> None:
-    balance = Balance(2, aux_coef=1.0, z_coef=0.0, bias_rate=None)
+    balance = LoadBalancer(2, aux_coef=1.0)
     even = balance(
         choice_of([[0], [1]], torch.tensor([[9.0, 0], [0, 9]]), "softmax"), torch.zeros(())
     )
@@ -121,7 +122,7 @@ def test_an_even_load_has_balance_loss_1_and_an_uneven_one_more() -> None:
 
 
 def test_the_selection_bias_lifts_the_idle_and_lowers_the_busy() -> None:
-    balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
+    balance = LoadBalancer(3, bias_rate=0.25)
     choice = choice_of([[0], [0], [0], [0], [1], [1]], torch.zeros(6, 3), "sigmoid")
     balance(choice, torch.zeros(()))
     balance.step()
@@ -130,7 +131,7 @@ def test_the_selection_bias_lifts_the_idle_and_lowers_the_busy() -> None:
 
 
 def test_an_evaluation_before_the_step_does_not_count() -> None:
-    balance = Balance(3, aux_coef=0.0, z_coef=0.0, bias_rate=0.25)
+    balance = LoadBalancer(3, bias_rate=0.25)
     balance(choice_of([[0], [0], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
     balance.eval()
     balance(choice_of([[2], [2], [1]], torch.zeros(3, 3), "sigmoid"), torch.zeros(()))
@@ -140,8 +141,8 @@ def test_an_evaluation_before_the_step_does_not_count() -> None:
 
 
 def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
-    router = Router(score="sigmoid", top_k=1, balance="bias", bias_rate=0.01)
-    module, balance, x = build(router), router.build_balance(N_EXPERTS), some_tokens()
+    router = router_of(score="sigmoid", top_k=1, balance={"kind": "bias", "rate": 0.01})
+    module, balance, x = build(router), router.build_balancer(N_EXPERTS), some_tokens()
     x[:, 0] = 1.0
     module.logits.weight.data[0, 0] = 4.0
     busiest = []
@@ -156,21 +157,24 @@ def test_the_bias_evens_out_a_router_that_has_a_favourite() -> None:
 @pytest.mark.parametrize("preset", Router.presets)
 def test_presets_are_valid_spellings(preset: str) -> None:
     router = tree.parse(Router, {"preset": preset})
-    assert {k: getattr(router, k) for k in Router.presets[preset]} == Router.presets[preset]
+    assert router == tree.parse(Router, Router.presets[preset])
+    known = router.plain()
+    for name, value in Router.presets[preset].items():
+        if isinstance(known[name], dict):
+            value = {"kind": value} if isinstance(value, str) else value
+            assert known[name] == known[name] | value
+        else:
+            assert known[name] == value
     assert tree.parse(Router, router.plain()) == router
 
 
 ALIKE = [
     # A single weight is not divided by itself.
-    (Router(top_k=1), Router(top_k=1, normalize=False)),
-    (Router(top_k=2), Router(top_k=2, normalize=True)),
-    # Coefficients of a balance that is not in use.
-    (Router(balance="bias", aux_coef=0.5), Router(balance="bias")),
-    (Router(balance="aux_loss", bias_rate=0.5), Router(balance="aux_loss")),
-    (Router(balance="none", bias_rate=0.5, aux_coef=0.5), Router(balance="none")),
+    (router_of(top_k=1), router_of(top_k=1, normalize=False)),
+    (router_of(top_k=2), router_of(top_k=2, normalize=True)),
     # A balance without any force.
-    (Router(balance="aux_loss", aux_coef=0.0), Router(balance="none")),
-    (Router(balance="bias", bias_rate=0.0), Router(balance="none")),
+    (router_of(balance={"kind": "aux_loss", "coef": 0.0}), router_of(balance="none")),
+    (router_of(balance={"kind": "bias", "rate": 0.0}), router_of(balance="none")),
 ]
 
 
@@ -184,27 +188,27 @@ def test_spellings_of_one_router_have_one_form(one: Router, other: Router) -> No
 def test_different_routers_keep_different_forms() -> None:
     routers = [
         Router(),
-        Router(normalize=False),
-        Router(score="sigmoid"),
-        Router(top_k=1),
-        Router(top_k=1, score="sigmoid"),
-        Router(scale=2.0),
-        Router(aux_coef=0.02),
-        Router(z_coef=0.001),
-        Router(capacity_factor=1.0),
-        Router(balance="bias"),
-        Router(balance="bias", bias_rate=0.01),
-        Router(balance="none"),
+        router_of(normalize=False),
+        router_of(score="sigmoid"),
+        router_of(top_k=1),
+        router_of(top_k=1, score="sigmoid"),
+        router_of(scale=2.0),
+        router_of(balance={"kind": "aux_loss", "coef": 0.02}),
+        router_of(z_coef=0.001),
+        router_of(capacity_factor=1.0),
+        router_of(balance="bias"),
+        router_of(balance={"kind": "bias", "rate": 0.01}),
+        router_of(balance="none"),
     ]
     assert len({router.canonical() for router in routers}) == len(routers)
 
 
 def test_among_as_many_experts_as_are_chosen_nothing_is_left_to_balance() -> None:
-    router = Router(top_k=4, normalize=False, balance="bias", capacity_factor=1.0)
-    assert router.canonical_among(4) == Router(top_k=4, balance="none", normalize=True)
+    router = router_of(top_k=4, normalize=False, balance="bias", capacity_factor=1.0)
+    assert router.canonical_among(4) == router_of(top_k=4, balance="none", normalize=True)
     assert router.canonical_among(8) == router
 
 
 def test_a_capacity_that_never_binds_is_none() -> None:
-    assert Router(top_k=2, capacity_factor=4.0).canonical_among(8).capacity_factor is None
-    assert Router(top_k=2, capacity_factor=3.9).canonical_among(8).capacity_factor == 3.9
+    assert router_of(top_k=2, capacity_factor=4.0).canonical_among(8).capacity_factor is None
+    assert router_of(top_k=2, capacity_factor=3.9).canonical_among(8).capacity_factor == 3.9

@@ -10,11 +10,12 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from routers import router_of
 from torch import Tensor
 
 from moenas.errors import SpaceError
 from moenas.grammar import tree
-from moenas.model import Balance, Gating, Router
+from moenas.model import Gating, LoadBalancer, Router
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
@@ -43,10 +44,21 @@ def weights_of(choice: Any) -> list[dict[int, float]]:
 # --- experts from each group ---------------------------------------------------------------------
 
 GROUPED = {
-    "one of each group": Router(top_k=4, n_groups=4, top_groups=4, even_groups=True),
-    "two of each half": Router(top_k=4, n_groups=2, top_groups=9, even_groups=True),
-    "one of each of the two best groups": Router(
-        top_k=2, n_groups=4, top_groups=2, group_score="top2_sum", even_groups=True
+    "one of each group": router_of(
+        top_k=4, selection={"kind": "top_k", "n_groups": 4, "top_groups": 4, "even_groups": True}
+    ),
+    "two of each half": router_of(
+        top_k=4, selection={"kind": "top_k", "n_groups": 2, "top_groups": 9, "even_groups": True}
+    ),
+    "one of each of the two best groups": router_of(
+        top_k=2,
+        selection={
+            "kind": "top_k",
+            "n_groups": 4,
+            "top_groups": 2,
+            "group_score": "top2_sum",
+            "even_groups": True,
+        },
     ),
 }
 
@@ -59,17 +71,17 @@ def test_each_open_group_gives_as_many_experts(router: Router, biased: bool) -> 
     bias = torch.linspace(-0.3, 0.3, N_EXPERTS)[torch.randperm(N_EXPERTS)] if biased else None
     found = module(x, bias)
     scores = (x.double() @ module.logits.weight.double().T).softmax(-1)
-    size = N_EXPERTS // router.n_groups
+    size = N_EXPERTS // router.selection.n_groups
     for token, weights in enumerate(weights_of(found)):
         s = scores[token].tolist()
         ranked = [a + b for a, b in zip(s, [0.0] * 8 if bias is None else bias, strict=True)]
-        groups = [range(g * size, g * size + size) for g in range(router.n_groups)]
-        best = 2 if router.group_score == "top2_sum" else 1
+        groups = [range(g * size, g * size + size) for g in range(router.selection.n_groups)]
+        best = 2 if router.selection.group_score == "top2_sum" else 1
 
         def worth(group: range, by: list[float] = ranked, n: int = best) -> float:
             return sum(sorted((by[e] for e in group), reverse=True)[:n])
 
-        open_groups = sorted(groups, key=worth, reverse=True)[: router.top_groups]
+        open_groups = sorted(groups, key=worth, reverse=True)[: router.selection.top_groups]
         each = router.top_k // len(open_groups)
         chosen = [
             e for g in open_groups for e in sorted(g, key=lambda e: ranked[e], reverse=True)[:each]
@@ -80,25 +92,36 @@ def test_each_open_group_gives_as_many_experts(router: Router, biased: bool) -> 
 
 def test_groups_that_do_not_give_alike_are_refused() -> None:
     with pytest.raises(SpaceError, match=r"top_k \(3\) must be a multiple of the 2 groups"):
-        parse({"top_k": 3, "n_groups": 2, "top_groups": 2, "even_groups": True})
+        parse(
+            {
+                "top_k": 3,
+                "selection": {"kind": "top_k", "n_groups": 2, "top_groups": 2, "even_groups": True},
+            }
+        )
 
 
 # --- from what the router reads to its logits ----------------------------------------------------
 
 LOGITS: dict[str, Plain] = {
-    "norm": {"input_norm": True},
-    "projection": {"hidden": 24, "hidden_activation": "none"},
-    "cosine": {"logits": "cosine"},
-    "x-moe": {"logits": "cosine", "hidden": 8, "hidden_activation": "none", "logit_scale": 3.0},
-    "cosine with a bias": {"logits": "cosine", "logit_bias": True},
-    "standardised": {"logit_norm": True, "logit_scale": 2.0},
-    "standardised with a bias": {"logit_norm": True, "logit_bias": True, "hidden": 16},
-    "standardised cosine": {"logit_norm": True, "logits": "cosine", "logit_bias": True},
-    "scaled": {"logit_scale": 0.25},
-    "capped": {"logit_cap": 0.5, "logit_scale": 4.0},
+    "norm": {"logits": {"kind": "linear", "input_norm": True}},
+    "projection": {"logits": {"kind": "linear", "hidden": 24, "hidden_activation": "none"}},
+    "cosine": {"logits": {"kind": "cosine"}},
+    "x-moe": {
+        "logits": {"kind": "cosine", "hidden": 8, "hidden_activation": "none", "multiplier": 3.0}
+    },
+    "cosine with a bias": {"logits": {"kind": "cosine", "add_bias": True}},
+    "standardised": {"logits": {"kind": "linear", "standardize": True, "multiplier": 2.0}},
+    "standardised with a bias": {
+        "logits": {"kind": "linear", "standardize": True, "add_bias": True, "hidden": 16}
+    },
+    "standardised cosine": {"logits": {"kind": "cosine", "standardize": True, "add_bias": True}},
+    "scaled": {"logits": {"kind": "linear", "multiplier": 0.25}},
+    "capped": {"logits": {"kind": "linear", "cap": 0.5, "multiplier": 4.0}},
     "all": {
-        **{"input_norm": True, "hidden": 8, "logits": "cosine", "logit_bias": True},
-        **{"logit_scale": 2.0, "logit_cap": 1.5},
+        "logits": {
+            **{"kind": "cosine", "input_norm": True, "hidden": 8, "add_bias": True},
+            **{"multiplier": 2.0, "cap": 1.5},
+        },
     },
 }
 
@@ -113,38 +136,40 @@ def written_out(fields: Plain, module: Gating, x: Tensor) -> Tensor:
         h = h @ weights["logits.hidden.weight"].T
         h = h if "hidden_activation" in fields else h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
     w = weights["logits.weight"]
-    if fields.get("logits") == "cosine":
+    if fields["kind"] == "cosine":
         h, w = (v / v.square().sum(-1, keepdim=True).sqrt() for v in (h, w))
     z = h @ w.T
     z = z * weights["logits.temperature"].exp() if "logits.temperature" in weights else z
-    z = z + weights["logits.bias"] if fields.get("logit_bias") else z
-    if fields.get("logit_norm"):
+    z = z + weights["logits.bias"] if fields.get("add_bias") else z
+    if fields.get("standardize"):
         z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    z = z * fields.get("logit_scale", 1.0)
-    cap = fields.get("logit_cap")
+    z = z * fields.get("multiplier", 1.0)
+    cap = fields.get("cap")
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
 @pytest.mark.parametrize("name", LOGITS)
 def test_the_logits_follow_the_formulas(name: str) -> None:
-    module, x = build(Router(**LOGITS[name])), some_tokens()
+    fields = LOGITS[name]["logits"]
+    module, x = build(router_of(logits=fields)), some_tokens()
     assert ("logits.temperature" in dict(module.named_parameters())) == (
-        LOGITS[name].get("logits") == "cosine"
-        and ("logit_norm" not in LOGITS[name] or "logit_bias" in LOGITS[name])
+        fields["kind"] == "cosine" and ("standardize" not in fields or "add_bias" in fields)
     )
-    wanted = written_out(LOGITS[name], module, x)
+    wanted = written_out(fields, module, x)
     torch.testing.assert_close(module(x).logits.double(), wanted, rtol=1e-5, atol=1e-5)
     assert module(x.bfloat16()).logits.dtype == torch.float32
 
 
 def test_cosines_do_not_see_how_long_a_token_is() -> None:
-    module, x = build(Router(logits="cosine")), some_tokens()
+    module, x = build(router_of(logits="cosine")), some_tokens()
     torch.testing.assert_close(module(x).logits, module(7 * x).logits)
     assert module(x).logits.abs().max() <= module.logits.temperature.exp()
 
 
 def test_standardised_logits_have_the_spread_that_is_asked_for() -> None:
-    logits = build(Router(logit_norm=True, logit_scale=3.0))(some_tokens()).logits
+    logits = build(router_of(logits={"kind": "linear", "standardize": True, "multiplier": 3.0}))(
+        some_tokens()
+    ).logits
     torch.testing.assert_close(logits.mean(-1), torch.zeros(TOKENS), atol=1e-5, rtol=0)
     torch.testing.assert_close(
         logits.std(-1, correction=0), torch.full((TOKENS,), 3.0), atol=1e-3, rtol=0
@@ -152,13 +177,13 @@ def test_standardised_logits_have_the_spread_that_is_asked_for() -> None:
 
 
 def test_standardised_logits_of_two_experts_are_refused() -> None:
-    with pytest.raises(SpaceError, match="with logit_norm: true and 2 experts"):
-        parse({"logit_norm": True, "top_k": 1}, n_experts=2)
+    with pytest.raises(SpaceError, match="with standardize: true and 2 experts"):
+        parse({"logits": {"kind": "linear", "standardize": True}, "top_k": 1}, n_experts=2)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_each_expert_has_a_factor_of_its_own(normalize: bool) -> None:
-    router = Router(top_k=3, normalize=normalize, scale=1.5, expert_scale=True)
+    router = router_of(top_k=3, normalize=normalize, scale=1.5, expert_scale=True)
     module, x = build(router), some_tokens()
     choice = module(x)
     scores = choice.logits.double().softmax(-1)
@@ -194,7 +219,14 @@ def test_the_router_of_gemma_4() -> None:
         Gemma4TextConfig(hidden_size=D_MODEL, num_experts=N_EXPERTS, top_k_experts=3)
     )
     spread_out(theirs)
-    router = tree.parse(Router, {"preset": "gemma_4", "top_k": 3, "logit_scale": D_MODEL**-0.5})
+    router = tree.parse(
+        Router,
+        {
+            "preset": "gemma_4",
+            "top_k": 3,
+            "logits": {"kind": "linear", "multiplier": D_MODEL**-0.5},
+        },
+    )
     ours = router.build(D_MODEL, N_EXPERTS)
     ours.enter.norm.weight.copy_(theirs.scale)
     ours.logits.weight.copy_(theirs.proj.weight)
@@ -213,7 +245,9 @@ def test_the_router_of_laguna() -> None:
     sizes = {"hidden_size": D_MODEL, "num_experts": N_EXPERTS, "num_experts_per_tok": 3}
     theirs = LagunaTopKRouter(LagunaConfig(**sizes, moe_router_logit_softcapping=1.2))
     spread_out(theirs)
-    ours = Router(top_k=3, score="sigmoid", logit_cap=1.2).build(D_MODEL, N_EXPERTS)
+    ours = router_of(top_k=3, score="sigmoid", logits={"kind": "linear", "cap": 1.2}).build(
+        D_MODEL, N_EXPERTS
+    )
     ours.logits.weight.copy_(theirs.weight)
     _, weights, experts = theirs(some_tokens())
     assert_same_choice(ours(some_tokens(), theirs.e_score_correction_bias), experts, weights)
@@ -225,7 +259,9 @@ def test_the_weights_of_phi_moe(eps: float) -> None:
     pytest.importorskip("transformers")
     from transformers.models.phimoe.modeling_phimoe import sparsemixer
 
-    module = build(Router(top_k=2, normalize=False, sparsemixer_eps=eps))
+    module = build(
+        router_of(top_k=2, normalize=False, selection={"kind": "top_k", "sparsemixer_eps": eps})
+    )
     for seed in range(4):
         choice = module(0.3 * some_tokens(seed) - 0.2)
         weights, experts = sparsemixer(choice.logits, eps, training=False)
@@ -236,7 +272,12 @@ def test_the_weights_of_phi_moe(eps: float) -> None:
 
 def test_sparsemixer_takes_experts_one_after_another() -> None:
     """Written out for any number of experts, and for a bias that chooses others than the best."""
-    eps, module = 0.4, build(Router(top_k=4, normalize=False, sparsemixer_eps=0.4))
+    eps, module = (
+        0.4,
+        build(
+            router_of(top_k=4, normalize=False, selection={"kind": "top_k", "sparsemixer_eps": 0.4})
+        ),
+    )
     bias = torch.linspace(-0.2, 0.2, N_EXPERTS)
     choice = module(some_tokens(), bias)
     for token, weights in enumerate(weights_of(choice)):
@@ -255,7 +296,12 @@ def test_sparsemixer_takes_experts_one_after_another() -> None:
 
 def test_sparsemixer_weights_teach_the_router() -> None:
     """The gradient of a weight is that of its formula, by differences in float64."""
-    module, x = build(Router(top_k=2, normalize=False, sparsemixer_eps=0.4)).double(), some_tokens()
+    module, x = (
+        build(
+            router_of(top_k=2, normalize=False, selection={"kind": "top_k", "sparsemixer_eps": 0.4})
+        ).double(),
+        some_tokens(),
+    )
     logits = (0.3 * x[:5, :N_EXPERTS].double()).requires_grad_()
     experts = logits.topk(2, dim=-1).indices
     assert torch.autograd.gradcheck(
@@ -271,7 +317,14 @@ def test_sparsemixer_weights_teach_the_router() -> None:
 def test_the_smallest_set_that_reaches_the_share_is_kept(score: str, top_p: float) -> None:
     """arXiv 2403.07652, by trying all sets; the weights are the shares of the sum, unchanged."""
     module, x = (
-        build(Router(top_k=N_EXPERTS, score=score, top_p=top_p, normalize=False)),
+        build(
+            router_of(
+                top_k=N_EXPERTS,
+                score=score,
+                selection={"kind": "top_k", "top_p": top_p},
+                normalize=False,
+            )
+        ),
         some_tokens(),
     )
     choice, sizes = module(x), set()
@@ -291,7 +344,7 @@ def test_the_smallest_set_that_reaches_the_share_is_kept(score: str, top_p: floa
 
 
 def test_a_token_gets_top_k_at_the_most_and_one_at_least() -> None:
-    module = build(Router(top_k=3, top_p=0.6))
+    module = build(router_of(top_k=3, selection={"kind": "top_k", "top_p": 0.6}))
     choice = module(some_tokens())
     counts = choice.kept.sum(-1)
     assert counts.min() == 1
@@ -302,12 +355,12 @@ def test_a_token_gets_top_k_at_the_most_and_one_at_least() -> None:
 
 def test_a_share_that_one_expert_has_is_refused() -> None:
     with pytest.raises(SpaceError, match=r"top_p \(0.2\) is reached by one of 4 experts"):
-        parse({"top_k": 2, "top_p": 0.2}, n_experts=4)
+        parse({"top_k": 2, "selection": {"kind": "top_k", "top_p": 0.2}}, n_experts=4)
 
 
 def test_the_entropy_is_that_of_scipy() -> None:
-    module = build(Router(top_k=2, score="sigmoid"))
-    balance = Balance(N_EXPERTS, 0.0, 0.0, None, entropy_coef=0.5)
+    module = build(router_of(top_k=2, score="sigmoid"))
+    balance = LoadBalancer(N_EXPERTS, entropy_coef=0.5)
     choice = module(some_tokens())
     routing = balance(choice, torch.zeros(()))
     wanted = scipy.stats.entropy(choice.scores.detach().double().numpy(), axis=-1).mean()
@@ -317,8 +370,10 @@ def test_the_entropy_is_that_of_scipy() -> None:
 
 
 def test_the_entropy_loss_leaves_a_token_fewer_experts() -> None:
-    router = Router(top_k=N_EXPERTS, top_p=0.8, balance="none", entropy_coef=1.0)
-    module, balance = build(router), router.build_balance(N_EXPERTS)
+    router = router_of(
+        top_k=N_EXPERTS, selection={"kind": "top_k", "top_p": 0.8}, balance="none", entropy_coef=1.0
+    )
+    module, balance = build(router), router.build_balancer(N_EXPERTS)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     counts = []
     for _ in range(60):
@@ -359,7 +414,7 @@ def explicit_attention(block: Any, x: Tensor, source: str) -> Tensor:
 @pytest.mark.parametrize("source", ["ffn", "stream", "block"])
 def test_the_router_reads_its_source(source: str) -> None:
     """`block` is the layer of SmallThinker as released: its router reads before the first norm."""
-    model = parse({"top_k": 2, "router_input": source}).build().eval()
+    model = parse({"top_k": 2, "logits": {"kind": "linear", "input": source}}).build().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(0.2, 0.5, generator=generator)
@@ -375,29 +430,60 @@ def test_the_router_reads_its_source(source: str) -> None:
 # --- one function, one form ----------------------------------------------------------------------
 
 ALIKE: list[tuple[Router, Router]] = [
-    (Router(even_groups=True), Router()),
-    (Router(n_groups=4, top_groups=1, even_groups=True), Router(n_groups=4, top_groups=1)),
+    (router_of(selection={"kind": "top_k", "even_groups": True}), Router()),
     (
-        Router(top_k=4, n_groups=4, top_groups=9, even_groups=True, group_score="top2_sum"),
-        Router(top_k=4, n_groups=4, top_groups=4, even_groups=True),
-    ),
-    (Router(top_k=4, n_groups=8, top_groups=4, even_groups=True), Router(top_k=4)),
-    (
-        Router(top_k=4, n_groups=4, top_groups=2, even_groups=True),
-        Router(top_k=4, n_groups=4, top_groups=2),
-    ),
-    (Router(top_p=1.0), Router()),
-    (Router(top_k=1, top_p=0.5), Router(top_k=1)),
-    (Router(selection="threshold", top_p=0.5), Router(selection="threshold")),
-    (Router(selection="hash", sparsemixer_eps=0.5), Router(selection="hash")),
-    (Router(hidden_activation="none"), Router()),
-    (
-        Router(score="uniform", selection="hash", logits="cosine", logit_cap=2.0, input_norm=True),
-        Router(score="uniform", selection="hash"),
+        router_of(selection={"kind": "top_k", "n_groups": 4, "top_groups": 1, "even_groups": True}),
+        router_of(selection={"kind": "top_k", "n_groups": 4, "top_groups": 1}),
     ),
     (
-        Router(score="uniform", selection="hash", router_input="block", entropy_coef=0.1),
-        Router(score="uniform", selection="hash"),
+        router_of(
+            top_k=4,
+            selection={
+                "kind": "top_k",
+                "n_groups": 4,
+                "top_groups": 9,
+                "even_groups": True,
+                "group_score": "top2_sum",
+            },
+        ),
+        router_of(
+            top_k=4,
+            selection={"kind": "top_k", "n_groups": 4, "top_groups": 4, "even_groups": True},
+        ),
+    ),
+    (
+        router_of(
+            top_k=4,
+            selection={"kind": "top_k", "n_groups": 8, "top_groups": 4, "even_groups": True},
+        ),
+        router_of(top_k=4),
+    ),
+    (
+        router_of(
+            top_k=4,
+            selection={"kind": "top_k", "n_groups": 4, "top_groups": 2, "even_groups": True},
+        ),
+        router_of(top_k=4, selection={"kind": "top_k", "n_groups": 4, "top_groups": 2}),
+    ),
+    (router_of(selection={"kind": "top_k", "top_p": 1.0}), Router()),
+    (router_of(top_k=1, selection={"kind": "top_k", "top_p": 0.5}), router_of(top_k=1)),
+    (router_of(logits={"kind": "linear", "hidden_activation": "none"}), Router()),
+    (
+        router_of(
+            score="uniform",
+            selection="hash",
+            logits={"kind": "cosine", "cap": 2.0, "input_norm": True},
+        ),
+        router_of(score="uniform", selection="hash"),
+    ),
+    (
+        router_of(
+            score="uniform",
+            selection="hash",
+            logits={"kind": "linear", "input": "block"},
+            entropy_coef=0.1,
+        ),
+        router_of(score="uniform", selection="hash"),
     ),
 ]
 
@@ -414,12 +500,15 @@ def test_spellings_of_one_router_have_one_form(one: Router, other: Router) -> No
 def test_all_experts_by_top_p_or_sparsemixer_are_not_all_by_score() -> None:
     """Where all are chosen, softmax scores add up to 1, but these weights do not."""
     forms = {
-        Router(top_k=4, normalize=normalize, **fields).canonical_among(4)
+        router_of(top_k=4, normalize=normalize, **fields).canonical_among(4)
         for normalize in (True, False)
-        for fields in ({"top_p": 0.6}, {"sparsemixer_eps": 0.3})
+        for fields in (
+            {"selection": {"kind": "top_k", "top_p": 0.6}},
+            {"selection": {"kind": "top_k", "sparsemixer_eps": 0.3}},
+        )
     }
     assert len(forms) == 4
-    assert {form.balance for form in forms if form.top_p} == {"aux_loss"}
+    assert {form.balance.kind for form in forms if form.top_p} == {"aux_loss"}
 
 
 WORDS = ("ffn", "stream", "block")
@@ -440,7 +529,7 @@ WORDS = ("ffn", "stream", "block")
 def test_words_for_one_source_are_one(fields: Plain, block: Plain, kinds: list[set[str]]) -> None:
     found: dict[str, set[str]] = {}
     for word in WORDS:
-        plain = parse({"router_input": word}, **fields).plain()
+        plain = parse({"logits": {"kind": "linear", "input": word}}, **fields).plain()
         plain["blocks"][0] |= block
         found.setdefault(Architecture.parse(plain).fingerprint, set()).add(word)
     assert sorted(map(sorted, found.values())) == sorted(map(sorted, kinds))

@@ -1,0 +1,260 @@
+"""Spellings of a component: bare words, presets that fill nested fields, former names of fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from moenas.errors import SpaceError
+from moenas.grammar import tree
+from moenas.grammar.brief import brief
+from moenas.grammar.sampling import RandomSuggest
+from moenas.grammar.spellings import former_hole_name
+from moenas.model import BlockGroup, Router, ShortConvMixer
+from moenas.model.architecture import Architecture
+from moenas.records import Plain
+from moenas.resources import Node
+from moenas.search.points import Points
+from moenas.space.space import Space
+
+STORED = json.loads((Path(__file__).parent / "former_architectures.json").read_text())
+"""Architectures of the space `wide` with the fingerprint and the cost that version 0.1 gave them
+when the router had 32 fields of its own."""
+
+
+def router(**fields: Any) -> Router:
+    return tree.parse(Router, fields)
+
+
+# --- bare words ----------------------------------------------------------------------------------
+
+
+def test_a_bare_word_is_the_kind_with_its_defaults() -> None:
+    assert router(balance="bias") == router(balance={"kind": "bias"})
+    assert router(balance="bias") == router(balance={"kind": "bias", "rate": 0.001})
+    assert tree.parse(BlockGroup, {"mixer": "short_conv"}).mixer == ShortConvMixer()
+    with pytest.raises(SpaceError, match="ffn: 'd_ff' is missing"):
+        tree.parse(BlockGroup, {"ffn": "dense"})
+
+
+def test_bare_words_and_mappings_mix_in_a_choice() -> None:
+    options = ["none", {"kind": "bias", "rate": {"choice": [0.1, 0.2]}}, {"kind": "bias"}]
+    found = tree.read(Router, Node.wrap({"balance": {"choice": options}})).fields["balance"]
+    assert found.labels == ("none", "bias", "bias-2")
+    with pytest.raises(SpaceError, match="'none'"):
+        tree.read(Router, Node.wrap({"balance": {"choice": ["none", "none"]}}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"balance": "biased"}, "balance: no balance of kind 'biased'. Did you mean 'bias'"),
+        ({"balance": 3}, "balance: 3 is not a mapping"),
+        ({"balance": {"kind": "bias", "coef": 1}}, "balance.coef: no field of 'bias'"),
+        ({"balance": {"rate": 0.1}}, "balance: 'kind' is missing"),
+    ],
+)
+def test_a_wrong_kind_or_field_is_named(fields: Plain, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        router(**fields)
+
+
+# --- presets -------------------------------------------------------------------------------------
+
+
+def test_a_field_beside_a_preset_wins_also_inside_a_component() -> None:
+    found = router(preset="mixtral", balance={"kind": "aux_loss", "scope": "sequence"})
+    assert (found.balance.coef, found.balance.scope) == (0.02, "sequence")
+    assert router(preset="mixtral", balance="bias_and_loss").balance.coef == 0.02
+    assert router(preset="mixtral", balance="none") == router(
+        top_k=2, normalize=True, balance="none", loss_reduce="pooled"
+    )
+
+
+# --- former names --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ({"aux_coef": 0.5}, {"balance": {"kind": "aux_loss", "coef": 0.5}}),
+        (
+            {"balance": "bias_and_loss", "bias_rate": 0.1, "aux_coef": 0.2},
+            {"balance": {"kind": "bias_and_loss", "rate": 0.1, "coef": 0.2}},
+        ),
+        ({"balance": "bias", "aux_coef": 0.5}, {"balance": "bias"}),  # it had no effect
+        ({"balance": "none", "bias_rate": 0.5, "aux_scope": "sequence"}, {"balance": "none"}),
+        ({"selection": "threshold", "top_p": 0.5, "n_groups": 4}, {"selection": "threshold"}),
+        (
+            {"selection": "noisy_top_k", "n_groups": 2, "top_groups": 1},
+            {"selection": {"kind": "noisy_top_k", "n_groups": 2, "top_groups": 1}},
+        ),
+        (
+            {"logits": "cosine", "hidden": 8, "router_input": "block", "logit_cap": 2.0},
+            {"logits": {"kind": "cosine", "hidden": 8, "input": "block", "cap": 2.0}},
+        ),
+        ({"aux_reduce": "mean"}, {"loss_reduce": "mean"}),
+        (
+            {"preset": "mixtral", "aux_coef": 0.001},
+            {"preset": "mixtral", "balance": {"kind": "aux_loss", "coef": 0.001}},
+        ),
+        (
+            {"preset": "deepseek_v3", "n_groups": 8, "top_groups": 4},
+            {
+                "preset": "deepseek_v3",
+                "selection": {"kind": "top_k", "n_groups": 8, "top_groups": 4},
+            },
+        ),
+    ],
+)
+def test_a_former_name_is_read_at_its_present_place(former: Plain, present: Plain) -> None:
+    assert router(**former) == router(**present)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"bias_rate": 0.1, "balance": {"kind": "bias", "rate": 0.2}},
+            "bias_rate: is the former name of balance.rate, which is given, too",
+        ),
+        ({"aux_reduce": "sum", "loss_reduce": "sum"}, "aux_reduce: is the former name of loss_re"),
+        ({"bias_rate": -1}, "bias_rate: -1 is not a number of at least 0"),
+        ({"balance": "none", "bias_rate": "fast"}, "bias_rate: 'fast' is not a number"),
+    ],
+)
+def test_a_former_name_is_checked_like_the_present_one(fields: Plain, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        router(**fields)
+
+
+@pytest.mark.parametrize("number", range(len(STORED)))
+def test_a_stored_architecture_keeps_its_fingerprint_and_cost(number: int) -> None:
+    stored = STORED[number]
+    architecture = Architecture.parse(stored["architecture"])
+    assert architecture.fingerprint == stored["fingerprint"]
+    assert architecture.cost(64).plain() == stored["cost"]
+    assert Architecture.parse(architecture.plain()) == architecture
+    assert Architecture.parse(brief(stored["architecture"])) == architecture
+    assert brief(stored["architecture"]) == architecture.brief()
+
+
+FORMER = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks:
+    - mixer: {kind: attention, head_dim: 16}
+      ffn:
+        kind: moe
+        n_experts: 4
+        d_expert: 16
+        router:
+          top_k: {choice: [1, 2]}
+          balance: {choice: [none, aux_loss, bias]}
+          aux_coef: {choice: [0.1, 0.2]}
+          bias_rate: {choice: [0.01, 0.02, 0.03]}
+require: [bias_rate < 0.025, ffn.router.aux_coef >= 0.1]
+objectives: [active_params]
+"""
+PRESENT = FORMER.replace(
+    """          balance: {choice: [none, aux_loss, bias]}
+          aux_coef: {choice: [0.1, 0.2]}
+          bias_rate: {choice: [0.01, 0.02, 0.03]}
+""",
+    """          balance:
+            choice:
+              - none
+              - {kind: aux_loss, coef: {choice: [0.1, 0.2]}}
+              - {kind: bias, rate: {choice: [0.01, 0.02, 0.03]}}
+""",
+).replace(
+    "[bias_rate < 0.025, ffn.router.aux_coef >= 0.1]",
+    "[balance.rate < 0.025, ffn.router.balance.coef >= 0.1]",
+)
+
+
+def test_a_space_of_former_names_is_the_present_one_with_holes_only_where_they_count() -> None:
+    former, present = (Space.parse(text, "mine.yaml") for text in (FORMER, PRESENT))
+    assert former.plain()["architecture"] == present.plain()["architecture"]
+    assert former.size == present.size == 2 * (1 + 2 + 3)
+    assert [hole.name.rpartition("router.")[2] for hole in former.holes] == [
+        "top_k",
+        "balance",
+        "balance.aux_loss.coef",
+        "balance.bias.rate",
+    ]
+    assert present.former_names == []
+    assert former.former_names == [
+        "mine.yaml:14:11: architecture.blocks.0.ffn.router.aux_coef: a former name;"
+        " write balance.coef",
+        "mine.yaml:15:11: architecture.blocks.0.ffn.router.bias_rate: a former name;"
+        " write balance.rate",
+        "mine.yaml:16:11: require: bias_rate: a former name; write balance.rate",
+        "mine.yaml:16:30: require: ffn.router.aux_coef: a former name;"
+        " write ffn.router.balance.coef",
+    ]
+
+
+def test_a_requirement_with_a_former_name_is_decided_as_the_present_one() -> None:
+    former, present = (Space.parse(text, "mine.yaml") for text in (FORMER, PRESENT))
+    broken = set()
+    for seed in range(40):
+        architecture = former.architecture(former.draw(RandomSuggest(seed)))
+        values = [list(s.violations(architecture).values()) for s in (former, present)]
+        assert values[0] == values[1]
+        broken.add(values[0][0] > 0)
+    assert broken == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("blocks.0.ffn.router.balance.bias.rate", "blocks.0.ffn.router.bias_rate"),
+        ("blocks.0.ffn.router.balance.rate", "blocks.0.ffn.router.bias_rate"),
+        ("router.loss_reduce", "router.aux_reduce"),
+        ("router.logits.hidden/8", "router.hidden/8"),
+        ("router.balance", None),
+        ("mixer.rate", None),
+    ],
+)
+def test_a_hole_is_known_by_its_former_name(name: str, wanted: str | None) -> None:
+    former = Space.parse(PRESENT, "mine.yaml").former_fields
+    assert former_hole_name(name, former) == wanted
+
+
+PATH = "blocks.0.ffn.router."
+
+
+def test_points_of_an_earlier_version_are_points_of_this_one() -> None:
+    """36 former points answered every hole; of these, 12 differ."""
+    space = Space.parse(FORMER, "mine.yaml")
+    points = Points(space)
+    for top_k in (1, 2):
+        for balance in ("none", "aux_loss", "bias"):
+            for coef in (0.1, 0.2):
+                for rate in (0.01, 0.02, 0.03):
+                    assert not points.exhausted or (top_k, balance, coef) == (2, "bias", 0.2)
+                    fields = {"top_k": top_k, "balance": balance}
+                    fields |= {"aux_coef": coef, "bias_rate": rate}
+                    points.add({PATH + name: value for name, value in fields.items()})
+    assert points.exhausted
+    assert points.unseen() is None
+
+
+def test_an_interrupted_trial_keeps_the_values_that_it_drew_by_former_names() -> None:
+    space = Space.parse(FORMER, "mine.yaml")
+    study = optuna.create_study()
+    study.enqueue_trial({PATH + "top_k": 2, PATH + "balance": "bias", PATH + "bias_rate": 0.03})
+    trial = study.ask()
+    trial.suggest_categorical(PATH + "top_k", (1, 2))
+    trial.suggest_categorical(PATH + "balance", ("none", "aux_loss", "bias"))
+    trial.suggest_categorical(PATH + "bias_rate", (0.01, 0.02, 0.03))
+    held = Points(space).held(dict(trial.params), trial)
+    drawn = Architecture.parse(space.draw(held)).blocks[0].ffn.router
+    assert (drawn.top_k, drawn.balance.kind, drawn.balance.rate) == (2, "bias", 0.03)
+    assert held.answers[PATH + "balance.bias.rate"] == 0.03
