@@ -246,7 +246,7 @@ def _say_notes(space: Space) -> None:
     """Say on stderr what should be known of the space file and the corpus before a study runs."""
     from moenas.evaluate.matching import notes, open_corpus
 
-    for note in [*space.former_names, *notes(space, open_corpus(space))]:
+    for note in notes(space, open_corpus(space)):
         say(note)
 
 
