@@ -1,4 +1,4 @@
-"""The lease of a device: while one process times something there, no other work of ours runs."""
+"""The lock of a device: while one process times something there, no other work of ours runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moenas.processes import machine
 
 
 def lock_folders() -> list[Path]:
-    """Return where the lease files of this user and boot may lie, best first.
+    """Return where the lock files of this user and boot may lie, best first.
 
     All processes of a user agree on the first that can be used. The boot is part of the name, for
     a home folder may be shared between machines.
@@ -24,7 +24,7 @@ def lock_folders() -> list[Path]:
 
 
 def _opened(name: str) -> list[int]:
-    """Open the two lease files of a device in the first folder that is this user's alone.
+    """Open the two lock files of a device in the first folder that is this user's alone.
 
     Raises:
         MachineError: saying of each folder why it cannot be used.
@@ -68,7 +68,7 @@ class DeviceLock:
     Two files are locked with flock(2). Work holds `main` shared for one step. A timer holds the
     `gate`, which every step passes through before it takes `main`: no new step begins, the
     running ones end, and `main` is the timer's. The kernel releases both when a process dies. The
-    two ways in do not nest, and one lease serves one thread.
+    two locks do not nest, and one object serves one thread.
 
     `key` names the device on this host. `settle` waits until the device has done all that it was
     given; a step has not ended before.
@@ -79,7 +79,7 @@ class DeviceLock:
         self._files = _opened(key.replace(":", "-"))
 
     def close(self) -> None:
-        """Let go of the files and of whatever is locked."""
+        """Close the files, which releases the locks."""
         while self._files:
             os.close(self._files.pop())
 

@@ -73,7 +73,7 @@ class Candidate:
         return {name: value for name, value in self.violations.items() if value > 0}
 
     def evaluation(self, study: str, attempt: int, status: Status, **known: Any) -> Evaluation:
-        """Return an evaluation of which only the architecture and `known` are known."""
+        """Return an evaluation that holds the architecture's facts and the fields in `known`."""
         return Evaluation(
             study=study,
             trial=self.number,
