@@ -69,6 +69,11 @@ def main() -> None:
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
+    except SystemExit as end:
+        # Typer turns a KeyboardInterrupt into an exit without a word.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            say("stopped")
+        raise
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
             say(_clean(traceback.format_exc()))
@@ -241,7 +246,7 @@ def _say_notes(space: Space) -> None:
     """Say on stderr what should be known of the space file and the corpus before a study runs."""
     from moenas.evaluate.matching import notes, open_corpus
 
-    for note in [*space.former_names, *notes(space, open_corpus(space))]:
+    for note in notes(space, open_corpus(space)):
         say(note)
 
 

@@ -47,8 +47,8 @@ def open_corpus(space: Space) -> Corpus:
 
 
 def notes(space: Space, corpus: Corpus) -> list[str]:
-    """Return what should be known of a corpus before a study trains on it."""
-    found, recipe = [], space.train
+    """Return what should be known of a space file and its corpus before a study trains on it."""
+    found, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
     if trains and recipe.tokens > len(corpus.train):
         found.append(

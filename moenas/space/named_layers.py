@@ -70,6 +70,11 @@ def _families() -> Iterator[type[Component]]:
             waiting += [f.component for f in fields(cls).values() if f.component is not None]  # type: ignore[misc]
 
 
+def kinds() -> set[str]:
+    """Return the kinds of all families of components of an architecture."""
+    return {kind for family in _families() for kind in family.kinds}
+
+
 class _Expansion:
     """One walk over an architecture; it notes which layers are used."""
 
@@ -78,7 +83,7 @@ class _Expansion:
         self.used: set[str] = set()
         self.inside: list[str] = []
         """Names of the layers around the current node."""
-        self.kinds = {kind for family in _families() for kind in family.kinds}
+        self.kinds = kinds()
         self.component_keys = {
             name
             for family in _families()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +31,11 @@ from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requi
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
-from moenas.resources import MAX_DEPTH, NOWHERE, Node, find, parse_yaml, read_text, sha256
+from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
+from moenas.space.overrides import override
 from moenas.space.sections import Protocol, Recipe, Search
 
 KEYS = (
@@ -95,8 +95,8 @@ class Space:
         root = parse_yaml(text, source)
         if not isinstance(root.value, dict):
             raise root.error("", f"a space file is a mapping with the keys {', '.join(KEYS)}")
-        for override in overrides:
-            root = _override(root, override)
+        for line in overrides:
+            root = override(root, line)
         found = cast(dict[str, Node], root.value)
         for key, node in found.items():
             if key not in KEYS:
@@ -374,40 +374,6 @@ def file_schema() -> Plain:
 
 
 # --- reading the sections ----------------------------------------------------------------------
-
-
-def _override(root: Node, text: str) -> Node:
-    """Set one value by its dotted path: `architecture.blocks.0.repeat=2`."""
-    place = SourceLocation(f"override '{text}'")
-    path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise SpaceError("write it as section.field=value, e.g. train.tokens=2e6", location=place)
-    keys = path.strip().split(".")
-    if len(keys) > MAX_DEPTH:
-        short = SourceLocation(f"{place.source[:60]}...")
-        raise SpaceError(f"more than {MAX_DEPTH} levels deep", location=short)
-    return _set(root, keys, parse_yaml(value, place.source), place)
-
-
-def _set(node: Node, keys: list[str], value: Node, place: SourceLocation) -> Node:
-    """Return a copy of `node` in which the value at `keys` is replaced."""
-    if not keys:
-        return Node(value.value, place, place)
-    key, rest = keys[0], keys[1:]
-    if isinstance(node.value, list):
-        if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(node.value):
-            raise SpaceError(
-                f"'{key}' is not a number from 0 to {len(node.value) - 1}", location=place
-            )
-        items = list(node.value)
-        items[int(key)] = _set(items[int(key)], rest, value, place)
-        return replace(node, value=items)
-    if not isinstance(node.value, dict):
-        raise SpaceError(
-            f"nothing can be set below {node.plain!r}; it is not a mapping", location=place
-        )
-    inner = node.value.get(key) or Node({}, place, place)
-    return replace(node, value={**node.value, key: _set(inner, rest, value, place)})
 
 
 def _read_name(node: Node | None, source: str) -> str:

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, inspect, select
 
-from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import EndReason, Evaluation, FrontPoint, Plain, StudyRecord, View
 from moenas.store import front_rows, leases, optuna_rows, row_readers, statements, tables
 from moenas.store.database import Database
 from moenas.store.front_rows import FrontSummary
@@ -113,6 +113,15 @@ class StoreReader:
             if not inspect(connection).has_table("studies"):
                 return False
             return optuna_rows.has_study(connection, name)
+
+    @again
+    def ended(self, name: str) -> EndReason | None:
+        """Return why a study is over; None if it is not, or ended before that was stored."""
+        with self._reading(name) as connection:
+            if not inspect(connection).has_table(tables.ended.name):
+                return None  # a reader does not change a database of an older schema
+            wanted = select(tables.ended.c.reason).where(tables.ended.c.study == name)
+            return connection.scalar(wanted)
 
     @again
     def finished(self, name: str) -> list[int]:

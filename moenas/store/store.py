@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from moenas.errors import InputError, StudyBusyError
-from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.records import EndReason, Evaluation, Plain, StudyRecord
 from moenas.store import front_rows, identity, leases, mapping, row_readers, statements, tables
 from moenas.store.database import Database
 from moenas.store.front_rows import FrontSummary
@@ -178,6 +178,15 @@ class Store(StoreReader):
             connection.execute(
                 update(tables.study).where(tables.study.c.name == name).values(trials=trials)
             )
+
+    @again
+    def set_ended(self, name: str, reason: EndReason | None) -> None:
+        """Store why a study is over; None if it is not."""
+        with self._changing(name) as connection:
+            connection.execute(delete(tables.ended).where(tables.ended.c.study == name))
+            if reason is not None:
+                row = {"study": name, "reason": reason, "ended_at": _now()}
+                connection.execute(insert(tables.ended), row)
 
     # --- the driver ----------------------------------------------------------------------------
 

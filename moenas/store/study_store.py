@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moenas.errors import FailureKind
-from moenas.records import Evaluation, Failure, Plain, StudyRecord
+from moenas.records import EndReason, Evaluation, Failure, Plain, StudyRecord
 from moenas.store import attempts
 from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
@@ -28,6 +28,10 @@ class StudyStore:
     def set_trials(self, trials: int) -> None:
         """Set how many candidates the study is to evaluate in total."""
         self.store.set_trials(self.name, trials)
+
+    def set_ended(self, reason: EndReason | None) -> None:
+        """Store why the study is over; None if it is not."""
+        self.store.set_ended(self.name, reason)
 
     # --- trials --------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import optuna
 from moenas.errors import InputError, NotFoundError, StorageLostError
 from moenas.grammar import user_parts
 from moenas.grammar.summary import one_line
-from moenas.records import Evaluation, Plain, StudyRecord, View
+from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
 from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
@@ -109,10 +109,9 @@ class Front:
 class Study:
     """One study in a store; everything is read when it is asked for."""
 
-    def __init__(self, store: Store, name: str, finished: str | None = None) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
-        self._finished = finished
 
     def __repr__(self) -> str:
         return f"Study({self.name!r}, {self.store.place!r})"
@@ -137,18 +136,16 @@ class Study:
         return self.store.view(self.name)
 
     @property
-    def finished(self) -> str | None:
+    def finished(self) -> EndReason | None:
         """Why the study is over; None if it is not.
 
         `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
         `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
         """
-        if (
-            self._finished is None
-            and attempts.evaluated(self.store, self.name) >= self.record.trials
-        ):
-            return "trials"
-        return self._finished
+        ended = self.store.ended(self.name)
+        if ended is None and attempts.evaluated(self.store, self.name) >= self.record.trials:
+            return "trials"  # it ended under a version that did not store the reason
+        return ended
 
     @property
     def optuna(self) -> optuna.Study:
@@ -291,7 +288,8 @@ def run(
             Driver(session, jobs, pool, lease).run()
             publisher.publish()
         store.verify()
-        return Study(store, space.name, session.finish())
+        session.finish()
+        return Study(store, space.name)
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
         chosen = _chosen(study, failed, kinds)
         if chosen:
             store.apply(study, lambda connection: repairs.reopen(connection, study, chosen))
+            store.set_ended(study, None)
     return chosen
 
 

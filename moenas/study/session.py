@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from optuna.exceptions import StorageInternalError
 
@@ -16,7 +16,7 @@ from moenas.errors import (
     StudyStoppedError,
 )
 from moenas.failures import internal
-from moenas.records import Evaluation
+from moenas.records import EndReason, Evaluation
 from moenas.search.trials import OptunaTrials, outcome
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
@@ -33,9 +33,6 @@ from moenas.study.uncommitted import UncommittedResults
 if TYPE_CHECKING:
     from moenas.space.space import Space
 
-EndReason = Literal["trials", "exhausted", "sampler", "draws"]
-"""Why a study is over: all trials are evaluated, every point of a finite space was drawn, the
-sampler stopped the study, or too many draws in a row gave no new candidate."""
 ENDS_A_RUN = (
     StorageLostError,
     StudyBusyError,
@@ -86,6 +83,8 @@ class Session:
             session._count(evaluation)
         session.set_total(max(total, session.progress.evaluated))
         session.progress.start(session.progress.total, session.store.front_summary())
+        if session.over is None:
+            session.store.set_ended(None)
         session._report_differences(found)
         return session
 
@@ -128,7 +127,7 @@ class Session:
         return "exhausted" if self.trials.exhausted else None
 
     def finish(self) -> EndReason:
-        """Tell the listeners that the study is over and return why.
+        """Store why the study is over, tell the listeners, and return it.
 
         Raises:
             NoCandidateError: if not one trial is complete.
@@ -136,6 +135,7 @@ class Session:
         end = self.over
         assert end is not None
         self.events.raise_error()
+        self.store.set_ended(end)
         if self.progress.counts["complete"]:
             texts = {
                 "trials": f"all {self.progress.total} trials of study '{self.name}' are finished",

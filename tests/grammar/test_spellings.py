@@ -17,6 +17,7 @@ from moenas.grammar.spellings import former_hole_name
 from moenas.model import BlockGroup, Router, ShortConvMixer
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
+from moenas.report.summary import check_report, check_text
 from moenas.resources import Node
 from moenas.search.points import Points
 from moenas.space.space import Space
@@ -198,6 +199,13 @@ def test_a_space_of_former_names_is_the_present_one_with_holes_only_where_they_c
         "mine.yaml:16:30: require: ffn.router.aux_coef: a former name;"
         " write ffn.router.balance.coef",
     ]
+
+
+def test_a_check_names_the_new_place() -> None:
+    text = check_text(check_report(Space.parse(FORMER + "data: pydoc\n", "mine.yaml"), 2))
+    assert "mine.yaml:15:11: architecture.blocks.0.ffn.router.bias_rate: a former name;" in text
+    text = check_text(check_report(Space.parse(PRESENT + "data: pydoc\n", "mine.yaml"), 2))
+    assert "former" not in text
 
 
 def test_a_requirement_with_a_former_name_is_decided_as_the_present_one() -> None:

@@ -519,6 +519,13 @@ JAMBA = Family(
 )
 
 NEMOTRON_GROUPS = ("MEMEM*", "EMEMEM*", "EMEMEMEM*", "EMEMEMEME")
+NEMOTRON_PLACES = {
+    **{"0.blocks.0": "M", "0.blocks.1": "E", "1": "M", "2": "*"},
+    **{"3.blocks.0.blocks.0": "E", "3.blocks.0.blocks.1": "M", "3.blocks.1": "*"},
+    **{"4.blocks.0": "E", "4.blocks.1": "M", "5": "*"},
+    **{"6.blocks.0": "E", "6.blocks.1": "M", "7": "E"},
+}
+"""Path of a group of the file, and the part of its layers."""
 NEMOTRON_KINDS = {"M": "mamba", "E": "moe", "*": "attention"}
 NEMOTRON_SIZES = {
     "M": parts({"n_heads": 4, "head_dim": 8, "d_state": 6, "n_state_groups": 2}, {}),
@@ -530,11 +537,9 @@ NEMOTRON = Family(
     "nemotron_3_nano",
     shrink(
         {
-            f"{i}.blocks.{j}": NEMOTRON_SIZES[kind]
-            for i, group in enumerate(NEMOTRON_GROUPS)
-            for j, kind in enumerate(group)
+            **{place: NEMOTRON_SIZES[kind] for place, kind in NEMOTRON_PLACES.items()},
+            "3": {"repeat": 1},
         }
-        | {"1": {"repeat": 1}}
     ),
     lambda: hf.NemotronHForCausalLM(
         hf.NemotronHConfig(

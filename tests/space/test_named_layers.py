@@ -184,3 +184,23 @@ def test_an_override_reaches_a_named_layer() -> None:
     layers = sampled(space).layers
     windows = [getattr(layer.mixer, "window", None) for layer in layers]
     assert windows == [48, 48, None, 48, None, 48, None, None, None]
+
+
+def test_an_override_below_a_name_changes_this_use_alone() -> None:
+    text = """
+layers:
+  local: {kind: attention, head_dim: 16, window: 64}
+  experts: {kind: moe, n_experts: 4, d_expert: 16, router: {preset: mixtral, balance: bias}}
+architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks: [{mixer: local, ffn: experts}, {mixer: local, ffn: experts}]
+objectives: [active_params]
+"""
+    lines = ["mixer.window=32", "ffn.router.top_k=3", "ffn.router.balance.rate=0.5"]
+    space = Space.parse(text, "s.yaml", [f"architecture.blocks.0.{line}" for line in lines])
+    one, other = space.draw(RandomSuggest(0))["blocks"]
+    assert (one["mixer"]["window"], other["mixer"]["window"]) == (32, 64)
+    assert (one["ffn"]["router"]["top_k"], other["ffn"]["router"]["top_k"]) == (3, 2)
+    assert one["ffn"]["router"]["balance"] == {"kind": "bias", "rate": 0.5}
+    assert one["ffn"]["router"]["loss_reduce"] == "pooled"

@@ -29,11 +29,16 @@ from moenas.records import Cost, Evaluation, Failure, Job
 from moenas.search import trials as asker
 from moenas.space.space import Space
 from moenas.store import attempts
+from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path, write_draft
 from moenas.study import stop_rules as stops
 from moenas.study.launch import Event, Study, load_study, run
+from moenas.study.publishing import DashboardPublisher
 from moenas.workers.pool import Inline, Result
+
+PUBLISH = DashboardPublisher.publish
+"""The real one, which `study_folder` leaves out."""
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -106,14 +111,33 @@ def test_a_file_of_weights_that_vanished_loses_no_trial() -> None:
 
 
 def test_the_dashboard_ends_no_study(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
-    monkeypatch.setitem(
-        sys.modules, "moenas.dashboard.server", None
-    )  # its libraries are not installed
+    monkeypatch.setattr(DashboardPublisher, "publish", PUBLISH)
+    # Its libraries are not installed.
+    monkeypatch.setitem(sys.modules, "moenas.dashboard.server", None)
     events: list[Event] = []
     found = run(space(), trials=2, workers="inline", listeners=[events.append])
     assert_sound(found, 2)
     said = [e.text for e in events if e.kind == "warning"]
     assert any("the dashboard's figures were not updated: ModuleNotFoundError" in t for t in said)
+
+
+def test_the_front_is_read_once_for_a_whole_run(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    read, calls = Store.front_summary, []
+
+    def counting(self: Store, name: str) -> FrontSummary:
+        calls.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "front_summary", counting)
+    events: list[Event] = []
+    found = run(space(), trials=6, workers="inline", listeners=[events.append])
+    assert calls == ["s"], "each evaluation that is recorded tells the front after it"
+    assert (events[-1].progress.front, events[-1].progress.hypervolume) == (
+        len(found.front()),
+        found.front().hypervolume,
+    )
 
 
 # --- what a trial holds ------------------------------------------------------------------------

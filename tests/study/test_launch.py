@@ -44,6 +44,7 @@ from moenas.errors import (
 )
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job
+from moenas.report.summary import status_report, status_text
 from moenas.search import trials as asker
 from moenas.space.space import Space, digest
 from moenas.store import heartbeat
@@ -95,6 +96,10 @@ def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None
     assert len(jobs) == 6, "each of the 6 models is trained once"
     assert len(found.optuna.trials) < 200
     assert "every point" in events[-1].text
+    again = load_study("s")
+    assert again.finished == "exhausted"
+    text = status_text(status_report(again.store, "s"))
+    assert text.startswith("s: done, every point of the space was drawn; 6 of 200 trials")
 
 
 def test_a_finite_space_is_covered_by_as_many_trials_as_it_has_points(jobs: list[Job]) -> None:
