@@ -292,7 +292,7 @@ def front_caption(view: View | FrontView) -> list[str]:
     ahead = [e.trial for e in view.members if looks_ahead(e)]
     if ahead:
         lines.append(
-            f"allowed to look at later tokens, so their losses say little: {_spans(ahead)}"
+            f"not causal (`allow_acausal`), so their losses are not comparable: {_spans(ahead)}"
         )
     if view.summary.devices:
         lines.append(f"measured on {', '.join(view.summary.devices)}")
