@@ -28,9 +28,10 @@ INTRODUCTION = """\
 <!-- `make docs` writes this file from the code; change the code's docstrings instead. -->
 
 A space file describes one experiment: an architecture with holes, requirements, objectives, data,
-training and search. A hole is a hyperparameter. The file is strict YAML 1.2. Unknown keys, duplicate
-keys, anchors, aliases, tags and second documents are errors with line and column. `moenas check FILE`
-validates a file and prints its size and cost. `moenas schema` prints the JSON Schema for editors.
+training and search. A hole is a hyperparameter. The file is strict YAML 1.2. Unknown keys,
+duplicate keys, anchors, aliases, tags and second documents are errors with line and column.
+`moenas check FILE` validates a file and prints its size and cost. `moenas schema` prints the JSON
+Schema for editors.
 """
 
 SECTIONS = {
@@ -49,8 +50,8 @@ SECTIONS = {
 HOLES = """\
 ## Holes
 
-A hole may replace any value of `architecture`. All options of all holes are checked when the file is
-read. An option that no valid architecture can have is an error.
+A hole may replace any value of `architecture`. All options of all holes are checked when the file
+is read. An option that no valid architecture can have is an error.
 """
 
 HOLE_FORMS = {
@@ -71,9 +72,9 @@ variants each has c to the power of n points.
 A bare word stands for a component of that kind with its defaults: `balance: bias` is
 `balance: {kind: bias}`, also as an option of a `choice`.
 
-Some tables below list presets. `preset: NAME` sets the fields of that row. Fields written beside it
-override the preset, one by one. `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}` keeps
-the `coef` of the preset.
+Some tables below list presets. `preset: NAME` sets the fields of that row. Fields written beside
+it override the preset, one by one. `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}`
+keeps the `coef` of the preset.
 """
 
 NAMED_LAYERS = """\
@@ -106,22 +107,22 @@ may use other layers. A name that is unknown, unused or the name of a kind is an
 REQUIRE = """\
 ## `require`
 
-`require` is a list of comparisons (`<`, `<=`, `>`, `>=`, `==`, `!=`), joined by `and`, `or` and `not`.
-The sides consist of numbers, quoted words, names, `+ - * / // %`, `min`, `max` and `abs`. Nothing else
-is accepted. No code is executed.
+`require` is a list of comparisons (`<`, `<=`, `>`, `>=`, `==`, `!=`), joined by `and`, `or` and
+`not`. The sides consist of numbers, quoted words, names, `+ - * / // %`, `min`, `max` and `abs`.
+Nothing else is accepted. No code is executed.
 
-A candidate that violates a requirement is infeasible. It is not built and not trained. The sampler gets
-the amount of the violation. A field of a layer is compared layer by layer, and the worst layer counts.
-Layers without the field are skipped. `mixer` and `ffn` are kinds: `ffn == "moe"`.
+A candidate that violates a requirement is infeasible. It is not built and not trained. The sampler
+gets the amount of the violation. A field of a layer is compared layer by layer, and the worst
+layer counts. Layers without the field are skipped. `mixer` and `ffn` are kinds: `ffn == "moe"`.
 
 A name may include the components around the field: `mixer.scale`, `ffn.router.scale`,
 `architecture.norm`. A name that several parts of one layer have needs these components.
 """
 
 REQUIRE_TRAINED = """\
-A comparison with one of these names is decided after training, by the routing on the validation text.
-The worst layer counts. A candidate that violates it is infeasible. Its values are kept, but it is never
-on the front. The sampler gets the amount of the violation.
+A comparison with one of these names is decided after training, by the routing on the validation
+text. The worst layer counts. A candidate that violates it is infeasible. Its values are kept, but
+it is never on the front. The sampler gets the amount of the violation.
 """
 
 DATA_FORMS = {
