@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-
 LONGEST = (
     "tests/chaos/",
     "tests/workers/test_ray_processes.py",
