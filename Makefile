@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## install, then search the space `tiny`: real training
 	@echo "These commands are in $(BIN); \`. $(BIN)/activate\` puts them on your path."
 
 test: $(VENV)/.installed-test ## install with the test extras, then run the tests
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow

@@ -71,7 +71,7 @@ def models(shape: tuple[int, int, int], sequences: int) -> dict[str, Work]:
 
 
 def medians(works: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each call; all take turns in an order that is drawn anew.
+    """Return the median seconds of each call; all take turns in a new random order each time.
 
     What a call finds in the processor's cache depends on the one before it.
     """

@@ -93,7 +93,7 @@ class Runs:
         return self.make(self.corpus, way, cell, lr)
 
     def make(self, corpus: Corpus, way: str, cell: str, lr: float) -> float:
-        """Train one model and keep what came of it."""
+        """Train one model and keep its result."""
         recipe = replace(RECIPE, lr=lr)
         began = time.process_time()
         model = CELLS[cell].build(seed=SEED)

@@ -53,7 +53,7 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
 
 
 def renewed(text: str, folder: Path) -> str:
-    """Return a page with the outputs of its commands put in anew."""
+    """Return a page with new outputs of its commands."""
     for command, lines in blocks(text):
         if command.split()[1] not in RUN_AGAIN or not any(lines):
             continue

@@ -18,7 +18,7 @@ NAME_LENGTH = 18
 
 
 def figure(view: View) -> go.Figure:
-    """Draw domain by expert for members of the front, the layers beside one another."""
+    """Draw domain by expert for members of the front, the layers side by side."""
     members = [e for e in figures.members(view) if _layers(e)]
     if not members:
         reason = (
@@ -28,7 +28,7 @@ def figure(view: View) -> go.Figure:
         )
         return figures.blank(TITLE, reason)
     shown = figures.thin(members, SHOWN)
-    words = "slots of a domain at an expert, 1 where it goes to all experts alike; validation"
+    words = "slots of a domain at an expert, 1 where all experts get an equal share; validation"
     if len(members) > SHOWN:
         words += f"; {SHOWN} of {len(members)} members"
     drawn = make_subplots(

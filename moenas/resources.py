@@ -145,7 +145,7 @@ class _Composer:
                 raise SpaceError("a key must be a word", location=mark)
             self.compose(event, depth)  # refuses anchors and tags on keys
             if event.value in found:
-                raise SpaceError(f"the key '{event.value}' stands twice", location=mark)
+                raise SpaceError(f"duplicate key '{event.value}'", location=mark)
             found[event.value] = self.compose(next(self.events), depth + 1, mark)
         return found
 
@@ -219,7 +219,7 @@ def shipped(folder: str) -> Path:
 
 
 SUGGESTED = 3
-"""Names in folders below that a wrong name brings up."""
+"""Most names of files in subfolders that an error suggests."""
 
 
 def listing(folder: str, suffix: str) -> dict[str, Path]:
@@ -349,7 +349,7 @@ def load_module(path: Path, source: str | None = None) -> ModuleType:
     try:
         code = compile(text, str(path), "exec", dont_inherit=True)
         sys.modules[name] = module
-        # The text is at hand for tracebacks and exports even where the file is not.
+        # Tracebacks and exports find the text even where the file is missing.
         linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
         exec(code, module.__dict__)
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""Parameters that one token passes through: top_k of the experts, one row of the embedding.
+"""Parameters that one token uses: top_k of the experts, one row of the embedding.
 
 A table that is tied to the output head counts whole. By exact arithmetic, before anything is built.
 """

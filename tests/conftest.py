@@ -11,6 +11,28 @@ from typing import Any
 
 import pytest
 
+LONGEST = (
+    "tests/chaos/",
+    "tests/workers/test_ray_processes.py",
+    "tests/study/test_launch.py",
+    "tests/workers/",
+    "tests/cli/test_commands.py",
+    "tests/export/",
+    "tests/dashboard/",
+)
+"""Files that take minutes, the longest first. Two processes share the files of a run: one that starts
+last with a long file leaves the other idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; `--no-loadscope-reorder` keeps that order under xdist."""
+
+    def rank(item: pytest.Item) -> int:
+        places = (i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name))
+        return next(places, len(LONGEST))
+
+    items.sort(key=rank)
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a CUDA device where there is none."""

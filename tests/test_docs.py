@@ -130,6 +130,41 @@ def test_examples_in_python_use_names_that_exist(page: Path) -> None:
                 assert hasattr(moenas, node.attr), node.attr
 
 
+RUN = {
+    "docs/getting_started.md": "test_the_example_of_the_python_interface_runs, here",
+    "docs/objectives.md": "test_the_example_of_an_objective_measures, here",
+    "docs/parts.md": "tests/grammar/test_user_parts.py",
+    "docs/tracing.md": "tests/export/test_tracing.py",
+}
+"""Pages with Python -> the test that runs it."""
+
+
+def test_every_page_with_python_has_a_test_that_runs_it() -> None:
+    assert {name_of(page) for page in PAGES if blocks(page, "python")} == set(RUN)
+
+
+def test_the_example_of_the_python_interface_runs(tmp_path: Path) -> None:
+    """The block of the page, with fewer tokens and trials, in this process without Ray."""
+    (block,) = blocks(ROOT / "docs" / "getting_started.md", "python")
+    for words, fewer in (
+        ('"train.tokens=200_000"', '"train.tokens=4_096", "train.val_tokens=2_048"'),
+        ("spaces/tiny.yaml", str(ROOT / "spaces" / "tiny.yaml")),
+        ("trials=24", 'trials=1, workers="inline"'),
+        ("architecture(7)", "architecture(0)"),
+    ):
+        assert block.count(words) == 1, words
+        block = block.replace(words, fewer)
+    (tmp_path / "page.py").write_text(f"{block}print(len(study.dataframe()), type(model))\n")
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    size, member, *_, last = done.stdout.splitlines()
+    assert int(size) == Space.load("tiny").size
+    assert "val_loss" in member
+    assert last == "1 <class 'moenas.model.architecture.Model'>"
+
+
 def test_the_example_of_an_objective_measures() -> None:
     (source,) = blocks(ROOT / "docs" / "objectives.md", "python")
     objective = load_objective("kv_bytes", source)

@@ -44,7 +44,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "place", "words"),
     [
-        ("a: 1\na: 2", "f:2:1", "stands twice"),
+        ("a: 1\na: 2", "f:2:1", "duplicate key"),
         ("a: &x 1\nb: *x", "f:1:4", "anchors"),
         ("a: !!python/object:os.system 1", "f:1:4", "tags"),
         ("a: [1, 2", "f:1:9", "not valid YAML"),

@@ -153,7 +153,7 @@ def kernels(work: Callable[[], object], top: int = 20) -> list[str]:
 
 
 def peak_gib() -> float:
-    """Return the most memory that tensors took since the last call, in GiB, and begin anew."""
+    """Return the most memory that tensors took since the last call, in GiB, and reset it."""
     if not GPU:
         return 0.0
     found = torch.cuda.max_memory_allocated() / GIB

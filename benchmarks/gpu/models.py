@@ -60,7 +60,7 @@ DENSE = Shape(512, 4, 0, 0, 1024)
 
 @cache
 def corpus() -> Corpus:
-    """Return the text of the standard library: it is at hand wherever Python is."""
+    """Return the text of the standard library: every Python has it."""
     return load({"kind": "stdlib"})
 
 

@@ -1,4 +1,4 @@
-"""The page docs/gpu.md: what is measured on a GPU, how, and what came of it on each card."""
+"""The page docs/gpu.md: what is measured on a GPU, how, and the results of each card."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ takes `--only NAMES` for some groups and `--budget SECONDS` for another limit in
 machine goes into that folder, and `make docs` draws this page from all of them. Without a GPU the
 command runs dry: on tiny sizes, whose figures mean nothing.
 """
-NO_CARD = "No GPU was at hand so far, so no figure here is measured."
-DRY = "This was a dry run on a CPU, as no GPU was at hand: its figures only show that it works."
+NO_CARD = "No GPU was available yet. This page has no measured numbers."
+DRY = "This was a dry run on a CPU without a GPU. Its numbers only show that the benchmark runs."
 TEXT_WIDTH = 90
 
 
@@ -62,7 +62,7 @@ def expectations() -> Iterator[str]:
 
 
 def section(results: Results) -> list[str]:
-    """Write what came of one card: goals, then groups that did not end well, then all figures."""
+    """Write the results of one card: goals, then groups that did not end well, then all figures."""
     machine = results.machine
     name = results.card or "No GPU"
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("card", "date"))

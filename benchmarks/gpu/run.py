@@ -5,7 +5,7 @@
 Each group of figures is a process of its own with a time limit: one that crashes or hangs costs its
 own figures, and of these only those that it had not told. While a group measures, the process of
 the next one imports what it needs and waits. After each group benchmarks/results/gpu-<card>.json
-and docs/gpu.md are written anew, and copied to $OUT if that is set. With --only the other groups
+and docs/gpu.md are rewritten, and copied to $OUT if that is set. With --only the other groups
 keep the figures of an earlier run. Without a GPU everything runs dry, on tiny sizes, and is written
 to build/gpu.
 """

@@ -80,7 +80,7 @@ def main() -> None:
             sys.exit(1)
         said = " ".join(str(error).split())[:300]
         say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
-        say("this is a fault of moenas; MOENAS_DEBUG=1 shows where it happened")
+        say("this is a bug in moenas; MOENAS_DEBUG=1 prints the traceback")
         sys.exit(1)
 
 
@@ -260,7 +260,7 @@ def _next_steps(view: FrontView, storage: str | None) -> None:
         (["dashboard"], "the Optuna dashboard with the figures"),
     ]
     if view.members[0].weights_sha256 is not None:
-        steps.append((["export", name, str(best), "out/"], "a trained PyTorch module to take home"))
+        steps.append((["export", name, str(best), "out/"], "the trained PyTorch module"))
     where = {"storage": without_password(storage) if storage else None}
     say("next:")
     for words, what in steps:

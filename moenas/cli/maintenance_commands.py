@@ -1,4 +1,4 @@
-"""Commands for a study that is there: run failed trials again, measure again, examine, repair."""
+"""Commands for existing studies: run failed trials again, measure again, check, repair."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 commands = typer.Typer()
-"""The commands, to be added to the command line."""
+"""The maintenance commands, which the command line includes."""
 
 
 @commands.command()
@@ -37,7 +37,7 @@ def retry(
         typer.Option(
             "--failed",
             metavar="KIND",
-            help="Kind of failure, such as error or environment; several times for several. "
+            help="Kind of failure, such as error or environment; repeat the option for several. "
             "Default: all but those that end the same way again, such as diverged.",
         ),
     ] = None,
@@ -124,7 +124,7 @@ def remeasure(
 def doctor(
     study: StudyName,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Repair what can be repaired, after a backup.")
+        bool, typer.Option("--repair", help="Back up the database, then repair what is possible.")
     ] = False,
     storage: Storage = None,
     output: Format = Output.table,

@@ -50,7 +50,7 @@ def is_json_wanted() -> bool:
 Format = Annotated[
     Output,
     typer.Option(
-        "-o", "--output", callback=_note_format, is_eager=True, help="Form of the data on stdout."
+        "-o", "--output", callback=_note_format, is_eager=True, help="Format of the data on stdout."
     ),
 ]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.")]
@@ -59,21 +59,21 @@ TrialNumber = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="Number
 
 Workers = Annotated[
     str | None,
-    typer.Option(help="Candidates at a time on Ray, or 'inline' for none of it."),
+    typer.Option(help="Number of parallel candidates on Ray, or 'inline' to run without Ray."),
 ]
 Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to join; a local one is made otherwise.")
+    str | None, typer.Option(help="Address of a Ray cluster. Default: a new local cluster.")
 ]
 AcceptChanges = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
-        help="Go on although files of objectives have changed; measures finished trials again.",
+        help="Accept changed files of objectives; finished trials are measured again.",
     ),
 ]
 AllowCode = Annotated[
     bool,
-    typer.Option("--allow-code", help="Run the Python that the database holds for the study."),
+    typer.Option("--allow-code", help="Run the study's Python files that the database stores."),
 ]
 
 

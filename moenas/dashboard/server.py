@@ -129,7 +129,7 @@ def patch_dashboard() -> bool:
       show. Here a trial is sent with the values of `FrozenTrial.constraints`.
     - Its best trials ignore constraints, and with three objectives it finds them by comparing all
       pairs in Python at every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.
-    - It gathers the search space anew from all trials at every poll, unless one is running. Here
+    - It collects the search space from all trials at every poll, unless one is running. Here
       it goes on from the first that was not finished.
     - Figures come in the order of a set, another in each process. Here they are in reading order.
 

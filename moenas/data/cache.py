@@ -20,7 +20,7 @@ def load(section: Plain, digest: str) -> Corpus:
     """Return the corpus of a section as `data.load` does; one with this digest is kept.
 
     Text is then neither read nor counted again, unless a file of it has changed. Arrays of tokens
-    are mapped anew each time, for what is in a mapped file can change.
+    are mapped again each time, because a mapped file can change.
 
     Raises:
         DataError: as `data.load` does.

@@ -1,4 +1,4 @@
-"""Streams of tokens: the corpora that are at hand anywhere, anyone's text, and token arrays."""
+"""Streams of tokens: corpora that every Python has, the user's text files, and token arrays."""
 
 from __future__ import annotations
 

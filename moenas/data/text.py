@@ -1,4 +1,4 @@
-"""Text at hand anywhere, and anyone's: read, cleaned, split into training and validation."""
+"""Text of the running Python or of the user: read, cleaned, split into training and validation."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Archive(Protocol):
         """Return a study; raise NotFoundError if there is none of this name."""
 
     def evaluation(self, name: str, trial: int) -> Evaluation | None:
-        """Return what came of a trial, or None if nothing did yet."""
+        """Return the result of a trial, or None if there is none yet."""
 
     def architecture(self, name: str, trial: int) -> Plain:
         """Return the canonical architecture of a trial."""

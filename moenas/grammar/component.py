@@ -100,7 +100,7 @@ class Field:
             return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and not abs(value) <= MAX_NUMBER:
-            return f"{value:.3g} is not a number that can be meant here; the largest is 1e15"
+            return f"{value:.3g} is too large; the maximum is 1e15"
         fits = (
             (isinstance(value, bool) and bool in self.scalars)
             or (number and float in self.scalars)
@@ -161,7 +161,7 @@ class Component:
         known = cls.kinds.get(kind)
         if known is not None and _origin(known) != _origin(cls):
             raise SpaceError(
-                f"the kind '{kind}' is there already: {known.__qualname__} of {known.__module__};"
+                f"the kind '{kind}' already exists: {known.__qualname__} of {known.__module__};"
                 " choose another name"
             )
         cls.kind = kind

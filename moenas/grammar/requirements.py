@@ -67,7 +67,7 @@ class Requirement:
 
         The expression is taken for each layer that has all of its names, and the worst counts;
         with no such layer it holds. A comparison is broken by the difference of its sides over
-        the larger of them, so that requirements of different units weigh alike.
+        the larger of them, so that requirements of different units have equal weight.
         """
         found = [
             _violation(self.tree, names)

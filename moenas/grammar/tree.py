@@ -190,7 +190,9 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
         else:
             trees[name] = _read_default(field, node.mark, join(path, name))
     if not isinstance(trees.get("vary", node), Fixed | Node):
-        raise found["vary"].error(join(path, "vary"), "a hole cannot stand here; true or false")
+        raise found["vary"].error(
+            join(path, "vary"), "a hole is not allowed here; give true or false"
+        )
     notes = (
         f"{node.key_mark or node.mark}: {join(path, name)}: a former name; write {cls.former[name]}"
         for name, _, node in former
@@ -300,7 +302,7 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
         if isinstance(value, dict | list):
             continue
         if (type(value), value) in seen:
-            raise option.error(path, f"the option {value!r} stands twice")
+            raise option.error(path, f"duplicate option {value!r}")
         seen.add((type(value), value))
     return Choice(tuple(labels), tuple(trees), node.mark, _shared(path))
 
@@ -329,9 +331,9 @@ def _read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     hole = "int" if whole else "float"
     found = _check_hole_keys(node, hole, path)
     if field.component is not None or not ({int, float} & set(field.scalars)):
-        raise node.error(path, f"a range cannot stand here; give {field.wanted()}")
+        raise node.error(path, f"a range is not allowed here; give {field.wanted()}")
     if not whole and float not in field.scalars:
-        raise node.error(path, f"a 'float' range cannot stand here; give {field.wanted()}")
+        raise node.error(path, f"a 'float' range is not allowed here; give {field.wanted()}")
     ends = found[hole]
     if not isinstance(ends.value, list) or len(ends.value) != 2:
         raise ends.error(path, f"'{hole}' needs two numbers: [low, high]")
@@ -430,7 +432,7 @@ def construct(tree: Tree, path: str = "") -> Component:
         SpaceError: if a hole is left, or the fields do not go together.
     """
     if not isinstance(tree, Record):
-        raise SpaceError("a hole is left open", location=tree.mark, path=path or "architecture")
+        raise SpaceError("unresolved hole", location=tree.mark, path=path or "architecture")
     values: dict[str, Any] = {}
     for name, value in tree.fields.items():
         inner = join(path, name)

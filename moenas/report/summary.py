@@ -90,6 +90,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
     """
     from moenas.evaluate.matching import notes, open_corpus, room
     from moenas.grammar.counting import most_layers
+    from moenas.space.effects import without_effect
 
     if n_draws is None:
         n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
@@ -116,7 +117,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
         values = [cost[name] for cost in costs]
         found[name] = values[0] if single else {"min": min(values), "max": max(values)}
     found["bigram_loss"] = corpus.bigram_loss
-    found["notes"] = [*notes(space, corpus), *room(space, shown)]
+    found["notes"] = [*without_effect(space.tree), *notes(space, corpus), *room(space, shown)]
     found["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
@@ -291,7 +292,7 @@ def front_caption(view: View | FrontView) -> list[str]:
     ahead = [e.trial for e in view.members if looks_ahead(e)]
     if ahead:
         lines.append(
-            f"allowed to look at later tokens, so their losses say little: {_spans(ahead)}"
+            f"not causal (`allow_acausal`), so their losses are not comparable: {_spans(ahead)}"
         )
     if view.summary.devices:
         lines.append(f"measured on {', '.join(view.summary.devices)}")

@@ -141,7 +141,7 @@ def rebase(evaluation: Evaluation, reference_ms: Mapping[str, float]) -> Evaluat
     """Express latencies by the reference times that a study has fixed.
 
     Two candidates that run side by side may each time the reference model before either is
-    recorded. Their paired ratios stay; value = ratio * reference_ms is taken anew for each
+    recorded. Their paired ratios stay; value = ratio * reference_ms is computed again for each
     measurement whose `reference_key` is fixed.
     """
     values, measurements = dict(evaluation.values), dict(evaluation.measurements)

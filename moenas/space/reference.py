@@ -27,21 +27,21 @@ INTRODUCTION = """\
 
 <!-- `make docs` writes this file from the code; change the code's docstrings instead. -->
 
-A space file is one whole experiment: an architecture with holes, what it must meet, what is
-measured, on which data, how it is trained, and how it is searched. It is YAML 1.2, read strictly:
-an unknown key, a duplicate key, an anchor, an alias, a tag or a second document is an
-error with line and column. `moenas check FILE` reads a file and says what is in it, and
-`moenas schema` prints the JSON Schema for editors.
+A space file describes one experiment: an architecture with holes, requirements, objectives, data,
+training and search. A hole is a hyperparameter. The file is strict YAML 1.2. Unknown keys,
+duplicate keys, anchors, aliases, tags and second documents are errors with line and column.
+`moenas check FILE` validates a file and prints its size and cost. `moenas schema` prints the JSON
+Schema for editors.
 """
 
 SECTIONS = {
-    "name": "name of the study; the file's name without `.yaml` if left out",
+    "name": "name of the study; default: the file's name without `.yaml`",
     "use": "Python files with [parts of your own](parts.md), a list of paths",
     "layers": "blocks and components with [names](#layers), used in `architecture`",
     "architecture": "a language model with [holes](#holes)",
     "require": "comparisons that every candidate must meet",
     "objectives": "the numbers to measure, by name or by path",
-    "data": "the corpus; `stdlib` if left out",
+    "data": "the corpus; default: `stdlib`",
     "train": "the training run that every candidate gets",
     "measure": "the workload that latency is measured under",
     "search": "who proposes candidates, how many, and what each may use",
@@ -50,8 +50,8 @@ SECTIONS = {
 HOLES = """\
 ## Holes
 
-A hole stands in `architecture` wherever a value may stand. All options of all holes are checked
-when the file is read: one that no valid architecture can have is an error.
+A hole may replace any value of `architecture`. All options of all holes are checked when the file
+is read. An option that no valid architecture can have is an error.
 """
 
 HOLE_FORMS = {
@@ -72,9 +72,9 @@ variants each has c to the power of n points.
 A bare word stands for a component of that kind with its defaults: `balance: bias` is
 `balance: {kind: bias}`, also as an option of a `choice`.
 
-Where a table below lists presets, `preset: NAME` stands for the fields of that row. Fields written
-beside it win, one by one: `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}` keeps the
-`coef` of the preset.
+Some tables below list presets. `preset: NAME` sets the fields of that row. Fields written beside
+it override the preset, one by one. `{preset: mixtral, balance: {kind: aux_loss, scope: sequence}}`
+keeps the `coef` of the preset.
 """
 
 NAMED_LAYERS = """\
@@ -107,24 +107,22 @@ may use other layers. A name that is unknown, unused or the name of a kind is an
 REQUIRE = """\
 ## `require`
 
-A list of comparisons (`<`, `<=`, `>`, `>=`, `==`, `!=`), joined by `and`, `or` and `not`. The
-sides are numbers, words in quotes, names, `+ - * / // %`, `min`, `max` and `abs`. Nothing else is
-accepted, and nothing is executed as code.
+`require` is a list of comparisons (`<`, `<=`, `>`, `>=`, `==`, `!=`), joined by `and`, `or` and
+`not`. The sides consist of numbers, quoted words, names, `+ - * / // %`, `min`, `max` and `abs`.
+Nothing else is accepted. No code is executed.
 
-A candidate that breaks one is told to the sampler as infeasible, with the amount, and is neither
-built nor trained. A name that is a field of a layer is compared layer by layer, and the worst
-layer counts; a layer without that field is passed over. `mixer` and `ffn` are the kind as a word:
-`ffn == "moe"`.
+A candidate that violates a requirement is infeasible. It is not built and not trained. The sampler
+gets the amount of the violation. A field of a layer is compared layer by layer, and the worst
+layer counts. Layers without the field are skipped. `mixer` and `ffn` are kinds: `ffn == "moe"`.
 
-The name of a field may have the names of what it stands in before it: `mixer.scale`,
-`ffn.router.scale`, `architecture.norm`. A name that several parts of one layer have is refused
-without them.
+A name may include the components around the field: `mixer.scale`, `ffn.router.scale`,
+`architecture.norm`. A name that several parts of one layer have needs these components.
 """
 
 REQUIRE_TRAINED = """\
-A comparison with one of these names is decided on the trained model, by the routing of the text
-that validates; the worst layer counts. A candidate that breaks it is infeasible, too: its values
-are kept, it is never on the front, and the sampler is told the amount.
+A comparison with one of these names is decided after training, by the routing on the validation
+text. The worst layer counts. A candidate that violates it is infeasible. Its values are kept, but
+it is never on the front. The sampler gets the amount of the violation.
 """
 
 DATA_FORMS = {
@@ -145,13 +143,13 @@ of the data; it is 256 for bytes.
 OVERRIDES = """\
 ## Overrides
 
-Any value can be replaced on the command line, without a change to the file:
+The command line can override any value:
 `moenas run tiny train.tokens=2e6 architecture.d_model=128`. Items of lists count from 0:
 `architecture.blocks.0.repeat=3`. Overrides are stored with the study.
 
-A study is resumed by the same command. Of `search`, these may change meanwhile:
-{resources}. Any other change is refused, with the difference
-shown; give the changed space another `name`.
+The same command resumes a study. These fields of `search` may change between runs:
+{resources}. Any other change is refused, and the error prints the
+difference. Give a changed space another `name`.
 """
 
 
@@ -163,8 +161,8 @@ def reference() -> str:
 def _pages() -> Iterator[str]:
     yield INTRODUCTION
     rows = [(f"`{key}`", SECTIONS[key]) for key in space.KEYS]
-    yield _table(("section", "says"), rows)
-    yield "`architecture` and `objectives` must be there.\n"
+    yield _table(("section", "content"), rows)
+    yield "`architecture` and `objectives` are required.\n"
     yield HOLES
     yield _table(("hole", "what may be drawn"), HOLE_FORMS.items())
     yield AFTER_HOLES

@@ -259,8 +259,8 @@ class Space:
             reasons[found] += 1
         worst = ", ".join(f"{text} ({n} times)" for text, n in reasons.most_common(3))
         raise SpaceError(
-            f"{self.name}: no architecture meets what it requires;"
-            f" {n_draws} random ones break {worst}"
+            f"{self.name}: no architecture satisfies `require`;"
+            f" {n_draws} random architectures break {worst}"
         )
 
     def cost(self, architecture: Architecture) -> Cost:
@@ -392,7 +392,7 @@ def _read_name(node: Node | None, source: str) -> str:
 
 
 def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) -> S:
-    """Read train, measure or search; holes cannot stand in them."""
+    """Read train, measure or search; holes are not allowed in them."""
     node = found.get(name)
     if node is None or node.value is None:
         node = Node({}, node.mark if node else SourceLocation(source))
@@ -400,7 +400,7 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
         for key, value in node.value.items():
             if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
                 where = f"{name}.{key}"
-                raise value.error(where, "a hole cannot stand here, only in 'architecture'")
+                raise value.error(where, "a hole is not allowed here, only in 'architecture'")
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
 
 
@@ -444,7 +444,7 @@ def _read_objectives(node: Node) -> Iterator[Objective]:
         except InputError as error:
             raise item.error("objectives", str(error)) from None
         if objective.name in seen:
-            raise item.error("objectives", f"'{objective.name}' stands twice")
+            raise item.error("objectives", f"duplicate objective '{objective.name}'")
         seen.add(objective.name)
         yield objective
 

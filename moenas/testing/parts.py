@@ -218,7 +218,7 @@ def _forward_problem(model: Model, twin: Model, causal: bool) -> str | None:
     tokens = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS) * 5 % model.vocab_size
     logits = model(tokens)
     if not logits.isfinite().all():
-        return "the output is not finite; some memory is read that nothing has written"
+        return "the output is not finite; uninitialised memory is read"
     if not _close(twin(tokens), logits):
         return "the canonical part computes something else"
     later = tokens.clone()
@@ -229,7 +229,7 @@ def _forward_problem(model: Model, twin: Model, causal: bool) -> str | None:
     for part in tokens.split([TOKENS // 2, 1, TOKENS - TOKENS // 2 - 1], dim=1):
         parts.append(model(part, cache))
     if causal and not _close(torch.cat(parts, dim=1), logits):
-        return "with a cache the output is another one"
+        return "the output differs when decoding with a cache"
     if not model(tokens, dtype=torch.bfloat16).isfinite().all():
         return "the output is not finite in bfloat16"
     return None
@@ -344,7 +344,7 @@ def _view(trials: int) -> View:
 
 
 def _evaluation(trial: int, architecture: Architecture) -> Evaluation:
-    """Make up what came of a trial: later ones are better and slower."""
+    """Make up the result of a trial: later ones are better and slower."""
     known: Plain = {"study": "check", "trial": trial, "attempt": 1}
     known |= {"fingerprint": architecture.fingerprint, "cost": architecture.cost(TOKENS).plain()}
     if trial % 3 == 2:
@@ -429,7 +429,7 @@ def check_file(path: Path) -> Iterator[str]:
         own = isinstance(kind, type) and kind.__module__ == module.__name__
         if own and issubclass(kind, Component) and kind.kind is not None:
             check_part(kind)
-            yield f"{path}: the part '{kind.kind}' keeps its contract in 10 random models"
+            yield f"{path}: the component '{kind.kind}' passes the contract test (10 random models)"
             nothing = False
         if own and any(base.__name__ == "BaseSampler" for base in kind.__mro__[1:]):
             use = f"search.sampler={path}:{kind.__name__}"
@@ -438,11 +438,11 @@ def check_file(path: Path) -> Iterator[str]:
     if hasattr(module, "measure"):
         unit = load_objective(str(path)).unit
         values = ", ".join(f"{k} {v:.6g} {unit}".rstrip() for k, v in check_objective(path).items())
-        yield f"{path}: the objective '{path.stem}' keeps its contract; small models: {values}"
+        yield f"{path}: objective '{path.stem}' passes the contract test; small models: {values}"
         nothing = False
     if hasattr(module, "figure"):
         check_figure(path)
-        yield f"{path}: the figure '{path.stem}' keeps its contract with 0 and 8 trials"
+        yield f"{path}: the figure '{path.stem}' passes the contract test with 0 and 8 trials"
         nothing = False
     if nothing:
         raise InputError(

@@ -221,7 +221,7 @@ def _init(address: str) -> Any:
 
 
 def _forget_token() -> None:
-    """Let Ray read its settings and token anew: it keeps those of the first cluster."""
+    """Let Ray read its settings and token again: it keeps the first cluster's."""
     with suppress(ImportError, AttributeError):
         import ray
 

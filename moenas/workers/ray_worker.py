@@ -49,7 +49,7 @@ class _Printed(io.TextIOBase):
 
 
 def work(evaluate: Evaluate, job: Plain, gpus: float) -> Iterator[Any]:
-    """Say which process has begun, then give what came of the job; it is a task of Ray.
+    """Say which process has begun, then return the result of the job; it is a Ray task.
 
     Orphans of the job become children of this process, so that none of them outlives it.
     """
@@ -73,7 +73,7 @@ class Worker:
         _begin(gpus)
 
     def work(self, job: Plain) -> Iterator[Any]:
-        """Say that the job has begun, then give what came of it."""
+        """Say that the job has begun, then return its result."""
         yield _greeting()
         from moenas.evaluate.isolation import put_back
 

@@ -162,7 +162,7 @@ BROKEN = {
     "tag": ("256", "!!python/name:os.system 256", "tags"),
     "k over n_experts": ("{choice: [1, 2]}", "8", "top_k (8) must be at most n_experts (4)"),
     "never valid width": ("head_dim: 16", "head_dim: 160", "head_dim"),
-    "duplicate key": ("data: pydoc", "data: pydoc\ndata: pydoc", "stands twice"),
+    "duplicate key": ("data: pydoc", "data: pydoc\ndata: pydoc", "duplicate key"),
     "unreadable data": ("data: pydoc", "data: {files: nowhere.txt}", "nowhere.txt"),
     "unknown data": ("data: pydoc", "data: pydok", "bad.yaml:11:7"),
     "unknown objective": ("val_loss", "val_los", "Did you mean 'val_loss'"),
@@ -176,7 +176,11 @@ BROKEN = {
         "low (64) is above high (32)",
     ),
     "tokens below a step": ("tokens: 2048", "tokens: 20", "less than one step"),
-    "impossible requirement": ("data:", "require: [params < 10]\ndata:", "no architecture meets"),
+    "impossible requirement": (
+        "data:",
+        "require: [params < 10]\ndata:",
+        "no architecture satisfies",
+    ),
 }
 
 

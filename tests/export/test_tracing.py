@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,22 @@ def test_a_dense_module_converts_to_onnx_with_open_batch_and_length(tmp_path: Pa
         given = tokens(batch, length)
         (found,) = evaluator.run(None, {graph.graph.input[0].name: given.numpy()})
         assert torch.allclose(torch.from_numpy(found), model(given), atol=1e-5, rtol=0)
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ONNX line runs where onnxscript is installed; elsewhere the rest of the block runs."""
+    page = (Path(__file__).parents[2] / "docs" / "tracing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = block.splitlines()
+    if importlib.util.find_spec("onnxscript") is None:
+        lines = [line for line in lines if "torch.onnx" not in line]
+    assert len(lines) >= 6
+    net = exported("dense", tmp_path)
+    module: Any = types.ModuleType("model")
+    module.load = lambda: net
+    monkeypatch.setitem(sys.modules, "model", module)
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch and of onnxscript
+        exec("\n".join(lines), found)
+    assert torch.equal(found["program"].module()(tokens(2, 40)), net(tokens(2, 40)))

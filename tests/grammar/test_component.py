@@ -22,7 +22,7 @@ def test_fields_know_their_types_bounds_and_defaults() -> None:
 
 
 def test_a_kind_cannot_be_defined_twice() -> None:
-    with pytest.raises(SpaceError, match="'disc' is there already"):
+    with pytest.raises(SpaceError, match="'disc' already exists"):
 
         @dataclass(frozen=True, kw_only=True)
         class Other(Wheel, kind="disc"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -39,6 +40,28 @@ def words(cls: type[Component], seen: set[type]) -> set[str]:
             if field.component is not None:
                 found |= words(field.component, seen)
     return found
+
+
+def pairs(cls: type[Component], seen: set[type]) -> set[tuple[str, str]]:
+    """Every field of a component with the fields of what stands in it."""
+    if cls in seen:
+        return set()
+    seen.add(cls)
+    found = set()
+    for member in [cls, *cls.kinds.values()]:
+        for name, field in fields(member).items():
+            if field.component is not None:
+                inner = [field.component, *field.component.kinds.values()]
+                found |= {(name, below) for kind in inner for below in fields(kind)}
+                found |= pairs(field.component, seen)
+    return found
+
+
+def test_the_paths_of_synonyms_exist() -> None:
+    known = pairs(Architecture, set())
+    for target in SYNONYMS.values():
+        path = target.partition(" with ")[0].split(".")
+        assert set(pairwise(path)) <= known, target
 
 
 def test_every_synonym_leads_to_words_of_the_grammar() -> None:

@@ -51,7 +51,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("name", "kind"), [*zip(FILES, KINDS, strict=True)])
 def test_the_examples_keep_the_contract(desk: Path, name: str, kind: str) -> None:
     (line,) = parts.check_file(desk / name)
-    assert f"the part '{kind}' keeps its contract" in line
+    assert f"the component '{kind}' passes the contract test" in line
 
 
 def test_sparsemax_is_the_projection_on_the_simplex(desk: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_latest_text_of_a_file_counts(desk: Path) -> None:
         ("[./none.py]", r"mine.yaml:2:7: use: .*none.py"),
         ("[./empty.py]", r"mine.yaml:2:7: use: .*empty.py: defines no part"),
         ("[./broken.py]", r"mine.yaml:2:7: use: .*broken.py: line 1: .*ZeroDivisionError"),
-        ("[./clash.py]", "the kind 'attention' is there already: AttentionMixer"),
+        ("[./clash.py]", "the kind 'attention' already exists: AttentionMixer"),
     ],
 )
 def test_what_cannot_be_used_is_refused(desk: Path, use: str, message: str) -> None:

@@ -64,7 +64,8 @@ def test_a_loss_that_looks_ahead_is_marked_wherever_it_stands(tmp_path: Path) ->
     assert "(NOT CAUSAL: may look at later tokens, and did in training and evaluation)" in text
     caption = summary.front_caption(view)
     assert (
-        f"allowed to look at later tokens, so their losses say little: {view.front[0]}" in caption
+        f"not causal (`allow_acausal`), so their losses are not comparable: {view.front[0]}"
+        in caption
     )
     assert not any("later tokens" in line for line in summary.front_caption(one()))
 
@@ -135,7 +136,7 @@ def test_draws_without_a_feasible_one_are_told_and_more_are_looked_at() -> None:
     assert found["refused"] == {"d_model < 200": 20}
     assert "refused 20 times: d_model < 200" in text
     assert "of the first feasible one that further draws gave" in text
-    with pytest.raises(SpaceError, match="no architecture meets what it requires"):
+    with pytest.raises(SpaceError, match="no architecture satisfies `require`"):
         checked(SPACE + "require: ['d_model < 7']", 20)
 
 
@@ -143,7 +144,7 @@ def test_a_product_beyond_floats_is_the_largest_of_them() -> None:
     large = "*".join(["9" * 30] * 11)
     found, _ = checked(SPACE + f"require: ['flops_per_token / 3 < {large}']", 5)
     assert found["feasible"] == 5
-    with pytest.raises(SpaceError, match="no architecture meets"):
+    with pytest.raises(SpaceError, match="no architecture satisfies"):
         checked(SPACE + f"require: ['flops_per_token / 3 > {large}']", 5)
 
 

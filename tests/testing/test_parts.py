@@ -116,7 +116,7 @@ def guest(tmp_path: Path, text: str) -> Path:
 def test_a_guests_part_is_checked(tmp_path: Path) -> None:
     lines = list(parts.check_file(guest(tmp_path, PART)))
     assert len(lines) == 1
-    assert "the part 'average' keeps its contract" in lines[0]
+    assert "the component 'average' passes the contract test" in lines[0]
 
 
 @pytest.mark.usefixtures("kinds")
@@ -126,7 +126,7 @@ def test_a_guests_part_is_checked(tmp_path: Path) -> None:
         ("n = 2 *", "n = 3 *", r"cost\(\) counts \d+ parameters in the model, build\(\) makes"),
         ("active_params=n,", "active_params=n + 10**6,", "more active parameters than parameters"),
         ("h.cumsum(1)", "h.sum(1, keepdim=True)", "depends on a later token"),
-        ("cache[:] =", "nothing =", "with a cache the output is another one"),
+        ("cache[:] =", "nothing =", "the output differs when decoding with a cache"),
         ("return (sums / counts)", "return (sums / counts / 0)", "the output is not finite"),
         (
             "h = x @ self.down.to(x.dtype)",
@@ -175,7 +175,7 @@ def measure(subject):
 
 def test_a_guests_objective_is_checked(tmp_path: Path) -> None:
     (line,) = parts.check_file(guest(tmp_path, OBJECTIVE))
-    assert "'guest' keeps its contract; small models: dense" in line
+    assert "'guest' passes the contract test; small models: dense" in line
     assert line.endswith(" channels")
 
 
@@ -208,7 +208,7 @@ def figure(view):
 
 def test_a_guests_figure_is_checked(tmp_path: Path) -> None:
     (line,) = parts.check_file(guest(tmp_path, FIGURE))
-    assert "the figure 'guest' keeps its contract" in line
+    assert "the figure 'guest' passes the contract test" in line
 
 
 @pytest.mark.parametrize(

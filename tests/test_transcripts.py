@@ -1,0 +1,105 @@
+"""The transcripts of README.md and docs/ are what the commands print today."""
+
+from __future__ import annotations
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shelf
+import views
+
+from moenas.grammar.summary import one_line
+from moenas.records import Evaluation, StudyRecord
+from moenas.space.space import Space
+
+ROOT = Path(__file__).parents[1]
+TRANSCRIPTS = runpy.run_path(str(ROOT / "benchmarks" / "transcripts.py"))
+PARAMS: dict[str, Any] = {"d_model": 128, "norm": "layernorm", "blocks.0.repeat": 2}
+TRIAL = 13
+"""The candidate that the README shows; its architecture is built from the space of today."""
+
+
+class Answers:
+    """Answers what a draw asks for from the parameters of the candidate."""
+
+    wanted = PARAMS | {
+        "blocks.0.mixer.n_kv_heads": 2,
+        "blocks.0.ffn": "moe",
+        "blocks.0.ffn.moe.n_experts": 8,
+        "blocks.0.ffn.moe.d_expert": 256,
+        "blocks.0.ffn.moe.activation": "geglu",
+        "blocks.0.ffn.moe.router": "deepseek_v3",
+    }
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        assert self.wanted[name] in choices, (name, choices)
+        return self.wanted[name]
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
+        return int(self.wanted[name])
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: Any, log: bool) -> float:
+        return float(self.wanted[name])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study `tiny` of one trial: the values of the README, the cost of the code."""
+    place = tmp_path_factory.mktemp("tiny")
+    space = Space.load("tiny")
+    architecture = space.architecture(space.draw(Answers()))
+    cost, names = space.cost(architecture).plain(), [o.name for o in space.objectives]
+    values = {"val_loss": 2.1355, "decode_ms": 2.0653, "flops_per_token": cost["flops_per_token"]}
+    assert set(values) == set(names)
+    evaluation = replace(
+        Evaluation("tiny", TRIAL, 1, "complete", architecture.fingerprint, values=values),
+        measurements={"decode_ms": {"ratio": 0.644, "spread": 0.028, "n": 60}},
+        metrics={"val_loss": 2.1355},
+        cost=cost,
+        device=dict(views.DEVICE),
+        weights_sha256="ab" * 32,
+    )
+    record = StudyRecord(
+        **{key: value for key, value in vars(views.view(1).study).items() if key != "name"}
+        | {"name": "tiny", "objectives": [o.info().plain() for o in space.objectives]}
+    )
+    view = views.view(0)
+    shelf.shelve(
+        place,
+        replace(
+            view,
+            study=replace(record, reference_point={}),
+            evaluations=[evaluation],
+            architectures={TRIAL: architecture.plain()},
+        ),
+    )
+    assert one_line(architecture.plain()).startswith("128d layernorm, 2x(attention 8q/2kv, moe")
+    return place
+
+
+def transcripts() -> list[Any]:
+    found = []
+    for page in TRANSCRIPTS["PAGES"]:
+        for command, lines in TRANSCRIPTS["blocks"](page.read_text(encoding="utf-8")):
+            if command.split()[1] in TRANSCRIPTS["RUN_AGAIN"] and any(lines):
+                words = command.partition("#")[0].strip()
+                found.append(pytest.param(command, lines, id=f"{page.name}: {words}"))
+    return found
+
+
+def test_the_readme_shows_check_front_and_show() -> None:
+    shown = {case.values[0].split()[1] for case in transcripts()}
+    assert shown >= {"check", "front", "show"}
+
+
+@pytest.mark.parametrize(("command", "lines"), transcripts())
+def test_a_transcript_is_what_its_command_prints(
+    command: str, lines: list[str], folder: Path
+) -> None:
+    printed = TRANSCRIPTS["output"](command, folder)
+    wanted = [line for line in lines if line.strip()]
+    shown = wanted[: wanted.index("...")] if "..." in wanted else wanted
+    assert printed[: len(shown)] == shown, "make transcripts"
