@@ -129,7 +129,7 @@ def build(url: str, trials: int, rows: int) -> None:
     )
     for trial in range(trials):
         found = evaluation(trial, rows, rng)
-        store.asked(NAME, trial, found.fingerprint, architecture(rng), found.cost)
+        store.add_candidate(NAME, trial, found.fingerprint, architecture(rng), found.cost)
         store.start_attempt(NAME, trial)
         store.record(found)
         study.add_trial(optuna.trial.create_trial(values=list(found.values.values())))

@@ -11,6 +11,7 @@ from plotly import graph_objects as go
 from moenas.records import Evaluation, Plain, View
 from moenas.report import figures
 
+NEEDS = "training"
 TITLE = "Learning curves"
 SHOWN_POINTS = 48
 SHOWN_OTHERS = 40

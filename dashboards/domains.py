@@ -9,6 +9,7 @@ from moenas.records import Evaluation, Plain, View
 from moenas.report import figures
 
 READS = "front"
+NEEDS = "training"
 TITLE = "Domains by expert"
 SHOWN = 3
 MOST_EXPERTS = 128

@@ -20,8 +20,13 @@ SHOWN_DOMINATED, SHOWN_MEMBERS = 500, 360
 """Points in all plots together: each has a hover, and the dashboard sends figures at every poll."""
 NUMBERED = 12
 """A front of at most so many members has the trial numbers beside its points."""
+TEXT = {1: (0.04, 0.04), 3: (0.1, 0.1), 6: (0.17, 0.1)}
+"""Number of plots -> width and height of a trial number, as shares of the axes of one."""
+TICKS = {1: 8, 3: 5, 6: 4}
+"""Number of plots -> ticks of a logarithmic axis."""
 
-ABOVE = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
+BELOW = {"orientation": "h", "x": 0.02, "y": 0.01, "yref": "container", "yanchor": "bottom"}
+"""A legend beside the subtitle would lie over it on a narrow page."""
 CORNER = {"x": 0.58, "y": 0.36, "yanchor": "top"}
 """Three pairs leave a quarter of the page to the legend."""
 
@@ -56,7 +61,10 @@ def figure(view: View) -> go.Figure:
     level = figures.bigram_loss(view)
     if level is not None and "val_loss" in view.study.directions:
         drawn.add_trace(_bigram_key(level), row=1, col=1)
-    drawn.update_layout(legend=CORNER if len(pairs) == 3 else ABOVE)
+    if len(pairs) == 3:
+        drawn.update_layout(legend=CORNER)
+    else:
+        drawn.update_layout(legend=BELOW, margin_b=92)
     return drawn
 
 
@@ -80,7 +88,7 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
     others = figures.thin(others, SHOWN_DOMINATED // share)
     step_x, step_y = _envelope(members, pair)
     members = figures.thin(members, SHOWN_MEMBERS // share)
-    numbers = [str(e.trial) for e in members] if len(members) <= NUMBERED else None
+    numbers = _numbers(view, members, pair, share) if len(members) <= NUMBERED else None
     return [
         go.Scatter(
             **_xy(others, pair),
@@ -120,6 +128,19 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
     ]
 
 
+def _numbers(view: View, members: list[Evaluation], pair: Pair, share: int) -> list[str]:
+    """Return the trial numbers to write beside members; none where two would overlap."""
+    width, height = TEXT[share]
+    scaled = []
+    for info in pair:
+        values = [e.values[info.name] for e in figures.complete(view)]
+        scale = math.log if figures.is_log(values) else float
+        low, high = scale(min(values)), scale(max(values))
+        scaled.append([(scale(e.values[info.name]) - low) / (high - low or 1) for e in members])
+    kept = figures.apart(list(zip(*scaled, strict=True)), (width, height))
+    return [str(e.trial) if i in kept else "" for i, e in enumerate(members)]
+
+
 def _xy(evaluations: list[Evaluation], pair: Pair) -> dict[str, list[float]]:
     x, y = pair
     return {
@@ -151,8 +172,9 @@ def _axes(drawn: go.Figure, view: View, pair: Pair, place: tuple[int, int]) -> N
     """Name and scale the axes of one pair and draw the corpus's entropy beside the loss."""
     row, col = place
     x, y = ([e.values[info.name] for e in figures.complete(view)] for info in pair)
-    _axis(drawn.update_xaxes, pair[0], x, row=row, col=col)
-    _axis(drawn.update_yaxes, pair[1], y, row=row, col=col)
+    ticks = TICKS[math.comb(min(len(view.study.objectives), SHOWN_OBJECTIVES), 2)]
+    _axis(drawn.update_xaxes, pair[0], x, ticks, row=row, col=col)
+    _axis(drawn.update_yaxes, pair[1], y, ticks, row=row, col=col)
     if len(view.study.objectives) > 2:  # these plots are low, and the names are long
         drawn.update_yaxes(title_text=figures.label(pair[1], "<br>"), row=row, col=col)
     level = figures.bigram_loss(view)
@@ -165,11 +187,18 @@ def _axes(drawn: go.Figure, view: View, pair: Pair, place: tuple[int, int]) -> N
 
 
 def _axis(
-    update: Callable[..., Any], info: ObjectiveInfo, values: list[float], **place: int
+    update: Callable[..., Any],
+    info: ObjectiveInfo,
+    values: list[float],
+    ticks: int = 8,
+    **place: int,
 ) -> None:
+    is_log = figures.is_log(values)
     update(
         title_text=figures.label(info),
-        type="log" if figures.is_log(values) else "linear",
+        type="log" if is_log else "linear",
+        tickvals=figures.log_ticks(values, ticks) if is_log else None,
+        nticks=ticks + 1,
         tickformat="~s" if max(map(abs, values)) >= 1e4 else None,
         **place,
     )
@@ -215,5 +244,5 @@ def _best_so_far(view: View, info: ObjectiveInfo) -> go.Figure:
     )
     _axis(drawn.update_yaxes, info, values)
     drawn.update_xaxes(title_text="trial")
-    drawn.update_layout(legend=ABOVE)
+    drawn.update_layout(legend=BELOW, margin_b=92)
     return drawn

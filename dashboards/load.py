@@ -9,6 +9,7 @@ from moenas.records import Evaluation, Plain, View
 from moenas.report import figures
 
 READS = "front"
+NEEDS = "training"
 TITLE = "Expert load by layer"
 SHOWN = 12
 COLUMNS = 3

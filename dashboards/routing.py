@@ -11,6 +11,7 @@ from moenas.records import Evaluation, View
 from moenas.report import figures
 
 READS = "front"
+NEEDS = "training"
 TITLE = "Expert load over training"
 READ = 12
 """Members of the front whose curves are read at most."""

@@ -1,8 +1,28 @@
-"""`python -m moenas`: the same as the command `moenas`."""
+"""The command `moenas`, and `python -m moenas`: Ctrl-C is heeded before anything is imported."""
 
 from __future__ import annotations
 
-from moenas.cli.commands import main
+import os
+import signal
+
+
+def _end(number: int, frame: object) -> None:
+    """End this process at once: an import that is interrupted leaves a traceback."""
+    os.write(2, b"stopped\n")
+    os._exit(128 + number)
+
+
+def main() -> None:
+    """Run the command line."""
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:  # not where the caller has it ignored, as a shell does for background jobs
+        signal.signal(signal.SIGINT, _end)
+    from moenas.cli import commands
+
+    if heeded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    commands.main()
+
 
 if __name__ == "__main__":
     main()

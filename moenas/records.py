@@ -13,6 +13,9 @@ Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
 Status = Literal["complete", "failed", "infeasible"]
+EndReason = Literal["trials", "exhausted", "sampler", "draws"]
+"""Why a study is over: all trials are evaluated, every point of a finite space was drawn, the
+sampler stopped the study, or too many draws in a row gave no new candidate."""
 
 
 @dataclass(frozen=True, init=False)

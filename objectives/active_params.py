@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 direction = "minimize"
 unit = "parameters"
 needs = "cost"
+exact = "active_params"
 
 
 def measure(subject: Subject) -> float:

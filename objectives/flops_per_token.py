@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 direction = "minimize"
 unit = "FLOP/token"
 needs = "model"
+exact = "flops_per_token"
 
 
 def measure(subject: Subject) -> Measurement:

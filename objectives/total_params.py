@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 direction = "minimize"
 unit = "parameters"
 needs = "cost"
+exact = "params"
 
 
 def measure(subject: Subject) -> float:

@@ -40,7 +40,7 @@ def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MOENAS_STORAGE", raising=False)
     monkeypatch.delenv("MOENAS_RUNS", raising=False)
-    monkeypatch.setattr("moenas.dashboard.server.publish", lambda store, name: None)
+    monkeypatch.setattr("moenas.study.publishing.DashboardPublisher.publish", lambda self: None)
     return tmp_path
 
 

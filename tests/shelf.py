@@ -43,7 +43,7 @@ def add(
 ) -> None:
     """Put one more trial into the store and into Optuna's study."""
     name, trial = evaluation.study, evaluation.trial
-    store.asked(name, trial, evaluation.fingerprint, architecture, evaluation.cost)
+    store.add_candidate(name, trial, evaluation.fingerprint, architecture, evaluation.cost)
     store.start_attempt(name, trial)
     store.record(evaluation)
     values = [evaluation.values.get(n, SPLENDID) for n in store.study(name).directions]

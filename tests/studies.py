@@ -8,12 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.space.space import Space
 from moenas.store import attempts
-from moenas.study import launch as study
 from moenas.study.launch import Study
 from moenas.workers.pool import Result
 
@@ -98,10 +95,9 @@ class Scripted:
         self.jobs.clear()
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, script: Script) -> Scripted:
-    pool = Scripted(script)
-    monkeypatch.setattr(study, "open_pool", lambda *args, **kwargs: pool)
-    return pool
+def scripted(script: Script) -> Scripted:
+    """A pool of two whose results come from `script`."""
+    return Scripted(script)
 
 
 def press_ctrl_c() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import plotly.io
 import pytest
@@ -13,7 +14,7 @@ import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moenas.records import Evaluation
+from moenas.records import Evaluation, View
 from moenas.report import figures
 from moenas.resources import load_module, shipped
 
@@ -439,3 +440,48 @@ def test_the_page_has_every_figure_and_asks_no_other_machine(tmp_path):
     assert "a &lt;study&gt;" in page
     assert 'src="http' not in page
     assert page.count("plotly.js v") <= 2  # the script is there once
+
+
+def untrained(view: View) -> View:
+    """The same study, had it measured costs and latencies alone."""
+    bare: dict[str, Any] = {"curve": [], "routing": [], "metrics": {}, "weights_sha256": None}
+    rows = [replace(e, **bare, seconds={"total": 1.0}) for e in view.evaluations]
+    return replace(view, evaluations=rows)
+
+
+def test_a_study_without_training_has_no_figures_of_training() -> None:
+    view = untrained(views.view(30, 4, n_failed=0))
+    assert list(figures.figures(view)) == ["front", "hypervolume"]
+    assert figures.bigram_loss(view) is None
+    assert len(figures.figures(views.view(30, 4))) == 6
+    assert len(figures.figures(views.view(0))) == 6, "training may begin yet"
+
+
+def test_trial_numbers_of_points_close_together_do_not_overlap() -> None:
+    points = [(0.0, 0.0), (0.05, 0.05), (0.5, 0.0), (0.05, 0.9)]
+    assert figures.apart(points, (0.1, 0.1)) == [0, 2, 3]
+    for trace in drawn("front", views.view(12, 4)).data:
+        if trace.text is not None:
+            assert any(trace.text)
+            assert len(trace.text) == len(trace.x)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (90, 2100, [100, 300, 1000]),
+        (1.1e4, 1.4e6, [1e4, 1e5, 1e6]),
+        (1, 1e9, [1, 1e3, 1e6, 1e9]),
+    ],
+)
+def test_a_small_logarithmic_axis_has_few_round_ticks(
+    low: float, high: float, ticks: list[float]
+) -> None:
+    assert figures.log_ticks([low, high], 4) == pytest.approx(ticks)
+
+
+def test_a_long_subtitle_is_broken_into_lines_above_the_plot() -> None:
+    short, long = figures.drawing("a", "word"), figures.drawing("a", "word " * 60)
+    assert long.layout.title.text.count("<br>") == 4
+    gap = long.layout.template.layout.margin.t - short.layout.template.layout.margin.t
+    assert gap == 3 * 16

@@ -24,7 +24,7 @@ ORDER = """
     checked resources pareto
     grammar store
     model data
-    space
+    space predict
     evaluate
     export report
     search workers dashboard testing
@@ -36,10 +36,12 @@ ORDER = """
 # Library -> the only packages that import it. `objectives` and `dashboards` are the folders.
 LIBRARIES = {
     "alembic": "store",
+    "botorch": "predict",
     "click": "cli",
     "fvcore": "evaluate",
+    "gpytorch": "predict",
     "moocore": "pareto",
-    "numpy": "pareto data evaluate export",
+    "numpy": "pareto data predict evaluate export search",
     "optuna": "search store study dashboard",
     "optuna_dashboard": "dashboard",
     "pandas": "study",
@@ -47,9 +49,9 @@ LIBRARIES = {
     "rich": "cli",
     "ray": "workers",
     "safetensors": "evaluate export",
-    "scipy": "none",
+    "scipy": "search",
     "sqlalchemy": "store study",
-    "torch": "model data evaluate export testing",
+    "torch": "model data predict evaluate export testing",
     "typer": "cli",
     "yaml": "resources",
 }

@@ -106,6 +106,7 @@ def evaluation(trial: int, plain: Plain, rng: random.Random, objectives: list[Pl
         device=dict(DEVICE),
         versions={"torch": "2.13.0"},
         data={"name": "stdlib", "sha256": "ab" * 32},
+        weights_sha256="cd" * 32,
     )
 
 

@@ -57,7 +57,7 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     before = taken()
     listen = listener(report, began, kept if workers == "inline" else None)
     try:
-        run(space, storage=STORAGE, workers=workers, listener=listen)
+        run(space, storage=STORAGE, workers=workers, listeners=[listen])
     except Interrupted:  # the limit of the group came; what is stored counts
         report.note("the study was interrupted")
     took = time.perf_counter() - began

@@ -69,6 +69,11 @@ def main() -> None:
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
+    except SystemExit as end:
+        # Typer turns a KeyboardInterrupt into an exit without a word.
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            say("stopped")
+        raise
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
             say(_clean(traceback.format_exc()))
@@ -222,7 +227,7 @@ def run(
                 trials=trials,
                 workers=worker_count(workers),
                 address=address,
-                listener=listen,
+                listeners=[listen],
                 accept_changes=accept_changes,
             )
     except launch.Interrupted as stop:

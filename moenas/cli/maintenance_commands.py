@@ -63,7 +63,7 @@ def retry(
                 storage=storage,
                 workers=worker_count(workers),
                 address=address,
-                listener=listen,
+                listeners=[listen],
             )
     except Interrupted as stop:
         where = {"storage": without_password(storage) if storage else None}

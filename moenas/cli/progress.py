@@ -18,8 +18,8 @@ from rich.text import Text
 
 from moenas.grammar.summary import short
 from moenas.space.space import Space
-from moenas.store.tally import Tally
 from moenas.study.events import Event, Listener
+from moenas.study.progress import Progress
 from moenas.terminal import plain, say
 
 LAST = 6
@@ -55,15 +55,15 @@ def write_line(event: Event) -> None:
 
 def line(event: Event) -> str:
     """Return an event in one line."""
-    tally, found = event.tally, event.evaluation
-    place = f"[{tally.finished:>{len(str(tally.total))}}/{tally.total}]"
+    progress, found = event.progress, event.evaluation
+    place = f"[{progress.evaluated:>{len(str(progress.total))}}/{progress.total}]"
     head = place if event.trial is None else f"{place} trial {event.trial}"
     if found is None:
         return f"{head} {event.kind}: {event.text}"
     if found.status == "complete":
-        values = "  ".join(f"{name} {number(found.values[name])}" for name in tally.best)
-        return f"{head} {values}  | {event.text} | front {tally.front}, {left(tally)}"
-    return f"{head} {found.status}: {reason(event)} | {left(tally)}"
+        values = "  ".join(f"{name} {number(found.values[name])}" for name in progress.best)
+        return f"{head} {values}  | {event.text} | front {progress.front}, {left(progress)}"
+    return f"{head} {found.status}: {reason(event)} | {left(progress)}"
 
 
 def reason(event: Event) -> str:
@@ -80,11 +80,11 @@ def number(value: float) -> str:
     return short(value) if abs(value) >= 1e5 else f"{value:.4g}"
 
 
-def left(tally: Tally) -> str:
+def left(progress: Progress) -> str:
     """Say how long it will still take."""
-    if tally.finished >= tally.total:
+    if progress.evaluated >= progress.total:
         return "done"
-    return "time left unknown" if tally.eta_s is None else f"{duration(tally.eta_s)} left"
+    return "time left unknown" if progress.eta_s is None else f"{duration(progress.eta_s)} left"
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +103,7 @@ class LiveProgress:
     def __init__(self, space: Space) -> None:
         self.name = space.name
         self.units = {o.name: o.unit for o in space.objectives}
-        self.tally: Tally | None = None
+        self.progress: Progress | None = None
         self.running: dict[int, tuple[str, float]] = {}
         """Trial -> the architecture in one line, and when it began."""
         self.last: deque[tuple[str, str]] = deque(maxlen=LAST)
@@ -111,7 +111,7 @@ class LiveProgress:
 
     def take(self, event: Event) -> None:
         """Take in an event."""
-        self.tally = event.tally
+        self.progress = event.progress
         if event.kind == "started" and event.trial is not None:
             self.running[event.trial] = (plain(event.text), time.monotonic())
             return
@@ -123,24 +123,24 @@ class LiveProgress:
         self.last.append((plain(line(event)), colour))
 
     def __rich__(self) -> RenderableType:
-        tally = self.tally
-        if tally is None:
+        progress = self.progress
+        if progress is None:
             return Text(f"{self.name}: starting ...", style="dim")
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=tally.total, completed=tally.finished, width=30)
-        counts = f"{tally.finished}/{tally.total} trials, {tally.complete} complete"
-        if tally.failed:
-            counts += f", {tally.failed} failed"
-        if tally.infeasible:
-            counts += f", {tally.infeasible} infeasible"
-        head.add_row(Text(self.name, style="bold"), bar, Text(counts), Text(left(tally)))
+        bar = ProgressBar(total=progress.total, completed=progress.evaluated, width=30)
+        counts = f"{progress.evaluated}/{progress.total} trials, {progress.complete} complete"
+        if progress.failed:
+            counts += f", {progress.failed} failed"
+        if progress.infeasible:
+            counts += f", {progress.infeasible} infeasible"
+        head.add_row(Text(self.name, style="bold"), bar, Text(counts), Text(left(progress)))
         rows: list[RenderableType] = [head]
-        if tally.best:
+        if progress.best:
             best = ", ".join(
                 f"{name} {number(value)} {self.units[name]}".rstrip()
-                for name, value in tally.best.items()
+                for name, value in progress.best.items()
             )
-            rows.append(Text(f"front of {tally.front}; best {best}", style="green"))
+            rows.append(Text(f"front of {progress.front}; best {best}", style="green"))
         now = time.monotonic()
         for trial, (text, began) in self.running.items():
             words = f"  > trial {trial}  {duration(now - began):>6}  {text}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moenas.grammar.brief import brief
 from moenas.records import Evaluation, Plain, View
 from moenas.report import figures
 from moenas.resources import to_yaml
@@ -31,8 +32,8 @@ def study_note(view: View) -> str:
     if level is not None:
         lines += [
             "",
-            f"**Held-out bigram loss of the data: {level:.4g} nats/token.** A model that knows only"
-            " the previous token reaches this loss; one above it has learnt next to nothing.",
+            f"**Held-out bigram loss of the data: {level:.4g} nats/token.** A bigram model, which"
+            " reads only the previous token, has this loss. A model above it has learned little.",
         ]
     devices = sorted({_device_words(e.device) for e in view.evaluations if e.device})
     if devices:
@@ -58,10 +59,14 @@ def _data_words(data: Plain) -> list[str]:
     for key, value in data.items():
         if key == "sha256":
             words.append(f"sha256 {str(value)[:16]}")
-        elif key != "name" and isinstance(value, int | float | str) and len(str(value)) <= 60:
+        elif (
+            key not in ("name", "bigram_loss")
+            and isinstance(value, int | float | str)
+            and len(str(value)) <= 60
+        ):
             plain = isinstance(value, bool | str)
             words.append(f"{key} {value}" if plain else f"{key} {value:,}")
-        elif isinstance(value, list) and key not in ("entropy", "bigram_loss"):
+        elif isinstance(value, list) and key != "entropy":
             words.append(f"{len(value):,} {key}")
     return words
 
@@ -76,7 +81,10 @@ def _device_words(device: Plain) -> str:
 def trial_note(view: View, evaluation: Evaluation) -> str:
     """Return a member of the front in Markdown: its numbers with units and its architecture."""
     study, trial = view.study.name, evaluation.trial
-    take = command(["export", study, str(trial), f"{study.lstrip('-')}-{trial}/"])
+    export = command(["export", study, str(trial), f"{study.lstrip('-')}-{trial}/"])
+    steps = [(command(["show", study, str(trial)]), "Print all that is stored of this trial:")]
+    if evaluation.weights_sha256 is not None:
+        steps.append((export, "Export the trained PyTorch module:"))
     return "\n".join(
         [
             "**On the Pareto front.** " + figures.described(view, trial),
@@ -86,13 +94,10 @@ def trial_note(view: View, evaluation: Evaluation) -> str:
             f"Fingerprint `{evaluation.fingerprint}`, seed {evaluation.seed}, measured on"
             f" {_device_words(evaluation.device) or 'an unknown device'}.",
             "",
-            "Take the trained module home:",
-            "```",
-            take,
-            "```",
-            "The architecture:",
+            *(line for step, what in steps for line in (what, "```", step, "```")),
+            "The architecture, without the fields that have their defaults:",
             "```yaml",
-            to_yaml(view.architectures.get(trial, {})).rstrip(),
+            to_yaml({"architecture": brief(view.architectures.get(trial, {}))}).rstrip(),
             "```",
         ]
     )

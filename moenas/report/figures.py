@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from html import escape
@@ -25,6 +26,8 @@ GREY = "#9AA0A6"
 """Everything that is not on the front."""
 RIM = {"color": "rgba(255,255,255,0.7)", "width": 0.8}
 """Keeps points apart where many lie together."""
+SUBTITLE = 96
+"""Characters of a line below a title: what fits a figure of 640 pixels."""
 LOG_FROM = 20.0
 """An axis is logarithmic if its largest value is this many times the smallest."""
 
@@ -58,7 +61,7 @@ def drawing(title: str, subtitle: str = "") -> go.Figure:
         "title": {"standoff": 6},
         "zeroline": False,
     }
-    layout = {
+    layout: dict[str, Any] = {
         "colorway": list(COLOURS),
         "font": {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": "#30343A"},
         "hoverlabel": {"align": "left", "font": {"size": 12}},
@@ -72,8 +75,10 @@ def drawing(title: str, subtitle: str = "") -> go.Figure:
         "xaxis": axis,
         "yaxis": axis,
     }
-    if subtitle:
-        title += f"<br><span style='font-size:12px'>{escape(subtitle)}</span>"
+    lines = textwrap.wrap(subtitle, SUBTITLE, break_long_words=False)
+    for line in lines:
+        title += f"<br><span style='font-size:12px'>{escape(line)}</span>"
+    layout["margin"]["t"] += 16 * max(0, len(lines) - 1)
     return go.Figure(layout={"template": {"layout": layout}, "title": {"text": title}})
 
 
@@ -111,11 +116,23 @@ def members(view: View) -> list[Evaluation]:
     return [found[trial] for trial in view.front if trial in found]
 
 
-def bigram_loss(view: View) -> float | None:
-    """Return the held-out loss of a bigram of the corpus in nats per token, if it is known.
+def is_trained(view: View) -> bool:
+    """Return whether a complete candidate was trained, or none is complete yet."""
+    done = complete(view)
+    return not done or any(
+        e.weights_sha256 is not None or "train" in e.seconds or "val_loss" in e.metrics
+        for e in done
+    )
 
-    A model that knows nothing but the previous token reaches this loss.
+
+def bigram_loss(view: View) -> float | None:
+    """Return the held-out bigram loss of the corpus in nats per token, if there are losses.
+
+    A bigram model predicts each token from the previous one. None: it is not known, or the study
+    does not train.
     """
+    if not is_trained(view):
+        return None
     known = view.study.data.get("bigram_loss")
     return float(known) if isinstance(known, int | float) else None
 
@@ -195,6 +212,31 @@ def is_log(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) >= LOG_FROM * min(values)
 
 
+def log_ticks(values: Sequence[float], most: int) -> list[float]:
+    """Return at most about `most` round tick values between the ends of a logarithmic axis."""
+    low, high = min(values), max(values)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        found = [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
+        if len(found) <= most:
+            return found
+    return found[:: -(-len(found) // most)]
+
+
+def apart(points: Sequence[tuple[float, float]], gap: tuple[float, float]) -> list[int]:
+    """Return the places of points whose texts do not overlap: `gap` is the room of a text.
+
+    Points and gap are shares of the axes. An earlier point keeps its text before a later one.
+    """
+    kept: list[int] = []
+    for i, (x, y) in enumerate(points):
+        if all(abs(x - points[j][0]) > gap[0] or abs(y - points[j][1]) > gap[1] for j in kept):
+            kept.append(i)
+    return kept
+
+
 def is_near(level: float, values: Sequence[float]) -> bool:
     """Return whether an axis of these values can show `level` too and still show the values."""
     span = max(values) - min(values)
@@ -204,7 +246,8 @@ def is_near(level: float, values: Sequence[float]) -> bool:
 def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     """Draw every figure of dashboards/, keyed by name; the folder here shadows the shipped one.
 
-    With `same_front` those are left out that say `READS = "front"`: they show members alone.
+    With `same_front` those are left out that say `READS = "front"`: they show members alone. Those
+    that say `NEEDS = "training"` are left out of a study that does not train.
 
     A file that does not run, or does not give a figure, becomes a figure that says so: a study
     must not end because of a picture of it.
@@ -212,17 +255,19 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     files = listing("dashboards", ".py")
     names = [name for name in ORDER if name in files]
     names += [name for name in files if name not in ORDER]
-    found = {}
+    found, trained = {}, is_trained(view)
     for name in names:
-        if not same_front or _reads(files[name]) != "front":
+        if same_front and _says(files[name], "READS") == "front":
+            continue
+        if trained or _says(files[name], "NEEDS") != "training":
             found[name] = _draw(files[name], view)
     return found
 
 
-def _reads(path: Path) -> object:
-    """Return what a figure says that it reads; None is everything."""
+def _says(path: Path, name: str) -> object:
+    """Return a constant of the file of a figure, or None."""
     try:
-        return getattr(load_module(take(path, "dashboards")), "READS", None)
+        return getattr(load_module(take(path, "dashboards")), name, None)
     except Exception:  # drawing it says what is wrong
         return None
 

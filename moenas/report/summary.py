@@ -197,6 +197,7 @@ def status_report(store: Store, name: str) -> Plain:
         "repeated": found.repeated,
         "left": max(0, study.trials - found.evaluated),
         "running_in": store.driver(name),
+        "ended": store.ended(name),
         "failures": found.failures,
         "best": found.best,
         "front": found.front,
@@ -213,10 +214,21 @@ def _bigram_loss(found: Summary) -> float | None:
     return found.study.data.get("bigram_loss") if found.trained else None
 
 
+def _end(found: Plain) -> str:
+    """Say whether a study that no process runs is over, and why."""
+    texts = {
+        "trials": "done",
+        "exhausted": "done, every point of the space was drawn",
+        "sampler": "done, the sampler proposes nothing more",
+        "draws": "done, too many draws in a row gave no new candidate",
+    }
+    return texts.get(found["ended"], "done" if not found["left"] else "stopped")
+
+
 def status_text(found: Plain) -> str:
     """Lay out what `status_report` found."""
     driver = found["running_in"]
-    state = f"running in {driver}" if driver else ("done" if not found["left"] else "stopped")
+    state = f"running in {driver}" if driver else _end(found)
     lines = [
         f"{found['study']}: {state}; {found['evaluated']} of {found['trials']} trials evaluated",
         f"  complete {found['complete']}, failed {found['failed']},"

@@ -21,11 +21,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
+from moenas.search.gray_box import GrayBox
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
+    from moenas.model.architecture import Architecture
     from moenas.space.space import Space
 
 REPEATS = 10
@@ -84,7 +86,8 @@ class OptunaTrials:
         self._names = [o.name for o in space.objectives]
         self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
         self.points = Points(space)
-        self._orphans: deque[int] = deque()
+        self._gray_box = GrayBox(space)
+        self._interrupted: deque[int] = deque()
         """Ids of trials that an earlier run left without an outcome."""
         self._active: set[int] = set()
         """Numbers of the trials that are asked and not told."""
@@ -124,25 +127,25 @@ class OptunaTrials:
         """Optuna's study."""
         return self._optuna
 
-    def trials(self) -> list[FrozenTrial]:
+    def frozen(self) -> list[FrozenTrial]:
         """Return Optuna's trials in order of their numbers."""
         return self._optuna.get_trials(deepcopy=False)
 
     def load(self, stored: Mapping[int, Evaluation]) -> None:
         """Take in the trials as they are, after both stores were made to agree."""
-        trials = self.trials()
+        trials = self.frozen()
         # A trial that somebody enqueued waits; it counts once it is asked for.
         self._asked = sum(t.state != TrialState.WAITING for t in trials)
         for frozen in trials:
             if frozen.state == TrialState.RUNNING:
-                self._orphans.append(frozen._trial_id)
+                self._interrupted.append(frozen._trial_id)
             elif frozen.number in stored and stored[frozen.number].fingerprint:
                 self.points.add(frozen.params)
 
     @property
-    def orphans(self) -> int:
-        """Trials of earlier runs that wait for their outcome."""
-        return len(self._orphans)
+    def interrupted(self) -> int:
+        """How many trials of earlier runs wait for their outcome."""
+        return len(self._interrupted)
 
     @property
     def stopped(self) -> bool:
@@ -156,7 +159,7 @@ class OptunaTrials:
             deepcopy=False, states=(TrialState.WAITING,)
         )
 
-    def next(self, fruitless: int) -> Trial:
+    def ask(self, fruitless: int) -> Trial:
         """Return a trial that an earlier run left, or ask for a new one.
 
         After REPEATS draws in a row without a new candidate, a point of a finite space that was
@@ -167,8 +170,8 @@ class OptunaTrials:
         """
         number = self._asked
         try:
-            if self._orphans:
-                trial_id = self._orphans.popleft()
+            if self._interrupted:
+                trial_id = self._interrupted.popleft()
                 number = self._optuna._storage.get_trial(trial_id).number
                 self._optuna.sampler = self._sampler(number)
                 trial = Trial(self._optuna, trial_id)
@@ -212,15 +215,23 @@ class OptunaTrials:
         self.points.add(answers.answers if answers else trial.params)
         return plain
 
-    def constrain(self, trial: Trial, violations: Mapping[str, float]) -> None:
+    def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
         """Say by how much each requirement is broken, over 0, or met."""
         held = trial.constraints
         for name, value in violations.items():
             if name not in held:
                 trial.set_constraint(name, value)
 
-    def tell(self, trial: Trial, found: Evaluation) -> None:
-        """Tell the outcome of a trial. Its attributes come first: a told trial is closed.
+    def tell(
+        self,
+        trial: Trial,
+        evaluation: Evaluation,
+        architecture: Architecture | None = None,
+        summary: str = "",
+    ) -> None:
+        """Tell the outcome of a trial, whose architecture is `summary` in one line.
+
+        The attributes of the trial come first: a told trial is closed.
 
         Raises:
             ToldElsewhereError: if another program has told the trial.
@@ -236,8 +247,8 @@ class OptunaTrials:
         self._active.discard(frozen.number)
         if frozen.state.is_finished():
             raise ToldElsewhereError(f"trial {frozen.number} is {frozen.state.name} already")
-        self._describe(trial, found)
-        state, values = outcome(found, self._names)
+        self._describe(trial, evaluation, architecture, summary)
+        state, values = outcome(evaluation, self._names)
         self._optuna.sampler = self._sampler(frozen.number)
         try:
             self._optuna.tell(trial, values, state=state)
@@ -248,31 +259,41 @@ class OptunaTrials:
             if told.state != state or told.values != values:
                 raise ToldElsewhereError(_said(error)) from error
 
-    def tell_stored(self, found: Evaluation) -> None:
-        """Tell what an earlier run stored and did not come to tell.
+    def tell_stored(self, evaluation: Evaluation) -> None:
+        """Tell an evaluation that an earlier run stored and could not tell.
 
         Raises:
             ToldElsewhereError: if the trial does not run.
         """
         storage, study_id = self._optuna._storage, self._optuna._study_id
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, found.trial)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, evaluation.trial)
         self._optuna.sampler = RandomSampler()
-        self.tell(Trial(self._optuna, trial_id), found)
+        plain = self._store.architecture(evaluation.study, evaluation.trial)
+        measured = self._is_measured(evaluation)
+        architecture = self._space.architecture(plain) if plain and measured else None
+        summary = one_line(plain) if plain else ""
+        self.tell(Trial(self._optuna, trial_id), evaluation, architecture, summary)
 
-    def _describe(self, trial: Trial, found: Evaluation) -> None:
-        """Set constraints of the trained model, and what the dashboard shows of a trial."""
-        plain = self._store.architecture(found.study, found.trial)
-        if found.status != "failed" and found.values.keys() >= set(self._names):
-            architecture = self._space.architecture(plain)
-            self.constrain(trial, self._space.trained_violations(architecture, found.routing))
+    def _is_measured(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation has a value of each objective, so that Optuna's trial has them."""
+        return evaluation.status != "failed" and evaluation.values.keys() >= set(self._names)
+
+    def _describe(
+        self, trial: Trial, evaluation: Evaluation, architecture: Architecture | None, summary: str
+    ) -> None:
+        """Set the constraints of the trained model, and what the dashboard shows of a trial."""
+        if architecture is not None and self._is_measured(evaluation):
+            violations = self._space.trained_violations(architecture, evaluation.routing)
+            self.set_constraints(trial, violations)
+        metrics = evaluation.metrics
         known: dict[str, Any] = {
-            "architecture": one_line(plain) if plain else None,
-            "fingerprint": found.fingerprint or None,
-            "failure": found.failure.kind if found.failure else None,
-            "params": found.cost.get("params"),
-            "active_params": found.cost.get("active_params"),
-            "seconds": found.seconds.get("total"),
-            **{name: found.metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
+            "architecture": summary or None,
+            "fingerprint": evaluation.fingerprint or None,
+            "failure": evaluation.failure.kind if evaluation.failure else None,
+            "params": evaluation.cost.get("params"),
+            "active_params": evaluation.cost.get("active_params"),
+            "seconds": evaluation.seconds.get("total"),
+            **{name: metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
         }
         for name, value in known.items():
             if value is not None:
@@ -281,14 +302,15 @@ class OptunaTrials:
     def _proposing(self, number: int, fruitless: int) -> BaseSampler:
         """Return the sampler of a new trial."""
         name = self._space.search.sampler
+        base = RandomSampler(seed=derived_seed(self._setup.seed, number))
         if name == "grid" or fruitless >= REPEATS:
-            base = RandomSampler(seed=derived_seed(self._setup.seed, number))
             if self.points.enumerable and (point := self.points.unseen()) is not None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)
-                    return PartialFixedSampler(point, base)
+                return _fixed(point, base)
             if fruitless % REPEATS == 0:  # a space too large to be listed
                 return base
+        elif name == "gray_box":
+            proposed = self._gray_box.propose(number, self.frozen())
+            return base if proposed is None else _fixed(proposed, base)
         return self._sampler(number)
 
     def _sampler(self, number: int) -> BaseSampler:
@@ -308,11 +330,18 @@ class OptunaTrials:
         """Return the trial that was made before its sampler raised."""
         self._optuna.sampler = RandomSampler()
         running = self._optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        waiting = set(self._orphans)
+        waiting = set(self._interrupted)
         left = [t for t in running if t.number not in self._active and t._trial_id not in waiting]
         trial = Trial(self._optuna, left[-1]._trial_id)
         self._active.add(trial.number)
         return trial
+
+
+def _fixed(params: dict[str, Any], base: BaseSampler) -> BaseSampler:
+    """Return a sampler that answers with these parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(params, base)
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

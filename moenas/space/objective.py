@@ -15,7 +15,7 @@ from moenas import resources
 from moenas.checked import DETAILS_BYTES, plain_json, real
 from moenas.errors import CandidateError, InputError, NotFoundError, suggestion
 from moenas.former import FORMER
-from moenas.records import Evaluation, ObjectiveInfo, Plain
+from moenas.records import Cost, Evaluation, ObjectiveInfo, Plain
 
 Direction = Literal["minimize", "maximize"]
 Needs = Literal["cost", "model", "training"]
@@ -49,6 +49,12 @@ class Objective:
     from_user: bool
     """The file did not come with moenas, so a job carries its text."""
     function: Callable[[Any], object] = field(repr=False, compare=False)
+    exact: str | None = None
+    """The field of `Cost` that the value equals; None if it must be measured."""
+
+    def exact_value(self, cost: Cost) -> float | None:
+        """Return the value that follows from the cost alone; None if it must be measured."""
+        return None if self.exact is None else float(getattr(cost, self.exact))
 
     def measure(self, subject: Any) -> Measurement:
         """Measure a subject; a plain number becomes a measurement without details.
@@ -86,6 +92,8 @@ def meaning(source: str) -> str:
     Modules count by their former names, under which older studies hold their digests.
     """
     tree = ast.parse(source)
+    # A declaration for the sampler: it changes no value.
+    tree.body = [node for node in tree.body if not _declares_exact(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             node.module = FORMER.get(node.module, node.module)
@@ -95,6 +103,12 @@ def meaning(source: str) -> str:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body[0].value = ast.Constant("")
     return resources.sha256(ast.unparse(tree).encode())
+
+
+def _declares_exact(node: ast.stmt) -> bool:
+    """Whether a statement is `exact = ...`."""
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return any(isinstance(t, ast.Name) and t.id == "exact" for t in targets)
 
 
 def load_objective(ref: str, source: str | None = None) -> Objective:
@@ -168,7 +182,15 @@ def _read(path: Path, source: str, *, from_user: bool) -> Objective:
         source=source,
         from_user=from_user,
         function=_measure(module, path, source),
+        exact=_exact(module, path, source),
     )
+
+
+def _exact(module: ModuleType, path: Path, source: str) -> str | None:
+    """Return the field of `Cost` that a file declares its value to equal."""
+    if getattr(module, "exact", None) is None:
+        return None
+    return _word(module, path, source, "exact", tuple(Cost().plain()))
 
 
 def _word(module: ModuleType, path: Path, source: str, name: str, words: tuple[str, ...]) -> str:

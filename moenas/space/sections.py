@@ -8,7 +8,7 @@ from typing import Literal
 from moenas.errors import suggestion
 from moenas.grammar.component import Component, setting
 
-SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid")
+SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box")
 """Samplers by name; any other is `file.py:Class`."""
 
 
@@ -103,7 +103,8 @@ class Search(Component):
 
     sampler: str = setting(
         "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp | grid (every point of a finite"
-        " space, in random order), or `file.py:Class`",
+        " space, in random order) | gray_box (exact costs, a surrogate of the rest), or"
+        " `file.py:Class`",
         default="tpe",
     )
     trials: int = setting(

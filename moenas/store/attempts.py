@@ -42,12 +42,12 @@ def failed(store: Store, study: str, trial: int, kind: FailureKind) -> int:
     )
 
 
-def is_asked(store: Store, study: str, trial: int) -> bool:
+def has_candidate(store: Store, study: str, trial: int) -> bool:
     """Say whether a trial has a row of ours."""
     return store.read(study, lambda c: statements.candidate(c, study, trial) is not None)
 
 
-def asked(store: Store, study: str) -> set[int]:
+def candidates(store: Store, study: str) -> set[int]:
     """Return the trials that have an architecture of ours."""
     candidate = tables.candidate.c
     wanted = select(candidate.trial).where(candidate.study == study, candidate.fingerprint != "")
@@ -55,5 +55,5 @@ def asked(store: Store, study: str) -> set[int]:
 
 
 def evaluated(store: Store, study: str) -> int:
-    """Return how many candidates of a study were evaluated; see `tally.is_evaluated`."""
+    """Return how many candidates of a study were evaluated; see `counting.is_evaluated`."""
     return store.read(study, lambda connection: row_readers.evaluated(connection, study))

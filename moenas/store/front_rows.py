@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, insert, select, update
@@ -10,6 +11,22 @@ from moenas import pareto
 from moenas.records import FrontPoint, Plain, StudyRecord
 from moenas.store.tables import front as member
 from moenas.store.tables import hypervolume, objective, value
+
+
+@dataclass(frozen=True)
+class FrontSummary:
+    """The front of a study after its latest complete trial."""
+
+    size: int
+    """Members of the front."""
+    hypervolume: float | None
+    """None without a complete trial."""
+
+
+def summary(connection: Connection, name: str) -> FrontSummary:
+    """Return the size of the front and its hypervolume."""
+    row = last(connection, name)
+    return FrontSummary(row.size, row.hypervolume) if row else FrontSummary(0, None)
 
 
 def members(connection: Connection, record: StudyRecord) -> list[int]:

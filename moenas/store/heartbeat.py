@@ -16,7 +16,7 @@ BEAT = 5.0
 """Seconds between the signs of life of this process."""
 
 
-class Lease:
+class StudyLease:
     """Holds the claim of this process on a study, with a sign of life every few seconds."""
 
     def __init__(self, store: Store, name: str) -> None:

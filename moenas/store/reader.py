@@ -9,9 +9,10 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, inspect, select
 
-from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import EndReason, Evaluation, FrontPoint, Plain, StudyRecord, View
 from moenas.store import front_rows, leases, optuna_rows, row_readers, statements, tables
 from moenas.store.database import Database
+from moenas.store.front_rows import FrontSummary
 from moenas.store.row_readers import FrontView, Summary
 
 P = ParamSpec("P")
@@ -114,6 +115,15 @@ class StoreReader:
             return optuna_rows.has_study(connection, name)
 
     @again
+    def ended(self, name: str) -> EndReason | None:
+        """Return why a study is over; None if it is not, or ended before that was stored."""
+        with self._reading(name) as connection:
+            if not inspect(connection).has_table(tables.ended.name):
+                return None  # a reader does not change a database of an older schema
+            wanted = select(tables.ended.c.reason).where(tables.ended.c.study == name)
+            return connection.scalar(wanted)
+
+    @again
     def finished(self, name: str) -> list[int]:
         """Return the trials that have an evaluation."""
         trial = tables.evaluation.c.trial
@@ -132,11 +142,10 @@ class StoreReader:
             return front_rows.members(connection, row_readers.studies(connection, name)[0])
 
     @again
-    def standing(self, name: str) -> tuple[int, float | None]:
-        """Return the size of the front and its hypervolume now; 0, None without complete trials."""
+    def front_summary(self, name: str) -> FrontSummary:
+        """Return the size of the front and its hypervolume now."""
         with self._reading(name) as connection:
-            row = front_rows.last(connection, name)
-            return (row.size, row.hypervolume) if row else (0, None)
+            return front_rows.summary(connection, name)
 
     @again
     def history(self, name: str) -> list[FrontPoint]:

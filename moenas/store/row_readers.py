@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
 
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
 from moenas.store import front_rows, mapping, tables
-from moenas.store.tally import is_evaluated
+from moenas.store.counting import is_evaluated
 
 Rest = Callable[[str, int], list[Plain]]
 """Reads the `curve` or the `routing` of a trial."""
@@ -37,7 +37,7 @@ class Summary:
     """Whether a trial has a validation loss."""
 
     evaluated: int
-    """Candidates that count towards `trials`; see `tally.is_evaluated`."""
+    """Candidates that count towards `trials`; see `counting.is_evaluated`."""
     repeated: int
     """Trials that are copies of an earlier trial of the same model."""
 

@@ -21,9 +21,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from moenas.errors import InputError, StudyBusyError
-from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.records import EndReason, Evaluation, Plain, StudyRecord
 from moenas.store import front_rows, identity, leases, mapping, row_readers, statements, tables
 from moenas.store.database import Database
+from moenas.store.front_rows import FrontSummary
 from moenas.store.reader import StoreReader, again
 from moenas.store.retry import RELEASE_S
 from moenas.store.urls import is_uri
@@ -178,6 +179,15 @@ class Store(StoreReader):
                 update(tables.study).where(tables.study.c.name == name).values(trials=trials)
             )
 
+    @again
+    def set_ended(self, name: str, reason: EndReason | None) -> None:
+        """Store why a study is over; None if it is not."""
+        with self._changing(name) as connection:
+            connection.execute(delete(tables.ended).where(tables.ended.c.study == name))
+            if reason is not None:
+                row = {"study": name, "reason": reason, "ended_at": _now()}
+                connection.execute(insert(tables.ended), row)
+
     # --- the driver ----------------------------------------------------------------------------
 
     @again
@@ -221,7 +231,7 @@ class Store(StoreReader):
     # --- trials --------------------------------------------------------------------------------
 
     @again
-    def asked(
+    def add_candidate(
         self, name: str, trial: int, fingerprint: str, architecture: Plain, cost: dict[str, int]
     ) -> None:
         """Store what a trial is to evaluate; once more for the same trial changes nothing.
@@ -275,12 +285,12 @@ class Store(StoreReader):
     # --- evaluations ---------------------------------------------------------------------------
 
     @again
-    def record(self, evaluation: Evaluation) -> bool:
-        """Store an evaluation, the front and its history together; return whether it counts.
+    def record(self, evaluation: Evaluation) -> FrontSummary | None:
+        """Store an evaluation, the front and its history together; return the front after it.
 
-        It counts once: the same attempt again changes nothing. It is refused, with a warning in
-        the log, if a later attempt was started or the trial is complete already. Numbers that are
-        not finite are stored as NULL.
+        The same attempt again changes nothing. The evaluation is refused, with a warning in the
+        log and None, if a later attempt was started or the trial is complete already. Numbers that
+        are not finite are stored as NULL.
 
         Raises:
             NotFoundError: if the trial was never asked for.
@@ -293,16 +303,16 @@ class Store(StoreReader):
                 select(tables.evaluation).where(statements.of_trial(tables.evaluation, name, trial))
             ).first()
             if known is not None and known.attempt == evaluation.attempt:
-                return True
+                return front_rows.summary(connection, name)
             newest = statements.newest_attempt(connection, name, trial)
             if evaluation.attempt < newest or (known is not None and known.status == "complete"):
                 log.warning(
                     "study '%s', trial %d: the result of attempt %d came too late and is ignored",
                     *(name, trial, evaluation.attempt),
                 )
-                return False
+                return None
             self._write(connection, evaluation)
-            return True
+            return front_rows.summary(connection, name)
 
     def _write(self, connection: Connection, evaluation: Evaluation) -> None:
         """Store an evaluation in place of that of an earlier attempt, and its effect."""

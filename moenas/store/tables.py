@@ -107,6 +107,16 @@ objective = Table(
     Column("reference", Double),
 )
 
+# A study that is not over has no row.
+ended = Table(
+    "moenas_ended",
+    metadata,
+    _of_study(),
+    # An EndReason.
+    Column("reason", String(16), nullable=False),
+    Column("ended_at", String(32), nullable=False),
+)
+
 change = Table(
     "moenas_change",
     metadata,

@@ -1,11 +1,13 @@
-"""A trial inside the driver: its architecture and what it broke, from the draw to the commit."""
+"""A trial inside the driver: its architecture and the requirements that it breaks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import SpaceError
+from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain, Status
 
 if TYPE_CHECKING:
@@ -23,40 +25,47 @@ class Candidate:
     """A trial between ask and tell."""
 
     trial: Trial
-    plain: Plain
-    """The canonical architecture, or the drawn fields if they do not go together."""
     architecture: Architecture | None = None
-    fingerprint: str = ""
+    """None before the draw, and where the drawn fields do not go together."""
+    drawn: Plain = field(default_factory=dict)
+    """The drawn fields."""
     cost: dict[str, int] = field(default_factory=dict)
     violations: dict[str, float] = field(default_factory=dict)
     """Requirement -> by how much it is broken, over 0, or met."""
-    clash: str = ""
+    invalid: str = ""
     """Why the drawn fields do not go together."""
     crashes: int = 0
     """How often its worker process died in this run."""
-    fault_at: int = 0
-    """Results that had come back in this run when it met a fault of the environment."""
 
     @classmethod
-    def drawn(cls, trial: Trial, plain: Plain, space: Space) -> Candidate:
+    def from_draw(cls, trial: Trial, drawn: Plain, space: Space) -> Candidate:
         """Build the candidate of a drawn point."""
         try:
-            architecture = space.architecture(plain)
+            architecture = space.architecture(drawn)
         except SpaceError as error:
-            return cls(trial, plain, violations={VALID: 1.0}, clash=str(error))
-        return cls(
-            trial,
-            architecture.plain(),
-            architecture,
-            architecture.fingerprint,
-            space.cost(architecture).plain(),
-            {VALID: 0.0, **space.violations(architecture)},
-        )
+            return cls(trial, drawn=drawn, violations={VALID: 1.0}, invalid=str(error))
+        violations = {VALID: 0.0, **space.violations(architecture)}
+        return cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
 
     @property
     def number(self) -> int:
         """The trial's number."""
         return self.trial.number
+
+    @cached_property
+    def plain(self) -> Plain:
+        """The canonical architecture, or the drawn fields if they do not go together."""
+        return self.drawn if self.architecture is None else self.architecture.plain()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the architecture; empty if there is none."""
+        return "" if self.architecture is None else self.architecture.fingerprint
+
+    @cached_property
+    def summary(self) -> str:
+        """The architecture in one line; empty before the draw."""
+        return one_line(self.plain) if self.plain else ""
 
     @property
     def broken(self) -> dict[str, float]:

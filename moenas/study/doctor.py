@@ -19,11 +19,11 @@ from moenas.errors import InputError, StorageLostError, StudyBusyError
 from moenas.records import Evaluation, Plain
 from moenas.search.trials import outcome
 from moenas.store import attempts, front_rows, row_readers, tables
-from moenas.store.heartbeat import Lease
+from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.weights import FILE, has_weights, read_weights, weights_path
 from moenas.study import reconcile, repairs
-from moenas.study.spool import Spool
+from moenas.study.uncommitted import UncommittedResults
 
 Area = Literal["database", "trials", "front", "weights", "files"]
 TOLERANCE = 1e-9
@@ -100,10 +100,10 @@ def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
     if not areas:
         return None
     record = store.study(name)
-    with Lease(store, name):
+    with StudyLease(store, name):
         backup = back_up(store, name)
         # Results first: an uncommitted one needs its weights, and Optuna is told it.
-        Spool(store.runs, name).commit(store)
+        UncommittedResults(store.runs, name).commit(store)
         _repair_trials(store, name, list(record.directions))
         if "front" in areas:
             store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
@@ -181,7 +181,7 @@ def _trials(
         "foreign": "record that it is not ours",
     }
     trials = _optuna_trials(store, name)
-    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
+    found = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
     return [Finding("trials", d.trial, d.text, texts[d.kind]) for d in found]
 
 
@@ -248,7 +248,7 @@ def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Findi
         Finding("files", None, f"{path}: left by a run that was killed", "remove it")
         for path in _leftovers(store, name, set(stored))
     ]
-    for path, result in Spool(store.runs, name).results():
+    for path, result in UncommittedResults(store.runs, name).results():
         trial = result.trial if result is not None else None
         found.append(Finding("files", trial, f"{path}: a result without a row", "record it"))
     return found
@@ -257,7 +257,7 @@ def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Findi
 def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
     """Return drafts, and weights of trials that have no evaluation."""
     folder = weights_path(store.runs, name, 0).parents[1]
-    spooled = {r.trial for _, r in Spool(store.runs, name).results() if r is not None}
+    spooled = {r.trial for _, r in UncommittedResults(store.runs, name).results() if r is not None}
     found = []
     for path in folder.glob("*/*") if folder.is_dir() else ():
         number = path.parent.name
@@ -276,7 +276,7 @@ def _repair_trials(store: Store, name: str, names: list[str]) -> None:
         optuna.create_study(study_name=name, storage=store.optuna_storage(), directions=directions)
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
     trials = study.get_trials(deepcopy=False)
-    found = reconcile.differences(stored, attempts.asked(store, name), trials, names)
+    found = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
     reconcile.repair(store, study, found, stored, names)
     for difference in found:
         if difference.kind == "untold":

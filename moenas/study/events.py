@@ -1,14 +1,14 @@
-"""What a run tells its listener: one event for each step of a trial."""
+"""Events of a run, one for each step of a trial, and the listeners that they go to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moenas.errors import MoenasError
 from moenas.records import Evaluation
-from moenas.store.tally import Tally
+from moenas.study.progress import Progress
 
 Kind = Literal[
     "resumed", "started", "finished", "infeasible", "copied", "retried", "warning", "done"
@@ -25,14 +25,49 @@ class Interrupted(MoenasError):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a listener may want to show."""
+    """One step of a trial, or a message about the study."""
 
     kind: Kind
     trial: int | None
     text: str
     """The architecture in one line, or what happened."""
     evaluation: Evaluation | None
-    tally: Tally
+    progress: Progress
 
 
 Listener = Callable[[Event], None]
+
+
+class EventEmitter:
+    """Sends events to the listeners of a run.
+
+    What a listener raises ends the run, but not between two writes: `raise_error` raises it.
+    """
+
+    def __init__(self, listeners: Sequence[Listener], progress: Callable[[], Progress]) -> None:
+        self._listeners, self._progress = list(listeners), progress
+        self._error: Exception | None = None
+
+    def add(self, listener: Listener) -> None:
+        """Send later events to one more listener."""
+        self._listeners.append(listener)
+
+    def emit(
+        self, kind: Kind, trial: int | None, text: str, evaluation: Evaluation | None = None
+    ) -> None:
+        """Send an event with the progress of the study now."""
+        event = Event(kind, trial, text, evaluation, self._progress())
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception as error:
+                self._error = self._error or error
+
+    def warn(self, text: str, trial: int | None = None) -> None:
+        """Send a warning."""
+        self.emit("warning", trial, text)
+
+    def raise_error(self) -> None:
+        """Raise the first exception that a listener raised, if one did."""
+        if self._error is not None:
+            raise self._error

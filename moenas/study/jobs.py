@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moenas.records import Job, Plain
 from moenas.space.objective import Objective
-from moenas.store.store import Store
+from moenas.store.study_store import StudyStore
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Jobs:
     """Writes the jobs of one study."""
 
-    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+    def __init__(self, store: StudyStore, space: Space, data_sha256: str) -> None:
         self._store, self._space, self._data_sha256 = store, space, data_sha256
 
     def job(
@@ -46,6 +46,6 @@ class Jobs:
             seed=space.search.seed,
             use={file.path: file.source for file in space.use},
             time_limit_s=space.search.time_limit,
-            reference_ms=self._store.reference_ms(space.name),
+            reference_ms=self._store.reference_ms(),
             **more,
         )

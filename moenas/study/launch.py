@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import optuna
@@ -15,17 +16,20 @@ import optuna
 from moenas.errors import InputError, NotFoundError, StorageLostError
 from moenas.grammar import user_parts
 from moenas.grammar.summary import one_line
-from moenas.records import Evaluation, Plain, StudyRecord, View
+from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
 from moenas.store import attempts
-from moenas.store.heartbeat import Lease
+from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
-from moenas.store.tally import Tally
 from moenas.study import repairs
 from moenas.study.changes import refuse_changes, version_changes
 from moenas.study.driver import Driver
 from moenas.study.events import Event, Interrupted, Listener
+from moenas.study.jobs import Jobs
+from moenas.study.progress import Progress
+from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
+from moenas.study.session import Session
 from moenas.workers.pool import Pool, Workers, open_pool
 
 if TYPE_CHECKING:
@@ -41,8 +45,8 @@ __all__ = [
     "Interrupted",
     "Listener",
     "Member",
+    "Progress",
     "Study",
-    "Tally",
     "load_study",
     "run",
 ]
@@ -105,10 +109,9 @@ class Front:
 class Study:
     """One study in a store; everything is read when it is asked for."""
 
-    def __init__(self, store: Store, name: str, finished: str | None = None) -> None:
+    def __init__(self, store: Store, name: str) -> None:
         self.store = store
         self.name = name
-        self._finished = finished
 
     def __repr__(self) -> str:
         return f"Study({self.name!r}, {self.store.place!r})"
@@ -133,18 +136,16 @@ class Study:
         return self.store.view(self.name)
 
     @property
-    def finished(self) -> str | None:
+    def finished(self) -> EndReason | None:
         """Why the study is over; None if it is not.
 
         `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
         `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
         """
-        if (
-            self._finished is None
-            and attempts.evaluated(self.store, self.name) >= self.record.trials
-        ):
-            return "trials"
-        return self._finished
+        ended = self.store.ended(self.name)
+        if ended is None and attempts.evaluated(self.store, self.name) >= self.record.trials:
+            return "trials"  # it ended under a version that did not store the reason
+        return ended
 
     @property
     def optuna(self) -> optuna.Study:
@@ -231,7 +232,8 @@ def run(
     trials: int | None = None,
     workers: Workers = None,
     address: str | None = None,
-    listener: Listener | None = None,
+    pool: Pool | None = None,
+    listeners: Sequence[Listener] = (),
     accept_changes: bool = False,
 ) -> Study:
     """Run a study to its end and return it; called again, it goes on where it stopped.
@@ -239,8 +241,10 @@ def run(
     `trials` is how many candidates the study is to evaluate in total, failed ones included. Draws
     that are infeasible and models that are evaluated already are recorded and do not count. None
     takes what the space file says, or what an earlier run asked for if that is more. `workers` and
-    `address` are those of `pool.open_pool`. With `accept_changes`, objectives may have other files
-    than before: finished trials are measured again by them, and the change is stored.
+    `address` are those of `open_pool`; a `pool` replaces both, and the caller closes it. Each of
+    the `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may
+    have other files than before: finished trials are measured again by them, and the change is
+    stored.
 
     Raises:
         InputError: if nothing in the space is feasible, or the study of that name has another
@@ -262,24 +266,30 @@ def run(
     sigterm = _Sigterm()
     with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
-        pool = None if known else _opened(stack, space, workers, address)
+        open_once = _PoolOpener(stack, space, workers, address, pool)
+        if known is None:
+            open_once()
         store = Store.open(storage, create=True)
         if known is None:
             _create(store, space, corpus, trials)
         if changed:
-            pool = pool or _opened(stack, space, workers, address)
-            Remeasurer(store, space, corpus.sha256).run(pool, changed)
-        lease = stack.enter_context(Lease(store, space.name))
+            Remeasurer(store, space, corpus.sha256).run(open_once(), changed)
+        lease = stack.enter_context(StudyLease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
-        driver = Driver(store, space, corpus.sha256, listener or _silent)
-        driver.resume(_total(store.study(space.name), space, trials))
-        if driver.over is None:
-            pool = pool or _opened(stack, space, workers, address)
+        total = _total(store.study(space.name), space, trials)
+        session = Session.open(store, space, total, listeners)
+        if session.over is None:
+            pool = open_once()
             if known and (text := version_changes(known, _versions())):
-                driver.warn(f"the study began with other versions: {text}")
-            driver.work(pool, lease)
+                session.events.warn(f"the study began with other versions: {text}")
+            publisher = DashboardPublisher(store, space.name, session.events.warn)
+            session.events.add(publisher)
+            jobs = Jobs(session.store, space, corpus.sha256)
+            Driver(session, jobs, pool, lease).run()
+            publisher.publish()
         store.verify()
-        return Study(store, space.name, driver.end())
+        session.finish()
+        return Study(store, space.name)
 
 
 @contextmanager
@@ -324,15 +334,26 @@ def _create(store: Store, space: Space, corpus: Corpus, trials: int | None) -> N
         refuse_changes(known, space, corpus)
 
 
-def _silent(event: Event) -> None:
-    """Listen to nothing."""
+class _PoolOpener:
+    """Gives the pool of a run: the caller's, or one that is opened at the first call."""
 
+    def __init__(
+        self,
+        stack: ExitStack,
+        space: Space,
+        workers: Workers,
+        address: str | None,
+        pool: Pool | None,
+    ) -> None:
+        self._stack, self._pool = stack, pool
+        self._open = partial(open_pool, workers, space.search, address=address)
 
-def _opened(stack: ExitStack, space: Space, workers: Workers, address: str | None) -> Pool:
-    """Open a pool that is closed with the stack."""
-    pool = open_pool(workers, space.search, address=address)
-    stack.callback(pool.close)
-    return pool
+    def __call__(self) -> Pool:
+        """Return the pool; one that is opened here is closed with the stack."""
+        if self._pool is None:
+            self._pool = self._open()
+            self._stack.callback(self._pool.close)
+        return self._pool
 
 
 class _Sigterm:

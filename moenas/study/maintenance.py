@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moenas.errors import InputError, suggestion
 from moenas.records import StudyRecord
-from moenas.store.heartbeat import Lease
+from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
 from moenas.study.changes import refuse_changes
 from moenas.study.events import Listener
 from moenas.study.launch import Study, run
 from moenas.study.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
-from moenas.study.spool import Spool
 from moenas.study.stop_rules import FINAL
-from moenas.workers.pool import Workers, open_pool
+from moenas.study.uncommitted import UncommittedResults
+from moenas.workers.pool import Pool, Workers, open_pool
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -46,9 +47,9 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
         InputError: if no failed trial has a kind of `kinds`.
         StudyBusyError: if a process runs the study.
     """
-    with Lease(store, study):
+    with StudyLease(store, study):
         # The lease comes first: another process may have evaluated them again meanwhile.
-        Spool(store.runs, study).commit(store)
+        UncommittedResults(store.runs, study).commit(store)
         failed = {
             e.trial: e.failure.kind if e.failure else "error"
             for e in store.evaluations(study)
@@ -57,6 +58,7 @@ def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[i
         chosen = _chosen(study, failed, kinds)
         if chosen:
             store.apply(study, lambda connection: repairs.reopen(connection, study, chosen))
+            store.set_ended(study, None)
     return chosen
 
 
@@ -84,9 +86,10 @@ def retry(
     storage: str | None = None,
     workers: Workers = None,
     address: str | None = None,
-    listener: Listener | None = None,
+    pool: Pool | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Study:
-    """Run failed trials of a stored study again, and the rest of the study.
+    """Run failed trials of a stored study again, and the rest of the study; see `launch.run`.
 
     Raises:
         InputError: if the files that the study names have changed, or no trial is to be retried.
@@ -109,7 +112,8 @@ def retry(
         trials=record.trials,
         workers=workers,
         address=address,
-        listener=listener,
+        pool=pool,
+        listeners=listeners,
     )
 
 
@@ -121,12 +125,14 @@ def remeasure(
     storage: str | None = None,
     workers: Workers = None,
     address: str | None = None,
+    pool: Pool | None = None,
     progress: Progress | None = None,
 ) -> Remeasured:
     """Measure objectives of finished trials again, from their stored weights.
 
     `objective` is a name or a file, and may be one that the study does not have: its values are
-    then stored beside the others and do not change the front.
+    then stored beside the others and do not change the front. A `pool` replaces `workers` and
+    `address`, and the caller closes it.
 
     Raises:
         InputError: if there is nothing to measure, or the study's corpus has changed.
@@ -140,8 +146,8 @@ def remeasure(
     chosen = chosen_objectives(record, space, objective, trial)
     corpus = load(space.data)
     refuse_changes(record, space, corpus, accept=True)
-    pool = open_pool(workers, space.search, address=address)
-    try:
-        return Remeasurer(store, space, corpus.sha256).run(pool, chosen, trial, progress)
-    finally:
-        pool.close()
+    remeasurer = Remeasurer(store, space, corpus.sha256)
+    if pool is not None:
+        return remeasurer.run(pool, chosen, trial, progress)
+    with closing(open_pool(workers, space.search, address=address)) as opened:
+        return remeasurer.run(opened, chosen, trial, progress)

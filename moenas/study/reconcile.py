@@ -126,7 +126,7 @@ def reopen(store: Store, name: str, number: int) -> None:
 
 def _record_foreign(store: Store, name: str, number: int) -> None:
     """Record a trial that is not ours, so that both stores hold the same numbers."""
-    if not attempts.is_asked(store, name, number):
-        store.asked(name, number, "", {}, {})
+    if not attempts.has_candidate(store, name, number):
+        store.add_candidate(name, number, "", {}, {})
     attempt = store.attempts(name, number)
     store.record(Evaluation(name, number, attempt, "failed", "", failure=FOREIGN))

@@ -14,15 +14,16 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.search.trials import outcome
 from moenas.space.objective import Objective, load_objective
-from moenas.store.heartbeat import Lease
+from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
+from moenas.store.study_store import StudyStore
 from moenas.store.weights import read_weights
 from moenas.study import repairs
 from moenas.study.changes import changed_objectives
-from moenas.study.intake import Intake
 from moenas.study.jobs import Jobs
-from moenas.study.spool import Spool
-from moenas.study.stop_rules import RETRIES
+from moenas.study.result_processing import ResultProcessor
+from moenas.study.stop_rules import CRASH_RETRIES
+from moenas.study.uncommitted import UncommittedResults
 from moenas.workers.pool import Pool, Result
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ class Remeasurer:
     def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
         self._store, self._space = store, space
         self._record = store.study(space.name)
-        self._jobs = Jobs(store, space, data_sha256)
-        self._intake = Intake(store, space)
+        study = StudyStore(store, space.name)
+        self._jobs = Jobs(study, space, data_sha256)
+        self._results = ResultProcessor(study, space)
 
     def run(
         self,
@@ -99,8 +101,8 @@ class Remeasurer:
             MoenasError: if the machine fails a measurement.
         """
         name, store = self._space.name, self._store
-        with Lease(store, name) as lease:
-            Spool(store.runs, name).commit(store)
+        with StudyLease(store, name) as lease:
+            UncommittedResults(store.runs, name).commit(store)
             todo = self._todo(trial)
             done: list[Evaluation] = []
             waiting = list(todo)
@@ -113,12 +115,12 @@ class Remeasurer:
                     pool.submit(self._job(pool, known, objectives))
                 for result in pool.wait(0.5):
                     known = running.pop(result.job.trial)
-                    if _died(result) and crashes[known.trial] < RETRIES:
+                    if _died(result) and crashes[known.trial] < CRASH_RETRIES:
                         crashes[known.trial] += 1
                         waiting.append(known)
                         continue
                     found = self._merged(known, result, objectives)
-                    self._intake.add(found)
+                    self._results.add(found)
                     done.append(found)
                     if progress is not None:
                         progress(len(done), len(todo), found)
@@ -136,7 +138,7 @@ class Remeasurer:
         found = [
             e
             for e in stored
-            if "copied_from" not in e.metrics
+            if not e.is_copy
             and (e.status == "complete" or e.weights_sha256 is not None)
             and (trial is None or e.trial == trial)
         ]
@@ -147,7 +149,7 @@ class Remeasurer:
             )
         for other in stored if trial is not None else ():
             if other.trial != trial:  # latencies of one device stay those of one device
-                self._intake.add(other)
+                self._results.add(other)
         return found
 
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
@@ -184,7 +186,7 @@ class Remeasurer:
             return merged
         architecture = Architecture.parse(result.job.architecture)
         complete = replace(merged, status="complete", failure=None, violations={})
-        return self._intake.judged(architecture, complete)
+        return self._results.judged(architecture, complete)
 
     def _copies(self, done: Sequence[Evaluation]) -> list[Evaluation]:
         """Return the copies of measured trials with their values."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
 
 from moenas.errors import EnvironmentFaultError, NoCandidateError, StudyStoppedError
 from moenas.records import Evaluation, Failure
+
+if TYPE_CHECKING:
+    from moenas.study.candidate import Candidate
 
 ENVIRONMENT: Final = "environment"
 """Kind of a failure that is the machine's, not the candidate's."""
@@ -29,7 +33,7 @@ OF_THE_CANDIDATE = (*FINAL, "timeout", "out_of_memory", ENVIRONMENT)
 """Kinds of failure that stop a run only where no candidate has been complete yet: a space may hold
 many such models."""
 
-RETRIES = 2
+CRASH_RETRIES = 2
 """Times that a candidate is tried again after its worker process died."""
 CRASHES = 5
 """Candidates in a row that use up their retries before the run stops."""
@@ -44,8 +48,8 @@ def reason(found: Evaluation) -> str:
     return "breaks " + ", ".join(found.violations)
 
 
-class Faults:
-    """The environment's faults: how long to pause after one, and when to give up."""
+class EnvironmentFaults:
+    """Faults of the environment: how long to pause after one, and when to stop the run."""
 
     def __init__(self, study: str) -> None:
         self._study = study
@@ -90,7 +94,79 @@ class Faults:
         return (len(seen) > 1 and tries >= TRIES) or tries >= TRIES_ALONE
 
 
-class SameFailures:
+class DelayedCandidates:
+    """Candidates that met a fault of the environment and start again.
+
+    One starts once another candidate has ended: that tells whether the environment or the
+    candidate is at fault.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Candidate, int]] = []
+        """Candidates, each with the number of results at its fault."""
+        self._results = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (candidate for candidate, _ in self._waiting)
+
+    def count_result(self) -> None:
+        """Count a result that came back in this run."""
+        self._results += 1
+
+    def add(self, candidate: Candidate) -> None:
+        """Delay a candidate."""
+        self._waiting.append((candidate, self._results))
+
+    def pop(self, nothing_else: bool) -> Candidate | None:
+        """Return the candidate to start now, or None; any one if there is nothing else to do."""
+        for index, (candidate, results) in enumerate(self._waiting):
+            if nothing_else or self._results > results:
+                del self._waiting[index]
+                return candidate
+        return None
+
+
+class CrashedCandidates:
+    """Candidates whose worker processes died at every try.
+
+    They are held until another candidate shows that workers live; all workers may die, such as
+    where memory is short.
+    """
+
+    def __init__(self, study: str) -> None:
+        self._study = study
+        self._held: list[tuple[Candidate, Evaluation]] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (candidate for candidate, _ in self._held)
+
+    def hold(self, candidate: Candidate, evaluation: Evaluation) -> None:
+        """Hold a candidate.
+
+        Raises:
+            StudyStoppedError: if CRASHES candidates are held; the next run evaluates them.
+        """
+        self._held.append((candidate, evaluation))
+        if len(self._held) >= CRASHES:
+            raise StudyStoppedError(
+                f"study '{self._study}': the worker processes of {CRASHES} candidates in a row"
+                f" died, {CRASH_RETRIES + 1} of each, the last: {reason(evaluation)}; if memory is"
+                " short, run it again with fewer --workers. No trial is used up"
+            )
+
+    def release(self) -> list[tuple[Candidate, Evaluation]]:
+        """Return the candidates that are held, each with its evaluation, and hold none."""
+        held, self._held = self._held, []
+        return held
+
+
+class RepeatedFailures:
     """Counts candidates in a row that fail for one reason."""
 
     def __init__(self, study: str) -> None:
@@ -121,7 +197,7 @@ class SameFailures:
             )
 
 
-class Draws:
+class FruitlessDraws:
     """Counts draws in a row that give nothing to evaluate."""
 
     def __init__(self, study: str) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from moenas.cli.progress import LiveProgress, duration, line, listener, write_line
 from moenas.records import Evaluation, Failure
 from moenas.space.space import Space
-from moenas.store.tally import Tally
 from moenas.study.events import Event, Kind
+from moenas.study.progress import Progress
 
 SPACE = """
 name: study
@@ -27,12 +27,12 @@ objectives: [val_loss, flops_per_token]
 
 def event(kind: Kind, trial: int | None, text: str = "16d", **more: object) -> Event:
     best = {"val_loss": 2.25, "flops_per_token": 123456.0}
-    tally = Tally(12, 1, 9, 7, 1, 1, 0, best, front=3, hypervolume=1.0, eta_s=75.0)
+    progress = Progress(12, 1, 9, 7, 1, 1, 0, best, front=3, hypervolume=1.0, eta_s=75.0)
     if not more:
-        return Event(kind, trial, text, None, tally)
+        return Event(kind, trial, text, None, progress)
     assert trial is not None
     found = Evaluation("study", trial, 1, fingerprint="f", **more)  # type: ignore[arg-type]
-    return Event(kind, trial, text, found, tally)
+    return Event(kind, trial, text, found, progress)
 
 
 COMPLETE = event(

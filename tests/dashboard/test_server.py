@@ -23,8 +23,10 @@ from PIL import Image
 from shelf import add, shelve, study_of
 
 from moenas.dashboard import server as dashboard
+from moenas.dashboard.notes import trial_note
 from moenas.errors import InputError, NotFoundError
-from moenas.report import figures
+from moenas.grammar.brief import brief
+from moenas.report import figures, summary
 from moenas.resources import parse_yaml
 from moenas.store.store import Store
 
@@ -141,10 +143,21 @@ def test_a_trial_s_note_has_its_numbers_with_units_and_how_to_take_it_home(publi
     assert f"moenas export made_up {trial} " in note
 
 
-def test_the_yaml_of_a_note_is_the_architecture(published):
+def test_the_note_of_a_trial_without_weights_names_no_export(published):
+    view = published.view("made_up")
+    (member, *_) = (e for e in view.evaluations if e.trial == view.front[0])
+    note = trial_note(view, replace(member, weights_sha256=None))
+    assert "export" not in note
+    assert f"moenas show made_up {member.trial}" in note
+
+
+def test_the_yaml_of_a_note_is_the_architecture_as_show_prints_it(published):
     trial = published.front("made_up")[0]
     text = trial_notes(published)[trial].partition("```yaml\n")[2].partition("```")[0]
-    assert parse_yaml(text, "note").plain == published.architecture("made_up", trial)
+    whole = published.architecture("made_up", trial)
+    assert parse_yaml(text, "note").plain == {"architecture": brief(whole)}
+    report = summary.trial_report(published, "made_up", trial)
+    assert summary.trial_text(report).endswith(text.rstrip())
 
 
 def test_the_study_s_note_has_objectives_data_entropy_and_device(published):

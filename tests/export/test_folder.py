@@ -402,7 +402,7 @@ def test_the_stored_validation_loss_comes_out_again(tmp_path: Path) -> None:
     store.create_study(replace(record, space=space, data=corpus.manifest))
     architecture = random_architecture(6, vocab_size=256).canonical()
     plain, cost = architecture.plain(), architecture.cost(64).plain()
-    store.asked("tiny", 0, architecture.fingerprint, plain, cost)
+    store.add_candidate("tiny", 0, architecture.fingerprint, plain, cost)
     job = Job(
         study="tiny",
         trial=0,

@@ -127,7 +127,7 @@ def test_the_description_folds_patterns() -> None:
     blocks = [{"mixer": LOCAL, "repeat": 2}, {"mixer": WHOLE, "ffn": DENSE}]
     text = parse({"repeat": 12, "blocks": blocks}, {"mixer": WHOLE}).describe()
     assert text.startswith(
-        "16d rmsnorm, 12x[2x(attention 2q/2kv window 4), 1x(attention 2q/2kv, dense 16 swiglu)] + 1x("
+        "16d rmsnorm, 12x[2x(attention-a 2q/2kv window 4), (attention-b 2q/2kv, dense 16 swiglu)] + attention-b"
     )
 
 

@@ -97,16 +97,20 @@ def test_weights_of_the_first_schema_are_found(tmp_path: Path) -> None:
     with store.engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE moenas_database")
         connection.exec_driver_sql("DROP TABLE moenas_change")
+        connection.exec_driver_sql("DROP TABLE moenas_ended")
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0001'")
     store.engine.dispose()
     before = (tmp_path / "a.db").read_bytes()
     reader = opened(tmp_path / "a.db")
     assert read_weights(reader.runs, "x", 3, digest) == b"of yesterday"
     assert reader.study("x").trials == 10
+    assert reader.ended("x") is None
     reader.engine.dispose()
     assert (tmp_path / "a.db").read_bytes() == before, "a reader has written"
     run = Store.open(f"sqlite:///{tmp_path}/a.db", create=True)
     run.claim("x")
+    run.set_ended("x", "exhausted")
+    assert run.ended("x") == "exhausted"
     assert run.runs.parent == tmp_path / "moenas_runs"
     assert read_weights(run.runs, "x", 3, digest) == b"of yesterday"
     with pytest.raises(NotFoundError):

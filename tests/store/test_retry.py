@@ -19,7 +19,7 @@ from test_store import a_study, an_evaluation, ask
 
 from moenas.errors import InputError, StorageLostError
 from moenas.store import retry
-from moenas.store.heartbeat import Lease
+from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 
 
@@ -117,7 +117,7 @@ def test_ctrl_c_ends_a_wait_at_once(path: Path) -> None:
 
 
 def test_the_end_of_a_run_waits_for_no_lock(path: Path) -> None:
-    lease = Lease(Store.open(f"sqlite:///{path}", create=True), "x")
+    lease = StudyLease(Store.open(f"sqlite:///{path}", create=True), "x")
     lease.__enter__()
     thread = locked(path, 8)
     began = time.monotonic()
@@ -216,7 +216,7 @@ def test_a_server_that_was_restarted_is_waited_for(
     thread.start()
     try:
         for trial in range(8):
-            store.asked(name, trial, f"f{trial}", {"d_model": 1}, {"params": 1})
+            store.add_candidate(name, trial, f"f{trial}", {"d_model": 1}, {"params": 1})
             assert store.start_attempt(name, trial) == 1
             found = an_evaluation(trial, {"val_loss": 1.0, "speed": trial}, study=name)
             assert store.record(found)
@@ -227,6 +227,6 @@ def test_a_server_that_was_restarted_is_waited_for(
         thread.join()
         killer.dispose()
     assert store.finished(name) == list(range(8))
-    assert store.standing(name)[0] == 1
+    assert store.front_summary(name).size == 1
     values = [t.value for t in study.get_trials() if t.state.is_finished()]
     assert values == list(map(float, range(8)))

@@ -31,6 +31,7 @@ from moenas.errors import (
 )
 from moenas.records import Evaluation, Failure, ObjectiveInfo, StudyRecord
 from moenas.store import migrations
+from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.tables import metadata
 from moenas.store.urls import storage_url
@@ -79,7 +80,7 @@ def an_evaluation(trial, values=None, attempt=1, status="complete", study="x"):
 
 
 def ask(store, trial, study="x"):
-    store.asked(study, trial, f"f{trial}", {"d_model": trial}, {"params": 10 * trial})
+    store.add_candidate(study, trial, f"f{trial}", {"d_model": trial}, {"params": 10 * trial})
 
 
 def finish(store, trial, values, study="x"):
@@ -199,7 +200,7 @@ def test_a_trial_keeps_its_architecture(store):
     ask(store, 0)
     ask(store, 0)
     with pytest.raises(InputError, match="trial 0 is architecture f0"):
-        store.asked("x", 0, "another", {}, {})
+        store.add_candidate("x", 0, "another", {}, {})
     assert store.view("x").architectures == {0: {"d_model": 0}}
 
 
@@ -283,7 +284,7 @@ def check_front(store, values, name="x"):
         replace(s, hypervolume=0.0) for s in steps
     ]
     assert [s.hypervolume for s in found] == pytest.approx([s.hypervolume for s in steps])
-    assert store.standing(name) == (found[-1].size, found[-1].hypervolume)
+    assert store.front_summary(name) == FrontSummary(found[-1].size, found[-1].hypervolume)
     best_first = [values[trial][0] for trial in store.front(name)]
     assert sorted(store.front(name)) == on
     assert best_first == sorted(best_first)
@@ -291,7 +292,11 @@ def check_front(store, values, name="x"):
 
 def test_front_and_history_after_each_trial(store):
     store.create_study(a_study())
-    assert (store.front("x"), store.history("x"), store.standing("x")) == ([], [], (0, None))
+    assert (store.front("x"), store.history("x"), store.front_summary("x")) == (
+        [],
+        [],
+        FrontSummary(0, None),
+    )
     values = np.random.default_rng(0).integers(0, 5, size=(15, 2)).astype(float)
     for trial, point in enumerate(values):
         finish(store, trial, point)
@@ -539,7 +544,7 @@ def test_ten_objectives_and_hundreds_of_members_are_recorded_at_once(tmp_path):
         began = time.perf_counter()
         store.record(an_evaluation(trial, dict(zip(names, point, strict=True))))
         longest = max(longest, time.perf_counter() - began)
-        volumes.append(store.standing("x")[1])
+        volumes.append(store.front_summary("x").hypervolume)
     assert longest < 1.0
     assert volumes[-1] > volumes[0] > 0
     history = [point.hypervolume for point in store.history("x")]
@@ -599,7 +604,7 @@ def test_a_newer_schema_is_refused(store, url, create):
     store.create_study(a_study())
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0003\)"):
+    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0004\)"):
         Store.open(url, create=create)
     assert sql(store, "SELECT version_num FROM moenas_alembic_version") == [("9999",)]
 

@@ -116,7 +116,7 @@ def test_the_start_of_a_run_examines_what_it_relies_on(study: Study) -> None:
     change(study, "UPDATE moenas_hypervolume SET hypervolume = 1")
     weights_path(study.store.runs, "s", 0).unlink()
     events: list[Event] = []
-    run(space(), storage=study.store.url, trials=7, workers="inline", listener=events.append)
+    run(space(), storage=study.store.url, trials=7, workers="inline", listeners=[events.append])
     said = [event.text for event in events if event.kind == "warning"]
     assert any("hypervolume" in text and "computed again" in text for text in said)
     assert any("weights of 1 trials, such as 0, are not there" in text for text in said)
@@ -169,7 +169,7 @@ def test_a_study_at_work_is_not_examined(jobs: list[Job]) -> None:
                 doctor.examine(Store.open(), "s")
             said.append(str(error.value))
 
-    run(space(), trials=2, workers="inline", listener=listener)
+    run(space(), trials=2, workers="inline", listeners=[listener])
     assert len(said) == 2
     assert all("is being run by pid" in line for line in said)
 

@@ -24,17 +24,21 @@ from moenas.errors import (
     StorageLostError,
     StudyStoppedError,
 )
-from moenas.evaluate import job as measure
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Evaluation, Failure, Job
 from moenas.search import trials as asker
 from moenas.space.space import Space
 from moenas.store import attempts
+from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path, write_draft
 from moenas.study import stop_rules as stops
 from moenas.study.launch import Event, Study, load_study, run
-from moenas.workers.pool import Result
+from moenas.study.publishing import DashboardPublisher
+from moenas.workers.pool import Inline, Result
+
+PUBLISH = DashboardPublisher.publish
+"""The real one, which `study_folder` leaves out."""
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -57,17 +61,17 @@ def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job
     assert failure.message == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
-def test_a_job_says_how_many_candidates_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = scripted(monkeypatch, lambda job: jobs.append(job) or fake(job)[0])  # type: ignore[func-returns-value]
+def test_a_job_says_how_many_candidates_share_its_memory() -> None:
+    pool = scripted(lambda job: jobs.append(job) or fake(job)[0])  # type: ignore[func-returns-value]
     jobs: list[Job] = []
-    run(space(), trials=1)
+    run(space(), trials=1, pool=pool)
     assert [job.sharers for job in jobs] == [1]
     pool.sharers = 2
-    run(space(), trials=3)
+    run(space(), trials=3, pool=pool)
     assert [job.sharers for job in jobs] == [1, 2, 2]
 
 
-def test_what_a_worker_wrote_is_named_or_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_wrote_is_named_or_removed() -> None:
     """Also where it is not sent, for its process was killed, or is not needed."""
 
     def evaluate(job: Job) -> Any:
@@ -78,8 +82,8 @@ def test_what_a_worker_wrote_is_named_or_removed(monkeypatch: pytest.MonkeyPatch
             raise ValueError("killed")
         return fake(job)[0], file
 
-    monkeypatch.setattr(measure, "evaluate", evaluate)
-    found = run(space(), trials=3, workers="inline")
+    pool = Inline(evaluate)
+    found = run(space(), trials=3, pool=pool)
     assert kinds(found) == {1: "error"}
     runs = found.store.runs
     for trial in (0, 2):
@@ -91,7 +95,7 @@ def test_what_a_worker_wrote_is_named_or_removed(monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["model.safetensors"] * 2
 
 
-def test_a_file_of_weights_that_vanished_loses_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_weights_that_vanished_loses_no_trial() -> None:
     def vanished(job: Job) -> Any:
         assert job.weights_to is not None
         file = write_draft(job.weights_to, lambda path: Path(path).write_text("x"))
@@ -99,22 +103,41 @@ def test_a_file_of_weights_that_vanished_loses_no_trial(monkeypatch: pytest.Monk
         Path(file.path).unlink()
         return fake(job)[0], file
 
-    monkeypatch.setattr(measure, "evaluate", vanished)
+    pool = Inline(vanished)
     with pytest.raises(StorageLostError, match="cannot be written: No such file"):
-        run(space(), trials=2, workers="inline")
-    monkeypatch.setattr(measure, "evaluate", fake)
-    assert_sound(run(space(), trials=2, workers="inline"), 2)
+        run(space(), trials=2, pool=pool)
+    pool = Inline(fake)
+    assert_sound(run(space(), trials=2, pool=pool), 2)
 
 
 def test_the_dashboard_ends_no_study(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
-    monkeypatch.setitem(
-        sys.modules, "moenas.dashboard.server", None
-    )  # its libraries are not installed
+    monkeypatch.setattr(DashboardPublisher, "publish", PUBLISH)
+    # Its libraries are not installed.
+    monkeypatch.setitem(sys.modules, "moenas.dashboard.server", None)
     events: list[Event] = []
-    found = run(space(), trials=2, workers="inline", listener=events.append)
+    found = run(space(), trials=2, workers="inline", listeners=[events.append])
     assert_sound(found, 2)
     said = [e.text for e in events if e.kind == "warning"]
     assert any("the dashboard's figures were not updated: ModuleNotFoundError" in t for t in said)
+
+
+def test_the_front_is_read_once_for_a_whole_run(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    read, calls = Store.front_summary, []
+
+    def counting(self: Store, name: str) -> FrontSummary:
+        calls.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "front_summary", counting)
+    events: list[Event] = []
+    found = run(space(), trials=6, workers="inline", listeners=[events.append])
+    assert calls == ["s"], "each evaluation that is recorded tells the front after it"
+    assert (events[-1].progress.front, events[-1].progress.hypervolume) == (
+        len(found.front()),
+        found.front().hypervolume,
+    )
 
 
 # --- what a trial holds ------------------------------------------------------------------------
@@ -194,14 +217,14 @@ def valued(found: Evaluation, value: Any) -> Evaluation:
     ],
 )
 def test_what_cannot_be_used_of_a_result_fails_its_candidate(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[Evaluation], Evaluation]
+    change: Callable[[Evaluation], Evaluation],
 ) -> None:
-    scripted(monkeypatch, poisoned(change))
-    found = run(space(), trials=4, workers=2)
+    pool = scripted(poisoned(change))
+    found = run(space(), trials=4, pool=pool)
     assert_sound(found, 4)
     assert set(kinds(found)) == {1}
     assert all(math.isfinite(point.hypervolume) for point in found.view.history)
-    assert_sound(run(space(), trials=5, workers=2), 5)
+    assert_sound(run(space(), trials=5, pool=pool), 5)
 
 
 # --- another program ---------------------------------------------------------------------------
@@ -219,36 +242,32 @@ def during(trial: int, act: Callable[[optuna.Study, int], None]) -> Callable[[Jo
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED])
-def test_a_trial_that_another_program_tells_keeps_our_values(
-    monkeypatch: pytest.MonkeyPatch, state: TrialState
-) -> None:
+def test_a_trial_that_another_program_tells_keeps_our_values(state: TrialState) -> None:
     def tell(study: optuna.Study, trial: int) -> None:
         study.tell(trial, [1.0, 2.0] if state == TrialState.COMPLETE else None, state=state)
 
-    scripted(monkeypatch, during(2, tell))
+    pool = scripted(during(2, tell))
     events: list[Event] = []
-    found = run(space(), trials=5, workers=2, listener=events.append)
+    found = run(space(), trials=5, pool=pool, listeners=[events.append])
     assert_sound(found, 5)
     assert kinds(found) == {}
     assert [e.trial for e in events if e.kind == "warning"] == [2]
 
 
 @pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.FAIL])
-def test_a_trial_told_between_two_runs_is_evaluated(
-    monkeypatch: pytest.MonkeyPatch, jobs: list[Job], state: TrialState
-) -> None:
+def test_a_trial_told_between_two_runs_is_evaluated(jobs: list[Job], state: TrialState) -> None:
     def interrupted(job: Job) -> Any:
         if job.trial == 2 and job.attempt == 1:
             press_ctrl_c()
         return fake(job)
 
-    monkeypatch.setattr(measure, "evaluate", interrupted)
+    pool = Inline(interrupted)
     with pytest.raises(MoenasError):
-        run(space(), trials=5, workers="inline")
+        run(space(), trials=5, pool=pool)
     values = [1.0, 2.0] if state == TrialState.COMPLETE else None
     load_study("s").optuna.tell(2, values, state=state)
     events: list[Event] = []
-    found = run(space(), trials=5, workers="inline", listener=events.append)
+    found = run(space(), trials=5, pool=pool, listeners=[events.append])
     assert_sound(found, 5)
     assert found.evaluation(2).attempt == 2
     assert "Optuna's tables" in next(e.text for e in events if e.kind == "warning")
@@ -264,15 +283,15 @@ def test_a_deleted_study_is_restored_from_our_rows(jobs: list[Job]) -> None:
     assert len(jobs) == 6, "nothing is evaluated twice"
 
 
-def test_a_study_deleted_in_mid_run_is_told_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_deleted_in_mid_run_is_told_and_restored() -> None:
     def delete(study: optuna.Study, trial: int) -> None:
         optuna.delete_study(study_name="s", storage=Store.open().url)
 
-    scripted(monkeypatch, during(3, delete))
+    pool = scripted(during(3, delete))
     with pytest.raises(StorageLostError, match="deleted"):
-        run(space(), trials=6, workers=2)
-    scripted(monkeypatch, lambda job: fake(job)[0])
-    assert_sound(run(space(), trials=6, workers=2), 6)
+        run(space(), trials=6, pool=pool)
+    pool = scripted(lambda job: fake(job)[0])
+    assert_sound(run(space(), trials=6, pool=pool), 6)
 
 
 def test_an_added_and_an_asked_trial_get_rows_of_ours(jobs: list[Job]) -> None:
@@ -313,76 +332,70 @@ def full_disk() -> Failure:
     return Failure("environment", "/tmp/x: No space left on device")
 
 
-def test_a_fault_of_the_environment_stops_the_run_and_uses_up_no_trial(
-    monkeypatch: pytest.MonkeyPatch, short_pauses: None
-) -> None:
+def test_a_fault_of_the_environment_stops_the_run_and_uses_up_no_trial(short_pauses: None) -> None:
     broken = True
 
     def script(job: Job) -> Evaluation | Failure:
         return full_disk() if broken and job.trial >= 2 else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     with pytest.raises(EnvironmentFaultError, match="No space left on device; put that right") as e:
-        run(space(), trials=6, workers=2)
+        run(space(), trials=6, pool=pool)
     assert e.value.exit_code == 4
     assert Store.open().count("s") == 2
     broken = False
-    found = run(space(), trials=6, workers=2)
+    found = run(space(), trials=6, pool=pool)
     assert_sound(found, 6)
     assert kinds(found) == {}
 
 
-def test_a_fault_that_passes_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, short_pauses: None
-) -> None:
+def test_a_fault_that_passes_is_waited_for(short_pauses: None) -> None:
     def script(job: Job) -> Evaluation | Failure:
         return full_disk() if job.trial == 1 and job.attempt < 3 else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     events: list[Event] = []
-    found = run(space(), trials=4, workers=2, listener=events.append)
+    found = run(space(), trials=4, pool=pool, listeners=[events.append])
     assert_sound(found, 4)
     assert kinds(found) == {}
     assert sum(e.kind == "retried" for e in events) == 2
 
 
-def test_one_candidate_that_always_meets_a_fault_fails_alone(
-    monkeypatch: pytest.MonkeyPatch, short_pauses: None
-) -> None:
-    scripted(monkeypatch, lambda job: full_disk() if job.trial == 1 else fake(job)[0])
-    found = run(space(), trials=6, workers=2)
+def test_one_candidate_that_always_meets_a_fault_fails_alone(short_pauses: None) -> None:
+    pool = scripted(lambda job: full_disk() if job.trial == 1 else fake(job)[0])
+    found = run(space(), trials=6, pool=pool)
     assert_sound(found, 6)
     assert kinds(found) == {1: "environment"}
 
 
 def test_the_last_candidate_that_always_meets_a_fault_fails_at_the_third_start(
-    monkeypatch: pytest.MonkeyPatch, short_pauses: None
+    short_pauses: None,
 ) -> None:
-    scripted(monkeypatch, lambda job: full_disk() if job.trial == 2 else fake(job)[0])
-    run(space(), trials=2, workers=2)
+    pool = scripted(lambda job: full_disk() if job.trial == 2 else fake(job)[0])
+    run(space(), trials=2, pool=pool)
     for _ in range(2):
         with pytest.raises(EnvironmentFaultError):
-            run(space(), trials=3, workers=2)
-    found = run(space(), trials=3, workers=2)
+            run(space(), trials=3, pool=pool)
+    found = run(space(), trials=3, pool=pool)
     assert_sound(found, 3)
     assert kinds(found) == {2: "environment"}
 
 
-def test_the_same_failure_in_a_row_stops_a_run_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_failure_in_a_row_stops_a_run_at_any_time() -> None:
     def script(job: Job) -> Evaluation | Failure:
         failure = Failure("error", f"o.py:3: no file {job.trial}", cause="OSError o.py:3")
         return failure if job.trial > 3 else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     with pytest.raises(StudyStoppedError, match="5 candidates in a row all failed for one"):
-        run(space(), trials=40, workers=2)
+        run(space(), trials=40, pool=pool)
     assert attempts.evaluated(Store.open(), "s") >= 8
 
 
 def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pool = scripted(monkeypatch, lambda job: fake(job)[0])
+    pool = scripted(lambda job: fake(job)[0])
     monkeypatch.setattr(pool, "capacity", 6)
 
     def wait(timeout: float) -> list[Result]:
@@ -393,7 +406,7 @@ def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
 
     monkeypatch.setattr(pool, "wait", wait)
     with pytest.raises(StudyStoppedError):
-        run(space(), trials=8, workers=2)
+        run(space(), trials=8, pool=pool)
     rows = load_study("s").view.evaluations
     assert [e.status for e in rows] == ["failed"] * 5 + ["complete"]
 
@@ -415,14 +428,12 @@ def test_a_part_that_counts_no_cost_fails_its_candidate(
     assert_sound(found, 6)
 
 
-def test_models_that_diverge_do_not_stop_a_study_that_has_candidates(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_models_that_diverge_do_not_stop_a_study_that_has_candidates() -> None:
     def script(job: Job) -> Evaluation | Failure:
         return Failure("diverged", "loss is nan") if 2 < job.trial < 12 else fake(job)[0]
 
-    scripted(monkeypatch, script)
-    assert_sound(run(space(), trials=14, workers=2), 14)
+    pool = scripted(script)
+    assert_sound(run(space(), trials=14, pool=pool), 14)
 
 
 # --- samplers ----------------------------------------------------------------------------------
@@ -443,7 +454,7 @@ def test_a_sampler_that_stops_the_study_ends_it(jobs: list[Job]) -> None:
     )
     events: list[Event] = []
     found = run(
-        space().with_search(sampler=name), trials=9, workers="inline", listener=events.append
+        space().with_search(sampler=name), trials=9, workers="inline", listeners=[events.append]
     )
     assert found.finished == "sampler", "one instance serves the run"
     assert len(jobs) == 3
@@ -484,7 +495,7 @@ def test_a_listener_that_raises_ends_the_run_and_loses_nothing(jobs: list[Job]) 
             raise RuntimeError("the terminal is gone")
 
     with pytest.raises(RuntimeError, match="the terminal is gone"):
-        run(space(), trials=6, workers="inline", listener=listener)
+        run(space(), trials=6, workers="inline", listeners=[listener])
     assert attempts.evaluated(Store.open(), "s") >= 3
     assert_sound(run(space(), trials=6, workers="inline"), 6)
     assert len(jobs) == 6
@@ -497,7 +508,7 @@ def test_a_listener_that_raises_at_the_end_is_heard(jobs: list[Job]) -> None:
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the terminal is gone"):
-            run(space(), trials=2, workers="inline", listener=listener)
+            run(space(), trials=2, workers="inline", listeners=[listener])
     assert_sound(load_study("s"), 2)
 
 
@@ -527,10 +538,10 @@ def test_a_file_of_a_result_that_is_cut_off_is_dropped(
 ) -> None:
     tell = asker.OptunaTrials.tell
 
-    def killed(self: Any, trial: Any, found: Evaluation) -> None:
+    def killed(self: Any, trial: Any, found: Evaluation, *rest: Any) -> None:
         if found.trial == 2:
             raise KeyboardInterrupt
-        tell(self, trial, found)
+        tell(self, trial, found, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(asker.OptunaTrials, "tell", killed)

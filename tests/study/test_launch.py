@@ -42,18 +42,19 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
-from moenas.evaluate import job as measure
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job
+from moenas.report.summary import status_report, status_text
 from moenas.search import trials as asker
 from moenas.space.space import Space, digest
 from moenas.store import heartbeat
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path
-from moenas.study import candidate, intake
+from moenas.study import candidate, result_processing
 from moenas.study import launch as study
 from moenas.study import stop_rules as stops
 from moenas.study.launch import Event, Interrupted, Study, load_study, run
+from moenas.workers.pool import Inline
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -69,9 +70,9 @@ def test_trials_is_the_total_of_the_study(jobs: list[Job]) -> None:
     assert evaluated == 6 == len({e.fingerprint for e in first.view.evaluations})
 
     events: list[Event] = []
-    run(space(), workers="inline", listener=events.append)
+    run(space(), workers="inline", listeners=[events.append])
     assert len(jobs) == evaluated, "a study that is done is not run again"
-    assert [(e.kind, e.tally.finished) for e in events] == [("done", 6)]
+    assert [(e.kind, e.progress.evaluated) for e in events] == [("done", 6)]
 
     assert_sound(run(space(), trials=8, workers="inline"), 8)
     assert_sound(run(space(), workers="inline"), 8)
@@ -89,12 +90,16 @@ def test_a_study_in_pieces_asks_what_a_whole_one_asks(jobs: list[Job]) -> None:
 
 def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None:
     events: list[Event] = []
-    found = run(space(SMALL), trials=200, workers="inline", listener=events.append)
+    found = run(space(SMALL), trials=200, workers="inline", listeners=[events.append])
     assert found.finished == "exhausted"
     assert len({repr(p) for p in params(found)}) == 6
     assert len(jobs) == 6, "each of the 6 models is trained once"
     assert len(found.optuna.trials) < 200
     assert "every point" in events[-1].text
+    again = load_study("s")
+    assert again.finished == "exhausted"
+    text = status_text(status_report(again.store, "s"))
+    assert text.startswith("s: done, every point of the space was drawn; 6 of 200 trials")
 
 
 def test_a_finite_space_is_covered_by_as_many_trials_as_it_has_points(jobs: list[Job]) -> None:
@@ -173,9 +178,9 @@ def test_a_study_without_a_complete_trial_says_so(
     with pytest.raises(NoCandidateError, match=f"4 draws in a row .* '{limit}'; loosen"):
         run(space(more=f"require: [{limit}]"), trials=100, workers="inline")
     assert jobs == []
-    scripted(monkeypatch, lambda job: Failure("diverged", "loss is nan"))
+    pool = scripted(lambda job: Failure("diverged", "loss is nan"))
     with pytest.raises(NoCandidateError, match="none of its 3 trials is complete; 3 of them: div"):
-        run(space(name="t"), trials=3, workers="inline")
+        run(space(name="t"), trials=3, pool=pool)
 
 
 def test_draws_in_a_row_without_a_candidate_end_a_study_that_has_some(
@@ -184,7 +189,7 @@ def test_draws_in_a_row_without_a_candidate_end_a_study_that_has_some(
     monkeypatch.setattr(stops, "DRAWS", 5)
     events: list[Event] = []
     narrow = space(more="require: [active_params < 12000]")
-    found = run(narrow, trials=100, workers="inline", listener=events.append)
+    found = run(narrow, trials=100, workers="inline", listeners=[events.append])
     assert found.finished == "draws"
     assert re.search(r"5 draws in a row gave no new candidate: \d of them bro", events[-1].text)
     assert 0 < len(jobs) < 100
@@ -237,38 +242,36 @@ def assert_routed(found: Study, limit: str, bound: float) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
-def test_a_requirement_of_the_trained_model_is_decided_after_training(
-    monkeypatch: pytest.MonkeyPatch, sampler: str
-) -> None:
+def test_a_requirement_of_the_trained_model_is_decided_after_training(sampler: str) -> None:
     seen: list[Job] = []
 
     def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
         seen.append(job)
         return routed(job)
 
-    monkeypatch.setattr(measure, "evaluate", evaluate)
+    pool = Inline(evaluate)
     limit = "max_vio < 0.6"
     wanted = space(ROUTED, more=f"require: [{limit}]").with_search(sampler=sampler)
-    found = run(wanted, trials=12, workers="inline")
+    found = run(wanted, trials=12, pool=pool)
     assert_routed(found, limit, 0.6)
     fingerprints = [Architecture.parse(job.architecture).fingerprint for job in seen]
     assert len(set(fingerprints)) == len(fingerprints), "no infeasible model is trained twice"
-    again = run(wanted, trials=16, workers="inline")
+    again = run(wanted, trials=16, pool=pool)
     assert_routed(again, limit, 0.6)
     assert len({Architecture.parse(job.architecture).fingerprint for job in seen}) == len(seen)
 
 
 def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "evaluate", routed)
+    pool = Inline(routed)
     wanted = space(ROUTED, more="require: [max_vio < 0.4]")
     with monkeypatch.context() as patch:
         patch.setattr(asker.OptunaTrials, "tell", stopping_at("infeasible"))
         with pytest.raises(Interrupted):
-            run(wanted, trials=8, workers="inline")
+            run(wanted, trials=8, pool=pool)
     stored = Study(Store.open(), "s").view.evaluations
     assert stored[-1].status == "infeasible"
     assert Study(Store.open(), "s").optuna.get_trials()[-1].state == TrialState.RUNNING
-    found = run(wanted, trials=8, workers="inline")
+    found = run(wanted, trials=8, pool=pool)
     assert_routed(found, "max_vio < 0.4", 0.4)
     assert [e.values for e in found.view.evaluations][: len(stored)] == [e.values for e in stored]
 
@@ -277,24 +280,22 @@ def stopping_at(status: str) -> Callable[..., None]:
     """A `tell` that is interrupted at the first evaluation of a status: our rows are written."""
     tell = asker.OptunaTrials.tell
 
-    def stopping(self: asker.OptunaTrials, trial: Any, found: Evaluation) -> None:
+    def stopping(self: asker.OptunaTrials, trial: Any, found: Evaluation, *rest: Any) -> None:
         if found.status == status:
             raise KeyboardInterrupt
-        tell(self, trial, found)
+        tell(self, trial, found, *rest)
 
     return stopping
 
 
-def test_failures_without_values_carry_no_constraint_of_the_trained_model(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_failures_without_values_carry_no_constraint_of_the_trained_model() -> None:
     def script(job: Job) -> Evaluation | Failure:
         if job.architecture["d_model"] == 16:
             return Failure("acausal", "looks ahead")
         return routed(job)[0]
 
-    scripted(monkeypatch, script)
-    found = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=10, workers=2)
+    pool = scripted(script)
+    found = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=10, pool=pool)
     failed = [e for e in found.view.evaluations if e.status == "failed"]
     assert failed
     for row in failed:
@@ -324,9 +325,7 @@ def test_a_known_model_is_copied(jobs: list[Job]) -> None:
 
 
 @pytest.mark.parametrize("fault", [None, "timeout", "diverged"])
-def test_a_model_in_flight_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, jobs: list[Job], fault: str | None
-) -> None:
+def test_a_model_in_flight_is_waited_for(jobs: list[Job], fault: str | None) -> None:
     """What would end alike is not trained again: a timeout may end otherwise."""
     found = run(space(), trials=1, workers="inline")
     same = {"d_model": 24, "blocks.0.repeat": 4, "blocks.0.ffn": "dense"}
@@ -339,8 +338,8 @@ def test_a_model_in_flight_is_waited_for(
             return Failure(fault, "loss is nan")
         return fake(job)[0]
 
-    pool = scripted(monkeypatch, script)
-    found = run(space(), trials=3, workers=2)
+    pool = scripted(script)
+    found = run(space(), trials=3, pool=pool)
     assert_sound(found, 3)
     assert params(found)[1] == params(found)[2]
     assert pool.most == 1, "the second one waits although there is room"
@@ -355,18 +354,16 @@ def test_a_model_in_flight_is_waited_for(
         assert second.metrics["copied_from"] == 1.0
 
 
-def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again() -> None:
     def script(job: Job) -> Evaluation | Failure:
         return Failure("diverged", "nan") if job.architecture["d_model"] == 16 else fake(job)[0]
 
-    scripted(monkeypatch, script)
-    found = run(space(SMALL), trials=6, workers=2)
+    pool = scripted(script)
+    found = run(space(SMALL), trials=6, pool=pool)
     drawn = len(found.optuna.trials)
     for width in (16, 24):
         found.optuna.enqueue_trial({"d_model": width, "blocks.0.repeat": 1})
-    found = run(space(SMALL), trials=7, workers=2)
+    found = run(space(SMALL), trials=7, pool=pool)
     assert found.finished == "exhausted"
     again = [found.evaluation(trial) for trial in (drawn, drawn + 1)]
     assert ["copied_from" in e.metrics for e in again] == [True, True]
@@ -377,7 +374,7 @@ def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again(
 # --- failures ----------------------------------------------------------------------------------
 
 
-def test_a_failed_candidate_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_candidate_is_a_row_with_a_reason() -> None:
     def script(job: Job) -> Evaluation | Failure:
         if job.trial == 2:
             return Failure("timeout", "did not stop")
@@ -386,8 +383,8 @@ def test_a_failed_candidate_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPat
             return dataclasses.replace(found, values={**found.values, "val_loss": math.inf})
         return found
 
-    scripted(monkeypatch, script)
-    found = run(space(), trials=6, workers=2)
+    pool = scripted(script)
+    found = run(space(), trials=6, pool=pool)
     assert_sound(found, 6)
     assert {e.trial: e.failure.kind for e in found.view.evaluations if e.failure} == {
         2: "timeout",
@@ -396,14 +393,14 @@ def test_a_failed_candidate_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPat
     assert found.store.attempts("s", 2) == 1, "a candidate's own fault is not tried again"
 
 
-def test_a_dead_worker_s_candidate_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_s_candidate_is_tried_again() -> None:
     def script(job: Job) -> Evaluation | Failure:
         dies = job.trial == 1 or (job.trial == 4 and job.attempt < 3)
         return Failure("crashed", "worker process 7 died") if dies else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     events: list[Event] = []
-    found = run(space(), trials=7, workers=2, listener=events.append)
+    found = run(space(), trials=7, pool=pool, listeners=[events.append])
     assert_sound(found, 7)
     lost, saved = found.evaluation(1), found.evaluation(4)
     assert (lost.status, lost.attempt) == ("failed", 3)
@@ -411,66 +408,59 @@ def test_a_dead_worker_s_candidate_is_tried_again(monkeypatch: pytest.MonkeyPatc
     assert sum(e.kind == "retried" for e in events) == 4
 
 
-def test_a_run_whose_workers_all_die_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_workers_all_die_stops() -> None:
     events: list[Event] = []
-    scripted(monkeypatch, lambda job: Failure("crashed", "worker process 7 died"))
+    pool = scripted(lambda job: Failure("crashed", "worker process 7 died"))
     with pytest.raises(MoenasError, match="of 5 candidates in a row died, 3 of each, the last"):
-        run(space(), trials=12, workers=2, listener=events.append)
+        run(space(), trials=12, pool=pool, listeners=[events.append])
     assert sum(e.kind == "retried" for e in events) == 2 * 5
     assert load_study("s").store.count("s") == 0, "no trial is used up"
-    scripted(monkeypatch, lambda job: fake(job)[0])
-    found = run(space(), trials=12, workers=2)
+    pool = scripted(lambda job: fake(job)[0])
+    found = run(space(), trials=12, pool=pool)
     assert_sound(found, 12)
     assert all(e.status == "complete" for e in found.view.evaluations)
 
 
-def test_candidates_that_always_kill_their_workers_do_not_block_a_study(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_candidates_that_always_kill_their_workers_do_not_block_a_study() -> None:
     """They are held back in two runs; in the third they fail, and the study goes on."""
     deadly = {0, 1, 2, 3, 4, 5}
 
     def script(job: Job) -> Evaluation | Failure:
         return Failure("crashed", "worker died") if job.trial in deadly else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     for _ in range(2):
         with pytest.raises(MoenasError, match="5 candidates in a row died"):
-            run(space(), trials=8, workers=2)
-    found = run(space(), trials=8, workers=2)
+            run(space(), trials=8, pool=pool)
+    found = run(space(), trials=8, pool=pool)
     assert_sound(found, 8)
     assert {e.trial for e in found.view.evaluations if e.status == "failed"} == deadly
 
 
-def test_candidates_that_kill_their_workers_do_not_stop_a_study(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_candidates_that_kill_their_workers_do_not_stop_a_study() -> None:
     """Four in a row, twice, with another one's result between; each dies three times."""
     deadly = {1, 2, 3, 4, 6, 7, 8, 9}
 
     def script(job: Job) -> Evaluation | Failure:
         return Failure("crashed", "worker died") if job.trial in deadly else fake(job)[0]
 
-    scripted(monkeypatch, script)
-    found = run(space(), trials=11, workers=2)
+    pool = scripted(script)
+    found = run(space(), trials=11, pool=pool)
     assert_sound(found, 11)
     assert {e.trial for e in found.view.evaluations if e.status == "failed"} == deadly
 
 
-def test_a_run_whose_first_candidates_all_fail_alike_stops(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_run_whose_first_candidates_all_fail_alike_stops() -> None:
     pool = scripted(
-        monkeypatch,
         lambda job: Failure(
             "error", f"x.py:{job.trial}: no module 'y'", cause="ImportError x.py:1"
         ),
     )
     with pytest.raises(MoenasError, match="5 first candidates all failed for one reason: error: x"):
-        run(space(), trials=40, workers=2)
+        run(space(), trials=40, pool=pool)
     assert pool.most == 2
-    scripted(monkeypatch, lambda job: fake(job)[0])
-    found = run(space(), trials=8, workers=2)
+    pool = scripted(lambda job: fake(job)[0])
+    found = run(space(), trials=8, pool=pool)
     assert_sound(found, 8)
     assert sum(e.status == "failed" for e in found.view.evaluations) == 5
 
@@ -558,24 +548,24 @@ def timed(job: Job, reference_ms: float, key: str = "cpu x") -> Evaluation:
     return dataclasses.replace(found, values=values, measurements={"val_loss": details})
 
 
-def test_all_latencies_share_the_first_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_latencies_share_the_first_reference() -> None:
     seen: dict[int, dict[str, float]] = {}
 
     def script(job: Job) -> Evaluation:
         seen[job.trial] = job.reference_ms
         return timed(job, 3.0 + job.trial)
 
-    scripted(monkeypatch, script)
-    found = run(space(), trials=6, workers=2)
+    pool = scripted(script)
+    found = run(space(), trials=6, pool=pool)
     fixed = found.store.reference_ms("s")["cpu x"]
     assert {e.values["val_loss"] for e in found.view.evaluations} == {2 * fixed}
     assert seen[5] == {"cpu x": fixed}, "later workers are told"
     assert_sound(found, 6)
 
 
-def test_a_latency_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, lambda job: timed(job, 3.0, "gpu y" if job.trial == 4 else "cpu x"))
-    found = run(space(), trials=6, workers=2)
+def test_a_latency_of_another_device_is_refused() -> None:
+    pool = scripted(lambda job: timed(job, 3.0, "gpu y" if job.trial == 4 else "cpu x"))
+    found = run(space(), trials=6, pool=pool)
     failure = found.evaluation(4).failure
     assert failure is not None
     assert failure.kind == "refused"
@@ -589,10 +579,10 @@ def test_what_was_recorded_is_told_later(jobs: list[Job], monkeypatch: pytest.Mo
     """The run ends after our rows are written, before Optuna's are."""
     tell = asker.OptunaTrials.tell
 
-    def lost(self: Any, trial: optuna.Trial, found: Evaluation) -> None:
+    def lost(self: Any, trial: optuna.Trial, found: Evaluation, *rest: Any) -> None:
         if trial.number == 3:
             raise StorageLostError("gone")
-        tell(self, trial, found)
+        tell(self, trial, found, *rest)
 
     monkeypatch.setattr(asker.OptunaTrials, "tell", lost)
     with pytest.raises(StorageLostError):
@@ -602,9 +592,7 @@ def test_what_was_recorded_is_told_later(jobs: list[Job], monkeypatch: pytest.Mo
     assert [job.trial for job in jobs].count(3) == 1, "what was paid for is not paid for again"
 
 
-def test_an_interrupted_candidate_is_taken_up_again(
-    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
-) -> None:
+def test_an_interrupted_candidate_is_taken_up_again(jobs: list[Job]) -> None:
     whole = run(space(), storage="sqlite:///whole.db", trials=6, workers="inline")
 
     def interrupted(job: Job) -> tuple[Evaluation, bytes | None]:
@@ -612,13 +600,13 @@ def test_an_interrupted_candidate_is_taken_up_again(
             press_ctrl_c()
         return fake(job)
 
-    monkeypatch.setattr(measure, "evaluate", interrupted)
+    pool = Inline(interrupted)
     for trial in (2, 4):
         with pytest.raises(Interrupted) as stop:
-            run(space(), trials=6, workers="inline")
+            run(space(), trials=6, pool=pool)
         assert stop.value.exit_code == 130
         assert load_study("s").optuna.trials[trial].state == TrialState.RUNNING
-    found = run(space(), trials=6, workers="inline")
+    found = run(space(), trials=6, pool=pool)
     assert_sound(found, 6)
     assert params(found) == params(whole)
     assert found.evaluation(2).attempt == 2
@@ -629,20 +617,20 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, jobs: list[J
         raise OSError(28, "No space left on device", "/runs/x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(intake, "write_weights", full)
+        patch.setattr(result_processing, "write_weights", full)
         with pytest.raises(StorageLostError, match="/runs/x: cannot be written: No space left"):
             run(space(), trials=3, workers="inline")
     assert_sound(run(space(), trials=3, workers="inline"), 3)
 
 
-def test_one_process_runs_a_study_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_runs_a_study_at_a_time() -> None:
     def nested(job: Job) -> tuple[Evaluation, bytes | None]:
         with pytest.raises(StudyBusyError, match=f"pid {os.getpid()}"):
             run(space(), workers="inline")
         return fake(job)
 
-    monkeypatch.setattr(measure, "evaluate", nested)
-    assert_sound(run(space(), trials=2, workers="inline"), 2)
+    pool = Inline(nested)
+    assert_sound(run(space(), trials=2, pool=pool), 2)
 
 
 LOST, BUSY = StorageLostError("gone"), StudyBusyError("taken over")
@@ -679,7 +667,7 @@ def test_a_lease_outlives_what_another_process_cannot_see(
     monkeypatch.setattr(Store, "beat", beat)
     monkeypatch.setattr(heartbeat, "BEAT", 0.001)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with heartbeat.Lease(Store.open(), "s") as lease:
+    with heartbeat.StudyLease(Store.open(), "s") as lease:
         if ends_with is None:
             assert over.wait(20)
             lease.check()
@@ -818,7 +806,7 @@ sys.path.insert(0, {tests!r})
 import studies as t
 from moenas.study.launch import Interrupted, run
 try:
-    run(t.space(), trials=5, workers=2, listener=lambda e: e.evaluation and print(e.trial, flush=True))
+    run(t.space(), trials=5, workers=2, listeners=[lambda e: e.evaluation and print(e.trial, flush=True)])
 except Interrupted as stop:
     sys.exit(stop.exit_code)
 """
@@ -891,22 +879,22 @@ def test_a_study_is_read_back(jobs: list[Job]) -> None:
 def test_a_listener_hears_of_every_trial(jobs: list[Job]) -> None:
     events: list[Event] = []
     found = run(
-        space(more="require: [active_params < 20000]"), workers="inline", listener=events.append
+        space(more="require: [active_params < 20000]"), workers="inline", listeners=[events.append]
     )
     over = [e for e in events if e.evaluation is not None]
     rows = {e.trial: e for e in found.view.evaluations}
     assert [e.trial for e in over] == list(rows)
     done = [sum(counts(rows[t]) for t in list(rows)[: i + 1]) for i in range(len(rows))]
-    assert [e.tally.finished for e in over] == done
+    assert [e.progress.evaluated for e in over] == done
     assert done[-1] == 6
     kinds = {e.trial: e.kind for e in over}
     for row in found.view.evaluations:
         wanted = "copied" if "copied_from" in row.metrics else row.status
         assert kinds[row.trial] == {"complete": "finished"}.get(wanted, wanted)
     last = events[-1]
-    assert (last.kind, last.tally.front) == ("done", len(found.front()))
+    assert (last.kind, last.progress.front) == ("done", len(found.front()))
     complete = [e.values for e in found.view.evaluations if e.status == "complete"]
-    assert last.tally.best["val_loss"] == min(v["val_loss"] for v in complete)
+    assert last.progress.best["val_loss"] == min(v["val_loss"] for v in complete)
 
 
 def test_a_study_of_real_models() -> None:

@@ -15,10 +15,10 @@ from moenas.errors import InputError, StorageLostError, StudyBusyError, StudySto
 from moenas.records import Evaluation, Failure, Job
 from moenas.space.space import Space
 from moenas.store.store import Store
-from moenas.study import doctor, maintenance
+from moenas.study import doctor
 from moenas.study.launch import Event, load_study, run
 from moenas.study.maintenance import remeasure, reopen_failed, retry
-from moenas.study.spool import Spool
+from moenas.study.uncommitted import UncommittedResults
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -46,15 +46,15 @@ def mine(study: str = "s") -> dict[int, float | None]:
 # --- retry -------------------------------------------------------------------------------------
 
 
-def test_failed_trials_run_again_under_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_trials_run_again_under_their_numbers() -> None:
     kinds = {1: "error", 3: "diverged", 4: "timeout"}
 
     def script(job: Job) -> Evaluation | Failure:
         return Failure(kinds[job.trial], "once") if job.trial in kinds else fake(job)[0]
 
-    scripted(monkeypatch, script)
+    pool = scripted(script)
     wanted = space()
-    before = run(wanted, trials=6, workers=2)
+    before = run(wanted, trials=6, pool=pool)
     params = [t.params for t in before.optuna.trials]
     seen: list[int] = []
 
@@ -62,10 +62,10 @@ def test_failed_trials_run_again_under_their_numbers(monkeypatch: pytest.MonkeyP
         seen.append(job.trial)
         return fake(job)[0]
 
-    scripted(monkeypatch, good)
-    found = retry("s", kinds=["timeout"], workers=2)
+    pool = scripted(good)
+    found = retry("s", kinds=["timeout"], pool=pool)
     assert seen == [4]
-    found = retry("s", workers=2)
+    found = retry("s", pool=pool)
     assert sorted(seen) == [1, 4], "what diverged diverges again, unless it is named"
     assert_sound(found, 6)
     assert {e.trial for e in found.view.evaluations if e.status == "failed"} == {3}
@@ -73,19 +73,19 @@ def test_failed_trials_run_again_under_their_numbers(monkeypatch: pytest.MonkeyP
     assert found.evaluation(1).attempt == 2
     assert "failure" not in found.optuna.trials[1].user_attrs
     with pytest.raises(InputError, match="no failed trial may end otherwise"):
-        retry("s", workers=2)
+        retry("s", pool=pool)
     with pytest.raises(InputError, match=r"--failed erorr: study 's' has no such failure\."):
-        retry("s", kinds=["erorr"], workers=2)
-    assert_sound(retry("s", kinds=["diverged"], workers=2), 6)
+        retry("s", kinds=["erorr"], pool=pool)
+    assert_sound(retry("s", kinds=["diverged"], pool=pool), 6)
     assert doctor.examine(Store.open(), "s") == []
 
 
-def test_what_stopped_a_run_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, lambda job: Failure("error", "no module 'x'"))
+def test_what_stopped_a_run_is_retried() -> None:
+    pool = scripted(lambda job: Failure("error", "no module 'x'"))
     with pytest.raises(StudyStoppedError):
-        run(space(), trials=8, workers=2)
-    scripted(monkeypatch, lambda job: fake(job)[0])
-    found = retry("s", workers=2)
+        run(space(), trials=8, pool=pool)
+    pool = scripted(lambda job: fake(job)[0])
+    found = retry("s", pool=pool)
     assert_sound(found, 8)
     assert all(e.status == "complete" for e in found.view.evaluations)
 
@@ -94,11 +94,10 @@ def test_a_trial_that_another_process_has_mended_is_not_opened_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failing = {1}
-    scripted(
-        monkeypatch,
+    pool = scripted(
         lambda job: Failure("error", "once") if job.trial in failing else fake(job)[0],
     )
-    run(space(), trials=4, workers=2)
+    run(space(), trials=4, pool=pool)
     failing.clear()
     store, read = Store.open(), Store.evaluations
 
@@ -107,32 +106,31 @@ def test_a_trial_that_another_process_has_mended_is_not_opened_again(
         with monkeypatch.context() as patch:
             patch.setattr(Store, "evaluations", read)
             with pytest.raises(StudyBusyError):
-                retry("s", workers=2)
+                retry("s", pool=pool)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "evaluations", meanwhile)
         assert reopen_failed(store, "s") == [1]
-    assert_sound(run(space(), trials=4, workers=2), 4)
+    assert_sound(run(space(), trials=4, pool=pool), 4)
 
 
 def test_a_failure_whose_file_was_left_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     failing = {1}
-    scripted(
-        monkeypatch,
+    pool = scripted(
         lambda job: Failure("error", "once") if job.trial in failing else fake(job)[0],
     )
-    drop = Spool.drop
+    drop = UncommittedResults.drop
 
-    def killed(self: Spool, path: Path) -> None:
+    def killed(self: UncommittedResults, path: Path) -> None:
         if not path.name.startswith("1-"):
             drop(self, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spool, "drop", killed)
-        run(space(), trials=4, workers=2)
+        patch.setattr(UncommittedResults, "drop", killed)
+        run(space(), trials=4, pool=pool)
     failing.clear()
-    assert retry("s", workers=2).evaluation(1).status == "complete"
+    assert retry("s", pool=pool).evaluation(1).status == "complete"
 
 
 def test_nothing_is_opened_again_where_a_file_of_the_study_has_changed() -> None:
@@ -263,18 +261,17 @@ def test_another_run_s_acceptance_is_seen_before_the_first_trial(
     assert len(jobs) == 2
 
 
-def test_a_trial_measured_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_measured_on_another_device_is_refused() -> None:
     device = ["cpu a"]
 
     def timed(job: Job) -> Evaluation:
         details = {"val_loss": {"reference_key": device[0], "reference_ms": 2.0, "ratio": 0.5}}
         return replace(fake(job)[0], measurements=details)
 
-    pool = scripted(monkeypatch, timed)
-    monkeypatch.setattr(maintenance, "open_pool", lambda *args, **kwargs: pool)
-    run(space(), trials=3, workers=2)
+    pool = scripted(timed)
+    run(space(), trials=3, pool=pool)
     device[0] = "gpu b"
-    assert remeasure("s", trial=1, workers=2).failed == 1
+    assert remeasure("s", trial=1, pool=pool).failed == 1
     failure = load_study("s").evaluation(1).failure
     assert failure
     assert failure.message == (
@@ -282,12 +279,9 @@ def test_a_trial_measured_on_another_device_is_refused(monkeypatch: pytest.Monke
     )
 
 
-def test_a_worker_that_dies_while_it_measures_is_tried_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pool = scripted(monkeypatch, lambda job: fake(job)[0])
-    monkeypatch.setattr(maintenance, "open_pool", lambda *args, **kwargs: pool)
-    run(space(), trials=3, workers=2)
+def test_a_worker_that_dies_while_it_measures_is_tried_again() -> None:
+    pool = scripted(lambda job: fake(job)[0])
+    run(space(), trials=3, pool=pool)
     deaths = [1, 1]
 
     def dying(job: Job) -> Evaluation | Failure:
@@ -297,7 +291,7 @@ def test_a_worker_that_dies_while_it_measures_is_tried_again(
         return fake(job)[0]
 
     pool.script = dying
-    done = remeasure("s", objective="val_loss", workers=2)
+    done = remeasure("s", objective="val_loss", pool=pool)
     assert (done.complete, done.failed, deaths) == (3, 0, [])
 
 
@@ -306,7 +300,7 @@ def test_trials_whose_objective_raised_are_measured_from_their_weights() -> None
         "subject.training.val_loss if subject.architecture.d_model > 16 else 1/0"
     )
     events: list[Event] = []
-    found = run(raising, trials=5, workers="inline", listener=events.append)
+    found = run(raising, trials=5, workers="inline", listeners=[events.append])
     broken = {e.trial for e in found.view.evaluations if e.status == "failed"}
     assert broken
     assert all(found.evaluation(t).weights_sha256 for t in broken), "training is not thrown away"

@@ -1,4 +1,4 @@
-"""Results on their way into the database: each lies in a file until it is committed."""
+"""Results that are not in the database yet: each lies in a file until it is committed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = "uncommitted"
 """Folder beside those of a study's trials."""
 
 
-class Spool:
+class UncommittedResults:
     """Files of one study's results that are not known to be committed."""
 
     def __init__(self, runs: Path, study: str) -> None:

@@ -1,4 +1,4 @@
-"""From what a worker sent to what is stored: values, latencies, requirements and weights."""
+"""From the result of a worker to the evaluation that is stored, with its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moenas.errors import FailureKind, InputError, StorageLostError
 from moenas.pareto import unusable
 from moenas.records import Evaluation, Failure, WeightsFile
 from moenas.space.objective import rebase
-from moenas.store.store import Store
+from moenas.store.study_store import StudyStore
 from moenas.store.weights import adopt_draft, copy_weights, remove_drafts, write_weights
 from moenas.study.candidate import Candidate
 from moenas.workers.pool import Result
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from moenas.space.space import Space
 
 
-class Intake:
+class ResultProcessor:
     """Turns results of one study into evaluations."""
 
-    def __init__(self, store: Store, space: Space) -> None:
+    def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space, self._study = store, space, space.name
         self._names = [o.name for o in space.objectives]
         self._timed: dict[str, str] = {}
         """Objective -> the key of the reference time that all its values share."""
 
-    def add(self, found: Evaluation) -> None:
+    def add(self, evaluation: Evaluation) -> None:
         """Take in a stored evaluation: its device is that of the study's latencies."""
-        if found.status == "complete":
-            for name, details in found.measurements.items():
+        if evaluation.status == "complete":
+            for name, details in evaluation.measurements.items():
                 if "reference_key" in details:
                     self._timed.setdefault(name, details["reference_key"])
 
@@ -48,44 +48,44 @@ class Intake:
         if isinstance(outcome, Failure):
             seed = self._space.search.seed
             return candidate.evaluation(self._study, attempt, "failed", failure=outcome, seed=seed)
-        found = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
-        if found.status == "complete":
-            found = self.judged(candidate.architecture, found)
+        evaluation = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
+        if evaluation.status == "complete":
+            evaluation = self.judged(candidate.architecture, evaluation)
         digest = None
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
-        if result.weights is not None and found.status != "infeasible":
+        if result.weights is not None and evaluation.status != "infeasible":
             place = self._store.runs, self._study, candidate.number
             with self.writing():
                 if isinstance(result.weights, WeightsFile):
                     digest = adopt_draft(*place, result.weights)
                 else:
                     digest = write_weights(*place, result.weights)
-        self.clean(candidate.number)
-        return replace(found, weights_sha256=digest)
+        self.remove_drafts(candidate.number)
+        return replace(evaluation, weights_sha256=digest)
 
-    def clean(self, trial: int, result: Result | None = None) -> None:
+    def remove_drafts(self, trial: int, result: Result | None = None) -> None:
         """Remove what workers have written of a trial and not sent, such as one that was killed."""
         file = None if result is None else result.weights
         but = file if isinstance(file, WeightsFile) else None
         remove_drafts(self._store.runs, self._study, trial, but)
 
-    def judged(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
+    def judged(self, architecture: Architecture | None, evaluation: Evaluation) -> Evaluation:
         """Return a complete evaluation with the study's reference times, if it can be complete.
 
         It is failed if a value cannot be used, infeasible if the trained model breaks a
         requirement.
         """
-        why = unusable({name: found.values.get(name, math.nan) for name in self._names})
+        why = unusable({name: evaluation.values.get(name, math.nan) for name in self._names})
         if why is not None:
-            return failed(found, "error", why)
-        return self._as_required(architecture, self._on_one_reference(found))
+            return failed(evaluation, "error", why)
+        return self._as_required(architecture, self._on_one_reference(evaluation))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
         """Return the evaluation of an earlier trial of the same model as that of a candidate.
 
         The second item says why the weights are not copied, if they are not.
         """
-        original = self._store.evaluation(self._study, source)
+        original = self._store.evaluation(source)
         assert original is not None
         digest, warning = original.weights_sha256, None
         if digest is not None:
@@ -97,7 +97,7 @@ class Intake:
         copied = replace(
             original,
             trial=candidate.number,
-            attempt=self._store.attempts(self._study, candidate.number),
+            attempt=self._store.attempts(candidate.number),
             seconds={},
             metrics={**original.metrics, "copied_from": float(source)},
             weights_sha256=digest,
@@ -114,33 +114,31 @@ class Intake:
                 f"{error.filename or self._store.runs}: cannot be written: {error.strerror}"
             ) from error
 
-    def _on_one_reference(self, found: Evaluation) -> Evaluation:
+    def _on_one_reference(self, evaluation: Evaluation) -> Evaluation:
         """Express latencies by the study's reference times; refuse those of another device."""
         keys = {
             name: (details["reference_key"], details["reference_ms"])
-            for name, details in found.measurements.items()
+            for name, details in evaluation.measurements.items()
             if "reference_key" in details
         }
         for name, (key, _) in keys.items():
             if (first := self._timed.get(name, key)) != key:
                 text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
-                return failed(found, "refused", text)
-        fixed = {
-            key: self._store.set_reference_ms(self._study, key, ms) for key, ms in keys.values()
-        }
-        return rebase(found, fixed)
+                return failed(evaluation, "refused", text)
+        fixed = {key: self._store.set_reference_ms(key, ms) for key, ms in keys.values()}
+        return rebase(evaluation, fixed)
 
-    def _as_required(self, architecture: Architecture | None, found: Evaluation) -> Evaluation:
+    def _as_required(self, architecture: Architecture | None, evaluation: Evaluation) -> Evaluation:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
-        if found.status != "complete" or architecture is None:
-            return found
-        violations = self._space.trained_violations(architecture, found.routing)
+        if evaluation.status != "complete" or architecture is None:
+            return evaluation
+        violations = self._space.trained_violations(architecture, evaluation.routing)
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
-            return found
-        return replace(found, status="infeasible", violations=broken)
+            return evaluation
+        return replace(evaluation, status="infeasible", violations=broken)
 
 
-def failed(found: Evaluation, kind: FailureKind, message: str) -> Evaluation:
+def failed(evaluation: Evaluation, kind: FailureKind, message: str) -> Evaluation:
     """Turn an evaluation into a failed one."""
-    return replace(found, status="failed", failure=Failure(kind, message))
+    return replace(evaluation, status="failed", failure=Failure(kind, message))

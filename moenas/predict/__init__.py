@@ -1,0 +1,1 @@
+"""Predictions from finished evaluations: features of architectures and surrogates of objectives."""

@@ -1,0 +1,221 @@
+"""The gray-box sampler: exact costs, surrogates for what is measured, expected improvement."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+
+from moenas import pareto
+from moenas.predict.features import Encoder, Features, features
+from moenas.search.improvement import expected_improvement
+from moenas.search.neighbours import Point, neighbour, point
+
+if TYPE_CHECKING:
+    from moenas.predict.surrogate import Surrogate
+    from moenas.space.space import Space
+
+Array = NDArray[np.float64]
+
+INITIAL = 10
+"""Complete trials before the first fit; until then points are drawn at random."""
+DRAWN = 1000
+"""Random draws of a pool."""
+KEPT_FOR = 16
+"""Trials for which the random points of a pool are kept."""
+MUTATIONS = 200
+"""Mutations of front members in a pool."""
+SAMPLES = 16
+"""Joint samples of the predicted objectives beside the first one."""
+MARGIN = 0.05
+"""Share of the range of an objective by which the reference point lies beyond the worst value."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """A point with what follows from its architecture alone."""
+
+    point: Point
+    features: Features
+    exact: dict[str, float]
+    """Objective -> value, of the objectives that need no measurement."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the architecture."""
+        return self.point.architecture.fingerprint
+
+
+class GrayBox:
+    """Proposes the points of one study.
+
+    Objectives that follow from the architecture are computed for each point of a pool. A surrogate
+    for each of the others is fitted to the complete trials. The point with the largest expected
+    improvement of the hypervolume is proposed. Running trials count with their predicted values.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._space, self._seed = space, space.search.seed
+        self._objectives = space.objectives
+        self._signs = np.array([1 if o.direction == "minimize" else -1 for o in space.objectives])
+        self._of_trials: dict[int, Described | None] = {}
+        self._random: tuple[int, list[Described]] = (-1, [])
+        self._known: dict[str, Described] = {}
+        self._fitted: dict[int, tuple[int, Surrogate]] = {}
+
+    def propose(self, number: int, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
+        """Return the parameters of trial `number`, or None if a random draw will do.
+
+        A random draw will do while fewer than INITIAL trials are complete, or if the pool holds
+        only architectures that a trial had. The result depends on the trials and the seed alone, so
+        a resumed study goes on as an uninterrupted one does.
+        """
+        complete, running, seen = list[tuple[Described, list[float]]](), list[Described](), set()
+        for trial in trials:
+            found = None if trial.number == number else self._described(trial)
+            if found is None:
+                continue
+            seen.add(found.fingerprint)
+            if trial.state == TrialState.RUNNING:
+                running.append(found)
+            elif trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
+                complete.append((found, trial.values))
+        if len(complete) < INITIAL:
+            return None
+        losses = np.array([values for _, values in complete]) * self._signs
+        front = pareto.non_dominated(losses, ["minimize"] * losses.shape[1])
+        members = [complete[i][0] for i in np.flatnonzero(front)]
+        pool = self._pool(number, members, seen)
+        if not pool:
+            return None
+        prediction = self._predict([d for d, _ in complete], losses, running, pool)
+        return pool[int(np.argmax(prediction.improvements()))].point.params
+
+    # --- predictions ---------------------------------------------------------------------------
+
+    def _predict(
+        self,
+        complete: Sequence[Described],
+        losses: Array,
+        running: Sequence[Described],
+        pool: Sequence[Described],
+    ) -> Prediction:
+        """Predict the losses of trials and pool from the losses (N, M) of the complete trials."""
+        points = [*complete, *running, *pool]
+        x = self._encoder.encode([p.features for p in points])
+        rows = [[p.exact.get(o.name, np.nan) for o in self._objectives] for p in points]
+        means = np.array(rows, dtype=np.float64) * self._signs
+        deviations = np.zeros_like(means)
+        done, tried = len(complete), len(complete) + len(running)
+        for column in np.flatnonzero(np.isnan(means).any(axis=0)):
+            fitted = self._surrogate(int(column), x[:done], losses[:, column])
+            means[:tried, column], _ = fitted.predict(x[:tried])
+            # A running trial counts as one that came out as predicted (the kriging believer of
+            # Ginsbourger et al., 2010): the deviation falls around it, the mean stays.
+            believed = np.append(losses[:, column], means[done:tried, column])
+            believer = fitted.given(x[:tried], believed)
+            means[tried:, column], deviations[tried:, column] = believer.predict(x[tried:])
+        return Prediction(means, deviations, tried)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """The columns of features; they stay the same for the whole study."""
+        return Encoder([p.features for p in self._random_points(0)])
+
+    def _surrogate(self, column: int, x: Array, losses: Array) -> Surrogate:
+        """Return the surrogate of an objective given all complete trials.
+
+        Hyperparameters are fitted again when the trials have grown by a tenth, to the trials that
+        were there then, so that a resumed study has the same ones.
+        """
+        from moenas.predict.surrogate import Surrogate
+
+        n_fitted = INITIAL
+        while n_fitted + max(1, n_fitted // 10) <= len(x):
+            n_fitted += max(1, n_fitted // 10)
+        if self._fitted.get(column, (0, None))[0] != n_fitted:
+            self._fitted[column] = n_fitted, Surrogate(x[:n_fitted], losses[:n_fitted])
+        return self._fitted[column][1].given(x, losses)
+
+    # --- points --------------------------------------------------------------------------------
+
+    def _described(self, trial: FrozenTrial) -> Described | None:
+        """Return the point of a trial; None if it is infeasible or has no parameters yet."""
+        if trial.number not in self._of_trials and trial.params:
+            found = point(self._space, 0, trial.params)
+            self._of_trials[trial.number] = None if found is None else self._describe(found)
+        return self._of_trials.get(trial.number)
+
+    def _describe(self, found: Point) -> Described:
+        fingerprint = found.architecture.fingerprint
+        if fingerprint not in self._known:
+            cost = self._space.cost(found.architecture)
+            exact = {o.name: o.exact_value(cost) for o in self._objectives}
+            values = {name: value for name, value in exact.items() if value is not None}
+            self._known[fingerprint] = Described(found, features(found.architecture, cost), values)
+        return self._known[fingerprint]
+
+    def _pool(self, number: int, front: Sequence[Described], seen: set[str]) -> list[Described]:
+        """Return points of architectures that no trial had: random ones, mutations of the front."""
+        found = {p.fingerprint: p for p in self._random_points(number // KEPT_FOR)}
+        draw = random.Random(f"{self._seed}:{number}:mutations")
+        for i in range(MUTATIONS):
+            parent = front[i % len(front)].point.params
+            if (mutated := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
+                found.setdefault(mutated.architecture.fingerprint, self._describe(mutated))
+        return [point for fingerprint, point in found.items() if fingerprint not in seen]
+
+    def _random_points(self, block: int) -> list[Described]:
+        if self._random[0] != block:
+            draw = random.Random(f"{self._seed}:{block}")
+            points = (point(self._space, draw.getrandbits(48)) for _ in range(DRAWN))
+            self._random = block, [self._describe(p) for p in points if p is not None]
+        return self._random[1]
+
+
+class Prediction:
+    """What the losses of a pool are expected to be, after the complete and the running trials."""
+
+    def __init__(self, means: Array, deviations: Array, n_trials: int) -> None:
+        """Take means and deviations (P, M) of all points; the first `n_trials` are trials."""
+        self._means, self._deviations, self._n_trials = means, deviations, n_trials
+        self._learned = np.flatnonzero(deviations.any(axis=0))
+
+    def improvements(self) -> Array:
+        """Return the expected improvement of the hypervolume by each point of the pool.
+
+        The front is that of predicted means, so one lucky seed does not raise it.
+        """
+        trials, pool = self._means[: self._n_trials], self._means[self._n_trials :]
+        deviations = self._deviations[self._n_trials :]
+        worst, best = self._means.max(axis=0), self._means.min(axis=0)
+        reference = worst + MARGIN * np.where(worst > best, worst - best, 1.0)
+        first = int(self._learned[0]) if len(self._learned) else 0
+        others = [i for i in range(pool.shape[1]) if i != first]
+        sampled = [i for i in self._learned if i != first]
+        order = [first, *others]
+        draw = np.random.default_rng(0)
+        gains = np.zeros(len(pool))
+        n_samples = SAMPLES if sampled else 1
+        for _ in range(n_samples):
+            known = pool.copy()
+            noise = draw.standard_normal(len(sampled))
+            known[:, sampled] += noise * deviations[:, sampled]
+            gains += expected_improvement(
+                pool[:, first],
+                deviations[:, first],
+                known[:, others],
+                trials[:, order],
+                reference[order],
+            )
+        return gains / n_samples
+
+
+def _is_infeasible(trial: FrozenTrial) -> bool:
+    return any(amount > 0 for amount in trial.constraints.values())

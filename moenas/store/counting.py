@@ -1,0 +1,25 @@
+"""Which finished trials count towards the total that a study is to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moenas.records import Failure
+
+NOT_EVALUATED = ("parameters", "foreign", "sampler")
+"""Kinds of failure of a trial that no worker has seen: they do not count as evaluated."""
+
+
+def is_evaluated(
+    status: str, metrics: Mapping[str, float], failure: Failure | None, has_values: bool
+) -> bool:
+    """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
+
+    Complete and failed candidates count. A draw that breaks a requirement before it is built, a
+    copy of an earlier trial of the same model and a trial of another program do not.
+    """
+    if "copied_from" in metrics:
+        return False
+    if status == "failed":
+        return failure is None or failure.kind not in NOT_EVALUATED
+    return has_values

@@ -1,0 +1,210 @@
+"""What one run knows of its study: both stores in agreement, its trials, progress and events."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from optuna.exceptions import StorageInternalError
+
+from moenas.errors import (
+    EnvironmentFaultError,
+    NoCandidateError,
+    StorageLostError,
+    StudyBusyError,
+    StudyStoppedError,
+)
+from moenas.failures import internal
+from moenas.records import EndReason, Evaluation
+from moenas.search.trials import OptunaTrials, outcome
+from moenas.store.store import Store
+from moenas.store.study_store import StudyStore
+from moenas.study.candidate import Candidate
+from moenas.study.doctor import check_start
+from moenas.study.duplicates import DuplicateModels
+from moenas.study.events import EventEmitter, Kind, Listener
+from moenas.study.progress import ProgressTracker
+from moenas.study.reconcile import Difference, correct, differences, repair
+from moenas.study.result_processing import ResultProcessor
+from moenas.study.stop_rules import FruitlessDraws, reason
+from moenas.study.uncommitted import UncommittedResults
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+ENDS_A_RUN = (
+    StorageLostError,
+    StudyBusyError,
+    StudyStoppedError,
+    EnvironmentFaultError,
+    NoCandidateError,
+    StorageInternalError,
+)
+"""Errors that end the run; every other exception is the failure of one candidate."""
+
+
+class Session:
+    """The state of a study that its driver reads and changes; `open` loads it."""
+
+    def __init__(self, store: Store, space: Space, listeners: Sequence[Listener] = ()) -> None:
+        self.name, self.space = space.name, space
+        self.store = StudyStore(store, space.name)
+        self.trials = OptunaTrials(store, space)
+        self.results = ResultProcessor(self.store, space)
+        self.uncommitted = UncommittedResults(store.runs, space.name)
+        self.progress = ProgressTracker({o.name: o.direction for o in space.objectives})
+        self.events = EventEmitter(listeners, self.progress.snapshot)
+        self.duplicates = DuplicateModels()
+        self.draws = FruitlessDraws(space.name)
+        self._objectives = [o.name for o in space.objectives]
+
+    @classmethod
+    def open(
+        cls, store: Store, space: Space, total: int, listeners: Sequence[Listener] = ()
+    ) -> Self:
+        """Load a study that this process holds the lease of, and make both stores agree.
+
+        `total` is how many candidates the study is to evaluate.
+        """
+        session = cls(store, space, listeners)
+        session.trials.open()
+        # 1. Results that an earlier run computed and could not commit.
+        session.uncommitted.commit(store)
+        # 2. Optuna's rows are made to agree with ours.
+        found = session._reconcile()
+        stored = {e.trial: e for e in session.store.evaluations()}
+        # 3. The front and the weights that the run relies on.
+        for text in check_start(store, space.name, stored):
+            session.events.warn(text)
+        # 4. The state of the run.
+        session.trials.load(stored)
+        for evaluation in stored.values():
+            session._count(evaluation)
+        session.set_total(max(total, session.progress.evaluated))
+        session.progress.start(session.progress.total, session.store.front_summary())
+        if session.over is None:
+            session.store.set_ended(None)
+        session._report_differences(found)
+        return session
+
+    def _reconcile(self) -> list[Difference]:
+        """Make Optuna's rows agree with ours; return what differed."""
+        store, name = self.store.store, self.name
+        stored = {e.trial: e for e in self.store.evaluations()}
+        found = differences(stored, self.store.candidates(), self.trials.frozen(), self._objectives)
+        if found:
+            repair(store, self.trials.study, found, stored, self._objectives)
+            self.trials.open()  # Optuna caches finished trials
+            stored = {e.trial: e for e in store.evaluations(name)}
+            for difference in found:
+                if difference.kind == "untold":
+                    self._tell(None, stored[difference.trial])
+        return found
+
+    def _report_differences(self, found: Sequence[Difference]) -> None:
+        """Warn of what another program has changed in Optuna's tables."""
+        for kind, times in Counter(d.kind for d in found if d.kind != "untold").items():
+            first = next(d for d in found if d.kind == kind)
+            self.events.warn(
+                f"Optuna's tables differed in {times} trials, such as {first.trial}: {first.text};"
+                " both agree now"
+            )
+
+    # --- the end of a study --------------------------------------------------------------------
+
+    @property
+    def over(self) -> EndReason | None:
+        """Why the study needs no more work; None if it does."""
+        if self.trials.interrupted:
+            return None
+        if self.progress.evaluated >= self.progress.total:
+            return "trials"
+        if self.trials.stopped:
+            return "sampler"
+        if self.draws.over:
+            return "draws"
+        return "exhausted" if self.trials.exhausted else None
+
+    def finish(self) -> EndReason:
+        """Store why the study is over, tell the listeners, and return it.
+
+        Raises:
+            NoCandidateError: if not one trial is complete.
+        """
+        end = self.over
+        assert end is not None
+        self.events.raise_error()
+        self.store.set_ended(end)
+        if self.progress.counts["complete"]:
+            texts = {
+                "trials": f"all {self.progress.total} trials of study '{self.name}' are finished",
+                "exhausted": f"every point of the space of study '{self.name}' was drawn",
+                "sampler": f"the sampler of study '{self.name}' proposes nothing more",
+                "draws": f"study '{self.name}' ends: {self.draws.text()}",
+            }
+            self.events.emit("done", None, texts[end])
+            self.events.raise_error()
+            return end
+        if end == "draws":
+            raise self.draws.error()
+        reasons = Counter(reason(e) for e in self.store.evaluations())
+        most, times = reasons.most_common(1)[0]
+        raise NoCandidateError(
+            f"study '{self.name}': none of its {reasons.total()} trials is complete; {times} of"
+            f" them: {most}"
+        )
+
+    # --- finished trials -----------------------------------------------------------------------
+
+    def set_total(self, total: int) -> None:
+        """Set how many candidates the study is to evaluate."""
+        self.progress.total = total
+        self.store.set_trials(total)
+
+    def record(self, candidate: Candidate, evaluation: Evaluation, kind: Kind, text: str) -> None:
+        """Store the evaluation of a trial, then tell Optuna, then the listeners.
+
+        Raises:
+            StudyBusyError: if another process has evaluated the trial meanwhile.
+        """
+        try:
+            front = self.store.record(evaluation)
+        except ENDS_A_RUN:
+            raise
+        except Exception as error:  # a value that the tables do not take
+            evaluation = candidate.evaluation(
+                self.name, evaluation.attempt, "failed", failure=internal(error)
+            )
+            front = self.store.record(evaluation)
+        if front is None:
+            raise StudyBusyError(
+                f"study '{self.name}': another process has evaluated trial {evaluation.trial}"
+                " meanwhile"
+            )
+        self.progress.front = front
+        self._count(evaluation)
+        self._tell(candidate, evaluation)
+        self.events.emit(kind, candidate.number, text, evaluation)
+
+    def _count(self, evaluation: Evaluation) -> None:
+        """Add a finished trial to the state of the run."""
+        self.progress.add(evaluation)
+        self.results.add(evaluation)
+        self.duplicates.add(evaluation)
+
+    def _tell(self, candidate: Candidate | None, evaluation: Evaluation) -> None:
+        """Tell Optuna an evaluation that is stored; correct its row if it does not take it."""
+        try:
+            if candidate is None:
+                self.trials.tell_stored(evaluation)
+            else:
+                self.trials.tell(
+                    candidate.trial, evaluation, candidate.architecture, candidate.summary
+                )
+        except ENDS_A_RUN:
+            raise
+        except Exception as error:
+            state = outcome(evaluation, self._objectives)
+            correct(self.store.store, self.name, evaluation.trial, *state)
+            self.events.warn(f"Optuna's row is corrected to ours: {error}", evaluation.trial)

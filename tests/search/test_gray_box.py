@@ -1,0 +1,137 @@
+"""The gray-box sampler on a made-up loss: it finds more than random draws, and goes on the same."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from moenas.pareto import hypervolume
+from moenas.search import gray_box
+from moenas.search.gray_box import INITIAL, GrayBox
+from moenas.search.neighbours import Point, point
+from moenas.space.space import Space
+
+OBJECTIVES = "objectives=[val_loss, flops_per_token]"
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gray_box, "DRAWN", 200)
+    monkeypatch.setattr(gray_box, "MUTATIONS", 50)
+
+
+def loss(space: Space, found: Point) -> float:
+    """Made up: lower with more parameters and operations, and with experts; noise of 0.01."""
+    cost, layers = space.cost(found.architecture), found.architecture.names()
+    experts = np.mean([layer["block.ffn"] == "moe" for layer in layers])
+    noise = random.Random(found.architecture.fingerprint).gauss(0, 0.01)
+    sizes = 0.06 * np.log2(cost.flops_per_token / 3e5) + 0.02 * np.log2(cost.params / 2e5)
+    return float(2.4 - sizes - 0.05 * experts + noise)
+
+
+def trial(
+    space: Space, number: int, found: Point, state: TrialState = TrialState.COMPLETE
+) -> FrozenTrial:
+    values = [loss(space, found), space.cost(found.architecture).flops_per_token]
+    fixed = optuna.distributions.CategoricalDistribution
+    made = create_trial(
+        state=state,
+        params=found.params,
+        distributions={name: fixed([value]) for name, value in found.params.items()},
+        values=values if state == TrialState.COMPLETE else None,
+    )
+    made.number = number
+    return made
+
+
+def drawn(space: Space, draw: random.Random) -> Point:
+    while (found := point(space, draw.getrandbits(48))) is None:
+        pass
+    return found
+
+
+def searched(seed: int, n_trials: int, *, sampler: bool) -> list[FrozenTrial]:
+    space = Space.load("tiny", [OBJECTIVES, f"search.seed={seed}"])
+    asked, draw, trials = GrayBox(space), random.Random(seed), list[FrozenTrial]()
+    for number in range(n_trials):
+        params = asked.propose(number, trials) if sampler else None
+        found = drawn(space, draw) if params is None else point(space, 0, params)
+        assert found is not None
+        trials.append(trial(space, number, found))
+    return trials
+
+
+def volume(trials: list[FrozenTrial]) -> float:
+    return hypervolume([t.values for t in trials], [2.6, 3e6], ["minimize"] * 2)
+
+
+def test_it_finds_in_10_proposals_what_random_draws_do_not_in_100() -> None:
+    found = [volume(searched(seed, INITIAL + 10, sampler=True)) for seed in range(2)]
+    assert min(found) > max(volume(searched(seed, 100, sampler=False)) for seed in range(2))
+
+
+def test_the_same_trials_give_the_same_parameters_to_another_process() -> None:
+    """What an object keeps from earlier proposals changes nothing: a resumed study has none of it."""
+    trials = searched(0, INITIAL + 4, sampler=True)
+    space = Space.load("tiny", [OBJECTIVES])
+    for number in (INITIAL, INITIAL + 3):
+        assert GrayBox(space).propose(number, trials[:number]) == trials[number].params
+
+
+def test_it_proposes_nothing_before_there_is_something_to_learn_from() -> None:
+    trials = searched(0, INITIAL - 1, sampler=False)
+    space = Space.load("tiny", [OBJECTIVES])
+    assert GrayBox(space).propose(len(trials), trials) is None
+    assert GrayBox(space).propose(0, []) is None
+
+
+def test_a_running_trial_is_not_proposed_again_and_another_place_is_looked_at() -> None:
+    trials = searched(0, INITIAL, sampler=False)
+    space = Space.load("tiny", [OBJECTIVES])
+    first = GrayBox(space).propose(INITIAL, trials)
+    found = point(space, 0, first)
+    assert found is not None
+    running = trial(space, INITIAL, found, TrialState.RUNNING)
+    second = GrayBox(space).propose(INITIAL + 1, [*trials, running])
+    assert second is not None
+    assert second != first
+
+
+def test_failed_and_infeasible_trials_teach_nothing_and_are_not_proposed_again() -> None:
+    trials = searched(0, INITIAL, sampler=False)
+    space = Space.load("tiny", [OBJECTIVES])
+    first = GrayBox(space).propose(INITIAL, trials)
+    found = point(space, 0, first)
+    assert found is not None
+    failed = trial(space, INITIAL, found, TrialState.FAIL)
+    again = GrayBox(space).propose(INITIAL + 1, [*trials, failed])
+    assert again is not None
+    assert again != first
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        "[val_loss]",
+        "[active_params, flops_per_token]",
+        "[val_loss, decode_ms, flops_per_token]",
+        "[val_loss, decode_ms]",
+    ],
+)
+def test_any_number_of_objectives_may_be_exact(objectives: str) -> None:
+    space = Space.load("tiny", [f"objectives={objectives}"])
+    draw, trials = random.Random(1), list[FrozenTrial]()
+    for number in range(INITIAL):
+        found = drawn(space, draw)
+        one = trial(space, number, found)
+        known = {"val_loss": one.values[0], "decode_ms": 1e-6 * one.values[1]}
+        cost = space.cost(found.architecture)
+        one.values = [known.get(o.name, o.exact_value(cost)) for o in space.objectives]
+        trials.append(one)
+    params = GrayBox(space).propose(INITIAL, trials)
+    assert params is not None
+    assert point(space, 0, params) is not None

@@ -1,0 +1,40 @@
+"""Feasible points, at random and one mutation away."""
+
+from __future__ import annotations
+
+from moenas.search.neighbours import neighbour, point
+from moenas.space.space import Space
+
+
+def test_a_point_has_the_parameters_that_give_its_architecture() -> None:
+    space = Space.load("tiny")
+    found = [p for seed in range(40) if (p := point(space, seed)) is not None]
+    assert len({p.architecture.fingerprint for p in found}) > 30
+    for one in found:
+        again = point(space, 999, one.params)
+        assert again is not None
+        assert again.architecture == one.architecture
+        assert again.params == one.params
+
+
+def test_an_infeasible_point_is_none() -> None:
+    space = Space.load("tiny", ["require=[active_params < 300_000]"])
+    found = [point(space, seed) for seed in range(60)]
+    assert None in found
+    assert all(p is None or space.cost(p.architecture).active_params < 300_000 for p in found)
+
+
+def test_a_neighbour_differs_in_one_hole_and_what_depends_on_it() -> None:
+    space = Space.load("tiny")
+    parent = next(p for seed in range(9) if (p := point(space, seed)) is not None)
+    changed = set()
+    for seed in range(60):
+        found = neighbour(space, parent.params, seed)
+        assert found is not None
+        shared = parent.params.keys() & found.params.keys()
+        (name,) = [n for n in shared if parent.params[n] != found.params[n]]
+        changed.add(name)
+        # A hole that exists in one of the two alone stands under the one that changed.
+        for other in parent.params.keys() ^ found.params.keys():
+            assert other.startswith(name)
+    assert changed == set(parent.params)
