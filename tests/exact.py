@@ -26,7 +26,7 @@ from points import (
 )
 
 from moenas.evaluate.flops import count_flops
-from moenas.model import KVCache, MoE, MoEFFN, StateCache
+from moenas.model import KVCache, MoE, MoEFFN, RoutedLayer, StateCache
 from moenas.model.architecture import Architecture, Model
 from moenas.model.moe.scores import Relu
 from moenas.records import Plain
@@ -127,7 +127,7 @@ def unreached(architecture: Architecture, model: Model) -> set[str]:
         if getattr(layer.mixer, "dt_floor", 0.0):
             found.add(f"blocks.{i}.mixer.dt_bias")
     for name, module in model.named_modules():
-        if not isinstance(module, MoE):
+        if not isinstance(module, RoutedLayer):
             continue
         load = module.routing.load
         relu = isinstance(module.router.score, Relu)

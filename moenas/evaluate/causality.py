@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from moenas.model.architecture import Architecture, Model
 from moenas.model.layers.linear import on_cuda
 from moenas.model.mixers.scan import chunk_length
+from moenas.model.moe.router import Router
 
 # Shapes: B sequences of S tokens.
 
@@ -70,14 +71,14 @@ class Leak:
 def allows_acausal(architecture: Architecture) -> bool:
     """Whether a router of an architecture was given leave to look at later tokens."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
-    routers = (getattr(part, "router", None) for part in parts)
-    return any(getattr(r, "allow_acausal", False) and not r.causal for r in routers if r)
+    routers = (part.router for part in parts)
+    return any(isinstance(r, Router) and r.allow_acausal and not r.causal for r in routers)
 
 
 def mask_boundaries(architecture: Architecture) -> set[int]:
     """Return the windows and chunks of an architecture in tokens: behind them masks change."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
-    return {part.reach for part in parts if part.reach is not None}
+    return {part.attention_span for part in parts if part.attention_span is not None}
 
 
 def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:

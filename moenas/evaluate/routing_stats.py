@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from moenas.model.moe.experts import MoE
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.selection import Hash
 from moenas.records import RoutingRow
 
@@ -24,7 +24,7 @@ MIN_ASSIGNMENTS = 100
 COLLAPSE_WINDOW = 4
 """Rows of a learning curve before that: a tenth of a run of 40 rows."""
 
-Layers = Sequence[tuple[int, MoE]]
+Layers = Sequence[tuple[int, RoutedLayer]]
 """Mixtures of experts with the numbers of their layers, as `Model.moe_layers` gives them."""
 
 

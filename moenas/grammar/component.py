@@ -261,15 +261,21 @@ class Part(Component):
     """A component of a model: it counts its cost and builds itself at a model width."""
 
     @property
-    def placed(self) -> bool:
-        """Whether what is built depends on the number of its layer in the model."""
+    def layer_indexed(self) -> bool:
+        """Whether the built module depends on the number of its layer in the model."""
         return False
 
     @property
-    def reach(self) -> int | None:
+    def router(self) -> Component | None:
+        """The router of a mixture of experts; a field of this name takes its place."""
+        return None
+
+    @property
+    def attention_span(self) -> int | None:
         """How many tokens one can see, itself included: a field `window` or `chunk`; None: all."""
-        found: int | None = getattr(self, "window", None) or getattr(self, "chunk", None)
-        return found
+        known = fields(type(self))
+        spans = (getattr(self, name) for name in ("window", "chunk") if name in known)
+        return next((span for span in spans if span), None)
 
     def invalid_at(self, d_model: int) -> str | Conflict | None:
         """Return why the part does not fit a model of this width, or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from moenas.model.blocks import Block, BlockGroup, ParallelBlock, Shortcut
 from moenas.model.feedforward.dense import FFN, DenseFFN, FeedForward, SigmoidGatedFeedForward
 from moenas.model.feedforward.product_key import ProductKeyFFN, ProductKeys
+from moenas.model.layer_inputs import LayerIndexed, LayerInputs, ReadsInputs, SharedKV
 from moenas.model.layers.activations import Activation
 from moenas.model.layers.linear import Convolution, Linear
 from moenas.model.layers.norms import DynamicTanh, GatedNorm, LayerNorm, RMSNorm
@@ -17,7 +18,7 @@ from moenas.model.mixers.mamba import Mamba, Mamba2, Mamba2Mixer, MambaMixer
 from moenas.model.mixers.mixer import KVCache, Mixer, StateCache
 from moenas.model.mixers.position_bias import PositionBias
 from moenas.model.mixers.rotary import RopeScaling, Rotary
-from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import Balance, LoadBalancer, Routing
@@ -26,6 +27,7 @@ from moenas.model.moe.experts import Experts, LatentExperts, MoE, MoEFFN, ZeroEx
 from moenas.model.moe.gating import Choice, Gating
 from moenas.model.moe.logits import Logits
 from moenas.model.moe.mixture_of_attention import HeadExperts, MoA, MoAMixer
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.model.moe.scores import Score
 from moenas.model.moe.selection import ExpertSelection, Picked, Selection
@@ -61,6 +63,8 @@ __all__ = [
     "LatentAttention",
     "LatentAttentionMixer",
     "LatentExperts",
+    "LayerIndexed",
+    "LayerInputs",
     "LayerNorm",
     "LightningAttention",
     "LightningAttentionMixer",
@@ -82,9 +86,11 @@ __all__ = [
     "ProductKeyFFN",
     "ProductKeys",
     "RMSNorm",
+    "ReadsInputs",
     "ResidualAdd",
     "RopeScaling",
     "Rotary",
+    "RoutedLayer",
     "Router",
     "Routing",
     "Score",

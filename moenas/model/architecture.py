@@ -19,13 +19,13 @@ from moenas.grammar import summary as describe
 from moenas.grammar.component import Component, Conflict, changed, setting
 from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, ResidualConfig, merged
 from moenas.model.head import Head
+from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
 from moenas.model.layers.linear import matrices, output_projections, size
 from moenas.model.layers.norms import NormKind
-from moenas.model.mixers.shared_kv import kv_source_error, link
+from moenas.model.mixers.shared_kv import kv_source_error, link_layers
 from moenas.model.moe.balance import total_auxiliary_loss
 from moenas.model.moe.dispatch import grouped_waits
-from moenas.model.moe.experts import MoE
-from moenas.model.residual import PendingShortcuts
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.records import Cost
 from moenas.resources import sha256
 
@@ -195,7 +195,7 @@ class Architecture(Component):
         for mixer in (layer.mixer for layer in self.layers):
             if mixer is not None:
                 a_token = mixer.cost(self.d_model, context).kv_bytes_per_token
-                needed += a_token * min(context, mixer.reach or context)
+                needed += a_token * min(context, mixer.attention_span or context)
         return needed
 
     def build(self, device: torch.device | str = "cpu", seed: int = 0) -> Model:
@@ -343,10 +343,9 @@ class Model(nn.Module):
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         for i, block in enumerate(blocks):
-            mixer: Any = block.mixer
-            if hasattr(mixer, "stand"):
-                mixer.stand(i, len(blocks))
-        link([block.mixer for block in blocks])
+            if isinstance(block.mixer, LayerIndexed):
+                block.mixer.set_layer_index(i, len(blocks))
+        link_layers([block.mixer for block in blocks])
         self.norm = norm
         self.head = head
 
@@ -367,9 +366,10 @@ class Model(nn.Module):
         """Return what the head reads, (B, S, D); see `forward`."""
         x = F.embedding(tokens, self.embedding).to(dtype or self.embedding.dtype)
         x = self.stem(x, 0 if cache is None else cache.length)
-        late = PendingShortcuts()
+        inputs = LayerInputs(tokens, shared_kv=SharedKV(), pending_shortcuts=[])
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], tokens, late)
+            inputs.cache = None if cache is None else cache[i]
+            x = block(x, inputs)
         if cache is not None:
             cache.length += tokens.shape[1]
         normed: Tensor = x if self.norm is None else self.norm(x)
@@ -388,9 +388,9 @@ class Model(nn.Module):
         loss: Tensor = self.head.loss(self.hidden(tokens, None, dtype), self.embedding, targets)
         return loss
 
-    def moe_layers(self) -> list[tuple[int, MoE]]:
+    def moe_layers(self) -> list[tuple[int, RoutedLayer]]:
         """Return the mixtures of experts, with the numbers from 0 of their layers."""
-        return [(i, part) for i, part in self.parts() if isinstance(part, MoE)]
+        return [(i, part) for i, part in self.parts() if isinstance(part, RoutedLayer)]
 
     def parts(self) -> list[tuple[int, nn.Module]]:
         """Return mixers and feed-forward layers, those of shortcuts, too, with their layers."""

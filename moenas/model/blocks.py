@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import Component, Conflict, Part, changed, setting
 from moenas.model.feedforward.dense import FFN, DenseFFN
+from moenas.model.layer_inputs import LayerInputs, run_ffn, run_mixer
 from moenas.model.layers.norms import NormKind, build_norm, norm_params
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
-from moenas.model.residual import PendingShortcuts, PrePostNorm, ResidualAdd, RouterInputs
+from moenas.model.residual import PrePostNorm, ResidualAdd
 from moenas.records import Cost
 
 NormPosition = Literal["pre", "post", "output", "sandwich"]
@@ -281,7 +282,7 @@ class BlockGroup(Component):
 
 def is_mixture(part: Part | None) -> bool:
     """Whether a part has a router, whose load is watched layer by layer."""
-    return getattr(part, "router", None) is not None
+    return part is not None and part.router is not None
 
 
 def _order(ffn: FFN) -> tuple[bool, str]:
@@ -319,7 +320,7 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     matters.
     """
     different = {id(layer): layer for layer in layers}.values()
-    if any(part.placed for layer in different for part in layer.parts.values()):
+    if any(part.layer_indexed for layer in different for part in layer.parts.values()):
         return tuple(layers)
     joined = {i + layer.shortcut_delay for i, layer in enumerate(layers) if layer.shortcut}
     halves = {
@@ -349,9 +350,9 @@ def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
 class Block(nn.Module):
     """A mixer, then a feed-forward layer, each joined to the stream; either may be missing.
 
-    A shortcut is a second feed-forward layer, whose output joins the stream with that of the last
-    part of a block, its own or a later one: of the ffn, or of the mixer where there is no ffn. So
-    under `post` one norm is of all that is added there.
+    A shortcut is a second feed-forward layer. Its output is added to the stream together with the
+    last part (the ffn, or the mixer where there is no ffn) of this block or of a later one. So with
+    `post` one norm covers the whole sum.
     """
 
     def __init__(
@@ -371,77 +372,64 @@ class Block(nn.Module):
         self.join = join
         self.shortcut = shortcut
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: Any = None,
-        numbers: Tensor | None = None,
-        late: PendingShortcuts | None = None,
-    ) -> Tensor:
-        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
-
-        `numbers` (B, S) are those of the tokens in the vocabulary. `late` is what shortcuts have
-        sent ahead; the block takes its own out of it. Without it nothing joins later than here.
-        """
-        first, join = x, self.join
+    def forward(self, x: Tensor, inputs: LayerInputs | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache in `inputs`, `x` continues the tokens in it."""
+        inputs = inputs or LayerInputs()
+        # 1. The mixer. Where no ffn follows, shortcuts are added here.
+        inputs.block_input = inputs.stream = x
         if self.mixer is not None:
-            y = mixed(self.mixer, join.entering(x, self.norm1), cache, late)
-            beside = (
-                self.beside(RouterInputs(x, first), x, numbers, late) if self.ffn is None else None
-            )
-            x = join(x, y, self.norm1, beside)
+            y = run_mixer(self.mixer, self.join.entering(x, self.norm1), inputs)
+            due = None if self.ffn is not None else self.due_shortcuts(x, inputs)
+            x = self.join(x, y, self.norm1, due)
         if self.ffn is None:
             return x
-        read, sources = join.entering(x, self.norm2), RouterInputs(x, first)
-        y = fed(self.ffn, read, numbers, sources)
-        x = join(x, y, self.norm2, self.beside(sources, read, numbers, late))
+        # 2. The ffn, and the shortcuts that are due at the end of this block.
+        inputs.stream = x
+        normed = self.join.entering(x, self.norm2)
+        y = run_ffn(self.ffn, normed, inputs)
+        x = self.join(x, y, self.norm2, self.due_shortcuts(normed, inputs))
         return x
 
-    def beside(
-        self,
-        sources: RouterInputs,
-        read: Tensor,
-        numbers: Tensor | None,
-        late: PendingShortcuts | None,
-    ) -> Tensor | None:
-        """Return what shortcuts add to the stream at the end of this block, and send its own on.
+    def due_shortcuts(self, ffn_input: Tensor, inputs: LayerInputs) -> Tensor | None:
+        """Return what shortcuts add to the stream at the end of this block.
 
-        `read` (B, S, D) is what the ffn of this block reads.
+        The output of this block's shortcut waits in `inputs.pending_shortcuts`: item i is added at
+        the end of the i-th block after this one. `ffn_input` (B, S, D) is what the ffn reads.
         """
-        due = late.pop(0) if late else None
+        pending = inputs.pending_shortcuts
+        due = pending.pop(0) if pending else None
         if self.shortcut is None:
             return due
-        y = self.join.scaled(self.shortcut(sources, read, numbers))
-        delay = 0 if late is None else self.shortcut.delay
-        if late is None or delay == 0:
+        y = self.join.scaled(self.shortcut(ffn_input, inputs))
+        delay = self.shortcut.delay
+        if pending is None or delay == 0:
             return y if due is None else due + y
-        late += [None] * (delay - len(late))
-        other = late[delay - 1]
-        late[delay - 1] = y if other is None else other + y
+        pending += [None] * (delay - len(pending))
+        other = pending[delay - 1]
+        pending[delay - 1] = y if other is None else other + y
         return due
 
 
 class ParallelBlock(Block):
     """A mixer and a feed-forward layer that read the same, joined to the stream together."""
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: Any = None,
-        numbers: Tensor | None = None,
-        late: PendingShortcuts | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        read, sources = self.join.entering(x, self.norm1), RouterInputs(x, x)
-        y = mixed(self.mixer, read, cache, late) + fed(self.ffn, read, numbers, sources)
-        x = self.join(x, y, self.norm1, self.beside(sources, read, numbers, late))
+        inputs = inputs or LayerInputs()
+        inputs.block_input = inputs.stream = x
+        normed = self.join.entering(x, self.norm1)
+        assert self.mixer is not None
+        assert self.ffn is not None
+        y = run_mixer(self.mixer, normed, inputs) + run_ffn(self.ffn, normed, inputs)
+        x = self.join(x, y, self.norm1, self.due_shortcuts(normed, inputs))
         return x
 
 
 class Shortcut(nn.Module):
     """A feed-forward layer beside another, with norms of its own where it has any.
 
-    It reads what the other reads, or the stream before the block, and joins `delay` blocks later.
+    It reads what the other reads, or the stream before the block (`of_block`). Its output is added
+    `delay` blocks later.
     """
 
     def __init__(
@@ -459,28 +447,11 @@ class Shortcut(nn.Module):
         self.of_block = of_block
         self.delay = delay
 
-    def forward(self, sources: RouterInputs, read: Tensor, numbers: Tensor | None) -> Tensor:
+    def forward(self, ffn_input: Tensor, inputs: LayerInputs) -> Tensor:
         """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
-        x = read
+        x = ffn_input
         if self.of_block:
-            x, sources = sources.block, RouterInputs(sources.block, sources.block)
-        y = fed(self.ffn, x if self.before is None else self.before(x), numbers, sources)
+            assert inputs.block_input is not None
+            x = inputs.stream = inputs.block_input
+        y = run_ffn(self.ffn, x if self.before is None else self.before(x), inputs)
         return y if self.after is None else self.after(y)
-
-
-def mixed(mixer: Any, x: Tensor, cache: Any, late: PendingShortcuts | None) -> Tensor:
-    """Return what a mixer makes of (B, S, D)."""
-    lends = getattr(mixer, "lends", False)
-    lent = None if late is None else late.lent
-    y: Tensor = mixer(x, cache, lent) if lends else mixer(x, cache)
-    return y
-
-
-def fed(ffn: Any, x: Tensor, numbers: Tensor | None, sources: RouterInputs) -> Tensor:
-    """Return what a feed-forward layer makes of (B, S, D)."""
-    given = (x, numbers) if getattr(ffn, "reads_tokens", False) else (x,)
-    source = getattr(ffn, "router_input", "ffn")
-    if source != "ffn":
-        given = (*given, sources.block if source == "block" else sources.stream)
-    y: Tensor = ffn(*given)
-    return y

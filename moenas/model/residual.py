@@ -1,12 +1,10 @@
-"""How parts are joined to the residual stream: norms, factors, and what joins later."""
+"""How parts are joined to the residual stream: norms and factors."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
-
-from moenas.model.mixers.shared_kv import SharedKV
 
 # Shapes: B sequences of S tokens, D model width.
 
@@ -47,33 +45,13 @@ class ResidualAdd(nn.Module):
         """Return `y` as it is added to the stream."""
         return y if self.multiplier == 1 else y * self.multiplier
 
-    def forward(self, x: Tensor, y: Tensor, norm: Any, beside: Tensor | None = None) -> Tensor:
-        """Return the stream with `y` of a part added, and `beside` of another as it is."""
+    def forward(self, x: Tensor, y: Tensor, norm: Any, shortcut: Tensor | None = None) -> Tensor:
+        """Return the stream with `y` of a part added, and the output of a shortcut as it is."""
         if self.norm_position == "output":
             y = norm(y)
         elif self.norm_position == "sandwich":
             y = norm.after(y)
         y = self.scaled(y)
-        y = y if beside is None else y + beside
+        y = y if shortcut is None else y + shortcut
         x = (x if self.skip == 1 else x * self.skip) + y
         return norm(x) if self.norm_position == "post" else x
-
-
-class RouterInputs(NamedTuple):
-    """What a router can read in place of the input of its layer, (B, S, D) each."""
-
-    stream: Tensor
-    """What the norm before the layer reads."""
-    block: Tensor
-    """The stream before the mixer of the block."""
-
-
-class PendingShortcuts(list[Tensor | None]):
-    """What joins the stream at the end of a block, of the block after it, and so on.
-
-    Beside it, what mixers lend to those of later blocks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lent = SharedKV()

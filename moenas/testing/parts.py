@@ -21,9 +21,10 @@ from moenas.evaluate.job import evaluate
 from moenas.export import source
 from moenas.failures import error_line
 from moenas.grammar import tree
-from moenas.grammar.component import Component, Field, fields
+from moenas.grammar.component import Component, Field, Part, fields
 from moenas.model.architecture import Architecture, Model
 from moenas.model.feedforward.dense import FFN, DenseFFN
+from moenas.model.layer_inputs import LayerIndexed
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
 from moenas.model.moe.scores import Score
@@ -45,6 +46,8 @@ from moenas.space.sections import Protocol, Recipe
 
 TRIES = 200
 """Random fields drawn for a component before they are called impossible to meet."""
+FORMER_FLAGS = {"stand": "LayerIndexed", "reads_tokens": "ReadsInputs", "lends": "ReadsInputs"}
+"""Attributes by which a module once asked for more than the tokens -> its base class now."""
 BATCH, TOKENS = 2, 12
 """Size of the batches that parts are tried on."""
 
@@ -208,8 +211,22 @@ def _problem(architecture: Architecture) -> str | None:
     source.SourceClosure.of(source.record(architecture.build)[1], ["forward"]).texts()
     layers = tuple(layer.canonical_at(architecture.d_model) for layer in architecture.layers)
     twin = replace(architecture, blocks=layers).build(seed=1).eval()
+    for (_, module), part in zip(model.parts(), _configs(architecture), strict=True):
+        if part.layer_indexed and not isinstance(module, LayerIndexed):
+            name = type(module).__name__
+            return f"layer_indexed is True, so {name} must derive from moenas.model.LayerIndexed"
+        if former := [name for name in FORMER_FLAGS if hasattr(module, name)]:
+            return (
+                f"'{former[0]}' of {type(module).__name__} is not read any more; derive from"
+                f" moenas.model.{FORMER_FLAGS[former[0]]}"
+            )
     causal = all(layer.ffn is None or layer.ffn.causal for layer in architecture.layers)
     return _forward_problem(model.eval(), twin, causal) or _gradient_problem(model.train())
+
+
+def _configs(architecture: Architecture) -> list[Part]:
+    """Return the configs of the parts of an architecture in the order of `Model.parts`."""
+    return [part for layer in architecture.layers for part in layer.parts.values()]
 
 
 @torch.no_grad()

@@ -27,7 +27,9 @@ from moenas.model import (
     MoAMixer,
     MoE,
     MoEFFN,
+    RoutedLayer,
 )
+from moenas.model.layer_inputs import LayerInputs, run_ffn
 from moenas.model.mixers.position_bias import AlibiBias, T5Bias
 from moenas.model.mixers.softmax_attention import attended_on_cuda
 from moenas.model.moe import dispatch
@@ -109,13 +111,13 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "grouped_mm", product)
 
 
-def outcome(moe: MoE, x: Tensor) -> dict[str, Tensor]:
+def outcome(moe: RoutedLayer, x: Tensor) -> dict[str, Tensor]:
     """Return what a step computes: output, load, losses, gradients."""
     moe.zero_grad()
     x.grad = None
     torch.manual_seed(2)
     with _InFloat64():
-        y = moe(x, NUMBERS) if moe.reads_tokens else moe(x)
+        y = run_ffn(moe, x, LayerInputs(NUMBERS))
         loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
         torch.autograd.backward((loss + 10 * moe.auxiliary_loss(),))
     found = {"y": y, "load": moe.routing.load, "loss": moe.auxiliary_loss(), "grad x": x.grad}
@@ -125,7 +127,7 @@ def outcome(moe: MoE, x: Tensor) -> dict[str, Tensor]:
 
 def assert_alike(moe: nn.Module) -> None:
     """Both forms give the same, and that of CUDA adds nothing up in an unknown order."""
-    assert isinstance(moe, MoE)
+    assert isinstance(moe, RoutedLayer)
     torch.manual_seed(0)
     for parameter in moe.parameters():
         parameter.data.normal_(0, 0.3)

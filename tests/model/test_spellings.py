@@ -10,7 +10,7 @@ import torch
 from points import carry, stir
 from torch import Tensor
 
-from moenas.model import FFN, Mixer
+from moenas.model import FFN, Mixer, MoE
 from moenas.model.architecture import Architecture, Model
 from moenas.model.layers.linear import output_projections
 from moenas.records import Plain
@@ -219,7 +219,7 @@ def test_a_part_is_proportional_to_what_it_writes_by(kind: Any) -> None:
                 if parameter.dim() == 1 or name.endswith("_bias.weight"):
                     parameter.zero_()
             numbers = (torch.zeros(2, 12, dtype=torch.int64),)
-            given = (x, *numbers) if getattr(part, "reads_tokens", False) else (x,)
+            given = (x, *numbers) if isinstance(part, MoE) else (x,)
             found, weights = [], [weight.clone() for weight in output_projections(part)]
             for factor in (0, 1, 3):
                 for weight, start in zip(output_projections(part), weights, strict=True):

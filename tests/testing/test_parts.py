@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from moenas.errors import InputError
 from moenas.grammar.component import Part
+from moenas.model.architecture import Architecture
+from moenas.model.layer_inputs import LayerInputs
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import FFN, MoEFFN
 from moenas.resources import shipped
@@ -119,6 +122,56 @@ def test_a_guests_part_is_checked(tmp_path: Path) -> None:
     assert "the component 'average' passes the contract test" in lines[0]
 
 
+READER = '''"""A feed-forward layer that reads the token ids and the stream."""
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from torch import Tensor, nn
+from moenas.grammar.component import setting
+from moenas.model import FFN, LayerInputs, Linear, ReadsInputs
+from moenas.records import Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdScaled(FFN, kind="id_scaled"):
+    """Scales the stream by the token id."""
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        n = d_model * d_model
+        return Cost(params=n, active_params=n, flops_per_token=2 * n)
+
+    def build(self, d_model: int) -> nn.Module:
+        return IdScaling(d_model)
+
+
+class IdScaling(ReadsInputs):
+    """out(x + stream) * (id + 1)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.out = Linear(d_model, d_model)
+
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        return self(x + inputs.stream, inputs.token_ids)
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        return self.out(x) * (token_ids % 7 + 1).unsqueeze(-1).to(x.dtype)
+'''
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_users_layer_reads_the_inputs_of_its_pass(tmp_path: Path) -> None:
+    lines = list(parts.check_file(guest(tmp_path, READER)))
+    assert "the part 'id_scaled' keeps its contract" in lines[0]
+    plain = {"vocab_size": 8, "d_model": 16, "blocks": [{"ffn": {"kind": "id_scaled"}}]}
+    model = Architecture.parse(plain).build(seed=0).eval()
+    block, ids = model.blocks[0], torch.tensor([[1, 3]])
+    x = model.embedding[ids]
+    wanted = x + block.ffn.out(block.norm2(x) + x) * torch.tensor([2.0, 4.0]).view(1, 2, 1)
+    torch.testing.assert_close(block(x, LayerInputs(ids)), wanted)
+
+
 @pytest.mark.usefixtures("kinds")
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
@@ -139,6 +192,16 @@ def test_a_guests_part_is_checked(tmp_path: Path) -> None:
             r"Averaging\(rank=\.\.\.\) is given tensor",
         ),
         ("sums = h.cumsum(1)", "sums = h.double().cumsum(1) + x", "RuntimeError|TypeError"),
+        (
+            "    def new_cache(",
+            "    def stand(self, layer, n_layers):\n        pass\n\n    def new_cache(",
+            "'stand' of Averaging is not read any more; derive from moenas.model.LayerIndexed",
+        ),
+        (
+            "    def build(self",
+            "    layer_indexed = True\n\n    def build(self",
+            "layer_indexed is True, so Averaging must derive from moenas.model.LayerIndexed",
+        ),
     ],
 )
 def test_a_part_that_breaks_its_contract_is_found(

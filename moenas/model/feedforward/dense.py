@@ -18,7 +18,8 @@ from moenas.records import Cost
 class FFN(Part):
     """The family of feed-forward layers: modules (B, S, D) -> (B, S, D), token by token.
 
-    A module with `reads_tokens = True` is also given the numbers (B, S) of the tokens.
+    The module is called as `ffn(x)`. One that derives from `ReadsInputs` is run with the
+    `LayerInputs` of the pass, such as the token ids.
     """
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 
 from moenas.grammar.component import changed, setting
+from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
@@ -22,7 +23,7 @@ from moenas.model.mixers.rotary import (
     canonical_theta,
     fold_into_scale,
 )
-from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryProjection
 from moenas.model.mixers.softmax_attention import (
     SINK_WIDTH,
@@ -234,7 +235,7 @@ class AttentionMixer(Mixer, kind="attention"):
         tempered = self.floor_scale is not None and self.attn_scale > 0
         own = self.kv_source is None
         normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
-        bias = self.position_bias and self.position_bias.canonical_within(self.reach)
+        bias = self.position_bias and self.position_bias.canonical_within(self.attention_span)
         found = changed(
             self,
             n_heads=n_heads,
@@ -410,11 +411,11 @@ class Attention(SharesKV):
         self.out = out
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, lent: SharedKV | None = None
+        self, x: Tensor, cache: KVCache | None = None, shared: SharedKV | None = None
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
-        What other layers read is left in `lent`, and the table of a shared bias is found there.
+        What other layers read is left in `shared`, and the table of a shared bias is found there.
         """
         qkv: Any = self.qkv
         q, k, v = qkv.heads(x)
@@ -428,8 +429,8 @@ class Attention(SharesKV):
             q, k = norm(q, k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        self.publish_kv(k, v, lent)
-        y = self.attend(q, k, v, start, self.table(self.attend.table, lent)).transpose(1, 2)
+        self.publish_kv(k, v, shared)
+        y = self.attend(q, k, v, start, self.table(self.attend.table, shared)).transpose(1, 2)
         if self.gate is not None:
             y = gated(y, self.gate(x))
         out: Tensor = self.out(y.flatten(-2))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import setting
+from moenas.model.layer_inputs import LayerIndexed
 from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, Mixer, StateCache
@@ -66,12 +67,12 @@ class LightningAttentionMixer(Mixer, kind="lightning_attention"):
         )
 
     @property
-    def placed(self) -> bool:
+    def layer_indexed(self) -> bool:
         """Whether the layer's number matters."""
         return self.slower_by_depth
 
 
-class LightningAttention(nn.Module):
+class LightningAttention(LayerIndexed):
     """out(norm(scan(silu(q, k, v))) * sigmoid(gate))."""
 
     share = 1.0
@@ -94,10 +95,10 @@ class LightningAttention(nn.Module):
         self.n_heads = n_heads
         self.slower_by_depth = slower_by_depth
 
-    def stand(self, layer: int, n_layers: int) -> None:
-        """Take the place of a layer, counted from 0; the small numbers are those of MiniMax-01."""
+    def set_layer_index(self, index: int, n_layers: int) -> None:
+        """Set the decay of a layer, counted from 0; the small numbers are those of MiniMax-01."""
         if self.slower_by_depth:
-            self.share = 1 - layer / (n_layers - 1 + 1e-5) + 1e-5
+            self.share = 1 - index / (n_layers - 1 + 1e-5) + 1e-5
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""

@@ -21,8 +21,9 @@ MOST = 2**16
 class Mixer(Part):
     """The family of mixers: modules (B, S, D) -> (B, S, D) that never look ahead.
 
-    A module with a method `stand(layer, n_layers)` is told its place in the model, from 0; then
-    `placed` must say so. One that is `SharesKV` is also given what earlier ones lend.
+    The module is called as `mixer(x, cache)`. One that derives from `ReadsInputs` is run with the
+    `LayerInputs` of the pass. One that derives from `LayerIndexed` is told the number of its layer;
+    then the property `layer_indexed` of the config is True.
     """
 
     def canonical_at(self, d_model: int) -> Self:

@@ -5,70 +5,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moenas.grammar.component import Conflict
+from moenas.model.layer_inputs import LayerInputs, ReadsInputs, SharedKV
 
 # Shapes: B sequences, K key-value heads, L tokens so far, C width of a head, H query heads.
 
 
-class SharedKV:
-    """What the mixers of one pass lend to later ones, by the numbers of their layers."""
-
-    def __init__(self) -> None:
-        self.keys: dict[int, tuple[Tensor, Tensor]] = {}
-        """Keys and values (B, K, L, C) of all tokens so far, as queries meet them."""
-        self.tables: dict[int, Tensor] = {}
-        """Tables (buckets, H) of position biases."""
-
-
-class SharesKV(nn.Module):
-    """A mixer that lends to later ones, or reads what earlier ones lend; `forward` takes `lent`.
+class SharesKV(ReadsInputs):
+    """A mixer that shares keys, values or a bias table with later ones, or reads those of earlier.
 
     `kv_source` n: its keys are those of the n-th mixer before that has its own, None: its own.
     `bias_shared`: whether the table of its position bias is that of the nearest mixer before that
     has one, None: it needs none.
     """
 
-    lends = True
-    """`forward` also takes what is lent."""
-
     def __init__(self, kv_source: int | None, bias_shared: bool | None) -> None:
         super().__init__()
         self.kv_source = kv_source
         self.bias_shared = bias_shared
         self.number = 0
-        """Of its layer; with all below it follows from the place in a model: see `link`."""
-        self.lends_keys = False
-        self.lends_table = False
+        """Of its layer; `link_layers` sets it and all below from the place in a model."""
+        self.shares_keys = False
+        self.shares_table = False
         self.keys_from: int | None = None
         self.table_from: int | None = None
 
-    def publish_kv(self, keys: Tensor, values: Tensor, lent: SharedKV | None) -> None:
-        """Leave keys and values (B, K, L, C) where they are read later."""
-        if lent is not None and self.lends_keys:
-            lent.keys[self.number] = keys, values
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Map (B, S, D) to (B, S, D) with the cache and the shared keys of a pass."""
+        y: Tensor = self(x, inputs.cache, inputs.shared_kv)
+        return y
 
-    def shared_kv_of(self, lent: SharedKV | None) -> tuple[Tensor, Tensor]:
+    def publish_kv(self, keys: Tensor, values: Tensor, shared: SharedKV | None) -> None:
+        """Leave keys and values (B, K, L, C) where they are read later."""
+        if shared is not None and self.shares_keys:
+            shared.keys[self.number] = keys, values
+
+    def shared_kv_of(self, shared: SharedKV | None) -> tuple[Tensor, Tensor]:
         """Return the keys and values (B, K, L, C) of the layer that this one reads.
 
         Raises:
             ValueError: if the mixer stands in no model, where there are none.
         """
-        if lent is None or self.keys_from is None:
+        if shared is None or self.keys_from is None:
             raise ValueError("keys and values of an earlier layer are read, and there is none")
-        return lent.keys[self.keys_from]
+        return shared.keys[self.keys_from]
 
-    def table(self, own: Tensor | None, lent: SharedKV | None) -> Tensor | None:
-        """Return the table (buckets, H) that another layer lends, or lend one's `own`."""
-        if lent is None or self.bias_shared is None:
+    def table(self, own: Tensor | None, shared: SharedKV | None) -> Tensor | None:
+        """Return the table (buckets, H) of another layer, or share one's `own`."""
+        if shared is None or self.bias_shared is None:
             return None
-        if own is not None and self.lends_table:
-            lent.tables[self.number] = own
-        return None if self.table_from is None else lent.tables[self.table_from]
+        if own is not None and self.shares_table:
+            shared.tables[self.number] = own
+        return None if self.table_from is None else shared.tables[self.table_from]
 
 
-def lenders(mixers: Sequence[Any]) -> list[tuple[int | None, int | None]]:
+def kv_sources(mixers: Sequence[Any]) -> list[tuple[int | None, int | None]]:
     """Return whose keys and whose table each mixer reads, by their places in the list.
 
     The mixers are modules or their records, by `kv_source` and `bias_shared`. None stands where
@@ -93,15 +86,15 @@ def lenders(mixers: Sequence[Any]) -> list[tuple[int | None, int | None]]:
     return found
 
 
-def link(mixers: Sequence[Any]) -> None:
+def link_layers(mixers: Sequence[Any]) -> None:
     """Tell the mixers of a model, None where a layer has none, who reads what of whom."""
-    for i, (keys, table) in enumerate(lenders(mixers)):
+    for i, (keys, table) in enumerate(kv_sources(mixers)):
         if keys is not None:
             mixers[i].keys_from = keys
-            mixers[keys].number, mixers[keys].lends_keys = keys, True
+            mixers[keys].number, mixers[keys].shares_keys = keys, True
         if table is not None:
             mixers[i].table_from = table
-            mixers[table].number, mixers[table].lends_table = table, True
+            mixers[table].number, mixers[table].shares_table = table, True
 
 
 def kv_source_error(mixers: Sequence[Any], d_model: int) -> Conflict | None:
@@ -109,7 +102,7 @@ def kv_source_error(mixers: Sequence[Any], d_model: int) -> Conflict | None:
 
     The mixers are records, by layers; None where a layer has none.
     """
-    for i, (keys, table) in enumerate(lenders(mixers)):
+    for i, (keys, table) in enumerate(kv_sources(mixers)):
         if (reason := _source_error(mixers, i, (keys, table), d_model)) is not None:
             return Conflict(mixers[i], f"layer {i}: {reason}")
     return None

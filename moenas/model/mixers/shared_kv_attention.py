@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.qkv import normed
-from moenas.model.mixers.shared_kv import SharedKV, SharesKV
+from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.softmax_attention import SoftmaxAttention, gated
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, C width of a head.
@@ -64,11 +65,11 @@ class CrossLayerAttention(SharesKV):
         self.gate = gate
         self.out = out
 
-    def forward(self, x: Tensor, cache: None = None, lent: SharedKV | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D), the last S of the tokens whose keys are in `lent`."""
-        k, v = self.shared_kv_of(lent)
+    def forward(self, x: Tensor, cache: None = None, shared: SharedKV | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D), the last S of the tokens whose keys are in `shared`."""
+        k, v = self.shared_kv_of(shared)
         start = size(k.shape[2]) - size(x.shape[1])  # tensors while the model is traced
-        table = self.table(self.attend.table, lent)
+        table = self.table(self.attend.table, shared)
         y = self.attend(self.queries(x, start), k, v, start, table).transpose(1, 2)
         out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import changed, setting
 from moenas.model.feedforward.dense import FFN, FeedForward, SigmoidGatedFeedForward, network_cost
+from moenas.model.layer_inputs import LayerInputs, ReadsInputs
 from moenas.model.layers.activations import Activated, Activation, up_width
 from moenas.model.layers.linear import Linear, on_cuda
-from moenas.model.moe.balance import LoadBalancer, Routing, total_auxiliary_loss
+from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
     grouped,
     one_hot,
@@ -23,9 +23,9 @@ from moenas.model.moe.dispatch import (
     rows_of,
     sort_slots,
     sums_of,
-    within_capacity,
 )
 from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.records import Cost
 
@@ -371,21 +371,11 @@ class ZeroExperts(nn.Module):
         return y
 
 
-class MoE(nn.Module):
+class MoE(RoutedLayer, ReadsInputs):
     """Mixture of experts: sum over the chosen experts of weight * expert(x), plus the shared one.
 
-    Shazeer et al., arXiv 1701.06538, eq. 1. In training each expert may have a capacity for a
-    sequence (arXiv 2101.03961, eq. 3): a slot without room adds nothing, and the residual stream
-    carries its token on. Evaluation drops nothing.
+    Shazeer et al., arXiv 1701.06538, eq. 1.
     """
-
-    reads_tokens = True
-    """`forward` also takes the numbers of the tokens."""
-    router_input: str
-    """What the router reads: "ffn", or a field of `RouterInputs`, which `forward` then also
-    takes."""
-    routing: Routing
-    """Of the last forward pass."""
 
     def __init__(
         self,
@@ -396,27 +386,26 @@ class MoE(nn.Module):
         zero: nn.Module | None,
         capacity_factor: float | None,
     ) -> None:
-        super().__init__()
-        self.router = router
-        self.router_input = router.enter.source
-        self.balance = balance
-        self.experts = experts
+        super().__init__(router, balance, experts, capacity_factor)
         self.shared = shared
         self.zero = zero
-        self.capacity_factor = capacity_factor
+
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Map (B, S, D) to (B, S, D) with the token ids and what the router reads."""
+        y: Tensor = self(x, inputs.token_ids, inputs.router_input(self.router.enter.source))
+        return y
 
     def forward(
-        self, x: Tensor, numbers: Tensor | None = None, source: Tensor | None = None
+        self, x: Tensor, token_ids: Tensor | None = None, source: Tensor | None = None
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing.
 
-        `numbers` (B, S) are those of the tokens in the vocabulary, for selections by them. The
-        router reads `source` (B, S, D), or x.
+        `token_ids` (B, S) are for selections by them. The router reads `source` (B, S, D), or x.
         """
         tokens = x.flatten(0, 1)
         read = tokens if source is None else source.flatten(0, 1)
-        named = None if numbers is None else numbers.flatten()
-        choice: Choice = self.router(read, self.balance.bias, named)
+        ids = None if token_ids is None else token_ids.flatten()
+        choice: Choice = self.router(read, self.balance.bias, ids)
         kept, dropped = self.apply_capacity(choice, x.shape[0])
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:
@@ -425,41 +414,9 @@ class MoE(nn.Module):
         y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
-    def apply_capacity(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
-        """Return which slots pass through a network, None if all do, and the share dropped."""
-        wanted, none_dropped = choice.kept, choice.weights.new_zeros(())
-        n_choices = choice.scores.shape[-1]
-        if self.zero is not None:
-            network = choice.experts < self.experts.n_experts
-            wanted = network if wanted is None else wanted & network
-        if self.capacity_factor is None or not self.training or choice.tokens is not None:
-            return wanted, none_dropped
-        # Slots that need no network wait at a place of their own, behind the last expert.
-        experts = choice.experts
-        experts = experts if wanted is None else experts.masked_fill(~wanted, n_choices)
-        experts = experts.unflatten(0, (sequences, -1))
-        slots = self.capacity_factor * self.router.top_k * experts.shape[1]
-        room = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
-        kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
-        share = 1 - kept.float().mean()
-        if wanted is not None:
-            share = 1 - kept.sum() / wanted.sum().clamp_min(1)
-        return kept, share
-
-    def auxiliary_loss(self) -> Tensor:
-        """Return the weighted losses of the last forward pass, a scalar."""
-        return total_auxiliary_loss([(self.balance, self.routing)])
-
-    def after_step(self) -> None:
-        """Move selection bias and cut-offs by the last training pass, and let its graph go."""
-        self.balance.step()
-        self.router.after_step()
-        if "routing" in self.__dict__:
-            self.routing = self.routing.detached()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy holds: of the last pass the values, as its graph cannot be copied."""
-        state = dict(self.__dict__)
-        if "routing" in state:
-            state["routing"] = self.routing.detached()
-        return state
+    def with_network(self, choice: Choice) -> Tensor | None:
+        """Return which slots count and go to an expert with a network; None if all do."""
+        if self.zero is None:
+            return choice.kept
+        network: Tensor = choice.experts < self.experts.n_experts
+        return network if choice.kept is None else choice.kept & network

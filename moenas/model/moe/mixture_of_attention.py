@@ -30,8 +30,8 @@ from moenas.model.moe.dispatch import (
     sort_slots,
     sums_of,
 )
-from moenas.model.moe.experts import MoE
 from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.records import Cost
 
@@ -255,7 +255,7 @@ class SharedKeys(nn.Module):
         return y.permute(0, 3, 2, 1, 4).reshape(rows.shape)
 
 
-class MoA(MoE):
+class MoA(RoutedLayer):
     """Mixture of attention heads: sum over the chosen experts of weight * out(attend(query(x))).
 
     Routed, balanced and watched as a mixture of feed-forward experts is. A slot that finds no room
@@ -263,8 +263,6 @@ class MoA(MoE):
     """
 
     matrices: tuple[str, ...] = ()
-
-    reads_tokens = False
 
     def __init__(
         self,
@@ -275,12 +273,12 @@ class MoA(MoE):
         capacity_factor: float | None,
         biased: bool,
     ) -> None:
-        super().__init__(router, balance, experts, None, None, capacity_factor)
+        super().__init__(router, balance, experts, capacity_factor)
         self.attention = attention
         self.biased = biased
         self.bias = nn.Parameter(torch.zeros(experts.d_model)) if biased else None
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
         tokens = x.flatten(0, 1)
         choice: Choice = self.router(tokens, self.balance.bias)

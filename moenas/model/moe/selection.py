@@ -14,6 +14,15 @@ from moenas.grammar.component import Component, changed, setting
 # Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
 
 
+FORMER_ATTRIBUTES = {
+    "alone": "per_token",
+    "learned": "trainable_load",
+    "by_expert": "expert_choice",
+    "variable": "variable_k",
+}
+"""Former name of a class attribute of a selection -> its present name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection(Component):
     """Which experts a token goes to, by their scores."""
@@ -30,6 +39,13 @@ class Selection(Component):
     """top_k is only the mean that is aimed at; the cost is that of the mean."""
     noisy: ClassVar[bool] = False
     """In training, learned noise is added to the logits."""
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
+        """Register a kind; files of users may set class attributes by their former names."""
+        super().__init_subclass__(kind, **kwargs)
+        for former, present in FORMER_ATTRIBUTES.items():
+            if former in vars(cls):
+                setattr(cls, present, vars(cls)[former])
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
         """Build the module that chooses among E experts."""

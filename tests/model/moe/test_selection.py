@@ -15,7 +15,7 @@ from moenas.grammar import tree
 from moenas.model import MoE, MoEFFN, Router
 from moenas.model.architecture import Architecture
 from moenas.model.moe.batch_selection import Base, ExpertChoice, Sinkhorn
-from moenas.model.moe.selection import Hash, Threshold
+from moenas.model.moe.selection import Hash, Selection, Threshold
 
 D_MODEL, LENGTH = 16, 12
 
@@ -303,3 +303,15 @@ def test_looking_ahead_is_refused_unless_asked_for(name: str) -> None:
         tree.parse(Router, {"selection": name})
     given = {"selection": name, "allow_acausal": True, "top_k": 1}
     assert tree.parse(Router, given).selection.kind == name
+
+
+def test_class_attributes_of_a_users_selection_are_known_by_their_former_names() -> None:
+    class Mine(Selection, kind="former_attributes"):
+        alone = True
+        learned = False
+
+    try:
+        assert (Mine.per_token, Mine.trainable_load) == (True, False)
+        assert (Mine.expert_choice, Mine.variable_k) == (False, False)
+    finally:
+        del Selection.kinds["former_attributes"]
