@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,18 +33,17 @@ def features(architecture: Architecture, cost: Cost) -> Features:
     of all components are there, so a surrogate sees a user's component too.
     """
     layers = architecture.names()
-    sums, counts = defaultdict[str, float](float), defaultdict[str, int](int)
-    shares = defaultdict[str, float](float)
+    numbers, words = defaultdict[str, list[float]](list), Counter[str]()
     for layer in layers:
         for name, value in layer.items():
             if not name.startswith(WHOLE_NAMES):
                 continue  # a shorter name of the same field
             if isinstance(value, str):
-                shares[f"{name}={value}"] += 1 / len(layers)
+                words[f"{name}={value}"] += 1
             else:
-                sums[name] += float(value)
-                counts[name] += 1
-    found = {name: total / counts[name] for name, total in sums.items()} | shares
+                numbers[name].append(float(value))
+    found = {name: math.fsum(values) / len(values) for name, values in numbers.items()}
+    found |= {name: count / len(layers) for name, count in words.items()}
     return found | {f"cost.{name}": float(np.log2(1 + n)) for name, n in cost.plain().items()}
 
 
@@ -84,7 +84,7 @@ class Encoder:
         seen: set[bytes] = set()
         for name in sorted({name for row in rows for name in row}):
             values = _values(rows, name)
-            if np.nanmin(values) == np.nanmax(values):
+            if np.isclose(np.nanmin(values), np.nanmax(values), rtol=1e-9, atol=0.0):
                 continue
             column = _Column.of(name, values)
             encoded = np.round(column.encode(values), 9)

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from moenas import pareto
 from moenas.predict.features import Encoder, Features, features
 from moenas.search.improvement import expected_improvement
-from moenas.search.neighbours import Point, neighbour, point
+from moenas.search.neighbours import Point, held_point, neighbour, point
 
 if TYPE_CHECKING:
     from moenas.predict.surrogate import Surrogate
@@ -27,6 +27,8 @@ INITIAL = 10
 """Complete trials before the first fit; until then points are drawn at random."""
 DRAWN = 1000
 """Random draws of a pool."""
+FEASIBLE = 50
+"""Feasible points among them below which draws go on, up to 20 times as many."""
 KEPT_FOR = 16
 """Trials for which the random points of a pool are kept."""
 MUTATIONS = 200
@@ -66,7 +68,7 @@ class GrayBox:
         self._signs = np.array([1 if o.direction == "minimize" else -1 for o in space.objectives])
         self._of_trials: dict[int, Described | None] = {}
         self._random: tuple[int, list[Described]] = (-1, [])
-        self._known: dict[str, Described] = {}
+        self._known: dict[str, tuple[Features, dict[str, float]]] = {}
         self._fitted: dict[int, tuple[int, Surrogate]] = {}
 
     def propose(self, number: int, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
@@ -77,7 +79,8 @@ class GrayBox:
         a resumed study goes on as an uninterrupted one does.
         """
         complete, running, seen = list[tuple[Described, list[float]]](), list[Described](), set()
-        for trial in trials:
+        # In the order in which they ended, which a run of several workers has too.
+        for trial in sorted(trials, key=_ended):
             found = None if trial.number == number else self._described(trial)
             if found is None:
                 continue
@@ -86,7 +89,7 @@ class GrayBox:
                 running.append(found)
             elif trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
                 complete.append((found, trial.values))
-        if len(complete) < INITIAL:
+        if len(complete) < INITIAL or not self._encoder.names:
             return None
         losses = np.array([values for _, values in complete]) * self._signs
         front = pareto.non_dominated(losses, ["minimize"] * losses.shape[1])
@@ -148,7 +151,7 @@ class GrayBox:
     def _described(self, trial: FrozenTrial) -> Described | None:
         """Return the point of a trial; None if it is infeasible or has no parameters yet."""
         if trial.number not in self._of_trials and trial.params:
-            found = point(self._space, 0, trial.params)
+            found = held_point(self._space, trial.params)
             self._of_trials[trial.number] = None if found is None else self._describe(found)
         return self._of_trials.get(trial.number)
 
@@ -158,8 +161,9 @@ class GrayBox:
             cost = self._space.cost(found.architecture)
             exact = {o.name: o.exact_value(cost) for o in self._objectives}
             values = {name: value for name, value in exact.items() if value is not None}
-            self._known[fingerprint] = Described(found, features(found.architecture, cost), values)
-        return self._known[fingerprint]
+            self._known[fingerprint] = features(found.architecture, cost), values
+        # Points of one architecture may have other parameters, so each keeps its own.
+        return Described(found, *self._known[fingerprint])
 
     def _pool(self, number: int, front: Sequence[Described], seen: set[str]) -> list[Described]:
         """Return points of architectures that no trial had: random ones, mutations of the front."""
@@ -174,8 +178,13 @@ class GrayBox:
     def _random_points(self, block: int) -> list[Described]:
         if self._random[0] != block:
             draw = random.Random(f"{self._seed}:{block}")
-            points = (point(self._space, draw.getrandbits(48)) for _ in range(DRAWN))
-            self._random = block, [self._describe(p) for p in points if p is not None]
+            found = list[Described]()
+            for i in range(20 * DRAWN):
+                if i >= DRAWN and len(found) >= FEASIBLE:
+                    break
+                if (drawn := point(self._space, draw.getrandbits(48))) is not None:
+                    found.append(self._describe(drawn))
+            self._random = block, found
         return self._random[1]
 
 
@@ -215,6 +224,12 @@ class Prediction:
                 reference[order],
             )
         return gains / n_samples
+
+
+def _ended(trial: FrozenTrial) -> tuple[bool, float, int]:
+    """Order trials by their end; those that run come last."""
+    ended = trial.datetime_complete
+    return ended is None, 0.0 if ended is None else ended.timestamp(), trial.number
 
 
 def _is_infeasible(trial: FrozenTrial) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moenas.errors import SpaceError
 from moenas.grammar.sampling import RandomSuggest, drawn
+from moenas.search.points import HeldAnswers
 
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
@@ -63,9 +64,26 @@ def point(space: Space, seed: int, params: Mapping[str, Any] | None = None) -> P
         architecture = cast("Architecture", drawn(space.tree, recorder)).canonical()
     except SpaceError:
         return None
+    return _feasible(space, recorder.params, architecture)
+
+
+def held_point(space: Space, params: Mapping[str, Any]) -> Point | None:
+    """Return the point of stored parameters, under present or former names of its holes.
+
+    None if a hole has no parameter, or the point is infeasible.
+    """
+    held = HeldAnswers(params, space.former_fields)
+    try:
+        architecture = cast("Architecture", drawn(space.tree, held)).canonical()
+    except (SpaceError, LookupError):
+        return None
+    return _feasible(space, held.answers, architecture)
+
+
+def _feasible(space: Space, params: dict[str, Any], architecture: Architecture) -> Point | None:
     if any(amount > 0 for amount in space.violations(architecture).values()):
         return None
-    return Point(recorder.params, architecture)
+    return Point(params, architecture)
 
 
 def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from moenas.store.store import Store
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
     from moenas.space.space import Space
+
+log = logging.getLogger(__name__)
 
 REPEATS = 10
 """Draws in a row without a new candidate after which a point that was not drawn is proposed."""
@@ -140,7 +143,9 @@ class OptunaTrials:
         for frozen in trials:
             if frozen.state == TrialState.RUNNING:
                 self._interrupted.append(frozen._trial_id)
-            elif frozen.number in stored and stored[frozen.number].fingerprint:
+            elif frozen.number in stored and (
+                stored[frozen.number].fingerprint or stored[frozen.number].status == "infeasible"
+            ):
                 self.points.add(frozen.params)
 
     @property
@@ -310,7 +315,13 @@ class OptunaTrials:
             if fruitless % REPEATS == 0:  # a space too large to be listed
                 return base
         elif name == "gray_box":
-            proposed = self._gray_box.propose(number, self.frozen())
+            try:
+                proposed = self._gray_box.propose(number, self.frozen())
+            except (MoenasError, StorageInternalError):
+                raise
+            except Exception as error:  # of the surrogate's fit; the study goes on
+                log.warning("gray_box: %s; trial %d is drawn at random", error_line(error), number)
+                return base
             return base if proposed is None else _fixed(proposed, base)
         return self._sampler(number)
 

@@ -61,6 +61,8 @@ def _as_mapping(node: Node, layers: Mapping[str, Node]) -> Node:
     """Return the name of a layer, or a bare kind, as the mapping that it stands for."""
     if isinstance(node.value, str) and node.value in layers:
         return replace(node, value={KEY: replace(node, key_mark=None)})
+    if node.value is None:  # an empty section
+        return replace(node, value={})
     if isinstance(node.value, str) and node.value in kinds():
         return replace(node, value={"kind": replace(node, key_mark=None)})
     return node
@@ -68,8 +70,13 @@ def _as_mapping(node: Node, layers: Mapping[str, Node]) -> Node:
 
 def _defined(found: Mapping[str, Node], key: str, layers: Mapping[str, Node]) -> Node | None:
     """Return the value of a field in the definition of a layer that a mapping uses, or None."""
-    name = found[KEY].value if KEY in found else None
-    definition = layers.get(name) if isinstance(name, str) else None
-    if definition is None or not isinstance(definition.value, dict):
-        return None
-    return definition.value.get(key) or _defined(definition.value, key, layers)
+    seen = set[str]()  # a layer that uses itself is an error that is found later
+    while KEY in found and isinstance(name := found[KEY].value, str) and name not in seen:
+        seen.add(name)
+        definition = layers.get(name)
+        if definition is None or not isinstance(definition.value, dict):
+            return None
+        found = definition.value
+        if key in found:
+            return found[key]
+    return None

@@ -128,7 +128,7 @@ class Driver:
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
         self.trials.set_constraints(candidate.trial, candidate.violations)
         if not candidate.broken:
-            self._dispatch(candidate)
+            self._guarded(candidate, self._dispatch)
             return
         self.session.draws.add(candidate.broken)
         evaluation = candidate.evaluation(
@@ -250,8 +250,8 @@ class Driver:
     def _record(self, candidate: Candidate, evaluation: Evaluation) -> None:
         """Record the evaluation of a candidate that a worker has tried."""
         with self.session.uncommitted.holding(evaluation):
-            self.session.record(candidate, evaluation, "finished", candidate.summary)
-        self._after(candidate, evaluation)
+            stored = self.session.record(candidate, evaluation, "finished", candidate.summary)
+        self._after(candidate, stored)
 
     def _fail(self, candidate: Candidate, failure: Failure) -> None:
         """Record a failure that no worker has sent."""
@@ -266,8 +266,8 @@ class Driver:
             seed=self.session.space.search.seed,
         )
         self.session.draws.add({})
-        self.session.record(candidate, evaluation, "finished", failure.message)
-        self._after(candidate, evaluation)
+        stored = self.session.record(candidate, evaluation, "finished", failure.message)
+        self._after(candidate, stored)
 
     def _after(self, candidate: Candidate, evaluation: Evaluation) -> None:
         """Dispatch the candidates of the same model that waited, then apply the stop rule."""

@@ -162,8 +162,12 @@ class Session:
         self.progress.total = total
         self.store.set_trials(total)
 
-    def record(self, candidate: Candidate, evaluation: Evaluation, kind: Kind, text: str) -> None:
+    def record(
+        self, candidate: Candidate, evaluation: Evaluation, kind: Kind, text: str
+    ) -> Evaluation:
         """Store the evaluation of a trial, then tell Optuna, then the listeners.
+
+        Returns what is stored: a failure, if the tables do not take the evaluation.
 
         Raises:
             StudyBusyError: if another process has evaluated the trial meanwhile.
@@ -174,7 +178,11 @@ class Session:
             raise
         except Exception as error:  # a value that the tables do not take
             evaluation = candidate.evaluation(
-                self.name, evaluation.attempt, "failed", failure=internal(error)
+                self.name,
+                evaluation.attempt,
+                "failed",
+                failure=internal(error),
+                seed=evaluation.seed,
             )
             front = self.store.record(evaluation)
         if front is None:
@@ -186,6 +194,7 @@ class Session:
         self._count(evaluation)
         self._tell(candidate, evaluation)
         self.events.emit(kind, candidate.number, text, evaluation)
+        return evaluation
 
     def _count(self, evaluation: Evaluation) -> None:
         """Add a finished trial to the state of the run."""

@@ -75,3 +75,11 @@ def test_every_hole_of_a_space_is_seen() -> None:
     rows = [features(a, space.cost(a)) for a in found.values()]
     columns = np.round(Encoder(rows).encode(rows), 9)
     assert len({row.tobytes() for row in columns}) == len(found)
+
+
+def test_rounding_makes_no_column() -> None:
+    """A word of all layers is a share of exactly 1, whatever the depth."""
+    rows = [described(64, *[MOE | {"router": {"aux_coef": 0.1}}] * n) for n in range(2, 13)]
+    constant = {"block.mixer=attention", "block.ffn=moe", "block.ffn.router.balance.coef"}
+    assert not constant & set(Encoder(rows).names)
+    assert all(row["block.mixer=attention"] == 1.0 for row in rows)

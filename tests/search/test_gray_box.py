@@ -135,3 +135,24 @@ def test_any_number_of_objectives_may_be_exact(objectives: str) -> None:
     params = GrayBox(space).propose(INITIAL, trials)
     assert params is not None
     assert point(space, 0, params) is not None
+
+
+def test_a_point_keeps_its_own_parameters() -> None:
+    """Points of one architecture, whatever other point of it was seen before."""
+    space = Space.load("tiny", [OBJECTIVES])
+    asked, draw = GrayBox(space), random.Random(0)
+    known: dict[str, Point] = {}
+    for _ in range(300):
+        found = drawn(space, draw)
+        asked._describe(found)
+        known.setdefault(found.architecture.fingerprint, found)
+        assert asked._describe(found).point is found
+
+
+def test_a_space_of_one_architecture_has_nothing_to_learn() -> None:
+    space = Space.load("tiny", [OBJECTIVES])
+    trials = searched(0, INITIAL, sampler=False)
+    asked = GrayBox(space)
+    asked._random = 0, []
+    asked._encoder = gray_box.Encoder([])
+    assert asked.propose(INITIAL, trials) is None

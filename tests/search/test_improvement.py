@@ -63,3 +63,27 @@ def test_a_candidate_beyond_the_reference_gains_nothing() -> None:
         np.array([0.1]), np.array([0.1]), np.array([[2.0]]), np.array([[0.5, 0.5]]), np.ones(2)
     )
     assert gained[0] == 0.0
+
+
+@pytest.mark.parametrize("n_objectives", [3, 4])
+def test_dominated_rows_change_nothing_and_take_no_memory(n_objectives: int) -> None:
+    draw = np.random.default_rng(5)
+    front, reference = draw.random((5, n_objectives)), np.full(n_objectives, 4.0)
+    dominated = front[draw.integers(0, 5, 1500)] + draw.random((1500, n_objectives))
+    points = draw.random((8, n_objectives))
+    arguments = points[:, 0], np.full(8, 0.1), points[:, 1:]
+    alone = expected_improvement(*arguments, front, reference)
+    joined = expected_improvement(*arguments, np.concatenate([dominated, front]), reference)
+    assert joined == pytest.approx(alone)
+
+
+def test_a_large_front_is_thinned_to_an_upper_bound() -> None:
+    draw = np.random.default_rng(6)
+    directions = draw.random((400, 4)) + 0.01
+    front = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    points = 0.9 * front[:20]
+    gained = expected_improvement(
+        points[:, 0], np.full(20, 1e-6), points[:, 1:], front, np.full(4, 1.1)
+    )
+    assert np.isfinite(gained).all()
+    assert (gained > 0).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moenas.search.neighbours import neighbour, point
+from moenas.search.neighbours import held_point, neighbour, point
 from moenas.space.space import Space
 
 
@@ -38,3 +38,14 @@ def test_a_neighbour_differs_in_one_hole_and_what_depends_on_it() -> None:
         for other in parent.params.keys() ^ found.params.keys():
             assert other.startswith(name)
     assert changed == set(parent.params)
+
+
+def test_stored_parameters_give_their_point_and_parts_of_them_none() -> None:
+    space = Space.load("tiny")
+    drawn = next(p for seed in range(9) if (p := point(space, seed)) is not None)
+    found = held_point(space, drawn.params)
+    assert found is not None
+    assert found.architecture == drawn.architecture
+    for name in drawn.params:
+        others = {key: value for key, value in drawn.params.items() if key != name}
+        assert held_point(space, others) is None

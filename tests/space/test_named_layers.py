@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import jsonschema
 import pytest
 
@@ -204,3 +206,24 @@ objectives: [active_params]
     assert (one["ffn"]["router"]["top_k"], other["ffn"]["router"]["top_k"]) == (3, 2)
     assert one["ffn"]["router"]["balance"] == {"kind": "bias", "rate": 0.5}
     assert one["ffn"]["router"]["loss_reduce"] == "pooled"
+
+
+def test_an_override_of_a_layer_that_uses_itself_is_an_error() -> None:
+    text = """
+        architecture:
+          vocab_size: 256
+          d_model: 64
+          blocks: [{mixer: {kind: attention, head_dim: 16}, ffn: a}]
+        layers:
+          a: {layer: a}
+        objectives: [val_loss]
+        data: stdlib
+    """
+    with pytest.raises(SpaceError, match="the layer 'a' is inside itself"):
+        Space.parse(textwrap.dedent(text), "x.yaml", ["architecture.blocks.0.ffn.d_ff=64"])
+
+
+def test_an_override_fills_an_empty_section() -> None:
+    text = Space.load("tiny").text
+    emptied = text.replace("search: {sampler: tpe, trials: 20, seed: 0}", "search:")
+    assert Space.parse(emptied, "x.yaml", ["search.trials=3"]).search.trials == 3
