@@ -66,7 +66,7 @@ def test_the_command_writes_results_and_a_page_and_says_that_there_was_no_gpu(
     assert list(found["groups"]) == ["ceilings", "grouped"]
     assert {group["status"] for group in found["groups"].values()} == {"done"}
     text = (tmp_path / "docs" / "gpu.md").read_text()
-    assert "no GPU was at hand" in text
+    assert "dry run on a CPU without a GPU" in text
     assert "| ceilings/copy |" in text
     assert sorted(p.name for p in out.iterdir()) == ["gpu-log.txt", "gpu-none.json", "gpu.md"]
     assert (out / "gpu.md").read_text() == text

@@ -36,10 +36,8 @@ ORDER = """
 # Library -> the only packages that import it. `objectives` and `dashboards` are the folders.
 LIBRARIES = {
     "alembic": "store",
-    "botorch": "predict",
     "click": "cli",
     "fvcore": "evaluate",
-    "gpytorch": "predict",
     "moocore": "pareto",
     "numpy": "pareto data predict evaluate export search",
     "optuna": "search store study dashboard",
@@ -49,7 +47,7 @@ LIBRARIES = {
     "rich": "cli",
     "ray": "workers",
     "safetensors": "evaluate export",
-    "scipy": "search",
+    "scipy": "predict search",
     "sqlalchemy": "store study",
     "torch": "model data predict evaluate export testing",
     "typer": "cli",

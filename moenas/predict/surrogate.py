@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import Any, cast
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-with warnings.catch_warnings():
-    # linear_operator compiles functions with torch.jit.script when it is imported.
-    warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
-    from botorch.exceptions.warnings import InputDataWarning, OptimizationWarning
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import SingleTaskGP
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-    from gpytorch.settings import max_cholesky_size
+from scipy.optimize import minimize
+from torch import Tensor
 
 Array = NDArray[np.float64]
 
@@ -25,15 +17,21 @@ FITTED = 200
 """Evaluations that hyperparameters are fitted to, at most; all of them condition the process."""
 STEPS = 60
 """Steps of the fit at most: it need not converge to rank candidates."""
-EXACT = 100_000
-"""Evaluations up to which gpytorch factorises the whole matrix."""
+JITTER = 1e-6
+"""Added to the diagonal of the covariance of standardised values."""
+LENGTH_SPREAD = math.sqrt(3)
+NOISE_CENTER, NOISE_SPREAD = -4.0, 1.0
+"""Normal prior of the logarithm of the noise variance of standardised values."""
+LENGTH_BOUNDS, NOISE_BOUNDS = (-5.0, 10.0), (-9.0, 2.0)
+"""Bounds of the logarithms of length scales and noise variance."""
 
 
 class Surrogate:
-    """A Gaussian process with noise: Matern 5/2, a length scale for each feature.
+    """A Gaussian process with noise: Matern 5/2 kernel, a length scale for each feature.
 
-    BoTorch's priors of the length scales grow with the number of features (Hvarfner et al.,
-    arXiv 2402.02229), so a dozen evaluations of thirty features do not overfit.
+    The hyperparameters are those of the largest posterior density. The logarithm of a length scale
+    has a normal prior with mean sqrt(2) + log(D) / 2 and deviation sqrt(3) for D features (Hvarfner
+    et al., arXiv 2402.02229). So a dozen evaluations of thirty features do not overfit.
     """
 
     def __init__(self, features: Array, values: Array, seed: int = 0) -> None:
@@ -41,31 +39,76 @@ class Surrogate:
         self._center, self._scale = float(values.mean()), float(values.std()) or 1.0
         x, y = self._tensors(features, values)
         chosen = np.random.default_rng(seed).permutation(len(x))[:FITTED]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputDataWarning)
-            warnings.simplefilter("ignore", OptimizationWarning)
-            model: Any = SingleTaskGP(x[chosen], y[chosen, None], outcome_transform=None)
-            likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
-            fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": STEPS}})
-        model.set_train_data(x, y, strict=False)
-        self._model = model.eval()
+        self._lengths, self._noise = _fit(x[chosen], y[chosen])
+        self._condition(x, y)
 
     def given(self, features: Array, values: Array) -> Surrogate:
         """Return the process with the same hyperparameters, conditioned on other values (N,)."""
-        other = copy.deepcopy(self)
-        other._model.set_train_data(*self._tensors(features, values), strict=False)
-        other._model.eval()
+        other = copy.copy(self)
+        other._condition(*self._tensors(features, values))
         return other
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Return mean and standard deviation (N,) of the value without noise."""
         x, _ = self._tensors(features, np.empty(0))
-        with torch.no_grad(), max_cholesky_size(EXACT):
-            found = self._model.posterior(x)
-        mean, variance = found.mean[:, 0].numpy(), found.variance[:, 0].numpy()
-        deviation = np.sqrt(np.maximum(variance, 0.0)) * self._scale
-        return mean * self._scale + self._center, cast(Array, deviation)
+        cross = _matern(x, self._x, self._lengths)
+        mean = cross @ self._weights
+        solved = torch.linalg.solve_triangular(self._root, cross.T, upper=False)
+        variance = (1.0 - solved.square().sum(dim=0)).clamp_min(0.0)
+        deviation: Array = variance.sqrt().numpy() * self._scale
+        center: Array = mean.numpy() * self._scale + self._center
+        return center, deviation
 
-    def _tensors(self, features: Array, values: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    def _condition(self, x: Tensor, y: Tensor) -> None:
+        """Keep what a prediction needs: the root of the covariance (N, N), its solution (N,)."""
+        self._x = x
+        self._root = _root(x, self._lengths, self._noise)
+        self._weights = torch.cholesky_solve(y[:, None], self._root)[:, 0]
+
+    def _tensors(self, features: Array, values: Array) -> tuple[Tensor, Tensor]:
         scaled = (values - self._center) / self._scale
         return torch.from_numpy(np.ascontiguousarray(features)), torch.from_numpy(scaled)
+
+
+def _matern(a: Tensor, b: Tensor, lengths: Tensor) -> Tensor:
+    """Return the Matern 5/2 covariance (N, M) of points a (N, D) and b (M, D), variance 1."""
+    scaled_a, scaled_b = a / lengths, b / lengths
+    squares = scaled_a.square().sum(1)[:, None] + scaled_b.square().sum(1)[None]
+    # Equal points round to less than 0, where a square root has no gradient.
+    distance = (squares - 2 * scaled_a @ scaled_b.T).clamp_min(1e-15).sqrt() * math.sqrt(5)
+    covariance: Tensor = (1 + distance + distance.square() / 3) * (-distance).exp()
+    return covariance
+
+
+def _root(x: Tensor, lengths: Tensor, noise: Tensor) -> Tensor:
+    """Return the Cholesky factor (N, N) of the covariance with noise."""
+    eye = torch.eye(len(x), dtype=x.dtype)
+    root: Tensor = torch.linalg.cholesky(_matern(x, x, lengths) + (noise + JITTER) * eye)
+    return root
+
+
+def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return length scales (D,) and noise variance of the largest posterior density."""
+    n_features = x.shape[1]
+    length_center = math.sqrt(2) + 0.5 * math.log(max(1, n_features))
+    start = np.full(n_features + 1, length_center)
+    start[-1] = NOISE_CENTER
+
+    def loss(point: Array) -> tuple[float, Array]:
+        """Return the negative logarithm of the posterior density, and its gradient."""
+        logs = torch.tensor(point, requires_grad=True)
+        with torch.enable_grad():
+            root = _root(x, logs[:-1].exp(), logs[-1].exp())
+            solved = torch.linalg.solve_triangular(root, y[:, None], upper=False)
+            fit = 0.5 * solved.square().sum() + root.diagonal().log().sum()
+            length_prior = ((logs[:-1] - length_center) / LENGTH_SPREAD).square().sum() / 2
+            noise_prior = ((logs[-1] - NOISE_CENTER) / NOISE_SPREAD).square() / 2
+            negative = fit + length_prior + noise_prior
+            (gradient,) = torch.autograd.grad(negative, logs)
+        return float(negative.detach()), gradient.numpy()
+
+    bounds = [LENGTH_BOUNDS] * n_features + [NOISE_BOUNDS]
+    options = {"maxiter": STEPS}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    logs = torch.tensor(found.x)
+    return logs[:-1].exp(), logs[-1].exp()

@@ -163,7 +163,7 @@ class IdScaling(ReadsInputs):
 @pytest.mark.usefixtures("kinds")
 def test_a_users_layer_reads_the_inputs_of_its_pass(tmp_path: Path) -> None:
     lines = list(parts.check_file(guest(tmp_path, READER)))
-    assert "the part 'id_scaled' keeps its contract" in lines[0]
+    assert "the component 'id_scaled' passes" in lines[0]
     plain = {"vocab_size": 8, "d_model": 16, "blocks": [{"ffn": {"kind": "id_scaled"}}]}
     model = Architecture.parse(plain).build(seed=0).eval()
     block, ids = model.blocks[0], torch.tensor([[1, 3]])
