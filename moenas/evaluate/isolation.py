@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,7 +55,6 @@ def _of_torch() -> list[Restore]:
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = value
 
     state = torch.get_rng_state()
-    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
     return [
         _unless_equal(torch.get_num_threads, torch.set_num_threads),
         _unless_equal(torch.get_default_dtype, torch.set_default_dtype),
@@ -65,7 +65,12 @@ def _of_torch() -> list[Restore]:
         _unless_equal(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         _unless_equal(cudnn_flags, set_cudnn_flags),
         lambda: torch.set_rng_state(state),
-        *(lambda k=k, on=on: torch.set_autocast_enabled(k, on) for k, on in autocast.items()),
+        *(
+            _unless_equal(
+                partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind)
+            )
+            for kind in ("cpu", "cuda")
+        ),
         *_of_cuda(),
     ]
 
@@ -82,24 +87,20 @@ def _unless_equal(read: Callable[[], T], write: Callable[[T], object]) -> Restor
 def _of_cuda() -> list[Restore]:
     """Return what puts the choice of CUDA's kernels back; it can be set without a GPU."""
     cuda = torch.backends.cuda
-    kernels = {
-        cuda.enable_flash_sdp: cuda.flash_sdp_enabled(),
-        cuda.enable_mem_efficient_sdp: cuda.mem_efficient_sdp_enabled(),
-        cuda.enable_math_sdp: cuda.math_sdp_enabled(),
-        cuda.enable_cudnn_sdp: cuda.cudnn_sdp_enabled(),
-    }
     names = (
         "allow_bf16_reduced_precision_reduction",
         "allow_fp16_reduced_precision_reduction",
     )
-    reductions = {name: getattr(cuda.matmul, name) for name in names}
-
-    def precision() -> None:
-        for name, value in reductions.items():
-            if getattr(cuda.matmul, name) != value:
-                setattr(cuda.matmul, name, value)
-
-    return [*(lambda f=f, on=on: f(on) for f, on in kernels.items()), precision]
+    return [
+        _unless_equal(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        _unless_equal(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        _unless_equal(cuda.math_sdp_enabled, cuda.enable_math_sdp),
+        _unless_equal(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        *(
+            _unless_equal(partial(getattr, cuda.matmul, name), partial(setattr, cuda.matmul, name))
+            for name in names
+        ),
+    ]
 
 
 def _default_device() -> torch.device | None:

@@ -339,3 +339,8 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         multiple=meta.get("multiple"),
         why=meta.get("why"),
     )
+
+
+def join(path: str, part: object) -> str:
+    """Join two parts of a dotted path."""
+    return f"{path}.{part}" if path else str(part)

@@ -12,8 +12,8 @@ from functools import cache, lru_cache, reduce
 from operator import or_
 from typing import TypeVar
 
-from moenas.grammar.component import Component, fields
-from moenas.grammar.tree import Choice, Fixed, Listing, Record, Tree, join
+from moenas.grammar.component import Component, fields, join
+from moenas.grammar.tree import Choice, Fixed, Listing, Record, Tree
 
 V = TypeVar("V")
 

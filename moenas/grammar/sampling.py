@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Component, Scalar, fields
+from moenas.grammar.component import Component, Scalar, fields, join
 from moenas.grammar.counting import draws_each_layer
 from moenas.grammar.tree import (
     Choice,
@@ -20,7 +20,6 @@ from moenas.grammar.tree import (
     Tree,
     conflict,
     has_holes,
-    join,
     make,
 )
 from moenas.records import Plain

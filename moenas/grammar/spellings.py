@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from moenas.errors import SourceLocation
-from moenas.grammar.component import Component, Field, fields
+from moenas.grammar.component import Component, Field, fields, join
 from moenas.grammar.synonyms import hint
 from moenas.records import Plain
 from moenas.resources import Node, names_with
@@ -64,7 +64,7 @@ def _take_preset(
     if not isinstance(preset.value, str) or preset.value not in cls.presets:
         text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
         names = ", ".join(cls.presets) or "none"
-        raise preset.error(_join(path, "preset"), f"{text} There are {names}.")
+        raise preset.error(join(path, "preset"), f"{text} There are {names}.")
     return cls.presets[preset.value], preset.mark
 
 
@@ -87,7 +87,7 @@ def _move(
     """Put the value of a former field at its present place in `found`."""
     outer, _, inner = cls.former[name].partition(".")
     clash = node.error(
-        _join(path, name),
+        join(path, name),
         f"is the former name of {cls.former[name]}, which is given, too; leave one of them out",
         key=True,
     )
@@ -177,7 +177,3 @@ def _located(plain: Any, mark: SourceLocation | None) -> Node:
     if isinstance(plain, dict):
         return Node({key: _located(value, mark) for key, value in plain.items()}, mark)
     return Node(plain, mark)
-
-
-def _join(path: str, part: str) -> str:
-    return f"{path}.{part}" if path else part

@@ -15,7 +15,15 @@ from functools import cached_property
 from typing import Any, TypeAlias, TypeVar, cast
 
 from moenas.errors import SourceLocation, SpaceError, suggestion
-from moenas.grammar.component import MAX_NUMBER, Component, Conflict, Field, Scalar, fields
+from moenas.grammar.component import (
+    MAX_NUMBER,
+    Component,
+    Conflict,
+    Field,
+    Scalar,
+    fields,
+    join,
+)
 from moenas.grammar.spellings import apply_spellings, as_mapping
 from moenas.grammar.synonyms import hint
 from moenas.records import Plain
@@ -147,11 +155,6 @@ C = TypeVar("C", bound=Component)
 def has_holes(tree: Tree) -> bool:
     """Whether a tree is a hole, or one stands in it."""
     return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
-
-
-def join(path: str, part: object) -> str:
-    """Join two parts of a dotted path."""
-    return f"{path}.{part}" if path else str(part)
 
 
 def read(family: type[Component], node: Node, path: str = "") -> Tree:

@@ -97,8 +97,9 @@ class GrayBox:
         pool = self._pool(number, members, seen)
         if not pool:
             return None
-        prediction = self._predict([d for d, _ in complete], losses, running, pool)
-        return pool[int(np.argmax(prediction.improvements()))].point.params
+        means, deviations = self._predict([d for d, _ in complete], losses, running, pool)
+        gains = _improvements(means, deviations, len(complete) + len(running))
+        return pool[int(np.argmax(gains))].point.params
 
     # --- predictions ---------------------------------------------------------------------------
 
@@ -108,8 +109,11 @@ class GrayBox:
         losses: Array,
         running: Sequence[Described],
         pool: Sequence[Described],
-    ) -> Prediction:
-        """Predict the losses of trials and pool from the losses (N, M) of the complete trials."""
+    ) -> tuple[Array, Array]:
+        """Predict the losses of all points from the losses (N, M) of the complete trials.
+
+        Returns means and deviations of complete trials, running trials and pool, in this order.
+        """
         points = [*complete, *running, *pool]
         x = self._encoder.encode([p.features for p in points])
         rows = [[p.exact.get(o.name, np.nan) for o in self._objectives] for p in points]
@@ -124,7 +128,7 @@ class GrayBox:
             believed = np.append(losses[:, column], means[done:tried, column])
             believer = fitted.given(x[:tried], believed)
             means[tried:, column], deviations[tried:, column] = believer.predict(x[tried:])
-        return Prediction(means, deviations, tried)
+        return means, deviations
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -188,42 +192,32 @@ class GrayBox:
         return self._random[1]
 
 
-class Prediction:
-    """What the losses of a pool are expected to be, after the complete and the running trials."""
+def _improvements(means: Array, deviations: Array, n_trials: int) -> Array:
+    """Return the expected improvement of the hypervolume by each point of the pool.
 
-    def __init__(self, means: Array, deviations: Array, n_trials: int) -> None:
-        """Take means and deviations (P, M) of all points; the first `n_trials` are trials."""
-        self._means, self._deviations, self._n_trials = means, deviations, n_trials
-        self._learned = np.flatnonzero(deviations.any(axis=0))
-
-    def improvements(self) -> Array:
-        """Return the expected improvement of the hypervolume by each point of the pool.
-
-        The front is that of predicted means, so one lucky seed does not raise it.
-        """
-        trials, pool = self._means[: self._n_trials], self._means[self._n_trials :]
-        deviations = self._deviations[self._n_trials :]
-        worst, best = self._means.max(axis=0), self._means.min(axis=0)
-        reference = worst + MARGIN * np.where(worst > best, worst - best, 1.0)
-        first = int(self._learned[0]) if len(self._learned) else 0
-        others = [i for i in range(pool.shape[1]) if i != first]
-        sampled = [i for i in self._learned if i != first]
-        order = [first, *others]
-        draw = np.random.default_rng(0)
-        gains = np.zeros(len(pool))
-        n_samples = SAMPLES if sampled else 1
-        for _ in range(n_samples):
-            known = pool.copy()
-            noise = draw.standard_normal(len(sampled))
-            known[:, sampled] += noise * deviations[:, sampled]
-            gains += expected_improvement(
-                pool[:, first],
-                deviations[:, first],
-                known[:, others],
-                trials[:, order],
-                reference[order],
-            )
-        return gains / n_samples
+    Means and deviations (P, M) are those of all points; the first `n_trials` are trials. The front
+    is that of predicted means, so one lucky seed does not raise it.
+    """
+    trials, pool, spread = means[:n_trials], means[n_trials:], deviations[n_trials:]
+    worst, best = means.max(axis=0), means.min(axis=0)
+    reference = worst + MARGIN * np.where(worst > best, worst - best, 1.0)
+    # The first predicted objective is integrated, the others that are predicted are sampled.
+    learned = np.flatnonzero(deviations.any(axis=0))
+    first, sampled = int(learned[0]) if len(learned) else 0, learned[1:]
+    others = [i for i in range(pool.shape[1]) if i != first]
+    n_samples = SAMPLES if len(sampled) else 1
+    known = np.tile(pool, (n_samples, 1, 1))  # (samples, pool, objectives)
+    noise = np.random.default_rng(0).standard_normal((n_samples, 1, len(sampled)))
+    known[:, :, sampled] += noise * spread[:, sampled]
+    gains = expected_improvement(
+        np.tile(pool[:, first], n_samples),
+        np.tile(spread[:, first], n_samples),
+        known[:, :, others].reshape(n_samples * len(pool), len(others)),
+        trials[:, [first, *others]],
+        reference[[first, *others]],
+    )
+    mean: Array = gains.reshape(n_samples, len(pool)).mean(axis=0)
+    return mean
 
 
 def _ended(trial: FrozenTrial) -> tuple[bool, float, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,42 +29,13 @@ class Point:
     """The architecture of the point in canonical form."""
 
 
-class _Recorder(RandomSuggest):
-    """Draws at random, and keeps what was drawn."""
-
-    def __init__(self, seed: int, forced: Mapping[str, Any] | None = None) -> None:
-        super().__init__(seed, forced)
-        self.params: dict[str, Any] = {}
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Return the forced or a random choice."""
-        self.params[name] = super().suggest_categorical(name, choices)
-        return self.params[name]
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        """Return the forced or a random whole number."""
-        self.params[name] = super().suggest_int(name, low, high, step=step, log=log)
-        return int(self.params[name])
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        """Return the forced or a random number."""
-        self.params[name] = super().suggest_float(name, low, high, step=step, log=log)
-        return float(self.params[name])
-
-
 def point(space: Space, seed: int, params: Mapping[str, Any] | None = None) -> Point | None:
     """Return the point of some parameters, with random values for the others.
 
     None if it breaks a requirement, or its fields do not go together.
     """
-    recorder = _Recorder(seed, params)
-    try:
-        architecture = cast("Architecture", drawn(space.tree, recorder)).canonical()
-    except SpaceError:
-        return None
-    return _feasible(space, recorder.params, architecture)
+    held = params or {}
+    return _point(space, HeldAnswers(held, space.former_fields, RandomSuggest(seed, held)))
 
 
 def held_point(space: Space, params: Mapping[str, Any]) -> Point | None:
@@ -72,18 +43,17 @@ def held_point(space: Space, params: Mapping[str, Any]) -> Point | None:
 
     None if a hole has no parameter, or the point is infeasible.
     """
-    held = HeldAnswers(params, space.former_fields)
+    return _point(space, HeldAnswers(params, space.former_fields))
+
+
+def _point(space: Space, answers: HeldAnswers) -> Point | None:
     try:
-        architecture = cast("Architecture", drawn(space.tree, held)).canonical()
+        architecture = cast("Architecture", drawn(space.tree, answers)).canonical()
     except (SpaceError, LookupError):
         return None
-    return _feasible(space, held.answers, architecture)
-
-
-def _feasible(space: Space, params: dict[str, Any], architecture: Architecture) -> Point | None:
     if any(amount > 0 for amount in space.violations(architecture).values()):
         return None
-    return Point(params, architecture)
+    return Point(answers.answers, architecture)
 
 
 def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | None:

@@ -86,7 +86,10 @@ class Points:
 
 
 class HeldAnswers:
-    """Answers a hole from known answers, by its present or its former name, else from `rest`.
+    """Answers a hole from known answers by its former name, else from `rest`.
+
+    `rest`, such as an Optuna trial, holds the answers by present names. Without it they are taken
+    from the known answers, too.
 
     Studies of earlier versions drew the fields of a router under other names.
     """

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -23,13 +24,13 @@ from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import error_line
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
-from moenas.search.gray_box import GrayBox
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
+    from moenas.search.gray_box import GrayBox
     from moenas.space.space import Space
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,6 @@ class OptunaTrials:
         self._names = [o.name for o in space.objectives]
         self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
         self.points = Points(space)
-        self._gray_box = GrayBox(space)
         self._interrupted: deque[int] = deque()
         """Ids of trials that an earlier run left without an outcome."""
         self._active: set[int] = set()
@@ -304,6 +304,13 @@ class OptunaTrials:
         for name, value in known.items():
             if value is not None:
                 trial.set_user_attr(name, value)
+
+    @cached_property
+    def _gray_box(self) -> GrayBox:
+        """The gray-box sampler; its imports take 0.2 s, so other samplers do without it."""
+        from moenas.search.gray_box import GrayBox
+
+        return GrayBox(self._space)
 
     def _proposing(self, number: int, fruitless: int) -> BaseSampler:
         """Return the sampler of a new trial."""

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Field, Scalar, fields
+from moenas.grammar.component import Field, Scalar, fields, join
 from moenas.grammar.sampling import RandomSuggest, drawn
-from moenas.grammar.tree import Fixed, Listing, Record, Tree, has_holes, join
+from moenas.grammar.tree import Fixed, Listing, Record, Tree, has_holes
 from moenas.model.architecture import Architecture
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moenas.errors import suggestion
-from moenas.grammar.component import Component, fields
-from moenas.grammar.tree import LAYERS, join
+from moenas.grammar.component import Component, fields, join
+from moenas.grammar.tree import LAYERS
 from moenas.model.architecture import Architecture
 from moenas.resources import Node
 
@@ -43,10 +43,10 @@ def _definitions(layers: Node | None) -> dict[str, Node]:
         return {}
     if not isinstance(layers.value, dict):
         raise layers.error(LAYERS, "write names with a block or a component: {local: {mixer: ...}}")
-    kinds = {kind for family in _families() for kind in family.kinds}
+    known = kinds()
     for name, definition in layers.value.items():
         path = join(LAYERS, name)
-        if name in kinds:
+        if name in known:
             raise definition.error(path, "a kind has this name; choose another one", key=True)
         if not name.isidentifier():
             raise definition.error(

@@ -61,9 +61,9 @@ class ProgressTracker:
         self._evaluated_before = 0
         self._began = time.monotonic()
 
-    def start(self, total: int, front: FrontSummary) -> None:
+    def start(self, front: FrontSummary) -> None:
         """Measure the pace from now on; trials of earlier runs are added already."""
-        self.total, self.front = total, front
+        self.front = front
         self._evaluated_before, self._began = self.evaluated, time.monotonic()
 
     def add(self, evaluation: Evaluation) -> None:

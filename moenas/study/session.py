@@ -72,8 +72,7 @@ class Session:
         # 1. Results that an earlier run computed and could not commit.
         session.uncommitted.commit(store)
         # 2. Optuna's rows are made to agree with ours.
-        found = session._reconcile()
-        stored = {e.trial: e for e in session.store.evaluations()}
+        found, stored = session._reconcile()
         # 3. The front and the weights that the run relies on.
         for text in check_start(store, space.name, stored):
             session.events.warn(text)
@@ -82,25 +81,24 @@ class Session:
         for evaluation in stored.values():
             session._count(evaluation)
         session.set_total(max(total, session.progress.evaluated))
-        session.progress.start(session.progress.total, session.store.front_summary())
+        session.progress.start(session.store.front_summary())
         if session.over is None:
             session.store.set_ended(None)
         session._report_differences(found)
         return session
 
-    def _reconcile(self) -> list[Difference]:
-        """Make Optuna's rows agree with ours; return what differed."""
-        store, name = self.store.store, self.name
+    def _reconcile(self) -> tuple[list[Difference], dict[int, Evaluation]]:
+        """Make Optuna's rows agree with ours; return what differed, and our rows by trial."""
         stored = {e.trial: e for e in self.store.evaluations()}
         found = differences(stored, self.store.candidates(), self.trials.frozen(), self._objectives)
         if found:
-            repair(store, self.trials.study, found, stored, self._objectives)
+            repair(self.store.store, self.trials.study, found, stored, self._objectives)
             self.trials.open()  # Optuna caches finished trials
-            stored = {e.trial: e for e in store.evaluations(name)}
+            stored = {e.trial: e for e in self.store.evaluations()}
             for difference in found:
                 if difference.kind == "untold":
                     self._tell(None, stored[difference.trial])
-        return found
+        return found, stored
 
     def _report_differences(self, found: Sequence[Difference]) -> None:
         """Warn of what another program has changed in Optuna's tables."""
@@ -126,8 +124,8 @@ class Session:
             return "draws"
         return "exhausted" if self.trials.exhausted else None
 
-    def finish(self) -> EndReason:
-        """Store why the study is over, tell the listeners, and return it.
+    def finish(self) -> None:
+        """Store why the study is over, and tell the listeners.
 
         Raises:
             NoCandidateError: if not one trial is complete.
@@ -145,7 +143,7 @@ class Session:
             }
             self.events.emit("done", None, texts[end])
             self.events.raise_error()
-            return end
+            return
         if end == "draws":
             raise self.draws.error()
         reasons = Counter(reason(e) for e in self.store.evaluations())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from small_models import normed, parse, tokens
 from torch import Tensor
 
 from moenas import resources
@@ -14,7 +14,7 @@ from moenas.errors import SpaceError
 from moenas.evaluate.flops import count_flops
 from moenas.evaluate.latency import prepare
 from moenas.export.folder import model_source
-from moenas.model.architecture import Architecture, Model
+from moenas.model.architecture import Model
 from moenas.records import Plain
 
 POSITIONS = ("pre", "post", "output", "sandwich")
@@ -29,18 +29,6 @@ MOE: Plain = {
 }
 PLAIN: Plain = {"mixer": ATTENTION, "ffn": DENSE}
 SHORTCUT: Plain = PLAIN | {"shortcut": MOE, "shortcut_delay": 1}
-
-
-def parse(*blocks: Plain, **fields: Any) -> Architecture:
-    return Architecture.parse({"vocab_size": 30, "d_model": 16, "blocks": list(blocks), **fields})
-
-
-def tokens(length: int = 12) -> Tensor:
-    return torch.randint(30, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-def normed(x: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
 def same(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from points import carry, stir
-from torch import Tensor
+from small_models import normed, parse, tokens
 
 from moenas.model import FFN, Mixer, MoE
 from moenas.model.architecture import Architecture, Model
@@ -23,18 +23,6 @@ DENSE: Plain = {"kind": "dense", "d_ff": 16}
 MOE: Plain = {"kind": "moe", "n_experts": 4, "d_expert": 8}
 SHARED: Plain = MOE | {"n_shared_experts": 2, "d_shared": 8}
 KINDS = [kind for family in (Mixer, FFN) for kind in family.kinds.values()]
-
-
-def parse(*blocks: Plain, **fields: Any) -> Architecture:
-    return Architecture.parse({"vocab_size": 30, "d_model": 16, "blocks": list(blocks), **fields})
-
-
-def tokens(length: int = 12) -> Tensor:
-    return torch.randint(30, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-def normed(x: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from small_models import normed, tokens
 
 from moenas import resources
 from moenas.errors import SpaceError
@@ -35,10 +35,6 @@ def plain(*blocks: Plain, **fields: Any) -> Plain:
 
 def parse(*blocks: Plain, **fields: Any) -> Architecture:
     return Architecture.parse(plain(*blocks, **fields))
-
-
-def tokens(length: int = 12) -> Tensor:
-    return torch.randint(30, (2, length), generator=torch.Generator().manual_seed(0))
 
 
 # --- every kind of mixer ------------------------------------------------------------------------
@@ -167,10 +163,6 @@ def test_a_group_that_makes_no_sense_is_refused(group: Plain, reason: str) -> No
 
 
 # --- norms and the stream -----------------------------------------------------------------------
-
-
-def normed(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 @torch.no_grad()
