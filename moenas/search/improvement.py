@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 HELD = 2**22
 """Cells of the known objectives that are held at a time, times candidates."""
 CELLS = 2**14
-"""Cells of the known objectives at most: 128 members of a front with two of them, 25 with three."""
+"""Cells of the known objectives at most: 127 members of a front with two of them, 24 with three."""
 
 
 def expected_improvement(
