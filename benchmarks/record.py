@@ -3,8 +3,8 @@
     python benchmarks/record.py FOLDER [--workers 2]
     python benchmarks/record.py FOLDER --write
 
-FOLDER holds the database and the weights, about 10 GB. The command goes on where it stopped: the
-studies are ordinary ones, and `moenas status` shows them. On two idle CPU cores it takes 3 hours.
+FOLDER holds the database and the weights, up to 10 GB. The command goes on where it stopped: the
+studies are ordinary ones, and `moenas status` shows them. On two CPU cores it takes hours.
 `--write` writes the table of what there is so far, and trains nothing.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,10 +31,15 @@ SHARE = 10
 """One candidate in so many is trained with every seed."""
 
 
+def study_name(seed: int) -> str:
+    """Return the name of the study of a seed."""
+    return NAME if seed == 0 else f"{NAME}_seed{seed}"
+
+
 def space(seed: int = 0) -> Space:
     """Return the space of the table, as the study of a seed."""
-    overrides = [] if seed == 0 else [f"name={NAME}_seed{seed}", f"search.seed={seed}"]
-    return Space.load(FOLDER / "space.yaml", overrides)
+    overrides = [f"name={study_name(seed)}", f"search.seed={seed}"]
+    return Space.load(FOLDER / "space.yaml", overrides if seed else [])
 
 
 def repeated(storage: str) -> list[Plain]:
@@ -75,15 +80,10 @@ def holes(architecture: Plain) -> dict[str, Any]:
         "n_experts": ffn.get("n_experts"),
         "d_expert": ffn.get("d_expert"),
         "n_shared_experts": ffn.get("n_shared_experts"),
-        "top_k": _selection(router).get("top_k"),
+        "top_k": router.get("top_k"),
         "score": _kind(router.get("score")),
         "balance": _kind(router.get("balance")),
     }
-
-
-def _selection(router: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = router.get("selection", router)
-    return found if isinstance(found, dict) and "top_k" in found else router
 
 
 def _kind(value: Any) -> Any:
@@ -121,7 +121,7 @@ def rows(storage: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of all seeds that have begun."""
     for seed in (0, *SEEDS):
         try:
-            study = load_study(NAME if seed == 0 else f"{NAME}_seed{seed}", storage=storage)
+            study = load_study(study_name(seed), storage=storage)
         except InputError:
             continue
         view = study.view

@@ -1,11 +1,11 @@
 """Search methods on the recorded table: hypervolume against training compute.
 
-    python benchmarks/search.py [--seeds 20] [--workers 4 32 256] [--methods random gray_box ...]
-    python benchmarks/search.py --plot
+    python benchmarks/search.py [--seeds 20] [--workers 4 32 256] [--methods random ...]
 
-It replays benchmarks/moe_table in simulated time, writes benchmarks/results/search.json, prints a
-table, and draws docs/search.png from the results. Methods of packages that are not installed are
-left out, and named; `pip install "moenas[rivals]"` installs them.
+It replays benchmarks/moe_table in simulated time, writes benchmarks/results/search.json and prints
+a table. It says which share of the points was not trained: their losses are predicted. Methods of
+packages that are not installed are left out, and named; `pip install "moenas[rivals]"` installs
+them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -26,13 +28,11 @@ from numpy.typing import NDArray
 from replay import methods as own
 from replay import rivals
 from replay.effects import expected
-from replay.fill import filled
+from replay.fill import every_point, filled
 from replay.simulate import Method, Progress, Simulation
 from replay.table import Table
 
 from moenas import Space, pareto
-from moenas.grammar.enumeration import enumerate_points
-from moenas.search.neighbours import held_point
 
 Array = NDArray[np.float64]
 Make = Callable[[Space, int], Method]
@@ -40,9 +40,6 @@ Make = Callable[[Space, int], Method]
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = ("val_loss", "flops_per_token")
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
-PLOT = ROOT / "docs" / "search.png"
-SIZE = 20_000
-"""Bound of the points of the space."""
 BUDGETS = {4: 400, 32: 400, 256: 800}
 """Workers -> training compute of a run, in mean candidates of the table."""
 GRID = 100
@@ -65,19 +62,16 @@ class Judge:
     """
 
     def __init__(self, table: Table, space: Space) -> None:
-        drawn = [
-            (held_point(space, params), params) for params in enumerate_points(space.tree, SIZE)
-        ]
-        keys = [one.architecture.fingerprint for one, _ in drawn if one is not None]
+        points = every_point(space)
+        keys = [point.architecture.fingerprint for point in points]
         recorded = np.array([table.mean_loss(key) for key in keys])
-        losses, self.error = expected([params for _, params in drawn], recorded)
+        losses, self.error = expected([point.params for point in points], recorded)
         flops = np.array([float(table.row(key)["flops_per_token"]) for key in keys])
         every = np.column_stack([losses, flops])
         self.values = dict(zip(keys, every, strict=True))
         self._reference = every.max(axis=0) * 1.001
         self._whole = self._volume(every)
-        self.mean_flops = 3 * float(flops.mean()) * table.tokens
-        self.front = int(pareto.non_dominated(every, ["minimize"] * 2).sum())
+        self.mean_flops = float(np.mean([table.training_flops(key) for key in keys]))
 
     def _volume(self, values: Array) -> float:
         return pareto.hypervolume(values, list(self._reference), ["minimize"] * 2)
@@ -99,14 +93,33 @@ class Judge:
         return shares
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What all runs of one process share."""
+
+    space: Space
+    table: Table
+    judge: Judge
+    predicted: float
+    """Share of the points that were not trained."""
+
+
+@cache
+def bench() -> Bench:
+    """Read the table, fill it, and find its true front, once in a process."""
+    searched = space()
+    table, predicted = filled(Table.load(), searched)
+    return Bench(searched, table, Judge(table, searched), predicted)
+
+
 def available(wanted: list[str]) -> dict[str, Make]:
     """Return the methods that can run here; say which cannot."""
-    found = dict[str, Make]()
+    found, searched = dict[str, Make](), space()
     for name, make in (OWN | rivals.methods()).items():
         if wanted and name not in wanted:
             continue
         try:
-            make(space(), 0)
+            make(searched, 0)
         except ImportError as error:
             print(f"left out: {name}: {error}", file=sys.stderr)
         else:
@@ -121,20 +134,18 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    searched = space()
-    table, _ = filled(Table.load(), searched)
-    judge = Judge(table, searched)
-    budget = BUDGETS[workers] * judge.mean_flops
+    shared = bench()
+    budget = BUDGETS[workers] * shared.judge.mean_flops
     np.random.seed(seed)  # Syne Tune draws from the global generator
-    method = (OWN | rivals.methods())[name](searched, seed)
+    method = (OWN | rivals.methods())[name](shared.space, seed)
     began = time.perf_counter()
-    progress = Simulation(table, searched, method, workers).run(budget)
+    progress = Simulation(shared.table, shared.space, method, workers).run(budget)
     seconds = time.perf_counter() - began
     return {
         "method": name,
         "workers": workers,
         "seed": seed,
-        "curve": [round(share, 5) for share in judge.curve(progress, budget)],
+        "curve": [round(share, 5) for share in shared.judge.curve(progress, budget)],
         "started": progress.started,
         "finished": len(progress.found),
         "seconds": round(seconds, 2),
@@ -173,6 +184,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     names = available(given.methods)
+    print(
+        f"{bench().predicted:.1%} of the points are predicted; losses that were left out of the"
+        f" judge's model are {bench().judge.error:.4f} nats away from it"
+    )
     tasks = [(m, w, s) for w in given.workers for s in range(given.seeds) for m in names]
     with get_context("spawn").Pool(given.processes) as pool:
         results = []

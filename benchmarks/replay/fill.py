@@ -16,13 +16,19 @@ from moenas import Space
 from moenas.grammar.enumeration import enumerate_points
 from moenas.predict.features import Encoder, features
 from moenas.predict.surrogate import Surrogate
-from moenas.search.neighbours import held_point
+from moenas.search.neighbours import Point, held_point
+from moenas.search.points import ENUMERATED
+
+
+def every_point(space: Space) -> list[Point]:
+    """Return all points of a finite space; each has another architecture."""
+    drawn = [held_point(space, params) for params in enumerate_points(space.tree, ENUMERATED)]
+    return [point for point in drawn if point is not None]
 
 
 def filled(table: Table, space: Space) -> tuple[Table, float]:
     """Return the table with a row for every point of the space, and the predicted share."""
-    points = [held_point(space, params) for params in enumerate_points(space.tree, 20_000)]
-    architectures = {p.architecture.fingerprint: p.architecture for p in points if p is not None}
+    architectures = {p.architecture.fingerprint: p.architecture for p in every_point(space)}
     costs = {key: space.cost(one) for key, one in architectures.items()}
     rows = {key: features(one, costs[key]) for key, one in architectures.items()}
     encoder = Encoder(list(rows.values()))

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from replay.simulate import Params, Proposal
+from replay.simulate import Params, Proposal, TrainsToTheEnd
 
 from moenas import Space
 from moenas.search.gray_box import GrayBox
@@ -17,7 +17,7 @@ from moenas.search.neighbours import point
 START = datetime(2026, 1, 1)
 
 
-class Random:
+class Random(TrainsToTheEnd):
     """Random search without repeats."""
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -38,10 +38,6 @@ class Random:
         self._seen.add(fingerprint)
         self._asked += 1
         return Proposal(self._asked - 1, params)
-
-    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
-        """Train every candidate to its end."""
-        return True
 
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Learn nothing."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 from replay.methods import Random
-from replay.simulate import Method, Params, Proposal
+from replay.simulate import Method, Params, Proposal, TrainsToTheEnd
 from replay.table import RUNGS
 
 from moenas import Space
@@ -22,21 +22,25 @@ Options = dict[str, tuple[list[Any], dict[str, Any]]]
 
 
 def options(space: Space) -> Options:
-    """Return the holes of a space of choices; an index stands for a component of a kind."""
+    """Return the holes of a space that has choices alone."""
     return {hole.name: (list(hole.tree.labels), hole.given) for hole in space.holes}  # type: ignore[union-attr]
+
+
+def is_active(given: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a hole that depends on the values `given` is there."""
+    return all(values[other] == value for other, value in given.items())
 
 
 def active(config: Mapping[str, Any], holes: Options) -> Params:
     """Return the holes of a flat configuration that its other values leave active."""
-    return {
-        name: config[name]
-        for name, (_, given) in holes.items()
-        if all(config[other] == value for other, value in given.items())
-    }
+    return {name: config[name] for name, (_, given) in holes.items() if is_active(given, config)}
 
 
-class OptunaMethod:
-    """A sampler of Optuna in its own loop of ask and tell, over the conditional space."""
+class OptunaMethod(TrainsToTheEnd):
+    """A sampler of Optuna in its own loop of ask and tell, over the conditional space.
+
+    It stops no candidate: Optuna prunes studies of one objective alone.
+    """
 
     def __init__(self, space: Space, sampler: optuna.samplers.BaseSampler) -> None:
         self._holes = options(space)
@@ -51,21 +55,17 @@ class OptunaMethod:
         trial = self._study.ask()
         params: Params = {}
         for name, (labels, given) in self._holes.items():
-            if all(params[other] == value for other, value in given.items()):
+            if is_active(given, params):
                 params[name] = trial.suggest_categorical(name, labels)
         self._trials[trial.number] = trial
         return Proposal(trial.number, params)
-
-    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
-        """Train every candidate to its end: Optuna prunes studies of one objective alone."""
-        return True
 
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Tell the study."""
         self._study.tell(self._trials.pop(number), [values[name] for name in self._names])
 
 
-class RayTuneMethod:
+class RayTuneMethod(TrainsToTheEnd):
     """Ray Tune's OptunaSearch over the flat space, as its loop calls it."""
 
     def __init__(self, space: Space, seed: int) -> None:
@@ -87,10 +87,6 @@ class RayTuneMethod:
         config = self._search.suggest(str(self._asked))
         self._asked += 1
         return Proposal(self._asked - 1, active(config, self._holes))
-
-    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
-        """Train every candidate to its end."""
-        return True
 
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Report the result."""
@@ -159,10 +155,10 @@ def evolution(domains: dict[str, Any], names: list[str], seed: int) -> Any:
 
 
 def methods() -> dict[str, Callable[[Space, int], Method]]:
-    """Return the rivals that are installed, by name."""
+    """Return the rivals by name; making one raises ImportError without its package."""
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     samplers = optuna.samplers
-    found: dict[str, Callable[[Space, int], Method]] = {
+    return {
         "random": Random,
         "optuna TPE": lambda s, seed: OptunaMethod(s, samplers.TPESampler(seed=seed)),
         "optuna NSGA-II": lambda s, seed: OptunaMethod(
@@ -175,4 +171,3 @@ def methods() -> dict[str, Callable[[Space, int], Method]]:
             s, lambda d, n: evolution(d, n, seed)
         ),
     }
-    return found

@@ -25,8 +25,6 @@ class Proposal:
     """The method's own number of the candidate."""
     params: Params
     """Hole -> value."""
-    first_rung: int = 0
-    """The rung that a paused candidate goes on from; 0 for a new one."""
 
 
 class Method(Protocol):
@@ -40,6 +38,14 @@ class Method(Protocol):
 
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Take in the values of a candidate that is trained to its end."""
+
+
+class TrainsToTheEnd:
+    """A method, or a part of one, that stops no candidate."""
+
+    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
+        """Go on at every rung."""
+        return True
 
 
 @dataclass
@@ -93,9 +99,6 @@ class Simulation:
             drawn = point(self.space, 0, proposal.params)
             assert drawn is not None, "the space has no requirement, so every point is feasible"
             fingerprint = drawn.architecture.fingerprint
-            if proposal.first_rung:
-                self._push(proposal, fingerprint, proposal.first_rung + 1)
-                return True
             if fingerprint in self._values:
                 self.progress.repeats += 1
                 self.method.tell(proposal.number, self._values[fingerprint])
@@ -111,8 +114,7 @@ class Simulation:
         return False
 
     def _push(self, proposal: Proposal, fingerprint: str, rung: int) -> None:
-        flops = float(self.table.row(fingerprint)["flops_per_token"])
-        step = 3 * flops * self.table.tokens / RUNGS
+        step = self.table.training_flops(fingerprint) / RUNGS
         self._spent += step
         event = (self._now + step, self._count, proposal, fingerprint, rung)
         heapq.heappush(self._events, event)

@@ -1,4 +1,4 @@
-"""Read the recorded table, and answer jobs from it."""
+"""Read and write the recorded table."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from moenas.model.architecture import Architecture
-from moenas.records import Evaluation, Job
-
 FOLDER = Path(__file__).parents[1] / "moe_table"
 FILE = FOLDER / "moe_table.parquet"
 RUNGS = 8
 """Columns of losses, `loss_1` to `loss_8`: after each eighth of the training tokens."""
-FLOPS_PER_SECOND = 1e10
-"""Speed of a simulated worker. It sets the unit of simulated time and nothing else."""
 COSTS = ("params", "active_params", "flops_per_token", "kv_bytes_per_token")
 
 
@@ -55,30 +50,9 @@ class Table:
         row = self.row(fingerprint)
         return [float(row[f"loss_{rung}"]) for rung in range(1, RUNGS + 1)]
 
-    def seconds(self, flops_per_token: float) -> float:
-        """Return the simulated seconds of a whole training: 3 times the forward FLOPs."""
-        return 3 * flops_per_token * self.tokens / FLOPS_PER_SECOND
-
-    def answer(self, job: Job) -> tuple[Evaluation, float]:
-        """Return the recorded evaluation of a job, and its simulated seconds."""
-        architecture = Architecture.parse(job.architecture)
-        row, losses = self.row(architecture.fingerprint), self.losses(architecture.fingerprint)
-        known = {"val_loss": losses[-1]} | {name: float(row[name]) for name in COSTS}
-        seconds = self.seconds(row["flops_per_token"])
-        evaluation = Evaluation(
-            study=job.study,
-            trial=job.trial,
-            attempt=job.attempt,
-            status="complete",
-            fingerprint=architecture.fingerprint,
-            values={name: known[name] for name in job.objectives},
-            measurements={name: {"unit": ""} for name in job.objectives},
-            metrics={"val_loss": losses[-1], "train_loss": float(row["train_loss"])},
-            cost={name: int(row[name]) for name in COSTS},
-            seconds={"train": seconds, "total": seconds},
-            seed=job.seed,
-        )
-        return evaluation, seconds
+    def training_flops(self, fingerprint: str) -> float:
+        """Return the FLOPs of a whole training: 3 times those of the forward passes."""
+        return 3 * float(self.row(fingerprint)["flops_per_token"]) * self.tokens
 
 
 def write(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path = FILE) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+MIN_CANDIDATES = 8
+"""Complete candidates that a report draws conclusions from, at least."""
 CONFIDENCE = 0.95
 LEVELS = 5
 """Levels of a number that has more values: ranges with about equal counts."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moenas.grammar.summary import compact
+from moenas.predict.effects import MIN_CANDIDATES
 from moenas.records import Plain
 from moenas.report.summary import table
 
@@ -30,7 +31,7 @@ def _lines(found: Plain) -> Iterator[str]:
             yield "effect: adjusted mean minus the mean of all, with its 95 % confidence interval"
             yield table([_effect_row(effect) for effect in objective["effects"]])
     if not found["objectives"]:
-        yield from ("", "Importances and effects need at least 8 complete candidates.")
+        yield from ("", f"Importances and effects need {MIN_CANDIDATES} complete candidates.")
 
 
 def _space_lines(space: Plain, requirements: list[Plain]) -> Iterator[str]:

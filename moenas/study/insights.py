@@ -13,7 +13,7 @@ import optuna
 
 from moenas.errors import InputError
 from moenas.grammar import user_parts
-from moenas.predict.effects import LevelEffect, level_effects, named_levels
+from moenas.predict.effects import MIN_CANDIDATES, LevelEffect, level_effects, named_levels
 from moenas.records import Evaluation, FrontPoint, Plain
 from moenas.search.importance import surrogate_importances
 from moenas.study.maintenance import stored_space
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from moenas.space.space import Space
     from moenas.study.launch import Study
 
-MIN_COMPLETE = 8
-"""Complete candidates that importances and effects need at least."""
 GROWTH = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the evaluated candidates at which the hypervolume is told."""
 
@@ -47,6 +45,8 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
     trained = {e.trial for e in own}
     rows = [(e, params[e.trial]) for e in own if params.get(e.trial)]
     space = _space(study)
+    known = [(params, e.values) for e, params in rows]
+    importances = {} if space is None else surrogate_importances(space, known)
     exact = [] if space is None else [o.name for o in space.objectives if o.exact is not None]
     return {
         "study": study.name,
@@ -56,10 +56,10 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
         "front": _growth([point for point in view.history if point.trial in trained]),
         "objectives": {
             name: {
-                "importance": _importances(study, space, rows, name),
+                "importance": _importances(study, rows, name, importances.get(name, {})),
                 "effects": [] if name in exact else _effects(rows, name),
             }
-            for name in (record.directions if len(rows) >= MIN_COMPLETE else ())
+            for name in (record.directions if len(rows) >= MIN_CANDIDATES else ())
         },
     }
 
@@ -115,7 +115,7 @@ def _effects(rows: Rows, objective: str) -> list[Plain]:
     for hole in _holes(rows):
         there = [(e, params[hole]) for e, params in rows if hole in params]
         levels = named_levels([value for _, value in there])
-        if len(there) < MIN_COMPLETE or len(set(levels)) < 2:
+        if len(there) < MIN_CANDIDATES or len(set(levels)) < 2:
             continue
         values = [e.values[objective] for e, _ in there]
         sizes = [float(e.cost.get("active_params", 1)) for e, _ in there]
@@ -140,13 +140,11 @@ def _holes(rows: Rows) -> list[str]:
 # --- importances -------------------------------------------------------------------------------
 
 
-def _importances(study: Study, space: Space | None, rows: Rows, objective: str) -> list[Plain]:
+def _importances(
+    study: Study, rows: Rows, objective: str, by_surrogate: Mapping[str, float]
+) -> list[Plain]:
     """Return the importances of all holes for an objective, the largest of the surrogate first."""
     by_optuna = _ped_anova(study, objective)
-    by_surrogate = dict[str, float]()
-    if space is not None:
-        known = [(params, e.values[objective]) for e, params in rows]
-        by_surrogate = surrogate_importances(space, known, objective)
     found: list[Plain] = [
         {"hole": hole, "ped_anova": by_optuna.get(hole), "surrogate": by_surrogate.get(hole)}
         for hole in _holes(rows)

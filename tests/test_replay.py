@@ -1,0 +1,117 @@
+"""The recorded table, and the simulation that compares search methods on it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from replay.effects import expected
+from replay.methods import Random
+from replay.simulate import Proposal, Simulation
+from replay.table import FOLDER, RUNGS, Table
+
+from moenas import Space
+from moenas.model.architecture import Architecture
+from moenas.search.neighbours import point
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return Space.load(FOLDER / "space.yaml", ["objectives=[val_loss, flops_per_token]"])
+
+
+def made_up(space: Space, count: int) -> tuple[Table, list[dict[str, Any]]]:
+    """A table of different architectures, whose losses fall at each rung; and their points."""
+    points = {
+        p.architecture.fingerprint: p for seed in range(9 * count) if (p := point(space, seed))
+    }
+    chosen = dict(list(points.items())[:count])
+    rows = [
+        {"fingerprint": key, "seed": 0}
+        | {"flops_per_token": space.cost(p.architecture).flops_per_token}
+        | {f"loss_{rung}": 3.0 - rung / 10 for rung in range(1, RUNGS + 1)}
+        for key, p in chosen.items()
+    ]
+    return Table(pd.DataFrame(rows), tokens=10), [p.params for p in chosen.values()]
+
+
+class Listed(Random):
+    """Proposes given points in order, and stops each candidate at a rung."""
+
+    def __init__(self, points: list[dict[str, Any]], last_rung: int = RUNGS) -> None:
+        self.points, self.last_rung = points, last_rung
+        self.asked = 0
+        self.told: dict[int, Mapping[str, float]] = {}
+
+    def ask(self) -> Proposal | None:
+        if self.asked == len(self.points):
+            return None
+        self.asked += 1
+        return Proposal(self.asked - 1, self.points[self.asked - 1])
+
+    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
+        assert values["val_loss"] == pytest.approx(3.0 - rung / 10)
+        return rung < self.last_rung
+
+    def tell(self, number: int, values: Mapping[str, float]) -> None:
+        self.told[number] = values
+
+
+def test_every_row_is_its_architecture_with_falling_losses() -> None:
+    table = Table.load()
+    assert table.rows.attrs["train"]["tokens"] == 98_304
+    assert len(table.rows) == table.rows["fingerprint"].nunique() == 823
+    for row in table.rows.sample(20, random_state=0).to_dict("records"):
+        architecture = Architecture.parse(json.loads(row["architecture"]))
+        assert architecture.fingerprint == row["fingerprint"]
+        cost = architecture.cost(128)
+        assert (cost.params, cost.flops_per_token) == (row["params"], row["flops_per_token"])
+        losses = table.losses(row["fingerprint"])
+        assert losses[0] > losses[3] > losses[-1] > 1.0
+
+
+def test_one_worker_ends_each_candidate_at_the_sum_of_the_flops(space: Space) -> None:
+    table, points = made_up(space, 5)
+    method = Listed(points)
+    progress = Simulation(table, space, method, workers=1).run(budget=1e18)
+    flops = [table.training_flops(key) for _, key in progress.found]
+    assert [spent for spent, _ in progress.found] == pytest.approx(np.cumsum(flops))
+    assert [method.told[i]["val_loss"] for i in range(5)] == pytest.approx([2.2] * 5)
+
+
+def test_a_stopped_candidate_costs_its_rungs_and_is_not_found(space: Space) -> None:
+    table, points = made_up(space, 3)
+    run = Simulation(table, space, Listed(points, last_rung=2), workers=1)
+    assert run.run(budget=1e18).found == []
+    assert run._spent == pytest.approx(sum(table.rows["flops_per_token"]) * 3 * 10 * 2 / RUNGS)
+
+
+def test_a_repeat_costs_nothing_and_is_told(space: Space) -> None:
+    table, points = made_up(space, 2)
+    method = Listed([points[0], points[0], points[1], points[0]])
+    progress = Simulation(table, space, method, workers=2).run(budget=1e18)
+    assert (progress.started, progress.repeats, len(method.told)) == (2, 2, 4)
+    assert progress.found[-1][0] == pytest.approx(
+        sum(table.training_flops(key) for _, key in progress.found)
+    )
+
+
+def test_the_judge_averages_noise_away() -> None:
+    rng = np.random.default_rng(0)
+    points = [
+        {"a": a, "b": b, "c": c, "d": d}
+        for a in range(5) for b in range(5) for c in range(5) for d in range(5)
+    ]  # fmt: skip
+    truth = np.array([0.1 * p["a"] - 0.05 * p["b"] + 0.03 * p["a"] * (p["c"] == 2) for p in points])
+    found, error = expected(points, truth + rng.normal(0, 0.05, len(points)))
+    assert error == pytest.approx(0.05, rel=0.25)
+    assert np.sqrt(np.mean((found - truth) ** 2)) < 0.025
