@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moenas.grammar.summary import compact
-from moenas.predict.effects import MIN_CANDIDATES
+from moenas.predict.level_effects import MIN_CANDIDATES
 from moenas.records import Plain
 from moenas.report.summary import table
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moenas.predict.effects import MIN_CANDIDATES
 from moenas.predict.features import Encoder, features
+from moenas.predict.level_effects import MIN_CANDIDATES
 from moenas.search.neighbours import held_point, point
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import optuna
 
 from moenas.errors import InputError
 from moenas.grammar import user_parts
-from moenas.predict.effects import MIN_CANDIDATES, LevelEffect, level_effects, named_levels
+from moenas.predict.level_effects import MIN_CANDIDATES, LevelEffect, level_effects, named_levels
 from moenas.records import Evaluation, FrontPoint, Plain
 from moenas.search.importance import surrogate_importances
 from moenas.study.maintenance import stored_space
@@ -33,7 +33,7 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
     The importance `ped_anova` is Optuna's (Watanabe et al., arXiv 2304.10255). The importance
     `surrogate` is the deviation of the predicted objective while the hole alone takes other values,
     averaged over candidates, in the objective's unit. An effect compares models of equal active
-    parameters; see `predict.effects`. Objectives that equal a cost have no effects.
+    parameters; see `predict.level_effects`. Objectives that equal a cost have no effects.
 
     Raises:
         InputError: if the study needs Python files that are neither allowed nor here.

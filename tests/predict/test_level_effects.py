@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moenas.predict.effects import level_effects, named_levels
+from moenas.predict.level_effects import level_effects, named_levels
 
 
 def test_two_levels_of_one_size_are_the_t_test() -> None:
