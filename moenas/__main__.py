@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 
 def _end(number: int, frame: object) -> None:
@@ -12,11 +13,12 @@ def _end(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-def main() -> None:
-    """Run the command line."""
+def main(prepare: Callable[[], None] = lambda: None) -> None:
+    """Run the command line, after `prepare`, which may import as much as it does."""
     heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heeded:  # not where the caller has it ignored, as a shell does for background jobs
         signal.signal(signal.SIGINT, _end)
+    prepare()
     from moenas.cli import commands
 
     if heeded:

@@ -22,9 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
-from sqlalchemy.engine.default import DefaultDialect
+from moenas.__main__ import main
 
 POINTS = ("commit", "fsync", "replace", "link", "unlink")
 passed: Counter[str] = Counter()
@@ -57,6 +55,10 @@ def watched(point: str, function: Callable[..., Any], fault: list[str]) -> Calla
 
 def install() -> None:
     """Watch the steps that bring data to the disk."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine.default import DefaultDialect
+
     fault = [*os.environ.get("CHAOS_FAULT", "none::0:").split(":"), "before"][:4]
     for point in POINTS[1:]:
         setattr(os, point, watched(point, getattr(os, point), fault))
@@ -72,8 +74,5 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    install()
-    from moenas.cli.commands import main
-
     sys.argv[0] = "moenas"
-    main()
+    main(install)

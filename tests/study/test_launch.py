@@ -50,7 +50,7 @@ from moenas.space.space import Space, digest
 from moenas.store import heartbeat
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path
-from moenas.study import candidate, result_processing
+from moenas.study import candidate, launch, result_processing
 from moenas.study import launch as study
 from moenas.study import stop_rules as stops
 from moenas.study.launch import Event, Interrupted, Study, load_study, run
@@ -726,6 +726,36 @@ def stop_in(process: subprocess.Popen[str], trial: int, number: signal.Signals) 
                 process.send_signal(number)
                 break
     return process.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (signal.SIGINT, ("Ctrl-C", 130)),
+        (signal.SIGTERM, ("SIGTERM", 143)),
+        (signal.SIGHUP, ("SIGHUP", 129)),
+    ],
+)
+def test_a_signal_that_a_finalizer_swallows_still_ends_the_run(
+    number: signal.Signals, reason: tuple[str, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    before = signal.getsignal(number), sys.unraisablehook
+    endings = launch._Sigterm()
+
+    def work() -> None:
+        Finalized()
+        time.sleep(20)
+
+    with endings.heeded(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert endings.reason == reason
+    assert capfd.readouterr().err == ""
+    assert (signal.getsignal(number), sys.unraisablehook) == before
 
 
 def test_a_killed_run_ends_with_exactly_the_asked_trials(url: str, jobs: list[Job]) -> None:
