@@ -469,13 +469,14 @@ def test_a_process_that_cannot_be_killed_takes_its_slot_with_it(
     monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
     monkeypatch.setattr(ray_pool, "DIE_S", 0.5)
     monkeypatch.setattr(ray_pool, "kill", lambda pid: None)
+    stopped = set[int]()
     for trial in (1, 2):
-        pool.submit(job(trial, "hang", time_limit_s=3.0, folder=str(tmp_path)))
+        pool.submit(job(trial, "hang", time_limit_s=2.0, folder=str(tmp_path)))
         while len(pids(tmp_path)) < trial:
             assert pool.wait(0.05) == []
-        os.kill(max(pids(tmp_path), key=lambda pid: int(runs(pid))), signal.SIGCONT)
-        for pid in pids(tmp_path):
-            os.kill(pid, signal.SIGSTOP)
+        [newest] = set(pids(tmp_path)) - stopped
+        os.kill(newest, signal.SIGSTOP)
+        stopped.add(newest)
         assert [r.outcome.kind for r in wait(pool)] == ["timeout"]  # type: ignore[union-attr]
         assert pool.capacity == 1
     with pytest.raises(StorageLostError, match="no worker process is left"):
