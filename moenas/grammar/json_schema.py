@@ -68,6 +68,8 @@ class SchemaWriter:
             option = {"anyOf": [inner, *null]} if null else inner
             return {"anyOf": [inner, _choice(option), *null]}
         value = _scalar(field)
+        if field.is_list:
+            return {"type": "array", "items": value}
         if not holes:
             return value
         options = [value, _choice(value)]

@@ -42,7 +42,9 @@ KEYS = (
     "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
     "search",
 )  # fmt: skip
-RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
+RESOURCES = (
+    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker",
+)  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 MAX_NAME = 200
