@@ -13,9 +13,17 @@ Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
 Status = Literal["complete", "failed", "infeasible"]
-EndReason = Literal["trials", "exhausted", "sampler", "draws"]
-"""Why a study is over: all trials are evaluated, every point of a finite space was drawn, the
-sampler stopped the study, or too many draws in a row gave no new candidate."""
+EndReason = Literal[
+    "trials",  # all trials are evaluated
+    "exhausted",  # every point of a finite space was drawn
+    "sampler",  # the sampler stopped the study
+    "draws",  # too many draws in a row gave no new candidate
+    "wall_time",  # a budget of `search.stop` is used up
+    "train_flops",
+    "train_tokens",
+    "plateau",  # the hypervolume has stopped growing
+]
+"""Why a study is over."""
 
 
 @dataclass(frozen=True, init=False)

@@ -73,7 +73,8 @@ class Match:
 
     def error(self) -> SpaceError:
         """Return the error that names the values that are not of the space."""
-        first, *more = self.mismatches
+        different = {(m.hole_path, m.value): m for m in reversed(self.mismatches)}
+        first, *more = reversed(different.values())
         lines = [f"{m.at}: {m.path}: {m}" if m.at.source else f"{m.path}: {m}" for m in more]
         if len(lines) >= MAX_SHOWN:
             lines[MAX_SHOWN - 1 :] = [f"and {len(lines) - MAX_SHOWN + 1} more"]
@@ -152,7 +153,8 @@ def _match_range(tree: Range, value: Tree, path: str, known: Match) -> Match:
     path = tree.shared or path
     name = path + tree.name
     number = value.value if isinstance(value, Fixed) else None
-    wanted = f"{'a whole number' if tree.whole else 'a number'} from {tree.low:g} to {tree.high:g}"
+    kind = "a whole number" if tree.whole else "a number"
+    wanted = f"{kind} from {tree.low:g} to {tree.high:g}"
     wanted += f" in steps of {tree.step:g}" if tree.step not in (None, 1) else ""
     if isinstance(number, bool) or not isinstance(number, int | float):
         number, inside = tree.low, False
@@ -160,7 +162,8 @@ def _match_range(tree: Range, value: Tree, path: str, known: Match) -> Match:
         inside = _holds(tree, number)
     if name in known.answers:
         given = known.answers[name] * tree.unit
-        inside, wanted = inside and number == given, f"{given:g}, as in an earlier layer of the group"
+        inside = inside and number == given
+        wanted = f"{given:g}, as in an earlier layer of the group"
     elif inside:
         known = known.answering(name, int(number) // tree.unit if tree.whole else float(number))
     else:
@@ -258,9 +261,7 @@ def _match_once(
             ends = _best(
                 (end, found)
                 for at, here in ends.items()
-                for end, found in _match_item(
-                    item, layers, at, join(join(path, "blocks"), i), here
-                )
+                for end, found in _match_item(item, layers, at, join(join(path, "blocks"), i), here)
             )
         yield from ends.items()
     elif start < len(layers):

@@ -14,7 +14,9 @@ from moenas.grammar.summary import compact, one_line, short
 from moenas.pareto import is_exact
 from moenas.records import Evaluation, Plain, View
 from moenas.resources import to_yaml
+from moenas.store import origins
 from moenas.store.row_readers import FrontView, Summary, as_front
+from moenas.store.spending import spending
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -200,6 +202,7 @@ def status_report(store: Store, name: str) -> Plain:
         "running_in": store.driver(name),
         "ended": store.ended(name),
         "failures": found.failures,
+        "spent": spending(store, name).plain(),
         "best": found.best,
         "front": found.front,
         "hypervolume": found.hypervolume,
@@ -222,6 +225,10 @@ def _end(found: Plain) -> str:
         "exhausted": "done, every point of the space was drawn",
         "sampler": "done, the sampler proposes nothing more",
         "draws": "done, too many draws in a row gave no new candidate",
+        "wall_time": "done, the wall time of search.stop is used up",
+        "train_flops": "done, the training FLOPs of search.stop are used up",
+        "train_tokens": "done, the training tokens of search.stop are used up",
+        "plateau": "done, the hypervolume has stopped growing",
     }
     return texts.get(found["ended"], "done" if not found["left"] else "stopped")
 
@@ -244,6 +251,11 @@ def status_text(found: Plain) -> str:
         lines.append(
             f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
         )
+    spent = found["spent"]
+    lines.append(
+        f"  spent: {spent['wall_seconds']:,.0f} s of wall time, {short(spent['train_tokens'])}"
+        f" training tokens, {spent['train_flops']:.3g} training FLOPs"
+    )
     volume = _cell(found["hypervolume"])
     about = "" if found["hypervolume_is_exact"] else " (approximate)"
     lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
@@ -321,6 +333,7 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
     return {
         **found.plain(),
         "units": {o["name"]: o["unit"] for o in record.objectives},
+        "enqueued_from": origins.source(store, study, trial),
         "on_front": trial in store.front(study),
         "architecture": store.architecture(study, trial),
     }
@@ -341,6 +354,8 @@ def trial_text(found: Plain, *, full: bool = False) -> str:
     """Lay out what `trial_report` found; with `full` every field of the architecture."""
     on_front = ", on the front" if found["on_front"] else ""
     lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
+    if found["enqueued_from"]:
+        lines.append(f"  enqueued from {found['enqueued_from']}")
     if found["failure"]:
         lines.append(f"  {found['failure']['kind']}: {found['failure']['message']}")
     lines += [f"  broken by {by:.3g}: {text}" for text, by in found["violations"].items() if by > 0]

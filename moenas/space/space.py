@@ -43,7 +43,8 @@ KEYS = (
     "search",
 )  # fmt: skip
 RESOURCES = (
-    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker",
+    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
+    "candidates_per_worker",
 )  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
@@ -71,6 +72,8 @@ class Space:
     search: Search
     data_mark: SourceLocation = field(default=SourceLocation("<space>"), compare=False)
     """Where the section `data` stands."""
+    start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
+    """Where each entry of `search.start_from` stands."""
 
     def __repr__(self) -> str:
         objectives = ", ".join(objective.name for objective in self.objectives)
@@ -109,7 +112,7 @@ class Space:
         for key in ("architecture", "objectives"):
             if key not in found:
                 raise root.error("", f"the section '{key}' is missing")
-        use = tuple(_read_use(found.get("use")))
+        use = tuple(read_use(found.get("use")))
         written = expand(found["architecture"], found.get("layers"))
         tree = grammar.read(Architecture, written, "architecture")
         space = cls(
@@ -125,6 +128,7 @@ class Space:
             measure=_read_section(Protocol, "measure", found, source),
             search=_read_section(Search, "search", found, source),
             data_mark=found["data"].mark if "data" in found else SourceLocation(source),
+            start_marks=tuple(_start_marks(found.get("search"))),
         )
         space._check(found)
         return space
@@ -406,7 +410,15 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
 
 
-def _read_use(node: Node | None) -> Iterator[UserFile]:
+def _start_marks(search: Node | None) -> Iterator[SourceLocation]:
+    """Yield where the entries of `search.start_from` stand."""
+    section = search.value if search is not None else None
+    entries = section.get("start_from") if isinstance(section, dict) else None
+    if entries is not None and isinstance(entries.value, list):
+        yield from (entry.mark for entry in entries.value)
+
+
+def read_use(node: Node | None) -> Iterator[UserFile]:
     """Load the files of parts, so that the architecture can name them."""
     if node is None or node.value is None:
         return

@@ -282,6 +282,15 @@ class Store(StoreReader):
         with self._changing(name) as connection:
             return change(connection)
 
+    def apply_briefly(self, name: str, change: Callable[[Connection], T], seconds: float) -> T:
+        """Run a change of a study's rows, tried again for some seconds at most."""
+
+        def work() -> T:
+            with self._changing(name) as connection:
+                return change(connection)
+
+        return self._database.again(work, seconds=seconds)
+
     # --- evaluations ---------------------------------------------------------------------------
 
     @again

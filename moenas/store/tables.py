@@ -117,6 +117,16 @@ ended = Table(
     Column("ended_at", String(32), nullable=False),
 )
 
+run = Table(
+    "moenas_run",
+    metadata,
+    _of_study(),
+    # A run of the study, by the moment at which it began.
+    Column("began_at", String(32), primary_key=True),
+    # Wall seconds of the run up to its last report; it reports every few seconds.
+    Column("seconds", Double, nullable=False),
+)
+
 change = Table(
     "moenas_change",
     metadata,
@@ -141,6 +151,14 @@ candidate = Table(
     # What the architecture costs by arithmetic; moenas_evaluation.cost is what a worker found.
     Column("cost", Json, nullable=False),
     Column("asked_at", String(32), nullable=False),
+)
+
+enqueued = Table(
+    "moenas_enqueued",
+    metadata,
+    *_of_trial(),
+    # Where the architecture of the trial is from, such as zoo/olmoe_1b_7b or study:NAME trial 3.
+    Column("source", Text, nullable=False),
 )
 
 attempt = Table(

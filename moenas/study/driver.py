@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moenas.errors import EnvironmentFaultError, PartError, StudyStoppedError
 from moenas.failures import internal, origin
 from moenas.records import Evaluation, Failure, Plain
+from moenas.search.start_points import SOURCE
 from moenas.search.trials import ParametersError, SamplerFailedError
 from moenas.store.weights import place
 from moenas.study.candidate import Candidate
@@ -70,6 +71,7 @@ class Driver:
             else:
                 time.sleep(min(timeout, self.faults.pause))
             self.lease.check()
+            self.session.budget.report()
             self.events.raise_error()
 
     # --- from a trial to a running candidate ---------------------------------------------------
@@ -101,7 +103,7 @@ class Driver:
         progress = self.session.progress
         pending = len(self.running) + len(self.delayed) + len(self.crashed)
         pending += len(self.session.duplicates)
-        if progress.evaluated + pending >= progress.total:
+        if progress.evaluated + pending >= progress.total or self.session.budget.used_up:
             return False
         return not (self.session.draws.over or self.trials.stopped or self.trials.exhausted)
 
@@ -126,6 +128,8 @@ class Driver:
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
         number = candidate.number
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
+        if (source := candidate.trial.user_attrs.get(SOURCE)) is not None:
+            self.store.add_source(number, str(source))
         self.trials.set_constraints(candidate.trial, candidate.violations)
         if not candidate.broken:
             self._guarded(candidate, self._dispatch)

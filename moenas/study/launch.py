@@ -18,6 +18,7 @@ from moenas.grammar import user_parts
 from moenas.grammar.summary import one_line
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
+from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -140,7 +141,8 @@ class Study:
         """Why the study is over; None if it is not.
 
         `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
-        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
+        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate;
+        `wall_time`, `train_flops`, `train_tokens` and `plateau`: that rule of `search.stop`.
         """
         ended = self.store.ended(self.name)
         if ended is None and attempts.evaluated(self.store, self.name) >= self.record.trials:
@@ -247,20 +249,16 @@ def run(
     stored.
 
     Raises:
-        InputError: if nothing in the space is feasible, or the study of that name has another
-            space or corpus; nothing is written.
+        InputError: if nothing in the space is feasible, an architecture of `search.start_from` is
+            not in the space, or the study of that name has another space or corpus; nothing is
+            written.
         StudyBusyError: if another process runs it.
         NoCandidateError: if not one trial is complete at the end.
         EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    from moenas.evaluate.matching import open_corpus
-
-    samplers.check(space.search.sampler)
-    points.check_grid(space)
-    space.require_feasible()
-    corpus = open_corpus(space)
+    corpus, first = _checked(space, storage)
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
@@ -278,6 +276,7 @@ def run(
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
         session = Session.open(store, space, total, listeners)
+        session.trials.enqueue(first)
         if session.over is None:
             _warn_of_versions(session, known)
             _drive(session, Jobs(session.store, space, corpus.sha256), open_once(), lease)
@@ -286,11 +285,29 @@ def run(
         return Study(store, space.name)
 
 
+def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
+    """Check what can be checked before anything is written.
+
+    Returns the corpus of the space, and the architectures to start from.
+    """
+    from moenas.evaluate.matching import open_corpus
+
+    samplers.check(space.search.sampler)
+    points.check_grid(space)
+    space.require_feasible()
+    refs, marks = space.search.start_from, space.start_marks
+    first = start_points(space, refs, lambda: Store.open(storage), marks)
+    return open_corpus(space), first
+
+
 def _drive(session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
     """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile."""
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
     session.events.add(publisher)
-    Driver(session, jobs, pool, lease).run()
+    try:
+        Driver(session, jobs, pool, lease).run()
+    finally:
+        session.budget.report(last=True)
     publisher.publish()
 
 

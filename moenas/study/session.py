@@ -20,6 +20,7 @@ from moenas.records import EndReason, Evaluation
 from moenas.search.trials import OptunaTrials, outcome
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
+from moenas.study.budget import Budget
 from moenas.study.candidate import Candidate
 from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
@@ -57,6 +58,7 @@ class Session:
         self.events = EventEmitter(listeners, self.progress.snapshot)
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
+        self.budget = Budget(self.store, space.search.stop)
         self._objectives = [o.name for o in space.objectives]
 
     @classmethod
@@ -82,6 +84,7 @@ class Session:
             session._count(evaluation)
         session.set_total(max(total, session.progress.evaluated))
         session.progress.start(session.store.front_summary())
+        session.budget.start()
         if session.over is None:
             session.store.set_ended(None)
         session._report_differences(found)
@@ -122,7 +125,9 @@ class Session:
             return "sampler"
         if self.draws.over:
             return "draws"
-        return "exhausted" if self.trials.exhausted else None
+        if self.trials.exhausted:
+            return "exhausted"
+        return self.budget.used_up
 
     def finish(self) -> None:
         """Store why the study is over, and tell the listeners.
@@ -134,19 +139,24 @@ class Session:
         assert end is not None
         self.events.raise_error()
         self.store.set_ended(end)
+        self.budget.report(last=True)
         if self.progress.counts["complete"]:
-            texts = {
+            texts: dict[EndReason, str] = {
                 "trials": f"all {self.progress.total} trials of study '{self.name}' are finished",
                 "exhausted": f"every point of the space of study '{self.name}' was drawn",
                 "sampler": f"the sampler of study '{self.name}' proposes nothing more",
                 "draws": f"study '{self.name}' ends: {self.draws.text()}",
             }
-            self.events.emit("done", None, texts[end])
+            text = texts.get(end) or f"study '{self.name}' ends: {self.budget.text(end)}"
+            self.events.emit("done", None, text)
             self.events.raise_error()
             return
         if end == "draws":
             raise self.draws.error()
         reasons = Counter(reason(e) for e in self.store.evaluations())
+        if not reasons:
+            text = f"study '{self.name}' ends before a first candidate: {self.budget.text(end)}"
+            raise NoCandidateError(text)
         most, times = reasons.most_common(1)[0]
         raise NoCandidateError(
             f"study '{self.name}': none of its {reasons.total()} trials is complete; {times} of"
@@ -190,6 +200,7 @@ class Session:
             )
         self.progress.front = front
         self._count(evaluation)
+        self.budget.add(evaluation)
         self._tell(candidate, evaluation)
         self.events.emit(kind, candidate.number, text, evaluation)
         return evaluation

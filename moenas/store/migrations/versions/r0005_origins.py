@@ -1,0 +1,35 @@
+"""The fifth schema: where an enqueued trial is from, and for how long each run worked."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+
+def upgrade() -> None:
+    """Create the tables; studies of earlier versions have no rows in them."""
+    op.create_table(
+        "moenas_enqueued",
+        sa.Column("study", sa.String(512), primary_key=True),
+        sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("source", sa.Text, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["study", "trial"],
+            ["moenas_candidate.study", "moenas_candidate.trial"],
+            ondelete="CASCADE",
+        ),
+    )
+    op.create_table(
+        "moenas_run",
+        sa.Column(
+            "study",
+            sa.String(512),
+            sa.ForeignKey("moenas_study.name", ondelete="CASCADE"),
+            primary_key=True,
+        ),
+        sa.Column("began_at", sa.String(32), primary_key=True),
+        sa.Column("seconds", sa.Double, nullable=False),
+    )

@@ -1,0 +1,124 @@
+"""What a study has spent over all its runs: wall time, training tokens and training FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, func, insert, inspect, select, update
+
+from moenas.records import Evaluation, Plain
+from moenas.store import front_rows, mapping, row_readers, tables
+from moenas.store.counting import is_evaluated
+from moenas.store.reader import StoreReader
+from moenas.store.retry import RELEASE_S
+from moenas.store.store import Store
+
+TRAINING = 3
+"""Operations of a training step over those of its forward pass."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What a study has spent."""
+
+    wall_seconds: float = 0.0
+    """For which its runs worked, up to their last report."""
+    train_tokens: float = 0.0
+    """Up to the last row of each learning curve, failed candidates included."""
+    train_flops: float = 0.0
+    """TRAINING times the forward FLOPs of these tokens."""
+
+    def plain(self) -> Plain:
+        """Return the record as a JSON object."""
+        return dict(vars(self))
+
+    def __add__(self, other: Spending) -> Spending:
+        return Spending(
+            self.wall_seconds + other.wall_seconds,
+            self.train_tokens + other.train_tokens,
+            self.train_flops + other.train_flops,
+        )
+
+
+def of_evaluation(evaluation: Evaluation) -> Spending:
+    """Return what the training of one candidate has taken; nothing for a copy."""
+    if evaluation.is_copy:
+        return Spending()
+    tokens = float(max((point.get("tokens") or 0 for point in evaluation.curve), default=0))
+    return _training(tokens, evaluation.cost)
+
+
+def _training(tokens: float, cost: Plain) -> Spending:
+    flops = TRAINING * float(cost.get("flops_per_token") or 0) * tokens
+    return Spending(train_tokens=tokens, train_flops=flops)
+
+
+def spending(store: StoreReader, study: str) -> Spending:
+    """Return what all runs of a study have spent."""
+    return store.read(study, lambda connection: _spending(connection, study))
+
+
+def _spending(connection: Connection, study: str) -> Spending:
+    evaluation, curve, run = tables.evaluation.c, tables.curve.c, tables.run.c
+    seconds = 0.0
+    # A reader does not change a database of an older schema.
+    if inspect(connection).has_table(tables.run.name):
+        total = select(func.sum(run.seconds)).where(run.study == study)
+        seconds = float(connection.scalar(total) or 0.0)
+    same = (curve.study == evaluation.study) & (curve.trial == evaluation.trial)
+    rows = connection.execute(
+        select(evaluation.metrics, evaluation.cost, func.max(curve.tokens).label("tokens"))
+        .join(tables.curve, same)
+        .where(evaluation.study == study)
+        .group_by(evaluation.study, evaluation.trial)
+    )
+    spent = (_training(float(r.tokens or 0), r.cost) for r in rows if not _is_copy(r.metrics))
+    return sum(spent, start=Spending(seconds))
+
+
+def _is_copy(metrics: Plain) -> bool:
+    return "copied_from" in metrics
+
+
+def report_run(store: Store, study: str, began_at: str, seconds: float) -> None:
+    """Store for how long a run has worked; it does not wait long for a database that is locked.
+
+    `began_at` names the run. The same report again changes nothing.
+    """
+    run = tables.run
+    this = (run.c.study == study) & (run.c.began_at == began_at)
+
+    def change(connection: Connection) -> None:
+        row = {"study": study, "began_at": began_at, "seconds": seconds}
+        if connection.scalar(select(run.c.seconds).where(this)) is None:
+            connection.execute(insert(run), row)
+        else:
+            connection.execute(update(run).where(this).values(seconds=seconds))
+
+    store.apply_briefly(study, change, RELEASE_S)
+
+
+def volumes(store: StoreReader, study: str) -> list[float]:
+    """Return the hypervolume after each evaluated candidate, in the order of their records.
+
+    All are measured from the same reference point. They are 0 before a first complete candidate.
+    """
+    return store.read(study, lambda connection: list(_volumes(connection, study)))
+
+
+def _volumes(connection: Connection, study: str) -> Iterable[float]:
+    after = {point.trial: point.hypervolume for point in front_rows.history(connection, study)}
+    row = tables.evaluation.c
+    found = connection.execute(
+        select(row.trial, row.status, row.metrics, row.failure)
+        .where(row.study == study)
+        .order_by(row.recorded_at, row.trial)
+    ).all()
+    valued = row_readers.trials_with_values(connection, study)
+    volume = 0.0
+    for r in found:
+        volume = after.get(r.trial, volume)
+        failure = mapping.failure_of(r.failure)
+        if is_evaluated(r.status, r.metrics, failure, r.trial in valued):
+            yield volume
