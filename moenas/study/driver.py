@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ from moenas.workers.pool import Pool, Result
 if TYPE_CHECKING:
     from moenas.store.heartbeat import StudyLease
 
+SLOW_ASKS = ("gray_box",)
+"""Samplers whose asks take seconds."""
 POLL_S = 0.5
 """Seconds between looks at the lease of the study."""
 
@@ -50,6 +53,8 @@ class Driver:
         self.running: dict[int, Candidate] = {}
         """Trial -> candidate that the pool works on."""
         session.progress.running = self.running
+        self.ahead: deque[Candidate] = deque()
+        """Candidates that were drawn while all workers were busy, at most one."""
         self.delayed = DelayedCandidates()
         self.crashed = CrashedCandidates(session.name)
         self.faults = EnvironmentFaults(session.name)
@@ -62,7 +67,7 @@ class Driver:
             self.events.emit("resumed", None, text)
         while True:
             started = self._start_one()
-            waiting = bool(self.running or self.delayed or self.faults.pause)
+            waiting = bool(self.running or self.ahead or self.delayed or self.faults.pause)
             if not (started or waiting or self._record_crashed()):
                 return
             timeout = 0.0 if started else POLL_S
@@ -78,9 +83,12 @@ class Driver:
 
     def _start_one(self) -> bool:
         """Start or draw one candidate, if there is room and need; say whether one was."""
-        if self.faults.pause or len(self.running) >= self.pool.capacity:
+        if self.faults.pause or not (self._has_room or self._asks_ahead):
             return False
-        if self.delayed:
+        if self.ahead:
+            self._guarded(self.ahead.popleft(), self._start)
+            return True
+        if self.delayed and self._has_room:
             nothing_else = not (self.running or self._needs_draw)
             if (delayed := self.delayed.pop(nothing_else)) is not None:
                 self._guarded(delayed, self._start)
@@ -96,12 +104,27 @@ class Driver:
         return True
 
     @property
+    def _has_room(self) -> bool:
+        """Whether a worker is free."""
+        return len(self.running) < self.pool.capacity
+
+    @property
+    def _asks_ahead(self) -> bool:
+        """Whether a candidate is drawn though all workers are busy, so that none waits for it.
+
+        An ask ahead knows fewer results, so only a sampler asks ahead whose asks take seconds. A
+        pool of one worker in this process could not evaluate meanwhile.
+        """
+        slow = self.session.space.search.sampler in SLOW_ASKS
+        return slow and self.pool.capacity > 1 and not self.ahead
+
+    @property
     def _needs_draw(self) -> bool:
         """Whether the study needs another candidate and can have one."""
         if self.trials.interrupted:
             return True
         progress = self.session.progress
-        pending = len(self.running) + len(self.delayed) + len(self.crashed)
+        pending = len(self.running) + len(self.ahead) + len(self.delayed) + len(self.crashed)
         pending += len(self.session.duplicates)
         if progress.evaluated + pending >= progress.total or self.session.budget.used_up:
             return False
@@ -147,15 +170,17 @@ class Driver:
 
     def _dispatch(self, candidate: Candidate) -> None:
         """Evaluate a candidate, unless the same model is evaluated already, or is right now."""
-        pending = [*self.running.values(), *self.delayed, *self.crashed]
+        pending = [*self.running.values(), *self.ahead, *self.delayed, *self.crashed]
         source = self.session.duplicates.source(candidate)
         if source is not None:
             self.session.draws.add({})
             self._copy(candidate, source)
         elif any(other.fingerprint == candidate.fingerprint for other in pending):
             self.session.duplicates.wait(candidate)
-        else:
+        elif self._has_room:
             self._start(candidate)
+        else:
+            self.ahead.append(candidate)
 
     def _copy(self, candidate: Candidate, source: int) -> None:
         """Give a trial the evaluation of an earlier one of the same model."""
@@ -165,7 +190,7 @@ class Driver:
         self.session.record(candidate, evaluation, "copied", f"the same model as trial {source}")
 
     def _start(self, candidate: Candidate) -> None:
-        """Send a candidate to the pool."""
+        """Send a candidate to the pool, which has room."""
         number = candidate.number
         attempt = self.store.start_attempt(number)
         where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
