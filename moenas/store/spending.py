@@ -122,3 +122,54 @@ def _volumes(connection: Connection, study: str) -> Iterable[float]:
         failure = mapping.failure_of(r.failure)
         if is_evaluated(r.status, r.metrics, failure, r.trial in valued):
             yield volume
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate that was trained, and how long that took."""
+
+    train_flops: float
+    train_seconds: float
+    total_seconds: float
+    """Training, measurements and the rest of the evaluation."""
+
+
+def timed(store: StoreReader, device: Plain, limit: int = 200) -> list[Timed]:
+    """Return the latest candidates of all studies that were trained on a device.
+
+    `device` holds the name, threads and dtype that must be the same.
+    """
+    return store.query(lambda connection: list(_timed(connection, device, limit)))
+
+
+def _timed(connection: Connection, device: Plain, limit: int) -> Iterable[Timed]:
+    evaluation, curve = tables.evaluation.c, tables.curve.c
+    latest = (
+        select(evaluation.study, evaluation.trial)
+        .where(
+            evaluation.status == "complete",
+            evaluation.device["name"].as_string() == device["name"],
+            evaluation.device["dtype"].as_string() == device["dtype"],
+            evaluation.device["threads"].as_integer() == device["threads"],
+        )
+        .order_by(evaluation.recorded_at.desc())
+        .limit(limit)
+        .subquery()
+    )
+    trained = (
+        select(latest.c.study, latest.c.trial, func.max(curve.tokens).label("tokens"))
+        .join(tables.curve, (curve.study == latest.c.study) & (curve.trial == latest.c.trial))
+        .group_by(latest.c.study, latest.c.trial)
+        .subquery()
+    )
+    rows = connection.execute(
+        select(evaluation.cost, evaluation.seconds, trained.c.tokens).join(
+            trained,
+            (trained.c.study == evaluation.study) & (trained.c.trial == evaluation.trial),
+        )
+    )
+    for row in rows:
+        flops = _training(float(row.tokens or 0), row.cost).train_flops
+        seconds = row.seconds.get("train", 0.0)
+        if flops > 0 and seconds > 0:  # a copy has no seconds
+            yield Timed(flops, seconds, max(seconds, row.seconds.get("total", 0.0)))

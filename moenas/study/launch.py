@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moenas.data.corpus import Corpus
     from moenas.model.architecture import Architecture
     from moenas.space.space import Space
+    from moenas.study.estimate import Estimate
 
 __all__ = [
     "Event",
@@ -283,6 +284,31 @@ def run(
         store.verify()
         session.finish()
         return Study(store, space.name)
+
+
+def dry_run(
+    space: Space,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    workers: Workers = None,
+) -> Estimate:
+    """Check all that `run` checks before it writes, and estimate what is left of the study.
+
+    Raises:
+        InputError: as `run`.
+    """
+    from moenas.study.estimate import estimate
+
+    corpus, _ = _checked(space, storage)
+    known, done = Store.known(storage, space.name), 0
+    if known is not None:
+        refuse_changes(known, space, corpus)
+        done = attempts.evaluated(Store.open(storage), space.name)
+    total = (trials or space.search.trials) if known is None else _total(known, space, trials)
+    count = 1 if workers == "inline" else workers
+    left = max(0, total - done)
+    return estimate(space, corpus, storage=storage, trials=left, workers=count)
 
 
 def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
