@@ -264,6 +264,8 @@ class Evaluation(_Record):
     failure: Failure | None = None
     """Why it has no values; None unless its status is `failed`."""
     weights_sha256: str | None = None
+    reused_from: Plain | None = None
+    """{study, trial}: the evaluation of another study in the same database that this one is."""
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Self:

@@ -19,7 +19,9 @@ from moenas.cli.options import (
     AcceptChanges,
     Address,
     AllowCode,
+    DryRun,
     Format,
+    Fresh,
     Output,
     Storage,
     StudyName,
@@ -213,10 +215,8 @@ def run(
     workers: Workers = None,
     address: Address = None,
     accept_changes: AcceptChanges = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Estimate tokens, FLOPs and hours; nothing is written."),
-    ] = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
     output: Format = Output.table,
 ) -> None:
     """Launch a study, or resume it; prints its front at the end."""
@@ -227,23 +227,24 @@ def run(
     _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
     _say_notes(loaded)
+    count = worker_count(workers)
     if dry_run:
-        count = worker_count(workers)
         found = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
-        _write_estimate(found, output)
-        return
+        return _write_estimate(found, output)
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
-    hint = command_line(["run", space, *(overrides or ())], options)
+    words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
+    hint = command_line(words, options)
     try:
         with listener(loaded) as listen:
             study = launch.run(
                 loaded,
                 storage=storage,
                 trials=trials,
-                workers=worker_count(workers),
+                workers=count,
                 address=address,
                 listeners=[listen],
                 accept_changes=accept_changes,
+                fresh=fresh,
             )
     except launch.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")

@@ -354,6 +354,8 @@ def trial_text(found: Plain, *, full: bool = False) -> str:
     """Lay out what `trial_report` found; with `full` every field of the architecture."""
     on_front = ", on the front" if found["on_front"] else ""
     lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
+    if source := found["reused_from"]:
+        lines.append(f"  reused from trial {source['trial']} of study '{source['study']}'")
     if found["enqueued_from"]:
         lines.append(f"  enqueued from {found['enqueued_from']}")
     if found["failure"]:

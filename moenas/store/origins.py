@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, insert, inspect, select
+from sqlalchemy import Connection, insert, select
 
 from moenas.store import statements, tables
 from moenas.store.reader import StoreReader
@@ -24,7 +24,7 @@ def source(store: StoreReader, study: str, trial: int) -> str | None:
     """Return where the architecture of a trial is from; None if a sampler drew it."""
 
     def wanted(connection: Connection) -> str | None:
-        if not inspect(connection).has_table(tables.enqueued.name):
+        if not statements.exists(connection, tables.enqueued):
             return None  # a reader does not change a database of an older schema
         return _source(connection, study, trial)
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
 
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
-from moenas.store import front_rows, mapping, tables
+from moenas.store import front_rows, mapping, statements, tables
 from moenas.store.counting import is_evaluated
 
 Rest = Callable[[str, int], list[Plain]]
@@ -141,7 +141,8 @@ def evaluations(
             wanted = wanted.where(which(table))
         return list(connection.execute(wanted).all())
 
-    plains = mapping.evaluations(read(tables.evaluation), read(tables.value))
+    reused = read(tables.reuse) if statements.exists(connection, tables.reuse) else []
+    plains = mapping.evaluations(read(tables.evaluation), read(tables.value), reused)
     return [mapping.Stored.of(plain, rest) for plain in plains]
 
 

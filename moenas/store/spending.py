@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, func, insert, inspect, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from moenas.records import Evaluation, Plain
-from moenas.store import front_rows, mapping, row_readers, tables
+from moenas.store import front_rows, mapping, row_readers, statements, tables
 from moenas.store.counting import is_evaluated
 from moenas.store.reader import StoreReader
 from moenas.store.retry import RELEASE_S
@@ -42,8 +42,8 @@ class Spending:
 
 
 def of_evaluation(evaluation: Evaluation) -> Spending:
-    """Return what the training of one candidate has taken; nothing for a copy."""
-    if evaluation.is_copy:
+    """Return what the training of one candidate has taken; nothing for a copy or a reuse."""
+    if evaluation.is_copy or evaluation.reused_from is not None:
         return Spending()
     tokens = float(max((point.get("tokens") or 0 for point in evaluation.curve), default=0))
     return _training(tokens, evaluation.cost)
@@ -61,24 +61,28 @@ def spending(store: StoreReader, study: str) -> Spending:
 
 def _spending(connection: Connection, study: str) -> Spending:
     evaluation, curve, run = tables.evaluation.c, tables.curve.c, tables.run.c
-    seconds = 0.0
+    seconds, reused = 0.0, set[int]()
     # A reader does not change a database of an older schema.
-    if inspect(connection).has_table(tables.run.name):
+    if statements.exists(connection, tables.run):
         total = select(func.sum(run.seconds)).where(run.study == study)
         seconds = float(connection.scalar(total) or 0.0)
+        of_reuse = select(tables.reuse.c.trial).where(tables.reuse.c.study == study)
+        reused = set(connection.scalars(of_reuse))
     same = (curve.study == evaluation.study) & (curve.trial == evaluation.trial)
     rows = connection.execute(
-        select(evaluation.metrics, evaluation.cost, func.max(curve.tokens).label("tokens"))
+        select(
+            evaluation.trial,
+            evaluation.metrics,
+            evaluation.cost,
+            func.max(curve.tokens).label("tokens"),
+        )
         .join(tables.curve, same)
         .where(evaluation.study == study)
         .group_by(evaluation.study, evaluation.trial)
     )
-    spent = (_training(float(r.tokens or 0), r.cost) for r in rows if not _is_copy(r.metrics))
+    trained = (r for r in rows if "copied_from" not in r.metrics and r.trial not in reused)
+    spent = (_training(float(r.tokens or 0), r.cost) for r in trained)
     return sum(spent, start=Spending(seconds))
-
-
-def _is_copy(metrics: Plain) -> bool:
-    return "copied_from" in metrics
 
 
 def report_run(store: Store, study: str, began_at: str, seconds: float) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, inspect, select
 
 from moenas.errors import InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store import tables
+
+
+def exists(connection: Connection, table: Table) -> bool:
+    """Whether the database has a table; one of an older schema lacks the newest tables."""
+    return inspect(connection).has_table(table.name)
 
 
 def insert_rows(connection: Connection, found: dict[Table, list[Plain]]) -> None:

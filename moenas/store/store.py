@@ -330,7 +330,8 @@ class Store(StoreReader):
         now = _now()
         found = mapping.evaluation_rows(evaluation, now)
         for table in found:
-            connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
+            if table is not tables.reuse or statements.exists(connection, table):
+                connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
         statements.insert_rows(connection, found)
         this = tables.attempt.c.attempt == evaluation.attempt
         connection.execute(

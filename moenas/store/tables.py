@@ -198,6 +198,15 @@ evaluation = Table(
     Column("weights_sha256", String(64)),
 )
 
+reuse = Table(
+    "moenas_reuse",
+    metadata,
+    *_of_trial(),
+    # The evaluation of another study that this trial has; that study may be gone.
+    Column("from_study", Name, nullable=False),
+    Column("from_trial", Integer, nullable=False),
+)
+
 value = Table(
     "moenas_value",
     metadata,

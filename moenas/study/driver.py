@@ -177,6 +177,8 @@ class Driver:
             self._copy(candidate, source)
         elif any(other.fingerprint == candidate.fingerprint for other in pending):
             self.session.duplicates.wait(candidate)
+        elif self._reuse(candidate):
+            return
         elif self._has_room:
             self._start(candidate)
         else:
@@ -188,6 +190,17 @@ class Driver:
         if warning:
             self.events.warn(warning, candidate.number)
         self.session.record(candidate, evaluation, "copied", f"the same model as trial {source}")
+
+    def _reuse(self, candidate: Candidate) -> bool:
+        """Give a trial the evaluation of its model in another study, if there is one that holds."""
+        source = self.session.cache.find(candidate.fingerprint)
+        found = None if source is None else self.session.results.reuse(candidate, source)
+        if source is None or found is None:
+            return False
+        text = f"reused from trial {source.trial} of study '{source.study}' | {candidate.summary}"
+        self.session.draws.started()
+        self._after(candidate, self.session.record(candidate, found, "reused", text))
+        return True
 
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool, which has room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -238,6 +239,7 @@ def run(
     pool: Pool | None = None,
     listeners: Sequence[Listener] = (),
     accept_changes: bool = False,
+    fresh: bool = False,
 ) -> Study:
     """Run a study to its end and return it; called again, it goes on where it stopped.
 
@@ -247,7 +249,7 @@ def run(
     `address` are those of `open_pool`; a `pool` replaces both, and the caller closes it. Each of
     the `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may
     have other files than before: finished trials are measured again by them, and the change is
-    stored.
+    stored. With `fresh` no evaluation of another study is reused.
 
     Raises:
         InputError: if nothing in the space is feasible, an architecture of `search.start_from` is
@@ -280,7 +282,7 @@ def run(
         session.trials.enqueue(first)
         if session.over is None:
             _warn_of_versions(session, known)
-            _drive(session, Jobs(session.store, space, corpus.sha256), open_once(), lease)
+            _drive(session, Jobs(session.store, space, corpus.sha256), open_once, lease, fresh)
         store.verify()
         session.finish()
         return Study(store, space.name)
@@ -326,8 +328,16 @@ def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint
     return open_corpus(space), first
 
 
-def _drive(session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
-    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile."""
+def _drive(
+    session: Session, jobs: Jobs, open_once: _PoolOpener, lease: StudyLease, fresh: bool
+) -> None:
+    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile.
+
+    Only where the pool is one of this machine is the device of its workers known beforehand.
+    """
+    pool = open_once()
+    if open_once.is_local and not fresh:
+        session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
     session.events.add(publisher)
     try:
@@ -397,6 +407,7 @@ class _PoolOpener:
         pool: Pool | None,
     ) -> None:
         self._stack, self._pool = stack, pool
+        self.is_local = pool is None and address is None and "RAY_ADDRESS" not in os.environ
         self._open = partial(open_pool, workers, space.search, address=address)
 
     def __call__(self) -> Pool:

@@ -104,6 +104,33 @@ class ResultProcessor:
         )
         return copied, warning
 
+    def reuse(self, candidate: Candidate, source: Evaluation) -> Evaluation | None:
+        """Return an evaluation of another study as that of a candidate; None if it cannot be.
+
+        It cannot be if its weights are gone, or its latencies are those of another reference time.
+        """
+        if source.weights_sha256 is not None:
+            place = self._store.runs, self._study, source.trial, candidate.number
+            try:
+                with self.writing():
+                    copy_weights(*place, source.weights_sha256, of=source.study)
+            except InputError:
+                return None
+        found = replace(
+            source,
+            study=self._study,
+            trial=candidate.number,
+            attempt=self._store.attempts(candidate.number),
+            values={name: source.values[name] for name in self._names},
+            measurements={k: v for k, v in source.measurements.items() if k in self._names},
+            metrics={k: v for k, v in source.metrics.items() if k != "copied_from"},
+            cost=candidate.cost,
+            seconds={},
+            reused_from={"study": source.study, "trial": source.trial},
+        )
+        judged = self.judged(candidate.architecture, found)
+        return None if judged.status == "failed" else judged
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Say that the storage is lost if a file cannot be written."""

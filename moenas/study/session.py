@@ -24,6 +24,7 @@ from moenas.study.budget import Budget
 from moenas.study.candidate import Candidate
 from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
+from moenas.study.evaluation_cache import EvaluationCache
 from moenas.study.events import EventEmitter, Kind, Listener
 from moenas.study.progress import ProgressTracker
 from moenas.study.reconcile import Difference, correct, differences, repair
@@ -58,6 +59,7 @@ class Session:
         self.events = EventEmitter(listeners, self.progress.snapshot)
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
+        self.cache = EvaluationCache(self.store, space)
         self.budget = Budget(self.store, space.search.stop)
         self._objectives = [o.name for o in space.objectives]
 

@@ -1,4 +1,4 @@
-"""The fifth schema: where an enqueued trial is from, and for how long each run worked."""
+"""The fifth schema: origins of trials and of evaluations, and the wall time of each run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ def upgrade() -> None:
         sa.Column("study", sa.String(512), primary_key=True),
         sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("source", sa.Text, nullable=False),
+        sa.ForeignKeyConstraint(
+            ["study", "trial"],
+            ["moenas_candidate.study", "moenas_candidate.trial"],
+            ondelete="CASCADE",
+        ),
+    )
+    op.create_table(
+        "moenas_reuse",
+        sa.Column("study", sa.String(512), primary_key=True),
+        sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("from_study", sa.String(512), nullable=False),
+        sa.Column("from_trial", sa.Integer, nullable=False),
         sa.ForeignKeyConstraint(
             ["study", "trial"],
             ["moenas_candidate.study", "moenas_candidate.trial"],
