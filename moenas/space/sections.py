@@ -130,7 +130,7 @@ class Stop(Component):
     """Budgets of the whole study beside `trials`; the first one that is used up ends it.
 
     Candidates that run at that moment are finished and recorded. Totals count over all runs of the
-    study. Copied and reused evaluations cost nothing. A later run with a larger budget continues it.
+    study. Copied and reused evaluations cost nothing. A later run with a larger budget goes on.
     """
 
     wall_time: float | str | None = setting(
