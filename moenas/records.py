@@ -280,6 +280,23 @@ class Evaluation(_Record):
 
 
 @dataclass(frozen=True)
+class RungResult(_Record):
+    """The result of one candidate at one rung of training."""
+
+    trial: int
+    rung: int
+    """From 1; the end of training is no rung."""
+    tokens: int
+    """Training tokens seen."""
+    val_loss: float
+    """Validation loss, nats per token."""
+    known: dict[str, float] = field(default_factory=dict)
+    """Objective -> value, of the objectives that are measured before training."""
+    promoted: bool = False
+    """Whether early stopping let the candidate train on."""
+
+
+@dataclass(frozen=True)
 class ObjectiveInfo(_Record):
     """What a stored value means."""
 

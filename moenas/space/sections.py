@@ -7,6 +7,7 @@ from typing import Literal
 
 from moenas.errors import suggestion
 from moenas.grammar.component import Component, setting
+from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
 SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box")
 """Samplers by name; any other is `file.py:Class`."""
@@ -115,8 +116,8 @@ class Search(Component):
         default="tpe",
     )
     trials: int = setting(
-        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
-        " models are recorded and do not count",
+        "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"
+        " repeated models are recorded and do not count",
         default=24,
         low=1,
         high=1_000_000,
@@ -144,6 +145,10 @@ class Search(Component):
     )
     time_limit: float | None = setting(
         "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
+    )
+
+    early_stopping: EarlyStopping = setting(
+        "which candidates end before the last training token", default=NoEarlyStopping()
     )
 
     def invalid(self) -> str | None:

@@ -333,6 +333,12 @@ class Store(StoreReader):
                 failure=mapping.failure_json(evaluation.failure),
             )
         )
+        # A finished trial continues from no checkpoint.
+        connection.execute(
+            update(tables.rung)
+            .where(statements.of_trial(tables.rung, name, trial))
+            .values(evaluation=None, checkpoint_sha256=None)
+        )
         if evaluation.status == "complete":
             copied = "copied_from" in evaluation.metrics
             point = statements.point(record, evaluation)

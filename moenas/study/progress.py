@@ -21,7 +21,7 @@ class Progress:
     running: int
     """Candidates that workers evaluate now."""
     evaluated: int
-    """Candidates that were evaluated, complete or failed; they count towards the total."""
+    """Candidates that were evaluated: complete, failed or stopped. They count towards the total."""
     complete: int
     """Complete trials, copies included."""
     failed: int
@@ -35,6 +35,10 @@ class Progress:
     hypervolume: float | None
     eta_s: float | None
     """Seconds to the end at the pace of this run; None before its first result."""
+    paused: int = 0
+    """Candidates that wait at a rung for the decision of early stopping."""
+    stopped: int = 0
+    """Candidates that early stopping has stopped, copies included."""
 
 
 class ProgressTracker:
@@ -43,6 +47,7 @@ class ProgressTracker:
     Attributes:
         total: candidates that the study is to evaluate.
         running: the candidates that workers evaluate now; the driver owns them.
+        paused: the candidates that wait at a rung.
         front: the front after the latest evaluation.
         counts: status -> trials, those that do not count towards the total included.
         evaluated: trials that count towards the total.
@@ -53,6 +58,7 @@ class ProgressTracker:
     def __init__(self, directions: Mapping[str, str]) -> None:
         self.total = 0
         self.running: Sized = ()
+        self.paused: Sized = ()
         self.front = FrontSummary(0, None)
         self.counts: Counter[str] = Counter()
         self.evaluated = self.repeated = 0
@@ -96,4 +102,6 @@ class ProgressTracker:
             front=self.front.size,
             hypervolume=self.front.hypervolume,
             eta_s=None if pace is None else pace * max(0, self.total - self.evaluated),
+            paused=len(self.paused),
+            stopped=self.counts["stopped"],
         )

@@ -1,0 +1,205 @@
+"""Which paused candidates train on: successive halving for several objectives, and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moenas import pareto
+from moenas.predict.rank_agreement import MIN_PAIRS, RankAgreement, rank_agreements
+from moenas.records import Evaluation, Plain, RungResult
+from moenas.space.early_stopping import Predictive, SuccessiveHalving
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+Array = NDArray[np.float64]
+STAND_IN = "flops_per_token"
+"""The exact cost that stands for objectives that are not known at a rung."""
+
+
+@dataclass
+class Rungs:
+    """What is known of all candidates of a study at its rungs and at the end."""
+
+    results: dict[int, dict[int, RungResult]] = field(default_factory=dict)
+    """Rung -> trial -> result."""
+    costs: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Trial -> its exact cost, of the trials that have a result."""
+    architectures: dict[int, Plain] = field(default_factory=dict)
+    """Trial -> its canonical architecture, of the same trials."""
+    complete: dict[int, Evaluation] = field(default_factory=dict)
+    """Trial -> evaluation, of the complete trials; copies are left out."""
+
+    def add(self, result: RungResult, architecture: Plain, cost: dict[str, int]) -> None:
+        """Take in a result, in place of an earlier one of the same trial and rung."""
+        self.results.setdefault(result.rung, {})[result.trial] = result
+        self.architectures[result.trial] = architecture
+        self.costs[result.trial] = cost
+
+    def forget(self, trial: int) -> None:
+        """Remove the results of a trial that is trained again from its start."""
+        for results in self.results.values():
+            results.pop(trial, None)
+
+    def agreements(self) -> dict[int, RankAgreement]:
+        """Return rung -> its rank agreement with the end."""
+        final = {
+            trial: e.metrics["val_loss"]
+            for trial, e in self.complete.items()
+            if "val_loss" in e.metrics
+        }
+        every = [result for results in self.results.values() for result in results.values()]
+        return rank_agreements(every, final)
+
+
+class Rule(Protocol):
+    """Decides about paused candidates; `paused` is trial -> its rung."""
+
+    def promotable(
+        self, rungs: Rungs, paused: Mapping[int, int], *, at_end: bool = False
+    ) -> int | None:
+        """Return the candidate that trains on now, or None.
+
+        `at_end`: the study draws no more candidates.
+        """
+
+    def hopeless(self, rungs: Rungs, paused: Mapping[int, int]) -> list[int]:
+        """Return the paused candidates that are stopped now."""
+
+
+def open_rule(space: Space) -> Rule | None:
+    """Return the rule of a space; None without early stopping."""
+    settings = space.search.early_stopping
+    if isinstance(settings, SuccessiveHalving):
+        directions = {o.name: o.direction for o in space.objectives if o.needs != "training"}
+        unknown = any(o.needs == "training" and o.name != "val_loss" for o in space.objectives)
+        return Halving(settings, directions, stand_in=unknown)
+    if isinstance(settings, Predictive):
+        from moenas.search.predictive import Prediction
+
+        return Prediction(settings, space)
+    return None
+
+
+class Halving:
+    """Asynchronous successive halving (arXiv 1810.05934, algorithm 2)."""
+
+    def __init__(
+        self, settings: SuccessiveHalving, directions: Mapping[str, str], *, stand_in: bool = False
+    ) -> None:
+        """Take the directions of the objectives that are known at a rung.
+
+        With `stand_in`, the exact FLOPs of a candidate stand for objectives that are not known.
+        """
+        self._settings, self._directions = settings, dict(directions)
+        self._stand_in = stand_in and STAND_IN not in directions
+
+    def promotable(
+        self, rungs: Rungs, paused: Mapping[int, int], *, at_end: bool = False
+    ) -> int | None:
+        """Return the best candidate of the highest rung that is within the cut and paused there.
+
+        At the end each rung promotes at least one candidate, so that a short study has complete
+        ones.
+        """
+        agreements = rungs.agreements()
+        for rung in sorted(rungs.results, reverse=True):
+            results = rungs.results[rung]
+            factor = widened(self._settings, agreements.get(rung))
+            n_promoted = int(len(results) / factor)
+            for trial in self.order(rungs, rung)[: max(n_promoted, int(at_end))]:
+                if paused.get(trial) == rung:
+                    return trial
+        return None
+
+    def hopeless(self, rungs: Rungs, paused: Mapping[int, int]) -> list[int]:
+        """Return the last ones of the lowest rungs, as many as are paused beyond the limit."""
+        surplus = len(paused) - self._settings.max_paused
+        found: list[int] = []
+        for rung in sorted(rungs.results) if surplus > 0 else ():
+            found += [t for t in reversed(self.order(rungs, rung)) if paused.get(t) == rung]
+        return found[: max(0, surplus)]
+
+    def order(self, rungs: Rungs, rung: int) -> list[int]:
+        """Return the trials that have reached a rung, best first."""
+        results = rungs.results[rung]
+        # An objective that was exchanged since leaves results without its value.
+        trials = [t for t, r in sorted(results.items()) if r.known.keys() >= set(self._directions)]
+        losses = [[results[t].val_loss, *self._known(rungs, results[t])] for t in trials]
+        return [trials[i] for i in ordered(np.array(losses, dtype=np.float64))] if trials else []
+
+    def _known(self, rungs: Rungs, result: RungResult) -> list[float]:
+        """Return what is known of a candidate beside its loss, each to be minimised."""
+        signs = {name: 1 if way == "minimize" else -1 for name, way in self._directions.items()}
+        found = [sign * result.known[name] for name, sign in signs.items()]
+        return found + ([float(rungs.costs[result.trial][STAND_IN])] if self._stand_in else [])
+
+
+def widened(settings: SuccessiveHalving, agreement: RankAgreement | None) -> float:
+    """Return the reduction factor of a rung: smaller where its ranks agree badly with the end.
+
+    It falls linearly with the rank correlation, and is 1 where there is none.
+    """
+    return 1 + (settings.reduction_factor - 1) * trust(settings.min_correlation, agreement)
+
+
+def trust(min_correlation: float, agreement: RankAgreement | None) -> float:
+    """Return how far a rung's ranks are trusted, from 0 to 1; 1 from `min_correlation` on.
+
+    It is 1, too, while fewer than MIN_PAIRS candidates have both losses.
+    """
+    if agreement is None or agreement.correlation is None or agreement.pairs < MIN_PAIRS:
+        return 1.0
+    if agreement.correlation >= min_correlation:
+        return 1.0
+    return max(0.0, agreement.correlation) / min_correlation
+
+
+def ordered(losses: Array) -> list[int]:
+    """Return the rows of points (N, M), all to be minimised, best first.
+
+    Earlier fronts come first (non-dominated sorting). Within a front, the first row is that with
+    the lowest first column. Each next one is the farthest from those before it (epsilon-net; arXiv
+    2106.12639, section 3.2), by distances in units of each column's range. Equal distances keep the
+    order of rows.
+    """
+    span = np.ptp(losses, axis=0)
+    scaled = (losses - losses.min(axis=0)) / np.where(span > 0, span, 1.0)
+    directions = ["minimize"] * losses.shape[1]
+    left = np.arange(len(losses))
+    found: list[int] = []
+    while len(left):
+        mask = pareto.non_dominated(losses[left], directions)
+        found += _spread(scaled, left[mask])
+        left = left[~mask]
+    return found
+
+
+def _spread(scaled: Array, front: NDArray[np.int64]) -> list[int]:
+    """Return the rows of a front, each the farthest from those before it."""
+    at = int(np.argmin(scaled[front, 0]))
+    found = [int(front[at])]
+    distance = np.linalg.norm(scaled[front] - scaled[front[at]], axis=1)
+    free = np.ones(len(front), dtype=np.bool_)
+    free[at] = False
+    while free.any():
+        at = int(np.argmax(np.where(free, distance, -1.0)))
+        free[at] = False
+        found.append(int(front[at]))
+        distance = np.minimum(distance, np.linalg.norm(scaled[front] - scaled[front[at]], axis=1))
+    return found
+
+
+def dominated_share(samples: Array, front: Sequence[Sequence[float]]) -> float:
+    """Return the share of samples (S, M), all to be minimised, that a row of `front` dominates."""
+    if not len(front):
+        return 0.0
+    known = np.array(front, dtype=np.float64)[None]
+    points = samples[:, None]
+    beaten = (known <= points).all(axis=2) & (known < points).any(axis=2)
+    return float(beaten.any(axis=1).mean())
