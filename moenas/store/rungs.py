@@ -96,7 +96,9 @@ def results(store: StoreReader, study: str) -> list[RungResult]:
         if not inspect(connection).has_table(tables.rung.name):
             return []  # a reader does not change a database of an older schema
         rows = connection.execute(wanted.order_by(rung.rung, rung.trial))
-        return [RungResult.parse(row._mapping | {"promoted": bool(row.promoted)}) for row in rows]
+        return [
+            RungResult.parse(dict(row._mapping) | {"promoted": bool(row.promoted)}) for row in rows
+        ]
 
     return store.read(study, read)
 
