@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moenas.predict.features import Encoder, Features, features
 from moenas.records import Cost
-from moenas.search.early_stopping import Rungs, dominated_share, trust
+from moenas.search.halving import Rungs, dominated_share, trust
 from moenas.space.early_stopping import Predictive
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Prediction:
                 drawn = mean + deviation * noise.standard_normal(SAMPLES)
             samples.append(sign * drawn)
             front.append(sign * values)
-        return 1.0 - dominated_share(np.stack(samples, axis=1), np.stack(front, axis=1).tolist())
+        return 1.0 - dominated_share(np.stack(samples, axis=1), np.stack(front, axis=1))
 
     def _predicted(
         self, key: tuple[str, int], rows: Sequence[Features], values: Array

@@ -167,7 +167,8 @@ class Space:
             reason = f"training has {self.train.steps} step, and a rung needs one before the last"
         if reason is not None:
             section = found["search"]
-            node = section.value.get("early_stopping", section)
+            written = cast(dict[str, Node], section.value)
+            node = written.get("early_stopping", section)
             raise node.error("search.early_stopping", reason)
         rungs = self.train.rungs or DEFAULT_RUNGS
         return replace(self, train=replace(self.train, rungs=rungs))

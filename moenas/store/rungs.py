@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -82,6 +83,37 @@ def promote(store: Store, study: str, trial: int, rung: int) -> None:
 def forget(connection: Connection, study: str, trial: int) -> None:
     """Remove the rungs of a trial that is trained again from its start."""
     connection.execute(delete(tables.rung).where(statements.of_trial(tables.rung, study, trial)))
+
+
+def drop(connection: Connection, study: str, objectives: Collection[str]) -> None:
+    """Remove the values of objectives that have changed from the rungs of finished trials.
+
+    Other trials lose their rungs: the next run trains them again from the start.
+    """
+    this, rung = tables.rung, tables.rung.c
+    rows = connection.execute(select(this).where(rung.study == study)).all()
+    unfinished = {row.trial for row in rows if row.checkpoint_sha256 is not None}
+    for trial in unfinished:
+        forget(connection, study, trial)
+    for row in rows:
+        known = {name: value for name, value in row.known.items() if name not in objectives}
+        if row.trial not in unfinished and known != row.known:
+            where = statements.of_trial(this, study, row.trial) & (rung.rung == row.rung)
+            connection.execute(update(this).where(where).values(known=known))
+
+
+def final_losses(store: StoreReader, study: str) -> dict[int, float]:
+    """Return trial -> final validation loss, of the complete trials that are no copies."""
+    evaluation = tables.evaluation.c
+    wanted = select(evaluation.trial, evaluation.metrics).where(
+        evaluation.study == study, evaluation.status == "complete"
+    )
+    found = store.read(study, lambda connection: connection.execute(wanted).all())
+    return {
+        row.trial: row.metrics["val_loss"]
+        for row in found
+        if "val_loss" in row.metrics and "copied_from" not in row.metrics
+    }
 
 
 def results(store: StoreReader, study: str) -> list[RungResult]:

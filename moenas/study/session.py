@@ -23,8 +23,8 @@ from moenas.store.study_store import StudyStore
 from moenas.study.candidate import Candidate
 from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
-from moenas.study.early_stopping import PausedCandidates
 from moenas.study.events import EventEmitter, Kind, Listener
+from moenas.study.paused_candidates import PausedCandidates
 from moenas.study.progress import ProgressTracker
 from moenas.study.reconcile import Difference, correct, differences, repair
 from moenas.study.result_processing import ResultProcessor

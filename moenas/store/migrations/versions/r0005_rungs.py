@@ -52,7 +52,7 @@ def _copy_on_sqlite() -> None:
     op.execute(f"DROP VIEW {VIEW}")
     # Alembic leaves the nameless constraint out of the copy.
     constraint = sa.CheckConstraint(STATUSES, name=STATUS)
-    arguments = {"recreate": "always", "table_args": (constraint,)}
-    with op.batch_alter_table("moenas_evaluation", **arguments):
+    table = "moenas_evaluation"
+    with op.batch_alter_table(table, recreate="always", table_args=(constraint,)):
         pass
     op.execute(sa.text(view.replace(":", r"\:")))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moenas.errors import InputError
 from moenas.records import Evaluation, Plain, RungResult
-from moenas.search.early_stopping import Rule, Rungs, open_rule, trust
+from moenas.search.halving import Rule, Rungs, open_rule, trust
 from moenas.store import rungs as rung_rows
 from moenas.store.checkpoints import (
     read_checkpoint,

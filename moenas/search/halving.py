@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -155,7 +155,7 @@ def trust(min_correlation: float, agreement: RankAgreement | None) -> float:
     """
     if agreement is None or agreement.correlation is None or agreement.pairs < MIN_PAIRS:
         return 1.0
-    if agreement.correlation >= min_correlation:
+    if min_correlation == 0 or agreement.correlation >= min_correlation:
         return 1.0
     return max(0.0, agreement.correlation) / min_correlation
 
@@ -195,11 +195,9 @@ def _spread(scaled: Array, front: NDArray[np.int64]) -> list[int]:
     return found
 
 
-def dominated_share(samples: Array, front: Sequence[Sequence[float]]) -> float:
-    """Return the share of samples (S, M), all to be minimised, that a row of `front` dominates."""
-    if not len(front):
-        return 0.0
-    known = np.array(front, dtype=np.float64)[None]
-    points = samples[:, None]
-    beaten = (known <= points).all(axis=2) & (known < points).any(axis=2)
-    return float(beaten.any(axis=1).mean())
+def dominated_share(samples: Array, known: Array) -> float:
+    """Return the share of samples (S, M), all to be minimised, that a row of `known` dominates."""
+    beaten = np.zeros(len(samples), dtype=np.bool_)
+    for row in known:
+        beaten |= np.all(row <= samples, axis=1) & np.any(row < samples, axis=1)
+    return float(beaten.mean())
