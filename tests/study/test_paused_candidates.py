@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import ARCHITECTURE, assert_sound, press_ctrl_c, value_of
+from jobs import GUEST
+from studies import ARCHITECTURE, SMALL, assert_sound, press_ctrl_c, value_of
 
-from moenas.records import CurvePoint, Evaluation, Job, RungResult
+from moenas.cli.progress import line
+from moenas.dashboard.notes import study_note
+from moenas.errors import MachineError, NoCandidateError
+from moenas.records import CurvePoint, Evaluation, Failure, Job, RungResult
+from moenas.report.summary import status_report, status_text, trial_report
 from moenas.search.trials import OptunaTrials
 from moenas.space.space import Space
 from moenas.store import rungs as rung_rows
+from moenas.store.checkpoints import checkpoint_path
+from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
 from moenas.store.weights import weights_path
 from moenas.study import doctor, result_processing
-from moenas.study.events import Interrupted
+from moenas.study.events import Event, Interrupted
 from moenas.study.launch import Study, load_study, run
+from moenas.study.maintenance import retry
 from moenas.workers.pool import Inline
 
 pytestmark = pytest.mark.usefixtures("study_folder")
@@ -236,3 +244,169 @@ def test_a_run_that_is_stopped_keeps_its_paused_candidates() -> None:
     assert doctor.examine(store, "s") == []
     assert_sound(run(halving(), pool=Inline(stand_in)), 14)
     assert set(trained().values()) == {1}
+
+
+# --- what else happens to a candidate that paused --------------------------------------------------
+
+
+def test_a_copy_of_a_stopped_model_is_stopped() -> None:
+    small = Space.parse(halving().text.replace(ARCHITECTURE, SMALL), "s.yaml")
+    found = run(small, trials=6, pool=Inline(stand_in))
+    assert_sound(found, 6)
+    rows = {e.trial: e for e in found.view.evaluations}
+    copies = [e for e in rows.values() if e.is_copy]
+    sources = [rows[int(e.metrics["copied_from"])] for e in copies]
+    assert [e.status for e in copies] == [e.status for e in sources]
+    assert "stopped" in {e.status for e in copies}
+    assert max(trained().values()) == 1
+    assert_no_leftovers(found)
+
+
+def test_a_candidate_that_fails_after_a_rung_is_retried_from_the_start() -> None:
+    broken = True
+
+    def evaluate(job: Job) -> Any:
+        if job.checkpoint is not None and broken:
+            failure = Failure("out_of_memory", "too large")
+            return Evaluation(
+                job.study, job.trial, job.attempt, "failed", "", failure=failure
+            ), None
+        return stand_in(job)
+
+    with pytest.raises(NoCandidateError):
+        run(halving(), pool=Inline(evaluate), trials=5)
+    store = load_study("s").store
+    (failed,) = [e.trial for e in store.evaluations("s") if e.status == "failed"]
+    assert [r.trial for r in rung_rows.results(store, "s") if r.promoted] == [failed]
+    assert files_of(load_study("s")) == []
+    broken = False
+    found = retry("s", pool=Inline(evaluate))
+    assert_sound(found, 5)
+    assert (trained()[failed, 1], trained()[failed, 2]) == (2, 1)
+    assert found.evaluation(failed).status == "complete"
+    assert_no_leftovers(found)
+
+
+def test_a_lost_checkpoint_costs_the_training_and_no_trial() -> None:
+    def ctrl_c(job: Job) -> Any:
+        if sum(trained().values()) == 9:
+            press_ctrl_c()
+        return stand_in(job)
+
+    Path("trained").touch()
+    with pytest.raises(Interrupted):
+        run(halving(), pool=Inline(ctrl_c))
+    store = load_study("s").store
+    first, second, *_ = [t for t, p in rung_rows.pauses(store, "s").items() if p.result.rung == 1]
+    checkpoint_path(store.runs, "s", first, 1).unlink()
+    checkpoint_path(store.runs, "s", second, 1).write_bytes(b"something else")
+    texts = [finding.text for finding in doctor.examine(store, "s")]
+    assert len(texts) == 2
+    assert all("the next run trains the candidate again from the start" in text for text in texts)
+    events: list[Event] = []
+    found = run(halving(HALVING), pool=Inline(stand_in), listeners=[events.append])
+    assert_sound(found, 14)
+    again = {trial for (trial, rung), times in trained().items() if times > 1}
+    warned = {e.trial for e in events if e.kind == "warning"}
+    assert again == warned <= {first, second}  # who is stopped needs no checkpoint
+    assert_no_leftovers(found)
+
+
+def test_a_fault_of_the_machine_repeats_the_rung_in_hand_alone() -> None:
+    faults = iter([True])
+
+    def evaluate(job: Job) -> Any:
+        if job.checkpoint is not None and next(faults, False):
+            raise MachineError("no space left on device")
+        return stand_in(job)
+
+    found = run(halving(), pool=Inline(evaluate))
+    assert_sound(found, 14)
+    assert set(trained().values()) == {1}
+
+
+def test_checkpoints_on_the_disk_are_no_more_than_the_limit() -> None:
+    seen = []
+
+    def evaluate(job: Job) -> Any:
+        seen.append(sum("checkpoint" in name for name in files_of(Study(store, "s"))))
+        return stand_in(job)
+
+    store = Store.open("sqlite:///moenas.db", create=True)
+    limited = halving("{kind: successive_halving, min_correlation: 0, max_paused: 2}")
+    found = run(limited, pool=Inline(evaluate))
+    assert_sound(found, 14)
+    assert 2 <= max(seen) <= 3  # two wait, and one trains on from its own
+    assert_no_leftovers(found)
+
+
+def test_status_and_show_know_rungs() -> None:
+    def ctrl_c(job: Job) -> Any:
+        if sum(trained().values()) == 9:
+            press_ctrl_c()
+        return stand_in(job)
+
+    Path("trained").touch()
+    lines: list[str] = []
+    with pytest.raises(Interrupted):
+        run(halving(), pool=Inline(ctrl_c), listeners=[lambda e: lines.append(line(e))])
+    store = load_study("s").store
+    paused = rung_rows.pauses(store, "s")
+    trial, pause = next(iter(paused.items()))
+    assert f"trial {trial} paused: rung 1 of 2, validation loss" in "\n".join(lines)
+    report = status_report(store, "s")
+    assert (report["paused"], report["stopped"]) == (len(paused), 0)
+    shown = trial_report(store, "s", trial)
+    assert (shown["status"], shown["metrics"]["rung"]) == ("paused", pause.result.rung)
+    found = run(halving(), pool=Inline(stand_in), listeners=[lambda e: lines.append(line(e))])
+    report = status_report(store, "s")
+    statuses = Counter(e.status for e in found.view.evaluations)
+    assert (
+        report["stopped"]
+        == statuses["stopped"]
+        == list(found.dataframe()["state"]).count("stopped")
+    )
+    assert report["paused"] == 0
+    first = report["rungs"][0]
+    assert first["reached"] == len({t for t, rung in trained() if rung == 1})
+    text = status_text(report)
+    assert f"  stopped {statuses['stopped']}, paused 0\n  rung 1 (256 tokens): " in text
+    assert any("stopped: at rung 1, validation loss" in text for text in lines)
+    assert "stopped early" in study_note(found.view)
+
+
+def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
+    def objective(value: str) -> None:
+        Path("size.py").write_text(GUEST.format(needs="cost", result=value))
+
+    def ctrl_c(job: Job) -> Any:
+        if sum(trained().values()) == 9:
+            press_ctrl_c()
+        return stand_in(job)
+
+    def measured(job: Job) -> Any:
+        if job.known is None:
+            return stand_in(job)
+        values = {"size": 7.0}
+        return Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values), None
+
+    objective("1")
+    Path("trained").touch()
+    with pytest.raises(Interrupted):
+        run(halving(objectives="[val_loss, ./size.py]"), pool=Inline(ctrl_c))
+    objective("2")
+    changed = halving(objectives="[val_loss, ./size.py]")
+    found = run(changed, pool=Inline(measured), accept_changes=True)
+    assert_sound(found, 14)
+    assert_no_leftovers(found)
+
+
+def test_a_study_of_two_objectives_is_predicted() -> None:
+    stopping = "{kind: predictive, min_complete: 3, min_correlation: 0}"
+    of = halving(stopping, objectives="[val_loss, flops_per_token]")
+    found = run(of, pool=Inline(stand_in))
+    assert_sound(found, 14)
+    statuses = Counter(e.status for e in found.view.evaluations)
+    assert statuses["stopped"] > 0
+    assert statuses["complete"] >= 3
+    assert_no_leftovers(found)
