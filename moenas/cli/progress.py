@@ -57,7 +57,7 @@ def write_line(event: Event) -> None:
 def line(event: Event) -> str:
     """Return an event in one line."""
     progress, found = event.progress, event.evaluation
-    place = f"[{progress.evaluated:>{len(str(progress.total))}}/{progress.total}]"
+    place = f"[{progress.reached:>{len(str(progress.total))}}/{progress.total}]"
     head = place if event.trial is None else f"{place} trial {event.trial}"
     if found is None:
         return f"{head} {event.kind}: {event.text}"
@@ -128,8 +128,8 @@ class LiveProgress:
         if progress is None:
             return Text(f"{self.name}: starting ...", style="dim")
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=progress.total, completed=progress.evaluated, width=30)
-        counts = f"{progress.evaluated}/{progress.total} trials, {progress.complete} complete"
+        bar = ProgressBar(total=progress.total, completed=progress.reached, width=30)
+        counts = f"{progress.reached}/{progress.total} trials, {progress.complete} complete"
         if progress.failed:
             counts += f", {progress.failed} failed"
         for word in ("infeasible", "stopped", "paused"):

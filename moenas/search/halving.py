@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -104,15 +105,14 @@ class Halving:
     ) -> int | None:
         """Return the best candidate of the highest rung that is within the cut and paused there.
 
-        At the end each rung promotes at least one candidate, so that a short study has complete
-        ones.
+        The cut is rounded down, and at the end up, so that a short study has complete candidates.
         """
         agreements = rungs.agreements()
         for rung in sorted(rungs.results, reverse=True):
             results = rungs.results[rung]
-            factor = widened(self._settings, agreements.get(rung))
-            n_promoted = int(len(results) / factor)
-            for trial in self.order(rungs, rung)[: max(n_promoted, int(at_end))]:
+            share = len(results) / widened(self._settings, agreements.get(rung))
+            n_promoted = math.ceil(share) if at_end else int(share)
+            for trial in self.order(rungs, rung)[:n_promoted]:
                 if paused.get(trial) == rung:
                     return trial
         return None

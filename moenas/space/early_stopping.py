@@ -53,8 +53,8 @@ class SuccessiveHalving(EarlyStopping, kind="successive_halving"):
     its rung. The order is that of non-dominated fronts, and within a front by an epsilon-net
     (arXiv 2106.12639). It compares the loss at the rung and the objectives that are measured before
     training. If another objective needs training, flops_per_token stands for it. With one
-    objective, this is ASHA. At the end of the study each rung promotes at least one candidate, and
-    the paused ones are stopped.
+    objective, this is ASHA. The number that trains on is rounded down. Once all candidates are
+    drawn, it is rounded up. Then the paused ones are stopped.
     """
 
     reduction_factor: float = setting(

@@ -139,7 +139,8 @@ class Search(Component):
     )
     candidates_per_worker: int | None = setting(
         "candidates that one worker process evaluates, one after another, before a fresh one takes"
-        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        " its place; null takes 1 on a CPU. It takes 50 on a GPU, where a process needs seconds to"
+        " start, and with early stopping, where each rung is a job",
         default=None,
         low=1,
     )

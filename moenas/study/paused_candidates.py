@@ -37,8 +37,8 @@ class PausedCandidates:
         self._store, self._space, self._events = store, space, events
         self._rule: Rule | None = open_rule(space)
         self._rungs = Rungs()
-        self._pauses: dict[int, Pause] = {}
-        """Trial -> where it paused last, of all trials without an evaluation."""
+        self.pauses: dict[int, Pause] = {}
+        """Trial -> where it paused last, of the trials without an evaluation."""
         self._waiting: dict[int, Candidate] = {}
         """Trial -> candidate that waits at its rung."""
         self._promoted: list[Candidate] = []
@@ -63,8 +63,8 @@ class PausedCandidates:
         """Take in what earlier runs have stored, and remove checkpoints that nobody needs."""
         if not self.enabled:
             return
-        self._pauses = rung_rows.pauses(self._store.store, self._store.name)
-        used = {trial: pause.result.rung for trial, pause in self._pauses.items()}
+        self.pauses.update(rung_rows.pauses(self._store.store, self._store.name))
+        used = {trial: pause.result.rung for trial, pause in self.pauses.items()}
         for path in unused_checkpoints(self._store.runs, self._store.name, used):
             remove(path)
         found = rung_rows.results(self._store.store, self._store.name)
@@ -86,7 +86,7 @@ class PausedCandidates:
 
         One that was promoted trains on first.
         """
-        pause = self._pauses.get(candidate.number)
+        pause = self.pauses.get(candidate.number)
         if pause is None:
             return False
         if pause.result.promoted:
@@ -105,7 +105,7 @@ class PausedCandidates:
         limits: list[float | None] = [None] * self._space.train.rungs
         fields: Plain = {"rung_limits": limits}
         number = candidate.number
-        pause = self._pauses.get(number)
+        pause = self.pauses.get(number)
         if pause is None:
             return fields
         place = self._store.runs, self._store.name, number
@@ -121,7 +121,7 @@ class PausedCandidates:
         """Remove the rungs of a trial that is trained again from its start."""
         name = self._store.name
         self._store.store.apply(name, lambda connection: rung_rows.forget(connection, name, trial))
-        del self._pauses[trial]
+        del self.pauses[trial]
         self._rungs.forget(trial)
         remove_checkpoints(self._store.runs, name, trial)
 
@@ -137,7 +137,7 @@ class PausedCandidates:
         )
         rung_rows.add(self._store.store, result, evaluation)
         remove_checkpoints(self._store.runs, self._store.name, number, but=result.rung)
-        self._pauses[number] = Pause(result, evaluation)
+        self.pauses[number] = Pause(result, evaluation)
         self._rungs.add(result, candidate.plain, candidate.cost)
         self._waiting[number] = candidate
         text = (
@@ -150,7 +150,7 @@ class PausedCandidates:
         """Take in the evaluation of a trial that continues no more, after it was stored."""
         if not self.enabled:
             return
-        self._pauses.pop(evaluation.trial, None)
+        self.pauses.pop(evaluation.trial, None)
         remove_checkpoints(self._store.runs, self._store.name, evaluation.trial)
         self._add_complete(evaluation)
         self._tell_trust()
@@ -188,10 +188,10 @@ class PausedCandidates:
         number = self._rule.promotable(self._rungs, self._at(), at_end=at_end)
         if number is None:
             return None
-        pause = self._pauses[number]
+        pause = self.pauses[number]
         rung_rows.promote(self._store.store, self._store.name, number, pause.result.rung)
         result = replace(pause.result, promoted=True)
-        self._pauses[number] = replace(pause, result=result)
+        self.pauses[number] = replace(pause, result=result)
         candidate = self._waiting.pop(number)
         self._rungs.add(result, candidate.plain, candidate.cost)
         return candidate
@@ -210,10 +210,10 @@ class PausedCandidates:
 
     def stopped(self, candidate: Candidate) -> Evaluation:
         """Return the last evaluation of a candidate that is stopped at its rung."""
-        evaluation = self._pauses[candidate.number].evaluation
+        evaluation = self.pauses[candidate.number].evaluation
         attempt = self._store.attempts(candidate.number)
         return replace(evaluation, attempt=attempt, status="stopped", weights_sha256=None)
 
     def _at(self) -> dict[int, int]:
         """Return trial -> rung, of the candidates that wait."""
-        return {number: self._pauses[number].result.rung for number in self._waiting}
+        return {number: self.pauses[number].result.rung for number in self._waiting}

@@ -59,7 +59,7 @@ class Session:
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
         self.paused = PausedCandidates(self.store, space, self.events)
-        self.progress.paused = self.paused
+        self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses
         self._objectives = [o.name for o in space.objectives]
 
     @classmethod

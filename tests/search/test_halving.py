@@ -100,6 +100,8 @@ def test_the_highest_rung_is_served_first_and_nobody_twice() -> None:
     assert rule.promotable(rungs, {0: 2, 1: 2, 2: 2, 3: 1}) == 0
     assert rule.promotable(rungs, {1: 2, 2: 2, 3: 1}) is None
     assert rule.promotable(rungs, {1: 2, 2: 2, 3: 1}, at_end=True) is None  # 0 has trained on
+    rungs.add(RungResult(3, 2, 200, 3.0), {}, {})
+    assert rule.promotable(rungs, {1: 2, 2: 2, 3: 2}, at_end=True) == 1  # two of four, rounded up
     two = rungs_of({0: 1.0, 1: 2.0})
     assert rule.promotable(two, {0: 1, 1: 1}) is None
     assert rule.promotable(two, {0: 1, 1: 1}, at_end=True) == 0

@@ -70,7 +70,7 @@ def asha(losses: Mapping[int, Sequence[float]], factor: int) -> list[tuple[int, 
     """Algorithm 2 of arXiv 1810.05934 with one worker, by hand: (trial, rung that it trains to).
 
     `losses` are those of each trial at each rung and at the end, in the order in which the trials
-    are drawn. At the end of the study each rung promotes at least one.
+    are drawn. Once all are drawn, the number that trains on is rounded up.
     """
     waiting = list(losses)
     n_rungs = len(losses[0]) - 1
@@ -84,7 +84,7 @@ def asha(losses: Mapping[int, Sequence[float]], factor: int) -> list[tuple[int, 
                 break
             for k in reversed(range(n_rungs)):
                 best = sorted(reached[k], key=lambda t: (losses[t][k], t))
-                top = best[: max(len(best) // factor, int(at_end))]
+                top = best[: -(-len(best) // factor) if at_end else len(best) // factor]
                 for trial in top:
                     if trial not in promoted[k] and job is None:
                         promoted[k].add(trial)
