@@ -1,90 +1,22 @@
-"""Which paused candidates train on: successive halving for several objectives, and prediction."""
+"""Which candidates train on from a rung: asynchronous successive halving for several objectives."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moenas import pareto
-from moenas.predict.rank_agreement import MIN_PAIRS, RankAgreement, rank_agreements
-from moenas.records import Evaluation, Plain, RungResult
-from moenas.space.early_stopping import Predictive, SuccessiveHalving
-
-if TYPE_CHECKING:
-    from moenas.space.space import Space
+from moenas.predict.rank_agreement import RankAgreement
+from moenas.records import RungResult
+from moenas.search.rungs import Rungs, trust
+from moenas.space.early_stopping import SuccessiveHalving
 
 Array = NDArray[np.float64]
 STAND_IN = "flops_per_token"
 """The exact cost that stands for objectives that are not known at a rung."""
-
-
-@dataclass
-class Rungs:
-    """What is known of all candidates of a study at its rungs and at the end."""
-
-    results: dict[int, dict[int, RungResult]] = field(default_factory=dict)
-    """Rung -> trial -> result."""
-    costs: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Trial -> its exact cost, of the trials that have a result."""
-    architectures: dict[int, Plain] = field(default_factory=dict)
-    """Trial -> its canonical architecture, of the same trials."""
-    complete: dict[int, Evaluation] = field(default_factory=dict)
-    """Trial -> evaluation, of the complete trials; copies are left out."""
-
-    def add(self, result: RungResult, architecture: Plain, cost: dict[str, int]) -> None:
-        """Take in a result, in place of an earlier one of the same trial and rung."""
-        self.results.setdefault(result.rung, {})[result.trial] = result
-        self.architectures[result.trial] = architecture
-        self.costs[result.trial] = cost
-
-    def forget(self, trial: int) -> None:
-        """Remove the results of a trial that is trained again from its start."""
-        for results in self.results.values():
-            results.pop(trial, None)
-
-    def agreements(self) -> dict[int, RankAgreement]:
-        """Return rung -> its rank agreement with the end."""
-        final = {
-            trial: e.metrics["val_loss"]
-            for trial, e in self.complete.items()
-            if "val_loss" in e.metrics
-        }
-        every = [result for results in self.results.values() for result in results.values()]
-        return rank_agreements(every, final)
-
-
-class Rule(Protocol):
-    """Decides about paused candidates; `paused` is trial -> its rung."""
-
-    def promotable(
-        self, rungs: Rungs, paused: Mapping[int, int], *, at_end: bool = False
-    ) -> int | None:
-        """Return the candidate that trains on now, or None.
-
-        `at_end`: the study draws no more candidates.
-        """
-
-    def hopeless(self, rungs: Rungs, paused: Mapping[int, int]) -> list[int]:
-        """Return the paused candidates that are stopped now."""
-
-
-def open_rule(space: Space) -> Rule | None:
-    """Return the rule of a space; None without early stopping."""
-    settings = space.search.early_stopping
-    if isinstance(settings, SuccessiveHalving):
-        directions = {o.name: o.direction for o in space.objectives if o.needs != "training"}
-        unknown = any(o.needs == "training" and o.name != "val_loss" for o in space.objectives)
-        return Halving(settings, directions, stand_in=unknown)
-    if isinstance(settings, Predictive):
-        from moenas.search.predictive import Prediction
-
-        return Prediction(settings, space)
-    return None
 
 
 class Halving:
@@ -148,18 +80,6 @@ def widened(settings: SuccessiveHalving, agreement: RankAgreement | None) -> flo
     return 1 + (settings.reduction_factor - 1) * trust(settings.min_correlation, agreement)
 
 
-def trust(min_correlation: float, agreement: RankAgreement | None) -> float:
-    """Return how far a rung's ranks are trusted, from 0 to 1; 1 from `min_correlation` on.
-
-    It is 1, too, while fewer than MIN_PAIRS candidates have both losses.
-    """
-    if agreement is None or agreement.correlation is None or agreement.pairs < MIN_PAIRS:
-        return 1.0
-    if min_correlation == 0 or agreement.correlation >= min_correlation:
-        return 1.0
-    return max(0.0, agreement.correlation) / min_correlation
-
-
 def ordered(losses: Array) -> list[int]:
     """Return the rows of points (N, M), all to be minimised, best first.
 
@@ -193,11 +113,3 @@ def _spread(scaled: Array, front: NDArray[np.int64]) -> list[int]:
         found.append(int(front[at]))
         distance = np.minimum(distance, np.linalg.norm(scaled[front] - scaled[front[at]], axis=1))
     return found
-
-
-def dominated_share(samples: Array, known: Array) -> float:
-    """Return the share of samples (S, M), all to be minimised, that a row of `known` dominates."""
-    beaten = np.zeros(len(samples), dtype=np.bool_)
-    for row in known:
-        beaten |= np.all(row <= samples, axis=1) & np.any(row < samples, axis=1)
-    return float(beaten.mean())

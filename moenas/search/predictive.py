@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moenas.predict.features import Encoder, Features, features
 from moenas.records import Cost
-from moenas.search.halving import Rungs, dominated_share, trust
+from moenas.search.rungs import Rungs, trust
 from moenas.space.early_stopping import Predictive
 
 if TYPE_CHECKING:
@@ -115,3 +115,11 @@ class Prediction:
             architecture = self._space.architecture(rungs.architectures[trial])
             self._features[trial] = features(architecture, Cost(**rungs.costs[trial]))
         return self._features[trial]
+
+
+def dominated_share(samples: Array, known: Array) -> float:
+    """Return the share of samples (S, M), all to be minimised, that a row of `known` dominates."""
+    beaten = np.zeros(len(samples), dtype=np.bool_)
+    for row in known:
+        beaten |= np.all(row <= samples, axis=1) & np.any(row < samples, axis=1)
+    return float(beaten.mean())

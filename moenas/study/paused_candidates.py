@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from moenas.errors import InputError
 from moenas.records import Evaluation, Plain, RungResult
-from moenas.search.halving import Rule, Rungs, open_rule, trust
+from moenas.search.halving import Halving
+from moenas.search.rungs import Rule, Rungs, trust
+from moenas.space.early_stopping import Predictive, SuccessiveHalving
 from moenas.store import rungs as rung_rows
 from moenas.store.checkpoints import (
     read_checkpoint,
@@ -35,7 +37,7 @@ class PausedCandidates:
 
     def __init__(self, store: StudyStore, space: Space, events: EventEmitter) -> None:
         self._store, self._space, self._events = store, space, events
-        self._rule: Rule | None = open_rule(space)
+        self._rule: Rule | None = _open_rule(space)
         self._rungs = Rungs()
         self.pauses: dict[int, Pause] = {}
         """Trial -> where it paused last, of the trials without an evaluation."""
@@ -217,3 +219,17 @@ class PausedCandidates:
     def _at(self) -> dict[int, int]:
         """Return trial -> rung, of the candidates that wait."""
         return {number: self.pauses[number].result.rung for number in self._waiting}
+
+
+def _open_rule(space: Space) -> Rule | None:
+    """Return the rule of a space; None without early stopping."""
+    settings = space.search.early_stopping
+    if isinstance(settings, SuccessiveHalving):
+        directions = {o.name: o.direction for o in space.objectives if o.needs != "training"}
+        unknown = any(o.needs == "training" and o.name != "val_loss" for o in space.objectives)
+        return Halving(settings, directions, stand_in=unknown)
+    if isinstance(settings, Predictive):
+        from moenas.search.predictive import Prediction  # features of architectures
+
+        return Prediction(settings, space)
+    return None

@@ -12,7 +12,8 @@ import pytest
 
 from moenas import pareto
 from moenas.records import Evaluation, RungResult
-from moenas.search.halving import Halving, Rungs, ordered, widened
+from moenas.search.halving import Halving, ordered, widened
+from moenas.search.rungs import Rungs
 from moenas.space.early_stopping import SuccessiveHalving
 
 MINIMIZED = {"flops_per_token": "minimize"}

@@ -12,8 +12,8 @@ from studies import space
 from moenas.grammar.sampling import RandomSuggest, drawn
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, RungResult
-from moenas.search.halving import Rungs, dominated_share
-from moenas.search.predictive import Prediction
+from moenas.search.predictive import Prediction, dominated_share
+from moenas.search.rungs import Rungs
 from moenas.space.early_stopping import Predictive
 from moenas.space.space import Space
 
