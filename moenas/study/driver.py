@@ -160,6 +160,7 @@ class Driver:
             self.session.duplicates.wait(candidate)
         elif self.paused.take_back(candidate):
             self.session.draws.started()
+            self._stop(self.paused.hopeless())  # an earlier run may have ended before it decided
         else:
             self._start(candidate)
 

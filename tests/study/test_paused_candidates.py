@@ -182,7 +182,7 @@ POINTS = {
 }
 
 
-def killed_run(owner: Any, name: str, number: int) -> int:
+def killed_run(of: Space, owner: Any, name: str, number: int) -> int:
     """Run a study in a child that kills itself after the call `number` of a function."""
     child = os.fork()
     if child:
@@ -202,19 +202,27 @@ def killed_run(owner: Any, name: str, number: int) -> int:
         pool = Inline(stand_in if owner else die_after(stand_in))
         if owner:
             setattr(owner, name, die_after(getattr(owner, name)))
-        run(halving(), pool=pool)
+        run(of, pool=pool)
     finally:
         os._exit(1)
 
 
-@pytest.mark.parametrize("number", [1, 4])
-@pytest.mark.parametrize("point", POINTS)
-def test_a_killed_study_trains_no_rung_twice_but_the_one_in_hand(point: str, number: int) -> None:
-    whole = run(halving(), pool=Inline(stand_in), storage="sqlite:///whole.db")
+PREDICTIVE = "{kind: predictive, min_complete: 3, min_correlation: 0, min_chance: 0.5}"
+KILLS = [(HALVING, point, number) for point in POINTS for number in (1, 4)]
+KILLS += [(PREDICTIVE, point, 9) for point in list(POINTS)[:3]]
+
+
+@pytest.mark.parametrize(("stopping", "point", "number"), KILLS)
+def test_a_killed_study_trains_no_rung_twice_but_the_one_in_hand(
+    stopping: str, point: str, number: int
+) -> None:
+    of = halving(stopping)
+    whole = run(of, pool=Inline(stand_in), storage="sqlite:///whole.db")
     wanted, statuses = trained(), {e.trial: e.status for e in whole.view.evaluations}
+    assert {"complete", "stopped"} <= set(statuses.values())
     Path("trained").unlink()
-    assert killed_run(*POINTS[point], number) == signal.SIGKILL
-    found = run(halving(), pool=Inline(stand_in))
+    assert killed_run(of, *POINTS[point], number) == signal.SIGKILL
+    found = run(of, pool=Inline(stand_in))
     assert_sound(found, 14)
     again = trained()
     assert again.keys() == wanted.keys()
@@ -274,14 +282,14 @@ def test_a_candidate_that_fails_after_a_rung_is_retried_from_the_start() -> None
         return stand_in(job)
 
     with pytest.raises(NoCandidateError):
-        run(halving(), pool=Inline(evaluate), trials=5)
+        run(halving(), pool=Inline(evaluate), trials=3)
     store = load_study("s").store
     (failed,) = [e.trial for e in store.evaluations("s") if e.status == "failed"]
     assert [r.trial for r in rung_rows.results(store, "s") if r.promoted] == [failed]
     assert files_of(load_study("s")) == []
     broken = False
     found = retry("s", pool=Inline(evaluate))
-    assert_sound(found, 5)
+    assert_sound(found, 3)
     assert (trained()[failed, 1], trained()[failed, 2]) == (2, 1)
     assert found.evaluation(failed).status == "complete"
     assert_no_leftovers(found)
