@@ -17,7 +17,8 @@ from moenas.model.mixers.lightning_attention import LightningAttention, Lightnin
 from moenas.model.mixers.mamba import Mamba, Mamba2, Mamba2Mixer, MambaMixer
 from moenas.model.mixers.mixer import KVCache, Mixer, StateCache
 from moenas.model.mixers.position_bias import PositionBias
-from moenas.model.mixers.rotary import RopeScaling, Rotary
+from moenas.model.mixers.rope_scaling import RopeScaling
+from moenas.model.mixers.rotary import Rope, Rotary
 from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
@@ -88,6 +89,7 @@ __all__ = [
     "RMSNorm",
     "ReadsInputs",
     "ResidualAdd",
+    "Rope",
     "RopeScaling",
     "Rotary",
     "RoutedLayer",

@@ -168,11 +168,11 @@ DENSE: Plain = {"kind": "dense", "d_ff": 8}
 
 ALIKE: dict[str, tuple[Plain, Plain]] = {
     "one pair of elements turns by the position, whatever the base": (
-        {"mixer": ATTENTION | {"rope_fraction": 0.25, "rope_theta": 50.0}},
-        {"mixer": ATTENTION | {"rope_fraction": 0.25}},
+        {"mixer": ATTENTION | {"rope": {"partial_rotary_factor": 0.25, "theta": 50.0}}},
+        {"mixer": ATTENTION | {"rope": {"partial_rotary_factor": 0.25}}},
     ),
     "one pair of a latent key": (
-        {"mixer": LATENT | {"rope_dim": 2, "rope_theta": 50.0}},
+        {"mixer": LATENT | {"rope_dim": 2, "rope": {"theta": 50.0}}},
         {"mixer": LATENT | {"rope_dim": 2}},
     ),
     "relu before or after a weight, beside constant experts": (

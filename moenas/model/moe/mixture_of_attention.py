@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,7 @@ from torch import Tensor, nn
 from moenas.grammar.component import setting
 from moenas.model.layers.linear import Linear, on_cuda
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
-from moenas.model.mixers.rotary import (
-    THETA,
-    RopeScaling,
-    Rotary,
-    YarnScaling,
-    canonical_theta,
-    fold_into_scale,
-)
+from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
@@ -53,13 +47,7 @@ class MoAMixer(Mixer, kind="moa"):
         "key-value heads; an expert has a query head for each (JetMoE: 16)", default=1, low=1
     )
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
-    rope_theta: float = setting("base of the rotary wavelengths", default=10000.0, low=1.0)
-    rope_scaling: RopeScaling | None = setting(
-        "how the rotary wavelengths are stretched; null: not at all", default=None
-    )
-    rope_fraction: float = setting(
-        "share of a head that turns; 0: no positions", default=1.0, low=0.0, high=1.0
-    )
+    rope: Rope = setting("rotary position embeddings of queries and keys", default=Rope())
     window: int | None = setting(
         "a token sees itself and the window - 1 tokens before", default=None, low=2
     )
@@ -68,10 +56,7 @@ class MoAMixer(Mixer, kind="moa"):
     )
     out_bias: bool = setting("the layer adds a bias to its output (JetMoE)", default=False)
 
-    @property
-    def rope_dim(self) -> int:
-        """How many elements of a head turn with the position: pairs, rounded half to even."""
-        return 2 * round(self.rope_fraction * self.head_dim / 2)
+    former: ClassVar[Mapping[str, str]] = FORMER
 
     @property
     def width(self) -> int:
@@ -97,26 +82,17 @@ class MoAMixer(Mixer, kind="moa"):
                 f"logits.input: '{self.router.logits.input}' is for feed-forward layers; a router"
                 " of heads reads what the mixer reads: leave it out"
             )
-        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
-            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return self.router.invalid_among(self.n_experts)
 
     def canonical(self) -> Self:
         """Reset fields without effect, and write the router canonically."""
-        turning, theta = self.rope_dim, self.rope_theta
-        scaling, stronger = None, 1.0
-        if turning and self.rope_scaling is not None:
-            scaling = self.rope_scaling.canonical_for(turning, theta)
-        if turning == self.head_dim and scaling is not None:
-            scaling, stronger = fold_into_scale(scaling, turning, theta)
-        factor, usual = self.factor * stronger, self.head_dim**-0.5
+        rope, folded = self.rope.fold_into_scale(self.head_dim)
+        factor, usual = self.factor * folded, self.head_dim**-0.5
         near = abs(factor - usual) <= 1e-10 * usual
         return replace(
             self,
             router=self.router.canonical_among(self.n_experts),
-            rope_theta=canonical_theta(turning, theta, scaling) if turning else THETA,
-            rope_scaling=scaling,
-            rope_fraction=turning / self.head_dim,
+            rope=rope,
             scale=None if near else float(f"{factor:.12g}"),
         )
 
@@ -135,11 +111,10 @@ class MoAMixer(Mixer, kind="moa"):
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
-        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
-        turning, n_heads = self.rope_dim, self.n_kv_heads * self.router.top_k
+        n_heads = self.n_kv_heads * self.router.top_k
         attention = SharedKeys(
             Linear(d_model, 2 * self.width),
-            Rotary(turning, self.rope_theta, scaling) if turning else None,
+            self.rope.build(self.head_dim),
             SoftmaxAttention(n_heads, self.factor, AttentionSpan(self.window)),
             self.n_kv_heads,
         )
