@@ -163,7 +163,7 @@ DBRX = Family(
 HUNYUAN = Family(
     "hunyuan_a13b",
     # Its theta and alpha, as the file has them, at this width of a head.
-    shrink({"0": parts(ATTENDING | {"rope": {"theta": 1e4 * 1e3 ** (16 / 14)}}, MOE, repeat=2)}),
+    shrink({"0": parts(ATTENDING | {"rope.theta": 1e4 * 1e3 ** (16 / 14)}, MOE, repeat=2)}),
     lambda: hf.HunYuanMoEV1ForCausalLM(
         hf.HunYuanMoEV1Config(
             **SIZES,
@@ -277,7 +277,7 @@ WIDE_VALUES = {
     "head_dim": 16,
     "v_head_dim": 8,
     "n_heads": 4,
-    "rope": {"partial_rotary_factor": 0.5},
+    "rope.partial_rotary_factor": 0.5,
 }
 MIMO_TURNS = {"full_attention": 5e6, "sliding_attention": 1e4}
 MIMO = Family(
@@ -695,7 +695,7 @@ MINIMAX_01 = Family(
         {
             "0.blocks.0": parts({"n_heads": 4, "head_dim": 16}, MOE, repeat=2),
             # Theirs turn whole heads; the released rotary_dim is half of one.
-            "0.blocks.1": parts(ATTENDING | {"rope": {"partial_rotary_factor": 1}}, MOE),
+            "0.blocks.1": parts(ATTENDING | {"rope.partial_rotary_factor": 1}, MOE),
             "0": {"repeat": 1},
         }
     ),
