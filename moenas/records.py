@@ -213,7 +213,7 @@ class CurvePoint(TypedDict, total=False):
     train_loss: float
     """Mean cross entropy since the row before, nats per token."""
     val_loss: float
-    """Validation loss, nats per token; in the last row alone."""
+    """Validation loss, nats per token; in the last row and at the rungs alone."""
     lr: float
     grad_norm: float
     """Norm of the last step's gradient, before clipping."""

@@ -29,7 +29,7 @@ from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.subject import Subject, Training, excerpts
 from moenas.evaluate.threads import cpu_threads
-from moenas.evaluate.training import train, validate
+from moenas.evaluate.training import rung_tokens, train, validate, validation_loss
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
 from moenas.model.architecture import Architecture, Model
@@ -231,10 +231,7 @@ class _Run:
         """Train and validate the model."""
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         self.require_causal(subject, "with its first weights")
-        with self.phase("train"):
-            self.curve.extend(
-                train(model, corpus, recipe, subject.seed, subject.device_lock, self.deadline)
-            )
+        self.train_to_end(subject)
         self.check_time()
         leaks = self.require_causal(subject, "trained")
         with self.phase("validate"), subject.device_lock.shared():
@@ -261,6 +258,22 @@ class _Run:
             validation.routing,
             None if leaks is None else [leak.mode for leak in leaks],
         )
+
+    def train_to_end(self, subject: Subject) -> None:
+        """Train the model, and add the validation loss to the curve's points at the rungs."""
+        model, corpus, recipe = subject.model, subject.corpus, subject.recipe
+        rungs = rung_tokens(recipe)
+        lock, deadline = subject.device_lock, self.deadline
+        points = train(model, corpus, recipe, subject.seed, lock, deadline)
+        while True:
+            with self.phase("train"):
+                point = next(points, None)
+            if point is None:
+                return
+            if point["tokens"] in rungs:
+                with self.phase("validate"), lock.shared():
+                    point["val_loss"] = validation_loss(model, corpus, recipe)
+            self.curve.append(point)
 
     def require_causal(self, subject: Subject, state: str) -> list[Leak] | None:
         """Return what looks ahead in a model that was given leave to; None if it was not.

@@ -51,7 +51,8 @@ def train(
     every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
     thread the same call gives the same weights to the last bit.
 
-    A point has `routing` if the model has MoE layers.
+    A point has `routing` if the model has MoE layers. Between two points the caller may validate
+    the model: that changes no weight, and its time does not count as seconds of training.
 
     Raises:
         DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
@@ -83,12 +84,25 @@ def train(
                 point["routing"] = [
                     reading.rounded_row(names if last else ()) for reading in readings
                 ]
+            paused = time.monotonic()
             yield point
+            began += time.monotonic() - paused
             if start >= recipe.warmup * total:
                 _require_alive(watch, readings, end - 1, total)
             start = end
     finally:
         steps.close()
+
+
+def rung_tokens(recipe: Recipe) -> list[int]:
+    """Return the training tokens at each rung, where the curve has a row; the end is none.
+
+    A rung lies in the first row of the curve at or after its share of the steps.
+    """
+    total, ends = recipe.steps, row_ends(recipe.steps)
+    wanted = [total * rung / (recipe.rungs + 1) for rung in range(1, recipe.rungs + 1)]
+    steps = {next(end for end in ends if end >= share) for share in wanted} - {total}
+    return [step * recipe.batch * recipe.context for step in sorted(steps)]
 
 
 def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps:
@@ -108,6 +122,26 @@ def _require_alive(
             f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, more"
             f" than train.max_dead: {watch.max_dead:g}"
         )
+
+
+def validation_loss(model: Model, corpus: Corpus, recipe: Recipe) -> float:
+    """Return the loss that `validate` gives, in nats per token, without the routing.
+
+    Raises:
+        DivergedError: if the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    # Not inference mode: training goes on with whatever a layer caches in this pass.
+    with torch.no_grad(), cpu_threads(recipe.threads):
+        for batch in corpus.val_batches(recipe.context, recipe.batch, recipe.val_tokens):
+            tokens, targets = (part.to(device) for part in batch)
+            total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
+            count += targets.numel()
+    model.train(was_training)
+    return _require_finite(total / count)
 
 
 def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
@@ -140,11 +174,16 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
                 model(tokens, dtype=torch.float32)
                 with_capacity.add()
     model.train(was_training)
-    loss = total / count
-    if not math.isfinite(loss):
-        raise DivergedError("the validation loss was not finite")
+    loss = _require_finite(total / count)
     rows = [reading.row(names) for reading in meter.read()]
     for row, reading in zip(rows, with_capacity.read(), strict=False):
         row["dropped"] = reading.dropped
     bits = loss / math.log(2) if corpus.is_bytes else None
     return Validation(loss, bits, count, rows)
+
+
+def _require_finite(loss: float) -> float:
+    """Return a validation loss, or raise DivergedError."""
+    if not math.isfinite(loss):
+        raise DivergedError("the validation loss was not finite")
+    return loss

@@ -52,6 +52,13 @@ class Recipe(Component):
         default="auto",
     )
     val_tokens: int = setting("validation tokens of every candidate", default=65_536, low=1)
+    rungs: int = setting(
+        "points of training, at equal distances before its end, at which the validation loss is"
+        " measured too; 3 are at a quarter, a half and three quarters of the tokens",
+        default=0,
+        low=0,
+        high=39,
+    )
     threads: int = setting("CPU threads of a candidate", default=1, low=1, high=1024)
 
     def invalid(self) -> str | None:

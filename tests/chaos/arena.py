@@ -98,11 +98,16 @@ class Arena:
             study=self.study, trials=trials, seed=random.randrange(1000), loss=loss, limit=limit
         )
         (self.folder / "s.yaml").write_text(text)
+        self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+                wait(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self, *words: str, fault: str = "", **more: Any) -> subprocess.Popen[str]:
@@ -117,13 +122,15 @@ class Arena:
             "CHAOS_FAULT": fault or "none::0:",
             **more.pop("environment", {}),
         }
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(HERE / "failpoints.py"), *command],
             cwd=self.folder,
             env=environment,
             text=True,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
         )
+        self._started.append(process)
+        return process
 
     def resume(self, outcome: Outcome, *words: str) -> list[str]:
         """Run the study to its end, and return what is wrong with it."""

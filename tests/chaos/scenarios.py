@@ -28,6 +28,9 @@ SLOW_S = 10.0
 """A mutated file that takes more CPU seconds to read hangs."""
 LARGE = 4 * 2**30
 """Peak memory, in bytes, that reading files must not reach."""
+REFUSALS = (optuna.exceptions.StorageInternalError, optuna.exceptions.UpdateFinishedTrialError)
+"""Errors of Optuna in another program: the row is locked, or the run was faster."""
+
 POINT_COUNTS = {"commit": 120, "fsync": 60, "replace": 12, "link": 1, "unlink": 10}
 """About how often a study of ten trials passes each point."""
 
@@ -263,7 +266,7 @@ def other_programs(random: Random, count: int) -> Outcome:
             arena.until(1, process)
             done, found = 0, []
             while process.poll() is None and done < 6:
-                with suppress(KeyError, ValueError, optuna.exceptions.StorageInternalError):
+                with suppress(KeyError, ValueError, *REFUSALS):
                     other = optuna.load_study(study_name=arena.study, storage=arena.url)
                     done += _meddle(other, random)
                 time.sleep(random.uniform(0.1, 0.4))

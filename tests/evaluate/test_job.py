@@ -66,6 +66,20 @@ def test_a_job_gives_all_its_values_and_the_trained_weights(make_job: MakeJob) -
     assert found.weights_sha256 == sha256(weights)
 
 
+def test_rungs_add_losses_to_the_curve_and_change_nothing_else(make_job: MakeJob) -> None:
+    plain, weights = evaluate(make_job("val_loss"))
+    found, same = evaluate(make_job("val_loss", train=replace(RECIPE, rungs=3).plain()))
+    assert isinstance(weights, bytes)
+    assert isinstance(same, bytes)
+    assert safetensors.torch.load(same).keys() == safetensors.torch.load(weights).keys()
+    for name, tensor in safetensors.torch.load(same).items():
+        assert torch.equal(tensor, safetensors.torch.load(weights)[name])
+    assert found.values == plain.values
+    measured = [row["tokens"] for row in found.curve if "val_loss" in row]
+    assert measured == [64 * step for step in (2, 4, 6, 8)]
+    assert found.curve[-1]["val_loss"] == found.values["val_loss"]
+
+
 def test_the_weights_are_written_where_the_job_says(make_job: MakeJob, tmp_path: Path) -> None:
     to = place(tmp_path / "runs", "bottles", 3)
     job = make_job("val_loss", guests={"broken": guest("1 / 0", "training")}, weights_to=to)

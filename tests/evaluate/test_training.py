@@ -22,7 +22,7 @@ from moenas.data.corpus import Corpus
 from moenas.data.domains import Domains, table
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.evaluate.optimizer import AdamW, learning_rate, schedule
-from moenas.evaluate.training import train, validate
+from moenas.evaluate.training import rung_tokens, train, validate, validation_loss
 from moenas.model.architecture import Architecture, Model
 from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Recipe
@@ -199,6 +199,57 @@ def test_threads_are_set_for_the_run_and_put_back() -> None:
     model.blocks[0].register_forward_hook(lambda *args: seen.append(torch.get_num_threads()))
     list(train(model, corpus(), replace(RECIPE, threads=before + 1, tokens=64), 0))
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
+
+
+# --- the rungs ---------------------------------------------------------------------------------
+
+
+ROUTERS: list[Plain] = [
+    {"top_k": 2, "balance": "bias"},
+    {"top_k": 2, "balance": "aux_loss", "capacity_factor": 1.0},
+    {"preset": "switch"},
+    {"selection": "expert_choice", "allow_acausal": True},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_validation_between_two_steps_changes_no_weight(router: Plain) -> None:
+    weights, losses = [], []
+    for between in (False, True):
+        torch.manual_seed(0)
+        model = architecture(**router).build(seed=0)
+        for _ in train(model, corpus(), RECIPE, 0):
+            if between:
+                losses.append(validation_loss(model, corpus(), RECIPE))
+        weights.append(digest(model))
+    assert weights[0] == weights[1]
+    assert losses[-1] == validate(model, corpus(), RECIPE).loss
+    assert losses[-1] < losses[0]
+
+
+def test_time_between_two_points_is_no_time_of_training() -> None:
+    model = architecture().build(seed=0)
+    curve = []
+    for point in train(model, corpus(), replace(RECIPE, tokens=5 * 64), 0):
+        curve.append(point)
+        time.sleep(0.5)
+    assert curve[-1]["seconds"] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "rungs", "expected"),
+    [
+        (40, 0, []),
+        (40, 1, [20]),
+        (80, 7, [10, 20, 30, 40, 50, 60, 70]),
+        (10, 3, [3, 5, 8]),  # every step is a row: the first one at or after 2.5, 5 and 7.5
+        (3, 3, [1, 2]),  # a rung at the end is none
+        (400, 2, [140, 270]),  # the first row after 133.3 and 266.7
+    ],
+)
+def test_rungs_are_rows_of_the_curve(steps: int, rungs: int, expected: list[int]) -> None:
+    recipe = replace(RECIPE, tokens=steps * 64, rungs=rungs)
+    assert rung_tokens(recipe) == [64 * step for step in expected]
 
 
 # --- the schedule ------------------------------------------------------------------------------

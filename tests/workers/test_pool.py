@@ -490,10 +490,13 @@ def test_a_process_that_cannot_be_killed_takes_its_slot_with_it(
 def test_a_job_that_is_never_begun_is_a_fault_of_the_machine(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_pool, "START_S", 1.5)
+    for trial in (1, 2):  # two processes that stand ready, however slow the machine is
+        pool.submit(job(trial, "fine"))
+    assert all(isinstance(r.outcome, Evaluation) for r in wait(pool, 2))
+    monkeypatch.setattr(ray_pool, "START_S", 4.0)
     monkeypatch.setattr(ray_pool, "MIN_GRACE", 0.5)
     for trial in range(3):  # one more than there is room for
-        pool.submit(job(trial, "sleep", time_limit_s=5.0))
+        pool.submit(job(trial, "sleep", time_limit_s=9.0))
     *late, never = sorted((r.outcome for r in wait(pool, 3)), key=lambda o: o.kind, reverse=True)  # type: ignore[union-attr]
     assert [o.kind for o in late] == ["timeout", "timeout"]  # type: ignore[union-attr]
     assert isinstance(never, Failure)
