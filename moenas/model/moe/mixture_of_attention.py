@@ -16,15 +16,15 @@ from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
-    Rows,
+    ExpertRows,
     grouped,
-    places,
     row_multiple,
+    rows_by_token,
     rows_of,
     sort_slots,
     sums_of,
 )
-from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.gating import Gating, RoutingDecision
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.records import Cost
@@ -142,12 +142,12 @@ class HeadExperts(nn.Module):
         self.query = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.out = nn.Parameter(torch.empty(n_experts, width, d_model))
 
-    def rows(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Rows:
+    def rows(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> ExpertRows:
         """Return where the slots of `x` (T, D) lie, those of an expert together."""
         multiple = row_multiple(x, choice.experts, self.n_experts)
         return sort_slots(choice.experts, self.n_experts, kept, multiple)
 
-    def queries(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def queries(self, x: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the queries (T N, W) of tokens (T, D), by slots; 0 where one is dropped."""
         if on_cuda(x):
             return self.queries_on_cuda(x, choice, rows)
@@ -158,7 +158,7 @@ class HeadExperts(nn.Module):
         y = self.product(taken, self.query, rows)
         return y.new_zeros(n_slots, self.width).index_add(0, rows.slot, y)
 
-    def outputs(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def outputs(self, y: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return (T, D): for each token the weighted sum over its experts, from (T N, W)."""
         if on_cuda(y):
             return self.outputs_on_cuda(y, choice, rows)
@@ -168,36 +168,38 @@ class HeadExperts(nn.Module):
             z = z * self.weights(choice, rows, y.dtype)
         return z.new_zeros(n_tokens, self.d_model).index_add(0, rows.slot // top_k, z)
 
-    def queries_on_cuda(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def queries_on_cuda(self, x: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the queries with sums in one order."""
-        at = places(rows, *choice.experts.shape)
+        at = rows_by_token(rows, *choice.experts.shape)
         taken = rows_of(x, at)
         if self.weight_on == "input":
             taken = taken * self.weights_on_cuda(choice, rows, x.dtype)
         y = self.product(taken, self.query, rows)
         return sums_of(y, at.by_slot(rows.slot))
 
-    def outputs_on_cuda(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def outputs_on_cuda(self, y: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the outputs with sums in one order; the projection is linear in its weight."""
-        at = places(rows, *choice.experts.shape)
+        at = rows_by_token(rows, *choice.experts.shape)
         taken = rows_of(y, at.by_slot(rows.slot))
         if self.weight_on == "output":
             taken = taken * self.weights_on_cuda(choice, rows, y.dtype)
         z = self.product(taken, self.out, rows)
         return sums_of(z, at)
 
-    def weights_on_cuda(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weights_on_cuda(
+        self, choice: RoutingDecision, rows: ExpertRows, dtype: torch.dtype
+    ) -> Tensor:
         """Return the weight of the slot in each row, (rows, 1)."""
         return choice.weights.flatten().index_select(0, rows.slot).unsqueeze(-1).to(dtype)
 
-    def product(self, x: Tensor, stack: Tensor, rows: Rows) -> Tensor:
+    def product(self, x: Tensor, stack: Tensor, rows: ExpertRows) -> Tensor:
         """Multiply each row with the matrix of its expert; rows without a slot are 0."""
         # The grouped product leaves them unwritten, in its output and in the gradient of its input.
         x = x if rows.empty is None else x.masked_fill(rows.empty, 0)
         y = grouped(x, stack.to(x.dtype), rows.ends)
         return y if rows.empty is None else y.masked_fill(rows.empty, 0)
 
-    def weights(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weights(self, choice: RoutingDecision, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
         """Return the weight of the slot in each row, (rows, 1)."""
         return choice.weights.flatten()[rows.slot].unsqueeze(-1).to(dtype)
 
@@ -256,7 +258,7 @@ class MoA(RoutedLayer):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
         tokens = x.flatten(0, 1)
-        choice: Choice = self.router(tokens, self.balance.bias)
+        choice: RoutingDecision = self.router(tokens, self.balance.bias)
         kept, dropped = self.apply_capacity(choice, x.shape[0])
         rows = self.experts.rows(tokens, choice, kept)
         heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
