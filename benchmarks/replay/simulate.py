@@ -1,0 +1,140 @@
+"""Run a search method on the recorded table, in simulated time, with any number of workers."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from replay.table import RUNGS, Table
+
+from moenas import Space
+from moenas.search.neighbours import point
+
+Params = dict[str, Any]
+FREE_REPEATS = 50
+"""Repeated proposals in a row that cost nothing; a method that repeats more is over."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate that a method wants to train."""
+
+    number: int
+    """The method's own number of the candidate."""
+    params: Params
+    """Hole -> value."""
+    first_rung: int = 0
+    """The rung that a paused candidate goes on from; 0 for a new one."""
+
+
+class Method(Protocol):
+    """A search method: a sampler, and what it decides at the rungs."""
+
+    def ask(self) -> Proposal | None:
+        """Propose a candidate; None if it has none now."""
+
+    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
+        """Decide at a rung before the last; a candidate that does not go on frees its worker."""
+
+    def tell(self, number: int, values: Mapping[str, float]) -> None:
+        """Take in the values of a candidate that is trained to its end."""
+
+
+@dataclass
+class Progress:
+    """What a run has found."""
+
+    found: list[tuple[float, str]] = field(default_factory=list)
+    """Compute at the end of each candidate that is trained to its end, and its fingerprint."""
+    started: int = 0
+    """Candidates that were begun."""
+    repeats: int = 0
+    """Proposals of architectures that were proposed before."""
+
+
+class Simulation:
+    """One run: workers that are always busy, a clock, and a method.
+
+    Compute is training FLOPs. All workers have one speed, so the time of a candidate is its FLOPs.
+    A repeated proposal of a finished or running architecture costs nothing.
+    """
+
+    def __init__(self, table: Table, space: Space, method: Method, workers: int) -> None:
+        self.table, self.space, self.method, self.workers = table, space, method, workers
+        self.progress = Progress()
+        self._spent, self._now = 0.0, 0.0
+        self._events: list[tuple[float, int, Proposal, str, int]] = []
+        """End of a rung, tie break, candidate, fingerprint, rung."""
+        self._count = 0
+        self._values: dict[str, Mapping[str, float]] = {}
+        """Fingerprint -> values of the candidates that are trained to their end."""
+        self._waiting: dict[str, list[int]] = {}
+        """Fingerprint of a running candidate -> repeated proposals that wait for its values."""
+        self._over = False
+
+    def run(self, budget: float) -> Progress:
+        """Run until the started work has used up `budget` training FLOPs."""
+        while True:
+            while not self._over and len(self._events) < self.workers and self._spent < budget:
+                if not self._start():
+                    break
+            if not self._events:
+                return self.progress
+            self._next()
+
+    def _start(self) -> bool:
+        """Start one candidate; False if the method has none now."""
+        for _ in range(FREE_REPEATS):
+            proposal = self.method.ask()
+            if proposal is None:
+                return False
+            drawn = point(self.space, 0, proposal.params)
+            assert drawn is not None, "the space has no requirement, so every point is feasible"
+            fingerprint = drawn.architecture.fingerprint
+            if proposal.first_rung:
+                self._push(proposal, fingerprint, proposal.first_rung + 1)
+                return True
+            if fingerprint in self._values:
+                self.progress.repeats += 1
+                self.method.tell(proposal.number, self._values[fingerprint])
+            elif fingerprint in self._waiting:
+                self.progress.repeats += 1
+                self._waiting[fingerprint].append(proposal.number)
+            else:
+                self.progress.started += 1
+                self._waiting[fingerprint] = []
+                self._push(proposal, fingerprint, 1)
+                return True
+        self._over = True
+        return False
+
+    def _push(self, proposal: Proposal, fingerprint: str, rung: int) -> None:
+        flops = float(self.table.row(fingerprint)["flops_per_token"])
+        step = 3 * flops * self.table.tokens / RUNGS
+        self._spent += step
+        event = (self._now + step, self._count, proposal, fingerprint, rung)
+        heapq.heappush(self._events, event)
+        self._count += 1
+
+    def _next(self) -> None:
+        """Handle the rung that ends next."""
+        self._now, _, proposal, fingerprint, rung = heapq.heappop(self._events)
+        values = self.values(fingerprint, rung)
+        if rung < RUNGS:
+            if self.method.goes_on(proposal.number, rung, values):
+                self._push(proposal, fingerprint, rung + 1)
+            return
+        self._values[fingerprint] = values
+        # At the end of a run some workers are idle.
+        spent = min(self._now * self.workers, self._spent)
+        self.progress.found.append((spent, fingerprint))
+        for number in (proposal.number, *self._waiting.pop(fingerprint, [])):
+            self.method.tell(number, values)
+
+    def values(self, fingerprint: str, rung: int) -> dict[str, float]:
+        """Return the values of the objectives, with the loss at a rung."""
+        row = self.table.row(fingerprint)
+        exact = {o.name: float(row[o.name]) for o in self.space.objectives if o.name in row}
+        return exact | {"val_loss": self.table.losses(fingerprint)[rung - 1]}

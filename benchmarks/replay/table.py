@@ -1,0 +1,88 @@
+"""Read the recorded table, and answer jobs from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moenas.model.architecture import Architecture
+from moenas.records import Evaluation, Job
+
+FOLDER = Path(__file__).parents[1] / "moe_table"
+FILE = FOLDER / "moe_table.parquet"
+RUNGS = 8
+"""Columns of losses, `loss_1` to `loss_8`: after each eighth of the training tokens."""
+FLOPS_PER_SECOND = 1e10
+"""Speed of a simulated worker. It sets the unit of simulated time and nothing else."""
+COSTS = ("params", "active_params", "flops_per_token", "kv_bytes_per_token")
+
+
+class Table:
+    """The recorded evaluations, by fingerprint and seed."""
+
+    def __init__(self, rows: pd.DataFrame, tokens: int) -> None:
+        """Take the rows of the table; `tokens` are the training tokens of each."""
+        self.rows, self.tokens = rows, tokens
+        self._rows: dict[tuple[str, int], Mapping[str, Any]] = {
+            (row["fingerprint"], row["seed"]): row for row in rows.to_dict("records")
+        }
+        means = rows.groupby("fingerprint")[f"loss_{RUNGS}"].mean()
+        self._means = {str(key): float(loss) for key, loss in means.items()}
+
+    @classmethod
+    def load(cls, file: Path = FILE) -> Table:
+        """Read the table; it needs `pyarrow`."""
+        rows = pd.read_parquet(file)
+        return cls(rows, int(rows.attrs["train"]["tokens"]))
+
+    def __contains__(self, fingerprint: str) -> bool:
+        return (fingerprint, 0) in self._rows
+
+    def row(self, fingerprint: str, seed: int = 0) -> Mapping[str, Any]:
+        """Return a row; `KeyError` if the architecture was not trained with that seed."""
+        return self._rows[fingerprint, seed]
+
+    def mean_loss(self, fingerprint: str) -> float:
+        """Return the loss at the end of training, nats per token, as the mean over the seeds."""
+        return self._means[fingerprint]
+
+    def losses(self, fingerprint: str) -> list[float]:
+        """Return the losses at all rungs, nats per token; the last one is that of the end."""
+        row = self.row(fingerprint)
+        return [float(row[f"loss_{rung}"]) for rung in range(1, RUNGS + 1)]
+
+    def seconds(self, flops_per_token: float) -> float:
+        """Return the simulated seconds of a whole training: 3 times the forward FLOPs."""
+        return 3 * flops_per_token * self.tokens / FLOPS_PER_SECOND
+
+    def answer(self, job: Job) -> tuple[Evaluation, float]:
+        """Return the recorded evaluation of a job, and its simulated seconds."""
+        architecture = Architecture.parse(job.architecture)
+        row, losses = self.row(architecture.fingerprint), self.losses(architecture.fingerprint)
+        known = {"val_loss": losses[-1]} | {name: float(row[name]) for name in COSTS}
+        seconds = self.seconds(row["flops_per_token"])
+        evaluation = Evaluation(
+            study=job.study,
+            trial=job.trial,
+            attempt=job.attempt,
+            status="complete",
+            fingerprint=architecture.fingerprint,
+            values={name: known[name] for name in job.objectives},
+            measurements={name: {"unit": ""} for name in job.objectives},
+            metrics={"val_loss": losses[-1], "train_loss": float(row["train_loss"])},
+            cost={name: int(row[name]) for name in COSTS},
+            seconds={"train": seconds, "total": seconds},
+            seed=job.seed,
+        )
+        return evaluation, seconds
+
+
+def write(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path = FILE) -> None:
+    """Write rows as Parquet; `facts` on the recording go into its metadata."""
+    table = pd.DataFrame(rows).sort_values(["seed", "trial"], ignore_index=True)
+    table.attrs.update(json.loads(json.dumps(facts)))
+    table.to_parquet(file, index=False, compression="zstd")
