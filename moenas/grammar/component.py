@@ -217,22 +217,23 @@ class Component:
 
         Fields that had another place in an earlier version stand under their former names.
         """
-        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        data: Plain = {} if self.kind is None else {"kind": self.kind}
         former = {place: name for name, place in self.former.items()}
+        flat = {place.partition(".")[0] for place in former if "." in place}
         for name, value in self._not_default():
             if isinstance(value, tuple):
-                found[name] = [item.fingerprint_data() for item in value]
+                data[name] = [item.fingerprint_data() for item in value]
             elif not isinstance(value, Component):
-                found[former.get(name, name)] = value
-            elif f"{name}.kind" not in former:
-                found[name] = value.fingerprint_data()
+                data[former.get(name, name)] = value
+            elif name not in flat:
+                data[name] = value.fingerprint_data()
             else:
                 inner = value.fingerprint_data()
                 default = fields(type(self))[name].default
-                if inner["kind"] == default.kind:
+                if value.kind is not None and value.kind == default.kind:
                     del inner["kind"]
-                found |= {former.get(place := f"{name}.{n}", place): v for n, v in inner.items()}
-        return found
+                data |= {former.get(place := f"{name}.{n}", place): v for n, v in inner.items()}
+        return data
 
     def _not_default(self) -> Iterator[tuple[str, Any]]:
         """Yield name and value of the fields that differ from their defaults."""

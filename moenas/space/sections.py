@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moenas.errors import suggestion
+from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
+from moenas.resources import Node
+from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
 SAMPLERS = (
     "tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box",
@@ -175,8 +178,8 @@ class Search(Component):
         default="tpe",
     )
     trials: int = setting(
-        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
-        " models are recorded and do not count",
+        "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"
+        " repeated models are recorded and do not count",
         default=24,
         low=1,
         high=1_000_000,
@@ -205,12 +208,17 @@ class Search(Component):
     )
     candidates_per_worker: int | None = setting(
         "candidates that one worker process evaluates, one after another, before a fresh one takes"
-        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        " its place; null takes 1 on a CPU. It takes 50 on a GPU, where a process needs seconds to"
+        " start, and with early stopping, where each rung is a job",
         default=None,
         low=1,
     )
     time_limit: float | None = setting(
         "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
+    )
+
+    early_stopping: EarlyStopping = setting(
+        "which candidates end before the last training token", default=NoEarlyStopping()
     )
 
     def invalid(self) -> str | None:
@@ -220,3 +228,11 @@ class Search(Component):
         near = suggestion(self.sampler, SAMPLERS)
         names = ", ".join(SAMPLERS)
         return f"no sampler '{self.sampler}'.{near} There are {names}, or write file.py:Class"
+
+
+def start_marks(search: Node | None) -> Iterator[SourceLocation]:
+    """Yield where the entries of `search.start_from` stand."""
+    section = search.value if search is not None else None
+    entries = section.get("start_from") if isinstance(section, dict) else None
+    if entries is not None and isinstance(entries.value, list):
+        yield from (entry.mark for entry in entries.value)

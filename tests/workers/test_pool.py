@@ -470,7 +470,7 @@ def test_a_process_that_cannot_be_killed_takes_its_slot_with_it(
     monkeypatch.setattr(ray_pool, "DIE_S", 0.5)
     monkeypatch.setattr(ray_pool, "kill", lambda pid: None)
     for trial in (1, 2):
-        pool.submit(job(trial, "hang", time_limit_s=0.5, folder=str(tmp_path)))
+        pool.submit(job(trial, "hang", time_limit_s=2.0, folder=str(tmp_path)))
         while len(pids(tmp_path)) < trial:
             assert pool.wait(0.05) == []
         os.kill(max(pids(tmp_path), key=lambda pid: int(runs(pid))), signal.SIGCONT)

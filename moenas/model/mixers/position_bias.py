@@ -20,7 +20,7 @@ from moenas.grammar.component import Component, setting
 class PositionBias(Component):
     """`position_bias`: a number for each head and distance, added to the scores.
 
-    It comes after `scale` and `softcap`. Rotary positions stay unless `rope_fraction: 0` takes
+    It comes after `scale` and `softcap`. Rotary positions stay unless `rope: {theta: null}` takes
     them out.
     """
 

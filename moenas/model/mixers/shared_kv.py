@@ -118,7 +118,7 @@ def _source_error(
             f"kv_source: {mixer.kv_source}, but fewer attention layers before it"
             " have keys and values of their own; leave it out there"
         )
-    if keys is not None and (name := mixer.unlike(mixers[keys], d_model)):
+    if keys is not None and (name := mixer.kv_mismatch(mixers[keys], d_model)):
         return f"kv_source reads the keys of layer {keys}, and their {name} differ; make them equal"
     if table == -1:
         return (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import Component, setting
 from moenas.model.layers.linear import on_cuda
-from moenas.model.moe.gating import Choice
+from moenas.model.moe.gating import RoutingDecision
 
 # Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
 # with a load of its own.
@@ -118,7 +118,7 @@ class Routing:
     entropy: Tensor
     """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
     no weight in the loss."""
-    choice: Choice
+    choice: RoutingDecision
     """What was decided: the slots, and the logits of the router."""
     slots: Tensor | None = None
     """(G, E) slots of a token at each expert in the mean, in training."""
@@ -163,7 +163,7 @@ def mean_entropy(scores: Tensor) -> Tensor:
     return -(p * (p + 1e-20).log()).sum(dim=-1).mean()
 
 
-def unbiased(choice: Choice) -> Choice:
+def unbiased(choice: RoutingDecision) -> RoutingDecision:
     """Return the K best scores of each token, without bias and groups, as what was chosen.
 
     They are what the loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts.
@@ -207,7 +207,7 @@ class LoadBalancer(nn.Module):
         self.last_load: Tensor | None = None
         """(E,) of the last training pass since the last step."""
 
-    def forward(self, choice: Choice, dropped: Tensor, sequences: int = 1) -> Routing:
+    def forward(self, choice: RoutingDecision, dropped: Tensor, sequences: int = 1) -> Routing:
         """Count the load and, in training, work out the losses over B `sequences`."""
         groups = sequences if self.scope == "sequence" else 1
         load = self.load(choice, groups)
@@ -229,7 +229,7 @@ class LoadBalancer(nn.Module):
         even = switch_loss(slots, mean)
         return Routing(whole, dropped, even, z_loss, entropy, choice, slots, mean)
 
-    def load(self, choice: Choice, groups: int) -> Tensor:
+    def load(self, choice: RoutingDecision, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
         if on_cuda(choice.scores):
             return self.load_on_cuda(choice, groups)
@@ -239,7 +239,7 @@ class LoadBalancer(nn.Module):
         load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)
         return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
 
-    def load_on_cuda(self, choice: Choice, groups: int) -> Tensor:
+    def load_on_cuda(self, choice: RoutingDecision, groups: int) -> Tensor:
         """Return the load by a table of tokens and experts: all slots at one counter would wait."""
         place = choice.slot_tokens() * self.n_experts + choice.experts.flatten()
         kept = torch.ones_like(place, dtype=torch.bool)
@@ -247,7 +247,7 @@ class LoadBalancer(nn.Module):
         table = torch.zeros_like(choice.scores, dtype=torch.bool).flatten().scatter(0, place, kept)
         return table.view(groups, -1, self.n_experts).sum(dim=1)
 
-    def importance_loss(self, choice: Choice) -> Tensor:
+    def importance_loss(self, choice: RoutingDecision) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
 
         The importance of an expert is the sum of its weights, its load the expected number of

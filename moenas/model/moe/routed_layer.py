@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moenas.model.moe.balance import LoadBalancer, Routing, total_auxiliary_loss
 from moenas.model.moe.dispatch import within_capacity
-from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.gating import Gating, RoutingDecision
 
 # Shapes: B sequences of S tokens, T = B S tokens, E experts, K experts chosen for a token.
 
@@ -38,14 +38,16 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.capacity_factor = capacity_factor
 
-    def with_network(self, choice: Choice) -> Tensor | None:
+    def with_network(self, choice: RoutingDecision) -> Tensor | None:
         """Return which slots count and go to an expert with a network; None if all do.
 
         In the shape of `choice.experts`, (T, K).
         """
         return choice.kept
 
-    def apply_capacity(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
+    def apply_capacity(
+        self, choice: RoutingDecision, sequences: int
+    ) -> tuple[Tensor | None, Tensor]:
         """Return which slots pass through a network, None if all do, and the share dropped."""
         wanted, none_dropped = self.with_network(choice), choice.weights.new_zeros(())
         n_choices = choice.scores.shape[-1]

@@ -173,7 +173,7 @@ class TokenChoice:
         return TopK(top_k)
 
 
-class Picked(NamedTuple):
+class SelectedSlots(NamedTuple):
     """Slots: pairs of a token and an expert."""
 
     experts: Tensor
@@ -220,9 +220,11 @@ class NoisyTopKSelection(TokenChoice, Selection, kind="noisy_top_k"):
 class TopK(ExpertSelection):
     """The K best of each token, where the load may fall as it likes."""
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E): the scores, with the bias on the selection."""
-        return Picked(ranked.topk(self.top_k, dim=-1).indices)
+        return SelectedSlots(ranked.topk(self.top_k, dim=-1).indices)
 
 
 class GroupedTopK(ExpertSelection):
@@ -243,7 +245,9 @@ class GroupedTopK(ExpertSelection):
         self.group_score = group_score
         self.even = even
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         members = ranked.unflatten(-1, (self.n_groups, -1))  # (T, G, E / G)
         best = 1 if self.group_score == "max" else min(2, members.shape[-1])
@@ -255,7 +259,7 @@ class GroupedTopK(ExpertSelection):
             rest = torch.ones_like(members, dtype=torch.bool).scatter(-1, first, 0)
             members = members.masked_fill(rest, -math.inf)
         open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
-        return Picked(open_to.topk(self.top_k, dim=-1).indices)
+        return SelectedSlots(open_to.topk(self.top_k, dim=-1).indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +285,9 @@ class Hash(ExpertSelection):
         super().__init__(top_k)
         self.n_experts = n_experts
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `tokens` (T,)."""
         if tokens is None:
             raise ValueError("selection: hash needs the numbers of the tokens")
@@ -289,7 +295,7 @@ class Hash(ExpertSelection):
         mixed = tokens.unsqueeze(-1) * 73856093 + (experts + 1) * 19349663
         for _ in range(2):  # an integer finaliser of shifts and odd factors, modulo 2^32
             mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
-        return Picked((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
+        return SelectedSlots((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +334,9 @@ class Threshold(ExpertSelection):
         self.register_buffer("known", torch.zeros(()))  # 1 once there are cut-offs
         self.seen: Tensor | None = None
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:
@@ -338,7 +346,7 @@ class Threshold(ExpertSelection):
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
         kept = torch.where(self.known > 0, best.values > cutoff, place < self.top_k)
-        return Picked(best.indices, kept=kept)
+        return SelectedSlots(best.indices, kept=kept)
 
     @torch.no_grad()
     def after_step(self) -> None:

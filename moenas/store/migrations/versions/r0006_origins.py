@@ -1,12 +1,12 @@
-"""The fifth schema: origins of trials and of evaluations, and the wall time of each run."""
+"""The sixth schema: origins of trials and of evaluations, and the wall time of each run."""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0005"
-down_revision = "0004"
+revision = "0006"
+down_revision = "0005"
 
 
 def upgrade() -> None:
