@@ -189,7 +189,7 @@ def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Jo
     with sqlite3.connect("moenas.db") as database:
         for table in ("moenas_reuse", "moenas_enqueued", "moenas_run"):
             database.execute(f"DROP TABLE {table}")
-        database.execute("UPDATE moenas_alembic_version SET version_num = '0004'")
+        database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")
     store = Store.open()
     assert trial_report(store, "one", 0)["enqueued_from"] is None
     assert spending(store, "one").train_tokens == 2 * 512
