@@ -12,7 +12,9 @@ from moenas.errors import FAILURE_KINDS, FailureKind
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
-Status = Literal["complete", "failed", "infeasible"]
+Status = Literal["complete", "failed", "infeasible", "stopped", "paused"]
+"""`stopped`: early stopping ended the training at a rung. `paused`: the training may continue from
+a checkpoint; such an evaluation is stored with its rung and is not the last one of its trial."""
 EndReason = Literal["trials", "exhausted", "sampler", "draws"]
 """Why a study is over: all trials are evaluated, every point of a finite space was drawn, the
 sampler stopped the study, or too many draws in a row gave no new candidate."""
@@ -137,6 +139,13 @@ class Job(_Record):
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)
     """Its trained weights as safetensors."""
+    rung_limits: list[float | None] | None = None
+    """Early stopping: for each rung, the largest validation loss with which the job continues by
+    itself; at a larger one, or at None, it pauses. Without the field it trains to the end."""
+    paused: Plain | None = None
+    """The evaluation that the job paused with, if it continues from a checkpoint."""
+    checkpoint: bytes | None = field(default=None, repr=False)
+    """The checkpoint of that pause as safetensors."""
     weights_to: Plain | None = field(default=None, repr=False)
     """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
 
@@ -268,6 +277,23 @@ class Evaluation(_Record):
     def is_copy(self) -> bool:
         """Whether it is copied from an earlier trial of the same model."""
         return "copied_from" in self.metrics
+
+
+@dataclass(frozen=True)
+class RungResult(_Record):
+    """The result of one candidate at one rung of training."""
+
+    trial: int
+    rung: int
+    """From 1; the end of training is no rung."""
+    tokens: int
+    """Training tokens seen."""
+    val_loss: float
+    """Validation loss, nats per token."""
+    known: dict[str, float] = field(default_factory=dict)
+    """Objective -> value, of the objectives that are measured before training."""
+    promoted: bool = False
+    """Whether early stopping let the candidate train on."""
 
 
 @dataclass(frozen=True)

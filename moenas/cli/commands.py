@@ -318,6 +318,31 @@ def show(
 
 
 @app.command()
+def report(
+    study: StudyName,
+    storage: Storage = None,
+    allow_code: AllowCode = False,
+    output: Format = Output.table,
+) -> None:
+    """Say what a study shows of its space: importance of holes, effects of their values."""
+    from moenas.report.insights_text import insights_text
+    from moenas.study.insights import insights
+    from moenas.study.launch import load_study
+
+    found = insights(load_study(study, storage), allow_code=allow_code)
+    if output is Output.csv:
+        write_csv(
+            [
+                {"objective": name, **effect}
+                for name, objective in found["objectives"].items()
+                for effect in objective["effects"]
+            ]
+        )
+    else:
+        emit(to_json(found) if output is Output.json else insights_text(found))
+
+
+@app.command()
 def dashboard(
     storage: Storage = None,
     host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",

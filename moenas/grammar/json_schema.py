@@ -66,7 +66,7 @@ class SchemaWriter:
                 inner = {"type": "array", "minItems": 1, "items": item}
             null: list[Plain] = [{"type": "null"}] if field.optional else []
             option = {"anyOf": [inner, *null]} if null else inner
-            return {"anyOf": [inner, _choice(option), *null]}
+            return {"anyOf": [inner, _choice(option), *null]} if holes else option
         value = _scalar(field)
         if not holes:
             return value

@@ -6,14 +6,17 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
 from moenas.grammar.summary import compact, one_line, short
 from moenas.pareto import is_exact
+from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Evaluation, Plain, View
 from moenas.resources import to_yaml
+from moenas.store import rungs
 from moenas.store.row_readers import FrontView, Summary, as_front
 
 if TYPE_CHECKING:
@@ -194,6 +197,8 @@ def status_report(store: Store, name: str) -> Plain:
         "evaluated": found.evaluated,
         "complete": found.counts.get("complete", 0),
         "failed": found.counts.get("failed", 0),
+        "stopped": found.counts.get("stopped", 0),
+        "paused": len(rungs.pauses(store, name)),
         "infeasible": found.counts.get("infeasible", 0),
         "repeated": found.repeated,
         "left": max(0, study.trials - found.evaluated),
@@ -207,7 +212,26 @@ def status_report(store: Store, name: str) -> Plain:
         "bigram_loss": _bigram_loss(found),
         "devices": found.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
+        "rungs": [asdict(agreement) for agreement in _agreements(store, name)],
     }
+
+
+def _agreements(store: Store, name: str) -> list[RankAgreement]:
+    """Return how well the losses at each rung agree with the final ones."""
+    found = rank_agreements(rungs.results(store, name), rungs.final_losses(store, name))
+    return list(found.values())
+
+
+def _rung_line(found: Plain) -> str:
+    """Lay out one rung of `status_report`."""
+    text = (
+        f"  rung {found['rung']} ({short(found['tokens'])} tokens): {found['reached']} reached it,"
+        f" {found['promoted']} trained on"
+    )
+    if found["correlation"] is None:
+        return text
+    pairs = found["pairs"]
+    return f"{text}; rank correlation with the end {found['correlation']:.2f} over {pairs}"
 
 
 def _bigram_loss(found: Summary) -> float | None:
@@ -235,6 +259,9 @@ def status_text(found: Plain) -> str:
         f"  complete {found['complete']}, failed {found['failed']},"
         f" infeasible {found['infeasible']}, repeated {found['repeated']}, left {found['left']}",
     ]
+    if found["rungs"]:
+        lines.append(f"  stopped {found['stopped']}, paused {found['paused']}")
+        lines += [_rung_line(rung) for rung in found["rungs"]]
     if found["failures"]:
         reasons = ", ".join(f"{kind} {n}" for kind, n in found["failures"].items())
         lines.append(f"  failures: {reasons}")
@@ -308,12 +335,14 @@ def looks_ahead(evaluation: Evaluation) -> bool:
 
 
 def trial_report(store: Store, study: str, trial: int) -> Plain:
-    """Return everything that is stored of one trial.
+    """Return everything that is stored of one trial, finished or paused at a rung.
 
     Raises:
         NotFoundError: if the study has no such trial.
     """
     record, found = store.study(study), store.evaluation(study, trial)
+    if found is None and (pause := rungs.pauses(store, study).get(trial)) is not None:
+        found = pause.evaluation
     if found is None:
         numbers = store.finished(study)
         there = f"it has {_spans(numbers)}" if numbers else "it has none yet"

@@ -72,12 +72,16 @@ class _AskAndTell(optuna.Study):
 def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
     """Return the state and the values that Optuna's trial has for an evaluation of ours.
 
-    A trial that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it by
-    its constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
+    A trial that early stopping has stopped is PRUNED. It gets no intermediate values: of a trial
+    that has one, TPE asks the direction of a study of several objectives, which raises. A trial
+    that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it by its
+    constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
     and its constraints keep every sampler from taking it for a good one.
     """
     if found.status == "failed":
         return TrialState.FAIL, None
+    if found.status == "stopped":
+        return TrialState.PRUNED, None
     if found.values.keys() >= set(names):
         return TrialState.COMPLETE, [found.values[name] for name in names]
     return TrialState.PRUNED, None

@@ -218,8 +218,8 @@ def _component(cls: type[Component]) -> Iterator[str]:
 
 
 def _heading(family: type[Component]) -> str:
-    """Return the name of the first field, from the architecture down, that a family stands in."""
-    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture)]
+    """Return the name of the first field, from the sections down, that a family stands in."""
+    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture), ("search", Search)]
     for name, cls in todo:
         if cls is family:
             return name

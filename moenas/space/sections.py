@@ -7,6 +7,7 @@ from typing import Literal
 
 from moenas.errors import suggestion
 from moenas.grammar.component import Component, setting
+from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
 SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box")
 """Samplers by name; any other is `file.py:Class`."""
@@ -115,8 +116,8 @@ class Search(Component):
         default="tpe",
     )
     trials: int = setting(
-        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
-        " models are recorded and do not count",
+        "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"
+        " repeated models are recorded and do not count",
         default=24,
         low=1,
         high=1_000_000,
@@ -138,12 +139,17 @@ class Search(Component):
     )
     candidates_per_worker: int | None = setting(
         "candidates that one worker process evaluates, one after another, before a fresh one takes"
-        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        " its place; null takes 1 on a CPU. It takes 50 on a GPU, where a process needs seconds to"
+        " start, and with early stopping, where each rung is a job",
         default=None,
         low=1,
     )
     time_limit: float | None = setting(
         "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
+    )
+
+    early_stopping: EarlyStopping = setting(
+        "which candidates end before the last training token", default=NoEarlyStopping()
     )
 
     def invalid(self) -> str | None:

@@ -32,6 +32,7 @@ from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text, sha256
+from moenas.space.early_stopping import DEFAULT_RUNGS
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
@@ -125,7 +126,7 @@ class Space:
             data_mark=found["data"].mark if "data" in found else SourceLocation(source),
         )
         space._check(found)
-        return space
+        return space._with_rungs(found)
 
     def _check(self, found: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
@@ -151,6 +152,26 @@ class Space:
                     location=mark,
                     path="architecture.vocab_size",
                 )
+
+    def _with_rungs(self, found: dict[str, Node]) -> Self:
+        """Return the space with rungs where early stopping needs some.
+
+        Raises:
+            SpaceError: if early stopping does not suit the objectives or the length of training.
+        """
+        early_stopping = self.search.early_stopping
+        if not early_stopping.stops:
+            return self
+        reason = early_stopping.unsuitable(self.objectives)
+        if reason is None and self.train.steps < 2:
+            reason = f"training has {self.train.steps} step, and a rung needs one before the last"
+        if reason is not None:
+            section = found["search"]
+            written = cast(dict[str, Node], section.value)
+            node = written.get("early_stopping", section)
+            raise node.error("search.early_stopping", reason)
+        rungs = self.train.rungs or DEFAULT_RUNGS
+        return replace(self, train=replace(self.train, rungs=rungs))
 
     @property
     def former_fields(self) -> dict[str, str]:
@@ -396,12 +417,17 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     node = found.get(name)
     if node is None or node.value is None:
         node = Node({}, node.mark if node else SourceLocation(source))
-    if isinstance(node.value, dict):
-        for key, value in node.value.items():
-            if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
-                where = f"{name}.{key}"
-                raise value.error(where, "a hole is not allowed here, only in 'architecture'")
+    _refuse_holes(node, name)
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
+
+
+def _refuse_holes(node: Node, path: str) -> None:
+    """Refuse a hole anywhere below a section."""
+    for key, value in node.value.items() if isinstance(node.value, dict) else ():
+        if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
+            where = f"{path}.{key}"
+            raise value.error(where, "a hole is not allowed here, only in 'architecture'")
+        _refuse_holes(value, f"{path}.{key}")
 
 
 def _read_use(node: Node | None) -> Iterator[UserFile]:

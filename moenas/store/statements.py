@@ -52,6 +52,12 @@ def known_trial(connection: Connection, name: str, trial: int) -> Row[Any]:
     return found
 
 
+def is_finished(connection: Connection, name: str, trial: int) -> bool:
+    """Whether a trial has an evaluation."""
+    wanted = select(tables.evaluation.c.trial).where(of_trial(tables.evaluation, name, trial))
+    return connection.execute(wanted).first() is not None
+
+
 def newest_attempt(connection: Connection, name: str, trial: int) -> int:
     """Return how many times a trial was started."""
     this = of_trial(tables.attempt, name, trial)

@@ -324,14 +324,21 @@ class Store(StoreReader):
             connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
         statements.insert_rows(connection, found)
         this = tables.attempt.c.attempt == evaluation.attempt
-        connection.execute(
-            update(tables.attempt)
-            .where(statements.of_trial(tables.attempt, name, trial), this)
-            .values(
-                finished_at=now,
-                status=evaluation.status,
-                failure=mapping.failure_json(evaluation.failure),
+        if evaluation.status != "stopped":  # its attempt has ended when it paused
+            connection.execute(
+                update(tables.attempt)
+                .where(statements.of_trial(tables.attempt, name, trial), this)
+                .values(
+                    finished_at=now,
+                    status=evaluation.status,
+                    failure=mapping.failure_json(evaluation.failure),
+                )
             )
+        # A finished trial continues from no checkpoint.
+        connection.execute(
+            update(tables.rung)
+            .where(statements.of_trial(tables.rung, name, trial))
+            .values(evaluation=None, checkpoint_sha256=None)
         )
         if evaluation.status == "complete":
             copied = "copied_from" in evaluation.metrics

@@ -163,7 +163,10 @@ evaluation = Table(
     Column(
         "status",
         String(16),
-        CheckConstraint("status IN ('complete', 'failed', 'infeasible')"),
+        CheckConstraint(
+            "status IN ('complete', 'failed', 'infeasible', 'stopped')",
+            name="moenas_evaluation_status_check",
+        ),
         nullable=False,
     ),
     Column("fingerprint", String(64), nullable=False),
@@ -178,6 +181,24 @@ evaluation = Table(
     Column("data", Json, nullable=False),
     Column("failure", Json),
     Column("weights_sha256", String(64)),
+)
+
+rung = Table(
+    "moenas_rung",
+    metadata,
+    *_of_trial(),
+    # Rungs of training, from 1; the end of training is none.
+    Column("rung", Integer, primary_key=True, autoincrement=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("val_loss", Double, nullable=False),
+    # Objective -> value, of the objectives that are measured before training.
+    Column("known", Json, nullable=False),
+    Column("recorded_at", String(32), nullable=False),
+    # When early stopping let the candidate train on; NULL if it did not.
+    Column("promoted_at", String(32)),
+    # Of the latest rung of a trial that has no evaluation: the evaluation so far, and its file.
+    Column("evaluation", Json),
+    Column("checkpoint_sha256", String(64)),
 )
 
 value = Table(

@@ -128,12 +128,11 @@ def is_draft(file: WeightsFile, to: Plain | None) -> bool:
     )
 
 
-def adopt_draft(runs: Path, study: str, trial: int, file: WeightsFile) -> str:
-    """Give a draft the name of a trial's weights, and return its SHA-256.
+def adopt_draft(path: Path, file: WeightsFile) -> str:
+    """Give a draft its name in the folder of its trial, and return its SHA-256.
 
     Raises OSError if it is not there as the worker described it, or the disk refuses.
     """
-    path = weights_path(runs, study, trial)
     found = os.lstat(file.path)
     if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
         raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moenas.errors import EnvironmentFaultError, PartError, StudyStoppedError
@@ -12,6 +12,7 @@ from moenas.records import Evaluation, Failure, Plain
 from moenas.search.trials import ParametersError, SamplerFailedError
 from moenas.store.weights import place
 from moenas.study.candidate import Candidate
+from moenas.study.events import Kind
 from moenas.study.jobs import Jobs
 from moenas.study.session import ENDS_A_RUN, Session
 from moenas.study.stop_rules import (
@@ -46,6 +47,7 @@ class Driver:
     def __init__(self, session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
         self.session, self.jobs, self.pool, self.lease = session, jobs, pool, lease
         self.store, self.trials, self.events = session.store, session.trials, session.events
+        self.paused = session.paused
         self.running: dict[int, Candidate] = {}
         """Trial -> candidate that the pool works on."""
         session.progress.running = self.running
@@ -62,7 +64,7 @@ class Driver:
         while True:
             started = self._start_one()
             waiting = bool(self.running or self.delayed or self.faults.pause)
-            if not (started or waiting or self._record_crashed()):
+            if not (started or waiting or self._record_crashed() or self._end_pauses()):
                 return
             timeout = 0.0 if started else POLL_S
             if self.running:
@@ -83,6 +85,10 @@ class Driver:
             if (delayed := self.delayed.pop(nothing_else)) is not None:
                 self._guarded(delayed, self._start)
                 return True
+        # Trials of an earlier run come first: only then are all paused candidates known.
+        if not self.trials.interrupted and (promoted := self.paused.next()) is not None:
+            self._guarded(promoted, self._start)
+            return True
         if not self._needs_draw:
             return False
         try:
@@ -100,7 +106,9 @@ class Driver:
             return True
         progress = self.session.progress
         pending = len(self.running) + len(self.delayed) + len(self.crashed)
-        pending += len(self.session.duplicates)
+        pending += len(self.paused) + self.session.duplicates.waiting(
+            {candidate.fingerprint for candidate in self.paused}
+        )
         if progress.evaluated + pending >= progress.total:
             return False
         return not (self.session.draws.over or self.trials.stopped or self.trials.exhausted)
@@ -143,13 +151,16 @@ class Driver:
 
     def _dispatch(self, candidate: Candidate) -> None:
         """Evaluate a candidate, unless the same model is evaluated already, or is right now."""
-        pending = [*self.running.values(), *self.delayed, *self.crashed]
+        pending = [*self.running.values(), *self.delayed, *self.crashed, *self.paused]
         source = self.session.duplicates.source(candidate)
         if source is not None:
             self.session.draws.add({})
             self._copy(candidate, source)
         elif any(other.fingerprint == candidate.fingerprint for other in pending):
             self.session.duplicates.wait(candidate)
+        elif self.paused.take_back(candidate):
+            self.session.draws.started()
+            self._stop(self.paused.hopeless())  # an earlier run may have ended before it decided
         else:
             self._start(candidate)
 
@@ -161,19 +172,21 @@ class Driver:
         self.session.record(candidate, evaluation, "copied", f"the same model as trial {source}")
 
     def _start(self, candidate: Candidate) -> None:
-        """Send a candidate to the pool."""
+        """Send a candidate to the pool; one that has paused continues from its checkpoint."""
         number = candidate.number
+        fields = self.paused.job_fields(candidate)
         attempt = self.store.start_attempt(number)
-        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
+        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers, **fields}
         where["weights_to"] = place(self.store.runs, self.session.name, number)
         self.pool.submit(self.jobs.job(number, attempt, candidate.plain, **where))
         self.session.draws.started()
         self.running[number] = candidate
         # A trial of an earlier run, or of another program, may go beyond the total.
-        count = self.session.progress.evaluated + len(self.running)
+        count = self.session.progress.evaluated + len(self.running) + len(self.paused)
         if count > self.session.progress.total:
             self.session.set_total(count)
-        self.events.emit("started", number, candidate.summary)
+        kind: Kind = "promoted" if "checkpoint" in fields else "started"
+        self.events.emit(kind, number, candidate.summary)
 
     # --- from a result to an evaluation --------------------------------------------------------
 
@@ -208,6 +221,10 @@ class Driver:
         if failure is None or failure.kind != ENVIRONMENT:
             self.faults.succeeded()
         self._record_crashed()  # a worker lives, so the crashes are the candidates' own
+        if evaluation.status == "paused":
+            self.paused.pause(candidate, evaluation)
+            self._stop(self.paused.hopeless())
+            return
         self._record(candidate, evaluation)
 
     def _is_tried_again(self, candidate: Candidate, failure: Failure, attempt: int) -> bool:
@@ -246,6 +263,22 @@ class Driver:
         for candidate, evaluation in held:
             self._record(candidate, evaluation)
         return bool(held)
+
+    def _stop(self, candidates: Sequence[Candidate]) -> None:
+        """Record that early stopping has stopped candidates."""
+        for candidate in candidates:
+            evaluation = self.paused.stopped(candidate)
+            stored = self.session.record(candidate, evaluation, "stopped", candidate.summary)
+            self._after(candidate, stored)
+
+    def _end_pauses(self) -> bool:
+        """Continue or stop the paused candidates of a study that draws no more; say if any."""
+        if (promoted := self.paused.next(at_end=True)) is not None:
+            self._guarded(promoted, self._start)
+            return True
+        rest = self.paused.rest()
+        self._stop(rest)
+        return bool(rest)
 
     def _record(self, candidate: Candidate, evaluation: Evaluation) -> None:
         """Record the evaluation of a candidate that a worker has tried."""

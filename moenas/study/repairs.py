@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from moenas import pareto
 from moenas.records import Evaluation, ObjectiveInfo, Plain, StudyRecord
-from moenas.store import mapping, optuna_rows, row_readers, tables
+from moenas.store import mapping, optuna_rows, row_readers, rungs, tables
 
 OF_EVALUATION = (tables.routing, tables.curve, tables.value, tables.evaluation)
 
@@ -19,6 +19,7 @@ def reopen(connection: Connection, study: str, trials: Sequence[int]) -> None:
     """Let trials be evaluated again under their numbers; `moenas_attempt` keeps why they failed."""
     for trial in trials:
         _forget(connection, study, trial)
+        rungs.forget(connection, study, trial)
         optuna_rows.reopen(connection, study, trial)
 
 

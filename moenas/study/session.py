@@ -24,6 +24,7 @@ from moenas.study.candidate import Candidate
 from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
 from moenas.study.events import EventEmitter, Kind, Listener
+from moenas.study.paused_candidates import PausedCandidates
 from moenas.study.progress import ProgressTracker
 from moenas.study.reconcile import Difference, correct, differences, repair
 from moenas.study.result_processing import ResultProcessor
@@ -57,6 +58,8 @@ class Session:
         self.events = EventEmitter(listeners, self.progress.snapshot)
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
+        self.paused = PausedCandidates(self.store, space, self.events)
+        self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses
         self._objectives = [o.name for o in space.objectives]
 
     @classmethod
@@ -78,6 +81,7 @@ class Session:
             session.events.warn(text)
         # 4. The state of the run.
         session.trials.load(stored)
+        session.paused.load(stored)
         for evaluation in stored.values():
             session._count(evaluation)
         session.set_total(max(total, session.progress.evaluated))
@@ -191,6 +195,7 @@ class Session:
         self.progress.front = front
         self._count(evaluation)
         self._tell(candidate, evaluation)
+        self.paused.finished(evaluation)
         self.events.emit(kind, candidate.number, text, evaluation)
         return evaluation
 

@@ -13,8 +13,8 @@ from moenas.space.sections import Search
 from moenas.workers.ray_worker import Worker, work
 from moenas.workers.results import Evaluate
 
-ON_CPU, ON_GPU = 1, 50
-"""Candidates that a process evaluates, if nobody says how many."""
+ON_CPU, IN_TURN = 1, 50
+"""Jobs of a process if the space names no number: on a CPU, and where a start costs too much."""
 IDLE_S = 60.0
 """Seconds without a job after which a process ends, as it holds its part of the cluster."""
 
@@ -62,7 +62,9 @@ class Processes(Protocol):
 
 def processes(ray: Any, evaluate: Evaluate, search: Search) -> Processes:
     """Return the kind of processes that `search.candidates_per_worker` asks for."""
-    most = search.candidates_per_worker or (ON_GPU if search.gpus else ON_CPU)
+    # A job that ends at a rung may be shorter than the start of a process.
+    costly = search.gpus or search.early_stopping.stops
+    most = search.candidates_per_worker or (IN_TURN if costly else ON_CPU)
     if most == 1:
         return FreshProcesses(ray, evaluate, search)
     return ReusedProcesses(ray, evaluate, search, most)

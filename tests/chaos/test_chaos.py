@@ -28,6 +28,10 @@ def test_driver_kills() -> None:
     assert_survived(faults.driver_kills(Random(1), 4))
 
 
+def test_driver_kills_with_early_stopping() -> None:
+    assert_survived(faults.driver_kills(Random(11), 4, stopping="successive_halving"))
+
+
 def test_two_drivers() -> None:
     assert_survived(faults.double_launches(Random(2), 1))
 

@@ -1,0 +1,77 @@
+"""Effects of one hole on an objective, between models of equal active parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+CONFIDENCE = 0.95
+LEVELS = 5
+"""Levels of a number that has more values: ranges with about equal counts."""
+SPARE = 3
+"""Candidates beyond the coefficients that an interval needs at least."""
+
+
+@dataclass(frozen=True)
+class LevelEffect:
+    """What one value of a hole does to an objective."""
+
+    level: str
+    n: int
+    """Candidates with this level."""
+    effect: float
+    """Adjusted mean of the level minus that of all candidates, in the objective's unit."""
+    half_width: float | None
+    """Half of the 95 % confidence interval; None with too few candidates."""
+
+
+def level_effects(values: ArrayLike, sizes: ArrayLike, levels: Sequence[str]) -> list[LevelEffect]:
+    """Return the effect of each level on values (N,), adjusted for the logarithm of sizes (N,).
+
+    It is an analysis of covariance: value = c + a x + b x^2 + effect of the level, x the logarithm
+    of the size. The effects, weighted by their counts, add up to 0. The interval is that of a
+    least-squares estimate with normal errors of one variance.
+    """
+    y, logs = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))
+    names = list(dict.fromkeys(levels))
+    member = np.array([[level == name for name in names] for level in levels], dtype=np.float64)
+    shares = member.mean(axis=0)
+    # 1. The design: covariates that vary, and a column for each level instead of a constant.
+    x = logs - logs.mean()
+    covariates = [x, x**2] if len(np.unique(logs)) > 2 else [x] * bool(x.any())
+    design = np.column_stack([member, *covariates])
+    # 2. Least squares; a covariate that the levels determine gets the smallest coefficient.
+    inverse = np.linalg.pinv(design.T @ design)
+    coefficients = inverse @ design.T @ y
+    spare = len(y) - np.linalg.matrix_rank(design)
+    residual = float(((y - design @ coefficients) ** 2).sum())
+    # 3. Contrasts: each level against the weighted mean of all.
+    contrasts = np.zeros((len(names), design.shape[1]))
+    contrasts[:, : len(names)] = np.eye(len(names)) - shares
+    effects = contrasts @ coefficients
+    widths: list[float | None] = [None] * len(names)
+    if spare >= SPARE:
+        from scipy.stats import t
+
+        errors = np.sqrt(residual / spare * np.einsum("ij,jk,ik->i", contrasts, inverse, contrasts))
+        widths = [float(w) for w in t.ppf((1 + CONFIDENCE) / 2, spare) * errors]
+    counts = member.sum(axis=0)
+    return [
+        LevelEffect(name, int(count), float(effect), width)
+        for name, count, effect, width in zip(names, counts, effects, widths, strict=True)
+    ]
+
+
+def named_levels(values: Sequence[object]) -> list[str]:
+    """Return the level of each value: itself, or its range if a number has over LEVELS values."""
+    distinct = set(values)
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in distinct)
+    if not numeric or len(distinct) <= LEVELS:
+        return [str(value) for value in values]
+    numbers = np.array(values, dtype=np.float64)
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, LEVELS + 1)))
+    places = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, len(edges) - 2)
+    return [f"{edges[i]:g} to {edges[i + 1]:g}" for i in places]

@@ -1,0 +1,57 @@
+"""The report on a study as text: what `moenas report` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from moenas.grammar.summary import compact
+from moenas.records import Plain
+from moenas.report.summary import table
+
+
+def insights_text(found: Plain) -> str:
+    """Lay out the insights of a study for a terminal."""
+    return "\n".join(_lines(found))
+
+
+def _lines(found: Plain) -> Iterator[str]:
+    counts = ", ".join(f"{count} {status}" for status, count in found["evaluations"].items())
+    yield f"{found['study']}: {counts or 'no candidate is finished'}"
+    yield from _space_lines(found["space"], found["requirements"])
+    if found["front"]:
+        yield from ("", "How the front grew", table(found["front"]))
+    for name, objective in found["objectives"].items():
+        yield from ("", f"Importance of each hole for {name}")
+        yield "ped_anova: Optuna's, as shares; surrogate: deviation while the hole alone varies"
+        yield table(objective["importance"])
+        if objective["effects"]:
+            yield from ("", f"Effects on {name} between models of equal active parameters")
+            yield "effect: adjusted mean minus the mean of all, with its 95 % confidence interval"
+            yield table([_effect_row(effect) for effect in objective["effects"]])
+    if not found["objectives"]:
+        yield from ("", "Importances and effects need at least 8 complete candidates.")
+
+
+def _space_lines(space: Plain, requirements: list[Plain]) -> Iterator[str]:
+    if space["points"]:
+        share = space["share"]
+        yield f"drawn: {space['drawn']:,} of {space['points']:,} points, {share:.2%} of the space"
+    else:
+        yield f"drawn: {space['drawn']:,} different points"
+    for row in requirements:
+        yield f"broken {row['broken']:,} times: {row['requirement']}"
+
+
+def _effect_row(effect: Plain) -> dict[str, Any]:
+    width = effect["half_width"]
+    interval = "" if width is None else f"+- {compact(width)}"
+    clear = width is not None and abs(effect["effect"]) > width
+    return {
+        "hole": effect["hole"],
+        "level": effect["level"],
+        "n": effect["n"],
+        "effect": effect["effect"],
+        "interval": interval,
+        "clear": "yes" if clear else "",
+    }
