@@ -101,7 +101,7 @@ class AttentionMixer(Mixer, kind="attention"):
         low=1,
     )
     chunk: int | None = setting(
-        "a token sees only tokens of its own chunk of so many (Llama 4)", default=None, low=1
+        "tokens of a chunk; a token sees only its own chunk (Llama 4)", default=None, low=1
     )
     sinks: bool = setting(
         "a learned logit for each head that takes part in the softmax and has no value (gpt-oss)",
@@ -131,9 +131,9 @@ class AttentionMixer(Mixer, kind="attention"):
         "added to the scores by the distance of their tokens; null: nothing is", default=None
     )
     kv_source: int | None = setting(
-        "reads the keys and values of an earlier layer: of the attention layers with keys of their"
-        " own, the so-many-th before (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or"
-        " 2); null: has its own",
+        "reads the keys and values of the n-th previous attention layer that has its own; 1 is the"
+        " nearest (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or 2); null: this layer"
+        " has its own",
         default=None,
         low=1,
         high=1000,
@@ -153,12 +153,12 @@ class AttentionMixer(Mixer, kind="attention"):
 
     @property
     def factor(self) -> float:
-        """What the scores are multiplied with."""
+        """The factor of the scores."""
         return float(self.head_dim**-0.5 if self.scale is None else self.scale)
 
     @property
     def bias_shared(self) -> bool | None:
-        """Whether the table of the position bias is that of an earlier layer; None: needs none."""
+        """Whether the position bias reads the table of an earlier layer; None: it has no table."""
         return getattr(self.position_bias, "shared", None)
 
     def kv_mismatch(self, source: AttentionMixer, d_model: int) -> str | None:
@@ -205,7 +205,7 @@ class AttentionMixer(Mixer, kind="attention"):
         own = self.kv_source is None
         normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
         bias = self.position_bias and self.position_bias.canonical_within(self.attention_span)
-        found = changed(
+        canonical = changed(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -220,12 +220,12 @@ class AttentionMixer(Mixer, kind="attention"):
             attn_scale=self.attn_scale if tempered else 0.1,
             position_bias=bias,
         )
-        if found.window == 1 and not found.sinks:
-            return found._without_scores()
-        return found._with_canonical_positions()
+        if canonical.window == 1 and not canonical.sinks:
+            return canonical._without_scores()
+        return canonical._with_canonical_positions()
 
     def _without_scores(self) -> Self:
-        """Reset what acts on the scores alone: over one token their softmax is 1."""
+        """Reset what acts on the scores alone: the softmax over one token is 1."""
         return changed(
             self,
             rope=Rope(),
@@ -374,7 +374,7 @@ class Attention(SharesKV):
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
-        What other layers read is left in `shared`, and the table of a shared bias is found there.
+        Keys and values that other layers read go to `shared`, which holds the shared bias table.
         """
         qkv: Any = self.qkv
         q, k, v = qkv.heads(x)

@@ -1,4 +1,4 @@
-"""From the stream to queries, keys and values: one product or through a latent, and their norms."""
+"""Projections to queries, keys and values, in one product or through a latent, and their norms."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LowRankProjection(nn.Module):
         return y
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
+        """Return the latent (B, S, rank) and the other outputs of `down` (B, S, rest)."""
         rank = self.up.d_in
         latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
         latent = self.norm(latent)
@@ -147,7 +147,7 @@ def normed(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 class NormedValues(nn.Module):
-    """Queries, keys and values, these through an RMSNorm of each head without a weight."""
+    """Queries, keys and values; the values pass an RMSNorm without a weight in each head."""
 
     def __init__(self, qkv: nn.Module, v_dim: int, eps: float) -> None:
         super().__init__()

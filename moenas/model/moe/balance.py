@@ -33,10 +33,10 @@ RATE = "step of the selection bias after each update"
 
 @dataclass(frozen=True, kw_only=True)
 class Balance(Component):
-    """How the load of the experts is kept even, in training."""
+    """How the load of the experts is balanced, in training."""
 
     loss: ClassVar[Literal["load", "importance"] | None] = None
-    """What the loss of this kind evens out; None: it has no loss."""
+    """What the loss of this kind balances; None: it has no loss."""
     has_bias: ClassVar[bool] = False
     """It moves a bias on the selection."""
 
@@ -47,7 +47,7 @@ class Balance(Component):
 
     @property
     def scope(self) -> Scope:
-        """Whose load the loss evens out."""
+        """Whether the loss balances the load of a batch or of each sequence."""
         return "batch"
 
     @property
@@ -58,7 +58,7 @@ class Balance(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class NoBalance(Balance, kind="none"):
-    """Nothing evens out the load."""
+    """The load is not balanced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +104,12 @@ class BiasAndLossBalance(Balance, kind="bias_and_loss"):
 
 @dataclass
 class Routing:
-    """What the last forward pass sent where."""
+    """The routing of the last forward pass: load, losses and slots."""
 
     load: Tensor
     """(E,) slots that chose each expert, before any were dropped, int64."""
     dropped: Tensor
-    """Share of the slots that found no room, a scalar."""
+    """Fraction of the slots that were dropped, a scalar."""
     balance_loss: Tensor
     """Differentiable scalar; 0 outside training. When the load is even it is 1 (aux_loss) or 0
     (importance_load)."""
@@ -119,9 +119,9 @@ class Routing:
     """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
     no weight in the loss."""
     choice: RoutingDecision
-    """What was decided: the slots, and the logits of the router."""
+    """The slots, and the logits of the router."""
     slots: Tensor | None = None
-    """(G, E) slots of a token at each expert in the mean, in training."""
+    """(G, E) mean number of slots of a token at each expert, in training."""
     probabilities: Tensor | None = None
     """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
 
@@ -166,7 +166,7 @@ def mean_entropy(scores: Tensor) -> Tensor:
 def unbiased(choice: RoutingDecision) -> RoutingDecision:
     """Return the K best scores of each token, without bias and groups, as what was chosen.
 
-    They are what the loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts.
+    The loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts these slots.
     """
     best = choice.scores.topk(choice.experts.shape[-1], dim=-1)
     return choice._replace(experts=best.indices, weights=best.values, tokens=None, kept=None)
@@ -268,8 +268,8 @@ class LoadBalancer(nn.Module):
     def step(self) -> None:
         """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
 
-        The load is that of the last forward pass in training since the step before, if there was
-        one; of several, as of the parts of a batch, the others do not count.
+        The load is of the last forward pass in training since the previous step. Earlier passes
+        since that step, such as other parts of a batch, do not count.
         """
         if self.last_load is not None and self.bias is not None and self.bias_rate is not None:
             load = self.last_load.float()

@@ -116,8 +116,8 @@ def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
 
 
 # --- on CUDA -----------------------------------------------------------------------------------
-# Floats that atomic adds sum up come in another order each time, so no two runs were alike. Here
-# every sum has one order. A graph of the kernels can be captured: the host reads nothing.
+# Atomic adds sum floats in an order that differs between runs, so runs would differ. Here every sum
+# has one order. The host reads nothing, so a CUDA graph can capture the kernels.
 
 
 def smallest_integer(largest: int) -> torch.dtype:

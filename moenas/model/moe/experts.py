@@ -311,7 +311,7 @@ class Experts(nn.Module):
         rows = rows_of(x, at)
         rows = rows * weights if self.weight_on == "input" else rows
         rows = rows if empty is None else rows.masked_fill(empty, 0)
-        expert = slot  # without biases nobody asks
+        expert = slot  # is read only with biases
         if self.bias:
             expert = experts.flatten().index_select(0, slot).clamp(max=self.n_experts - 1)
         h = grouped(rows, self.up.to(x.dtype), ends)

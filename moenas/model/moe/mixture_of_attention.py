@@ -37,8 +37,9 @@ from moenas.records import Cost
 class MoAMixer(Mixer, kind="moa"):
     """Mixture of attention heads (arXiv 2210.05144, section 3; JetMoE, arXiv 2404.07413).
 
-    An expert projects a token to a query for each key-value head, and what these heads give back
-    to the stream. Keys and values are those of all experts. The router chooses for each token.
+    An expert projects a token to a query for each key-value head, and projects the outputs of these
+    heads back to the stream. All experts share the keys and values. The router chooses for each
+    token.
     """
 
     n_experts: int = setting("experts, each with queries and an output of its own", low=1)
@@ -235,7 +236,7 @@ class SharedKeys(nn.Module):
 class MoA(RoutedLayer):
     """Mixture of attention heads: sum over the chosen experts of weight * out(attend(query(x))).
 
-    Routed, balanced and watched as a mixture of feed-forward experts is. A slot that finds no room
+    Routing, balancing and statistics are those of a mixture of feed-forward experts. A dropped slot
     adds nothing.
     """
 

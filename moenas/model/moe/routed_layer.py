@@ -53,14 +53,14 @@ class RoutedLayer(nn.Module):
         n_choices = choice.scores.shape[-1]
         if self.capacity_factor is None or not self.training or choice.tokens is not None:
             return wanted, none_dropped
-        # 1. Slots that need no network wait at a place of their own, behind the last expert.
+        # 1. Slots that need no network get a number of their own, behind the last expert.
         experts = choice.experts
         experts = experts if wanted is None else experts.masked_fill(~wanted, n_choices)
         experts = experts.unflatten(0, (sequences, -1))  # (B, S, K)
         # 2. The capacity: slots of an expert in one sequence. `round` takes rounding errors out.
         slots = self.capacity_factor * self.router.top_k * experts.shape[1]
         room = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
-        # 3. What passes, and the share of the slots that found no room.
+        # 3. The slots that are kept, and the fraction of the slots that are dropped.
         kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
         share = 1 - kept.float().mean()
         if wanted is not None:

@@ -1,4 +1,4 @@
-"""Selections: which experts a token goes to, from its scores. One class for each."""
+"""Selections: which experts a token goes to, from its scores."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Selection(Component):
     per_token: ClassVar[bool] = False
     """It ranks the experts of each token by themselves, so a bias on the scores has an effect."""
     trainable_load: ClassVar[bool] = True
-    """The load of an expert depends on what was learned, so a balancing loss has an effect."""
+    """The load depends on trained weights, so a balancing loss has an effect."""
     expert_choice: ClassVar[bool] = False
     """Experts choose tokens: the load is even, and top_k is the mean over the tokens."""
     variable_k: ClassVar[bool] = False
-    """top_k is only the mean that is aimed at; the cost is that of the mean."""
+    """top_k is only the target of the mean; the cost counts top_k experts a token."""
     noisy: ClassVar[bool] = False
     """In training, learned noise is added to the logits."""
 
@@ -97,7 +97,7 @@ class TokenChoice:
         high=1.0,
     )
     sparsemixer_eps: float | None = setting(
-        "weighs each expert by SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
+        "weights of SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
         " 2409.12136): the softmax over the logits of experts not taken before it that are at"
         " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
         " not by the paper's estimator. null: by the scores",
@@ -198,7 +198,7 @@ class ExpertSelection(nn.Module):
         self.top_k = top_k
 
     def after_step(self) -> None:
-        """Learn from the last training batch; most have nothing to learn."""
+        """Update the state of the selection after a training batch; most have no state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class NoisyTopKSelection(TokenChoice, Selection, kind="noisy_top_k"):
 
 
 class TopK(ExpertSelection):
-    """The K best of each token, where the load may fall as it likes."""
+    """The K best experts of each token, without a bound on the load."""
 
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
@@ -277,8 +277,8 @@ class HashSelection(Selection, kind="hash"):
 class Hash(ExpertSelection):
     """Of E pseudo-random numbers, made from a token's number and the expert's, the K largest.
 
-    Rendezvous hashing: any K experts are distinct, all sets are alike likely, and no table of the
-    vocabulary is kept.
+    Rendezvous hashing: the K experts are distinct, all sets have the same probability, and no table
+    of the vocabulary is kept.
     """
 
     def __init__(self, top_k: int, n_experts: int) -> None:
