@@ -19,6 +19,7 @@ READ_OTHERS = 60
 """Curves of others that are read at most: each is a query."""
 STATES = {
     "complete": ("dominated", {"color": figures.GREY, "width": 1}),
+    "stopped": ("stopped early", {"color": figures.GREY, "width": 1, "dash": "dash"}),
     "failed": ("failed", {"color": figures.VERMILION, "width": 1, "dash": "dot"}),
 }
 """Status of a candidate -> name and line of its curves."""

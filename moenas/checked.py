@@ -116,11 +116,13 @@ def checked_evaluation(sent: object, job: Job) -> Evaluation:
         if type(found) is not type(wanted) or found != wanted:
             raise ValueError(f"{name} is {_shown(found)}, and that of the job is {_shown(wanted)}")
     status = sent.get("status")
-    if status not in ("complete", "failed"):
-        raise ValueError(f"status is {_shown(status)}; a worker says complete or failed")
+    if status not in ("complete", "failed", "paused"):
+        raise ValueError(f"status is {_shown(status)}; a worker says complete, failed or paused")
+    if status == "paused" and job.rung_limits is None:
+        raise ValueError("paused, and the job has no rung to pause at")
     failure = _failure(sent.get("failure")) if status == "failed" else None
-    if status == "complete" and sent.get("failure") is not None:
-        raise ValueError("complete, and yet with a failure")
+    if status != "failed" and sent.get("failure") is not None:
+        raise ValueError(f"{status}, and yet with a failure")
     values = _values(sent.get("values", {}), job, status)
     digest = sent.get("weights_sha256")
     if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):

@@ -26,10 +26,12 @@ PRESENT = {
 RENAMED = {
     "Attend": "SoftmaxAttention",
     "BorrowedAttention": "CrossLayerAttention",
+    "Choice": "RoutingDecision",
     "GatedFeedForward": "SigmoidGatedFeedForward",
     "Join": "ResidualAdd",
     "Lending": "SharesKV",
     "Lent": "SharedKV",
+    "Picked": "SelectedSlots",
     "Reach": "AttentionSpan",
 }
 """Former name of a class of the present modules -> its present name."""

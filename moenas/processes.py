@@ -38,7 +38,7 @@ def state(pid: int) -> str:
     return "" if not fields or fields[0] in "ZX" else fields[0]
 
 
-def born(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Return when a process of this machine began, in ticks since the boot; None if it is dead."""
     fields = _fields(pid)
     return None if not fields or fields[0] in "ZX" else fields[19]
@@ -103,7 +103,7 @@ def kill_descendants(pid: int, spare: Collection[int] = (), timeout: float = 5.0
 def is_gone(pid: int, began: str | None, timeout: float) -> bool:
     """Wait until a process is dead; say whether it is."""
     end = time.monotonic() + timeout
-    while born(pid) == began:
+    while process_start(pid) == began:
         if time.monotonic() >= end:
             return False
         time.sleep(0.02)

@@ -12,10 +12,20 @@ from moenas.errors import FAILURE_KINDS, FailureKind
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
-Status = Literal["complete", "failed", "infeasible"]
-EndReason = Literal["trials", "exhausted", "sampler", "draws"]
-"""Why a study is over: all trials are evaluated, every point of a finite space was drawn, the
-sampler stopped the study, or too many draws in a row gave no new candidate."""
+Status = Literal["complete", "failed", "infeasible", "stopped", "paused"]
+"""`stopped`: early stopping ended the training at a rung. `paused`: the training may continue from
+a checkpoint; such an evaluation is stored with its rung and is not the last one of its trial."""
+EndReason = Literal[
+    "trials",  # all trials are evaluated
+    "exhausted",  # every point of a finite space was drawn
+    "sampler",  # the sampler stopped the study
+    "draws",  # too many draws in a row gave no new candidate
+    "wall_time",  # a budget of `search.stop` is used up
+    "train_flops",
+    "train_tokens",
+    "plateau",  # the hypervolume has stopped growing
+]
+"""Why a study is over."""
 
 
 @dataclass(frozen=True, init=False)
@@ -137,6 +147,13 @@ class Job(_Record):
     """The stored evaluation, if its objectives are to be measured again without training."""
     weights: bytes | None = field(default=None, repr=False)
     """Its trained weights as safetensors."""
+    rung_limits: list[float | None] | None = None
+    """Early stopping: for each rung, the largest validation loss with which the job continues by
+    itself; at a larger one, or at None, it pauses. Without the field it trains to the end."""
+    paused: Plain | None = None
+    """The evaluation that the job paused with, if it continues from a checkpoint."""
+    checkpoint: bytes | None = field(default=None, repr=False)
+    """The checkpoint of that pause as safetensors."""
     weights_to: Plain | None = field(default=None, repr=False)
     """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
 
@@ -256,6 +273,8 @@ class Evaluation(_Record):
     failure: Failure | None = None
     """Why it has no values; None unless its status is `failed`."""
     weights_sha256: str | None = None
+    reused_from: Plain | None = None
+    """{study, trial}: the evaluation of another study in the same database that this one is."""
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Self:
@@ -268,6 +287,23 @@ class Evaluation(_Record):
     def is_copy(self) -> bool:
         """Whether it is copied from an earlier trial of the same model."""
         return "copied_from" in self.metrics
+
+
+@dataclass(frozen=True)
+class RungResult(_Record):
+    """The result of one candidate at one rung of training."""
+
+    trial: int
+    rung: int
+    """From 1; the end of training is no rung."""
+    tokens: int
+    """Training tokens seen."""
+    val_loss: float
+    """Validation loss, nats per token."""
+    known: dict[str, float] = field(default_factory=dict)
+    """Objective -> value, of the objectives that are measured before training."""
+    promoted: bool = False
+    """Whether early stopping let the candidate train on."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def counts(row: Evaluation) -> bool:
         return False
     if row.failure:
         return row.failure.kind not in ("parameters", "foreign", "sampler")
-    return bool(row.values)
+    return bool(row.values) or row.status == "stopped"
 
 
 def assert_sound(found: Study, total: int) -> None:
@@ -121,6 +121,7 @@ def assert_sound(found: Study, total: int) -> None:
     rows = {e.trial: e for e in found.store.evaluations(found.name)}
     assert [t.number for t in told] == sorted(rows) == list(range(len(rows)))
     states = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED"}
+    states["stopped"] = "PRUNED"
     assert [t.state.name for t in told] == [states[rows[t.number].status] for t in told]
     names = list(found.record.directions)
     for trial in told:

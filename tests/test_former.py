@@ -39,6 +39,15 @@ def test_a_class_is_found_by_its_former_name(former: str, present: str) -> None:
     assert found is getattr(importlib.import_module("moenas.model"), present)
 
 
+@pytest.mark.parametrize(("former", "present"), [("Picked", "SelectedSlots"), ("Lent", "SharedKV")])
+def test_a_stored_component_imports_a_class_by_its_former_name(former: str, present: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"import {present}"):
+        found = getattr(importlib.import_module("moenas.model"), former)
+    assert found is getattr(importlib.import_module("moenas.model"), present)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        importlib.import_module("moenas.model").Nothing  # noqa: B018
+
+
 def test_a_name_that_never_was_is_not_there() -> None:
     with pytest.raises(ImportError):
         importlib.import_module("moenas.nothing")

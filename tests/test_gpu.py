@@ -25,7 +25,7 @@ from moenas.processes import state
 ROOT = Path(__file__).parents[1]
 GROUP = {group.name: group for group in GROUPS}
 SCRIPT = str(ROOT / "benchmarks" / "gpu" / "run.py")
-LONG = {"ray"}
+LONG = {"ray", "mixers", "memory", "same"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from moenas.processes import (
-    born,
     children,
     descendants,
     is_gone,
@@ -19,6 +18,7 @@ from moenas.processes import (
     kill_marked,
     machine,
     memory_bytes,
+    process_start,
     resident_bytes,
     state,
 )
@@ -60,7 +60,7 @@ def test_all_below_a_process_is_found_and_ended() -> None:
 
 def test_a_process_is_known_by_its_start() -> None:
     process = subprocess.Popen(["sleep", "600"])
-    began = born(process.pid)
+    began = process_start(process.pid)
     assert began is not None
     assert not is_gone(process.pid, began, 0.0)
     assert is_gone(process.pid, "another start", 0.0)
@@ -70,7 +70,7 @@ def test_a_process_is_known_by_its_start() -> None:
         assert time.monotonic() < end
     process.kill()
     assert is_gone(process.pid, began, 10.0)
-    assert born(process.pid) is None  # a zombie does not live
+    assert process_start(process.pid) is None  # a zombie does not live
     process.wait()
     assert state(process.pid) == ""
 

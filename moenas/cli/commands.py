@@ -19,7 +19,9 @@ from moenas.cli.options import (
     AcceptChanges,
     Address,
     AllowCode,
+    DryRun,
     Format,
+    Fresh,
     Output,
     Storage,
     StudyName,
@@ -44,6 +46,7 @@ from moenas.terminal import emit, say, to_json
 if TYPE_CHECKING:
     from moenas.space.space import Space
     from moenas.store.row_readers import FrontView
+    from moenas.study.estimate import Estimate
 
 app = typer.Typer(
     name="moenas",
@@ -166,6 +169,7 @@ def check(
             show_default=False,
         ),
     ] = None,
+    storage: Storage = None,
     output: Format = Output.table,
 ) -> None:
     """Check a space: is it valid, how many points, what do they cost, what do they look like."""
@@ -178,14 +182,18 @@ def check(
         return
     from moenas.report.summary import check_report, check_text
     from moenas.space.space import Space
+    from moenas.study.estimate import estimate
 
-    found = check_report(Space.load(space, overrides or ()), draws)
+    loaded = Space.load(space, overrides or ())
+    found = check_report(loaded, draws)
+    estimated = estimate(loaded, storage=storage)
+    found["estimate"] = estimated.plain()
     if output is Output.json:
         emit(to_json(found))
     elif output is Output.csv:
         write_csv(found["draws"])
     else:
-        emit(check_text(found))
+        emit("\n".join([check_text(found), *estimated.lines()]))
 
 
 @app.command()
@@ -207,6 +215,8 @@ def run(
     workers: Workers = None,
     address: Address = None,
     accept_changes: AcceptChanges = False,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
     output: Format = Output.table,
 ) -> None:
     """Launch a study, or resume it; prints its front at the end."""
@@ -217,18 +227,24 @@ def run(
     _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
     _say_notes(loaded)
+    count = worker_count(workers)
+    if dry_run:
+        found = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
+        return _write_estimate(found, output)
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
-    hint = command_line(["run", space, *(overrides or ())], options)
+    words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
+    hint = command_line(words, options)
     try:
         with listener(loaded) as listen:
             study = launch.run(
                 loaded,
                 storage=storage,
                 trials=trials,
-                workers=worker_count(workers),
+                workers=count,
                 address=address,
                 listeners=[listen],
                 accept_changes=accept_changes,
+                fresh=fresh,
             )
     except launch.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
@@ -240,6 +256,14 @@ def run(
     view = study.store.front_view(study.name)
     write_front(view, output)
     _next_steps(view, storage)
+
+
+def _write_estimate(found: Estimate, output: Output) -> None:
+    """Write what a study will take to stdout."""
+    if output is Output.table:
+        emit("\n".join(found.lines()))
+    else:
+        write_rows([found.plain()], output, single=True)
 
 
 def _say_notes(space: Space) -> None:

@@ -1,4 +1,4 @@
-"""Commands for existing studies: run failed trials again, measure again, check, repair."""
+"""Commands for existing studies: enqueue, run failed trials again, measure again, check, repair."""
 
 from __future__ import annotations
 
@@ -73,6 +73,26 @@ def retry(
     view = found.store.front_view(found.name)
     write_rows(front_rows(view, short_form=output is Output.table), output)
     say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
+
+
+@commands.command()
+def enqueue(
+    study: StudyName,
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="Space files without holes, exports, names such as zoo/olmoe_1b_7b, or study:NAME "
+            "for the front of a study.",
+        ),
+    ],
+    storage: Storage = None,
+    output: Format = Output.table,
+) -> None:
+    """Let a study evaluate architectures of your own next, also while it runs."""
+    from moenas.study import maintenance
+
+    write_rows(maintenance.enqueue(study, files, storage=storage), output)
 
 
 @commands.command()

@@ -71,6 +71,12 @@ AcceptChanges = Annotated[
         help="Accept changed files of objectives; finished trials are measured again.",
     ),
 ]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Reuse no evaluation of another study in the database.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Estimate tokens, FLOPs and hours; nothing is written.")
+]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Run the study's Python files that the database stores."),

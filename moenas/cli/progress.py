@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -48,7 +49,7 @@ def listener(space: Space) -> Iterator[Listener]:
 
 def write_line(event: Event) -> None:
     """Write one line for a trial that is over, and for what went wrong; nothing for a start."""
-    if event.kind == "started":
+    if event.kind in ("started", "promoted"):
         return
     say(line(event))
 
@@ -56,7 +57,7 @@ def write_line(event: Event) -> None:
 def line(event: Event) -> str:
     """Return an event in one line."""
     progress, found = event.progress, event.evaluation
-    place = f"[{progress.evaluated:>{len(str(progress.total))}}/{progress.total}]"
+    place = f"[{progress.reached:>{len(str(progress.total))}}/{progress.total}]"
     head = place if event.trial is None else f"{place} trial {event.trial}"
     if found is None:
         return f"{head} {event.kind}: {event.text}"
@@ -69,6 +70,10 @@ def line(event: Event) -> str:
 def reason(event: Event) -> str:
     """Say why a trial has no values."""
     found = event.evaluation
+    if found is not None and found.status == "stopped":
+        metrics = found.metrics
+        at = f"at rung {metrics['rung']:.0f}, " if "rung" in metrics else ""
+        return f"{at}validation loss {compact(metrics.get('rung_loss', math.nan))} | {event.text}"
     if found is not None and found.failure is not None:
         return f"{found.failure} | {event.text}"
     broken = ", ".join(found.violations) if found is not None else ""
@@ -107,14 +112,15 @@ class LiveProgress:
     def take(self, event: Event) -> None:
         """Take in an event."""
         self.progress = event.progress
-        if event.kind == "started" and event.trial is not None:
+        if event.kind in ("started", "promoted") and event.trial is not None:
             self.running[event.trial] = (plain(event.text), time.monotonic())
             return
         if event.trial is not None and event.kind != "retried":
             self.running.pop(event.trial, None)
         found = event.evaluation
         complete = found is not None and found.status == "complete"
-        colour = "" if complete else "dim" if event.kind == "infeasible" else "yellow"
+        quiet = event.kind in ("infeasible", "paused", "stopped")
+        colour = "" if complete else "dim" if quiet else "yellow"
         self.last.append((plain(line(event)), colour))
 
     def __rich__(self) -> RenderableType:
@@ -122,12 +128,13 @@ class LiveProgress:
         if progress is None:
             return Text(f"{self.name}: starting ...", style="dim")
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=progress.total, completed=progress.evaluated, width=30)
-        counts = f"{progress.evaluated}/{progress.total} trials, {progress.complete} complete"
+        bar = ProgressBar(total=progress.total, completed=progress.reached, width=30)
+        counts = f"{progress.reached}/{progress.total} trials, {progress.complete} complete"
         if progress.failed:
             counts += f", {progress.failed} failed"
-        if progress.infeasible:
-            counts += f", {progress.infeasible} infeasible"
+        for word in ("infeasible", "stopped", "paused"):
+            if number := getattr(progress, word):
+                counts += f", {number} {word}"
         head.add_row(Text(self.name, style="bold"), bar, Text(counts), Text(left(progress)))
         rows: list[RenderableType] = [head]
         if progress.best:

@@ -18,10 +18,12 @@ def study_note(view: View) -> str:
     """Return the study in Markdown: its objectives, what is known of its data, its devices."""
     study = view.study
     done = figures.complete(view)
-    counts = {s: sum(e.status == s for e in view.evaluations) for s in ("failed", "infeasible")}
+    statuses = ("failed", "infeasible", "stopped")
+    counts = {s: sum(e.status == s for e in view.evaluations) for s in statuses}
+    stopped = f" {counts['stopped']} stopped early," if counts["stopped"] else ""
     lines = [
         f"**On the front: {len(view.front)}** of {len(done)} complete candidates;"
-        f" {counts['failed']} failed, {counts['infeasible']} infeasible,"
+        f" {counts['failed']} failed, {counts['infeasible']} infeasible,{stopped}"
         f" {study.trials} trials asked for.",
         "",
         *_table(("objective", "direction", "unit", "best", "what it is"), _objective_rows(view)),

@@ -22,39 +22,39 @@ from moenas.model.moe.router import Router
 # Shapes: B sequences of S tokens.
 
 SEQUENCES = 3
-"""Sequences of the batch that is looked at; a text holds three times as many."""
+"""Sequences of the tested batch; a text holds three times as many."""
 LENGTH = 256
 """Tokens of each, at most, unless a window or chunk is longer: four whole chunks of a scan."""
 TIGHT = 1e-5
-"""Change of a logit, over the largest one, that float32 needs no second look at."""
+"""Largest relative change of a logit in float32 that is not repeated in float64."""
 EXACT = 1e-9
-"""The same in float64: above it is no rounding."""
+"""Largest relative change of a logit in float64 that rounding can explain."""
 GROSS = 1e-2
-"""A change that is not rounding either, in float32."""
+"""Relative change of a logit in float32 that rounding cannot explain."""
 SEED = 20_240
-"""Of the noise, which is drawn alike in every pass."""
+"""Seed of the noise, which is the same in every pass."""
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 States = list[tuple[str, Tensor]]
-"""What the parts of the layers gave in the order in which they ended, then the logits."""
+"""Outputs of the components in the order in which they ended, then the logits."""
 Run = Callable[[Tensor], States]
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A logit that changes with what it must not know."""
+    """A logit that depends on a later token or on another sequence of its batch."""
 
     mode: Literal["training", "evaluation"]
     alone: bool
-    """Found in a sequence by itself; else only among other sequences."""
+    """Whether it occurs in a sequence alone; else only in a batch."""
     position: int
     """The first token whose logits changed."""
     cut: int
-    """Of its own sequence the tokens from here on were changed."""
+    """The cut: tokens of its own sequence from here on were replaced."""
     size: float
     """Largest change of a logit there or behind, up to the cut."""
     place: str
-    """The first part whose output changed, e.g. `blocks.1.mixer`; empty if only the logits did."""
+    """The first component whose output changed, as `blocks.1.mixer`; empty: only the logits."""
 
     def __str__(self) -> str:
         layer = re.match(r"blocks\.(\d+)", self.place)
@@ -69,7 +69,7 @@ class Leak:
 
 
 def allows_acausal(architecture: Architecture) -> bool:
-    """Whether a router of an architecture was given leave to look at later tokens."""
+    """Whether a router of an architecture has `allow_acausal`."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
     routers = (part.router for part in parts)
     return any(isinstance(r, Router) and r.allow_acausal and not r.causal for r in routers)
@@ -82,7 +82,7 @@ def mask_boundaries(architecture: Architecture) -> set[int]:
 
 
 def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:
-    """Return how many sequences of how many tokens `find_leaks` wants of a text.
+    """Return the numbers of sequences and of tokens that `find_leaks` needs of a text.
 
     All of the training context up to LENGTH, or up to twice the longest period and a token more: a
     whole period lies before the last one that begins.
@@ -110,7 +110,7 @@ def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()
     over a hundredth that float64 does not show, for there grouped products are not the kernel's.
     """
     device = next(model.parameters()).device
-    found = []
+    leaks = []
     cuda = [device] if device.type == "cuda" else []
     with _preserve_state(model), torch.random.fork_rng(devices=cuda):
         for training in (True, False):
@@ -119,8 +119,8 @@ def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()
             with torch.enable_grad() if training else torch.no_grad():
                 leak = _first_leak(model, text.to(device), _cuts(text.shape[1], mask_boundaries))
             if leak is not None:
-                found.append(leak)
-    return found
+                leaks.append(leak)
+    return leaks
 
 
 def _cuts(length: int, mask_boundaries: Collection[int]) -> list[int]:
@@ -250,7 +250,7 @@ def _change(
 
 
 def _seeded(device: torch.device) -> None:
-    """Begin the noise anew, on the CPU and on the device of the model."""
+    """Seed the noise generators of the CPU and of the device of the model."""
     torch.default_generator.manual_seed(SEED)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -258,13 +258,13 @@ def _seeded(device: torch.device) -> None:
 
 
 def _noise(device: torch.device) -> list[Tensor]:
-    """Return how far the generators of noise are."""
-    found = [torch.default_generator.get_state()]
-    return found + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """Return the states of the noise generators."""
+    states = [torch.default_generator.get_state()]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _plain_run(model: Model) -> Run:
-    """Return a pass in float32 that knows the logits alone."""
+    """Return a pass in float32 that records the logits alone."""
 
     def run(tokens: Tensor) -> States:
         _seeded(tokens.device)
@@ -274,7 +274,7 @@ def _plain_run(model: Model) -> Run:
 
 
 def _named_run(model: Model) -> Run:
-    """Return a pass in float32 that knows what each part gave."""
+    """Return a pass in float32 that records the output of each component."""
 
     def run(tokens: Tensor) -> States:
         _seeded(tokens.device)
@@ -286,7 +286,7 @@ def _named_run(model: Model) -> Run:
 
 
 def _exact_run(model: Model, device: torch.device | None = None) -> Run:
-    """Return a pass in float64 that knows what each part gave, on a device or that of the model."""
+    """Return a pass in float64 that records the output of each component, on a device."""
     device = device or model.embedding.device
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {
@@ -323,17 +323,17 @@ class _InFloat64(TorchFunctionMode):
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Return rows (N, D) times matrices (E, D, F), rows up to the next of `ends` (E,) with one."""
-    found = rows.new_zeros(len(rows), matrices.shape[-1])
+    products = rows.new_zeros(len(rows), matrices.shape[-1])
     start = 0
     for matrix, end in zip(matrices, ends.tolist(), strict=True):
-        found[start:end] = rows[start:end] @ matrix
+        products[start:end] = rows[start:end] @ matrix
         start = end
-    return found
+    return products
 
 
 @contextmanager
 def _capture_outputs(model: Model, tokens: Tensor) -> Iterator[States]:
-    """Note what each layer, and each part of one, gives for every token."""
+    """Record the output of each layer and of each component of a layer, for every token."""
     states: States = []
 
     def note(name: str) -> Callable[..., None]:
@@ -389,7 +389,7 @@ def _ours(value: Any) -> bool:
 
 @torch.no_grad()
 def _restore(tensors: list[tuple[Tensor, int, Tensor]], boxes: dict[str, tuple[Any, Any]]) -> None:
-    """Put back what tensors and containers held."""
+    """Restore the contents of tensors and containers."""
     for tensor, version, before in tensors:
         if tensor._version != version:
             tensor.copy_(before)

@@ -54,10 +54,12 @@ class DeviceSteps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._loaded = 0, 0
         self.done = 0
-        """Steps that were taken."""
+        """Steps that were taken, those before a checkpoint included."""
+        self._first = 0
+        """Steps that were taken before the checkpoint that the run continues from."""
         self.capture_fault: str | None = None
         """Why there is no graph, if a capture was tried."""
-        self._tried, self._group, self._last = False, 1, math.nan
+        self._tried, self._group, self.last_loss = False, 1, math.nan
         with self._on_stream():
             self.optimizer = AdamW(model, recipe)
             self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
@@ -80,6 +82,13 @@ class DeviceSteps:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self._stream)
+
+    def resume(self, done: int, last_loss: float) -> None:
+        """See `Steps.resume`."""
+        self.done = self._first = done
+        self.last_loss = last_loss
+        with self._on_stream():
+            self._at.fill_(done)
 
     def load(self, first: int, last: int) -> None:
         """Put the tokens of steps `first` to `last` - 1 on the device, in one copy."""
@@ -151,7 +160,7 @@ class DeviceSteps:
         """
         if self._stream is None or not self.model.capturable(self.dtype, self.device):
             return False
-        assert self.done >= WARM_UP, "a capture needs steps before it"
+        assert self.done - self._first >= WARM_UP, "a capture needs steps before it"
         self.model.zero_grad(set_to_none=True)
         try:
             self._graph = capture(self._body, self.device)
@@ -176,7 +185,9 @@ class DeviceSteps:
         if first < recipe.steps:
             rate = (recipe.lr or 0.0) * schedule(first, recipe)
             loss_is_bad = int(bad[0]) == first
-            raise diverged(loss=loss_is_bad, step=first, rate=rate, recipe=recipe, last=self._last)
+            raise diverged(
+                loss=loss_is_bad, step=first, rate=rate, recipe=recipe, last=self.last_loss
+            )
         return Sums(loss, norm)
 
     def advance(
@@ -194,11 +205,12 @@ class DeviceSteps:
             with gate.shared() if gate else nullcontext():
                 for _ in range(min(self._group, until - self.done)):
                     self.step(with_domains=counts)
-                if not (self._tried or counts) and self.done >= WARM_UP and recipe.steps >= WORTH:
+                taken = self.done - self._first
+                if not (self._tried or counts) and taken >= WARM_UP and recipe.steps >= WORTH:
                     self._tried = True
                     self.capture()
         sums = self.read()
-        self._last = sums.loss / (until - first)
+        self.last_loss = sums.loss / (until - first)
         self._group = max(1, int(HOLD_S * (until - first) / (time.monotonic() - began)))
         return sums
 

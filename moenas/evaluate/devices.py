@@ -24,6 +24,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def n_gpus() -> int:
+    """Return how many GPUs this process sees."""
+    return torch.cuda.device_count()
+
+
 def named(name: str) -> torch.device:
     """Return the device that a job names: the CPU, or the first GPU that this process sees.
 

@@ -1,4 +1,4 @@
-"""The memory that a candidate needs, told before anything is built, against what there is."""
+"""The memory that a candidate needs, estimated before it is built, against the free memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEPT = 4
 all parts the most was 0.8, the median 0.3. Only what may be too much is worked out exactly."""
 
 
-# --- what a candidate needs --------------------------------------------------------------------
+# --- memory that a candidate needs -------------------------------------------------------------
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _Shapes(TorchFunctionMode):
 
 @contextmanager
 def _without_memory() -> Iterator[None]:
-    """Let tensors that are made have a shape, a type and a device, and no storage."""
+    """Give new tensors a shape, a type and a device, and no storage."""
     with FakeTensorMode(allow_non_fake_inputs=True), _Shapes():
         yield
 
@@ -89,11 +89,11 @@ def holding_bytes(architecture: Architecture) -> int:
     return HELD * architecture.cost(2).params
 
 
-# --- what a device has -------------------------------------------------------------------------
+# --- memory of a device -------------------------------------------------------------------------
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that this process can still take on a device; None if it cannot be told.
+    """Return the bytes that this process can still take on a device; None if it is unknown.
 
     On a CPU the least of what the kernel calls available and what every control group above this
     process leaves; files in the page cache count as free. On CUDA what the driver and torch's
@@ -103,12 +103,12 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + kept)
-    found = [*_available(), *_groups()]
-    return max(0, min(found)) if found else None
+    bounds = [*_available(), *_groups()]
+    return max(0, min(bounds)) if bounds else None
 
 
 def all_bytes(device: torch.device) -> int | None:
-    """Return the bytes of memory of a device that candidates share; None if it cannot be told."""
+    """Return the bytes of memory of a device that candidates share; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     limits = [limit for limit, _ in _limits()]
@@ -121,7 +121,7 @@ def _available() -> Iterator[int]:
 
 
 def _sizes(path: str = "/proc/meminfo") -> Iterator[tuple[str, int]]:
-    """Yield name and bytes of what the kernel says of memory."""
+    """Yield the names and bytes of /proc/meminfo."""
     for line in _lines(path):
         name, _, rest = line.partition(":")
         number, _, unit = rest.strip().partition(" ")
@@ -154,9 +154,9 @@ def _limits(
             continue
         inner = place / path.strip().lstrip("/")
         for folder in [inner, *inner.parents]:
-            found = _left(folder, *files)
-            if found is not None:
-                yield found
+            limit = _left(folder, *files)
+            if limit is not None:
+                yield limit
             if folder == place:
                 break
 
@@ -185,22 +185,22 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a candidate needs and what there is, in bytes."""
+    """The memory that a candidate needs, and the free memory, in bytes."""
 
     needed: int
     free: int | None
-    """None if it cannot be told."""
+    """None if it is unknown."""
     device: str
     work: str
     """What the memory is for."""
     sharers: int = 1
-    """Candidates that share the device at a time."""
+    """Candidates that share the device at one time."""
     at_least: bool = False
-    """Activations are left out of `needed`, as it is too much without them."""
+    """Whether `needed` leaves out activations, as the rest is too much already."""
 
     @property
     def fits(self) -> bool:
-        """Whether there is room, as far as can be told."""
+        """Whether it fits the free memory; True if that is unknown."""
         return self.free is None or self.needed <= self.free // self.sharers
 
     def fits_share(self, whole: int | None) -> bool:
@@ -242,13 +242,13 @@ def fit(
     work = f"a training step of {recipe.batch} x {recipe.context} tokens"
     cost = architecture.cost(recipe.context)
     least = TRAINED * cost.params
-    found = Fit(least, free, name, work, sharers, at_least=True)
-    if not found.fits:
-        return found
+    quick = Fit(least, free, name, work, sharers, at_least=True)
+    if not quick.fits:
+        return quick
     most = least + KEPT * recipe.batch * recipe.context * cost.flops_per_token
-    found = Fit(most, free, name, work, sharers)
-    if found.fits:
-        return found
+    bound = Fit(most, free, name, work, sharers)
+    if bound.fits:
+        return bound
     needed = training_bytes(architecture, recipe, device)
     return Fit(needed, free, name, work, sharers)
 
@@ -269,6 +269,6 @@ def require_fit(
     Raises:
         NoRoomError: with what it needs and what there is.
     """
-    found = fit(architecture, recipe, device, training=training, sharers=sharers)
-    if not (found.fits or found.fits_share(all_bytes(device))):
-        raise NoRoomError(f"{found}; nothing was built")
+    result = fit(architecture, recipe, device, training=training, sharers=sharers)
+    if not (result.fits or result.fits_share(all_bytes(device))):
+        raise NoRoomError(f"{result}; nothing was built")

@@ -19,7 +19,7 @@ from moenas.checked import TIMED
 from moenas.data import cache
 from moenas.data.corpus import Corpus
 from moenas.errors import AcausalError, CandidateError, InputError, MachineError, TimeLimitError
-from moenas.evaluate import devices
+from moenas.evaluate import checkpoint, devices
 from moenas.evaluate.causality import Leak, allows_acausal, find_leaks, mask_boundaries, text_size
 from moenas.evaluate.devices import device_info, device_name
 from moenas.evaluate.dtypes import training_dtype
@@ -29,11 +29,11 @@ from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.subject import Subject, Training, excerpts
 from moenas.evaluate.threads import cpu_threads
-from moenas.evaluate.training import rung_tokens, train, validate, validation_loss
+from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validation_loss
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
 from moenas.model.architecture import Architecture, Model
-from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, WeightsFile
+from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, Status, WeightsFile
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
 from moenas.space.sections import Protocol, Recipe
@@ -55,9 +55,10 @@ def versions() -> dict[str, str]:
 
 
 def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
-    """Evaluate one candidate; return what came of it, and the trained weights as safetensors.
+    """Evaluate one candidate; return its evaluation, and the trained weights as safetensors.
 
-    The weights are in a file if the job says where to write it, and it can be written.
+    The weights are in a file if the job says where to write it, and it can be written. A candidate
+    that pauses at a rung has the status `paused`, and its checkpoint in place of the weights.
 
     Objectives are measured as cheaply as they can be: those that need the cost first, then those
     that need the model, then, after training, the rest; nothing is built or trained that none of
@@ -106,13 +107,23 @@ class _Run:
         self.curve: list[CurvePoint] = []
         self.seconds: dict[str, float] = {}
         self.weights: bytes | WeightsFile | None = None
-        """The trained weights as safetensors, once there are any."""
+        """The trained weights, or the checkpoint of a pause, as safetensors."""
+        self.paused = False
+        """Whether the training paused at a rung."""
+        if job.paused is not None:
+            self.resume(Evaluation.parse(job.paused))
 
     @property
     def deadline(self) -> float | None:
         """Moment of time.monotonic at which the candidate is out of time."""
         limit = self.job.time_limit_s
         return None if limit is None else self.began + limit
+
+    def resume(self, before: Evaluation) -> None:
+        """Take in what was measured before the pause; its time counts towards the time limit."""
+        self.values, self.measurements = dict(before.values), dict(before.measurements)
+        self.curve, self.seconds = list(before.curve), dict(before.seconds)
+        self.began -= self.seconds.get("total", 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -194,7 +205,9 @@ class _Run:
         self.measure(subject, [o for o in objectives if o.needs == "model"])
         if "training" not in needs:
             return
-        subject.trained = self.train(subject)
+        self.train(subject)
+        if self.paused:
+            return
         self.weights = _weights(subject, self.job)  # now: they are those of the stored loss
         self.measure(subject, [o for o in objectives if o.needs == "training"])
 
@@ -227,11 +240,14 @@ class _Run:
             require_fit(architecture, recipe, device, training=training, sharers=subject.sharers)
             return architecture.build(device, subject.seed)
 
-    def train(self, subject: Subject) -> Training:
-        """Train and validate the model."""
+    def train(self, subject: Subject) -> None:
+        """Train and validate the model, or pause at a rung with a checkpoint."""
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
-        self.require_causal(subject, "with its first weights")
-        self.train_to_end(subject)
+        if self.job.checkpoint is None:
+            self.require_causal(subject, "with its first weights")
+        self.train_to_rung(subject)
+        if self.paused:
+            return
         self.check_time()
         leaks = self.require_causal(subject, "trained")
         with self.phase("validate"), subject.device_lock.shared():
@@ -249,7 +265,7 @@ class _Run:
             "causal": float(leaks is None),
         }
         self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}
-        return Training(
+        subject.trained = Training(
             validation.loss,
             validation.bits_per_byte,
             train_loss,
@@ -259,21 +275,53 @@ class _Run:
             None if leaks is None else [leak.mode for leak in leaks],
         )
 
-    def train_to_end(self, subject: Subject) -> None:
-        """Train the model, and add the validation loss to the curve's points at the rungs."""
+    def train_to_rung(self, subject: Subject) -> None:
+        """Train the model to its end, or to the rung at which it pauses.
+
+        The curve's points at the rungs get the validation loss.
+        """
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
-        rungs = rung_tokens(recipe)
-        lock, deadline = subject.device_lock, self.deadline
-        points = train(model, corpus, recipe, subject.seed, lock, deadline)
-        while True:
-            with self.phase("train"):
-                point = next(points, None)
-            if point is None:
-                return
-            if point["tokens"] in rungs:
-                with self.phase("validate"), lock.shared():
-                    point["val_loss"] = validation_loss(model, corpus, recipe)
-            self.curve.append(point)
+        lock = subject.device_lock
+        run = TrainingRun(model, corpus, recipe, subject.seed, gate=lock, deadline=self.deadline)
+        if self.job.checkpoint is not None:
+            checkpoint.restore(run, safetensors.torch.load(self.job.checkpoint))
+        rungs = {tokens: number for number, tokens in enumerate(rung_tokens(recipe), start=1)}
+        with closing(run.points()) as points:
+            while True:
+                with self.phase("train"):
+                    point = next(points, None)
+                if point is None:
+                    return
+                rung = rungs.get(point["tokens"])
+                if rung is not None:
+                    with self.phase("validate"), lock.shared():
+                        point["val_loss"] = validation_loss(model, corpus, recipe)
+                self.curve.append(point)
+                if rung is not None and self.pauses(rung, point["val_loss"]):
+                    run.require_alive()
+                    self.pause(subject, run, rung)
+                    return
+
+    def pauses(self, rung: int, loss: float) -> bool:
+        """Whether the job pauses at a rung with this validation loss."""
+        limits = self.job.rung_limits
+        if limits is None:
+            return False
+        limit = limits[rung - 1]
+        return limit is None or loss > limit
+
+    def pause(self, subject: Subject, run: TrainingRun, rung: int) -> None:
+        """Save the run, and write down that it paused."""
+        point = self.curve[-1]
+        with self.phase("checkpoint"):
+            self.weights = _safetensors(checkpoint.save(run), subject, self.job)
+        self.found["metrics"] = {
+            "rung": float(rung),
+            "rung_loss": point["val_loss"],
+            "train_loss": point["train_loss"],
+            "lr": float(subject.recipe.lr or 0.0),
+        }
+        self.paused = True
 
     def require_causal(self, subject: Subject, state: str) -> list[Leak] | None:
         """Return what looks ahead in a model that was given leave to; None if it was not.
@@ -293,6 +341,8 @@ class _Run:
     def measure(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure some objectives."""
         for objective in objectives:
+            if self.job.paused is not None and objective.name in self.values:
+                continue  # it was measured before the pause
             self.check_time()
             with self.phase("measure"):
                 measured = self.measured(subject, objective)
@@ -323,11 +373,12 @@ class _Run:
     def evaluation(self, failure: Failure | None) -> Evaluation:
         """Write down all that is known."""
         job = self.job
+        status: Status = "paused" if self.paused else "complete"
         return Evaluation(
             study=job.study,
             trial=job.trial,
             attempt=job.attempt,
-            status="complete" if failure is None else "failed",
+            status=status if failure is None else "failed",
             values=self.values,
             measurements=self.measurements,
             curve=self.curve,
@@ -350,6 +401,11 @@ def _digest(weights: bytes | WeightsFile | None) -> str | None:
 def _weights(subject: Subject, job: Job) -> bytes | WeightsFile:
     """Return parameters and buffers as safetensors; as a file where the driver finds it."""
     state = {k: v.detach().cpu().contiguous() for k, v in subject.model.state_dict().items()}
+    return _safetensors(state, subject, job)
+
+
+def _safetensors(state: dict[str, torch.Tensor], subject: Subject, job: Job) -> bytes | WeightsFile:
+    """Return tensors as safetensors; as a file where the driver finds it."""
     metadata = {
         "format": "pt",
         "fingerprint": subject.architecture.fingerprint,

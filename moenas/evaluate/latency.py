@@ -32,7 +32,7 @@ _ATTENTION: Plain = {
     "head_dim": 32,
     "n_heads": 4,
     "n_kv_heads": 2,
-    "rope_theta": 10000.0,
+    "rope": {"theta": 10000.0},
     "qk_norm": "none",
 }
 _ROUTER: Plain = {"score": "softmax", "top_k": 2, "normalize": True, "balance": "none"}

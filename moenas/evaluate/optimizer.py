@@ -11,15 +11,15 @@ from moenas.model.layers.linear import matrices
 from moenas.space.sections import Recipe
 
 BASE_WIDTH, BASE_RATE = 64, 0.004
-"""The width at which all weights learn at one rate, and that rate."""
+"""The width at which all weights have the same learning rate, and that rate."""
 
 
 def learning_rate(architecture: Architecture, recipe: Recipe) -> float:
     """Return the peak rate of a candidate's matrices: the recipe's, or by the rule 0.256 / d_model.
 
-    The embedding moves at `d_model / 64` times that: 0.004 at every width under the rule. So does
-    muP for Adam (arXiv 2203.03466, table 3: 1/width for hidden and output matrices, constant for
-    input weights); norms go with the matrices. Measured in docs/learning_rate.md.
+    The embedding has `d_model / 64` times this rate: 0.004 at every width under the rule. This is
+    muP for Adam (arXiv 2203.03466, table 3): 1 / width for hidden and output matrices, constant
+    for input weights. Norms have the rate of the matrices. docs/learning_rate.md measures it.
     """
     if recipe.lr is not None:
         return recipe.lr
@@ -27,9 +27,10 @@ def learning_rate(architecture: Architecture, recipe: Recipe) -> float:
 
 
 def schedule(step: int, recipe: Recipe) -> float:
-    """Return the share of the peak rate at a step from 0: warm-up, plateau, fall to 0, linearly.
+    """Return the fraction of the peak rate at a step, counted from 0.
 
-    Warm-up, stable, decay (MiniCPM, arXiv 2404.06395); no step has a rate of 0.
+    Warmup-stable-decay (MiniCPM, arXiv 2404.06395), with linear warm-up and decay. No step has a
+    rate of 0.
     """
     steps = recipe.steps
     up = (step + 1) / max(1.0, recipe.warmup * steps)
@@ -40,8 +41,8 @@ def schedule(step: int, recipe: Recipe) -> float:
 class AdamW:
     """AdamW (arXiv 1711.05101), bit for bit `torch.optim.AdamW(fused=True)`.
 
-    What a module calls its matrices decays; norms, biases and rates do not. The step is torch's own
-    kernel; building torch's optimizer object would import its compiler first, over 2 seconds of CPU
+    Weight decay applies to the `matrices` of a module, not to norms, biases and rates. The step is
+    torch's own kernel. The optimizer class of torch imports its compiler, over 2 seconds of CPU
     time.
     """
 
@@ -53,26 +54,26 @@ class AdamW:
         self.matrices = [p for p in weights if id(p) in decaying]
         self.vectors = [p for p in weights if id(p) not in decaying and p is not model.embedding]
         self.embedding = model.embedding
-        self.widening = model.d_model / BASE_WIDTH
+        self.embedding_factor = model.d_model / BASE_WIDTH
         self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in weights}
         self.steps = {p: torch.zeros((), device=p.device) for p in weights}
 
     def step(
         self, lr: float | Tensor, scale: Tensor | None = None, skip: Tensor | None = None
     ) -> None:
-        """Move all weights that have a gradient; `lr` is the rate of the matrices.
+        """Update all weights that have a gradient; `lr` is the rate of the matrices.
 
         For a step that reads nothing on the host, `lr`, `scale` and `skip` are float32 tensors of
-        one element on the device: gradients are divided by `scale`, and no weight moves where
-        `skip` is 1.
+        one element on the device. Gradients are divided by `scale`, and a `skip` of 1 leaves the
+        weights as they are.
         """
-        self._move(self.matrices, lr, self.recipe.weight_decay, scale, skip)
-        wide = lr * self.widening
-        self._move([self.embedding], wide, self.recipe.weight_decay, scale, skip)
-        self._move(self.vectors, lr, 0.0, scale, skip)
+        self._update(self.matrices, lr, self.recipe.weight_decay, scale, skip)
+        embedding_lr = lr * self.embedding_factor
+        self._update([self.embedding], embedding_lr, self.recipe.weight_decay, scale, skip)
+        self._update(self.vectors, lr, 0.0, scale, skip)
 
     @torch.no_grad()
-    def _move(
+    def _update(
         self,
         weights: list[nn.Parameter],
         lr: float | Tensor,
@@ -80,14 +81,14 @@ class AdamW:
         scale: Tensor | None,
         skip: Tensor | None,
     ) -> None:
-        moved = [p for p in weights if p.grad is not None]
+        updated = [p for p in weights if p.grad is not None]
         adamw(
-            list(moved),
-            [p.grad for p in moved if p.grad is not None],
-            [self.moments[p][0] for p in moved],
-            [self.moments[p][1] for p in moved],
+            list(updated),
+            [p.grad for p in updated if p.grad is not None],
+            [self.moments[p][0] for p in updated],
+            [self.moments[p][1] for p in updated],
             [],
-            [self.steps[p] for p in moved],
+            [self.steps[p] for p in updated],
             lr=lr, weight_decay=decay, beta1=self.recipe.beta1, beta2=self.recipe.beta2, eps=1e-8,
             fused=True, amsgrad=False, maximize=False, grad_scale=scale, found_inf=skip,
         )  # fmt: skip

@@ -165,24 +165,26 @@ class CollapseDetector:
 
     def __init__(self, layers: Layers, max_dead: float | None) -> None:
         self.max_dead = max_dead
-        self._rows = 0
-        self._loads: dict[int, Tensor] = {}
+        self.rows = 0
+        """Rows of the curve since the last judgement."""
+        self.loads: dict[int, Tensor] = {}
+        """Layer -> (E,) slots of each expert over these rows."""
         self._fixed = {layer for layer, moe in layers if isinstance(moe.router.selection, Hash)}
 
     def judge(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
         """Take in a row; return layer and share of dead experts of the first that collapsed."""
         if self.max_dead is None:
             return None
-        self._rows += 1
+        self.rows += 1
         for reading in readings:
             if reading.layer not in self._fixed:
-                known = self._loads.get(reading.layer, 0)
-                self._loads[reading.layer] = known + reading.load
-        few = any(load.sum() < MIN_ASSIGNMENTS * len(load) for load in self._loads.values())
-        if self._rows < COLLAPSE_WINDOW or few:
+                known = self.loads.get(reading.layer, 0)
+                self.loads[reading.layer] = known + reading.load
+        few = any(load.sum() < MIN_ASSIGNMENTS * len(load) for load in self.loads.values())
+        if self.rows < COLLAPSE_WINDOW or few:
             return None
-        shares = {i: routing_health(load)["dead"] / len(load) for i, load in self._loads.items()}
-        self._rows, self._loads = 0, {}
+        shares = {i: routing_health(load)["dead"] / len(load) for i, load in self.loads.items()}
+        self.rows, self.loads = 0, {}
         return next(((i, share) for i, share in shares.items() if share > self.max_dead), None)
 
 

@@ -45,6 +45,14 @@ class Steps(Protocol):
 
     meter: RoutingAccumulator
     """Takes in the routing of every step."""
+    optimizer: AdamW
+    done: int
+    """Steps that were taken, those before a checkpoint included."""
+    last_loss: float
+    """The last loss that was finite; NaN before the first step."""
+
+    def resume(self, done: int, last_loss: float) -> None:
+        """Continue after `done` steps; the caller restores the weights and the optimizer."""
 
     def advance(
         self, until: int, gate: Gate | None, deadline: float | None, *, with_domains: bool = False
@@ -88,7 +96,11 @@ class HostSteps:
         self.optimizer = AdamW(model, recipe)
         self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
         self.done = 0
-        self._last = math.nan
+        self.last_loss = math.nan
+
+    def resume(self, done: int, last_loss: float) -> None:
+        """See `Steps.resume`."""
+        self.done, self.last_loss = done, last_loss
 
     def advance(
         self, until: int, gate: Gate | None, deadline: float | None, *, with_domains: bool = False
@@ -108,8 +120,8 @@ class HostSteps:
                 self.meter.add(corpus.batch_domains(*place) if counts else None)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 bad = not math.isfinite(loss)
-                raise diverged(loss=bad, step=step, rate=rate, recipe=recipe, last=self._last)
-            total, self._last = total + loss, loss
+                raise diverged(loss=bad, step=step, rate=rate, recipe=recipe, last=self.last_loss)
+            total, self.last_loss = total + loss, loss
             self.done = step + 1
         return Sums(total, norm)
 

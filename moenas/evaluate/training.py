@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from moenas.errors import CollapsedError, DivergedError
 from moenas.evaluate.device_steps import DeviceSteps
 from moenas.evaluate.malloc import tune_malloc
 from moenas.evaluate.optimizer import schedule
-from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator, RoutingStats
+from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator
 from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
 from moenas.evaluate.threads import cpu_threads
 from moenas.model.architecture import Model
@@ -37,6 +37,96 @@ class Validation:
     slots of this text that find no room at the capacity of training."""
 
 
+class TrainingRun:
+    """The run of one candidate for `recipe.steps` steps, with about 40 points of its curve.
+
+    `recipe.lr` must be set (see `learning_rate`). `seed` orders the data; it is the same for
+    every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
+    thread the same run gives the same weights to the last bit.
+
+    Between two points `checkpoint.save` can save the run, and `checkpoint.restore` continue it in
+    another process.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        recipe: Recipe,
+        seed: int,
+        *,
+        gate: Gate | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        assert recipe.lr is not None
+        tune_malloc()
+        self.model, self.recipe = model, recipe
+        self.steps = open_steps(model, corpus, recipe, seed)
+        self.collapse = CollapseDetector(model.moe_layers(), recipe.max_dead)
+        self.seconds = 0.0
+        """Seconds of training up to the latest point."""
+        self._domain_names, self._gate, self._deadline = corpus.domain_names, gate, deadline
+        self._collapsed: CollapsedError | None = None
+
+    def points(self) -> Generator[CurvePoint, None, None]:
+        """Train the model in place, and yield the points of the curve that are left.
+
+        A point has `routing` if the model has MoE layers. Between two points the caller may
+        validate the model: that changes no weight, and its time does not count as seconds of
+        training.
+
+        Raises:
+            DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
+            CollapsedError: if more than `recipe.max_dead` of the experts of a layer are dead, after
+                the row of the curve that shows it.
+            TimeLimitError: once the deadline has passed.
+        """
+        began, start = time.monotonic() - self.seconds, self.steps.done
+        self.model.train()
+        try:
+            for end in row_ends(self.recipe.steps):
+                if end <= start:
+                    continue
+                point = self._advance(start, end)
+                point["seconds"] = self.seconds = time.monotonic() - began
+                paused = time.monotonic()
+                yield point
+                began += time.monotonic() - paused
+                self.require_alive()
+                start = end
+        finally:
+            self.steps.close()
+
+    def _advance(self, start: int, end: int) -> CurvePoint:
+        """Take the steps from `start` to `end`, and return their point of the curve."""
+        recipe, total = self.recipe, self.recipe.steps
+        last = end == total
+        with cpu_threads(recipe.threads):
+            sums = self.steps.advance(end, self._gate, self._deadline, with_domains=last)
+        readings = self.steps.meter.read()
+        point: CurvePoint = {
+            "tokens": end * recipe.batch * recipe.context,
+            "train_loss": sums.loss / (end - start),
+            "lr": (recipe.lr or 0.0) * schedule(end - 1, recipe),
+            "grad_norm": sums.grad_norm,
+        }
+        if readings:
+            names = self._domain_names if last else ()
+            point["routing"] = [reading.rounded_row(names) for reading in readings]
+        if start >= recipe.warmup * total and (found := self.collapse.judge(readings)) is not None:
+            layer, share = found
+            self._collapsed = CollapsedError(
+                f"{share:.0%} of the experts of layer {layer} were dead at step {end - 1} of"
+                f" {total}, more than train.max_dead: {recipe.max_dead:g}"
+            )
+        return point
+
+    def require_alive(self) -> None:
+        """Raise CollapsedError if the latest point shows that a layer has collapsed."""
+        if self._collapsed is not None:
+            raise self._collapsed
+
+
 def train(
     model: Model,
     corpus: Corpus,
@@ -45,53 +135,8 @@ def train(
     gate: Gate | None = None,
     deadline: float | None = None,
 ) -> Iterator[CurvePoint]:
-    """Train a model in place for `recipe.steps` steps and yield about 40 points of its curve.
-
-    `recipe.lr` must be set (see `learning_rate`). `seed` orders the data; it is the same for
-    every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
-    thread the same call gives the same weights to the last bit.
-
-    A point has `routing` if the model has MoE layers. Between two points the caller may validate
-    the model: that changes no weight, and its time does not count as seconds of training.
-
-    Raises:
-        DivergedError: if a loss or a gradient is not finite; the weights are of no use then.
-        CollapsedError: if more than `recipe.max_dead` of the experts of a layer are dead, after
-            the row of the curve that shows it.
-        TimeLimitError: once the deadline has passed.
-    """
-    assert recipe.lr is not None
-    tune_malloc()
-    began, start, total = time.monotonic(), 0, recipe.steps
-    names = corpus.domain_names
-    steps = open_steps(model, corpus, recipe, seed)
-    watch = CollapseDetector(model.moe_layers(), recipe.max_dead)
-    model.train()
-    try:
-        for end in row_ends(total):
-            last = end == total
-            with cpu_threads(recipe.threads):
-                sums = steps.advance(end, gate, deadline, with_domains=last)
-            readings = steps.meter.read()
-            point: CurvePoint = {
-                "tokens": end * recipe.batch * recipe.context,
-                "train_loss": sums.loss / (end - start),
-                "lr": recipe.lr * schedule(end - 1, recipe),
-                "grad_norm": sums.grad_norm,
-                "seconds": time.monotonic() - began,
-            }
-            if readings:
-                point["routing"] = [
-                    reading.rounded_row(names if last else ()) for reading in readings
-                ]
-            paused = time.monotonic()
-            yield point
-            began += time.monotonic() - paused
-            if start >= recipe.warmup * total:
-                _require_alive(watch, readings, end - 1, total)
-            start = end
-    finally:
-        steps.close()
+    """Train a model in place and yield the points of its curve; see `TrainingRun`."""
+    yield from TrainingRun(model, corpus, recipe, seed, gate=gate, deadline=deadline).points()
 
 
 def rung_tokens(recipe: Recipe) -> list[int]:
@@ -109,19 +154,6 @@ def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps
     """Return the steps of a run: on a GPU none of them makes the host wait."""
     on_cuda = next(model.parameters()).device.type == "cuda"
     return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
-
-
-def _require_alive(
-    watch: CollapseDetector, readings: list[RoutingStats], step: int, steps: int
-) -> None:
-    """Raise CollapsedError if a layer has collapsed."""
-    collapsed = watch.judge(readings)
-    if collapsed is not None:
-        layer, share = collapsed
-        raise CollapsedError(
-            f"{share:.0%} of the experts of layer {layer} were dead at step {step} of {steps}, more"
-            f" than train.max_dead: {watch.max_dead:g}"
-        )
 
 
 def validation_loss(model: Model, corpus: Corpus, recipe: Recipe) -> float:

@@ -16,7 +16,7 @@ from moenas.records import Plain
 DEFAULTS = Path(__file__).with_name("defaults.json")
 """Under "defaults": family -> kind ("" for a family without kinds) -> field -> [default, family of
 its value]. The family is null for a plain value; a required plain field has []. Under "former":
-family -> former name of a field -> its place, as in `Component.former`."""
+family -> kind -> former name of a field -> its place, as in `Component.former`."""
 NO_DEFAULT = "(required)"
 """Stands for the default of a required component."""
 
@@ -31,6 +31,11 @@ def _on_file() -> dict[str, dict[str, Any]]:
 
 def _fields(family: str, kind: str) -> Fields:
     found: Fields = _on_file()["defaults"].get(family, {}).get(kind, {})
+    return found
+
+
+def _former(family: str, kind: str) -> dict[str, str]:
+    found: dict[str, str] = _on_file()["former"].get(family, {}).get(kind, {})
     return found
 
 
@@ -59,7 +64,7 @@ def brief(plain: Any, family: str = "architecture") -> Any:
 
 def _present(plain: Plain, family: str, fields: Fields) -> Plain:
     """Return a component with each field at its present place."""
-    former: dict[str, str] = _on_file()["former"].get(family, {})
+    former: dict[str, str] = _former(family, str(plain.get("kind", "")))
     found: Plain = {}
     for name, value in plain.items():
         if name in fields or name not in former:
@@ -73,6 +78,6 @@ def _present(plain: Plain, family: str, fields: Fields) -> Plain:
             found[outer] = value
             continue
         component = found.get(outer) or {}
-        if inner in _fields(fields[outer][1], str(component.get("kind"))):
+        if inner in _fields(fields[outer][1], str(component.get("kind", ""))):
             found[outer] = {**component, inner: value}
     return found

@@ -54,6 +54,7 @@ class Field:
     component: type[Component] | None
     """The family that stands here, if the field is a component."""
     is_list: bool
+    """The field is a list of components, or of scalars if it has no `component`."""
     optional: bool
     """None is accepted."""
     default: Any
@@ -78,6 +79,8 @@ class Field:
                 return f"a list of {name} mappings"
             kinds = ", ".join(self.component.kinds) if self.component.kind is None else ""
             return f"a mapping ({name})" + (f" or one of its kinds: {kinds}" if kinds else "")
+        if self.is_list:
+            return "a list of words"
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
         words = " or ".join(
             text[s] for s in self.scalars if not (s is int and len(self.scalars) > 1)
@@ -190,7 +193,7 @@ class Component:
             if isinstance(value, Component):
                 value = value.plain()
             elif isinstance(value, tuple):
-                value = [item.plain() for item in value]
+                value = [x.plain() if isinstance(x, Component) else x for x in value]
             found[name] = value
         return found
 
@@ -205,7 +208,7 @@ class Component:
                 value = value.brief()
                 value = value["kind"] if list(value) == ["kind"] else value
             elif isinstance(value, tuple):
-                value = [item.brief() for item in value]
+                value = [x.brief() if isinstance(x, Component) else x for x in value]
             found[name] = value
         return found
 
@@ -214,22 +217,23 @@ class Component:
 
         Fields that had another place in an earlier version stand under their former names.
         """
-        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        data: Plain = {} if self.kind is None else {"kind": self.kind}
         former = {place: name for name, place in self.former.items()}
+        flat = {place.partition(".")[0] for place in former if "." in place}
         for name, value in self._not_default():
             if isinstance(value, tuple):
-                found[name] = [item.fingerprint_data() for item in value]
+                data[name] = [item.fingerprint_data() for item in value]
             elif not isinstance(value, Component):
-                found[former.get(name, name)] = value
-            elif f"{name}.kind" not in former:
-                found[name] = value.fingerprint_data()
+                data[former.get(name, name)] = value
+            elif name not in flat:
+                data[name] = value.fingerprint_data()
             else:
                 inner = value.fingerprint_data()
                 default = fields(type(self))[name].default
-                if inner["kind"] == default.kind:
+                if value.kind is not None and value.kind == default.kind:
                     del inner["kind"]
-                found |= {former.get(place := f"{name}.{n}", place): v for n, v in inner.items()}
-        return found
+                data |= {former.get(place := f"{name}.{n}", place): v for n, v in inner.items()}
+        return data
 
     def _not_default(self) -> Iterator[tuple[str, Any]]:
         """Yield name and value of the fields that differ from their defaults."""
@@ -319,7 +323,11 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         if get_origin(arg) is Literal:
             literals += get_args(arg)
         elif get_origin(arg) is tuple:
-            component, is_list = get_args(arg)[0], True
+            item, is_list = get_args(arg)[0], True
+            if issubclass(item, Component):
+                component = item
+            else:
+                scalars.append(item)
         elif isinstance(arg, type) and issubclass(arg, Component):
             component = arg
         elif arg is not types.NoneType:

@@ -52,8 +52,8 @@ def _ways(tree: Tree, sizes: dict[str, int]) -> Ways:
         return _products([_ways(item, sizes) for item in tree.items])
     if draws_each_layer(tree):
         layer = _products([_ways(t, sizes) for name, t in tree.fields.items() if name != "repeat"])
-        powers = {n: _products([layer] * n) for n in set(_repeats(tree))}
-        return sum((powers[n] for n in _repeats(tree)), start=Counter())
+        powers = {n: _products([layer] * n) for n in set(repeats(tree))}
+        return sum((powers[n] for n in repeats(tree)), start=Counter())
     return _products([_ways(value, sizes) for value in tree.fields.values()])
 
 
@@ -83,7 +83,7 @@ def _product(left: Ways, right: Ways) -> Ways:
     return found
 
 
-def _repeats(tree: Record) -> list[int]:
+def repeats(tree: Record) -> list[int]:
     """Return every number of layers that a varied group can have."""
     repeat = tree.fields["repeat"]
     if isinstance(repeat, Fixed):
@@ -91,7 +91,7 @@ def _repeats(tree: Record) -> list[int]:
     if isinstance(repeat, Range):
         return list(range(int(repeat.low), int(repeat.high) + 1, int(repeat.step or 1)))
     options = cast(Choice, repeat).options
-    return [n for option in options for n in _repeats(replace(tree, fields={"repeat": option}))]
+    return [n for option in options for n in repeats(replace(tree, fields={"repeat": option}))]
 
 
 def most_layers(tree: Tree) -> int:
@@ -104,4 +104,4 @@ def most_layers(tree: Tree) -> int:
         return 0
     blocks = tree.fields.get("blocks")
     inner = 0 if blocks is None else most_layers(blocks)
-    return (max(_repeats(tree)) if "repeat" in tree.fields else 1) * (inner or 1)
+    return (max(repeats(tree)) if "repeat" in tree.fields else 1) * (inner or 1)

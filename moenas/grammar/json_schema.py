@@ -66,8 +66,10 @@ class SchemaWriter:
                 inner = {"type": "array", "minItems": 1, "items": item}
             null: list[Plain] = [{"type": "null"}] if field.optional else []
             option = {"anyOf": [inner, *null]} if null else inner
-            return {"anyOf": [inner, _choice(option), *null]}
+            return {"anyOf": [inner, _choice(option), *null]} if holes else option
         value = _scalar(field)
+        if field.is_list:
+            return {"type": "array", "items": value}
         if not holes:
             return value
         options = [value, _choice(value)]

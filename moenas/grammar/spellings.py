@@ -12,8 +12,10 @@ from moenas.grammar.synonyms import hint
 from moenas.records import Plain
 from moenas.resources import Node, names_with
 
-Inside = Callable[[str, str], bool]
-"""Whether a kind of the component in a field has an inner field: (kind, inner field)."""
+Inside = Callable[[str | None, str], bool]
+"""Whether a kind of the component in a field has an inner field: (kind, inner field).
+
+The kind of a family without kinds is None."""
 
 
 def as_mapping(family: type[Component], node: Node) -> Node:
@@ -99,7 +101,7 @@ def _move(
     if outer not in found:
         spelled = preset.get(outer, fields(cls)[outer].default.kind)
         kind = spelled["kind"] if isinstance(spelled, dict) else spelled
-        found[outer] = Node(kind, node.mark)
+        found[outer] = Node({} if kind is None else kind, node.mark)
     found[outer] = with_field(found[outer], inner, node, _inside(cls, outer), on_clash=clash)
 
 
@@ -110,7 +112,7 @@ def _present_field(cls: type[Component], place: str) -> Field:
     if not inner:
         return field
     assert field.component is not None, f"{cls.__name__}.{outer} holds no component"
-    kinds = field.component.kinds.values()
+    kinds = field.component.kinds.values() or [field.component]
     return next(fields(kind)[inner] for kind in kinds if inner in fields(kind))
 
 
@@ -118,6 +120,8 @@ def _inside(cls: type[Component], outer: str) -> Inside:
     """Return the test of whether a kind of the component in field `outer` has an inner field."""
     family = fields(cls)[outer].component
     assert family is not None, f"{cls.__name__}.{outer} holds no component"
+    if not family.kinds:
+        return lambda kind, inner: kind is None and inner in fields(family)
     return lambda kind, inner: kind in family.kinds and inner in fields(family.kinds[kind])
 
 
@@ -134,10 +138,11 @@ def with_field(
             return node
         given = [with_field(o, inner, value, has, on_clash=on_clash) for o in options.value]
         return replace(node, value={**node.value, "choice": replace(options, value=given)})
-    own: dict[str, Node] = {"kind": node} if isinstance(node.value, str) else {}
-    own = dict(node.value) if isinstance(node.value, dict) else own
+    if not isinstance(node.value, str | dict):
+        return node
+    own = {"kind": node} if isinstance(node.value, str) else dict(node.value)
     kind: Any = own["kind"].value if "kind" in own else None
-    if not isinstance(kind, str) or not has(kind, inner):
+    if not isinstance(kind, str | None) or not has(kind, inner):
         return node
     if inner in own:
         if on_clash == "keep":
@@ -147,27 +152,27 @@ def with_field(
 
 
 def present_name(name: str, former: Mapping[str, str]) -> str:
-    """Return the dotted name of a field with the present place for a former last step."""
-    before, dot, last = name.rpartition(".")
-    return before + dot + former.get(last, last).removesuffix(".kind")
+    """Return the dotted name of a field with the present places for former steps."""
+    steps = (former.get(step, step).removesuffix(".kind") for step in name.split("."))
+    return ".".join(steps)
 
 
 def former_hole_name(name: str, former: Mapping[str, str]) -> str | None:
     """Return the name that a hole had when its field had its former name, or None.
 
     `router.balance.bias.rate` is the rate inside the option `bias` of a choice, and was
-    `router.bias_rate`, as was `router.balance.rate`.
+    `router.bias_rate`, as was `router.balance.rate`. The field may hold the component of the
+    hole: `rope.scaling.yarn.factor` was `rope_scaling.yarn.factor`.
     """
     path, slash, unit = name.partition("/")
     steps = path.split(".")
     for before, place in former.items():
         *outer, inner = place.split(".")
-        if steps[-1] != inner:
-            continue
-        for n_options in (0, 1) if outer else (0,):
-            at = len(steps) - 1 - n_options - len(outer)
-            if at >= 0 and steps[at : at + len(outer)] == outer:
-                return ".".join([*steps[:at], before]) + slash + unit
+        for end in (i for i in range(len(steps) - 1, -1, -1) if steps[i] == inner):
+            for n_options in (0, 1) if outer else (0,):
+                at = end - n_options - len(outer)
+                if at >= 0 and steps[at : at + len(outer)] == outer:
+                    return ".".join([*steps[:at], before, *steps[end + 1 :]]) + slash + unit
     return None
 
 

@@ -205,12 +205,14 @@ _NUMBERS = (
 
 def _positions(mixer: Plain) -> Words:
     """Return how a mixer knows positions, if not by rotary embeddings of all dimensions."""
-    rope, bias = mixer.get("rope"), mixer.get("position_bias")
-    theta = mixer.get("rope_theta", 0.0) if "rope" not in mixer else 0.0
-    bare = theta is None or mixer.get("rope_fraction") == 0 or ("rope" in mixer and rope is None)
+    bias, rope = mixer.get("position_bias"), mixer.get("rope")
     if bias is not None:
         return [(UNUSUAL, _kind(bias))]
-    return [(UNUSUAL, "NoPE" if bare or _kind(rope) == "none" else "")]
+    if "rope" not in mixer:  # an architecture of an earlier version
+        former = {"theta": "rope_theta", "partial_rotary_factor": "rope_fraction"}
+        rope = {name: mixer[before] for name, before in former.items() if before in mixer}
+    is_nope = rope is None or rope.get("theta", 1) is None or rope.get("partial_rotary_factor") == 0
+    return [(UNUSUAL, "NoPE" if is_nope else "")]
 
 
 def _experts(ffn: Plain) -> Words:

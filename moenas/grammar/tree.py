@@ -135,7 +135,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Listing:
-    """A list of components."""
+    """A list of components, or of values outside of `architecture`."""
 
     items: tuple[Tree, ...]
     mark: SourceLocation
@@ -257,6 +257,13 @@ def _read_field(field: Field, node: Node, path: str) -> Tree:
             raise node.error(path, f"{node.plain!r} is not {field.wanted()}")
         items = (read(component, item, join(path, i)) for i, item in enumerate(node.value))
         return Listing(tuple(items), node.mark)
+    if field.is_list and field.component is None:
+        if not isinstance(node.value, list):
+            raise node.error(path, f"{_short(node.plain)} is not {field.wanted()}")
+        for i, item in enumerate(node.value):
+            if not isinstance(item.value, str):
+                raise item.error(join(path, i), f"{_short(item.plain)} is not a word")
+        return Listing(tuple(Fixed(cast(str, x.value), x.mark) for x in node.value), node.mark)
     if isinstance(node.value, dict | list):
         raise node.error(path, f"{_short(node.plain)} is not {field.wanted()}")
     if (reason := field.reject(node.value)) is not None:
@@ -442,8 +449,10 @@ def construct(tree: Tree, path: str = "") -> Component:
         if isinstance(value, Fixed):
             values[name] = value.value
         elif isinstance(value, Listing):
-            items = enumerate(value.items)
-            values[name] = tuple(construct(item, join(inner, i)) for i, item in items)
+            values[name] = tuple(
+                item.value if isinstance(item, Fixed) else construct(item, join(inner, i))
+                for i, item in enumerate(value.items)
+            )
         else:
             values[name] = construct(value, inner)
     return make(tree, values)

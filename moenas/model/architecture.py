@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from moenas.grammar import field_names, tree
 from moenas.grammar import summary as describe
 from moenas.grammar.component import Component, Conflict, changed, setting
-from moenas.model.blocks import KEPT, Block, BlockGroup, NormPosition, ResidualConfig, merged
+from moenas.model.blocks import (
+    KEPT,
+    Block,
+    BlockGroup,
+    NormPosition,
+    ResidualConfig,
+    merge_half_blocks,
+)
 from moenas.model.head import Head
 from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
 from moenas.model.layers.linear import matrices, output_projections, size
@@ -138,7 +145,7 @@ class Architecture(Component):
         for layer in written:  # equal layers are one object, most of the time
             if id(layer) not in known:
                 known[id(layer)] = layer.canonical_in(stream)
-        runs = itertools.groupby(merged([known[id(layer)] for layer in written]))
+        runs = itertools.groupby(merge_half_blocks([known[id(layer)] for layer in written]))
         return changed(
             self,
             blocks=tuple(changed(layer, repeat=len(list(run))) for layer, run in runs),

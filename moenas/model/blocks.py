@@ -311,7 +311,7 @@ def _activation(ffn: Any) -> tuple[Any, ...]:
     return ffn.activation, ffn.gate_limit, ffn.gate_alpha, ffn.up_shift
 
 
-def merged(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
+def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
     They are the halves of a block at every position of the norm, unless a shortcut joins the stream

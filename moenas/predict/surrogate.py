@@ -48,6 +48,11 @@ class Surrogate:
         other._condition(*self._tensors(features, values))
         return other
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the noise of a value."""
+        return float(self._noise.sqrt()) * self._scale
+
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Return mean and standard deviation (N,) of the value without noise."""
         x, _ = self._tensors(features, np.empty(0))

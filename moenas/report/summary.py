@@ -6,15 +6,19 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
 from moenas.grammar.summary import compact, one_line, short
 from moenas.pareto import is_exact
+from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Evaluation, Plain, View
 from moenas.resources import to_yaml
+from moenas.store import origins, rungs
 from moenas.store.row_readers import FrontView, Summary, as_front
+from moenas.store.spending import spending
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -194,12 +198,15 @@ def status_report(store: Store, name: str) -> Plain:
         "evaluated": found.evaluated,
         "complete": found.counts.get("complete", 0),
         "failed": found.counts.get("failed", 0),
+        "stopped": found.counts.get("stopped", 0),
+        "paused": len(rungs.pauses(store, name)),
         "infeasible": found.counts.get("infeasible", 0),
         "repeated": found.repeated,
         "left": max(0, study.trials - found.evaluated),
         "running_in": store.driver(name),
         "ended": store.ended(name),
         "failures": found.failures,
+        "spent": spending(store, name).plain(),
         "best": found.best,
         "front": found.front,
         "hypervolume": found.hypervolume,
@@ -207,7 +214,26 @@ def status_report(store: Store, name: str) -> Plain:
         "bigram_loss": _bigram_loss(found),
         "devices": found.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
+        "rungs": [asdict(agreement) for agreement in _agreements(store, name)],
     }
+
+
+def _agreements(store: Store, name: str) -> list[RankAgreement]:
+    """Return how well the losses at each rung agree with the final ones."""
+    found = rank_agreements(rungs.results(store, name), rungs.final_losses(store, name))
+    return list(found.values())
+
+
+def _rung_line(found: Plain) -> str:
+    """Lay out one rung of `status_report`."""
+    text = (
+        f"  rung {found['rung']} ({short(found['tokens'])} tokens): {found['reached']} reached it,"
+        f" {found['promoted']} trained on"
+    )
+    if found["correlation"] is None:
+        return text
+    pairs = found["pairs"]
+    return f"{text}; rank correlation with the end {found['correlation']:.2f} over {pairs}"
 
 
 def _bigram_loss(found: Summary) -> float | None:
@@ -222,6 +248,10 @@ def _end(found: Plain) -> str:
         "exhausted": "done, every point of the space was drawn",
         "sampler": "done, the sampler proposes nothing more",
         "draws": "done, too many draws in a row gave no new candidate",
+        "wall_time": "done, the wall time of search.stop is used up",
+        "train_flops": "done, the training FLOPs of search.stop are used up",
+        "train_tokens": "done, the training tokens of search.stop are used up",
+        "plateau": "done, the hypervolume has stopped growing",
     }
     return texts.get(found["ended"], "done" if not found["left"] else "stopped")
 
@@ -235,6 +265,9 @@ def status_text(found: Plain) -> str:
         f"  complete {found['complete']}, failed {found['failed']},"
         f" infeasible {found['infeasible']}, repeated {found['repeated']}, left {found['left']}",
     ]
+    if found["rungs"]:
+        lines.append(f"  stopped {found['stopped']}, paused {found['paused']}")
+        lines += [_rung_line(rung) for rung in found["rungs"]]
     if found["failures"]:
         reasons = ", ".join(f"{kind} {n}" for kind, n in found["failures"].items())
         lines.append(f"  failures: {reasons}")
@@ -244,6 +277,11 @@ def status_text(found: Plain) -> str:
         lines.append(
             f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
         )
+    spent = found["spent"]
+    lines.append(
+        f"  spent: {spent['wall_seconds']:,.0f} s of wall time, {short(spent['train_tokens'])}"
+        f" training tokens, {spent['train_flops']:.3g} training FLOPs"
+    )
     volume = _cell(found["hypervolume"])
     about = "" if found["hypervolume_is_exact"] else " (approximate)"
     lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
@@ -308,12 +346,14 @@ def looks_ahead(evaluation: Evaluation) -> bool:
 
 
 def trial_report(store: Store, study: str, trial: int) -> Plain:
-    """Return everything that is stored of one trial.
+    """Return everything that is stored of one trial, finished or paused at a rung.
 
     Raises:
         NotFoundError: if the study has no such trial.
     """
     record, found = store.study(study), store.evaluation(study, trial)
+    if found is None and (pause := rungs.pauses(store, study).get(trial)) is not None:
+        found = pause.evaluation
     if found is None:
         numbers = store.finished(study)
         there = f"it has {_spans(numbers)}" if numbers else "it has none yet"
@@ -321,6 +361,7 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
     return {
         **found.plain(),
         "units": {o["name"]: o["unit"] for o in record.objectives},
+        "enqueued_from": origins.source(store, study, trial),
         "on_front": trial in store.front(study),
         "architecture": store.architecture(study, trial),
     }
@@ -341,6 +382,10 @@ def trial_text(found: Plain, *, full: bool = False) -> str:
     """Lay out what `trial_report` found; with `full` every field of the architecture."""
     on_front = ", on the front" if found["on_front"] else ""
     lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
+    if source := found["reused_from"]:
+        lines.append(f"  reused from trial {source['trial']} of study '{source['study']}'")
+    if found["enqueued_from"]:
+        lines.append(f"  enqueued from {found['enqueued_from']}")
     if found["failure"]:
         lines.append(f"  {found['failure']['kind']}: {found['failure']['message']}")
     lines += [f"  broken by {by:.3g}: {text}" for text, by in found["violations"].items() if by > 0]

@@ -25,12 +25,12 @@ Array = NDArray[np.float64]
 
 INITIAL = 10
 """Complete trials before the first fit; until then points are drawn at random."""
-DRAWN = 1000
+DRAWN = 1008
 """Random draws of a pool."""
-FEASIBLE = 50
+FEASIBLE = 64
 """Feasible points among them below which draws go on, up to 20 times as many."""
 KEPT_FOR = 16
-"""Trials for which the random points of a pool are kept."""
+"""Trials for which a random point of a pool is kept. So all asks draw equally many points."""
 MUTATIONS = 200
 """Mutations of front members in a pool."""
 SAMPLES = 16
@@ -44,14 +44,11 @@ class Described:
     """A point with what follows from its architecture alone."""
 
     point: Point
+    fingerprint: str
+    """The fingerprint of the architecture."""
     features: Features
     exact: dict[str, float]
     """Objective -> value, of the objectives that need no measurement."""
-
-    @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the architecture."""
-        return self.point.architecture.fingerprint
 
 
 class GrayBox:
@@ -67,7 +64,8 @@ class GrayBox:
         self._objectives = space.objectives
         self._signs = np.array([1 if o.direction == "minimize" else -1 for o in space.objectives])
         self._of_trials: dict[int, Described | None] = {}
-        self._random: tuple[int, list[Described]] = (-1, [])
+        self._random: dict[int, list[Described]] = {}
+        """Number of a trial -> the random points that enter the pool with it."""
         self._known: dict[str, tuple[Features, dict[str, float]]] = {}
         self._fitted: dict[int, tuple[int, Surrogate]] = {}
 
@@ -167,29 +165,35 @@ class GrayBox:
             values = {name: value for name, value in exact.items() if value is not None}
             self._known[fingerprint] = features(found.architecture, cost), values
         # Points of one architecture may have other parameters, so each keeps its own.
-        return Described(found, *self._known[fingerprint])
+        return Described(found, fingerprint, *self._known[fingerprint])
 
     def _pool(self, number: int, front: Sequence[Described], seen: set[str]) -> list[Described]:
         """Return points of architectures that no trial had: random ones, mutations of the front."""
-        found = {p.fingerprint: p for p in self._random_points(number // KEPT_FOR)}
+        found = {p.fingerprint: p for p in self._random_points(number)}
         draw = random.Random(f"{self._seed}:{number}:mutations")
         for i in range(MUTATIONS):
             parent = front[i % len(front)].point.params
             if (mutated := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
-                found.setdefault(mutated.architecture.fingerprint, self._describe(mutated))
+                described = self._describe(mutated)
+                found.setdefault(described.fingerprint, described)
         return [point for fingerprint, point in found.items() if fingerprint not in seen]
 
-    def _random_points(self, block: int) -> list[Described]:
-        if self._random[0] != block:
-            draw = random.Random(f"{self._seed}:{block}")
-            found = list[Described]()
-            for i in range(20 * DRAWN):
-                if i >= DRAWN and len(found) >= FEASIBLE:
-                    break
-                if (drawn := point(self._space, draw.getrandbits(48))) is not None:
-                    found.append(self._describe(drawn))
-            self._random = block, found
-        return self._random[1]
+    def _random_points(self, number: int) -> list[Described]:
+        """Return the random points of a pool; each trial replaces an equal share of them."""
+        shares = range(number - KEPT_FOR + 1, number + 1)
+        self._random = {n: self._random.get(n) or self._drawn(n) for n in shares}
+        return [found for n in shares for found in self._random[n]]
+
+    def _drawn(self, number: int) -> list[Described]:
+        """Draw the random points that enter the pool with a trial."""
+        draw = random.Random(f"{self._seed}:{number}:points")
+        found = list[Described]()
+        for i in range(20 * DRAWN // KEPT_FOR):
+            if i >= DRAWN // KEPT_FOR and len(found) >= FEASIBLE // KEPT_FOR:
+                break
+            if (drawn := point(self._space, draw.getrandbits(48))) is not None:
+                found.append(self._describe(drawn))
+        return found
 
 
 def _improvements(means: Array, deviations: Array, n_trials: int) -> Array:

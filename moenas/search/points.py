@@ -53,7 +53,7 @@ class Points:
 
     def add(self, params: Mapping[str, Any]) -> None:
         """Take in a point that was drawn, by present or by former names of its holes."""
-        if any(_last_step(name) in self._former for name in params):
+        if any(not _steps(name).isdisjoint(self._former) for name in params):
             held = HeldAnswers(params, self._former)
             with suppress(LookupError):  # the point of another space: it counts as it is
                 draw(self._space.tree, held)
@@ -91,7 +91,7 @@ class HeldAnswers:
     `rest`, such as an Optuna trial, holds the answers by present names. Without it they are taken
     from the known answers, too.
 
-    Studies of earlier versions drew the fields of a router under other names.
+    Studies of earlier versions drew the fields of a router and of `rope` under other names.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class HeldAnswers:
         return float(self._answer(name, ask))
 
 
-def _last_step(name: str) -> str:
-    """Return the field that a hole stands in."""
-    return name.partition("/")[0].rpartition(".")[2]
+def _steps(name: str) -> set[str]:
+    """Return the fields and options in the name of a hole."""
+    return set(name.partition("/")[0].split("."))
 
 
 def _key(params: Mapping[str, Any]) -> str:

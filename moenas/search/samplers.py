@@ -70,6 +70,8 @@ SAMPLERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
     "gp": lambda _, seed: GPSampler(seed=seed, warn_independent_sampling=False),
     # Its points come from gray_box.GrayBox; the first of a study are random.
     "gray_box": lambda _, seed: RandomSampler(seed=seed),
+    # Its points come from evolution.Evolution.
+    "evolution": lambda _, seed: RandomSampler(seed=seed),
     # The points themselves come from points.Points; no parameter is left to this sampler.
     "grid": lambda _, seed: RandomSampler(seed=seed),
 }

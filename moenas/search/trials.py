@@ -24,12 +24,15 @@ from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import error_line
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
+from moenas.search import start_points
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
+from moenas.search.start_points import StartPoint
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
+    from moenas.search.evolution import Evolution
     from moenas.search.gray_box import GrayBox
     from moenas.space.space import Space
 
@@ -72,12 +75,16 @@ class _AskAndTell(optuna.Study):
 def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
     """Return the state and the values that Optuna's trial has for an evaluation of ours.
 
-    A trial that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it by
-    its constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
+    A trial that early stopping has stopped is PRUNED. It gets no intermediate values: of a trial
+    that has one, TPE asks the direction of a study of several objectives, which raises. A trial
+    that is infeasible before it is trained has no values, so it is PRUNED; TPE knows it by its
+    constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
     and its constraints keep every sampler from taking it for a good one.
     """
     if found.status == "failed":
         return TrialState.FAIL, None
+    if found.status == "stopped":
+        return TrialState.PRUNED, None
     if found.values.keys() >= set(names):
         return TrialState.COMPLETE, [found.values[name] for name in names]
     return TrialState.PRUNED, None
@@ -147,6 +154,10 @@ class OptunaTrials:
                 stored[frozen.number].fingerprint or stored[frozen.number].status == "infeasible"
             ):
                 self.points.add(frozen.params)
+
+    def enqueue(self, points: Sequence[StartPoint]) -> None:
+        """Let architectures be evaluated next, each once however often this is called."""
+        start_points.enqueue(self._optuna, points)
 
     @property
     def interrupted(self) -> int:
@@ -306,11 +317,17 @@ class OptunaTrials:
                 trial.set_user_attr(name, value)
 
     @cached_property
-    def _gray_box(self) -> GrayBox:
-        """The gray-box sampler; its imports take 0.2 s, so other samplers do without it."""
-        from moenas.search.gray_box import GrayBox
+    def _proposer(self) -> GrayBox | Evolution | None:
+        """The sampler of ours that proposes whole points; imported only where it is used."""
+        if self._space.search.sampler == "gray_box":
+            from moenas.search.gray_box import GrayBox
 
-        return GrayBox(self._space)
+            return GrayBox(self._space)
+        if self._space.search.sampler == "evolution":
+            from moenas.search.evolution import Evolution
+
+            return Evolution(self._space)
+        return None
 
     def _proposing(self, number: int, fruitless: int) -> BaseSampler:
         """Return the sampler of a new trial."""
@@ -321,13 +338,13 @@ class OptunaTrials:
                 return _fixed(point, base)
             if fruitless % REPEATS == 0:  # a space too large to be listed
                 return base
-        elif name == "gray_box":
+        elif self._proposer is not None:
             try:
-                proposed = self._gray_box.propose(number, self.frozen())
+                proposed = self._proposer.propose(number, self.frozen())
             except (MoenasError, StorageInternalError):
                 raise
             except Exception as error:  # of the surrogate's fit; the study goes on
-                log.warning("gray_box: %s; trial %d is drawn at random", error_line(error), number)
+                log.warning("%s: %s; trial %d is drawn at random", name, error_line(error), number)
                 return base
             return base if proposed is None else _fixed(proposed, base)
         return self._sampler(number)

@@ -218,8 +218,8 @@ def _component(cls: type[Component]) -> Iterator[str]:
 
 
 def _heading(family: type[Component]) -> str:
-    """Return the name of the first field, from the architecture down, that a family stands in."""
-    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture)]
+    """Return the name of the first field, from the sections down, that a family stands in."""
+    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture), ("search", Search)]
     for name, cls in todo:
         if cls is family:
             return name
@@ -320,11 +320,11 @@ def defaults() -> str:
         if name in found:
             continue
         own = found[name] = {}
-        if family.former:
-            former[name] = dict(family.former)
         for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
             if any(kind.__module__.startswith(part) for part in OWN):
                 own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
+                if kind.former:
+                    former.setdefault(name, {})[kind.kind or ""] = dict(kind.former)
                 waiting += [f.component for f in fields(kind).values() if f.component is not None]
     return json.dumps({"defaults": found, "former": former}, indent=1, sort_keys=True) + "\n"
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moenas.errors import suggestion
+from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
+from moenas.resources import Node
+from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
-SAMPLERS = ("tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box")
+SAMPLERS = (
+    "tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box",
+    "evolution",
+)  # fmt: skip
 """Samplers by name; any other is `file.py:Class`."""
 
 
@@ -104,24 +111,87 @@ class Protocol(Component):
         return None
 
 
+UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+"""Unit of a duration -> seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau(Component):
+    """The rule that ends a study whose front no longer improves."""
+
+    trials: int = setting("evaluated candidates over which the front is compared", low=1)
+    improvement: float = setting(
+        "share of the hypervolume before these candidates; a smaller growth ends the study",
+        default=0.001,
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Component):
+    """Budgets of the whole study beside `trials`; the first one that is used up ends it.
+
+    Candidates that run at that moment are finished and recorded. Totals count over all runs of the
+    study. Copied and reused evaluations cost nothing. A later run with a larger budget goes on.
+    """
+
+    wall_time: float | str | None = setting(
+        "time for which the study runs: seconds, or a number with s, min, h or d such as 2h",
+        default=None,
+    )
+    train_flops: float | None = setting(
+        "training FLOPs, failed candidates included: 3 times the forward FLOPs of each token",
+        default=None,
+        low=1.0,
+    )
+    train_tokens: float | None = setting(
+        "training tokens, failed candidates included", default=None, low=1.0
+    )
+    plateau: Plateau | None = setting(
+        "ends the study once the hypervolume has stopped growing", default=None
+    )
+
+    def invalid(self) -> str | None:
+        """Refuse a duration that cannot be read."""
+        if self.wall_time is None or (self.wall_seconds or 0.0) > 0:
+            return None
+        return f"wall_time: {self.wall_time!r} is not a duration; write seconds, 90min, 2h or 1d"
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """The wall time in seconds; None without one, 0 for text that is no duration."""
+        if not isinstance(self.wall_time, str):
+            return self.wall_time
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h|d)", self.wall_time)
+        return float(found[1]) * UNITS[found[2]] if found else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search(Component):
     """`search`: who proposes candidates, how many, and what each may use."""
 
     sampler: str = setting(
         "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp | grid (every point of a finite"
-        " space, in random order) | gray_box (exact costs, a surrogate of the rest), or"
-        " `file.py:Class`",
+        " space, in random order) | gray_box (exact costs, a surrogate of the rest) | evolution"
+        " (mutations of the latest candidates), or `file.py:Class`",
         default="tpe",
     )
     trials: int = setting(
-        "candidates that the study evaluates, complete or failed; infeasible draws and repeated"
-        " models are recorded and do not count",
+        "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"
+        " repeated models are recorded and do not count",
         default=24,
         low=1,
         high=1_000_000,
     )
     seed: int = setting("seed of sampling, initial weights and order of data", default=0, low=0)
+    start_from: tuple[str, ...] = setting(
+        "architectures that are evaluated first: a name such as `zoo/olmoe_1b_7b`, the path of a"
+        " space file without holes or of an export, or `study:NAME` for the front of a study in the"
+        " same database",
+        default=(),
+    )
+    stop: Stop | None = setting("further budgets that end the study", default=None)
     workers: int | None = setting(
         "candidates evaluated at a time; null takes one per core, or per share of a GPU",
         default=None,
@@ -138,12 +208,17 @@ class Search(Component):
     )
     candidates_per_worker: int | None = setting(
         "candidates that one worker process evaluates, one after another, before a fresh one takes"
-        " its place; null takes 1 on a CPU, 50 on a GPU, where a process takes seconds to be ready",
+        " its place; null takes 1 on a CPU. It takes 50 on a GPU, where a process needs seconds to"
+        " start, and with early stopping, where each rung is a job",
         default=None,
         low=1,
     )
     time_limit: float | None = setting(
         "seconds after which a candidate is stopped; null for none", default=1800.0, low=1.0
+    )
+
+    early_stopping: EarlyStopping = setting(
+        "which candidates end before the last training token", default=NoEarlyStopping()
     )
 
     def invalid(self) -> str | None:
@@ -153,3 +228,11 @@ class Search(Component):
         near = suggestion(self.sampler, SAMPLERS)
         names = ", ".join(SAMPLERS)
         return f"no sampler '{self.sampler}'.{near} There are {names}, or write file.py:Class"
+
+
+def start_marks(search: Node | None) -> Iterator[SourceLocation]:
+    """Yield where the entries of `search.start_from` stand."""
+    section = search.value if search is not None else None
+    entries = section.get("start_from") if isinstance(section, dict) else None
+    if entries is not None and isinstance(entries.value, list):
+        yield from (entry.mark for entry in entries.value)

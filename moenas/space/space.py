@@ -32,17 +32,21 @@ from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text, sha256
+from moenas.space.early_stopping import DEFAULT_RUNGS
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
 from moenas.space.objective import Objective, load_objective
 from moenas.space.overrides import override
-from moenas.space.sections import Protocol, Recipe, Search
+from moenas.space.sections import Protocol, Recipe, Search, start_marks
 
 KEYS = (
     "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
     "search",
 )  # fmt: skip
-RESOURCES = ("trials", "workers", "cpus", "gpus", "time_limit", "candidates_per_worker")
+RESOURCES = (
+    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
+    "candidates_per_worker",
+)  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 MAX_NAME = 200
@@ -69,6 +73,8 @@ class Space:
     search: Search
     data_mark: SourceLocation = field(default=SourceLocation("<space>"), compare=False)
     """Where the section `data` stands."""
+    start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
+    """Where each entry of `search.start_from` stands."""
 
     def __repr__(self) -> str:
         objectives = ", ".join(objective.name for objective in self.objectives)
@@ -107,7 +113,7 @@ class Space:
         for key in ("architecture", "objectives"):
             if key not in found:
                 raise root.error("", f"the section '{key}' is missing")
-        use = tuple(_read_use(found.get("use")))
+        use = tuple(read_use(found.get("use")))
         written = expand(found["architecture"], found.get("layers"))
         tree = grammar.read(Architecture, written, "architecture")
         space = cls(
@@ -123,9 +129,10 @@ class Space:
             measure=_read_section(Protocol, "measure", found, source),
             search=_read_section(Search, "search", found, source),
             data_mark=found["data"].mark if "data" in found else SourceLocation(source),
+            start_marks=tuple(start_marks(found.get("search"))),
         )
         space._check(found)
-        return space
+        return space._with_rungs(found)
 
     def _check(self, found: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
@@ -151,6 +158,26 @@ class Space:
                     location=mark,
                     path="architecture.vocab_size",
                 )
+
+    def _with_rungs(self, found: dict[str, Node]) -> Self:
+        """Return the space with rungs where early stopping needs some.
+
+        Raises:
+            SpaceError: if early stopping does not suit the objectives or the length of training.
+        """
+        early_stopping = self.search.early_stopping
+        if not early_stopping.stops:
+            return self
+        reason = early_stopping.unsuitable(self.objectives)
+        if reason is None and self.train.steps < 2:
+            reason = f"training has {self.train.steps} step, and a rung needs one before the last"
+        if reason is not None:
+            section = found["search"]
+            written = cast(dict[str, Node], section.value)
+            node = written.get("early_stopping", section)
+            raise node.error("search.early_stopping", reason)
+        rungs = self.train.rungs or DEFAULT_RUNGS
+        return replace(self, train=replace(self.train, rungs=rungs))
 
     @property
     def former_fields(self) -> dict[str, str]:
@@ -396,15 +423,20 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
     node = found.get(name)
     if node is None or node.value is None:
         node = Node({}, node.mark if node else SourceLocation(source))
-    if isinstance(node.value, dict):
-        for key, value in node.value.items():
-            if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
-                where = f"{name}.{key}"
-                raise value.error(where, "a hole is not allowed here, only in 'architecture'")
+    _refuse_holes(node, name)
     return cast(S, grammar.construct(grammar.read(cls, node, name), name))
 
 
-def _read_use(node: Node | None) -> Iterator[UserFile]:
+def _refuse_holes(node: Node, path: str) -> None:
+    """Refuse a hole anywhere below a section."""
+    for key, value in node.value.items() if isinstance(node.value, dict) else ():
+        if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
+            where = f"{path}.{key}"
+            raise value.error(where, "a hole is not allowed here, only in 'architecture'")
+        _refuse_holes(value, f"{path}.{key}")
+
+
+def read_use(node: Node | None) -> Iterator[UserFile]:
     """Load the files of parts, so that the architecture can name them."""
     if node is None or node.value is None:
         return

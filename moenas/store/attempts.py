@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, func, select, update
 
 from moenas.errors import FailureKind
 from moenas.records import Failure
@@ -52,6 +52,20 @@ def candidates(store: Store, study: str) -> set[int]:
     candidate = tables.candidate.c
     wanted = select(candidate.trial).where(candidate.study == study, candidate.fingerprint != "")
     return store.read(study, lambda connection: set(connection.scalars(wanted)))
+
+
+def trial_of(store: Store, study: str, fingerprint: str) -> int | None:
+    """Return the first trial of a study that has an architecture, or None."""
+    candidate = tables.candidate.c
+    wanted = select(func.min(candidate.trial)).where(
+        candidate.study == study, candidate.fingerprint == fingerprint
+    )
+
+    def first(connection: Connection) -> int | None:
+        found = connection.scalar(wanted)
+        return None if found is None else int(found)
+
+    return store.read(study, first)
 
 
 def evaluated(store: Store, study: str) -> int:

@@ -15,11 +15,11 @@ def is_evaluated(
 ) -> bool:
     """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
 
-    Complete and failed candidates count. A draw that breaks a requirement before it is built, a
-    copy of an earlier trial of the same model and a trial of another program do not.
+    Complete, failed and stopped candidates count. A draw that breaks a requirement before it is
+    built, a copy of an earlier trial of the same model and a trial of another program do not.
     """
     if "copied_from" in metrics:
         return False
     if status == "failed":
         return failure is None or failure.kind not in NOT_EVALUATED
-    return has_values
+    return has_values or status == "stopped"

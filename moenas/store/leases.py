@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from moenas.errors import StudyBusyError
-from moenas.processes import born, machine
+from moenas.processes import machine, process_start
 from moenas.store.tables import driver
 
 STALE_S = 30.0
@@ -31,7 +31,7 @@ def clock(connection: Connection) -> float:
 def _lives(row: Row[Any], now: float) -> bool:
     """Say whether the driver of a row is still at work."""
     here = machine()
-    if here and row.machine == here and born(row.pid) != row.born:
+    if here and row.machine == here and process_start(row.pid) != row.born:
         return False
     return bool(now - row.heartbeat < STALE_S)
 
@@ -74,7 +74,7 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
             host=os.uname().nodename,
             machine=machine(),
             pid=os.getpid(),
-            born=born(os.getpid()) or "",
+            born=process_start(os.getpid()) or "",
             heartbeat=now,
         )
     )

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Row, Table
 
 from moenas.records import Evaluation, Failure, ObjectiveInfo, Plain, StudyRecord
-from moenas.store.tables import curve, evaluation, objective, routing, study, value
+from moenas.store.tables import curve, evaluation, objective, reuse, routing, study, value
 
 KEYS = {"study", "trial", "position", "layer", "extra"}
 """Columns of the curve and the routing that are not facts of a row by themselves."""
@@ -120,6 +120,7 @@ def evaluation_rows(record: Evaluation, recorded_at: str) -> dict[Table, list[Pl
     plain = storable(record.plain())
     plain["failure"] = failure_json(record.failure)
     names = dict.fromkeys((*plain["values"], *plain["measurements"]))
+    source = record.reused_from
     return {
         evaluation: [
             {name: entry for name, entry in plain.items() if name in evaluation.c}
@@ -139,6 +140,9 @@ def evaluation_rows(record: Evaluation, recorded_at: str) -> dict[Table, list[Pl
             for position, row in enumerate(thinned(plain["curve"]))
         ],
         routing: [key | {"layer": row["layer"]} | _facts(routing, row) for row in plain["routing"]],
+        reuse: []
+        if source is None
+        else [key | {"from_study": source["study"], "from_trial": source["trial"]}],
     }
 
 
@@ -196,7 +200,9 @@ def part(name: str, rows: Iterable[Row[Any]]) -> list[Plain]:
     return [_said(row, "layer" if name == "routing" else "") for row in rows]
 
 
-def evaluations(rows: Iterable[Row[Any]], values: Iterable[Row[Any]]) -> list[Plain]:
+def evaluations(
+    rows: Iterable[Row[Any]], values: Iterable[Row[Any]], reused: Iterable[Row[Any]] = ()
+) -> list[Plain]:
     """Return evaluations as plain data, without curves and routing, in the order of `rows`."""
     found: dict[int, Plain] = {}
     for row in rows:
@@ -206,4 +212,7 @@ def evaluations(rows: Iterable[Row[Any]], values: Iterable[Row[Any]]) -> list[Pl
             found[row.trial]["values"][row.objective] = row.value
         if row.measurement is not None:
             found[row.trial]["measurements"][row.objective] = row.measurement
+    for row in reused:
+        if row.trial in found:
+            found[row.trial]["reused_from"] = {"study": row.from_study, "trial": row.from_trial}
     return list(found.values())

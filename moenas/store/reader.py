@@ -75,6 +75,12 @@ class StoreReader:
             return wanted(connection)
 
     @again
+    def query(self, wanted: Callable[[Connection], T]) -> T:
+        """Read rows of any studies in one state."""
+        with self._database.reading() as connection:
+            return wanted(connection)
+
+    @again
     def architecture(self, name: str, trial: int) -> Plain:
         """Return the canonical architecture of a trial.
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
 
 from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
-from moenas.store import front_rows, mapping, tables
+from moenas.store import front_rows, mapping, statements, tables
 from moenas.store.counting import is_evaluated
 
 Rest = Callable[[str, int], list[Plain]]
@@ -141,7 +141,8 @@ def evaluations(
             wanted = wanted.where(which(table))
         return list(connection.execute(wanted).all())
 
-    plains = mapping.evaluations(read(tables.evaluation), read(tables.value))
+    reused = read(tables.reuse) if statements.exists(connection, tables.reuse) else []
+    plains = mapping.evaluations(read(tables.evaluation), read(tables.value), reused)
     return [mapping.Stored.of(plain, rest) for plain in plains]
 
 
@@ -238,11 +239,17 @@ def summary(connection: Connection, name: str) -> Summary:
 
 def evaluated(connection: Connection, name: str) -> int:
     """Return how many candidates of a study were evaluated."""
-    row, value = tables.evaluation.c, tables.value.c
+    row = tables.evaluation.c
     wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
-    valued = select(value.trial).where(value.study == name, value.value.is_not(None))
-    with_values = set(connection.scalars(valued))
+    with_values = trials_with_values(connection, name)
     return sum(
         is_evaluated(r.status, r.metrics, mapping.failure_of(r.failure), r.trial in with_values)
         for r in connection.execute(wanted)
     )
+
+
+def trials_with_values(connection: Connection, name: str) -> set[int]:
+    """Return the trials that have a value of an objective."""
+    value = tables.value.c
+    valued = select(value.trial).where(value.study == name, value.value.is_not(None))
+    return set(connection.scalars(valued))

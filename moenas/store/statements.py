@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, inspect, select
 
 from moenas.errors import InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store import tables
+
+
+def exists(connection: Connection, table: Table) -> bool:
+    """Whether the database has a table; one of an older schema lacks the newest tables."""
+    return inspect(connection).has_table(table.name)
 
 
 def insert_rows(connection: Connection, found: dict[Table, list[Plain]]) -> None:
@@ -50,6 +55,12 @@ def known_trial(connection: Connection, name: str, trial: int) -> Row[Any]:
         there = f"it has {count}, up to trial {last}" if count else "it has none yet"
         raise NotFoundError(f"study '{name}' has no trial {trial}; {there}")
     return found
+
+
+def is_finished(connection: Connection, name: str, trial: int) -> bool:
+    """Whether a trial has an evaluation."""
+    wanted = select(tables.evaluation.c.trial).where(of_trial(tables.evaluation, name, trial))
+    return connection.execute(wanted).first() is not None
 
 
 def newest_attempt(connection: Connection, name: str, trial: int) -> int:

@@ -282,6 +282,15 @@ class Store(StoreReader):
         with self._changing(name) as connection:
             return change(connection)
 
+    def apply_briefly(self, name: str, change: Callable[[Connection], T], seconds: float) -> T:
+        """Run a change of a study's rows, tried again for some seconds at most."""
+
+        def work() -> T:
+            with self._changing(name) as connection:
+                return change(connection)
+
+        return self._database.again(work, seconds=seconds)
+
     # --- evaluations ---------------------------------------------------------------------------
 
     @again
@@ -321,17 +330,25 @@ class Store(StoreReader):
         now = _now()
         found = mapping.evaluation_rows(evaluation, now)
         for table in found:
-            connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
+            if table is not tables.reuse or statements.exists(connection, table):
+                connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
         statements.insert_rows(connection, found)
         this = tables.attempt.c.attempt == evaluation.attempt
-        connection.execute(
-            update(tables.attempt)
-            .where(statements.of_trial(tables.attempt, name, trial), this)
-            .values(
-                finished_at=now,
-                status=evaluation.status,
-                failure=mapping.failure_json(evaluation.failure),
+        if evaluation.status != "stopped":  # its attempt has ended when it paused
+            connection.execute(
+                update(tables.attempt)
+                .where(statements.of_trial(tables.attempt, name, trial), this)
+                .values(
+                    finished_at=now,
+                    status=evaluation.status,
+                    failure=mapping.failure_json(evaluation.failure),
+                )
             )
+        # A finished trial continues from no checkpoint.
+        connection.execute(
+            update(tables.rung)
+            .where(statements.of_trial(tables.rung, name, trial))
+            .values(evaluation=None, checkpoint_sha256=None)
         )
         if evaluation.status == "complete":
             copied = "copied_from" in evaluation.metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moenas.errors import FailureKind
 from moenas.records import EndReason, Evaluation, Failure, Plain, StudyRecord
-from moenas.store import attempts
+from moenas.store import attempts, origins
 from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.weights import Root
@@ -40,6 +40,10 @@ class StudyStore:
     ) -> None:
         """Store what a trial is to evaluate; see `Store.add_candidate`."""
         self.store.add_candidate(self.name, trial, fingerprint, architecture, cost)
+
+    def add_source(self, trial: int, source: str) -> None:
+        """Store where the architecture of an enqueued trial is from."""
+        origins.add_source(self.store, self.name, trial, source)
 
     def has_candidate(self, trial: int) -> bool:
         """Say whether a trial has a row of ours."""

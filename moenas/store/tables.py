@@ -117,6 +117,16 @@ ended = Table(
     Column("ended_at", String(32), nullable=False),
 )
 
+run = Table(
+    "moenas_run",
+    metadata,
+    _of_study(),
+    # A run of the study, by the moment at which it began.
+    Column("began_at", String(32), primary_key=True),
+    # Wall seconds of the run up to its last report; it reports every few seconds.
+    Column("seconds", Double, nullable=False),
+)
+
 change = Table(
     "moenas_change",
     metadata,
@@ -143,6 +153,14 @@ candidate = Table(
     Column("asked_at", String(32), nullable=False),
 )
 
+enqueued = Table(
+    "moenas_enqueued",
+    metadata,
+    *_of_trial(),
+    # Where the architecture of the trial is from, such as zoo/olmoe_1b_7b or study:NAME trial 3.
+    Column("source", Text, nullable=False),
+)
+
 attempt = Table(
     "moenas_attempt",
     metadata,
@@ -163,7 +181,10 @@ evaluation = Table(
     Column(
         "status",
         String(16),
-        CheckConstraint("status IN ('complete', 'failed', 'infeasible')"),
+        CheckConstraint(
+            "status IN ('complete', 'failed', 'infeasible', 'stopped')",
+            name="moenas_evaluation_status_check",
+        ),
         nullable=False,
     ),
     Column("fingerprint", String(64), nullable=False),
@@ -178,6 +199,33 @@ evaluation = Table(
     Column("data", Json, nullable=False),
     Column("failure", Json),
     Column("weights_sha256", String(64)),
+)
+
+reuse = Table(
+    "moenas_reuse",
+    metadata,
+    *_of_trial(),
+    # The evaluation of another study that this trial has; that study may be gone.
+    Column("from_study", Name, nullable=False),
+    Column("from_trial", Integer, nullable=False),
+)
+
+rung = Table(
+    "moenas_rung",
+    metadata,
+    *_of_trial(),
+    # Rungs of training, from 1; the end of training is none.
+    Column("rung", Integer, primary_key=True, autoincrement=False),
+    Column("tokens", BigInteger, nullable=False),
+    Column("val_loss", Double, nullable=False),
+    # Objective -> value, of the objectives that are measured before training.
+    Column("known", Json, nullable=False),
+    Column("recorded_at", String(32), nullable=False),
+    # When early stopping let the candidate train on; NULL if it did not.
+    Column("promoted_at", String(32)),
+    # Of the latest rung of a trial that has no evaluation: the evaluation so far, and its file.
+    Column("evaluation", Json),
+    Column("checkpoint_sha256", String(64)),
 )
 
 value = Table(

@@ -128,12 +128,11 @@ def is_draft(file: WeightsFile, to: Plain | None) -> bool:
     )
 
 
-def adopt_draft(runs: Path, study: str, trial: int, file: WeightsFile) -> str:
-    """Give a draft the name of a trial's weights, and return its SHA-256.
+def adopt_draft(path: Path, file: WeightsFile) -> str:
+    """Give a draft its name in the folder of its trial, and return its SHA-256.
 
     Raises OSError if it is not there as the worker described it, or the disk refuses.
     """
-    path = weights_path(runs, study, trial)
     found = os.lstat(file.path)
     if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
         raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)
@@ -161,8 +160,12 @@ def remove_drafts(runs: Path, study: str, trial: int, but: WeightsFile | None = 
 # --- copied, found, read -------------------------------------------------------------------------
 
 
-def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -> None:
+def copy_weights(
+    runs: Path, study: str, source: int, trial: int, digest: str, *, of: str | None = None
+) -> None:
     """Give a trial the weights of another one, which must have this SHA-256.
+
+    The other trial is one of the study `of`, or of the same study.
 
     They are one file under two names, or two files where the file system has no hard links. A
     reader finds what it finds while `write_weights` is at work; that replaces one name alone.
@@ -171,7 +174,7 @@ def copy_weights(runs: Path, study: str, source: int, trial: int, digest: str) -
     Raises:
         InputError: as `read_weights` does.
     """
-    there, data = _found(runs, study, source, digest)
+    there, data = _found(runs, of or study, source, digest)
     path = weights_path(runs, study, trial)
     _make(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_DRAFT) as draft:

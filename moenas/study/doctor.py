@@ -18,7 +18,8 @@ from moenas import pareto
 from moenas.errors import InputError, StorageLostError, StudyBusyError
 from moenas.records import Evaluation, Plain
 from moenas.search.trials import outcome
-from moenas.store import attempts, front_rows, row_readers, tables
+from moenas.store import attempts, front_rows, row_readers, rungs, tables
+from moenas.store.checkpoints import read_checkpoint, unused_checkpoints
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.weights import FILE, has_weights, read_weights, weights_path
@@ -239,6 +240,13 @@ def _weights(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Fin
             read_weights(store.runs, name, trial, evaluation.weights_sha256)
         except InputError as error:
             found.append(Finding("weights", trial, str(error), None))
+    for trial, pause in rungs.pauses(store, name).items():
+        digest = pause.evaluation.weights_sha256
+        try:
+            read_checkpoint(store.runs, name, trial, pause.result.rung, digest)
+        except InputError as error:
+            text = f"{error}; without it the next run trains the candidate again from the start"
+            found.append(Finding("weights", trial, text, None))
     return found
 
 
@@ -255,7 +263,7 @@ def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Findi
 
 
 def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
-    """Return drafts, and weights of trials that have no evaluation."""
+    """Return drafts, weights of trials without an evaluation, and checkpoints that none needs."""
     folder = weights_path(store.runs, name, 0).parents[1]
     spooled = {r.trial for _, r in UncommittedResults(store.runs, name).results() if r is not None}
     found = []
@@ -265,7 +273,9 @@ def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
         lost = path.name == FILE and number.isdigit() and int(number) not in trials | spooled
         if path.is_file() and (draft or lost):
             found.append(path)
-    return found
+    used = {trial: pause.result.rung for trial, pause in rungs.pauses(store, name).items()}
+    checkpoints = unused_checkpoints(store.runs, name, used)
+    return found + [path for path in checkpoints if path not in found]
 
 
 def _repair_trials(store: Store, name: str, names: list[str]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moenas.errors import EnvironmentFaultError, PartError, StudyStoppedError
 from moenas.failures import internal, origin
 from moenas.records import Evaluation, Failure, Plain
+from moenas.search.start_points import SOURCE
 from moenas.search.trials import ParametersError, SamplerFailedError
 from moenas.store.weights import place
 from moenas.study.candidate import Candidate
+from moenas.study.events import Kind
 from moenas.study.jobs import Jobs
 from moenas.study.session import ENDS_A_RUN, Session
 from moenas.study.stop_rules import (
@@ -27,6 +30,8 @@ from moenas.workers.pool import Pool, Result
 if TYPE_CHECKING:
     from moenas.store.heartbeat import StudyLease
 
+SLOW_ASKS = ("gray_box",)
+"""Samplers whose asks take seconds."""
 POLL_S = 0.5
 """Seconds between looks at the lease of the study."""
 
@@ -46,9 +51,12 @@ class Driver:
     def __init__(self, session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
         self.session, self.jobs, self.pool, self.lease = session, jobs, pool, lease
         self.store, self.trials, self.events = session.store, session.trials, session.events
+        self.paused = session.paused
         self.running: dict[int, Candidate] = {}
         """Trial -> candidate that the pool works on."""
         session.progress.running = self.running
+        self.ahead: deque[Candidate] = deque()
+        """Candidates that were drawn while all workers were busy, at most one."""
         self.delayed = DelayedCandidates()
         self.crashed = CrashedCandidates(session.name)
         self.faults = EnvironmentFaults(session.name)
@@ -61,8 +69,8 @@ class Driver:
             self.events.emit("resumed", None, text)
         while True:
             started = self._start_one()
-            waiting = bool(self.running or self.delayed or self.faults.pause)
-            if not (started or waiting or self._record_crashed()):
+            waiting = bool(self.running or self.ahead or self.delayed or self.faults.pause)
+            if not (started or waiting or self._record_crashed() or self._end_pauses()):
                 return
             timeout = 0.0 if started else POLL_S
             if self.running:
@@ -70,19 +78,28 @@ class Driver:
             else:
                 time.sleep(min(timeout, self.faults.pause))
             self.lease.check()
+            self.session.budget.report()
             self.events.raise_error()
 
     # --- from a trial to a running candidate ---------------------------------------------------
 
     def _start_one(self) -> bool:
         """Start or draw one candidate, if there is room and need; say whether one was."""
-        if self.faults.pause or len(self.running) >= self.pool.capacity:
+        if self.faults.pause or not (self._has_room or self._asks_ahead):
             return False
-        if self.delayed:
+        if self.ahead:
+            self._guarded(self.ahead.popleft(), self._start)
+            return True
+        if self.delayed and self._has_room:
             nothing_else = not (self.running or self._needs_draw)
             if (delayed := self.delayed.pop(nothing_else)) is not None:
                 self._guarded(delayed, self._start)
                 return True
+        # Trials of an earlier run come first: only then are all paused candidates known.
+        promotes = self._has_room and not (self.trials.interrupted or self.session.budget.used_up)
+        if promotes and (promoted := self.paused.next()) is not None:
+            self._guarded(promoted, self._start)
+            return True
         if not self._needs_draw:
             return False
         try:
@@ -94,14 +111,31 @@ class Driver:
         return True
 
     @property
+    def _has_room(self) -> bool:
+        """Whether a worker is free."""
+        return len(self.running) < self.pool.capacity
+
+    @property
+    def _asks_ahead(self) -> bool:
+        """Whether a candidate is drawn though all workers are busy, so that none waits for it.
+
+        An ask ahead knows fewer results, so only a sampler asks ahead whose asks take seconds. A
+        pool of one worker in this process could not evaluate meanwhile.
+        """
+        slow = self.session.space.search.sampler in SLOW_ASKS
+        return slow and self.pool.capacity > 1 and not self.ahead
+
+    @property
     def _needs_draw(self) -> bool:
         """Whether the study needs another candidate and can have one."""
         if self.trials.interrupted:
             return True
         progress = self.session.progress
-        pending = len(self.running) + len(self.delayed) + len(self.crashed)
-        pending += len(self.session.duplicates)
-        if progress.evaluated + pending >= progress.total:
+        pending = len(self.running) + len(self.ahead) + len(self.delayed) + len(self.crashed)
+        pending += len(self.paused) + self.session.duplicates.waiting(
+            {candidate.fingerprint for candidate in self.paused}
+        )
+        if progress.evaluated + pending >= progress.total or self.session.budget.used_up:
             return False
         return not (self.session.draws.over or self.trials.stopped or self.trials.exhausted)
 
@@ -126,6 +160,8 @@ class Driver:
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
         number = candidate.number
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
+        if (source := candidate.trial.user_attrs.get(SOURCE)) is not None:
+            self.store.add_source(number, str(source))
         self.trials.set_constraints(candidate.trial, candidate.violations)
         if not candidate.broken:
             self._guarded(candidate, self._dispatch)
@@ -143,15 +179,22 @@ class Driver:
 
     def _dispatch(self, candidate: Candidate) -> None:
         """Evaluate a candidate, unless the same model is evaluated already, or is right now."""
-        pending = [*self.running.values(), *self.delayed, *self.crashed]
+        pending = [*self.running.values(), *self.ahead, *self.delayed, *self.crashed, *self.paused]
         source = self.session.duplicates.source(candidate)
         if source is not None:
             self.session.draws.add({})
             self._copy(candidate, source)
         elif any(other.fingerprint == candidate.fingerprint for other in pending):
             self.session.duplicates.wait(candidate)
-        else:
+        elif self.paused.take_back(candidate):
+            self.session.draws.started()
+            self._stop(self.paused.hopeless())  # an earlier run may have ended before it decided
+        elif self._reuse(candidate):
+            return
+        elif self._has_room:
             self._start(candidate)
+        else:
+            self.ahead.append(candidate)
 
     def _copy(self, candidate: Candidate, source: int) -> None:
         """Give a trial the evaluation of an earlier one of the same model."""
@@ -160,20 +203,33 @@ class Driver:
             self.events.warn(warning, candidate.number)
         self.session.record(candidate, evaluation, "copied", f"the same model as trial {source}")
 
+    def _reuse(self, candidate: Candidate) -> bool:
+        """Give a trial the evaluation of its model in another study, if there is one that holds."""
+        source = self.session.cache.find(candidate.fingerprint)
+        found = None if source is None else self.session.results.reuse(candidate, source)
+        if source is None or found is None:
+            return False
+        text = f"reused from trial {source.trial} of study '{source.study}' | {candidate.summary}"
+        self.session.draws.started()
+        self._after(candidate, self.session.record(candidate, found, "reused", text))
+        return True
+
     def _start(self, candidate: Candidate) -> None:
-        """Send a candidate to the pool."""
+        """Send a candidate to the pool, which has room; a paused one continues where it stopped."""
         number = candidate.number
+        fields = self.paused.job_fields(candidate)
         attempt = self.store.start_attempt(number)
-        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers}
+        where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers, **fields}
         where["weights_to"] = place(self.store.runs, self.session.name, number)
         self.pool.submit(self.jobs.job(number, attempt, candidate.plain, **where))
         self.session.draws.started()
         self.running[number] = candidate
         # A trial of an earlier run, or of another program, may go beyond the total.
-        count = self.session.progress.evaluated + len(self.running)
+        count = self.session.progress.evaluated + len(self.running) + len(self.paused)
         if count > self.session.progress.total:
             self.session.set_total(count)
-        self.events.emit("started", number, candidate.summary)
+        kind: Kind = "promoted" if "checkpoint" in fields else "started"
+        self.events.emit(kind, number, candidate.summary)
 
     # --- from a result to an evaluation --------------------------------------------------------
 
@@ -208,6 +264,10 @@ class Driver:
         if failure is None or failure.kind != ENVIRONMENT:
             self.faults.succeeded()
         self._record_crashed()  # a worker lives, so the crashes are the candidates' own
+        if evaluation.status == "paused":
+            self.paused.pause(candidate, evaluation)
+            self._stop(self.paused.hopeless())
+            return
         self._record(candidate, evaluation)
 
     def _is_tried_again(self, candidate: Candidate, failure: Failure, attempt: int) -> bool:
@@ -246,6 +306,26 @@ class Driver:
         for candidate, evaluation in held:
             self._record(candidate, evaluation)
         return bool(held)
+
+    def _stop(self, candidates: Sequence[Candidate]) -> None:
+        """Record that early stopping has stopped candidates."""
+        for candidate in candidates:
+            evaluation = self.paused.stopped(candidate)
+            stored = self.session.record(candidate, evaluation, "stopped", candidate.summary)
+            self._after(candidate, stored)
+
+    def _end_pauses(self) -> bool:
+        """Continue or stop the paused candidates of a study that draws no more; say if any.
+
+        None continues once a budget is used up.
+        """
+        promotes = not self.session.budget.used_up
+        if promotes and (promoted := self.paused.next(at_end=True)) is not None:
+            self._guarded(promoted, self._start)
+            return True
+        rest = self.paused.rest()
+        self._stop(rest)
+        return bool(rest)
 
     def _record(self, candidate: Candidate, evaluation: Evaluation) -> None:
         """Record the evaluation of a candidate that a worker has tried."""

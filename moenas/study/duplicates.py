@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from moenas.records import Evaluation
 from moenas.study.candidate import Candidate
 from moenas.study.stop_rules import FINAL
@@ -16,9 +18,9 @@ class DuplicateModels:
         self._waiting: dict[str, list[Candidate]] = {}
         """Fingerprint -> candidates that wait for the running one of the same model."""
 
-    def __len__(self) -> int:
-        """Return how many candidates wait."""
-        return sum(map(len, self._waiting.values()))
+    def waiting(self, paused: Collection[str]) -> int:
+        """Return how many candidates wait for one that is not among the `paused` fingerprints."""
+        return sum(len(c) for name, c in self._waiting.items() if name not in paused)
 
     def add(self, evaluation: Evaluation) -> None:
         """Remember a finished trial if another trial of its model would have the same result.
@@ -26,6 +28,7 @@ class DuplicateModels:
         Recipe, data and seed are those of the study, so that a model that diverged diverges again.
         """
         trained = evaluation.status != "failed" and bool(evaluation.values)
+        trained |= evaluation.status == "stopped"
         if trained or (evaluation.failure is not None and evaluation.failure.kind in FINAL):
             self._evaluated.setdefault(evaluation.fingerprint, evaluation.trial)
 

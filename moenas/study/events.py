@@ -11,7 +11,18 @@ from moenas.records import Evaluation
 from moenas.study.progress import Progress
 
 Kind = Literal[
-    "resumed", "started", "finished", "infeasible", "copied", "retried", "warning", "done"
+    "resumed",
+    "started",
+    "paused",
+    "promoted",
+    "finished",
+    "stopped",
+    "infeasible",
+    "copied",
+    "reused",
+    "retried",
+    "warning",
+    "done",
 ]
 
 

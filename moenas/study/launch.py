@@ -20,6 +20,7 @@ from moenas.grammar import user_parts
 from moenas.grammar.summary import one_line
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
+from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from moenas.data.corpus import Corpus
     from moenas.model.architecture import Architecture
     from moenas.space.space import Space
+    from moenas.study.estimate import Estimate
 
 __all__ = [
     "Event",
@@ -144,7 +146,8 @@ class Study:
         """Why the study is over; None if it is not.
 
         `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
-        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate.
+        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate;
+        `wall_time`, `train_flops`, `train_tokens` and `plateau`: that rule of `search.stop`.
         """
         ended = self.store.ended(self.name)
         if ended is None and attempts.evaluated(self.store, self.name) >= self.record.trials:
@@ -239,6 +242,7 @@ def run(
     pool: Pool | None = None,
     listeners: Sequence[Listener] = (),
     accept_changes: bool = False,
+    fresh: bool = False,
 ) -> Study:
     """Run a study to its end and return it; called again, it goes on where it stopped.
 
@@ -248,23 +252,19 @@ def run(
     `address` are those of `open_pool`; a `pool` replaces both, and the caller closes it. Each of
     the `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may
     have other files than before: finished trials are measured again by them, and the change is
-    stored.
+    stored. With `fresh` no evaluation of another study is reused.
 
     Raises:
-        InputError: if nothing in the space is feasible, or the study of that name has another
-            space or corpus; nothing is written.
+        InputError: if nothing in the space is feasible, an architecture of `search.start_from` is
+            not in the space, or the study of that name has another space or corpus; nothing is
+            written.
         StudyBusyError: if another process runs it.
         NoCandidateError: if not one trial is complete at the end.
         EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    from moenas.evaluate.matching import open_corpus
-
-    samplers.check(space.search.sampler)
-    points.check_grid(space)
-    space.require_feasible()
-    corpus = open_corpus(space)
+    corpus, first = _checked(space, storage)
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
@@ -282,19 +282,71 @@ def run(
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
         session = Session.open(store, space, total, listeners)
+        session.trials.enqueue(first)
         if session.over is None:
             _warn_of_versions(session, known)
-            _drive(session, Jobs(session.store, space, corpus.sha256), open_once(), lease)
+            _drive(session, Jobs(session.store, space, corpus.sha256), open_once, lease, fresh)
         store.verify()
         session.finish()
         return Study(store, space.name)
 
 
-def _drive(session: Session, jobs: Jobs, pool: Pool, lease: StudyLease) -> None:
-    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile."""
+def dry_run(
+    space: Space,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    workers: Workers = None,
+) -> Estimate:
+    """Check all that `run` checks before it writes, and estimate what is left of the study.
+
+    Raises:
+        InputError: as `run`.
+    """
+    from moenas.study.estimate import estimate
+
+    corpus, _ = _checked(space, storage)
+    known, done = Store.known(storage, space.name), 0
+    if known is not None:
+        refuse_changes(known, space, corpus)
+        done = attempts.evaluated(Store.open(storage), space.name)
+    total = (trials or space.search.trials) if known is None else _total(known, space, trials)
+    count = 1 if workers == "inline" else workers
+    left = max(0, total - done)
+    return estimate(space, corpus, storage=storage, trials=left, workers=count)
+
+
+def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
+    """Check what can be checked before anything is written.
+
+    Returns the corpus of the space, and the architectures to start from.
+    """
+    from moenas.evaluate.matching import open_corpus
+
+    samplers.check(space.search.sampler)
+    points.check_grid(space)
+    space.require_feasible()
+    refs, marks = space.search.start_from, space.start_marks
+    first = start_points(space, refs, lambda: Store.open(storage), marks)
+    return open_corpus(space), first
+
+
+def _drive(
+    session: Session, jobs: Jobs, open_once: _PoolOpener, lease: StudyLease, fresh: bool
+) -> None:
+    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile.
+
+    Only where the pool is one of this machine is the device of its workers known beforehand.
+    """
+    pool = open_once()
+    if open_once.is_local and not fresh:
+        session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
     session.events.add(publisher)
-    Driver(session, jobs, pool, lease).run()
+    try:
+        Driver(session, jobs, pool, lease).run()
+    finally:
+        session.budget.report(last=True)
     publisher.publish()
 
 
@@ -358,6 +410,7 @@ class _PoolOpener:
         pool: Pool | None,
     ) -> None:
         self._stack, self._pool = stack, pool
+        self.is_local = pool is None and address is None and "RAY_ADDRESS" not in os.environ
         self._open = partial(open_pool, workers, space.search, address=address)
 
     def __call__(self) -> Pool:

@@ -1,4 +1,4 @@
-"""A stored study by its name: failed trials run again, objectives measured again."""
+"""A stored study by its name: trials enqueued, failed ones run again, objectives measured again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import optuna
+
 from moenas.errors import InputError, suggestion
-from moenas.records import StudyRecord
+from moenas.records import Plain, StudyRecord
+from moenas.search.start_points import enqueue as enqueue_points
+from moenas.search.start_points import start_points
+from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
@@ -115,6 +120,34 @@ def retry(
         pool=pool,
         listeners=listeners,
     )
+
+
+def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> list[Plain]:
+    """Let a stored study evaluate some architectures next, also while a process runs it.
+
+    `refs` are those of `search.start_from`. Returns a row for each architecture: source,
+    fingerprint, and the trial that evaluates it or has evaluated it.
+
+    Raises:
+        InputError: if an architecture cannot be read or is not in the space; nothing is enqueued.
+    """
+    store = Store.open(storage)
+    space = stored_space(store.study(name))
+    found = start_points(space, refs, lambda: store)
+    study = optuna.load_study(study_name=name, storage=store.optuna_storage())
+    known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in found}
+    new = [point for point in found if known[point.fingerprint] is None]
+    numbers, before = enqueue_points(study, new)
+    trials = known | {p.fingerprint: number for p, number in zip(new, numbers, strict=True)}
+    return [
+        {
+            "trial": (number := trials[point.fingerprint]),
+            "status": "known" if number is not None and number < before else "enqueued",
+            "source": point.source,
+            "fingerprint": point.fingerprint,
+        }
+        for point in found
+    ]
 
 
 def remeasure(

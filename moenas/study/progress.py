@@ -21,7 +21,7 @@ class Progress:
     running: int
     """Candidates that workers evaluate now."""
     evaluated: int
-    """Candidates that were evaluated, complete or failed; they count towards the total."""
+    """Candidates that were evaluated: complete, failed or stopped. They count towards the total."""
     complete: int
     """Complete trials, copies included."""
     failed: int
@@ -35,6 +35,17 @@ class Progress:
     hypervolume: float | None
     eta_s: float | None
     """Seconds to the end at the pace of this run; None before its first result."""
+    at_rungs: int = 0
+    """Candidates that have reached a rung and are not evaluated; they count, too."""
+    paused: int = 0
+    """Candidates that wait at a rung for the decision of early stopping."""
+    stopped: int = 0
+    """Candidates that early stopping has stopped, copies included."""
+
+    @property
+    def reached(self) -> int:
+        """Candidates that are evaluated or have reached a rung."""
+        return self.evaluated + self.at_rungs
 
 
 class ProgressTracker:
@@ -43,6 +54,8 @@ class ProgressTracker:
     Attributes:
         total: candidates that the study is to evaluate.
         running: the candidates that workers evaluate now; the driver owns them.
+        paused: the candidates that wait at a rung.
+        at_rungs: the candidates that have reached a rung and have no evaluation.
         front: the front after the latest evaluation.
         counts: status -> trials, those that do not count towards the total included.
         evaluated: trials that count towards the total.
@@ -53,18 +66,25 @@ class ProgressTracker:
     def __init__(self, directions: Mapping[str, str]) -> None:
         self.total = 0
         self.running: Sized = ()
+        self.paused: Sized = ()
+        self.at_rungs: Sized = ()
         self.front = FrontSummary(0, None)
         self.counts: Counter[str] = Counter()
         self.evaluated = self.repeated = 0
         self.best: dict[str, float] = {}
         self._directions = directions
-        self._evaluated_before = 0
+        self._reached_before = 0
         self._began = time.monotonic()
+
+    @property
+    def reached(self) -> int:
+        """Candidates that are evaluated or have reached a rung."""
+        return self.evaluated + len(self.at_rungs)
 
     def start(self, front: FrontSummary) -> None:
         """Measure the pace from now on; trials of earlier runs are added already."""
         self.front = front
-        self._evaluated_before, self._began = self.evaluated, time.monotonic()
+        self._reached_before, self._began = self.reached, time.monotonic()
 
     def add(self, evaluation: Evaluation) -> None:
         """Count a finished trial."""
@@ -82,7 +102,7 @@ class ProgressTracker:
 
     def snapshot(self) -> Progress:
         """Return how far the study is now."""
-        here = self.evaluated - self._evaluated_before
+        here = max(0, self.reached - self._reached_before)
         pace = (time.monotonic() - self._began) / here if here else None
         return Progress(
             total=self.total,
@@ -95,5 +115,8 @@ class ProgressTracker:
             best=dict(self.best),
             front=self.front.size,
             hypervolume=self.front.hypervolume,
-            eta_s=None if pace is None else pace * max(0, self.total - self.evaluated),
+            eta_s=None if pace is None else pace * max(0, self.total - self.reached),
+            at_rungs=len(self.at_rungs),
+            paused=len(self.paused),
+            stopped=self.counts["stopped"],
         )

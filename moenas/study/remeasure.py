@@ -14,6 +14,7 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.search.trials import outcome
 from moenas.space.objective import Objective, load_objective
+from moenas.store import rungs
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
@@ -205,7 +206,7 @@ class Remeasurer:
         ]
 
     def _outdated(self, objectives: Sequence[Objective]) -> list[Evaluation]:
-        """Return infeasible trained trials without the values that changed objectives had given.
+        """Return infeasible and stopped trials without the values of changed objectives.
 
         Their weights were not kept. Without a value Optuna holds such a trial as one that was not
         measured, so that no sampler learns from two measurements under one name.
@@ -219,7 +220,9 @@ class Remeasurer:
                 measurements={k: v for k, v in e.measurements.items() if k not in names},
             )
             for e in self._store.evaluations(self._space.name)
-            if e.status == "infeasible" and e.weights_sha256 is None and names & e.values.keys()
+            if e.status in ("infeasible", "stopped")
+            and e.weights_sha256 is None
+            and names & e.values.keys()
         ]
 
     def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
@@ -232,6 +235,9 @@ class Remeasurer:
 
         def store_rows(connection: Connection) -> None:
             repairs.replace_evaluations(connection, record, changes)
+            changed = {o.name for o in objectives if o in changed_objectives(record, space)}
+            if changed:
+                rungs.drop(connection, record.name, changed)
             if all_current:
                 repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
 

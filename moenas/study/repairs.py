@@ -10,15 +10,16 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from moenas import pareto
 from moenas.records import Evaluation, ObjectiveInfo, Plain, StudyRecord
-from moenas.store import mapping, optuna_rows, row_readers, tables
+from moenas.store import mapping, optuna_rows, row_readers, rungs, statements, tables
 
-OF_EVALUATION = (tables.routing, tables.curve, tables.value, tables.evaluation)
+OF_EVALUATION = (tables.routing, tables.curve, tables.value, tables.reuse, tables.evaluation)
 
 
 def reopen(connection: Connection, study: str, trials: Sequence[int]) -> None:
     """Let trials be evaluated again under their numbers; `moenas_attempt` keeps why they failed."""
     for trial in trials:
         _forget(connection, study, trial)
+        rungs.forget(connection, study, trial)
         optuna_rows.reopen(connection, study, trial)
 
 
@@ -152,4 +153,6 @@ def _log(connection: Connection, name: str, what: str, before: str, after: str) 
 
 def _forget(connection: Connection, study: str, trial: int) -> None:
     for table in OF_EVALUATION:
+        if table is tables.reuse and not statements.exists(connection, table):
+            continue
         connection.execute(delete(table).where(table.c.study == study, table.c.trial == trial))

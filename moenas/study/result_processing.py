@@ -12,8 +12,15 @@ from moenas.errors import FailureKind, InputError, StorageLostError
 from moenas.pareto import unusable
 from moenas.records import Evaluation, Failure, WeightsFile
 from moenas.space.objective import rebase
+from moenas.store.checkpoints import write_checkpoint
 from moenas.store.study_store import StudyStore
-from moenas.store.weights import adopt_draft, copy_weights, remove_drafts, write_weights
+from moenas.store.weights import (
+    adopt_draft,
+    copy_weights,
+    remove_drafts,
+    weights_path,
+    write_weights,
+)
 from moenas.study.candidate import Candidate
 from moenas.workers.pool import Result
 
@@ -51,16 +58,38 @@ class ResultProcessor:
         evaluation = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if evaluation.status == "complete":
             evaluation = self.judged(candidate.architecture, evaluation)
+        elif evaluation.status == "paused":
+            return self._paused(evaluation, result)
         digest = None
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
         if result.weights is not None and evaluation.status != "infeasible":
             place = self._store.runs, self._study, candidate.number
             with self.writing():
                 if isinstance(result.weights, WeightsFile):
-                    digest = adopt_draft(*place, result.weights)
+                    digest = adopt_draft(weights_path(*place), result.weights)
                 else:
                     digest = write_weights(*place, result.weights)
         self.remove_drafts(candidate.number)
+        return replace(evaluation, weights_sha256=digest)
+
+    def _paused(self, evaluation: Evaluation, result: Result) -> Evaluation:
+        """Return the evaluation of a candidate that paused; write its checkpoint.
+
+        It is failed if a latency was timed on another device than those of the study, or if there
+        is no checkpoint.
+        """
+        evaluation = self._on_one_reference(evaluation)
+        rung = evaluation.metrics.get("rung", 0.0)
+        losses = [row["val_loss"] for row in evaluation.curve[-1:] if "val_loss" in row]
+        if evaluation.status == "paused" and (result.weights is None or rung < 1 or not losses):
+            text = "paused without a checkpoint, or without a loss at a rung"
+            evaluation = failed(evaluation, "invalid", text)
+        digest = None
+        if evaluation.status == "paused" and result.weights is not None:
+            place = self._store.runs, self._study, evaluation.trial
+            with self.writing():
+                digest = write_checkpoint(*place, int(rung), result.weights)
+        self.remove_drafts(evaluation.trial)
         return replace(evaluation, weights_sha256=digest)
 
     def remove_drafts(self, trial: int, result: Result | None = None) -> None:
@@ -103,6 +132,33 @@ class ResultProcessor:
             weights_sha256=digest,
         )
         return copied, warning
+
+    def reuse(self, candidate: Candidate, source: Evaluation) -> Evaluation | None:
+        """Return an evaluation of another study as that of a candidate; None if it cannot be.
+
+        It cannot be if its weights are gone, or its latencies are those of another reference time.
+        """
+        if source.weights_sha256 is not None:
+            place = self._store.runs, self._study, source.trial, candidate.number
+            try:
+                with self.writing():
+                    copy_weights(*place, source.weights_sha256, of=source.study)
+            except InputError:
+                return None
+        found = replace(
+            source,
+            study=self._study,
+            trial=candidate.number,
+            attempt=self._store.attempts(candidate.number),
+            values={name: source.values[name] for name in self._names},
+            measurements={k: v for k, v in source.measurements.items() if k in self._names},
+            metrics={k: v for k, v in source.metrics.items() if k != "copied_from"},
+            cost=candidate.cost,
+            seconds={},
+            reused_from={"study": source.study, "trial": source.trial},
+        )
+        judged = self.judged(candidate.architecture, found)
+        return None if judged.status == "failed" else judged
 
     @contextmanager
     def writing(self) -> Iterator[None]:

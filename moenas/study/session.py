@@ -20,10 +20,13 @@ from moenas.records import EndReason, Evaluation
 from moenas.search.trials import OptunaTrials, outcome
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
+from moenas.study.budget import Budget
 from moenas.study.candidate import Candidate
 from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
+from moenas.study.evaluation_cache import EvaluationCache
 from moenas.study.events import EventEmitter, Kind, Listener
+from moenas.study.paused_candidates import PausedCandidates
 from moenas.study.progress import ProgressTracker
 from moenas.study.reconcile import Difference, correct, differences, repair
 from moenas.study.result_processing import ResultProcessor
@@ -57,6 +60,10 @@ class Session:
         self.events = EventEmitter(listeners, self.progress.snapshot)
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
+        self.cache = EvaluationCache(self.store, space)
+        self.budget = Budget(self.store, space.search.stop)
+        self.paused = PausedCandidates(self.store, space, self.events)
+        self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses
         self._objectives = [o.name for o in space.objectives]
 
     @classmethod
@@ -78,10 +85,12 @@ class Session:
             session.events.warn(text)
         # 4. The state of the run.
         session.trials.load(stored)
+        session.paused.load(stored)
         for evaluation in stored.values():
             session._count(evaluation)
         session.set_total(max(total, session.progress.evaluated))
         session.progress.start(session.store.front_summary())
+        session.budget.start()
         if session.over is None:
             session.store.set_ended(None)
         session._report_differences(found)
@@ -122,7 +131,9 @@ class Session:
             return "sampler"
         if self.draws.over:
             return "draws"
-        return "exhausted" if self.trials.exhausted else None
+        if self.trials.exhausted:
+            return "exhausted"
+        return self.budget.used_up
 
     def finish(self) -> None:
         """Store why the study is over, and tell the listeners.
@@ -134,19 +145,24 @@ class Session:
         assert end is not None
         self.events.raise_error()
         self.store.set_ended(end)
+        self.budget.report(last=True)
         if self.progress.counts["complete"]:
-            texts = {
+            texts: dict[EndReason, str] = {
                 "trials": f"all {self.progress.total} trials of study '{self.name}' are finished",
                 "exhausted": f"every point of the space of study '{self.name}' was drawn",
                 "sampler": f"the sampler of study '{self.name}' proposes nothing more",
                 "draws": f"study '{self.name}' ends: {self.draws.text()}",
             }
-            self.events.emit("done", None, texts[end])
+            text = texts.get(end) or f"study '{self.name}' ends: {self.budget.text(end)}"
+            self.events.emit("done", None, text)
             self.events.raise_error()
             return
         if end == "draws":
             raise self.draws.error()
         reasons = Counter(reason(e) for e in self.store.evaluations())
+        if not reasons:
+            text = f"study '{self.name}' ends before a first candidate: {self.budget.text(end)}"
+            raise NoCandidateError(text)
         most, times = reasons.most_common(1)[0]
         raise NoCandidateError(
             f"study '{self.name}': none of its {reasons.total()} trials is complete; {times} of"
@@ -190,7 +206,9 @@ class Session:
             )
         self.progress.front = front
         self._count(evaluation)
+        self.budget.add(evaluation)
         self._tell(candidate, evaluation)
+        self.paused.finished(evaluation)
         self.events.emit(kind, candidate.number, text, evaluation)
         return evaluation
 

@@ -45,6 +45,8 @@ def reason(found: Evaluation) -> str:
     """Say in one line why a trial has no values."""
     if found.failure:
         return str(found.failure)
+    if found.status == "stopped":
+        return "stopped early"
     return "breaks " + ", ".join(found.violations)
 
 

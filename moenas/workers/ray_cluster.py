@@ -23,7 +23,7 @@ from typing import IO, Any
 from moenas import folders
 from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import clean, error_line
-from moenas.processes import born, children, kill, kill_descendants, kill_marked, state
+from moenas.processes import children, kill, kill_descendants, kill_marked, process_start, state
 from moenas.space.sections import Search
 from moenas.workers.ray_address import probe, require_free, require_version, with_share
 
@@ -274,7 +274,7 @@ class Head:
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         self._process, self._folder = process, folder
-        self._born = born(process.pid)
+        self._process_start = process_start(process.pid)
         self.environment: dict[str, str] = {}
         self.address = ""
         self.session = ""

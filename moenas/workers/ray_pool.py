@@ -14,20 +14,20 @@ from moenas.errors import FailureKind, StorageLostError
 from moenas.evaluate.devices import has_gpu
 from moenas.failures import MESSAGE, TRACEBACK, clean, error_line
 from moenas.processes import (
-    born,
     descendants,
     is_gone,
     kernel_kills,
     kill,
     machine,
     memory_bytes,
+    process_start,
     resident_bytes,
 )
 from moenas.records import Failure, Job
 from moenas.space.sections import Search
 from moenas.workers.ray_address import fit, sharers, with_share
 from moenas.workers.ray_cluster import acquire, release
-from moenas.workers.ray_processes import Held, processes
+from moenas.workers.ray_processes import WorkerProcess, processes
 from moenas.workers.results import Evaluate, Result, checked_result
 
 MIN_GRACE = 10.0
@@ -53,12 +53,12 @@ class _Task:
     job: Job
     stream: Any
     """Ray's generator of what `work` yields."""
-    held: Held | None
+    process: WorkerProcess | None
     """Its process, if that works on other jobs too."""
     submitted: float
     pid: int | None = None
     """The worker's process, once it has begun."""
-    born: str | None = None
+    process_start: str | None = None
     """When it began; None on another machine, where it cannot be seen from here."""
     deadline: float = math.inf
     """Monotonic time at which its process is killed; counts from its beginning."""
@@ -68,11 +68,11 @@ class _Task:
 
     @property
     def local(self) -> bool:
-        return self.pid is not None and self.born is not None
+        return self.pid is not None and self.process_start is not None
 
     def is_there(self) -> bool:
         """Whether its process can be seen from here and lives."""
-        return self.local and born(self.pid or 0) == self.born
+        return self.local and process_start(self.pid or 0) == self.process_start
 
     def kill(self) -> None:
         """Kill its process and what that has started."""
@@ -181,7 +181,7 @@ class RayPool:
         self._closed = True
         if self._cluster.trouble() is None:
             for task in self._tasks:
-                self._processes.stop(task.stream, task.held)
+                self._processes.stop(task.stream, task.process)
                 task.kill()
             self._processes.close()
         self._tasks.clear()
@@ -232,19 +232,19 @@ class RayPool:
         except (self._ray.exceptions.RayError, StopIteration) as error:
             failure = self._failure(task, error)
             self._tasks.remove(task)
-            if task.held is not None:
-                self._processes.stop(task.stream, task.held)
+            if task.process is not None:
+                self._processes.stop(task.stream, task.process)
             return [Result(task.job, failure)]
         if task.pid is None:
             task.pid = said["pid"]
-            task.born = said["born"] if said["machine"] == machine() else None
+            task.process_start = said["process_start"] if said["machine"] == machine() else None
             if (limit := task.job.time_limit_s) is not None:
                 task.deadline = time.monotonic() + limit + max(MIN_GRACE, GRACE * limit)
             return []
         self._tasks.remove(task)
-        if task.held is not None:
-            task.held.pid, task.held.born = task.pid, task.born
-        if not self._processes.keep(task.held, said):
+        if task.process is not None:
+            task.process.pid, task.process.process_start = task.pid, task.process_start
+        if not self._processes.keep(task.process, said):
             task.deadline = time.monotonic() + LEAVE_S
             self._leaving.append(task)
         return [_result(task.job, said)]
@@ -264,7 +264,7 @@ class RayPool:
                 failure = Failure("timeout", text)
             else:
                 continue
-            self._processes.stop(task.stream, task.held)
+            self._processes.stop(task.stream, task.process)
             task.kill()
             self._tasks.remove(task)
             if task.pid is not None and not self._has_ended(task, DIE_S):
@@ -285,7 +285,7 @@ class RayPool:
     def _has_ended(self, task: _Task, timeout: float) -> bool:
         """Wait for the end of a killed task's process; say whether it came."""
         if task.local:
-            return is_gone(task.pid or 0, task.born, timeout)
+            return is_gone(task.pid or 0, task.process_start, timeout)
         return bool(self._ray.wait([task.stream], num_returns=1, timeout=timeout)[0])
 
     def _failure(self, task: _Task, error: Exception) -> Failure:

@@ -14,7 +14,7 @@ from typing import Any
 
 from moenas.checked import plain_json
 from moenas.failures import error_line, failure_of, is_of_the_device
-from moenas.processes import adopt_orphans, born, kill, kill_descendants, machine
+from moenas.processes import adopt_orphans, kill, kill_descendants, machine, process_start
 from moenas.records import Failure, Job, Plain, WeightsFile
 from moenas.workers.results import Evaluate
 
@@ -131,7 +131,7 @@ def _begin(gpus: float) -> None:
 
 def _greeting() -> Plain:
     """Return what tells the process from all others."""
-    return {"pid": os.getpid(), "born": born(os.getpid()), "machine": machine()}
+    return {"pid": os.getpid(), "process_start": process_start(os.getpid()), "machine": machine()}
 
 
 def _end() -> None:

@@ -35,7 +35,8 @@ architecture:
 objectives: [{loss}, total_params]
 data: {{files: [corpus.txt]}}
 train: {{tokens: 256, context: 16, batch: 4, val_tokens: 64}}
-search: {{trials: {trials}, seed: {seed}, sampler: random, time_limit: {limit}}}
+search:
+  {{trials: {trials}, seed: {seed}, sampler: random, time_limit: {limit}, early_stopping: {stopping}}}
 """
 SLOW = '''"""Validation loss, after a pause."""
 import time
@@ -83,6 +84,7 @@ class Arena:
         trials: int = 10,
         pause: float | None = None,
         limit: float = 60.0,
+        stopping: str = "none",
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="moenas-chaos-")).resolve()
         self.study = f"s{random.randrange(10**9)}"
@@ -95,7 +97,12 @@ class Arena:
             (self.folder / "slow.py").write_text(SLOW.format(pause=pause))
             loss = "./slow.py"
         text = SPACE.format(
-            study=self.study, trials=trials, seed=random.randrange(1000), loss=loss, limit=limit
+            study=self.study,
+            trials=trials,
+            seed=random.randrange(1000),
+            loss=loss,
+            limit=limit,
+            stopping=stopping,
         )
         (self.folder / "s.yaml").write_text(text)
         self._started: list[subprocess.Popen[str]] = []

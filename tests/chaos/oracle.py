@@ -12,7 +12,7 @@ import sqlalchemy
 from sqlalchemy import Connection, text
 
 UNFINISHED = ("RUNNING", "WAITING")
-STATES = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED"}
+STATES = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED", "stopped": "PRUNED"}
 NOT_EVALUATED = ("parameters", "foreign", "sampler")
 MARK = "CHAOS_FOLDER"
 """Variable in the environment of every process of a scenario."""
@@ -81,14 +81,19 @@ def _rows(connection: Connection, study: str, trials: int) -> list[str]:
         has_values = bool(values.get(number))
         if mine.status == "failed":
             counted += not copied and kind not in NOT_EVALUATED
+        elif mine.status == "stopped":
+            counted += not copied
         else:
             counted += has_values and not copied
         if kind == "foreign":
             continue
-        wanted = "COMPLETE" if has_values and mine.status != "failed" else STATES[mine.status]
+        measured = has_values and mine.status not in ("failed", "stopped")
+        wanted = "COMPLETE" if measured else STATES[mine.status]
         if row.state != wanted:
             found.append(f"trial {number} is {row.state}, ours is {mine.status}")
-        if mine.status != "failed" and told.get(number, []) != values.get(number, []):
+        if mine.status not in ("failed", "stopped") and told.get(number, []) != values.get(
+            number, []
+        ):
             found.append(f"trial {number}: {told.get(number)} is not {values.get(number)}")
     if counted != trials:
         found.append(f"{counted} candidates were evaluated, {trials} were asked for")

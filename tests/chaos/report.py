@@ -61,6 +61,7 @@ PLAN: list[tuple[str, dict[str, Any], int]] = [
     ("worker_kills", {"kills": 20}, 5),
     ("mutated_spaces", {"count": 5_000}, 4),
     ("driver_kills", {"kills": 20, "url": "postgres"}, 2),
+    ("driver_kills", {"kills": 20, "stopping": "successive_halving"}, 2),
     ("double_launches", {"count": 12, "url": "postgres"}, 1),
     ("signals", {"count": 20}, 2),
     ("other_programs", {"count": 20}, 2),

@@ -35,11 +35,14 @@ POINT_COUNTS = {"commit": 120, "fsync": 60, "replace": 12, "link": 1, "unlink": 
 """About how often a study of ten trials passes each point."""
 
 
-def driver_kills(random: Random, kills: int, url: str | None = None) -> Outcome:
+def driver_kills(
+    random: Random, kills: int, url: str | None = None, *, stopping: str = "none"
+) -> Outcome:
     """SIGKILL at a chosen commit, fsync, rename or unlink, and at random instants, again and again."""
-    outcome = Outcome("driver killed by SIGKILL" + (", PostgreSQL" if url else ", SQLite"))
+    name = "driver killed by SIGKILL" + (", PostgreSQL" if url else ", SQLite")
+    outcome = Outcome(name if stopping == "none" else f"{name}, {stopping}")
     while outcome.tried < kills:
-        with Arena(random, url=url) as arena:
+        with Arena(random, url=url, stopping=stopping) as arena:
             killed, found = 0, []
             for _ in range(random.randint(4, 7)):
                 if random.random() < 0.6:

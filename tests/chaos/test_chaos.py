@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from pathlib import Path
 from random import Random
@@ -22,26 +23,35 @@ def assert_survived(outcome: Outcome) -> None:
     assert outcome.survived == outcome.tried > 0
 
 
+@pytest.mark.slow
 def test_driver_kills() -> None:
     assert_survived(faults.driver_kills(Random(1), 4))
+
+
+def test_driver_kills_with_early_stopping() -> None:
+    assert_survived(faults.driver_kills(Random(11), 4, stopping="successive_halving"))
 
 
 def test_two_drivers() -> None:
     assert_survived(faults.double_launches(Random(2), 1))
 
 
+@pytest.mark.slow
 def test_a_moved_database() -> None:
     assert_survived(faults.moved_database(Random(3), 1))
 
 
+@pytest.mark.slow
 def test_a_full_disk() -> None:
     assert_survived(faults.full_disk(Random(4), 2))
 
 
+@pytest.mark.slow
 def test_other_programs() -> None:
     assert_survived(faults.other_programs(Random(5), 3))
 
 
+@pytest.mark.slow
 def test_signals() -> None:
     assert_survived(faults.signals(Random(6), 4))
 
@@ -72,13 +82,19 @@ def test_the_oracle_sees_what_is_wrong() -> None:
         "UPDATE moenas_evaluation SET weights_sha256 = 'a' WHERE status = 'complete'": "weights",
         "INSERT INTO moenas_driver VALUES ('{study}', 'o', 'h', 'm', 1, 'b', 0)": "a driver is",
     }
-    for statement, said in damages.items():
-        with Arena(Random(0), trials=3) as arena:
-            assert end(arena.start())[0] == 0
+    with Arena(Random(0), trials=3) as arena:
+        assert end(arena.start())[0] == 0
+        database = sqlite3.connect(arena.folder / "moenas.db")
+        sound = sqlite3.connect(":memory:")
+        database.backup(sound)
+        for statement, said in damages.items():
+            sound.backup(database)
             assert arena.wrong() == []
             engine = sqlalchemy.create_engine(arena.url)
             with engine.begin() as connection:
                 connection.execute(sqlalchemy.text(statement.format(study=arena.study)))
             engine.dispose()
-            found = oracle.problems(arena.url, arena.folder, arena.study, 3)
-            assert any(said in text for text in found), (statement, found)
+            problems = oracle.problems(arena.url, arena.folder, arena.study, 3)
+            assert any(said in text for text in problems), (statement, problems)
+        database.close()
+        sound.close()

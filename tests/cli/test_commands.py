@@ -112,6 +112,28 @@ def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> 
     assert "small" in moenas("status").out
 
 
+def test_architectures_are_enqueued_by_file(moenas: Run) -> None:
+    Path("small.yaml").write_text(SMALL)
+    one = SMALL.split("objectives")[0].replace("{choice: [32, 48]}", "48")
+    moe = "{kind: moe, n_experts: 4, d_expert: 32, router: {top_k: 2}}"
+    one = one.split("      ffn:")[0] + f"      ffn: {moe}\n"
+    Path("one.yaml").write_text(one)
+    first = ("small.yaml", "search.start_from=[one.yaml]", "--workers", "inline")
+    assert moenas("run", *first, "--trials", "1").code == 0
+    assert "enqueued from one.yaml" in moenas("show", "small", "0").out
+    Path("two.yaml").write_text(one.replace("48", "32"))
+    found = moenas("enqueue", "small", "two.yaml", "one.yaml", "-o", "json")
+    assert found.code == 0, found.err
+    rows = [(row["trial"], row["status"]) for row in json.loads(found.out)]
+    assert rows == [(1, "enqueued"), (0, "known")]
+    Path("three.yaml").write_text(one.replace("n_experts: 4", "n_experts: 8"))
+    refused = moenas("enqueue", "small", "three.yaml")
+    assert refused.code == 2
+    assert refused.err.startswith("moenas: three.yaml:6:35: architecture.blocks.0.ffn.moe.n_expert")
+    assert moenas("run", *first, "--trials", "2").code == 0
+    assert json.loads(moenas("show", "small", "1", "-o", "json").out)["enqueued_from"] == "two.yaml"
+
+
 def test_what_was_not_trained_is_not_offered_for_export(moenas: Run) -> None:
     text = SMALL.replace("[val_loss, flops_per_token]", "[active_params, total_params]")
     Path("costs.yaml").write_text(text)

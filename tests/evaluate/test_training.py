@@ -21,8 +21,9 @@ import torch
 from moenas.data.corpus import Corpus
 from moenas.data.domains import Domains, table
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
+from moenas.evaluate import checkpoint
 from moenas.evaluate.optimizer import AdamW, learning_rate, schedule
-from moenas.evaluate.training import rung_tokens, train, validate, validation_loss
+from moenas.evaluate.training import TrainingRun, rung_tokens, train, validate, validation_loss
 from moenas.model.architecture import Architecture, Model
 from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Recipe
@@ -495,6 +496,23 @@ def test_a_collapse_ends_the_run_with_layer_share_and_step() -> None:
     # 20 steps warm up, and a verdict is over 4 rows of 5 steps.
     assert rows[-1]["tokens"] == 40 * 64, "the row that shows it is given"
     assert rows[-1]["routing"][0]["dead"] == 3
+
+
+def test_a_collapse_is_known_at_its_row_and_after_a_checkpoint() -> None:
+    recipe = replace(RECIPE, tokens=200 * 64, max_dead=0.7)
+    run = TrainingRun(collapsing(), corpus(), recipe, 0)
+    for point in run.points():
+        if point["tokens"] == 30 * 64:
+            saved = checkpoint.save(run)
+        if point["tokens"] == 40 * 64:
+            with pytest.raises(CollapsedError):
+                run.require_alive()  # a run does not pause at this row
+            break
+        run.require_alive()
+    resumed = TrainingRun(collapsing(), corpus(), recipe, 0)
+    checkpoint.restore(resumed, saved)
+    with pytest.raises(CollapsedError, match=r"75% of the experts of layer 1 were dead at step 39"):
+        list(resumed.points())
 
 
 @pytest.mark.parametrize("max_dead", [0.75, 1.0, None])

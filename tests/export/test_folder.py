@@ -210,7 +210,7 @@ def test_layers_that_read_earlier_ones_still_do(tmp_path: Path) -> None:
         own | {"position_bias": table, "v_norm": True, "k_eq_v": True},
         heads,
         own | {"position_bias": table | {"shared": True}, "kv_source": 1},
-        own | {"position_bias": {"kind": "alibi"}, "rope_fraction": 0.0},
+        own | {"position_bias": {"kind": "alibi"}, "rope": {"partial_rotary_factor": 0.0}},
     ]
     experts: Plain = {"kind": "moe", "n_experts": 4, "d_expert": 8, "out_bias": True}
     blocks = [*({"mixer": m} for m in mixers), {"ffn": experts}]

@@ -212,8 +212,8 @@ architecture:
   vocab_size: 256
   d_model: 16
   blocks:
-    - mixer: {kind: attention, head_dim: 8, rope_theta: {choice: [100.0, 1000.0]}}
-    - mixer: {kind: attention, head_dim: 8, rope_theta: 100.0, kv_source: {choice: [null, 1]}}
+    - mixer: {kind: attention, head_dim: 8, rope: {theta: {choice: [100.0, 1000.0]}}}
+    - mixer: {kind: attention, head_dim: 8, rope: {theta: 100.0}, kv_source: {choice: [null, 1]}}
 objectives: [active_params]
 """
     space = Space.parse(text, "space.yaml")
@@ -221,11 +221,11 @@ objectives: [active_params]
     for seed in range(40):
         plain = space.draw(sampling.RandomSuggest(seed))
         first, second = (block["mixer"] for block in plain["blocks"])
-        alike = second["kv_source"] is None or first["rope_theta"] == 100.0
+        alike = second["kv_source"] is None or first["rope"]["theta"] == 100.0
         if alike:
             valid += 1
             space.architecture(plain)
         else:
-            with pytest.raises(SpaceError, match="their rope_theta differ"):
+            with pytest.raises(SpaceError, match=r"their rope\.theta differ"):
                 space.architecture(plain)
     assert 20 < valid < 40

@@ -14,7 +14,7 @@ from moenas.grammar import tree
 from moenas.grammar.brief import brief
 from moenas.grammar.sampling import RandomSuggest
 from moenas.grammar.spellings import former_hole_name
-from moenas.model import BlockGroup, Router, ShortConvMixer
+from moenas.model import AttentionMixer, BlockGroup, LatentAttentionMixer, Router, ShortConvMixer
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.report.summary import check_report, check_text
@@ -23,8 +23,10 @@ from moenas.search.points import Points
 from moenas.space.space import Space
 
 STORED = json.loads((Path(__file__).parent / "former_architectures.json").read_text())
-"""Architectures of the space `wide` with the fingerprint and the cost that version 0.1 gave them
-when the router had 32 fields of its own."""
+"""Architectures of the space `wide` with the fingerprints and costs that earlier versions gave them.
+
+In the first 25 the router has 32 fields of its own; in the others mixers have `rope_theta`,
+`rope_scaling` and `rope_fraction`."""
 
 
 def router(**fields: Any) -> Router:
@@ -133,6 +135,57 @@ def test_a_former_name_is_checked_like_the_present_one(fields: Plain, message: s
         router(**fields)
 
 
+LATENT = {"n_heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "v_dim": 8}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ({"rope_theta": 500.0}, {"rope": {"theta": 500.0}}),
+        (
+            {"rope_fraction": 0.5, "rope_scaling": YARN},
+            {"rope": {"partial_rotary_factor": 0.5, "scaling": YARN}},
+        ),
+        (
+            {"rope": {"theta": 500.0}, "rope_fraction": 0.0},
+            {"rope": {"theta": 500, "partial_rotary_factor": 0}},
+        ),
+    ],
+)
+def test_a_former_field_of_rope_is_read_at_its_present_place(former: Plain, present: Plain) -> None:
+    mixer = {"head_dim": 8}
+    assert tree.parse(AttentionMixer, mixer | former) == tree.parse(AttentionMixer, mixer | present)
+    kind = {"kind": "attention"} | mixer
+    assert brief(kind | former, "mixer") == brief(kind | present, "mixer")
+
+
+def test_latent_attention_without_positions_is_read_by_its_former_name() -> None:
+    former, present = LATENT | {"rope_theta": None}, LATENT | {"rope": {"theta": None}}
+    mixer = tree.parse(LatentAttentionMixer, former)
+    assert mixer == tree.parse(LatentAttentionMixer, present)
+    assert mixer.canonical_at(16).fingerprint_data()["rope_theta"] is None
+    with pytest.raises(SpaceError, match="no field of 'latent_attention'"):
+        tree.parse(LatentAttentionMixer, LATENT | {"rope_base": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"rope_theta": 9.0, "rope": {"theta": 8.0}},
+            "rope_theta: is the former name of rope.theta, which is given, too",
+        ),
+        ({"rope_theta": 0.5}, "rope_theta: 0.5 is not a number of at least 1"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope: scaling: yarn needs pairs of different"),
+        ({"rope": "yarn"}, "rope: 'yarn' is not a mapping"),
+    ],
+)
+def test_a_wrong_field_of_rope_is_named(fields: Plain, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        tree.parse(AttentionMixer, {"head_dim": 8} | fields)
+
+
 @pytest.mark.parametrize("number", range(len(STORED)))
 def test_a_stored_architecture_keeps_its_fingerprint_and_cost(number: int) -> None:
     stored = STORED[number]
@@ -228,6 +281,11 @@ def test_a_requirement_with_a_former_name_is_decided_as_the_present_one() -> Non
         ("router.logits.hidden/8", "router.hidden/8"),
         ("router.balance", None),
         ("mixer.rate", None),
+        ("blocks.1.mixer.rope.theta", "blocks.1.mixer.rope_theta"),
+        ("mixer.attention.rope.scaling", "mixer.attention.rope_scaling"),
+        ("mixer.rope.scaling.yarn.factor", "mixer.rope_scaling.yarn.factor"),
+        ("mixer.rope.scaling.factor", "mixer.rope_scaling.factor"),
+        ("mixer.rope_dim/2", None),
     ],
 )
 def test_a_hole_is_known_by_its_former_name(name: str, wanted: str | None) -> None:
@@ -252,6 +310,77 @@ def test_points_of_an_earlier_version_are_points_of_this_one() -> None:
                     points.add({PATH + name: value for name, value in fields.items()})
     assert points.exhausted
     assert points.unseen() is None
+
+
+FORMER_ROPE = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks:
+    - mixer:
+        kind: attention
+        head_dim: 16
+        rope_theta: {choice: [100.0, 10000.0]}
+        rope_scaling:
+          choice:
+            - null
+            - {kind: linear, factor: {choice: [2.0, 4.0, 8.0]}}
+        rope_fraction: {float: [0.5, 1.0], step: 0.5}
+require: [rope_fraction > 0.4, mixer.rope_scaling.factor < 7]
+objectives: [active_params]
+"""
+PRESENT_ROPE = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks:
+    - mixer:
+        kind: attention
+        head_dim: 16
+        rope:
+          theta: {choice: [100.0, 10000.0]}
+          scaling:
+            choice:
+              - null
+              - {kind: linear, factor: {choice: [2.0, 4.0, 8.0]}}
+          partial_rotary_factor: {float: [0.5, 1.0], step: 0.5}
+require: [rope.partial_rotary_factor > 0.4, mixer.rope.scaling.factor < 7]
+objectives: [active_params]
+"""
+
+
+def test_a_space_of_former_rope_fields_is_the_present_one() -> None:
+    former, present = (Space.parse(text, "mine.yaml") for text in (FORMER_ROPE, PRESENT_ROPE))
+    assert former.plain()["architecture"] == present.plain()["architecture"]
+    assert [hole.name for hole in former.holes] == [hole.name for hole in present.holes]
+    assert former.size == present.size == 2 * (1 + 3) * 2
+    assert present.former_names == []
+    assert [line.rpartition(" write ")[2] for line in former.former_names] == [
+        *("rope.theta", "rope.scaling", "rope.partial_rotary_factor"),
+        *("rope.partial_rotary_factor", "mixer.rope.scaling.factor"),
+    ]
+    broken = set()
+    for seed in range(20):
+        architecture = former.architecture(former.draw(RandomSuggest(seed)))
+        values = [list(s.violations(architecture).values()) for s in (former, present)]
+        assert values[0] == values[1]
+        broken.add(max(values[0]) > 0)
+    assert broken == {True, False}
+
+
+def test_points_of_former_rope_fields_are_points_of_the_present_space() -> None:
+    points = Points(Space.parse(PRESENT_ROPE, "mine.yaml"))
+    path = "blocks.0.mixer.rope_"
+    for theta in (100.0, 10000.0):
+        for fraction in (0.5, 1.0):
+            held = {path + "theta": theta, path + "fraction": fraction}
+            points.add(held | {path + "scaling": None})
+            for factor in (2.0, 4.0, 8.0):
+                assert not points.exhausted
+                points.add(
+                    held | {path + "scaling": "linear", path + "scaling.linear.factor": factor}
+                )
+    assert points.exhausted
 
 
 def test_an_interrupted_trial_keeps_the_values_that_it_drew_by_former_names() -> None:

@@ -441,7 +441,7 @@ def test_different_architectures_have_different_fingerprints() -> None:
         plain(block(DENSE, repeat=2)),
         plain(block({**DENSE, "activation": "geglu"})),
         plain(block(DENSE, {**ATTENTION, "n_kv_heads": 2})),
-        plain(block(DENSE, {**ATTENTION, "rope_theta": 500.0})),
+        plain(block(DENSE, {**ATTENTION, "rope": {"theta": 500.0}})),
         plain(block(DENSE), moe()),
         plain(moe(), block(DENSE)),
         plain(moe()),

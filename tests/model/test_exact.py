@@ -56,7 +56,7 @@ def test_the_oracle_counts_nothing_in_silence() -> None:
 # --- points of the wide space ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_sixty_points_are_exact(part: int) -> None:
     check_points(1000 * part, 15)
 
@@ -86,7 +86,7 @@ KINDS = [kind for family in (Mixer, FFN) for kind in family.kinds.values()]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_kind_alone_is_exact(kind: type[Part], seed: int) -> None:
     """With random values of all fields, not only those of the wide space."""
     architecture = random_architecture(seed, kind)
@@ -168,11 +168,11 @@ DENSE: Plain = {"kind": "dense", "d_ff": 8}
 
 ALIKE: dict[str, tuple[Plain, Plain]] = {
     "one pair of elements turns by the position, whatever the base": (
-        {"mixer": ATTENTION | {"rope_fraction": 0.25, "rope_theta": 50.0}},
-        {"mixer": ATTENTION | {"rope_fraction": 0.25}},
+        {"mixer": ATTENTION | {"rope": {"partial_rotary_factor": 0.25, "theta": 50.0}}},
+        {"mixer": ATTENTION | {"rope": {"partial_rotary_factor": 0.25}}},
     ),
     "one pair of a latent key": (
-        {"mixer": LATENT | {"rope_dim": 2, "rope_theta": 50.0}},
+        {"mixer": LATENT | {"rope_dim": 2, "rope": {"theta": 50.0}}},
         {"mixer": LATENT | {"rope_dim": 2}},
     ),
     "relu before or after a weight, beside constant experts": (

@@ -63,10 +63,10 @@ def cases() -> dict[str, Architecture]:
         for name, cls in family.kinds.items()
         if cls.__module__.startswith("moenas.")
     }
-    parts = {"position_bias": PositionBias, "rope_scaling": RopeScaling}
-    for field, kinds in parts.items():
-        for name, kind in kinds.kinds.items():
-            found[f"{field}: {name}"] = small({field: part_of(kind)})
+    for name, kind in PositionBias.kinds.items():
+        found[f"position_bias: {name}"] = small({"position_bias": part_of(kind)})
+    for name, kind in RopeScaling.kinds.items():
+        found[f"rope.scaling: {name}"] = small({"rope": {"scaling": part_of(kind)}})
     choices = {n: words(Architecture, n) for n in ("norm", "norm_position", "positions")}
     choices["balance"] = tuple(Balance.kinds)
     for i in range(max(map(len, choices.values()))):

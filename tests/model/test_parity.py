@@ -15,6 +15,7 @@ from moenas.model import (
     Mamba2Mixer,
     MambaMixer,
     Mixer,
+    Rope,
     ShortConvMixer,
 )
 
@@ -83,7 +84,7 @@ def test_attention_with_sinks_window_and_biases_is_that_of_gpt_oss() -> None:
         head_dim=16,
         n_heads=4,
         n_kv_heads=2,
-        rope_theta=500.0,
+        rope=Rope(theta=500.0),
         window=9,
         sinks=True,
         qkv_bias=True,
@@ -140,7 +141,7 @@ def test_latent_attention_is_that_of_deepseek_v3(q_rank: int | None) -> None:
         nope_dim=nope,
         rope_dim=rope,
         v_dim=value,
-        rope_theta=500.0,
+        rope=Rope(theta=500.0),
     )
     agree(ours(mixer, weights), wanted, x)
 

@@ -50,7 +50,13 @@ def test_every_kind_counts_what_fvcore_counts(context: int) -> None:
     mixers: list[Plain] = [
         {**LOCAL, "v_head_dim": 16, "output_gate": "element", "n_kv_heads": 1},
         {**LOCAL, "sinks": True, "softcap": 3.0, "output_gate": "head", "qkv_bias": True},
-        {**WHOLE, "chunk": 5, "rope_fraction": 0.5, "qk_norm": "full", "out_bias": True},
+        {
+            **WHOLE,
+            "chunk": 5,
+            "rope": {"partial_rotary_factor": 0.5},
+            "qk_norm": "full",
+            "out_bias": True,
+        },
         {**WHOLE, "qkv_clip": 0.1, "qk_norm": "head", "qk_norm_after_rope": True},
         {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5, "nope_dim": 8}
         | {"rope_dim": 4, "v_dim": 16, "output_gate": "head"},
@@ -234,8 +240,8 @@ def test_fields_without_effect_share_a_fingerprint() -> None:
         (parse(block), parse(block, max_positions=256)),
         (parse(block, norm="dyt"), parse(block, norm="dyt", norm_eps=0.1)),
         (
-            parse({"mixer": {**WHOLE, "rope_fraction": 0.0}}),
-            parse({"mixer": {**WHOLE, "rope_fraction": 0.0, "rope_theta": 9.0}}),
+            parse({"mixer": {**WHOLE, "rope": {"partial_rotary_factor": 0.0}}}),
+            parse({"mixer": {**WHOLE, "rope": {"partial_rotary_factor": 0.0, "theta": 9.0}}}),
         ),
         (parse(block), parse({**block, "mixer": {**WHOLE, "scale": 8**-0.5, "inner_eps": 0.1}})),
         (parse(block), parse({**block, "mixer": {**WHOLE, "v_head_dim": 8}})),

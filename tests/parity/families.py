@@ -216,7 +216,7 @@ def yarn(factor: float, theta: float, mscale: float | None = None, **more: Any) 
 
 def latent_shrink(top_k: int, factor: float, mscale: float) -> dict[str, Any]:
     stretched = RANKS | {
-        "rope_scaling.original_max_position_embeddings": STRETCHED,
+        "rope.scaling.original_max_position_embeddings": STRETCHED,
         "scale": (0.1 * mscale * math.log(factor) + 1) ** 2 / math.sqrt(16 + 8),
     }
     first = parts(stretched, {"d_ff": 40}, repeat=1)
@@ -287,7 +287,7 @@ DEEPSEEK_V2_LITE = Family(
     [*DEEPSEEK_V3.table, LITE_QUERY],
 )
 
-SHORT = {"rope_scaling.original_max_position_embeddings": STRETCHED}
+SHORT = {"rope.scaling.original_max_position_embeddings": STRETCHED}
 GPT_OSS = Family(
     "gpt_oss_20b",
     shrink(

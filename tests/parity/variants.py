@@ -163,7 +163,7 @@ DBRX = Family(
 HUNYUAN = Family(
     "hunyuan_a13b",
     # Its theta and alpha, as the file has them, at this width of a head.
-    shrink({"0": parts(ATTENDING | {"rope_theta": 1e4 * 1e3 ** (16 / 14)}, MOE, repeat=2)}),
+    shrink({"0": parts(ATTENDING | {"rope.theta": 1e4 * 1e3 ** (16 / 14)}, MOE, repeat=2)}),
     lambda: hf.HunYuanMoEV1ForCausalLM(
         hf.HunYuanMoEV1Config(
             **SIZES,
@@ -273,7 +273,12 @@ ERNIE = Family(
     ],
 )
 
-WIDE_VALUES = {"head_dim": 16, "v_head_dim": 8, "n_heads": 4, "rope_fraction": 0.5}
+WIDE_VALUES = {
+    "head_dim": 16,
+    "v_head_dim": 8,
+    "n_heads": 4,
+    "rope.partial_rotary_factor": 0.5,
+}
 MIMO_TURNS = {"full_attention": 5e6, "sliding_attention": 1e4}
 MIMO = Family(
     "mimo_v2_flash",
@@ -325,7 +330,7 @@ architecture:
     - mixer: {kind: attention, head_dim: 16, n_heads: 4, n_kv_heads: 2, window: 5}
       ffn: &moe {kind: moe, n_experts: 8, d_expert: 24, router: {top_k: 2, normalize: true}}
       parallel: true
-    - mixer: {kind: attention, head_dim: 16, n_heads: 4, n_kv_heads: 2, rope_fraction: 0}
+    - mixer: {kind: attention, head_dim: 16, n_heads: 4, n_kv_heads: 2, rope: {partial_rotary_factor: 0}}
       ffn: {kind: moe, n_experts: 8, d_expert: 24, router: {top_k: 2, normalize: true}}
       parallel: true
 objectives: [active_params]
@@ -626,7 +631,7 @@ architecture:
         nope_dim: 16
         rope_dim: 8
         v_dim: 8
-        rope_theta: 6e6
+        rope: {theta: 6e6}
         output_gate: head
       ffn:
         kind: moe
@@ -690,7 +695,7 @@ MINIMAX_01 = Family(
         {
             "0.blocks.0": parts({"n_heads": 4, "head_dim": 16}, MOE, repeat=2),
             # Theirs turn whole heads; the released rotary_dim is half of one.
-            "0.blocks.1": parts(ATTENDING | {"rope_fraction": 1}, MOE),
+            "0.blocks.1": parts(ATTENDING | {"rope.partial_rotary_factor": 1}, MOE),
             "0": {"repeat": 1},
         }
     ),
@@ -734,7 +739,7 @@ architecture:
   tie_embeddings: false
   blocks:
     - repeat: 2
-      mixer: {kind: attention, head_dim: 8, n_kv_heads: 2, qk_norm: full, rope_theta: 500000}
+      mixer: {kind: attention, head_dim: 8, n_kv_heads: 2, qk_norm: full, rope: {theta: 500000}}
       ffn: {kind: moe, n_experts: 7, d_expert: 24, router: {top_k: 5, normalize: false}}
 objectives: [active_params]
 """

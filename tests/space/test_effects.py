@@ -38,7 +38,7 @@ def test_a_field_without_effect_is_named_with_its_place() -> None:
     ("old", "new"),
     [
         ("max_positions: 512", "max_positions: 512\n  positions: learned"),
-        ("attn_scale: 0.2", "attn_scale: 0.2, floor_scale: 64, rope_fraction: 0"),
+        ("attn_scale: 0.2", "attn_scale: 0.2, floor_scale: 64, rope: {partial_rotary_factor: 0}"),
         ("shared_gate: true", "shared_gate: true\n        n_shared_experts: 1"),
     ],
 )

@@ -65,7 +65,7 @@ def test_layers_that_cannot_be_are_refused_before_they_are_written_out() -> None
 def test_a_number_worked_out_for_each_element_of_a_head_has_a_bound(field: str) -> None:
     mixer = {"kind": "latent_attention", "n_heads": 2, "kv_rank": 8, "nope_dim": 8, "rope_dim": 8}
     scaling = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    mixer |= {"v_dim": 8, "rope_scaling": scaling, field: 8 * 10**14}
+    mixer |= {"v_dim": 8, "rope": {"scaling": scaling}, field: 8 * 10**14}
     layer = {"vocab_size": 9, "d_model": 8, "blocks": [{"mixer": mixer}]}
     text = json.dumps({"architecture": layer, "objectives": ["total_params"]})
     tracemalloc.start()

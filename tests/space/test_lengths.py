@@ -8,7 +8,7 @@ from moenas.errors import SpaceError
 from moenas.model.architecture import Architecture
 from moenas.space.space import Space
 
-LAYER = "mixer: {kind: attention, head_dim: 8, rope_fraction: 0}"
+LAYER = "mixer: {kind: attention, head_dim: 8, rope: {partial_rotary_factor: 0}}"
 LEARNED = """
 architecture:
   vocab_size: 256

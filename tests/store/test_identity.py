@@ -98,6 +98,8 @@ def test_weights_of_the_first_schema_are_found(tmp_path: Path) -> None:
         connection.exec_driver_sql("DROP TABLE moenas_database")
         connection.exec_driver_sql("DROP TABLE moenas_change")
         connection.exec_driver_sql("DROP TABLE moenas_ended")
+        for table in ("moenas_rung", "moenas_run", "moenas_reuse", "moenas_enqueued"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0001'")
     store.engine.dispose()
     before = (tmp_path / "a.db").read_bytes()

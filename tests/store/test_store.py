@@ -30,7 +30,7 @@ from moenas.errors import (
     StudyBusyError,
 )
 from moenas.records import Evaluation, Failure, ObjectiveInfo, StudyRecord
-from moenas.store import migrations
+from moenas.store import database, migrations, rungs
 from moenas.store.front_rows import FrontSummary
 from moenas.store.store import Store
 from moenas.store.tables import metadata
@@ -589,6 +589,43 @@ def test_the_migrations_end_at_the_tables(store):
         assert compare_metadata(context, metadata) == []
 
 
+def test_a_database_of_the_fourth_schema_keeps_its_rows(url, monkeypatch):
+    """The fifth copies the evaluations on SQLite, whose view reads them."""
+    monkeypatch.setattr(database, "REVISIONS", migrations.REVISIONS[:4])
+    old = Store.open(url, create=True)
+    old.create_study(a_study())
+    with old.engine.begin() as connection:
+        assert not sqlalchemy.inspect(connection).has_table("moenas_rung")
+    monkeypatch.undo()
+    for trial in range(3):
+        ask(old, trial)
+    row = "('x', {}, 1, 'complete', 'f', '2026', {}, '{{}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}', '{{}}')"
+    names = (
+        "study, trial, attempt, status, fingerprint, recorded_at, seed, metrics, cost, violations"
+    )
+    names += ", seconds, device, versions, data"
+    with old.engine.begin() as connection:
+        for trial in range(2):
+            text = f"INSERT INTO moenas_evaluation ({names}) VALUES {row.format(trial, 2**40)}"
+            connection.exec_driver_sql(text)
+    before = old.evaluations("x")
+    assert rungs.results(old, "x") == []
+    assert rungs.pauses(old, "x") == {}
+    old.engine.dispose()
+    store = Store.open(url, create=True)
+    assert store.evaluations("x") == before
+    assert before[1].seed == 2**40
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("SELECT * FROM pareto_front").all()
+    store.record(an_evaluation(2, {}, status="stopped"))
+    assert store.evaluation("x", 2).status == "stopped"
+    with pytest.raises(sqlalchemy.exc.IntegrityError), store.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE moenas_evaluation SET status = 'unheard of'")
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM moenas_candidate WHERE trial = 1")
+    assert [e.trial for e in store.evaluations("x")] == [0, 2]
+
+
 def test_the_list_of_versions_is_that_of_the_files():
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -604,7 +641,7 @@ def test_a_newer_schema_is_refused(store, url, create):
     store.create_study(a_study())
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0004\)"):
+    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0006\)"):
         Store.open(url, create=create)
     assert sql(store, "SELECT version_num FROM moenas_alembic_version") == [("9999",)]
 

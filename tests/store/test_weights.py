@@ -138,12 +138,12 @@ def test_a_worker_writes_the_weights_and_the_driver_names_them(tmp_path: Path) -
     assert (file.size, file.sha256) == (4, sha256(b"data"))
     assert is_draft(file, to)
     assert not weights_path(tmp_path, "s", 3).exists()
-    assert adopt_draft(tmp_path, "s", 3, file) == file.sha256
+    assert adopt_draft(weights_path(tmp_path, "s", 3), file) == file.sha256
     assert read_weights(tmp_path, "s", 3, file.sha256) == b"data"
     assert names(tmp_path, 3) == ["model.safetensors"]
     _, later = draft(tmp_path, b"other")
     assert read_weights(tmp_path, "s", 3, file.sha256) == b"data"
-    adopt_draft(tmp_path, "s", 3, later)
+    adopt_draft(weights_path(tmp_path, "s", 3), later)
     assert read_weights(tmp_path, "s", 3, later.sha256) == b"other"
 
 
@@ -175,13 +175,13 @@ def test_a_draft_that_is_not_as_described_is_refused(tmp_path: Path) -> None:
     digest = write_weights(tmp_path, "s", 3, b"old")
     Path(file.path).write_bytes(b"short" * 3)
     with pytest.raises(OSError, match="not the 4 bytes that were written"):
-        adopt_draft(tmp_path, "s", 3, file)
+        adopt_draft(weights_path(tmp_path, "s", 3), file)
     Path(file.path).unlink()
     with pytest.raises(FileNotFoundError):
-        adopt_draft(tmp_path, "s", 3, file)
+        adopt_draft(weights_path(tmp_path, "s", 3), file)
     Path(file.path).symlink_to(weights_path(tmp_path, "s", 3))
     with pytest.raises(OSError, match="not the 4 bytes"):
-        adopt_draft(tmp_path, "s", 3, file)
+        adopt_draft(weights_path(tmp_path, "s", 3), file)
     assert read_weights(tmp_path, "s", 3, digest) == b"old"
     folder = weights_path(tmp_path, "s", 3).parent
     for path in (

@@ -583,3 +583,67 @@ def test_a_file_that_holds_no_result_of_the_study_ends_no_run(
     file.write_text(json.dumps(change and json.loads(file.read_text()) | change))
     assert_sound(run(space(), trials=2, workers="inline"), 2)
     assert not file.exists()
+
+
+# --- asks ahead of need ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "drawn"), [("gray_box", 3), ("tpe", 2)])
+def test_a_slow_sampler_is_asked_while_all_workers_are_busy(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, drawn: int
+) -> None:
+    steps: list[str] = []
+    ask = asker.OptunaTrials.ask
+
+    def asked(self: asker.OptunaTrials, fruitless: int) -> Any:
+        steps.append("ask")
+        return ask(self, fruitless)
+
+    monkeypatch.setattr(asker.OptunaTrials, "ask", asked)
+    counts: list[int] = []
+
+    def script(job: Job) -> Evaluation:
+        counts.append(sum(t.state == TrialState.RUNNING for t in load_study("s").optuna.trials))
+        steps.append("result")
+        return fake(job)[0]
+
+    pool = scripted(script)
+    submit = pool.submit
+    monkeypatch.setattr(pool, "submit", lambda job: (steps.append("submit"), submit(job)))
+    found = run(space().with_search(sampler=sampler), trials=8, pool=pool)
+    assert_sound(found, 8)
+    assert max(counts) == drawn
+    assert pool.most == 2
+    after = [steps[i + 1] for i, step in enumerate(steps[:-1]) if step == "result"]
+    if sampler == "gray_box":
+        # As long as there is something to start, a result is followed by a start, not by an ask.
+        assert after[:6] == ["submit"] * 6
+    else:
+        assert "submit" not in after[:6]
+
+
+def test_what_was_drawn_ahead_is_evaluated_by_the_next_run() -> None:
+    def stop(job: Job) -> Evaluation | Failure:
+        raise KeyboardInterrupt
+
+    wanted = space().with_search(sampler="gray_box")
+    with pytest.raises(MoenasError, match="Ctrl-C"):
+        run(wanted, trials=5, pool=scripted(stop))
+    before = [t.params for t in load_study("s").optuna.trials]
+    assert [t.state for t in load_study("s").optuna.trials] == [TrialState.RUNNING] * 3
+    found = run(wanted, trials=5, pool=scripted(lambda job: fake(job)[0]))
+    assert_sound(found, 5)
+    assert [t.params for t in found.optuna.trials[:3]] == before
+
+
+def test_a_budget_that_is_used_up_leaves_no_trial_drawn_ahead() -> None:
+    def script(job: Job) -> Evaluation:
+        curve: Any = [{"tokens": 512, "train_loss": 2.0}]
+        return dataclasses.replace(fake(job)[0], curve=curve)
+
+    text = space().text.replace("search: {", "search: {stop: {train_tokens: 1024}, ")
+    wanted = Space.parse(text, "s.yaml").with_search(sampler="gray_box", trials=20)
+    found = run(wanted, pool=scripted(script))
+    assert found.finished == "train_tokens"
+    assert {t.state for t in found.optuna.trials} == {TrialState.COMPLETE}
+    assert len(found.optuna.trials) == 4, "two that ran, one beside them, one drawn ahead"

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 from sqlalchemy import text
-from studies import assert_sound, fake, scripted, space
+from studies import SMALL, assert_sound, fake, scripted, space
 
 from moenas.errors import InputError, StorageLostError, StudyBusyError, StudyStoppedError
-from moenas.records import Evaluation, Failure, Job
+from moenas.records import Evaluation, Failure, Job, Plain
+from moenas.report.summary import trial_report
 from moenas.space.space import Space
 from moenas.store.store import Store
 from moenas.study import doctor
 from moenas.study.launch import Event, load_study, run
-from moenas.study.maintenance import remeasure, reopen_failed, retry
+from moenas.study.maintenance import enqueue, remeasure, reopen_failed, retry
 from moenas.study.uncommitted import UncommittedResults
 
 pytestmark = pytest.mark.usefixtures("study_folder")
@@ -353,3 +354,64 @@ def test_measuring_the_same_again_gives_the_same() -> None:
     assert mine() == before
     with pytest.raises(InputError, match="no objective's file has changed; name one"):
         remeasure("s", workers="inline")
+
+
+# --- enqueue -----------------------------------------------------------------------------------
+
+MINE = """\
+architecture:
+  vocab_size: 256
+  d_model: {width}
+  blocks:
+    - mixer: {{kind: attention, head_dim: 8}}
+      ffn: {{kind: dense, activation: swiglu, d_ff: 16}}
+"""
+
+
+def mine_file(width: int) -> str:
+    path = Path(f"mine{width}.yaml")
+    path.write_text(MINE.format(width=width))
+    return str(path)
+
+
+def test_an_architecture_is_enqueued_once_and_evaluated_next() -> None:
+    small = space(SMALL).with_search(sampler="gray_box")
+    run(small, trials=1, pool=scripted(lambda job: fake(job)[0]))
+    plain = load_study("s").store.architecture("s", 0)
+    there, *others = sorted((16, 24, 32), key=lambda width: width != plain["d_model"])
+    layers = sum(group["repeat"] for group in plain["blocks"])
+    files = [mine_file(width) for width in others]
+    rows = enqueue("s", files)
+    assert [(row["trial"], row["status"]) for row in rows] == [(1, "enqueued"), (2, "enqueued")]
+    again = enqueue("s", [files[1], mine_file(there)])
+    assert [row["trial"] for row in again] == [2, 0 if layers == 1 else 3]
+    assert again[0]["status"] == "known"
+    found = run(small, trials=4, pool=scripted(lambda job: fake(job)[0]))
+    assert_sound(found, 4)
+    assert [found.store.architecture("s", i)["d_model"] for i in (1, 2)] == others
+    report = trial_report(found.store, "s", 1)
+    assert report["enqueued_from"] == files[0]
+
+
+def test_a_study_that_runs_evaluates_what_is_enqueued_meanwhile() -> None:
+    rows: list[Plain] = []
+
+    def script(job: Job) -> Evaluation:
+        if not rows:
+            plains = load_study("s").store.architectures("s").values()
+            drawn = {p["d_model"] for p in plains if [g["repeat"] for g in p["blocks"]] == [1]}
+            rows.extend(enqueue("s", [mine_file(min({16, 24, 32} - drawn))]))
+        return fake(job)[0]
+
+    found = run(space(SMALL).with_search(seed=1), trials=5, pool=scripted(script))
+    assert_sound(found, 5)
+    assert rows[0]["status"] == "enqueued"
+    source = trial_report(found.store, "s", rows[0]["trial"])["enqueued_from"]
+    assert source == rows[0]["source"]
+
+
+def test_nothing_is_enqueued_if_one_architecture_does_not_fit() -> None:
+    run(space(SMALL), trials=1, pool=scripted(lambda job: fake(job)[0]))
+    with pytest.raises(InputError, match=r"mine40\.yaml:3:12: architecture\.d_model: mine40"):
+        enqueue("s", [mine_file(16), mine_file(40)])
+    assert len(load_study("s").optuna.trials) == 1

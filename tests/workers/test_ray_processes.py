@@ -169,6 +169,7 @@ def same_weights(one: Result, other: Result) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_candidates_of_one_process_have_the_numbers_of_fresh_ones(
     cluster: Pool,
     make_job: MakeJob,

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from moenas.grammar.component import changed, setting
+from moenas.grammar.component import changed, fields, setting
 from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.position_bias import PositionBias
 from moenas.model.mixers.qkv import QKV, LowRankProjection, LowRankQKV, NormedValues, QKNorm
-from moenas.model.mixers.rotary import (
-    THETA,
-    RopeScaling,
-    Rotary,
-    YarnScaling,
-    canonical_theta,
-    fold_into_scale,
-)
+from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryProjection
 from moenas.model.mixers.softmax_attention import (
@@ -39,16 +33,13 @@ OF_KEYS = (
     "n_kv_heads",
     "head_dim",
     "v_head_dim",
-    "rope_theta",
-    "rope_scaling",
-    "rope_fraction",
     "qk_norm",
     "qk_norm_after_rope",
     "window",
     "chunk",
     "sinks",
 )
-"""Fields in which a layer is like the one whose keys and values it reads."""
+"""Fields, beside `rope`, that a layer shares with the one whose keys and values it reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +69,7 @@ class AttentionMixer(Mixer, kind="attention"):
         default=None,
         low=1,
     )
-    rope_theta: float = setting(
-        "base of the rotary wavelengths (RoFormer, arXiv 2104.09864)", default=10000.0, low=1.0
-    )
-    rope_scaling: RopeScaling | None = setting(
-        "how the rotary wavelengths are stretched; null: not at all", default=None
-    )
-    rope_fraction: float = setting(
-        "share of a head that turns, as the nearest even number of elements (of two as near, the"
-        " multiple of 4); 0: no positions (NoPE)",
-        default=1.0,
-        low=0.0,
-        high=1.0,
-    )
+    rope: Rope = setting("rotary position embeddings of queries and keys", default=Rope())
     qk_norm: Literal["none", "head", "full", "weightless"] = setting(
         "RMSNorm of queries and keys: none, over each head (Qwen3), over all heads together"
         " (OLMoE), or over each head without a weight (Llama 4)",
@@ -122,7 +101,7 @@ class AttentionMixer(Mixer, kind="attention"):
         low=1,
     )
     chunk: int | None = setting(
-        "a token sees only tokens of its own chunk of so many (Llama 4)", default=None, low=1
+        "tokens of a chunk; a token sees only its own chunk (Llama 4)", default=None, low=1
     )
     sinks: bool = setting(
         "a learned logit for each head that takes part in the softmax and has no value (gpt-oss)",
@@ -152,13 +131,15 @@ class AttentionMixer(Mixer, kind="attention"):
         "added to the scores by the distance of their tokens; null: nothing is", default=None
     )
     kv_source: int | None = setting(
-        "reads the keys and values of an earlier layer: of the attention layers with keys of their"
-        " own, the so-many-th before (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or"
-        " 2); null: has its own",
+        "reads the keys and values of the n-th previous attention layer that has its own; 1 is the"
+        " nearest (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or 2); null: this layer"
+        " has its own",
         default=None,
         low=1,
         high=1000,
     )
+
+    former: ClassVar[Mapping[str, str]] = FORMER
 
     def heads_at(self, d_model: int) -> tuple[int, int]:
         """Return the query heads and the key-value heads at a model width."""
@@ -171,40 +152,30 @@ class AttentionMixer(Mixer, kind="attention"):
         return self.v_head_dim or self.head_dim
 
     @property
-    def rope_dim(self) -> int:
-        """How many elements of a head turn with the position: pairs, rounded half to even."""
-        return 2 * round(self.rope_fraction * self.head_dim / 2)
-
-    @property
     def factor(self) -> float:
-        """What the scores are multiplied with."""
+        """The factor of the scores."""
         return float(self.head_dim**-0.5 if self.scale is None else self.scale)
 
     @property
     def bias_shared(self) -> bool | None:
-        """Whether the table of the position bias is that of an earlier layer; None: needs none."""
+        """Whether the position bias reads the table of an earlier layer; None: it has no table."""
         return getattr(self.position_bias, "shared", None)
 
-    @property
-    def stretch(self) -> float:
-        """By what the rotary positions multiply what turns."""
-        if not self.rope_dim or self.rope_scaling is None:
-            return 1.0
-        scaling = self.rope_scaling.canonical_for(self.rope_dim, self.rope_theta)
-        return 1.0 if scaling is None else scaling.attention
-
-    def unlike(self, source: AttentionMixer, d_model: int) -> str | None:
+    def kv_mismatch(self, source: AttentionMixer, d_model: int) -> str | None:
         """Return a field in which this and the layer whose keys it reads differ, or None.
 
-        What shapes the keys, and which of them are seen, is that of the source.
+        The source decides the shape of the keys and values, and which of them are visible.
         """
-        # Folded into each one's own scores, a factor of the keys could not be told any more.
-        if self.stretch != source.stretch:
-            return "rope_scaling"
+        # The canonical form moves YaRN's factor into the scores, so it is compared before.
+        factors = (m.rope.attention_factor(m.head_dim) for m in (self, source))
+        if len(set(factors)) > 1:
+            return "rope.scaling"
         one, other = self.canonical_at(d_model), source.canonical_at(d_model)
+        for name in fields(Rope):
+            if getattr(one.rope, name) != getattr(other.rope, name):
+                return f"rope.{name}"
         names = (*OF_KEYS, "inner_eps") if one.qk_norm != "none" else OF_KEYS
-        unlike = (name for name in names if getattr(one, name) != getattr(other, name))
-        return next(unlike, None)
+        return next((n for n in names if getattr(one, n) != getattr(other, n)), None)
 
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
@@ -215,8 +186,6 @@ class AttentionMixer(Mixer, kind="attention"):
         alone = 1 in (self.window, self.chunk) and not self.sinks
         if self.kv_source is not None and (alone or self.scale == 0):
             return "kv_source: its queries have no effect; give a wider window and no scale of 0"
-        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
-            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
@@ -236,7 +205,7 @@ class AttentionMixer(Mixer, kind="attention"):
         own = self.kv_source is None
         normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
         bias = self.position_bias and self.position_bias.canonical_within(self.attention_span)
-        found = changed(
+        canonical = changed(
             self,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -251,17 +220,15 @@ class AttentionMixer(Mixer, kind="attention"):
             attn_scale=self.attn_scale if tempered else 0.1,
             position_bias=bias,
         )
-        if found.window == 1 and not found.sinks:
-            return found._without_scores()
-        return found._with_canonical_positions()
+        if canonical.window == 1 and not canonical.sinks:
+            return canonical._without_scores()
+        return canonical._with_canonical_positions()
 
     def _without_scores(self) -> Self:
-        """Reset what acts on the scores alone: over one token their softmax is 1."""
+        """Reset what acts on the scores alone: the softmax over one token is 1."""
         return changed(
             self,
-            rope_theta=THETA,
-            rope_scaling=None,
-            rope_fraction=1.0,
+            rope=Rope(),
             qk_norm="none" if self.qk_norm == "weightless" else self.qk_norm,
             qk_norm_after_rope=False,
             inner_eps=self.inner_eps if self.v_norm else 1e-6,
@@ -273,25 +240,21 @@ class AttentionMixer(Mixer, kind="attention"):
         )
 
     def _with_canonical_positions(self) -> Self:
-        """Reset what has no effect in rotary positions; let `scale` say what it can."""
-        width, theta = self.rope_dim, self.rope_theta
-        scaling, stronger = None, 1.0
-        if width and self.rope_scaling is not None:
-            scaling = self.rope_scaling.canonical_for(width, theta)
-        # To turn a vector changes neither its length nor what has no weight; YaRN's factor does.
-        longer = scaling is not None and scaling.attention != 1
-        ordered = width > 0 and (self.qk_norm in ("head", "full") or longer)
+        """Reset what has no effect in `rope`; move YaRN's factor into `scale` where possible."""
+        rope, folded = self.rope.canonical_for(self.head_dim), 1.0
+        # A rotation keeps lengths, so a norm without weights commutes with it. YaRN's factor and
+        # the weights of a norm do not.
+        longer = rope.attention_factor(self.head_dim) != 1
+        ordered = rope.partial_rotary_factor > 0 and (self.qk_norm in ("head", "full") or longer)
         after = self.qk_norm_after_rope and ordered and self.qk_norm != "none"
-        if width == self.head_dim and not after and scaling is not None:
-            scaling, stronger = fold_into_scale(scaling, width, theta)
-        factor, usual = self.factor * stronger, self.head_dim**-0.5
-        is_usual = factor == usual or (stronger != 1 and math.isclose(factor, usual, rel_tol=1e-10))
-        scale = self.scale if stronger == 1 else float(f"{factor:.12g}")
+        if not after:
+            rope, folded = self.rope.fold_into_scale(self.head_dim)
+        factor, usual = self.factor * folded, self.head_dim**-0.5
+        is_usual = factor == usual or (folded != 1 and math.isclose(factor, usual, rel_tol=1e-10))
+        scale = self.scale if folded == 1 else float(f"{factor:.12g}")
         return changed(
             self,
-            rope_theta=canonical_theta(width, theta, scaling) if width else THETA,
-            rope_scaling=scaling,
-            rope_fraction=width / self.head_dim,
+            rope=rope,
             qk_norm_after_rope=after,
             scale=None if is_usual else scale,
         )
@@ -332,7 +295,7 @@ class AttentionMixer(Mixer, kind="attention"):
         n_heads, n_kv_heads = self.heads_at(d_model)
         width = n_heads * self.v_dim
         gates = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
-        rotary, attend = self._build_rotary(), self._build_attend(n_heads)
+        rotary, attend = self.rope.build(self.head_dim), self._build_attend(n_heads)
         gate = Linear(d_model, gates) if gates else None
         out = Linear(width, d_model, self.out_bias)
         if self.kv_source is not None:
@@ -367,10 +330,6 @@ class AttentionMixer(Mixer, kind="attention"):
             keys = Linear(d_model, counts[1] * sum(widths), self.qkv_bias)
             qkv = LowRankQKV(self._build_query(d_model), keys, counts, widths, self.qkv_clip)
         return NormedValues(qkv, self.v_dim, self.inner_eps) if self.v_norm else qkv
-
-    def _build_rotary(self) -> Rotary | None:
-        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
-        return Rotary(self.rope_dim, self.rope_theta, scaling) if self.rope_dim else None
 
     def _build_attend(self, n_heads: int) -> SoftmaxAttention:
         bias = None if self.position_bias is None else self.position_bias.build(n_heads)
@@ -415,7 +374,7 @@ class Attention(SharesKV):
     ) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
 
-        What other layers read is left in `shared`, and the table of a shared bias is found there.
+        Keys and values that other layers read go to `shared`, which holds the shared bias table.
         """
         qkv: Any = self.qkv
         q, k, v = qkv.heads(x)

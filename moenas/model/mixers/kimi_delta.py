@@ -124,10 +124,10 @@ class ChannelDecay(nn.Module):
         steps = (self.project(x).float() + self.dt_bias.float()).unflatten(-1, (self.n_heads, -1))
         rates = self.log_rate.float().exp().unsqueeze(-1)
         if self.limit is None:
-            found: Tensor = F.softplus(steps) * -rates
+            decays: Tensor = F.softplus(steps) * -rates
         else:
-            found = (rates * steps).sigmoid() * -self.limit
-        return found
+            decays = (rates * steps).sigmoid() * -self.limit
+        return decays
 
 
 class KimiDelta(nn.Module):

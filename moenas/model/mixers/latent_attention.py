@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.qkv import LowRankProjection
-from moenas.model.mixers.rotary import RopeScaling, Rotary, YarnScaling, canonical_theta
+from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, gated
 from moenas.records import Cost
 
@@ -36,15 +37,13 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         "elements of a query or key without a position", low=8, high=MOST, multiple=8
     )
     rope_dim: int = setting(
-        "elements that turn; all heads share their key", low=2, high=MOST, multiple=2
+        "elements of a query or key with a position; all heads share those of the key",
+        low=2,
+        high=MOST,
+        multiple=2,
     )
     v_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
-    rope_theta: float | None = setting(
-        "base of the rotary wavelengths; null: nothing turns (NoPE)", default=10000.0, low=1.0
-    )
-    rope_scaling: RopeScaling | None = setting(
-        "how the rotary wavelengths are stretched; null: not at all", default=None
-    )
+    rope: Rope = setting("rotary position embeddings of the `rope_dim` elements", default=Rope())
     inner_eps: float = setting("added to the mean square in the norms", default=1e-6, low=0.0)
     rank_scale: bool = setting(
         "a normed latent of width r is multiplied by sqrt(d_model / r) (LongCat-Flash)",
@@ -59,6 +58,8 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         "factor of the scores; null: 1 / sqrt(nope_dim + rope_dim)", default=None, low=0.0
     )
 
+    former: ClassVar[Mapping[str, str]] = FORMER
+
     @property
     def gates(self) -> int:
         """Gates of a token."""
@@ -71,23 +72,15 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         """What the scores are multiplied with."""
         return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
 
-    def invalid(self) -> str | None:
-        """Return why the fields do not go together, or None."""
-        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
-            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
-        return None
-
     def canonical_at(self, d_model: int) -> Self:
-        """Reset fields without effect; a single pair turns by the position, whatever theta."""
+        """Reset fields without effect."""
         usual = (self.nope_dim + self.rope_dim) ** -0.5
-        theta, scaling = self.rope_theta, None
-        if theta is not None and self.rope_scaling is not None:
-            scaling = self.rope_scaling.canonical_for(self.rope_dim, theta)
+        rope = self.rope.canonical_for(self.rope_dim)
         narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
         return replace(
             self,
-            rope_theta=theta and canonical_theta(self.rope_dim, theta, scaling),
-            rope_scaling=scaling,
+            # Fingerprints of earlier versions know NoPE of this mixer as a theta of null.
+            rope=rope if rope.partial_rotary_factor else Rope(theta=None),
             rank_scale=self.rank_scale and narrow,
             scale=None if self.scale == usual else self.scale,
         )
@@ -119,15 +112,11 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         return LatentAttention(
             query,
             self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
-            self._build_rotary(),
+            self.rope.build(self.rope_dim),
             SoftmaxAttention(self.n_heads, self.factor, AttentionSpan()),
             Linear(d_model, self.gates) if self.gates else None,
             Linear(self.n_heads * self.v_dim, d_model),
         )
-
-    def _build_rotary(self) -> Rotary | None:
-        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
-        return None if self.rope_theta is None else Rotary(self.rope_dim, self.rope_theta, scaling)
 
     def _build_bottleneck(
         self, d_model: int, rank: int, beside: int, width: int

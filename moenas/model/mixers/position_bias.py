@@ -20,7 +20,7 @@ from moenas.grammar.component import Component, setting
 class PositionBias(Component):
     """`position_bias`: a number for each head and distance, added to the scores.
 
-    It comes after `scale` and `softcap`. Rotary positions stay unless `rope_fraction: 0` takes
+    It comes after `scale` and `softcap`. Rotary positions stay unless `rope: {theta: null}` takes
     them out.
     """
 
@@ -84,16 +84,16 @@ class T5Bias(PositionBias, kind="t5"):
         """Take the usual max_distance, or the smallest, that has the same buckets in reach."""
 
         def firsts(max_distance: int) -> list[int]:
-            found = first_distances(self.num_buckets, max_distance)
-            return found if reach is None else [min(x, reach) for x in found]
+            firsts = first_distances(self.num_buckets, max_distance)
+            return firsts if reach is None else [min(x, reach) for x in firsts]
 
         own, least = firsts(self.max_distance), self.num_buckets // 2 + 1
         usual = max(T5Bias.max_distance, least)
         if firsts(usual) == own:
             return replace(self, max_distance=usual)
         # The first distance of a bucket never falls as max_distance rises.
-        found = bisect_left(range(least, self.max_distance), own, key=firsts)
-        return replace(self, max_distance=least + found)
+        steps = bisect_left(range(least, self.max_distance), own, key=firsts)
+        return replace(self, max_distance=least + steps)
 
     def build(self, n_heads: int) -> nn.Module:
         """Build what gives the numbers."""
@@ -108,7 +108,7 @@ def first_distances(num_buckets: int, max_distance: int) -> list[int]:
     """
     exact = num_buckets // 2
     steps = num_buckets - exact
-    found = list(range(1, exact + 1))
+    firsts = list(range(1, exact + 1))
     for k in range(1, steps):
         wanted = max_distance**k * exact ** (steps - k)
         distance = int(exact * (max_distance / exact) ** (k / steps))
@@ -116,8 +116,8 @@ def first_distances(num_buckets: int, max_distance: int) -> list[int]:
             distance += 1
         while (distance - 1) ** steps >= wanted:
             distance -= 1
-        found.append(distance)
-    return found
+        firsts.append(distance)
+    return firsts
 
 
 def distances(start: int, length: int, first: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
-"""From the stream to queries, keys and values: one product or through a latent, and their norms."""
+"""Projections to queries, keys and values, in one product or through a latent, and their norms."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -11,6 +11,17 @@ from moenas.model.layers.norms import RMSNorm
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, K key-value heads, C width
 # of a head.
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values by heads."""
+
+    q: Tensor
+    """(B, H, S, C)"""
+    k: Tensor
+    """(B, K, S, C)"""
+    v: Tensor
+    """(B, K, S, C of the values)"""
 
 
 class QKV(Linear):
@@ -38,22 +49,22 @@ class QKV(Linear):
         self.widths = widths
         self.clip = clip
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> Heads:
         """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
         counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         rows = self(x) if self.clip is None else self(x).clamp(-self.clip, self.clip)
         if not self.v_dim:
             q, k = rows.unflatten(-1, (sum(counts[:2]), -1)).transpose(1, 2).split(counts[:2], 1)
-            return q, k, k
+            return Heads(q, k, k)
         if self.v_dim == self.head_dim:
             qkv = rows.unflatten(-1, (sum(counts), -1)).transpose(1, 2)
             q, k, v = qkv.split(counts, dim=1)
-            return q, k, v
+            return Heads(q, k, v)
         widths = (self.head_dim, self.head_dim, self.v_dim)
         parts = rows.split([n * c for n, c in zip(counts, widths, strict=True)], dim=-1)
         heads = zip(parts, counts, strict=True)
         q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in heads)
-        return q, k, v
+        return Heads(q, k, v)
 
 
 class LowRankProjection(nn.Module):
@@ -72,7 +83,7 @@ class LowRankProjection(nn.Module):
         return y
 
     def latent(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent (B, S, rank) and what stands beside it (B, S, rest)."""
+        """Return the latent (B, S, rank) and the other outputs of `down` (B, S, rest)."""
         rank = self.up.d_in
         latent, beside = self.down(x).split((rank, self.down.d_out - rank), dim=-1)
         latent = self.norm(latent)
@@ -97,7 +108,7 @@ class LowRankQKV(nn.Module):
         self.widths = widths
         self.clip = clip
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> Heads:
         """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
         rows = self.query(x), self.keys(x)
         if self.clip is not None:
@@ -108,7 +119,7 @@ class LowRankQKV(nn.Module):
             k, v = rows[1].split([n_kv_heads * width for width in self.widths], dim=-1)
         parts = (rows[0], n_heads), (k, n_kv_heads), (v, n_kv_heads)
         q, k, v = (part.unflatten(-1, (n, -1)).transpose(1, 2) for part, n in parts)
-        return q, k, v
+        return Heads(q, k, v)
 
 
 class QKNorm(nn.Module):
@@ -136,7 +147,7 @@ def normed(x: Tensor, norm: RMSNorm) -> Tensor:
 
 
 class NormedValues(nn.Module):
-    """Queries, keys and values, these through an RMSNorm of each head without a weight."""
+    """Queries, keys and values; the values pass an RMSNorm without a weight in each head."""
 
     def __init__(self, qkv: nn.Module, v_dim: int, eps: float) -> None:
         super().__init__()
@@ -145,8 +156,8 @@ class NormedValues(nn.Module):
         self.eps = eps
         self.norm = RMSNorm(v_dim, eps, weighted=False)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> Heads:
         """Map (B, S, D) to (B, H, S, C), (B, K, S, C) and (B, K, S, C of the values)."""
         qkv: Any = self.qkv
         q, k, v = qkv.heads(x)
-        return q, k, self.norm(v)
+        return Heads(q, k, self.norm(v))

@@ -84,24 +84,34 @@ def scan_heads(
 def heads_by_chunks(
     x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `scan_heads` does."""
+    """Return what `scan_heads` does.
+
+    Listing 1 of arXiv 2405.21060, with the decays of `decays_between` as its segment sums.
+    """
     batch, length, heads, width = map(int, x.shape)  # tensors while the model is traced
     groups = size(b.shape[2])
     chunk = chunk_length(length)
+    # 1. Chunks of Q tokens; a dot stands for the H / G heads of a group.
     x = in_chunks(x, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # B N G . Q P
     steps = in_chunks(steps, chunk).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # B N G . Q
     b, c = (in_chunks(m, chunk).transpose(2, 3).unsqueeze(3) for m in (b, c))  # B N G 1 Q M
-    inside = (c @ b.transpose(-2, -1)) * decays_between(steps) @ x
+    # 2. Inside a chunk, without its first state: y_i = sum over j <= i of
+    #    (c_i . b_j) exp(steps j + 1 to i) x_j, which is masked attention without softmax.
+    inside = (c @ b.transpose(-2, -1)) * decays_between(steps) @ x  # B N G . Q P
+    # 3. What the tokens of a chunk add to the state at its end, and how much of the state before
+    #    the chunk is left there.
     sums = steps.cumsum(dim=-1)
     to_end = (sums[..., -1:] - sums).exp().unsqueeze(-1)
     added = b.transpose(-2, -1) @ (x * to_end)  # B N G . M P
-    carry = sums[..., -1].exp()[..., None, None]
+    carry = sums[..., -1].exp()[..., None, None]  # B N G . 1 1
+    # 4. The state before each chunk, (B, G, H / G, M, P): N steps one after another.
     if state is None:
         state = torch.zeros_like(added[:, 0])
     before = []
     for kept, new in zip(carry.unbind(1), added.unbind(1), strict=True):
         before.append(state)
         state = state * kept + new
+    # 5. What the tokens of a chunk read of the state before it.
     across = c @ torch.stack(before, dim=1) * sums.exp().unsqueeze(-1)
     y = (inside + across).permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)
     return y[:, :length], state
@@ -142,22 +152,27 @@ def scan_channels(
     the one before it: about 2 sqrt(S) steps.
     """
     length = size(x.shape[1])
+    # 1. Chunks of about sqrt(S) tokens, for the fewest steps of both loops together.
     chunk = max(1, round(length**0.5))
+    # 2. Discretise: A_t = exp(dt_t rates) and the input dt_t x_t b_t (eq. 4), both B N Q C M.
     dt = in_chunks(dt, chunk)
-    decays = (dt.unsqueeze(-1) * rates).exp()  # B N Q C M
+    decays = (dt.unsqueeze(-1) * rates).exp()
     inputs = (dt * in_chunks(x, chunk)).unsqueeze(-1) * in_chunks(b, chunk).unsqueeze(3)
-    # unbind, not one index after another: the gradient of an index is a whole tensor of zeros.
+    # 3. Inside all chunks at once: the states from a state of 0, and the product of the decays
+    #    since the chunk began. `unbind`, as the gradient of an index is a whole tensor of zeros.
     own, through = [inputs[:, :, 0]], [decays[:, :, 0]]
     for decay, new in zip(decays.unbind(2)[1:], inputs.unbind(2)[1:], strict=True):
         own.append(own[-1] * decay + new)
         through.append(through[-1] * decay)
-    states, reached = torch.stack(own, dim=2), torch.stack(through, dim=2)
+    states, reached = torch.stack(own, dim=2), torch.stack(through, dim=2)  # B N Q C M
+    # 4. The state before each chunk, (B, C, M): N steps one after another.
     if state is None:
         state = torch.zeros_like(own[0][:, 0])
     before = []
     for kept, new in zip(through[-1].unbind(1), own[-1].unbind(1), strict=True):
         before.append(state)
         state = new + kept * state
+    # 5. Add what is left of the state before the chunk.
     states = states + reached * torch.stack(before, dim=1).unsqueeze(2)
     return states.flatten(1, 2)[:, :length], state
 
@@ -181,34 +196,43 @@ def delta_rule(
 def rule_by_chunks(
     qkv: tuple[Tensor, Tensor, Tensor], steps: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `delta_rule` does."""
+    """Return what `delta_rule` does.
+
+    Of a chunk with the state S before it, and the decay d_ij of steps j + 1 to i, token i writes
+    u_i = beta_i (v_i - S^T d_i k_i - sum over j < i of (k_i . d_ij k_j) u_j). This is a
+    unit lower triangular system for the u of all its tokens, linear in S.
+    """
     length, by_channel = size(beta.shape[1]), steps.dim() == 4
     chunk = chunk_length(length, CHANNEL_CHUNK if by_channel else CHUNK)
+    # 1. Chunks of Q tokens; the decays between two tokens, and those since the chunk began.
     q, k, v = (in_chunks(x, chunk).transpose(2, 3) for x in qkv)  # B N H Q .
     steps, beta = (in_chunks(x, chunk).transpose(2, 3) for x in (steps, beta))  # B N H Q [M]
     steps = steps.transpose(-2, -1) if by_channel else steps.unsqueeze(-2)
     decays = decays_between(steps).permute(0, 1, 2, 4, 5, 3)  # B N H Q Q M, or 1 for M
     since = steps.cumsum(dim=-1).exp().transpose(-2, -1)  # B N H Q M, or 1 for M
+    # 2. Solve the system for both parts of u = values - reads S: without a state, and by state.
     keys = k * beta.unsqueeze(-1)
     system = products(keys, k, decays).tril(-1)
     wanted = torch.cat((v * beta.unsqueeze(-1), keys * since), dim=-1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     values, reads = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+    # 3. Scores of the queries (Q, Q), and the keys as they decay to the end of the chunk (M, Q).
     scores = products(q, k, decays)
     to_end = (k * decays[..., -1, :, :]).transpose(-2, -1)
     if state is None:
         state = k.new_zeros(k.shape[0], k.shape[2], k.shape[-1], v.shape[-1])
-    # Two products a chunk: what reads the state, then what takes up what is written.
+    # 4. Chunk by chunk, two products each: `reader` multiplies the state, (2 Q, M) by (M, P), and
+    #    `taker` multiplies what the tokens write, (Q + M, Q) by (Q, P).
     readers = torch.cat((reads, q * since), dim=-2).unbind(1)
     takers = torch.cat((scores, to_end), dim=-2).unbind(1)
     carry = since[..., -1:, :].transpose(-2, -1).unbind(1)
-    sizes, found = (chunk, k.shape[-1]), []
+    sizes, outputs = (chunk, k.shape[-1]), []
     for reader, taker, kept, value in zip(readers, takers, carry, values.unbind(1), strict=True):
         expected, seen = (reader @ state).chunk(2, dim=-2)
         now, added = (taker @ (value - expected)).split(sizes, dim=-2)
-        found.append(seen + now)
+        outputs.append(seen + now)
         state = state * kept + added
-    y = torch.stack(found, dim=1).transpose(2, 3).flatten(1, 2)
+    y = torch.stack(outputs, dim=1).transpose(2, 3).flatten(1, 2)
     return y[:, :length], state
 
 

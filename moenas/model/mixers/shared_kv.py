@@ -46,7 +46,7 @@ class SharesKV(ReadsInputs):
         """Return the keys and values (B, K, L, C) of the layer that this one reads.
 
         Raises:
-            ValueError: if the mixer stands in no model, where there are none.
+            ValueError: if the mixer is in no model, so that there are none.
         """
         if shared is None or self.keys_from is None:
             raise ValueError("keys and values of an earlier layer are read, and there is none")
@@ -64,12 +64,12 @@ class SharesKV(ReadsInputs):
 def kv_sources(mixers: Sequence[Any]) -> list[tuple[int | None, int | None]]:
     """Return whose keys and whose table each mixer reads, by their places in the list.
 
-    The mixers are modules or their records, by `kv_source` and `bias_shared`. None stands where
+    The mixers are modules or their records, by `kv_source` and `bias_shared`. None means that
     nothing is read, -1 where there is no such mixer before.
     """
     owners: list[int] = []
     tables: list[int] = []
-    found: list[tuple[int | None, int | None]] = []
+    sources: list[tuple[int | None, int | None]] = []
     for i, mixer in enumerate(mixers):
         keys = table = None
         source = getattr(mixer, "kv_source", 0)
@@ -82,8 +82,8 @@ def kv_sources(mixers: Sequence[Any]) -> list[tuple[int | None, int | None]]:
             table = tables[-1] if tables else -1
         elif shared is not None:
             tables.append(i)
-        found.append((keys, table))
-    return found
+        sources.append((keys, table))
+    return sources
 
 
 def link_layers(mixers: Sequence[Any]) -> None:
@@ -118,7 +118,7 @@ def _source_error(
             f"kv_source: {mixer.kv_source}, but fewer attention layers before it"
             " have keys and values of their own; leave it out there"
         )
-    if keys is not None and (name := mixer.unlike(mixers[keys], d_model)):
+    if keys is not None and (name := mixer.kv_mismatch(mixers[keys], d_model)):
         return f"kv_source reads the keys of layer {keys}, and their {name} differ; make them equal"
     if table == -1:
         return (

@@ -77,7 +77,7 @@ class PositionTemperature(nn.Module):
         self.attn_scale = attn_scale
 
     def forward(self, q: Tensor, start: int) -> Tensor:
-        """Scale (B, H, S, C) queries that stand at positions start, start + 1, ..."""
+        """Scale (B, H, S, C) queries at positions start, start + 1, ..."""
         end = start + size(q.shape[2])
         if not torch.compiler.is_compiling() and end < self.floor_scale:
             return q  # all factors are 1
@@ -304,9 +304,9 @@ class _Attended(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with _in_one_order():
-            found = iter(torch.autograd.grad(ctx.y, ctx.inputs, grad))
+            grads = iter(torch.autograd.grad(ctx.y, ctx.inputs, grad))
         ctx.y = ctx.inputs = None  # as torch frees what a node has saved
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+        return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:4]), None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import Component, setting
 from moenas.model.layers.linear import on_cuda
-from moenas.model.moe.gating import Choice
+from moenas.model.moe.gating import RoutingDecision
 
 # Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
 # with a load of its own.
@@ -33,10 +33,10 @@ RATE = "step of the selection bias after each update"
 
 @dataclass(frozen=True, kw_only=True)
 class Balance(Component):
-    """How the load of the experts is kept even, in training."""
+    """How the load of the experts is balanced, in training."""
 
     loss: ClassVar[Literal["load", "importance"] | None] = None
-    """What the loss of this kind evens out; None: it has no loss."""
+    """What the loss of this kind balances; None: it has no loss."""
     has_bias: ClassVar[bool] = False
     """It moves a bias on the selection."""
 
@@ -47,7 +47,7 @@ class Balance(Component):
 
     @property
     def scope(self) -> Scope:
-        """Whose load the loss evens out."""
+        """Whether the loss balances the load of a batch or of each sequence."""
         return "batch"
 
     @property
@@ -58,7 +58,7 @@ class Balance(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class NoBalance(Balance, kind="none"):
-    """Nothing evens out the load."""
+    """The load is not balanced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +104,12 @@ class BiasAndLossBalance(Balance, kind="bias_and_loss"):
 
 @dataclass
 class Routing:
-    """What the last forward pass sent where."""
+    """The routing of the last forward pass: load, losses and slots."""
 
     load: Tensor
     """(E,) slots that chose each expert, before any were dropped, int64."""
     dropped: Tensor
-    """Share of the slots that found no room, a scalar."""
+    """Fraction of the slots that were dropped, a scalar."""
     balance_loss: Tensor
     """Differentiable scalar; 0 outside training. When the load is even it is 1 (aux_loss) or 0
     (importance_load)."""
@@ -118,10 +118,10 @@ class Routing:
     entropy: Tensor
     """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
     no weight in the loss."""
-    choice: Choice
-    """What was decided: the slots, and the logits of the router."""
+    choice: RoutingDecision
+    """The slots, and the logits of the router."""
     slots: Tensor | None = None
-    """(G, E) slots of a token at each expert in the mean, in training."""
+    """(G, E) mean number of slots of a token at each expert, in training."""
     probabilities: Tensor | None = None
     """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
 
@@ -163,10 +163,10 @@ def mean_entropy(scores: Tensor) -> Tensor:
     return -(p * (p + 1e-20).log()).sum(dim=-1).mean()
 
 
-def unbiased(choice: Choice) -> Choice:
+def unbiased(choice: RoutingDecision) -> RoutingDecision:
     """Return the K best scores of each token, without bias and groups, as what was chosen.
 
-    They are what the loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts.
+    The loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts these slots.
     """
     best = choice.scores.topk(choice.experts.shape[-1], dim=-1)
     return choice._replace(experts=best.indices, weights=best.values, tokens=None, kept=None)
@@ -207,7 +207,7 @@ class LoadBalancer(nn.Module):
         self.last_load: Tensor | None = None
         """(E,) of the last training pass since the last step."""
 
-    def forward(self, choice: Choice, dropped: Tensor, sequences: int = 1) -> Routing:
+    def forward(self, choice: RoutingDecision, dropped: Tensor, sequences: int = 1) -> Routing:
         """Count the load and, in training, work out the losses over B `sequences`."""
         groups = sequences if self.scope == "sequence" else 1
         load = self.load(choice, groups)
@@ -229,7 +229,7 @@ class LoadBalancer(nn.Module):
         even = switch_loss(slots, mean)
         return Routing(whole, dropped, even, z_loss, entropy, choice, slots, mean)
 
-    def load(self, choice: Choice, groups: int) -> Tensor:
+    def load(self, choice: RoutingDecision, groups: int) -> Tensor:
         """Count the slots (groups, E) of each expert in equal parts of the batch, int64."""
         if on_cuda(choice.scores):
             return self.load_on_cuda(choice, groups)
@@ -239,7 +239,7 @@ class LoadBalancer(nn.Module):
         load = torch.zeros(groups * self.n_experts, dtype=slots.dtype, device=slots.device)
         return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
 
-    def load_on_cuda(self, choice: Choice, groups: int) -> Tensor:
+    def load_on_cuda(self, choice: RoutingDecision, groups: int) -> Tensor:
         """Return the load by a table of tokens and experts: all slots at one counter would wait."""
         place = choice.slot_tokens() * self.n_experts + choice.experts.flatten()
         kept = torch.ones_like(place, dtype=torch.bool)
@@ -247,7 +247,7 @@ class LoadBalancer(nn.Module):
         table = torch.zeros_like(choice.scores, dtype=torch.bool).flatten().scatter(0, place, kept)
         return table.view(groups, -1, self.n_experts).sum(dim=1)
 
-    def importance_loss(self, choice: Choice) -> Tensor:
+    def importance_loss(self, choice: RoutingDecision) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
 
         The importance of an expert is the sum of its weights, its load the expected number of
@@ -268,8 +268,8 @@ class LoadBalancer(nn.Module):
     def step(self) -> None:
         """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
 
-        The load is that of the last forward pass in training since the step before, if there was
-        one; of several, as of the parts of a batch, the others do not count.
+        The load is of the last forward pass in training since the previous step. Earlier passes
+        since that step, such as other parts of a batch, do not count.
         """
         if self.last_load is not None and self.bias is not None and self.bias_rate is not None:
             load = self.last_load.float()

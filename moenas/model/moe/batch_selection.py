@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from moenas.model.moe.selection import ExpertSelection, Picked, Selection
+from moenas.model.moe.selection import ExpertSelection, SelectedSlots, Selection
 
 # Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
 
@@ -38,15 +38,21 @@ class Sinkhorn(ExpertSelection):
         super().__init__(top_k)
         self.rounds = rounds
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `logits` in training and by `ranked` otherwise, both (T, E)."""
         if self.training:
+            # Sinkhorn's algorithm in logarithms; `plan` (T, E) is the log of the plan.
             plan = logits.detach()
             for _ in range(self.rounds):
+                # 1. Columns: the shares of all tokens at an expert add up to 1.
                 plan = plan - plan.logsumexp(dim=0, keepdim=True)
+                # 2. Rows: the shares of a token at all experts add up to 1.
                 plan = plan - plan.logsumexp(dim=1, keepdim=True)
+            # 3. The K largest entries of each row of the balanced plan are chosen.
             ranked = plan
-        return Picked(ranked.topk(self.top_k, dim=-1).indices)
+        return SelectedSlots(ranked.topk(self.top_k, dim=-1).indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +86,13 @@ class Base(ExpertSelection):
         super().__init__(top_k)
         self.share = share
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `logits` in training and by `ranked` otherwise, both (T, E)."""
         if not self.training:
-            return Picked(ranked.argmax(dim=-1, keepdim=True))
-        return Picked(self.assigned(logits.detach()).unsqueeze(-1))
+            return SelectedSlots(ranked.argmax(dim=-1, keepdim=True))
+        return SelectedSlots(self.assigned(logits.detach()).unsqueeze(-1))
 
     def assigned(self, value: Tensor) -> Tensor:
         """Return the expert of each token, (T,), for what each is worth to each (T, E).
@@ -95,20 +103,24 @@ class Base(ExpertSelection):
         # Without values (the meta device, fake tensors) only the shape is asked for.
         if n_experts == 1 or value.is_meta or is_fake(value):
             return torch.zeros(n_tokens, dtype=torch.int64, device=value.device)
+        # 1. Each expert takes at most `room` tokens. `offers` (T, E) holds at most one a row.
         room = math.ceil(n_tokens / n_experts)
         value = value.nan_to_num().double()  # a model that diverges is found by its loss
         step = (value.max() - value.min()) * self.share + 1e-9
-        offers = torch.full_like(value, -math.inf)  # one at most in each row
+        offers = torch.full_like(value, -math.inf)
         prices = value.new_zeros(n_experts)
         while True:
+            # 2. Tokens without an expert; the auction ends when there are none.
             free = (offers == -math.inf).all(dim=-1)
             if not free.any():
                 return offers.argmax(dim=-1)
+            # 3. Each offers its best expert the gain over its second best expert, plus the step.
             best = (value[free] - prices).topk(2, dim=-1)
             chosen = best.indices[:, :1]
             rise = best.values[:, :1] - best.values[:, 1:] + step
             made = torch.full_like(value[free], -math.inf)
             offers[free] = made.scatter(-1, chosen, prices[chosen] + rise)
+            # 4. Each expert keeps its highest offers; a full one costs the least of them.
             kept = offers.topk(room, dim=0)
             offers = torch.full_like(value, -math.inf).scatter(0, kept.indices, kept.values)
             full = kept.values[-1] > -math.inf
@@ -139,10 +151,12 @@ class ExpertChoice(ExpertSelection):
     this is not causal, in training or evaluation.
     """
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
-        room = math.ceil(self.top_k * n_tokens / n_experts)
+        room = math.ceil(self.top_k * n_tokens / n_experts)  # tokens of an expert
         tokens = ranked.topk(room, dim=0).indices.T  # (E, room)
         experts = torch.arange(n_experts, device=tokens.device).unsqueeze(-1).expand_as(tokens)
-        return Picked(experts.reshape(-1, 1), tokens.flatten())
+        return SelectedSlots(experts.reshape(-1, 1), tokens.flatten())

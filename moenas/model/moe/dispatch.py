@@ -1,4 +1,4 @@
-"""Where rows of tokens go so that each expert's lie together, and which find room."""
+"""Dispatch: rows of tokens sorted by expert, and the capacity of the experts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MOST_GROUPS = 1023
 """Matrices that one grouped product takes on CUDA."""
 
 
-class Rows(NamedTuple):
-    """Where slots lie so that those of each expert are together."""
+class ExpertRows(NamedTuple):
+    """Rows of slots, sorted by expert."""
 
     slot: Tensor
     """(N,) the slot in each row."""
@@ -34,32 +34,37 @@ class Rows(NamedTuple):
     lies behind them."""
 
 
-def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: int) -> Rows:
+def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: int) -> ExpertRows:
     """Lay out rows so that those of each expert lie together, `multiple` times a whole number.
 
     Slots that are not `kept` have no row of an expert. With a multiple over 1 the host waits for
     the number of rows.
     """
+    # 1. The expert of each slot (N,); slots that are not kept sort behind the last expert.
     slots = experts.flatten()
     if on_cuda(experts):
         slots = slots.to(smallest_integer(n_experts))  # a radix sort passes over each byte
     if kept is not None:
-        slots = slots.masked_fill(~kept.flatten(), n_experts)  # sorts behind the last expert
+        slots = slots.masked_fill(~kept.flatten(), n_experts)
+    # 2. A stable sort by expert: `order` (N,) is the slot of each row, `ends` (E,) where the rows
+    #    of each expert end.
     slots, order = slots.sort(stable=True)
     numbers = torch.arange(n_experts, device=slots.device, dtype=slots.dtype)
     ends = torch.searchsorted(slots, numbers, right=True, out_int32=True)
     if multiple == 1:
         empty = None if kept is None else (slots == n_experts).unsqueeze(-1)
-        return Rows(order, ends, empty, kept is None)
+        return ExpertRows(order, ends, empty, kept is None)
+    # 3. Round the rows of each expert up to the multiple; `moved` (E,) is how far they move.
     counts = ends.diff(prepend=ends.new_zeros(1))
     new_ends = ((counts + multiple - 1) // multiple * multiple).cumsum(0, dtype=torch.int32)
-    moved = (new_ends - ends).roll(1)  # how far the rows of each expert move
+    moved = (new_ends - ends).roll(1)
     moved[0] = 0
+    # 4. Scatter the kept slots to their rows; the other rows are empty.
     order, slots = order[: int(ends[-1])], slots[: int(ends[-1])]
     rows = torch.arange(slots.numel(), device=slots.device) + moved[slots]
     slot = order.new_zeros(int(new_ends[-1])).scatter(0, rows, order)
     empty = torch.ones_like(slot, dtype=torch.bool).index_fill(0, rows, False)
-    return Rows(slot, new_ends, empty.unsqueeze(-1))
+    return ExpertRows(slot, new_ends, empty.unsqueeze(-1))
 
 
 def row_multiple(x: Tensor, experts: Tensor, n_experts: int) -> int:
@@ -105,14 +110,14 @@ def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
     if on_cuda(experts):
         slots = slots.to(smallest_integer(n_experts * len(experts)))
     slots, order = slots.sort(stable=True)
-    places = torch.arange(slots.numel(), device=slots.device) - torch.searchsorted(slots, slots)
-    kept = torch.empty_like(slots, dtype=torch.bool).scatter(0, order, places < capacity)
+    rank = torch.arange(slots.numel(), device=slots.device) - torch.searchsorted(slots, slots)
+    kept = torch.empty_like(slots, dtype=torch.bool).scatter(0, order, rank < capacity)
     return kept.view_as(experts)
 
 
 # --- on CUDA -----------------------------------------------------------------------------------
-# Floats that atomic adds sum up come in another order each time, so no two runs were alike. Here
-# every sum has one order. A graph of the kernels can be captured: the host reads nothing.
+# Atomic adds sum floats in an order that differs between runs, so runs would differ. Here every sum
+# has one order. The host reads nothing, so a CUDA graph can capture the kernels.
 
 
 def smallest_integer(largest: int) -> torch.dtype:
@@ -122,8 +127,8 @@ def smallest_integer(largest: int) -> torch.dtype:
     return torch.int16 if largest <= 32767 else torch.int32
 
 
-class Places(NamedTuple):
-    """Whose token each row is, and which rows each token has."""
+class TokenRows(NamedTuple):
+    """The token of each row, and the rows of each token."""
 
     token: Tensor
     """(N,) the token of each row."""
@@ -133,9 +138,9 @@ class Places(NamedTuple):
     """(T,) where the rows of each token begin in `rows`; None: all have equally many."""
     n_tokens: int
 
-    def by_slot(self, slot: Tensor) -> Places:
+    def by_slot(self, slot: Tensor) -> TokenRows:
         """Return the same of rows with `slot` (N,) for slots as tokens, K to a token."""
-        return Places(slot, self.rows, None, len(slot))
+        return TokenRows(slot, self.rows, None, len(slot))
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -143,38 +148,40 @@ def inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
 
 
-def places(rows: Rows, n_tokens: int, top_k: int, tokens: Tensor | None = None) -> Places:
-    """Return the places of rows for T tokens.
+def rows_by_token(
+    rows: ExpertRows, n_tokens: int, top_k: int, tokens: Tensor | None = None
+) -> TokenRows:
+    """Return which token each row has, and which rows each of T tokens has.
 
     The token of each slot is `tokens` (N,), or each token has K slots one after another.
     """
     slot, row = rows.slot, inverse(rows.slot)
     if tokens is None:
-        return Places(slot // top_k, row, None, n_tokens)
+        return TokenRows(slot // top_k, row, None, n_tokens)
     by_token, order = tokens.to(smallest_integer(n_tokens)).sort(stable=True)
     numbers = torch.arange(n_tokens, device=slot.device, dtype=by_token.dtype)
     first = torch.searchsorted(by_token, numbers)
     token = tokens.index_select(0, slot)
-    return Places(token, row.index_select(0, order), first, n_tokens)
+    return TokenRows(token, row.index_select(0, order), first, n_tokens)
 
 
-def rows_of(x: Tensor, at: Places) -> Tensor:
+def rows_of(x: Tensor, at: TokenRows) -> Tensor:
     """Return for each row its token's of `x` (T, D), (N, D)."""
-    rows: Tensor = _Rows.apply(x, at)  # type: ignore[no-untyped-call]
+    rows: Tensor = _GatherRows.apply(x, at)  # type: ignore[no-untyped-call]
     return rows
 
 
-def sums_of(rows: Tensor, at: Places) -> Tensor:
+def sums_of(rows: Tensor, at: TokenRows) -> Tensor:
     """Return for each token the sum of its `rows` (N, D), (T, D)."""
-    sums: Tensor = _Sums.apply(rows, at)  # type: ignore[no-untyped-call]
+    sums: Tensor = _SumRows.apply(rows, at)  # type: ignore[no-untyped-call]
     return sums
 
 
-class _Rows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Rows from tokens; the gradient of a token is the sum over its rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Places) -> Tensor:
+    def forward(ctx: Any, x: Tensor, at: TokenRows) -> Tensor:
         ctx.at = at
         return x.index_select(0, at.token)
 
@@ -184,11 +191,11 @@ class _Rows(torch.autograd.Function):
         return _summed(grad, ctx.at), None
 
 
-class _Sums(torch.autograd.Function):
+class _SumRows(torch.autograd.Function):
     """Tokens from rows; the gradient of a row is that of its token."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, at: Places) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, at: TokenRows) -> Tensor:
         ctx.at = at
         return _summed(rows, at)
 
@@ -198,7 +205,7 @@ class _Sums(torch.autograd.Function):
         return grad.index_select(0, ctx.at.token), None
 
 
-def _summed(rows: Tensor, at: Places) -> Tensor:
+def _summed(rows: Tensor, at: TokenRows) -> Tensor:
     """Return for each token the sum of its rows; both kernels add up in float32 at least."""
     if at.first is not None:
         return F.embedding_bag(at.rows, rows, at.first, mode="sum")

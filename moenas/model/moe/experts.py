@@ -18,13 +18,13 @@ from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
     grouped,
     one_hot,
-    places,
     row_multiple,
+    rows_by_token,
     rows_of,
     sort_slots,
     sums_of,
 )
-from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.gating import Gating, RoutingDecision
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.records import Cost
@@ -257,7 +257,7 @@ class Experts(nn.Module):
         self.up_bias = ExpertBias(n_experts, up) if bias else None
         self.down_bias = ExpertBias(n_experts, d_model) if bias else None
 
-    def forward(self, x: Tensor, choice: Choice, kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None = None) -> Tensor:
         """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts.
 
         Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
@@ -265,13 +265,15 @@ class Experts(nn.Module):
         """
         if on_cuda(x):
             return self.on_cuda(x, choice, kept)
+        # 1. Rows of slots, sorted by expert: `slot`, `token` and `expert` (N,), `weights` (N, 1).
         experts = choice.experts
         multiple = row_multiple(x, experts, self.n_experts)
         slot, ends, empty, all_read = sort_slots(experts, self.n_experts, kept, multiple)
         token = slot // experts.shape[1] if choice.tokens is None else choice.tokens[slot]
         weights = choice.weights.flatten()[slot].unsqueeze(-1).to(x.dtype)
         weights = weights if empty is None else weights.masked_fill(empty, 0)
-        rows = x.index_select(0, token)  # (N, D)
+        # 2. Gather the tokens, (N, D).
+        rows = x.index_select(0, token)
         if self.weight_on == "input":
             rows = rows * weights
         # grouped_mm leaves rows behind the last end uninitialised, in its output and in the
@@ -280,6 +282,7 @@ class Experts(nn.Module):
         rows = rows if masked is None else rows.masked_fill(masked, 0)
         # Numbers from E on are those of zero experts, whose rows are empty.
         expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
+        # 3. One grouped product for all experts up, (N, 2 F or F), one down, (N, D).
         h = grouped(rows, self.up.to(x.dtype), ends)
         h = h if self.up_bias is None else self.up_bias(h, expert, empty)
         h = self.activation(h)
@@ -288,9 +291,10 @@ class Experts(nn.Module):
         y = y if masked is None else y.masked_fill(masked, 0)
         if self.weight_on == "output":
             y = y * weights
+        # 4. Combine: each token gets the sum of its rows, (T, D).
         return torch.zeros_like(x).index_add(0, token, y)
 
-    def on_cuda(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Tensor:
+    def on_cuda(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
         """Return what `forward` does, with sums in one order.
 
         A weight on the output is multiplied with the hidden layer, which is narrower for
@@ -298,7 +302,7 @@ class Experts(nn.Module):
         """
         experts = choice.experts
         laid = sort_slots(experts, self.n_experts, kept, 1)
-        at = places(laid, len(x), experts.shape[1], choice.tokens)
+        at = rows_by_token(laid, len(x), experts.shape[1], choice.tokens)
         slot, ends, empty, _ = laid
         weights = choice.weights.flatten().index_select(0, slot).unsqueeze(-1).to(x.dtype)
         # Rows without an expert are never written, in either direction: each tensor that meets
@@ -307,7 +311,7 @@ class Experts(nn.Module):
         rows = rows_of(x, at)
         rows = rows * weights if self.weight_on == "input" else rows
         rows = rows if empty is None else rows.masked_fill(empty, 0)
-        expert = slot  # without biases nobody asks
+        expert = slot  # is read only with biases
         if self.bias:
             expert = experts.flatten().index_select(0, slot).clamp(max=self.n_experts - 1)
         h = grouped(rows, self.up.to(x.dtype), ends)
@@ -332,7 +336,7 @@ class LatentExperts(nn.Module):
         self.enter = Linear(d_model, inner.d_model)
         self.leave = Linear(inner.d_model, d_model)
 
-    def forward(self, x: Tensor, choice: Choice, kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None = None) -> Tensor:
         """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts."""
         y: Tensor = self.leave(self.inner(self.enter(x), choice, kept))
         return y
@@ -405,7 +409,7 @@ class MoE(RoutedLayer, ReadsInputs):
         tokens = x.flatten(0, 1)
         read = tokens if source is None else source.flatten(0, 1)
         ids = None if token_ids is None else token_ids.flatten()
-        choice: Choice = self.router(read, self.balance.bias, ids)
+        choice: RoutingDecision = self.router(read, self.balance.bias, ids)
         kept, dropped = self.apply_capacity(choice, x.shape[0])
         y: Tensor = self.experts(tokens, choice, kept)
         if self.zero is not None:
@@ -414,7 +418,7 @@ class MoE(RoutedLayer, ReadsInputs):
         y = y.view_as(x)
         return y if self.shared is None else y + self.shared(x)
 
-    def with_network(self, choice: Choice) -> Tensor | None:
+    def with_network(self, choice: RoutingDecision) -> Tensor | None:
         """Return which slots count and go to an expert with a network; None if all do."""
         if self.zero is None:
             return choice.kept

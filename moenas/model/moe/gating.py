@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from moenas.model.layers.linear import on_cuda
 from moenas.model.moe.logits import RouterInput
-from moenas.model.moe.selection import ExpertSelection, Picked
+from moenas.model.moe.selection import ExpertSelection, SelectedSlots
 
 # Shapes: T tokens, D model width, E experts, K experts chosen for a token, N slots (N = T K where
 # every token chooses K).
 
 
-class Choice(NamedTuple):
-    """What was decided for T tokens; float32 where not said otherwise."""
+class RoutingDecision(NamedTuple):
+    """The routing of T tokens; float32 where not said otherwise."""
 
     experts: Tensor
     """(T, K) numbers of the chosen experts, int64; or (N, 1), then `tokens` says whose."""
@@ -52,14 +52,14 @@ class Choice(NamedTuple):
         return table.index_add(0, place, self.weights.flatten()).view(n_tokens, n_experts)
 
 
-def at_slots(table: Tensor, picked: Picked) -> Tensor:
+def at_slots(table: Tensor, slots: SelectedSlots) -> Tensor:
     """Return the numbers of a table (T, E) at the slots, in their shape."""
-    if picked.tokens is None:
-        return table.gather(-1, picked.experts)
+    if slots.tokens is None:
+        return table.gather(-1, slots.experts)
     if on_cuda(table):
-        place = picked.tokens * table.shape[-1] + picked.experts.flatten()
+        place = slots.tokens * table.shape[-1] + slots.experts.flatten()
         return table.flatten().index_select(0, place).unsqueeze(-1)
-    return table[picked.tokens, picked.experts.flatten()].unsqueeze(-1)
+    return table[slots.tokens, slots.experts.flatten()].unsqueeze(-1)
 
 
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
@@ -106,41 +106,41 @@ class Weights(nn.Module):
         self.expert_scale = None if n_scales is None else nn.Parameter(torch.ones(n_scales))
 
     def forward(
-        self, scores: Tensor, logits: Tensor, picked: Picked
+        self, scores: Tensor, logits: Tensor, slots: SelectedSlots
     ) -> tuple[Tensor, Tensor | None]:
         """Return weights and what is kept, for scores and logits (T, E)."""
-        kept = picked.kept
+        kept = slots.kept
         if self.top_p is not None:
-            enough = self.top_p_mask(scores, picked.experts)
+            enough = self.top_p_mask(scores, slots.experts)
             kept = enough if kept is None else kept & enough
         if self.eps is not None:
-            weights = self.sparsemixer_weights(logits, picked.experts)
+            weights = self.sparsemixer_weights(logits, slots.experts)
         else:
-            weights = at_slots(scores, picked)
+            weights = at_slots(scores, slots)
         weights = weights if kept is None else weights.masked_fill(~kept, 0)
         if self.normalize:
-            weights = weights / (self.sums(weights, picked, scores) + 1e-20)
+            weights = weights / (self.sums(weights, slots, scores) + 1e-20)
         if self.expert_scale is not None:
-            weights = weights * self.factors(self.expert_scale.float(), picked, scores)
+            weights = weights * self.factors(self.expert_scale.float(), slots, scores)
         return weights * self.scale, kept
 
-    def sums(self, weights: Tensor, picked: Picked, scores: Tensor) -> Tensor:
+    def sums(self, weights: Tensor, slots: SelectedSlots, scores: Tensor) -> Tensor:
         """Return the sum of the weights of each slot's token, (T, 1) or (N, 1)."""
-        if picked.tokens is None:
+        if slots.tokens is None:
             return weights.sum(dim=-1, keepdim=True)
         if on_cuda(scores):  # through a table, whose sums have one order
-            place = picked.tokens * scores.shape[-1] + picked.experts.flatten()
+            place = slots.tokens * scores.shape[-1] + slots.experts.flatten()
             table = torch.zeros_like(scores).flatten().index_add(0, place, weights.flatten())
             whole = table.view_as(scores).sum(dim=-1, keepdim=True)
-            return at_slots(whole.expand_as(scores), picked)
-        sums = weights.new_zeros(scores.shape[0]).index_add(0, picked.tokens, weights.flatten())
-        return sums[picked.tokens].unsqueeze(-1)
+            return at_slots(whole.expand_as(scores), slots)
+        sums = weights.new_zeros(scores.shape[0]).index_add(0, slots.tokens, weights.flatten())
+        return sums[slots.tokens].unsqueeze(-1)
 
-    def factors(self, scale: Tensor, picked: Picked, scores: Tensor) -> Tensor:
+    def factors(self, scale: Tensor, slots: SelectedSlots, scores: Tensor) -> Tensor:
         """Return the factor of the expert of each slot, in the shape of the slots."""
         if on_cuda(scores):  # the gradient goes to a table first, where no two slots meet
-            return at_slots(scale.expand_as(scores), picked)
-        return scale.index_select(0, picked.experts.flatten()).view_as(picked.experts)
+            return at_slots(scale.expand_as(scores), slots)
+        return scale.index_select(0, slots.experts.flatten()).view_as(slots.experts)
 
     def top_p_mask(self, scores: Tensor, experts: Tensor) -> Tensor:
         """Return (T, K): whether the experts before it have less than `top_p` of all scores."""
@@ -153,9 +153,13 @@ class Weights(nn.Module):
         Experts are taken one after another. The weight of one with the logit z is its softmax over
         those not taken before it whose logit z_j is at most 2 eps max(|z_j|, z) below.
         """
+        # 1. Logits z of the chosen experts (T, K, 1) against those of all experts (T, 1, E).
         best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)
-        far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)  # (T, K, E)
+        # 2. Leave out experts that are too far below: z - z_j > 2 eps max(|z_j|, z), (T, K, E).
+        far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)
+        # 3. Leave out experts taken before: the running sum of the one-hot rows exceeds its row.
         own = F.one_hot(experts, logits.shape[-1])
+        # 4. The softmax over the rest, at the chosen expert, (T, K).
         near = each.masked_fill(far, -math.inf).masked_fill(own.cumsum(dim=1) > own, -math.inf)
         return near.softmax(dim=-1).gather(-1, experts.unsqueeze(-1)).squeeze(-1)
 
@@ -189,11 +193,12 @@ class Gating(nn.Module):
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, tokens: Tensor | None = None
-    ) -> Choice:
+    ) -> RoutingDecision:
         """Choose for (T, D), with an (E,) bias on the selection.
 
         `tokens` (T,) are the numbers of the tokens in the vocabulary, for selections by them.
         """
+        # 1. Logits z (T, E); in training with noise (Shazeer et al., eq. 4).
         x = self.enter(x)
         logits: Tensor = self.logits(x)
         chance = None
@@ -202,11 +207,13 @@ class Gating(nn.Module):
             logits = clean + torch.randn_like(clean) * spread
             if self.top_k < logits.shape[-1]:
                 chance = chance_over_noise(clean, spread, logits, self.top_k)
+        # 2. Scores s (T, E); the bias acts on the selection alone (DeepSeek-V3, eq. 16).
         scores: Tensor = self.score(logits)
         ranked = scores if bias is None else scores + bias.float()
-        picked: Picked = self.selection(ranked, logits, tokens)
-        weights, kept = self.weights(scores, logits, picked)
-        return Choice(picked.experts, weights, scores, logits, picked.tokens, kept, chance)
+        slots: SelectedSlots = self.selection(ranked, logits, tokens)
+        # 3. The weights of the selected slots, from scores without the bias.
+        weights, kept = self.weights(scores, logits, slots)
+        return RoutingDecision(slots.experts, weights, scores, logits, slots.tokens, kept, chance)
 
     def after_step(self) -> None:
         """Let the selection learn from the last training batch."""

@@ -1,4 +1,4 @@
-"""The logits of a router: what it reads, a product or a cosine, and what becomes of the numbers.
+"""The logits of a router: its input, a product or a cosine, and their scaling.
 
 Kinds: linear, cosine.
 """
@@ -57,7 +57,7 @@ class Logits(Component):
     )
 
     module: ClassVar[type[RouterLinear]]
-    """What `build` makes."""
+    """The class of the module that `build` returns."""
 
     @property
     def has_temperature(self) -> bool:
@@ -88,7 +88,7 @@ class Logits(Component):
         return self.n_weights(d_model, n_experts) + bias + norm + self.has_temperature
 
     def build_input(self, d_model: int) -> RouterInput:
-        """Build what stands before the logits."""
+        """Build the input of the logits."""
         return RouterInput(self.input, RMSNorm(d_model) if self.input_norm else None)
 
     def build(self, d_model: int, n_experts: int) -> nn.Module:
@@ -143,7 +143,7 @@ class HiddenLayer(nn.Module):
 class LogitScaling(nn.Module):
     """scale * z, of which z is standardised first, and soft-capped to c tanh(z / c).
 
-    Standardised over the experts of a token: (z - mean) / sqrt(variance + 1e-6). With it `scale` is
+    Standardised over the experts of a token: (z - mean) / sqrt(variance + 1e-6). Then `scale` is
     the lambda of Skywork-MoE (arXiv 2406.06563, eq. 6).
     """
 
@@ -216,8 +216,8 @@ class RouterLinear(nn.Module):
 class RouterCosine(RouterLinear):
     """scaling(e^t cos(h, w_i) + b), with a trained t that starts at 0 (X-MoE, arXiv 2204.09179).
 
-    X-MoE divides by a trained temperature; e^t is its inverse. Where logits without a bias are
-    standardised there is none, for it would have no effect.
+    X-MoE divides by a trained temperature; e^t is its inverse. Standardised logits
+    without a bias have no t, as it would have no effect.
     """
 
     matrices = ("weight",)
@@ -251,7 +251,7 @@ class CosineLogits(Logits, kind="cosine"):
 
     @property
     def has_temperature(self) -> bool:
-        """Whether there is a trained factor: the standardisation would take it out again."""
+        """Whether there is a trained factor; standardised logits without a bias cancel it."""
         return self.add_bias or not self.standardize
 
 

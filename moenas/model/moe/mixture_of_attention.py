@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +12,19 @@ from torch import Tensor, nn
 from moenas.grammar.component import setting
 from moenas.model.layers.linear import Linear, on_cuda
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
-from moenas.model.mixers.rotary import (
-    THETA,
-    RopeScaling,
-    Rotary,
-    YarnScaling,
-    canonical_theta,
-    fold_into_scale,
-)
+from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.moe.balance import LoadBalancer
 from moenas.model.moe.dispatch import (
-    Rows,
+    ExpertRows,
     grouped,
-    places,
     row_multiple,
+    rows_by_token,
     rows_of,
     sort_slots,
     sums_of,
 )
-from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.gating import Gating, RoutingDecision
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.moe.router import Router
 from moenas.records import Cost
@@ -43,8 +37,9 @@ from moenas.records import Cost
 class MoAMixer(Mixer, kind="moa"):
     """Mixture of attention heads (arXiv 2210.05144, section 3; JetMoE, arXiv 2404.07413).
 
-    An expert projects a token to a query for each key-value head, and what these heads give back
-    to the stream. Keys and values are those of all experts. The router chooses for each token.
+    An expert projects a token to a query for each key-value head, and projects the outputs of these
+    heads back to the stream. All experts share the keys and values. The router chooses for each
+    token.
     """
 
     n_experts: int = setting("experts, each with queries and an output of its own", low=1)
@@ -53,13 +48,7 @@ class MoAMixer(Mixer, kind="moa"):
         "key-value heads; an expert has a query head for each (JetMoE: 16)", default=1, low=1
     )
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
-    rope_theta: float = setting("base of the rotary wavelengths", default=10000.0, low=1.0)
-    rope_scaling: RopeScaling | None = setting(
-        "how the rotary wavelengths are stretched; null: not at all", default=None
-    )
-    rope_fraction: float = setting(
-        "share of a head that turns; 0: no positions", default=1.0, low=0.0, high=1.0
-    )
+    rope: Rope = setting("rotary position embeddings of queries and keys", default=Rope())
     window: int | None = setting(
         "a token sees itself and the window - 1 tokens before", default=None, low=2
     )
@@ -68,10 +57,7 @@ class MoAMixer(Mixer, kind="moa"):
     )
     out_bias: bool = setting("the layer adds a bias to its output (JetMoE)", default=False)
 
-    @property
-    def rope_dim(self) -> int:
-        """How many elements of a head turn with the position: pairs, rounded half to even."""
-        return 2 * round(self.rope_fraction * self.head_dim / 2)
+    former: ClassVar[Mapping[str, str]] = FORMER
 
     @property
     def width(self) -> int:
@@ -97,26 +83,17 @@ class MoAMixer(Mixer, kind="moa"):
                 f"logits.input: '{self.router.logits.input}' is for feed-forward layers; a router"
                 " of heads reads what the mixer reads: leave it out"
             )
-        if isinstance(self.rope_scaling, YarnScaling) and self.rope_theta == 1:
-            return "rope_scaling: yarn tells pairs by their wavelengths; give a rope_theta above 1"
         return self.router.invalid_among(self.n_experts)
 
     def canonical(self) -> Self:
         """Reset fields without effect, and write the router canonically."""
-        turning, theta = self.rope_dim, self.rope_theta
-        scaling, stronger = None, 1.0
-        if turning and self.rope_scaling is not None:
-            scaling = self.rope_scaling.canonical_for(turning, theta)
-        if turning == self.head_dim and scaling is not None:
-            scaling, stronger = fold_into_scale(scaling, turning, theta)
-        factor, usual = self.factor * stronger, self.head_dim**-0.5
+        rope, folded = self.rope.fold_into_scale(self.head_dim)
+        factor, usual = self.factor * folded, self.head_dim**-0.5
         near = abs(factor - usual) <= 1e-10 * usual
         return replace(
             self,
             router=self.router.canonical_among(self.n_experts),
-            rope_theta=canonical_theta(turning, theta, scaling) if turning else THETA,
-            rope_scaling=scaling,
-            rope_fraction=turning / self.head_dim,
+            rope=rope,
             scale=None if near else float(f"{factor:.12g}"),
         )
 
@@ -135,11 +112,10 @@ class MoAMixer(Mixer, kind="moa"):
 
     def build(self, d_model: int) -> nn.Module:
         """Build the layer at a model width."""
-        scaling = None if self.rope_scaling is None else self.rope_scaling.build()
-        turning, n_heads = self.rope_dim, self.n_kv_heads * self.router.top_k
+        n_heads = self.n_kv_heads * self.router.top_k
         attention = SharedKeys(
             Linear(d_model, 2 * self.width),
-            Rotary(turning, self.rope_theta, scaling) if turning else None,
+            self.rope.build(self.head_dim),
             SoftmaxAttention(n_heads, self.factor, AttentionSpan(self.window)),
             self.n_kv_heads,
         )
@@ -167,12 +143,12 @@ class HeadExperts(nn.Module):
         self.query = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.out = nn.Parameter(torch.empty(n_experts, width, d_model))
 
-    def rows(self, x: Tensor, choice: Choice, kept: Tensor | None) -> Rows:
+    def rows(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> ExpertRows:
         """Return where the slots of `x` (T, D) lie, those of an expert together."""
         multiple = row_multiple(x, choice.experts, self.n_experts)
         return sort_slots(choice.experts, self.n_experts, kept, multiple)
 
-    def queries(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def queries(self, x: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the queries (T N, W) of tokens (T, D), by slots; 0 where one is dropped."""
         if on_cuda(x):
             return self.queries_on_cuda(x, choice, rows)
@@ -183,7 +159,7 @@ class HeadExperts(nn.Module):
         y = self.product(taken, self.query, rows)
         return y.new_zeros(n_slots, self.width).index_add(0, rows.slot, y)
 
-    def outputs(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def outputs(self, y: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return (T, D): for each token the weighted sum over its experts, from (T N, W)."""
         if on_cuda(y):
             return self.outputs_on_cuda(y, choice, rows)
@@ -193,36 +169,38 @@ class HeadExperts(nn.Module):
             z = z * self.weights(choice, rows, y.dtype)
         return z.new_zeros(n_tokens, self.d_model).index_add(0, rows.slot // top_k, z)
 
-    def queries_on_cuda(self, x: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def queries_on_cuda(self, x: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the queries with sums in one order."""
-        at = places(rows, *choice.experts.shape)
+        at = rows_by_token(rows, *choice.experts.shape)
         taken = rows_of(x, at)
         if self.weight_on == "input":
             taken = taken * self.weights_on_cuda(choice, rows, x.dtype)
         y = self.product(taken, self.query, rows)
         return sums_of(y, at.by_slot(rows.slot))
 
-    def outputs_on_cuda(self, y: Tensor, choice: Choice, rows: Rows) -> Tensor:
+    def outputs_on_cuda(self, y: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the outputs with sums in one order; the projection is linear in its weight."""
-        at = places(rows, *choice.experts.shape)
+        at = rows_by_token(rows, *choice.experts.shape)
         taken = rows_of(y, at.by_slot(rows.slot))
         if self.weight_on == "output":
             taken = taken * self.weights_on_cuda(choice, rows, y.dtype)
         z = self.product(taken, self.out, rows)
         return sums_of(z, at)
 
-    def weights_on_cuda(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weights_on_cuda(
+        self, choice: RoutingDecision, rows: ExpertRows, dtype: torch.dtype
+    ) -> Tensor:
         """Return the weight of the slot in each row, (rows, 1)."""
         return choice.weights.flatten().index_select(0, rows.slot).unsqueeze(-1).to(dtype)
 
-    def product(self, x: Tensor, stack: Tensor, rows: Rows) -> Tensor:
+    def product(self, x: Tensor, stack: Tensor, rows: ExpertRows) -> Tensor:
         """Multiply each row with the matrix of its expert; rows without a slot are 0."""
         # The grouped product leaves them unwritten, in its output and in the gradient of its input.
         x = x if rows.empty is None else x.masked_fill(rows.empty, 0)
         y = grouped(x, stack.to(x.dtype), rows.ends)
         return y if rows.empty is None else y.masked_fill(rows.empty, 0)
 
-    def weights(self, choice: Choice, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weights(self, choice: RoutingDecision, rows: ExpertRows, dtype: torch.dtype) -> Tensor:
         """Return the weight of the slot in each row, (rows, 1)."""
         return choice.weights.flatten()[rows.slot].unsqueeze(-1).to(dtype)
 
@@ -258,7 +236,7 @@ class SharedKeys(nn.Module):
 class MoA(RoutedLayer):
     """Mixture of attention heads: sum over the chosen experts of weight * out(attend(query(x))).
 
-    Routed, balanced and watched as a mixture of feed-forward experts is. A slot that finds no room
+    Routing, balancing and statistics are those of a mixture of feed-forward experts. A dropped slot
     adds nothing.
     """
 
@@ -281,7 +259,7 @@ class MoA(RoutedLayer):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D) and note the routing; with a cache, `x` continues it."""
         tokens = x.flatten(0, 1)
-        choice: Choice = self.router(tokens, self.balance.bias)
+        choice: RoutingDecision = self.router(tokens, self.balance.bias)
         kept, dropped = self.apply_capacity(choice, x.shape[0])
         rows = self.experts.rows(tokens, choice, kept)
         heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moenas.model.moe.balance import LoadBalancer, Routing, total_auxiliary_loss
 from moenas.model.moe.dispatch import within_capacity
-from moenas.model.moe.gating import Choice, Gating
+from moenas.model.moe.gating import Gating, RoutingDecision
 
 # Shapes: B sequences of S tokens, T = B S tokens, E experts, K experts chosen for a token.
 
@@ -38,27 +38,29 @@ class RoutedLayer(nn.Module):
         self.experts = experts
         self.capacity_factor = capacity_factor
 
-    def with_network(self, choice: Choice) -> Tensor | None:
+    def with_network(self, choice: RoutingDecision) -> Tensor | None:
         """Return which slots count and go to an expert with a network; None if all do.
 
         In the shape of `choice.experts`, (T, K).
         """
         return choice.kept
 
-    def apply_capacity(self, choice: Choice, sequences: int) -> tuple[Tensor | None, Tensor]:
+    def apply_capacity(
+        self, choice: RoutingDecision, sequences: int
+    ) -> tuple[Tensor | None, Tensor]:
         """Return which slots pass through a network, None if all do, and the share dropped."""
         wanted, none_dropped = self.with_network(choice), choice.weights.new_zeros(())
         n_choices = choice.scores.shape[-1]
         if self.capacity_factor is None or not self.training or choice.tokens is not None:
             return wanted, none_dropped
-        # 1. Slots that need no network wait at a place of their own, behind the last expert.
+        # 1. Slots that need no network get a number of their own, behind the last expert.
         experts = choice.experts
         experts = experts if wanted is None else experts.masked_fill(~wanted, n_choices)
         experts = experts.unflatten(0, (sequences, -1))  # (B, S, K)
         # 2. The capacity: slots of an expert in one sequence. `round` takes rounding errors out.
         slots = self.capacity_factor * self.router.top_k * experts.shape[1]
         room = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
-        # 3. What passes, and the share of the slots that found no room.
+        # 3. The slots that are kept, and the fraction of the slots that are dropped.
         kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
         share = 1 - kept.float().mean()
         if wanted is not None:

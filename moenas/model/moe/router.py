@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, with what weight, and how the load is kept even."""
+"""Routers: which experts a token goes to, with which weights, and how the load is balanced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Router(Component):
     former: ClassVar[Mapping[str, str]] = FORMER
 
     score: Score = setting(
-        "how much a token wants each expert, from the router's logits", default=SoftmaxScore()
+        "affinity of a token to each expert, from the router's logits", default=SoftmaxScore()
     )
     selection: Selection = setting(
         "which experts a token goes to, by their scores", default=TopKSelection()
@@ -50,8 +50,8 @@ class Router(Component):
         "experts chosen for a token; the mean with expert_choice and threshold", default=2, low=1
     )
     normalize: bool | None = setting(
-        "divide the weights of a token by their sum; null: if top_k is over 1, for a single"
-        " weight would always be 1 and teach the router nothing",
+        "divide the weights of a token by their sum; null: only if top_k is over 1, as a single"
+        " weight would always be 1 and the router would get no gradient",
         default=None,
     )
     scale: float = setting("factor on the weights after that", default=1.0, low=1e-6)
@@ -61,7 +61,7 @@ class Router(Component):
         default=False,
     )
     weight_on: Literal["output", "input"] = setting(
-        "what the weight multiplies: what an expert gives, or what it gets (Llama 4)",
+        "what the weight multiplies: the output of an expert, or its input (Llama 4)",
         default="output",
     )
     logits: Logits = setting(
@@ -74,7 +74,7 @@ class Router(Component):
         default=None,
         low=1e-3,
     )
-    balance: Balance = setting("how the load is kept even", default=AuxLossBalance())
+    balance: Balance = setting("how the load of the experts is balanced", default=AuxLossBalance())
     loss_reduce: Reduce = setting(
         "how the losses of all layers join: added up; their mean (MegaBlocks); or aux_loss of the"
         " slots of all layers together, top_k for an even load (a router_aux_loss_coef of"
@@ -121,7 +121,7 @@ class Router(Component):
 
     @property
     def sparsemixer_eps(self) -> float | None:
-        """The eps of SparseMixer where it weighs the experts; None: their scores do."""
+        """The eps of SparseMixer if it gives the weights; None: the scores give them."""
         selection = self.selection
         return selection.sparsemixer_eps if isinstance(selection, TokenChoice) else None
 
@@ -210,8 +210,8 @@ class Router(Component):
             router = changed(router, capacity_factor=None)
         selection = router.selection.canonical_among(router.top_k, n_experts)
         router = changed(router, selection=selection)
-        weighed = selection.trainable_load or router.has_logits
-        if router.top_k == n_experts and not selection.variable_k and weighed:
+        has_effect = selection.trainable_load or router.has_logits
+        if router.top_k == n_experts and not selection.variable_k and has_effect:
             router = router._canonical_with_all_experts()
         if n_experts == 1:
             router = router._canonical_with_one_expert()

@@ -1,4 +1,4 @@
-"""Scores: how much a token wants each expert, from the logits of its router. A class for each."""
+"""Scores: the affinity of a token to each expert, from the logits of its router."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Score(Component):
     """The family of scores: modules (T, E) -> (T, E), at least 0 and rising with the logit."""
 
     from_logits: ClassVar[bool] = True
-    """False: all experts score alike, and the router has no logits."""
+    """False: all experts have one score, and the router has no logits."""
     adds_up_to_1: ClassVar[bool] = False
     """The scores of a token add up to 1, whatever its logits."""
 

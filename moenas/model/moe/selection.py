@@ -1,4 +1,4 @@
-"""Selections: which experts a token goes to, from its scores. One class for each."""
+"""Selections: which experts a token goes to, from its scores."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Selection(Component):
     per_token: ClassVar[bool] = False
     """It ranks the experts of each token by themselves, so a bias on the scores has an effect."""
     trainable_load: ClassVar[bool] = True
-    """The load of an expert depends on what was learned, so a balancing loss has an effect."""
+    """The load depends on trained weights, so a balancing loss has an effect."""
     expert_choice: ClassVar[bool] = False
     """Experts choose tokens: the load is even, and top_k is the mean over the tokens."""
     variable_k: ClassVar[bool] = False
-    """top_k is only the mean that is aimed at; the cost is that of the mean."""
+    """top_k is only the target of the mean; the cost counts top_k experts a token."""
     noisy: ClassVar[bool] = False
     """In training, learned noise is added to the logits."""
 
@@ -97,7 +97,7 @@ class TokenChoice:
         high=1.0,
     )
     sparsemixer_eps: float | None = setting(
-        "weighs each expert by SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
+        "weights of SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
         " 2409.12136): the softmax over the logits of experts not taken before it that are at"
         " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
         " not by the paper's estimator. null: by the scores",
@@ -173,7 +173,7 @@ class TokenChoice:
         return TopK(top_k)
 
 
-class Picked(NamedTuple):
+class SelectedSlots(NamedTuple):
     """Slots: pairs of a token and an expert."""
 
     experts: Tensor
@@ -198,7 +198,7 @@ class ExpertSelection(nn.Module):
         self.top_k = top_k
 
     def after_step(self) -> None:
-        """Learn from the last training batch; most have nothing to learn."""
+        """Update the state of the selection after a training batch; most have no state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +218,13 @@ class NoisyTopKSelection(TokenChoice, Selection, kind="noisy_top_k"):
 
 
 class TopK(ExpertSelection):
-    """The K best of each token, where the load may fall as it likes."""
+    """The K best experts of each token, without a bound on the load."""
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E): the scores, with the bias on the selection."""
-        return Picked(ranked.topk(self.top_k, dim=-1).indices)
+        return SelectedSlots(ranked.topk(self.top_k, dim=-1).indices)
 
 
 class GroupedTopK(ExpertSelection):
@@ -243,7 +245,9 @@ class GroupedTopK(ExpertSelection):
         self.group_score = group_score
         self.even = even
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         members = ranked.unflatten(-1, (self.n_groups, -1))  # (T, G, E / G)
         best = 1 if self.group_score == "max" else min(2, members.shape[-1])
@@ -255,7 +259,7 @@ class GroupedTopK(ExpertSelection):
             rest = torch.ones_like(members, dtype=torch.bool).scatter(-1, first, 0)
             members = members.masked_fill(rest, -math.inf)
         open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
-        return Picked(open_to.topk(self.top_k, dim=-1).indices)
+        return SelectedSlots(open_to.topk(self.top_k, dim=-1).indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,15 +277,17 @@ class HashSelection(Selection, kind="hash"):
 class Hash(ExpertSelection):
     """Of E pseudo-random numbers, made from a token's number and the expert's, the K largest.
 
-    Rendezvous hashing: any K experts are distinct, all sets are alike likely, and no table of the
-    vocabulary is kept.
+    Rendezvous hashing: the K experts are distinct, all sets have the same probability, and no table
+    of the vocabulary is kept.
     """
 
     def __init__(self, top_k: int, n_experts: int) -> None:
         super().__init__(top_k)
         self.n_experts = n_experts
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `tokens` (T,)."""
         if tokens is None:
             raise ValueError("selection: hash needs the numbers of the tokens")
@@ -289,7 +295,7 @@ class Hash(ExpertSelection):
         mixed = tokens.unsqueeze(-1) * 73856093 + (experts + 1) * 19349663
         for _ in range(2):  # an integer finaliser of shifts and odd factors, modulo 2^32
             mixed = ((mixed ^ (mixed >> 16)) * 73244475) & 0xFFFFFFFF
-        return Picked((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
+        return SelectedSlots((mixed ^ (mixed >> 16)).topk(self.top_k, dim=-1).indices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +334,9 @@ class Threshold(ExpertSelection):
         self.register_buffer("known", torch.zeros(()))  # 1 once there are cut-offs
         self.seen: Tensor | None = None
 
-    def forward(self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None) -> Picked:
+    def forward(
+        self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
+    ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:
@@ -338,7 +346,7 @@ class Threshold(ExpertSelection):
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
         kept = torch.where(self.known > 0, best.values > cutoff, place < self.top_k)
-        return Picked(best.indices, kept=kept)
+        return SelectedSlots(best.indices, kept=kept)
 
     @torch.no_grad()
     def after_step(self) -> None:

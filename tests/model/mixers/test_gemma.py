@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moenas.grammar import tree
 from moenas.model import AttentionMixer, SharedKV
 from moenas.model.architecture import Architecture
-from moenas.model.mixers.rotary import ProportionalScaling
 from moenas.records import Plain
 
 transformers = pytest.importorskip("transformers")
@@ -43,8 +43,8 @@ def ours_at(kind: str) -> Plain:
     if kind == SLIDING:
         return found | {"head_dim": 8, "n_kv_heads": 2, "window": WINDOW}
     scaling = {"kind": "proportional", "fraction": 0.25}
-    whole = {"head_dim": 16, "n_kv_heads": 1, "k_eq_v": True, "rope_theta": 1e6}
-    return found | whole | {"rope_scaling": scaling}
+    whole = {"head_dim": 16, "n_kv_heads": 1, "k_eq_v": True}
+    return found | whole | {"rope": {"theta": 1e6, "scaling": scaling}}
 
 
 def weights(attention: Any) -> dict[str, Tensor]:
@@ -81,9 +81,7 @@ def test_attention_is_that_of_gemma_4(layer: int) -> None:
     attention = theirs.Gemma4TextAttention(configuration, layer).eval()
     state = weights(attention)
     wanted = attention(x, *given(configuration, kind, x), {})[0]
-    plain = ours_at(kind)
-    scaling = plain.pop("rope_scaling", None) and ProportionalScaling(fraction=0.25)
-    module: Any = AttentionMixer(**plain, rope_scaling=scaling).build(D_MODEL).eval()
+    module: Any = tree.parse(AttentionMixer, ours_at(kind)).build(D_MODEL).eval()
     module.load_state_dict(state)
     torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-5)
     cache = module.new_cache(2, LENGTH)

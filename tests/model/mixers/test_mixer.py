@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moenas.evaluate.flops import count_flops
 from moenas.grammar import tree
-from moenas.model import Attention, AttentionMixer, LatentAttentionMixer, Mixer, Rotary
+from moenas.model import Attention, AttentionMixer, LatentAttentionMixer, Mixer, Rope, Rotary
 from moenas.model.architecture import Architecture
 from moenas.model.mixers.qkv import QKV
 from moenas.records import Plain
@@ -84,7 +84,7 @@ def textbook(attention: Attention, x: Tensor) -> Tensor:
     [
         {},
         {"n_kv_heads": 2},
-        {"n_kv_heads": 1, "rope_theta": 50.0},
+        {"n_kv_heads": 1, "rope": Rope(theta=50.0)},
         {"n_heads": 3, "n_kv_heads": 1, "head_dim": 16},
         {"n_kv_heads": 2, "qk_norm": "head"},
         {"n_kv_heads": 1, "q_rank": 5},

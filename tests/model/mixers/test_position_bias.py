@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moenas.errors import SpaceError
-from moenas.model import Attention, AttentionMixer
+from moenas.model import Attention, AttentionMixer, Rope
 from moenas.model.architecture import Architecture
 from moenas.model.mixers.position_bias import AlibiBias, T5Bias, alibi_slopes, first_distances
 from moenas.model.mixers.softmax_attention import distances
@@ -48,7 +48,7 @@ def test_slopes_are_those_of_bloom(n_heads: int) -> None:
 
 
 def built(seed: int = 0, **fields: Any) -> Attention:
-    attention = AttentionMixer(**{"head_dim": 8, "rope_fraction": 0.0, **fields}).build(D_MODEL)
+    attention = AttentionMixer(**{"head_dim": 8, "rope": Rope(theta=None), **fields}).build(D_MODEL)
     assert isinstance(attention, Attention)
     generator = torch.Generator().manual_seed(seed)
     for parameter in attention.parameters():
@@ -111,7 +111,7 @@ def test_a_bias_is_added_to_the_scores(bias: Any, training: bool, fields: Any) -
 
 
 def two_layers(**shared: Any) -> Architecture:
-    mixer = {"kind": "attention", "head_dim": 8, "rope_fraction": 0.0}
+    mixer = {"kind": "attention", "head_dim": 8, "rope": {"partial_rotary_factor": 0.0}}
     blocks = [
         {"mixer": mixer | {"position_bias": T5}},
         {"mixer": mixer | {"position_bias": shared}},

@@ -174,57 +174,67 @@ LINEAR: Plain = {"kind": "linear", "factor": 4.0}
 USUAL = 0.1 * math.log(4) + 1
 
 ALIKE: dict[str, tuple[Plain, Plain]] = {
-    "a factor of 1": ({"rope_scaling": LINEAR | {"factor": 1.0}}, {}),
-    "yarn by 1": ({"rope_scaling": YARN | {"factor": 1.0}}, {}),
-    "llama3 by 1": ({"rope_scaling": LLAMA3 | {"factor": 1.0}}, {}),
-    "nothing turns": ({"rope_scaling": YARN, "rope_fraction": 0.0}, {"rope_fraction": 0.0}),
+    "a factor of 1": ({"rope": {"scaling": LINEAR | {"factor": 1.0}}}, {}),
+    "yarn by 1": ({"rope": {"scaling": YARN | {"factor": 1.0}}}, {}),
+    "llama3 by 1": ({"rope": {"scaling": LLAMA3 | {"factor": 1.0}}}, {}),
+    "nothing turns": (
+        {"rope": {"scaling": YARN, "partial_rotary_factor": 0.0}},
+        {"rope": {"partial_rotary_factor": 0.0}},
+    ),
+    "nothing turns, without a base": (
+        {"rope": {"theta": None}},
+        {"rope": {"partial_rotary_factor": 0.0}},
+    ),
     "all wavelengths are long": (
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 5}},
-        {"rope_scaling": LINEAR},
+        {"rope": {"scaling": LLAMA3 | {"original_max_position_embeddings": 5}}},
+        {"rope": {"scaling": LINEAR}},
     ),
     "all wavelengths are short": (
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**9}},
+        {"rope": {"scaling": LLAMA3 | {"original_max_position_embeddings": 10**9}}},
         {},
     ),
     "one pair": (
-        {"rope_fraction": 0.25, "rope_theta": 50.0,
-         "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 5}},
-        {"rope_fraction": 0.25, "rope_scaling": LINEAR},
+        {"rope": {"partial_rotary_factor": 0.25, "theta": 50.0,
+                  "scaling": LLAMA3 | {"original_max_position_embeddings": 5}}},
+        {"rope": {"partial_rotary_factor": 0.25, "scaling": LINEAR}},
     ),
     "the usual factor of yarn": (
-        {"rope_scaling": YARN | {"attention_factor": USUAL}},
-        {"rope_scaling": YARN},
+        {"rope": {"scaling": YARN | {"attention_factor": USUAL}}},
+        {"rope": {"scaling": YARN}},
     ),
     "the factor of yarn is one of the scores": (
-        {"rope_scaling": YARN | {"attention_factor": 1.0}, "scale": 8**-0.5 * USUAL**2},
-        {"rope_scaling": YARN},
+        {"rope": {"scaling": YARN | {"attention_factor": 1.0}}, "scale": 8**-0.5 * USUAL**2},
+        {"rope": {"scaling": YARN}},
     ),
     "yarn that stretches nothing where whole heads turn": (
-        {"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 2.0}},
+        {"rope": {"scaling": YARN | {"factor": 1.0, "attention_factor": 2.0}}},
         {"scale": 1.41421356237},
     ),
     "yarn in other units": (
-        {"rope_scaling": YARN | {"original_max_position_embeddings": 128, "beta_slow": 2.0,
-                                 "beta_fast": 8.0, "truncate": False}},
-        {"rope_scaling": YARN | {"beta_fast": 4.0, "truncate": False}},
+        {"rope": {"scaling": YARN | {"original_max_position_embeddings": 128, "beta_slow": 2.0,
+                                 "beta_fast": 8.0, "truncate": False}}},
+        {"rope": {"scaling": YARN | {"beta_fast": 4.0, "truncate": False}}},
     ),
     "llama3 in other units": (
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 128, "low_freq_factor": 2.0,
-                                   "high_freq_factor": 8.0}},
-        {"rope_scaling": LLAMA3},
+        {"rope": {"scaling": LLAMA3 | {"original_max_position_embeddings": 128,
+                                        "low_freq_factor": 2.0, "high_freq_factor": 8.0}}},
+        {"rope": {"scaling": LLAMA3}},
     ),
     "yarn of a part of a head that stretches nothing": (
-        {"rope_fraction": 0.5, "rope_scaling": YARN | {"factor": 1.0, "attention_factor": 2.0}},
-        {"rope_fraction": 0.5, "rope_scaling": {"kind": "yarn", "factor": 1.0, "beta_slow": 2.0,
-                                                "original_max_position_embeddings": 99,
-                                                "attention_factor": 2.0}},
+        {"rope": {"partial_rotary_factor": 0.5,
+                  "scaling": YARN | {"factor": 1.0, "attention_factor": 2.0}}},
+        {"rope": {"partial_rotary_factor": 0.5,
+                  "scaling": {"kind": "yarn", "factor": 1.0, "beta_slow": 2.0,
+                              "original_max_position_embeddings": 99,
+                              "attention_factor": 2.0}}},
     ),
     "queries that are not scaled": ({"floor_scale": 7, "attn_scale": 0.0}, {}),
     "a scale of no queries": ({"attn_scale": 0.7}, {}),
     "a window and a chunk of one token": ({"chunk": 1}, {"window": 1}),
     "a token alone has no scores": (
-        {"window": 1, "softcap": 2.0, "scale": 3.0, "rope_theta": 9.0, "rope_scaling": LINEAR,
-         "qk_norm": "weightless", "floor_scale": 2, "rope_fraction": 0.5},
+        {"window": 1, "softcap": 2.0, "scale": 3.0,
+         "rope": {"theta": 9.0, "scaling": LINEAR, "partial_rotary_factor": 0.5},
+         "qk_norm": "weightless", "floor_scale": 2},
         {"window": 1},
     ),
     "a token alone has no scores, with weights in the norm": (
@@ -240,17 +250,17 @@ ALIKE: dict[str, tuple[Plain, Plain]] = {
 
 DIFFERENT: list[Plain] = [
     {},
-    {"rope_scaling": LINEAR},
-    {"rope_scaling": LLAMA3},
-    {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
-    {"rope_scaling": YARN},
-    {"rope_scaling": YARN | {"truncate": False}},
-    {"rope_scaling": YARN | {"attention_factor": 1.0}},
-    {"rope_scaling": YARN | {"truncate": False, "beta_fast": 3.0}},
-    {"rope_scaling": YARN, "qk_norm": "weightless"},
-    {"rope_scaling": YARN, "qk_norm": "weightless", "qk_norm_after_rope": True},
-    {"rope_scaling": YARN, "rope_fraction": 0.5},
-    {"rope_scaling": YARN | {"attention_factor": 1.0}, "rope_fraction": 0.5},
+    {"rope": {"scaling": LINEAR}},
+    {"rope": {"scaling": LLAMA3}},
+    {"rope": {"scaling": LLAMA3 | {"high_freq_factor": 1.0}}},
+    {"rope": {"scaling": YARN}},
+    {"rope": {"scaling": YARN | {"truncate": False}}},
+    {"rope": {"scaling": YARN | {"attention_factor": 1.0}}},
+    {"rope": {"scaling": YARN | {"truncate": False, "beta_fast": 3.0}}},
+    {"rope": {"scaling": YARN}, "qk_norm": "weightless"},
+    {"rope": {"scaling": YARN}, "qk_norm": "weightless", "qk_norm_after_rope": True},
+    {"rope": {"scaling": YARN, "partial_rotary_factor": 0.5}},
+    {"rope": {"scaling": YARN | {"attention_factor": 1.0}, "partial_rotary_factor": 0.5}},
     {"floor_scale": 4},
     {"floor_scale": 4, "attn_scale": 0.2},
     {"window": 1, "sinks": True},
@@ -314,9 +324,9 @@ def test_random_fields_have_a_canonical_form_of_the_same_function(kind: str) -> 
             elif name == "attention_factor":
                 plain[name] = rng.choice([None, 1.0, 1.3])
         theta = rng.choice([2.0, 100.0, 1e4])
-        fields_ = {"rope_fraction": rng.choice([0.25, 0.5, 1.0]), "rope_theta": theta}
+        rope = {"partial_rotary_factor": rng.choice([0.25, 0.5, 1.0]), "theta": theta}
         try:
-            part = mixer({"rope_scaling": plain, **fields_})
+            part = mixer({"rope": {"scaling": plain} | rope})
         except SpaceError:
             continue
         seen += 1
@@ -331,15 +341,18 @@ def test_latent_attention_resets_what_has_no_effect() -> None:
         sizes = {"n_heads": 2, "kv_rank": 32, "nope_dim": 8, "rope_dim": 4, "v_dim": 8}
         return tree.parse(LatentAttentionMixer, sizes | more).canonical_at(WIDTH)
 
-    assert latent(rope_theta=None, rope_scaling=YARN) == latent(rope_theta=None)
-    assert latent(rope_scaling=YARN | {"factor": 1.0}) == latent()
+    assert latent(rope={"theta": None, "scaling": YARN}) == latent(rope={"theta": None})
+    assert latent(rope={"partial_rotary_factor": 0.0}) == latent(rope={"theta": None}) != latent()
+    assert latent(rope={"scaling": YARN | {"factor": 1.0}}) == latent()
     assert latent(rank_scale=True) == latent() == latent(rank_scale=False)
     assert latent(rank_scale=True, q_rank=32) == latent(q_rank=32)
     assert latent(rank_scale=True, q_rank=16) != latent(q_rank=16)
     assert latent(rank_scale=True, kv_rank=16) != latent(kv_rank=16)
-    one = latent(rope_dim=2, rope_theta=50.0, rope_scaling=LLAMA3)
-    assert one.rope_theta == 10000.0
-    assert latent(rope_scaling=YARN) != latent(rope_scaling=YARN | {"attention_factor": 1.0})
+    one = latent(rope_dim=2, rope={"theta": 50.0, "scaling": LLAMA3})
+    assert one.rope.theta == 10000.0
+    assert latent(rope={"scaling": YARN}) != latent(
+        rope={"scaling": YARN | {"attention_factor": 1.0}}
+    )
     torch.testing.assert_close(output(latent(rank_scale=True)), output(latent()))
 
 
@@ -351,8 +364,8 @@ def test_latent_attention_resets_what_has_no_effect() -> None:
     "fields_",
     [
         {"floor_scale": 3, "attn_scale": 0.5},
-        {"floor_scale": 3, "rope_fraction": 0.0, "softcap": 3.0},
-        {"floor_scale": 5, "window": 4, "sinks": True, "rope_scaling": YARN},
+        {"floor_scale": 3, "rope": {"partial_rotary_factor": 0.0}, "softcap": 3.0},
+        {"floor_scale": 5, "window": 4, "sinks": True, "rope": {"scaling": YARN}},
     ],
     ids=["temperature", "soft cap", "window"],
 )
@@ -382,7 +395,12 @@ def test_the_temperature_is_that_of_the_formula() -> None:
 @pytest.mark.parametrize("scaling", [LINEAR, YARN, LLAMA3], ids=lambda plain: plain["kind"])
 def test_an_exported_model_turns_alike(scaling: Plain) -> None:
     """The text of the model alone, with what it was lifted from out of reach."""
-    block: Plain = {"kind": "attention", "head_dim": 8, "rope_scaling": scaling, "floor_scale": 5}
+    block: Plain = {
+        "kind": "attention",
+        "head_dim": 8,
+        "rope": {"scaling": scaling},
+        "floor_scale": 5,
+    }
     one = Architecture.parse(
         {"vocab_size": 20, "d_model": WIDTH, "blocks": [{"mixer": block | {"q_rank": 6}}]}
     )
@@ -397,7 +415,7 @@ def test_an_exported_model_turns_alike(scaling: Plain) -> None:
         assert torch.equal(theirs(tokens), ours(tokens))
     plainly = (
         Architecture.parse(
-            one.plain() | {"blocks": [{"mixer": block | {"q_rank": 6, "rope_scaling": None}}]}
+            one.plain() | {"blocks": [{"mixer": block | {"q_rank": 6, "rope": {"scaling": None}}}]}
         )
         .build()
         .eval()
@@ -410,11 +428,20 @@ def test_an_exported_model_turns_alike(scaling: Plain) -> None:
 @pytest.mark.parametrize(
     ("plain", "reason"),
     [
-        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "must not be above beta_fast"),
-        ({"rope_scaling": YARN | {"beta_slow": 30.0}}, "no pair turns that often in 64 tokens"),
-        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}}, "must not be above high_freq_factor"),
-        ({"rope_scaling": YARN, "rope_theta": 1.0}, "give a rope_theta above 1"),
-        ({"rope_scaling": {"kind": "dynamic", "factor": 2.0}}, "There are linear, yarn, llama3"),
+        ({"rope": {"scaling": YARN | {"beta_fast": 0.5}}}, "must not be above beta_fast"),
+        (
+            {"rope": {"scaling": YARN | {"beta_slow": 30.0}}},
+            "no pair has that many rotations in 64 tokens",
+        ),
+        (
+            {"rope": {"scaling": LLAMA3 | {"low_freq_factor": 9.0}}},
+            "must not be above high_freq_factor",
+        ),
+        ({"rope": {"scaling": YARN, "theta": 1.0}}, "give a theta above 1"),
+        (
+            {"rope": {"scaling": {"kind": "dynamic", "factor": 2.0}}},
+            "There are linear, yarn, llama3",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(plain: Plain, reason: str) -> None:

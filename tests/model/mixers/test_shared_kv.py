@@ -31,7 +31,7 @@ def reading(n: int, **fields: Any) -> Plain:
 
 def stretched(attention: float, **fields: Any) -> Plain:
     """Attention whose rotary positions multiply queries and keys."""
-    return ATTENTION | {"rope_scaling": YARN | {"attention_factor": attention}} | fields
+    return ATTENTION | {"rope": {"scaling": YARN | {"attention_factor": attention}}} | fields
 
 
 def stirred(found: Architecture) -> Model:
@@ -50,10 +50,13 @@ CASES: dict[str, tuple[Plain, ...]] = {
         reading(1, qk_norm="full", softcap=2.0, qkv_bias=True, qkv_clip=0.5),
     ),
     "stretched": (
-        ATTENTION | {"rope_scaling": YARN, "qk_norm": "head", "qk_norm_after_rope": True},
-        reading(1, rope_scaling=YARN, qk_norm="head", qk_norm_after_rope=True),
+        ATTENTION | {"rope": {"scaling": YARN}, "qk_norm": "head", "qk_norm_after_rope": True},
+        reading(1, rope={"scaling": YARN}, qk_norm="head", qk_norm_after_rope=True),
     ),
-    "folded": (ATTENTION | {"rope_scaling": YARN}, reading(1, rope_scaling=YARN, scale=0.3)),
+    "folded": (
+        ATTENTION | {"rope": {"scaling": YARN}},
+        reading(1, rope={"scaling": YARN}, scale=0.3),
+    ),
     "values of its own": (ATTENTION | {"v_norm": True, "k_eq_v": True}, reading(1, v_norm=True)),
 }
 
@@ -149,11 +152,11 @@ def test_costs_by_pencil_and_paper() -> None:
     [
         ((reading(1),), "layer 0: kv_source: 1, but fewer attention layers before it have keys"),
         ((ATTENTION, reading(1), reading(2)), "layer 2: kv_source: 2, but fewer"),
-        ((ATTENTION, reading(1, rope_theta=50.0)), "layer 0, and their rope_theta differ"),
+        ((ATTENTION, reading(1, rope={"theta": 50.0})), "layer 0, and their rope.theta differ"),
         ((ATTENTION, reading(1, n_kv_heads=2)), "layer 0, and their n_kv_heads differ"),
         ((ATTENTION, reading(1, window=4)), "layer 0, and their window differ"),
         ((ATTENTION | {"qk_norm": "head"}, reading(1, qk_norm="head", inner_eps=0.1)), "inner_eps"),
-        ((stretched(1.0, scale=4 * 8**-0.5), stretched(2.0, kv_source=1)), "their rope_scaling"),
+        ((stretched(1.0, scale=4 * 8**-0.5), stretched(2.0, kv_source=1)), "their rope.scaling"),
         ((ATTENTION | {"window": 1}, reading(1, window=1)), "its queries have no effect"),
         ((ATTENTION, reading(1, scale=0.0)), "its queries have no effect"),
     ],

@@ -9,7 +9,7 @@ import torch
 from routers import router_of
 from torch import Tensor
 
-from moenas.model import Choice, Gating, LoadBalancer, Router
+from moenas.model import Gating, LoadBalancer, Router, RoutingDecision
 
 D_MODEL, N_EXPERTS, TOKENS = 16, 8, 40
 
@@ -168,9 +168,9 @@ def test_jitter_scales_what_the_router_sees_in_training_only() -> None:
     assert (module.eval().logits(x)[:, 0] == 1).all()
 
 
-def choice_of(experts: list[list[int]], logits: Tensor) -> Choice:
+def choice_of(experts: list[list[int]], logits: Tensor) -> RoutingDecision:
     chosen, scores = torch.tensor(experts), logits.softmax(-1)
-    return Choice(chosen, scores.gather(-1, chosen), scores, logits)
+    return RoutingDecision(chosen, scores.gather(-1, chosen), scores, logits)
 
 
 def test_the_loss_of_a_sequence_is_its_own() -> None:
@@ -196,7 +196,7 @@ def test_beside_a_bias_the_loss_counts_the_best_scores_without_it() -> None:
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
     scores = logits.sigmoid()
     sent = torch.tensor([[0, 1]] * 6)
-    choice = Choice(sent, scores.gather(-1, sent), scores, logits)
+    choice = RoutingDecision(sent, scores.gather(-1, sent), scores, logits)
     balance = LoadBalancer(4, aux_coef=1.0, scope="sequence", bias_rate=0.001)
     routing = balance(choice, torch.zeros(()), 2)
     wanted = 0.0

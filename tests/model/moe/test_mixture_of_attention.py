@@ -140,7 +140,11 @@ ROUTERS: dict[str, Plain] = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_is_exact_and_causal(name: str) -> None:
-    fields: Plain = {"rope_fraction": 0.5, "window": 5} if name == "noise" else {"out_bias": True}
+    fields: Plain = (
+        {"rope": {"partial_rotary_factor": 0.5}, "window": 5}
+        if name == "noise"
+        else {"out_bias": True}
+    )
     found = architecture(HEADS | {"router": ROUTERS[name]} | fields)
     for length in (12, 31):
         check_cost(found, length)

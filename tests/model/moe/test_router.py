@@ -10,7 +10,7 @@ from routers import router_of
 from torch import Tensor
 
 from moenas.grammar import tree
-from moenas.model import Choice, Gating, LoadBalancer, Router
+from moenas.model import Gating, LoadBalancer, Router, RoutingDecision
 
 D_MODEL, N_EXPERTS, TOKENS = 16, 6, 40
 
@@ -81,10 +81,10 @@ def test_logits_are_float32_whatever_the_tokens_are() -> None:
     assert {choice.logits.dtype, choice.weights.dtype} == {torch.float32}
 
 
-def choice_of(experts: list[list[int]], logits: Tensor, score: str) -> Choice:
+def choice_of(experts: list[list[int]], logits: Tensor, score: str) -> RoutingDecision:
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     chosen = torch.tensor(experts)
-    return Choice(chosen, scores.gather(-1, chosen), scores, logits)
+    return RoutingDecision(chosen, scores.gather(-1, chosen), scores, logits)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -1,0 +1,75 @@
+"""Checkpoints of a training run: saved between two points of its curve, and restored later.
+
+A checkpoint is a safetensors file, so that reading one runs no code. It holds the weights and
+buffers of the model, the moments and step counts of the optimizer, the state of the generators
+that training uses, and the expert loads that the collapse detector has added up. The routing meter
+is empty between two points. The size is about 12 bytes a parameter.
+
+On a CPU a restored run gives the weights of an uninterrupted one to the last bit. State of a user's
+module outside of its parameters and buffers is not saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moenas.errors import CandidateError
+from moenas.evaluate.training import TrainingRun
+
+MODEL, FIRST, SECOND, STEPS = "model.", "moment1.", "moment2.", "steps."
+"""Beginnings of names: of weights and buffers, and of a parameter's moments and step count."""
+LOAD = "collapse.load."
+"""Beginning of the name of the expert loads of a layer, which ends with its number."""
+RUN, ROWS, CPU, CUDA = "run", "collapse.rows", "generator.cpu", "generator.cuda"
+
+
+def save(run: TrainingRun) -> dict[str, Tensor]:
+    """Return the state of a run between two points of its curve, on the CPU."""
+    device = next(run.model.parameters()).device
+    optimizer, steps = run.steps.optimizer, run.steps
+    found = {MODEL + name: value for name, value in run.model.state_dict().items()}
+    for name, weight in run.model.named_parameters():
+        if weight in optimizer.moments:
+            found[FIRST + name], found[SECOND + name] = optimizer.moments[weight]
+            found[STEPS + name] = optimizer.steps[weight]
+    found |= {f"{LOAD}{layer}": load for layer, load in run.collapse.loads.items()}
+    found[ROWS] = torch.tensor(run.collapse.rows)
+    found[RUN] = torch.tensor([steps.done, steps.last_loss, run.seconds], dtype=torch.float64)
+    found[CPU] = torch.get_rng_state()
+    if device.type == "cuda":
+        found[CUDA] = torch.cuda.get_rng_state(device)
+    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+
+@torch.no_grad()
+def restore(run: TrainingRun, state: Mapping[str, Tensor]) -> None:
+    """Give a run that has taken no step the state that `save` returned.
+
+    Raises:
+        CandidateError: if the state is not that of a run of this architecture.
+    """
+    device = next(run.model.parameters()).device
+    optimizer = run.steps.optimizer
+    try:
+        weights = {n.removeprefix(MODEL): v for n, v in state.items() if n.startswith(MODEL)}
+        run.model.load_state_dict(weights)
+        for name, weight in run.model.named_parameters():
+            if weight in optimizer.moments:
+                first, second = optimizer.moments[weight]
+                first.copy_(state[FIRST + name])
+                second.copy_(state[SECOND + name])
+                optimizer.steps[weight].copy_(state[STEPS + name])
+        done, last_loss, run.seconds = state[RUN].tolist()
+        run.collapse.rows = int(state[ROWS])
+        generator = state[CPU]
+    except (KeyError, RuntimeError) as error:
+        raise CandidateError(f"the checkpoint is not one of this candidate: {error}") from error
+    loads = {n.removeprefix(LOAD): v for n, v in state.items() if n.startswith(LOAD)}
+    run.collapse.loads = {int(layer): load for layer, load in loads.items()}
+    run.steps.resume(int(done), last_loss)
+    torch.set_rng_state(generator)
+    if device.type == "cuda" and CUDA in state:
+        torch.cuda.set_rng_state(state[CUDA], device)

@@ -1,0 +1,72 @@
+"""What is known of a study at its rungs, and what a rule of early stopping decides by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moenas.predict.rank_agreement import MIN_PAIRS, RankAgreement, rank_agreements
+from moenas.records import Evaluation, Plain, RungResult
+
+
+@dataclass
+class Rungs:
+    """What is known of all candidates of a study at its rungs and at the end."""
+
+    results: dict[int, dict[int, RungResult]] = field(default_factory=dict)
+    """Rung -> trial -> result."""
+    costs: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Trial -> its exact cost, of the trials that have a result."""
+    architectures: dict[int, Plain] = field(default_factory=dict)
+    """Trial -> its canonical architecture, of the same trials."""
+    complete: dict[int, Evaluation] = field(default_factory=dict)
+    """Trial -> evaluation, of the complete trials; copies are left out."""
+
+    def add(self, result: RungResult, architecture: Plain, cost: dict[str, int]) -> None:
+        """Take in a result, in place of an earlier one of the same trial and rung."""
+        self.results.setdefault(result.rung, {})[result.trial] = result
+        self.architectures[result.trial] = architecture
+        self.costs[result.trial] = cost
+
+    def forget(self, trial: int) -> None:
+        """Remove the results of a trial that is trained again from its start."""
+        for results in self.results.values():
+            results.pop(trial, None)
+
+    def agreements(self) -> dict[int, RankAgreement]:
+        """Return rung -> its rank agreement with the end."""
+        final = {
+            trial: e.metrics["val_loss"]
+            for trial, e in self.complete.items()
+            if "val_loss" in e.metrics
+        }
+        every = [result for results in self.results.values() for result in results.values()]
+        return rank_agreements(every, final)
+
+
+class Rule(Protocol):
+    """Decides about paused candidates; `paused` is trial -> its rung."""
+
+    def promotable(
+        self, rungs: Rungs, paused: Mapping[int, int], *, at_end: bool = False
+    ) -> int | None:
+        """Return the candidate that trains on now, or None.
+
+        `at_end`: the study draws no more candidates.
+        """
+
+    def hopeless(self, rungs: Rungs, paused: Mapping[int, int]) -> list[int]:
+        """Return the paused candidates that are stopped now."""
+
+
+def trust(min_correlation: float, agreement: RankAgreement | None) -> float:
+    """Return how far a rung's ranks are trusted, from 0 to 1; 1 from `min_correlation` on.
+
+    It is 1, too, while fewer than MIN_PAIRS candidates have both losses.
+    """
+    if agreement is None or agreement.correlation is None or agreement.pairs < MIN_PAIRS:
+        return 1.0
+    if min_correlation == 0 or agreement.correlation >= min_correlation:
+        return 1.0
+    return max(0.0, agreement.correlation) / min_correlation

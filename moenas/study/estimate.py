@@ -1,0 +1,225 @@
+"""What a study will take, before it starts: training tokens, training FLOPs and hours."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from moenas.errors import MoenasError, StorageError, TimeLimitError
+from moenas.evaluate import devices
+from moenas.evaluate.dtypes import training_dtype
+from moenas.evaluate.footprint import require_fit
+from moenas.evaluate.optimizer import learning_rate
+from moenas.evaluate.training import train
+from moenas.grammar.counting import most_layers
+from moenas.grammar.summary import short
+from moenas.records import Plain
+from moenas.store import spending
+from moenas.store.spending import TRAINING
+from moenas.store.store import Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from moenas.data.corpus import Corpus
+    from moenas.model.architecture import Architecture
+    from moenas.space.space import Space
+
+PROBE_S = 10.0
+"""Seconds after which the training of a probe ends."""
+PROBE_STEPS = 8
+"""Training steps of a probe, if they take less."""
+UNKNOWN = (
+    "no candidates of this size were trained on this device yet; `run --dry-run` times a probe"
+)
+FEW = 3
+"""Stored evaluations from which on their throughput is used."""
+ALIKE = 4.0
+"""Factor between the training FLOPs of two candidates up to which they are of alike size."""
+DRAWS, DRAWN_LAYERS = 50, 10_000
+"""Random architectures whose mean cost stands for that of the candidates, and their layers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study will take; hours are None where no throughput is known."""
+
+    candidates: int
+    workers: int
+    train_tokens: float
+    train_flops: float
+    """Candidates times the mean over random feasible draws."""
+    hours: float | None
+    hours_low: float | None
+    """As if all candidates were as fast as the fastest quarter."""
+    hours_high: float | None
+    """As if all candidates were as slow as the slowest quarter."""
+    basis: str
+    """Where the throughput is from, or why there is none."""
+
+    def plain(self) -> Plain:
+        """Return the estimate as a JSON object."""
+        return dict(vars(self))
+
+    def lines(self) -> list[str]:
+        """Return the estimate as text."""
+        found = [
+            f"estimate for {self.candidates:,} candidates: {short(self.train_tokens)} training"
+            f" tokens, {self.train_flops:.3g} training FLOPs"
+        ]
+        if self.hours is None:
+            return [*found, f"  time: unknown; {self.basis}"]
+        low, high = _duration(self.hours_low), _duration(self.hours_high)
+        with_workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        found.append(
+            f"  time: {_duration(self.hours)} with {with_workers}, {low} to {high} by the fastest"
+            " and the slowest quarter"
+        )
+        return [*found, f"  basis: {self.basis}"]
+
+
+def _duration(hours: float | None) -> str:
+    """Return a duration in the unit that suits it."""
+    assert hours is not None
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """How fast candidates are evaluated: seconds of a candidate of some training FLOPs."""
+
+    flops_per_second: tuple[float, float, float]
+    """Of the slowest quarter, the median and the fastest quarter."""
+    overhead: float
+    """Seconds of a candidate beside its training."""
+    basis: str
+
+
+def estimate(
+    space: Space,
+    corpus: Corpus | None = None,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+    workers: int | None = None,
+) -> Estimate:
+    """Estimate what the evaluation of `trials` candidates takes.
+
+    The throughput is that of evaluations in the database on a device of this name. If there are
+    fewer than FEW and a corpus is given, the candidate of median cost is trained for some steps.
+
+    Raises:
+        SpaceError: if no architecture of the space is feasible.
+    """
+    n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
+    drawn = [found for found in space.feasible(n_draws) if not isinstance(found, str)]
+    drawn = sorted(drawn or [space.require_feasible()], key=lambda a: space.cost(a).flops_per_token)
+    recipe, count = space.train, space.search.trials if trials is None else trials
+    trains = any(objective.needs == "training" for objective in space.objectives)
+    tokens = float(recipe.steps * recipe.batch * recipe.context) if trains else 0.0
+    each = [TRAINING * space.cost(found).flops_per_token * tokens for found in drawn]
+    mean = statistics.fmean(each)
+    device = _device(space)
+    workers = workers or space.search.workers or _default_workers(space, device)
+    rate: _Rate | str = "no objective trains the candidates"
+    if trains:
+        rate = _stored_rate(space, device, storage, mean) or UNKNOWN
+        if rate == UNKNOWN and corpus is not None:
+            rate = _probed(space, corpus, drawn[len(drawn) // 2], device)
+    hours: list[float | None] = [None, None, None]
+    if isinstance(rate, _Rate):
+        seconds = [mean / speed + rate.overhead for speed in rate.flops_per_second]
+        hours = [count / max(1, min(workers, count)) * one / 3600 for one in seconds]
+    return Estimate(
+        candidates=count,
+        workers=workers,
+        train_tokens=count * tokens,
+        train_flops=count * mean,
+        hours=hours[1],
+        hours_low=hours[2],
+        hours_high=hours[0],
+        basis=rate if isinstance(rate, str) else rate.basis,
+    )
+
+
+def _device(space: Space) -> torch.device:
+    """Return the device that candidates run on here."""
+    return devices.named("cuda" if space.search.gpus != 0 and devices.has_gpu() else "cpu")
+
+
+def _default_workers(space: Space, device: torch.device) -> int:
+    """Return how many candidates run at a time here by default."""
+    if device.type == "cuda":
+        return int(devices.n_gpus() / (space.search.gpus or 0.5))
+    return max(1, int((os.cpu_count() or 1) / max(space.search.cpus, 0.001)))
+
+
+def _stored_rate(
+    space: Space, device: torch.device, storage: str | None, flops: float
+) -> _Rate | None:
+    """Return the throughput of stored evaluations of about `flops`, or None if there are too few.
+
+    Small models are trained at a lower throughput, so only evaluations of alike size count.
+    """
+    threads, dtype = space.train.threads, training_dtype(space.train, device)
+    info = devices.device_info(device, threads, dtype)
+    try:
+        stored = spending.timed(Store.open(storage), info)
+    except StorageError:  # there is no database yet
+        return None
+    found = [one for one in stored if flops / ALIKE <= one.train_flops <= flops * ALIKE]
+    if len(found) < FEW:
+        return None
+    speeds = _quartiles([one.train_flops / one.train_seconds for one in found])
+    overhead = statistics.median(one.total_seconds - one.train_seconds for one in found)
+    basis = f"{len(found)} evaluations of alike size in this database on {info['name']}"
+    return _Rate(speeds, overhead, basis)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _probed(
+    space: Space, corpus: Corpus, architecture: Architecture, device: torch.device
+) -> _Rate | str:
+    """Train an architecture for some steps; return its throughput, or why there is none."""
+    recipe = replace(space.train, lr=learning_rate(architecture, space.train))
+    steps = max(2, min(PROBE_STEPS, recipe.steps))
+    short_run = replace(recipe, tokens=steps * recipe.batch * recipe.context)
+    began = time.monotonic()
+    points = []
+    try:
+        require_fit(architecture, recipe, device, training=True)
+        model = architecture.build(device, space.search.seed)
+        for point in train(
+            model, corpus, short_run, space.search.seed, deadline=time.monotonic() + PROBE_S
+        ):
+            points.append((point["tokens"], point["seconds"]))
+    except TimeLimitError:
+        pass
+    except MoenasError as error:
+        return f"the probe failed: {error}"
+    if len(points) < 2:
+        return f"two training steps of the median candidate take more than {PROBE_S:.0f} s"
+    # The first step also warms up; each later one is a sample.
+    flops = TRAINING * space.cost(architecture).flops_per_token
+    speeds = [
+        flops * (tokens - before) / max(seconds - at, 1e-9)
+        for (before, at), (tokens, seconds) in pairwise(points)
+    ]
+    low, middle, high = _quartiles(speeds) if len(speeds) > 1 else (speeds[0],) * 3
+    took = time.monotonic() - began
+    basis = (
+        f"a probe: {len(points)} training steps of the candidate of median cost in {took:.0f} s;"
+        " measurements are not included, and candidates that run side by side slow one another"
+    )
+    return _Rate((low, middle, high), 0.0, basis)

@@ -1,0 +1,96 @@
+"""Evaluations of other studies in the database that hold for a candidate of this one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, select
+
+from moenas.evaluate import devices
+from moenas.evaluate.dtypes import training_dtype
+from moenas.evaluate.job import versions
+from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.space.space import with_current_defaults
+from moenas.store import tables
+from moenas.store.study_store import StudyStore
+
+if TYPE_CHECKING:
+    from moenas.space.space import Space
+
+SAME_DEVICE = ("kind", "name", "threads", "dtype", "host")
+"""What two devices have in common on which the same values are measured."""
+SAME_VERSIONS = ("moenas", "torch", "cuda")
+
+
+class EvaluationCache:
+    """Finds evaluations that can be reused; it is empty until `open`.
+
+    An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
+    objectives, files of components, device and versions are the same.
+    """
+
+    def __init__(self, store: StudyStore, space: Space) -> None:
+        self._store, self._space = store, space
+        self._studies: list[str] = []
+        """Other studies whose evaluations mean the same."""
+        self._device: Plain = {}
+
+    def open(self, device: str) -> None:
+        """Look for studies that were evaluated as this one is; `device` is that of the pool."""
+        space = self._space
+        own, found = self._store.study(), devices.named(device)
+        dtype = training_dtype(space.train, found)
+        self._device = devices.device_info(found, space.train.threads, dtype)
+        meaning = _meaning(own, space.plain())
+        objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
+        for other in self._store.store.studies():
+            digests = {info["name"]: info["sha256"] for info in other.objectives}
+            same = _meaning(other, with_current_defaults(other.space)) == meaning
+            if other.name != own.name and same and objectives.items() <= digests.items():
+                self._studies.append(other.name)
+
+    def find(self, fingerprint: str) -> Evaluation | None:
+        """Return an evaluation of this architecture that can be reused, or None."""
+        if not self._studies or not fingerprint:
+            return None
+        candidate, evaluation = tables.candidate.c, tables.evaluation.c
+        same = (candidate.study == evaluation.study) & (candidate.trial == evaluation.trial)
+        wanted = (
+            select(evaluation.study, evaluation.trial)
+            .join(tables.candidate, same)
+            .where(
+                candidate.fingerprint == fingerprint,
+                candidate.study.in_(self._studies),
+                evaluation.status == "complete",
+            )
+            .order_by(evaluation.recorded_at)
+        )
+
+        def read(connection: Connection) -> list[tuple[str, int]]:
+            return [(row.study, row.trial) for row in connection.execute(wanted)]
+
+        store = self._store.store
+        for study, trial in store.query(read):
+            found = store.evaluation(study, trial)
+            if found is not None and self._is_same(found):
+                return found
+        return None
+
+    def _is_same(self, found: Evaluation) -> bool:
+        """Whether an evaluation was made on this device, by these versions, and is no copy."""
+        here = versions()
+        return (
+            not found.is_copy
+            and found.reused_from is None
+            and found.seed == self._space.search.seed
+            and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
+            and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
+            and found.values.keys() >= {objective.name for objective in self._space.objectives}
+        )
+
+
+def _meaning(record: StudyRecord, plain: Plain) -> Plain:
+    """Return all of a study that the value of an architecture depends on."""
+    files = [file["sha256"] for file in plain.get("use", [])]
+    recipe = {name: plain.get(name) for name in ("train", "measure")}
+    return {**recipe, "data": record.data["sha256"], "use": files, "seed": plain["search"]["seed"]}

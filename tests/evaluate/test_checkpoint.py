@@ -1,0 +1,173 @@
+"""A run that is saved at a rung and restored in another process ends as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from jobs import PLAIN, RECIPE, MakeJob, guest, without_times
+
+from moenas.errors import CandidateError
+from moenas.evaluate import checkpoint
+from moenas.evaluate.job import evaluate
+from moenas.evaluate.training import TrainingRun
+from moenas.model.architecture import Architecture
+from moenas.records import Evaluation, Job, Plain, WeightsFile
+from moenas.store.weights import place
+
+TRAIN = replace(RECIPE, rungs=3, max_dead=0.99).plain()
+ROUTERS: list[Plain] = [
+    {"top_k": 2, "balance": "bias"},
+    {"top_k": 2, "selection": "noisy_top_k", "balance": "importance_load"},
+    {"preset": "switch"},
+    {"selection": {"kind": "expert_choice"}, "allow_acausal": True},
+]
+RESUME = """
+import json, sys
+from pathlib import Path
+from moenas.evaluate.job import evaluate
+from moenas.records import Job
+folder = Path(sys.argv[1])
+job = Job.parse(json.loads((folder / "job.json").read_text()))
+job = Job.parse({**job.plain(), "checkpoint": (folder / "checkpoint").read_bytes()})
+found, weights = evaluate(job)
+(folder / "evaluation.json").write_text(json.dumps(found.plain()))
+(folder / "weights").write_bytes(weights)
+"""
+
+
+def architecture(router: Plain) -> Plain:
+    """The small model of `jobs` with another router."""
+    dense, moe = PLAIN["blocks"]
+    blocks = [dense, {**moe, "ffn": {**moe["ffn"], "router": router}}]
+    return Architecture.parse({**PLAIN, "blocks": blocks}).canonical().plain()
+
+
+def in_another_process(job: Job, folder: Path) -> tuple[Evaluation, bytes]:
+    """Evaluate a job in a fresh process."""
+    assert job.checkpoint is not None
+    (folder / "job.json").write_text(json.dumps({**job.plain(), "checkpoint": None}))
+    (folder / "checkpoint").write_bytes(job.checkpoint)
+    subprocess.run([sys.executable, "-c", RESUME, str(folder)], check=True, timeout=120)
+    found = Evaluation.parse(json.loads((folder / "evaluation.json").read_text()))
+    return found, (folder / "weights").read_bytes()
+
+
+def continued(job: Job, found: Evaluation, weights: Any, **changes: Any) -> Job:
+    """The job that continues where another one paused."""
+    assert found.status == "paused"
+    assert isinstance(weights, bytes)
+    return replace(job, paused=found.plain(), checkpoint=weights, **changes)
+
+
+def assert_same(one: tuple[Evaluation, Any], other: tuple[Evaluation, Any]) -> None:
+    """Both ended with the same values, curve, routing and weights."""
+    assert without_times(one[0]) == without_times(other[0])
+    first, second = safetensors.torch.load(one[1]), safetensors.torch.load(other[1])
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_run_that_pauses_at_each_rung_ends_as_one_that_does_not(
+    make_job: MakeJob, router: Plain
+) -> None:
+    job = make_job("flops_per_token", "val_loss", architecture=architecture(router), train=TRAIN)
+    whole = evaluate(job)
+    assert whole[0].failure is None
+    job = replace(job, rung_limits=[None, None, None])
+    found, weights = evaluate(job)
+    for rung in (1, 2, 3):
+        assert (found.status, found.metrics["rung"]) == ("paused", rung)
+        assert found.curve == [
+            {**row, "seconds": found.curve[i]["seconds"]}
+            for i, row in enumerate(whole[0].curve[: 2 * rung])
+        ]
+        assert found.metrics["rung_loss"] == found.curve[-1]["val_loss"]
+        assert found.values.keys() == {"flops_per_token"}
+        torch.manual_seed(rung)  # whatever else the process did meanwhile
+        found, weights = evaluate(continued(job, found, weights))
+    assert_same((found, weights), whole)
+
+
+def test_another_process_continues_to_the_last_bit(make_job: MakeJob, tmp_path: Path) -> None:
+    plain = architecture(ROUTERS[1])
+    clock = {"clock": guest("__import__('time').time()", "model")}
+    job = make_job("val_loss", guests=clock, architecture=plain, train=TRAIN)
+    whole = evaluate(replace(job, objectives={"val_loss": None}))
+    found, weights = evaluate(replace(job, rung_limits=[None, None, None]))
+    assert found.metrics["rung"] == 1
+    assert found.values.keys() == {"clock"}
+    measured = found.values["clock"]
+    found, weights = in_another_process(continued(job, found, weights), tmp_path)
+    assert found.values.pop("clock") == measured  # it is not measured again
+    del found.measurements["clock"]
+    assert_same((found, weights), whole)
+    assert found.seconds["train"] > whole[0].seconds["train"] / 100
+    assert found.seconds["checkpoint"] > 0
+
+
+def test_a_job_continues_by_itself_below_its_limit(make_job: MakeJob) -> None:
+    job = make_job("val_loss", train=TRAIN)
+    losses = [row["val_loss"] for row in evaluate(job)[0].curve if "val_loss" in row]
+    found, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1] - 1e-3, None]))
+    assert (found.status, found.metrics["rung"]) == ("paused", 2)
+    found, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1], losses[2]]))
+    assert found.status == "complete"
+
+
+def test_the_time_before_a_pause_counts_towards_the_limit(make_job: MakeJob) -> None:
+    job = make_job("val_loss", train=TRAIN, rung_limits=[None] * 3, time_limit_s=60.0)
+    found, weights = evaluate(job)
+    late = {**found.plain(), "seconds": {**found.seconds, "total": 61.0}}
+    found, _ = evaluate(replace(job, paused=late, checkpoint=weights))
+    assert found.failure is not None
+    assert found.failure.kind == "timeout"
+
+
+def test_a_checkpoint_is_a_file_where_the_job_says(make_job: MakeJob, tmp_path: Path) -> None:
+    to = place(tmp_path / "runs", "bottles", 3)
+    found, file = evaluate(make_job("val_loss", train=TRAIN, rung_limits=[None] * 3, weights_to=to))
+    assert isinstance(file, WeightsFile)
+    assert found.weights_sha256 == file.sha256
+    params = Architecture.parse(make_job("val_loss").architecture).cost(16).params
+    assert 12 * params < file.size < 12 * params + 16_384  # three float32 numbers a parameter
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(make_job: MakeJob) -> None:
+    job = make_job("val_loss", train=TRAIN, rung_limits=[None] * 3)
+    found, weights = evaluate(job)
+    other = {**PLAIN, "d_model": 24}
+    job = replace(job, architecture=Architecture.parse(other).canonical().plain())
+    failed, _ = evaluate(continued(job, found, weights))
+    assert failed.failure is not None
+    assert "the checkpoint is not one of this candidate" in failed.failure.message
+
+
+def test_loads_of_the_collapse_detector_survive(make_job: MakeJob) -> None:
+    """A detector that is judged over rows before and after a pause sees all of them."""
+    from moenas.data import cache
+
+    job = make_job("val_loss")
+    corpus = cache.load(job.data, job.data_sha256)
+    plain = Architecture.parse(job.architecture)
+    recipe = replace(RECIPE, lr=0.01, warmup=0.0)
+    run = TrainingRun(plain.build(seed=0), corpus, recipe, 0)
+    points = run.points()
+    next(points)
+    next(points)
+    saved = checkpoint.save(run)
+    fresh = TrainingRun(plain.build(seed=1), corpus, recipe, 0)
+    checkpoint.restore(fresh, saved)
+    assert fresh.collapse.rows == run.collapse.rows == 2
+    assert fresh.collapse.loads.keys() == run.collapse.loads.keys() == {1}
+    assert torch.equal(fresh.collapse.loads[1], run.collapse.loads[1])
+    with pytest.raises(CandidateError):
+        checkpoint.restore(fresh, {})

@@ -1,0 +1,128 @@
+"""What a study will take is counted exactly, and its time told from what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from studies import fake, scripted, space
+
+from moenas.data.loading import load
+from moenas.errors import InputError
+from moenas.evaluate import devices
+from moenas.records import Evaluation, Job
+from moenas.space.space import Space
+from moenas.study.estimate import estimate
+from moenas.study.launch import dry_run, run
+
+pytestmark = pytest.mark.usefixtures("study_folder")
+
+ONE = """
+architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks:
+    - {mixer: {kind: attention, head_dim: 8}, ffn: {kind: dense, activation: swiglu, d_ff: 64}}
+"""
+"""A space of one point."""
+
+
+def one(more: str = "", name: str = "s") -> Space:
+    return space(ONE, more, name).with_search(workers=2, gpus=0.0)
+
+
+def flops(wanted: Space) -> int:
+    """Forward operations of a token of the one architecture."""
+    return wanted.cost(wanted.require_feasible()).flops_per_token
+
+
+def test_tokens_and_operations_are_those_of_the_recipe() -> None:
+    found = estimate(one(), trials=10)
+    assert found.train_tokens == 10 * 512
+    assert found.train_flops == 10 * 512 * 3 * flops(one())
+    assert found.hours is None
+    assert "run --dry-run" in found.basis
+    assert found.lines()[0].startswith("estimate for 10 candidates: 5.12k training tokens")
+
+
+def test_a_space_without_training_trains_nothing() -> None:
+    text = one().text.replace("val_loss, flops_per_token", "flops_per_token")
+    found = estimate(Space.parse(text, "s.yaml"))
+    assert (found.train_tokens, found.train_flops, found.hours) == (0.0, 0.0, None)
+    assert found.basis == "no objective trains the candidates"
+
+
+def trained(seconds: float) -> Evaluation:
+    """An evaluation of this device that trained for some seconds, and took 2 s more."""
+    info = devices.device_info(torch.device("cpu"), 1, torch.float32)
+    curve = [{"tokens": 512, "train_loss": 2.0}]
+    times = {"train": seconds, "total": seconds + 2.0}
+    return Evaluation("", 0, 0, "complete", "", curve=curve, seconds=times, device=info)
+
+
+def test_hours_are_those_of_stored_evaluations_on_this_device() -> None:
+    seconds = iter((1.0, 2.0, 4.0, 8.0, 16.0))
+
+    def script(job: Job) -> Evaluation:
+        known = trained(next(seconds))
+        found = fake(job)[0]
+        return dataclasses.replace(
+            found, curve=known.curve, seconds=known.seconds, device=known.device
+        )
+
+    spread = ONE.replace("d_ff: 64", "d_ff: {int: [56, 88], step: 8}")
+    other = space(spread, "", "other").with_search(sampler="grid")
+    text = other.text.replace("train: {", "train: {dtype: float32, ")
+    run(Space.parse(text, "o.yaml").with_search(sampler="grid"), trials=5, pool=scripted(script))
+    wanted = Space.parse(one().text.replace("train: {", "train: {dtype: float32, "), "s.yaml")
+    found = estimate(wanted.with_search(workers=2, gpus=0.0), trials=10)
+    assert found.basis.startswith("5 evaluations of alike size in this database on ")
+    # By hand: the median candidate trains about 4 s and takes 2 s more; 10 on 2 workers are 5 each.
+    assert found.hours == pytest.approx(5 * (4 + 2) / 3600, rel=0.25)
+    assert found.hours_low == pytest.approx(5 * (2 + 2) / 3600, rel=0.25)
+    assert found.hours_high == pytest.approx(5 * (8 + 2) / 3600, rel=0.25)
+    larger = Space.parse(
+        one().text.replace("train: {tokens: 512", "train: {dtype: float32, tokens: 51_200"),
+        "s.yaml",
+    )
+    assert estimate(larger).hours is None, "candidates of another size say nothing"
+
+
+def test_a_probe_trains_the_candidate_and_writes_nothing() -> None:
+    wanted = one()
+    before = sorted(Path().iterdir())
+    found = dry_run(wanted, trials=40, workers="inline")
+    assert sorted(Path().iterdir()) == before
+    assert found.basis.startswith("a probe: 8 training steps of the candidate of median cost")
+    assert found.hours is not None
+    assert found.hours_low is not None
+    assert found.hours_high is not None
+    assert 0 < found.hours_low <= found.hours <= found.hours_high
+    assert found.workers == 1
+    real = run(wanted, trials=1, workers="inline")
+    seconds = real.evaluation(0).seconds["train"]
+    assert found.hours * 3600 / 40 == pytest.approx(seconds, rel=20)
+    assert dry_run(wanted, trials=40, workers="inline").candidates == 39
+    assert dry_run(wanted, trials=1, workers="inline").candidates == 0
+
+
+def test_a_dry_run_refuses_what_a_run_refuses() -> None:
+    with pytest.raises(InputError, match=r"search\.sampler"):
+        dry_run(one().with_search(sampler="tpee"))
+    with pytest.raises(InputError, match="no such file"):
+        dry_run(one().with_search(start_from=("./none.yaml",)))
+    run(one(), trials=1, pool=scripted(lambda job: fake(job)[0]))
+    text = one().text.replace("d_ff: 64", "d_ff: 72")
+    with pytest.raises(InputError, match="begun with another space"):
+        dry_run(Space.parse(text, "s.yaml"))
+    assert not list(Path().glob("moenas.db.*"))
+
+
+def test_a_candidate_that_does_not_fit_has_no_time() -> None:
+    huge = ONE.replace("d_model: 32", "d_model: 65536").replace("d_ff: 64", "d_ff: 1048576")
+    wanted = space(huge.replace("head_dim: 8", "head_dim: 64"))
+    found = estimate(wanted.with_search(gpus=0.0), load(wanted.data))
+    assert found.hours is None
+    assert found.basis.startswith("the probe failed: ")

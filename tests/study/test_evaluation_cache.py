@@ -1,0 +1,210 @@
+"""An evaluation of another study is reused where it means the same, and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import SMALL, assert_sound, fake, scripted, space
+
+from moenas.evaluate import devices
+from moenas.evaluate import job as measure
+from moenas.records import Evaluation, Job
+from moenas.report.summary import trial_report, trial_text
+from moenas.space.space import Space
+from moenas.store.spending import spending
+from moenas.store.store import Store
+from moenas.store.weights import read_weights, weights_path
+from moenas.study import doctor
+from moenas.study.launch import Event, Study, load_study, run
+
+pytestmark = pytest.mark.usefixtures("study_folder")
+
+Change = Callable[[Evaluation], Evaluation]
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that were evaluated, by a stand-in that says what this machine is."""
+    seen: list[Job] = []
+
+    def evaluate(job: Job) -> Any:
+        seen.append(job)
+        found, weights = fake(job)
+        return here(dataclasses.replace(found, seed=job.seed)), weights
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    return seen
+
+
+def here(found: Evaluation) -> Evaluation:
+    info = devices.device_info(torch.device("cpu"), 1, torch.float32)
+    curve: Any = [{"tokens": 512, "train_loss": 2.0}]
+    versions = measure.versions()
+    return dataclasses.replace(found, device=info, versions=versions, curve=curve)
+
+
+def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
+    """The space of 6 points in float32, drawn in the order of the grid."""
+    text = space(SMALL, more, name).text.replace("train: {", "train: {dtype: float32, ")
+    assert old in text
+    found = Space.parse(text.replace(old, new), "s.yaml")
+    return found.with_search(sampler="grid", trials=6)
+
+
+def reused(found: Study) -> dict[int, tuple[str, int]]:
+    rows = found.view.evaluations
+    return {
+        e.trial: (e.reused_from["study"], e.reused_from["trial"]) for e in rows if e.reused_from
+    }
+
+
+def test_a_second_study_trains_nothing_that_the_first_one_has(evaluated: list[Job]) -> None:
+    first = run(small("one"), trials=4, workers="inline")
+    assert len(evaluated) == 4
+    events: list[Event] = []
+    second = run(small("two"), workers="inline", listeners=[events.append])
+    assert len(evaluated) == 6, "two of six points are new"
+    assert_sound(second, 6)
+    assert len(reused(second)) == 4
+    for trial, (study, source) in reused(second).items():
+        one, two = first.evaluation(source), second.evaluation(trial)
+        assert study == "one"
+        assert (one.fingerprint, one.values) == (two.fingerprint, two.values)
+        assert one.weights_sha256 == two.weights_sha256
+        assert two.weights_sha256 is not None
+        read_weights(second.store.runs, "two", trial, two.weights_sha256)
+        assert two.seconds == {}
+        text = trial_text(trial_report(second.store, "two", trial))
+        assert f"  reused from trial {source} of study 'one'" in text
+    assert {m.values["val_loss"] for m in first.front()} <= {
+        e.values["val_loss"] for e in second.view.evaluations
+    }
+    said = [e.text for e in events if e.kind == "reused"]
+    assert len(said) == 4
+    assert said[0].startswith("reused from trial ")
+    assert spending(second.store, "two").train_tokens == 2 * 512
+    assert doctor.examine(second.store, "two") == []
+
+
+def test_fresh_and_another_pool_reuse_nothing(evaluated: list[Job]) -> None:
+    run(small("one"), workers="inline")
+    assert reused(run(small("two"), workers="inline", fresh=True)) == {}
+    assert len(evaluated) == 12
+    assert reused(run(small("three"), pool=scripted(lambda job: here(fake(job)[0])))) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("tokens: 512", "tokens: 576"),
+        ("seed: 3", "seed: 4"),
+        ("search: {", "measure: {decode_batch: 4}\nsearch: {"),
+        ("[val_loss, flops_per_token]", "[val_loss, flops_per_token, total_params]"),
+        ("dtype: float32", "dtype: bfloat16"),
+    ],
+)
+def test_what_means_something_else_is_evaluated(
+    evaluated: list[Job], monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    run(small("one"), trials=6, workers="inline")
+    evaluate = measure.evaluate
+
+    def with_params(job: Job) -> Any:
+        found, weights = evaluate(job)
+        values = {name: found.values.get(name, 1.0) for name in job.objectives}
+        return dataclasses.replace(found, values=values), weights
+
+    monkeypatch.setattr(measure, "evaluate", with_params)
+    assert reused(run(small("two", old, new), trials=3, workers="inline")) == {}
+    assert len(evaluated) == 9
+
+
+CHANGES: dict[str, Change] = {
+    "host": lambda e: dataclasses.replace(e, device={**e.device, "host": "elsewhere"}),
+    "device": lambda e: dataclasses.replace(e, device={**e.device, "name": "another CPU"}),
+    "version": lambda e: dataclasses.replace(e, versions={**e.versions, "torch": "1.0"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_another_device_or_version_gave_is_evaluated(
+    evaluated: list[Job], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    evaluate = measure.evaluate
+
+    def elsewhere(job: Job) -> Any:
+        found, weights = evaluate(job)
+        return CHANGES[change](found), weights
+
+    monkeypatch.setattr(measure, "evaluate", elsewhere)
+    run(small("one"), workers="inline")
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    assert reused(run(small("two"), workers="inline")) == {}
+    assert len(evaluated) == 12
+
+
+def test_another_corpus_reuses_nothing(evaluated: list[Job]) -> None:
+    run(small("one"), workers="inline")
+    Path("other.txt").write_text("something else entirely\n" * 900)
+    other = small("two", "corpus.txt", "other.txt")
+    assert reused(run(other, workers="inline")) == {}
+
+
+def test_weights_that_are_gone_are_trained_again(evaluated: list[Job]) -> None:
+    first = run(small("one"), workers="inline")
+    weights_path(first.store.runs, "one", 2).unlink()
+    second = run(small("two"), workers="inline")
+    assert len(evaluated) == 7
+    assert 2 not in {trial for _, trial in reused(second).values()}
+
+
+def test_a_reused_latency_is_told_by_the_reference_of_the_study(
+    evaluated: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = measure.evaluate
+
+    def timed(job: Job) -> Any:
+        found, weights = evaluate(job)
+        ms = 5.0 if job.study == "one" else 8.0
+        details = {"ratio": 2.0, "reference_ms": ms, "reference_key": "cpu x"}
+        values = {**found.values, "val_loss": 2.0 * ms}
+        details = {"val_loss": details}
+        return dataclasses.replace(found, values=values, measurements=details), weights
+
+    monkeypatch.setattr(measure, "evaluate", timed)
+    run(small("one"), trials=3, workers="inline")
+    second = run(small("two"), workers="inline")
+    assert len(reused(second)) == 3
+    assert {e.values["val_loss"] for e in second.view.evaluations} == {10.0}
+
+
+def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Job]) -> None:
+    run(small("one"), trials=2, workers="inline")
+    with sqlite3.connect("moenas.db") as database:
+        for table in ("moenas_reuse", "moenas_enqueued", "moenas_run"):
+            database.execute(f"DROP TABLE {table}")
+        database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")
+    store = Store.open()
+    assert trial_report(store, "one", 0)["enqueued_from"] is None
+    assert spending(store, "one").train_tokens == 2 * 512
+    found = run(small("one"), trials=3, workers="inline")
+    assert_sound(found, 3)
+    assert spending(load_study("one").store, "one").wall_seconds > 0
+
+
+def test_real_models_are_reused_to_the_last_bit() -> None:
+    first = run(small("one"), trials=1, workers="inline")
+    second = run(small("two"), trials=1, workers="inline")
+    assert reused(second) == {0: ("one", 0)}
+    fresh = run(small("three"), trials=1, workers="inline", fresh=True)
+    assert reused(fresh) == {}
+    losses = {found.evaluation(0).values["val_loss"] for found in (first, second, fresh)}
+    assert len(losses) == 1
+    digests = {found.evaluation(0).weights_sha256 for found in (first, second)}
+    assert len(digests) == 1
