@@ -67,6 +67,7 @@ def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | Non
     others = {key: value for key, value in params.items() if key != name}
     for _ in range(MUTATIONS):
         found = point(space, draw.getrandbits(32), others)
-        if found is not None and found.params.get(name) != params[name]:
+        # A stored parameter of a hole without effect is not among those of the point.
+        if found is not None and found.params.get(name, params[name]) != params[name]:
             return found
     return None

@@ -11,6 +11,7 @@ import optuna
 
 from moenas.errors import InputError, LocatedError, SourceLocation, SpaceError
 from moenas.grammar import tree as grammar
+from moenas.grammar.nodes import Tree
 from moenas.grammar.sampling import drawn
 from moenas.grammar.tree_match import Match, matches
 from moenas.model.architecture import Architecture
@@ -110,7 +111,7 @@ def _point(
     source: str,
     architecture: Architecture,
     *,
-    trees: Sequence[grammar.Tree] = (),
+    trees: Sequence[Tree] = (),
     params: Mapping[str, Any] | None = None,
 ) -> StartPoint:
     """Return the point whose architecture has the fingerprint of another one.

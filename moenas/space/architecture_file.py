@@ -9,6 +9,7 @@ from typing import cast
 from moenas.errors import SpaceError
 from moenas.grammar import sampling
 from moenas.grammar import tree as grammar
+from moenas.grammar.nodes import Tree
 from moenas.model.architecture import Architecture
 from moenas.resources import find, parse_yaml, read_text
 from moenas.space.named_layers import expand
@@ -22,7 +23,7 @@ CONFIG = "config.json"
 class ArchitectureFile:
     """An architecture as it is written in a file."""
 
-    tree: grammar.Tree
+    tree: Tree
     """Its values, each with its place in the file."""
     architecture: Architecture
     """In canonical form."""

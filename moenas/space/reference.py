@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from moenas import resources as refs
 from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
+from moenas.grammar.conditions import Values
 from moenas.grammar.requirements import TRAINED
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
@@ -206,7 +207,10 @@ def _component(cls: type[Component]) -> Iterator[str]:
         yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
     if issubclass(cls, Part):
         yield f"Cost: {inspect.getdoc(cls.cost)}\n"
-    rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
+    rows = [
+        (f"`{f.name}`", _accepted(f), _default(f), f.doc + _no_effect(f))
+        for f in fields(cls).values()
+    ]
     yield _table(("field", "accepts", "default", "is"), rows)
     if cls.presets:
         presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
@@ -265,6 +269,17 @@ def _accepted(field: Field) -> str:
         return field.wanted()
     name = _heading(field.component)
     return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
+
+
+def _no_effect(field: Field) -> str:
+    """Say beside which values of other fields the field has no effect."""
+
+    def words(name: str, values: Values) -> str:
+        listed = " or ".join(map(_yaml, values.listed))
+        return f"{name} other than {listed}" if values.excluded else f"{name}: {listed}"
+
+    cases = [" and ".join(words(*item) for item in x.items()) for x in field.without_effect]
+    return f"; without effect beside {', or beside '.join(cases)}" if cases else ""
 
 
 def _default(field: Field) -> str:

@@ -26,7 +26,10 @@ from moenas.grammar import field_names, sampling, user_parts
 from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
 from moenas.grammar.counting import count
+from moenas.grammar.hole_reading import HOLES
 from moenas.grammar.json_schema import SchemaWriter
+from moenas.grammar.nodes import Choice, Fixed, Range, Record, Tree
+from moenas.grammar.option_check import check_options
 from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
@@ -64,7 +67,7 @@ class Space:
     overrides: tuple[str, ...]
     use: tuple[UserFile, ...]
     """Files of parts that are not moenas's own."""
-    tree: grammar.Tree
+    tree: Tree
     requirements: tuple[Requirement, ...]
     objectives: tuple[Objective, ...]
     data: Plain
@@ -138,7 +141,7 @@ class Space:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
         require_layers(self.tree)
         require_positions(self.tree, self.objectives, self.train, self.measure)
-        sampling.check_options(self.tree)
+        check_options(self.tree)
         if not any(True for _ in self.holes):
             sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
@@ -199,7 +202,7 @@ class Space:
     def continuous(self) -> int:
         """How many holes are continuous ranges, with infinitely many values."""
         ranges = (hole.tree for hole in self.holes)
-        return sum(isinstance(tree, grammar.Range) and tree.count is None for tree in ranges)
+        return sum(isinstance(tree, Range) and tree.count is None for tree in ranges)
 
     @property
     def holes(self) -> Iterator[sampling.Hole]:
@@ -430,7 +433,7 @@ def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) 
 def _refuse_holes(node: Node, path: str) -> None:
     """Refuse a hole anywhere below a section."""
     for key, value in node.value.items() if isinstance(node.value, dict) else ():
-        if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
+        if isinstance(value.value, dict) and set(value.value) & set(HOLES):
             where = f"{path}.{key}"
             raise value.error(where, "a hole is not allowed here, only in 'architecture'")
         _refuse_holes(value, f"{path}.{key}")
@@ -451,7 +454,7 @@ def read_use(node: Node | None) -> Iterator[UserFile]:
             raise item.error("use", str(error)) from None
 
 
-def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requirement]:
+def _read_requirements(node: Node | None, tree: Tree) -> Iterator[Requirement]:
     if node is None or node.value is None:
         return
     if not isinstance(node.value, list):
@@ -481,14 +484,14 @@ def _read_objectives(node: Node) -> Iterator[Objective]:
         yield objective
 
 
-def _values(tree: grammar.Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
+def _values(tree: Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
     """Yield every value that a top-level whole-number field of the architecture can have."""
-    if isinstance(tree, grammar.Choice):
+    if isinstance(tree, Choice):
         for option in tree.options:
             yield from _values(option, name)
-    elif isinstance(tree, grammar.Record):
+    elif isinstance(tree, Record):
         yield from _values(tree.fields[name], name)
-    elif isinstance(tree, grammar.Range):
+    elif isinstance(tree, Range):
         yield int(tree.low), tree.mark
-    elif isinstance(tree, grammar.Fixed):
+    elif isinstance(tree, Fixed):
         yield cast(int, tree.value), tree.mark

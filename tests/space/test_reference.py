@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moenas.data import loading
-from moenas.grammar import tree
+from moenas.grammar.hole_reading import HOLES
 from moenas.model import Router
 from moenas.space import reference, space
 
@@ -28,7 +28,7 @@ def test_every_section_is_described() -> None:
 
 
 def test_every_hole_and_its_keys_are_described() -> None:
-    for hole, keys in tree.HOLES.items():
+    for hole, keys in HOLES.items():
         forms = [form for form in reference.HOLE_FORMS if f"{{{hole}: " in form]
         described = " ".join(form + reference.HOLE_FORMS[form] for form in forms)
         assert forms
