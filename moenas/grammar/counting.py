@@ -10,7 +10,7 @@ from typing import TypeAlias, cast
 from moenas.grammar.component import Component, fields
 from moenas.grammar.conditions import Scalar, Values
 from moenas.grammar.field_effects import deciding_fields, drawing_order, word
-from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree
+from moenas.grammar.nodes import Choice, Fit, Fixed, Listing, Range, Record, Tree
 
 Answer: TypeAlias = "tuple[str, int]"
 """A hole of a named layer, and which of its options is drawn; below 0 it is a set of values."""
@@ -63,6 +63,8 @@ def _ways_by_set(tree: Tree, sets: list[Values], sizes: Sizes) -> dict[Membershi
             for member, ways in _ways_by_set(option, sets, sizes).items():
                 total[member] = total.get(member, Counter()) + _product(here, ways)
         return total
+    if isinstance(tree, Fit):
+        return {_membership(tree.low, sets): Counter({frozenset(): 1})}
     if isinstance(tree, Fixed):
         return {_membership(tree.value, sets): Counter({frozenset(): 1})}
     if isinstance(tree, Listing):

@@ -1,18 +1,24 @@
-"""Reads the holes of a space from YAML: their keys, the labels of options, and ranges."""
+"""Reads the holes of a space from YAML: their keys, the labels of options, ranges and fits."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import cast
+from typing import TypeGuard, cast
 
 from moenas.errors import suggestion
 from moenas.grammar.component import MAX_NUMBER, Field, join
 from moenas.grammar.conditions import Scalar
-from moenas.grammar.nodes import LAYERS, Range
+from moenas.grammar.nodes import LAYERS, Fit, Range
 from moenas.resources import Node
 
 MAX_OPTIONS = 1000
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
+FIT = "fit"
+"""The key of a width that is solved after each draw."""
+FIT_COSTS = ("active_params", "params", "total_params", "flops_per_token", "weight_bytes")
+"""Costs that grow with a width."""
+WIDEST = 2**20
+"""The widest width that a fit tries, where a field has no bound of its own."""
 
 
 def hole_kind(node: Node) -> str | None:
@@ -89,6 +95,60 @@ def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
     return Range(low, high, step, log, whole, node.mark, shared_name(path))
+
+
+def read_fit(field: Field, node: Node, path: str) -> Fit:
+    """Read `{fit: {COST: TARGET, within: SHARE, multiple_of: N}}`.
+
+    Raises:
+        SpaceError: at the key or the value that is wrong.
+    """
+    found = cast(dict[str, Node], node.value)
+    for key, value in found.items():
+        if key != FIT:
+            raise value.error(join(path, key), "not allowed beside 'fit'", key=True)
+    if field.multiple is None or field.component is not None:
+        raise node.error(path, f"a 'fit' is for widths; give {field.wanted()}")
+    inner, place = found[FIT], join(path, FIT)
+    example = "write {active_params: 20e6, within: 0.01}"
+    if not isinstance(inner.value, dict):
+        raise inner.error(place, f"{inner.plain!r} is not a target; {example}")
+    known = (*FIT_COSTS, "within", "multiple_of")
+    for key, value in inner.value.items():
+        if key not in known:
+            text = f"no cost that a width can fit.{suggestion(key, known)}"
+            raise value.error(join(place, key), f"{text} There are {', '.join(known)}.", key=True)
+    costs = [name for name in FIT_COSTS if name in inner.value]
+    if len(costs) != 1:
+        raise inner.error(place, f"a fit has one target, not {len(costs)}; {example}")
+    target, within = inner.value[costs[0]], inner.value.get("within")
+    if not _is_number(target.value) or not 1 <= target.value <= MAX_NUMBER:
+        raise target.error(
+            join(place, costs[0]), f"{target.plain!r} is not a number from 1 to 1e15"
+        )
+    if not float(target.value).is_integer():
+        raise target.error(join(place, costs[0]), f"{target.plain!r} is not a whole number")
+    if within is not None and not (_is_number(within.value) and 0 <= within.value < 1):
+        raise within.error(join(place, "within"), f"{within.plain!r} is not a share from 0 to 1")
+    step = _multiple_of(field, inner.value.get("multiple_of"), join(place, "multiple_of"))
+    low = -(-int(field.low or step) // step) * step
+    high = int(field.high or WIDEST) // step * step
+    share = float(within.value) if within is not None and _is_number(within.value) else 0.0
+    return Fit(costs[0], int(target.value), share, low, high, step, node.mark, path)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _multiple_of(field: Field, node: Node | None, path: str) -> int:
+    """Return what the widths of a fit are multiples of: at least what the field asks for."""
+    multiple = field.multiple or 1
+    if node is None:
+        return multiple
+    if not _is_number(node.value) or not 0 < node.value <= WIDEST or node.value % multiple:
+        raise node.error(path, f"{node.plain!r} is not a multiple of {multiple} up to {WIDEST:,}")
+    return int(node.value)
 
 
 def _end(field: Field, value: float, whole: bool) -> float:

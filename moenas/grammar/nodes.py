@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -84,6 +85,43 @@ class Range:
         return f"/{self.unit}" if self.unit > 1 else ""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A width that is solved after each draw, so that the architecture has a given cost.
+
+    It is no hole: no sampler sees it.
+    """
+
+    cost: str
+    """The name of the cost, as in requirements."""
+    target: int
+    within: float
+    """Largest accepted difference over the target; 0: the cost is exactly the target."""
+    low: int
+    high: int
+    step: int
+    """Widths are its multiples from `low` to `high`."""
+    mark: SourceLocation
+    path: str
+    """Where it stands in the space file."""
+
+    @property
+    def text(self) -> str:
+        """What an architecture has to meet, as a requirement."""
+        tolerance = f" within {100 * self.within:g}%" if self.within else ""
+        return f"fit: {self.cost} = {self.target:,}{tolerance}"
+
+    def violation(self, amount: int) -> float:
+        """Return by how much a cost is off: over 0 if too much, else 0 or less."""
+        return abs(amount - self.target) / self.target - self.within
+
+    def holds(self, number: Scalar) -> bool:
+        """Whether a value is a width that the fit may choose."""
+        if isinstance(number, bool) or not isinstance(number, int):
+            return False
+        return self.low <= number <= self.high and number % self.step == 0
+
+
 ORIGIN = "_origin"
 """Where a component keeps its `Origin`; it is no field, so it does not count in comparisons."""
 
@@ -143,9 +181,22 @@ class Listing:
         return any(map(has_holes, self.items))
 
 
-Tree: TypeAlias = Fixed | Choice | Range | Record | Listing
+Tree: TypeAlias = Fixed | Choice | Range | Fit | Record | Listing
 
 
 def has_holes(tree: Tree) -> bool:
-    """Whether a tree is a hole, or one stands in it."""
+    """Whether a tree is a hole or a fit, or one stands in it."""
     return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
+
+
+def fits(tree: Tree) -> Iterator[Fit]:
+    """Yield every fit of a tree; one in a named layer is yielded at each use."""
+    if isinstance(tree, Fit):
+        yield tree
+    inner: Iterable[Tree] = ()
+    if isinstance(tree, Record):
+        inner = tree.fields.values()
+    elif isinstance(tree, Choice | Listing):
+        inner = tree.options if isinstance(tree, Choice) else tree.items
+    for value in inner:
+        yield from fits(value)

@@ -12,7 +12,7 @@ from moenas.grammar.component import Component, fields, join
 from moenas.grammar.conditions import Scalar, Values
 from moenas.grammar.counting import draws_each_layer
 from moenas.grammar.field_effects import drawing_order, has_effect, word
-from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree, has_holes
+from moenas.grammar.nodes import Choice, Fit, Fixed, Listing, Range, Record, Tree, has_holes
 from moenas.grammar.tree import conflict, make
 from moenas.records import Plain
 
@@ -200,12 +200,26 @@ def tree_word(tree: Tree) -> Scalar:
     return (tree.cls.kind or "") if isinstance(tree, Record) else ""
 
 
-class _Once:
+class Answers:
     """Asks for each name once: a named layer has the same values in all its uses."""
 
     def __init__(self, suggest: Suggest) -> None:
         self.suggest = suggest
         self.answers: dict[str, Any] = {}
+        self.fitted: int | None = None
+        """The width of the fit; None: the smallest that it allows."""
+        self.has_fit = False
+        """Whether a draw asked for the width of the fit."""
+
+    @classmethod
+    def of(cls, suggest: Suggest) -> Answers:
+        """Return answers that are given already, or those of another source."""
+        return suggest if isinstance(suggest, cls) else cls(suggest)
+
+    def width(self, fit: Fit) -> int:
+        """Return the width of a fit."""
+        self.has_fit = True
+        return fit.low if self.fitted is None else self.fitted
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Return the choice of this name."""
@@ -230,12 +244,14 @@ class _Once:
 
 def draw(tree: Tree, suggest: Suggest) -> Any:
     """Fill every hole and return plain data; names are dotted paths, options included."""
-    return _draw(tree, _Once(suggest), "")
+    return _draw(tree, Answers.of(suggest), "")
 
 
-def _draw(tree: Tree, suggest: Suggest, path: str) -> Any:
+def _draw(tree: Tree, suggest: Answers, path: str) -> Any:
     if isinstance(tree, Fixed):
         return tree.value
+    if isinstance(tree, Fit):
+        return suggest.width(tree)
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
@@ -247,7 +263,7 @@ def _draw(tree: Tree, suggest: Suggest, path: str) -> Any:
     return _draw_fields(tree, suggest, path, {})
 
 
-def _draw_fields(tree: Record, suggest: Suggest, path: str, given: Plain) -> Plain:
+def _draw_fields(tree: Record, suggest: Answers, path: str, given: Plain) -> Plain:
     """Return a record as plain data; `given` answers some of its fields.
 
     A hole without effect is not asked for: its field has the default.
@@ -270,7 +286,7 @@ def _draw_fields(tree: Record, suggest: Suggest, path: str, given: Plain) -> Pla
     return kind | {name: values[name] for name in tree.fields}
 
 
-def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
+def _draw_option(tree: Choice, suggest: Answers, path: str) -> tuple[Tree, str]:
     """Draw one option of a choice; return it and the path of the holes in it."""
     path = _named(tree, path)
     label = suggest.suggest_categorical(path, tree.labels)
@@ -281,7 +297,7 @@ def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
     return option, path if isinstance(option, Fixed) else join(path, label)
 
 
-def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
+def _draw_item(tree: Tree, suggest: Answers, path: str) -> list[Any]:
     """Draw one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
@@ -290,14 +306,14 @@ def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
     return [_draw(tree, suggest, path)]
 
 
-def _draw_layers(tree: Record, suggest: Suggest, path: str) -> list[Plain]:
+def _draw_layers(tree: Record, suggest: Answers, path: str) -> list[Plain]:
     """Draw the number of layers of a varied group, then each layer by itself."""
     repeat = _draw(tree.fields["repeat"], suggest, join(path, "repeat"))
     given: Plain = {"repeat": 1, "vary": False}
     return [_draw_fields(tree, suggest, join(path, i), given) for i in range(repeat)]
 
 
-def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
+def _draw_range(tree: Range, suggest: Answers, path: str) -> float:
     path = _named(tree, path) + tree.name
     if tree.log and tree.whole:
         unit = tree.unit
@@ -318,16 +334,18 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     Raises:
         SpaceError: where the fields are written that do not go together.
     """
-    component: Component = _fill(tree, _Once(suggest), "")
+    component: Component = _fill(tree, Answers.of(suggest), "")
     if whole and (reason := component.invalid_together()) is not None:
         raise conflict(component, reason)
     return component
 
 
-def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
+def _fill(tree: Tree, suggest: Answers, path: str) -> Any:
     """Return the value of a tree; `path` names its holes."""
     if isinstance(tree, Fixed):
         return tree.value
+    if isinstance(tree, Fit):
+        return suggest.width(tree)
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
@@ -346,7 +364,7 @@ def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
     return component
 
 
-def _made(tree: Record, suggest: Suggest, path: str, given: Plain) -> Component:
+def _made(tree: Record, suggest: Answers, path: str, given: Plain) -> Component:
     """Return the component of a record; `given` answers some of its fields."""
     if FIXED not in tree.drawn:
         closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
@@ -388,7 +406,7 @@ def _answer(value: Any) -> Any:
     return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
-def _fill_item(tree: Tree, suggest: Suggest, path: str, found: list[Any]) -> None:
+def _fill_item(tree: Tree, suggest: Answers, path: str, found: list[Any]) -> None:
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)

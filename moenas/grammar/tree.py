@@ -20,16 +20,19 @@ from moenas.grammar.component import (
 )
 from moenas.grammar.conditions import Scalar
 from moenas.grammar.hole_reading import (
+    FIT,
     MAX_OPTIONS,
     check_hole_keys,
     hole_kind,
     option_labels,
+    read_fit,
     read_range,
     shared_name,
 )
 from moenas.grammar.nodes import (
     ORIGIN,
     Choice,
+    Fit,
     Fixed,
     Listing,
     Origin,
@@ -130,6 +133,8 @@ def _read_field(field: Field, node: Node, path: str) -> Tree:
         return _read_choice(lambda n, p: _read_field(field, n, p), node, path)
     if hole is not None:
         return read_range(field, node, path, whole=hole == "int")
+    if isinstance(node.value, dict) and FIT in node.value and "kind" not in node.value:
+        return read_fit(field, node, path)
     if field.component is not None and not (node.value is None and field.optional):
         component = field.component
         if not field.is_list:
@@ -261,6 +266,8 @@ def unparse(tree: Tree) -> Any:
         elif tree.step is not None:
             found["step"] = tree.step
         return found
+    if isinstance(tree, Fit):
+        return {FIT: {tree.cost: tree.target, "within": tree.within, "multiple_of": tree.step}}
     kind: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}
     return kind | {name: unparse(value) for name, value in tree.fields.items()}
 

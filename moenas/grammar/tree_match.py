@@ -12,7 +12,7 @@ from moenas.grammar.component import join
 from moenas.grammar.conditions import Scalar
 from moenas.grammar.counting import draws_each_layer, repeats
 from moenas.grammar.field_effects import has_effect
-from moenas.grammar.nodes import LAYERS, Choice, Fixed, Listing, Range, Record, Tree, has_holes
+from moenas.grammar.nodes import LAYERS, Choice, Fit, Fixed, Listing, Range, Record, Tree, has_holes
 from moenas.grammar.sampling import holes, tree_word
 
 OTHER_LENGTH = 10**6
@@ -110,6 +110,11 @@ def _match(tree: Tree, value: Tree, path: str, known: Match) -> Match:
         if isinstance(value, Listing):
             return _match_listing(tree, value, path, known)
         return known.differing(_other_kind(tree, value, path))
+    if isinstance(tree, Fit):
+        if isinstance(value, Fixed) and tree.holds(value.value):
+            return known
+        wanted = f"a width from {tree.low} to {tree.high} in steps of {tree.step}"
+        return known.differing(Mismatch(path, _text(value), wanted, value.mark, tree.mark))
     if isinstance(tree, Fixed):
         if isinstance(value, Fixed) and _same(tree.value, value.value):
             return known

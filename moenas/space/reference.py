@@ -18,6 +18,7 @@ from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
 from moenas.space import space
 from moenas.space.objective import load_objective
+from moenas.space.section_reading import known_names
 from moenas.space.sections import Protocol, Recipe, Search
 
 OWN = ("moenas.",)
@@ -105,6 +106,27 @@ and all uses have its value, as all layers of a `repeat` do. `vary` does not dra
 may use other layers. A name that is unknown, unused or the name of a kind is an error.
 """
 
+FIT = """\
+## `fit`
+
+A fit solves one width after each draw, so that all architectures of the study have one cost. A
+study then compares granularities at equal active parameters:
+
+```yaml
+d_expert: {fit: {active_params: 20e6, within: 0.01}}
+```
+
+The target is `active_params`, `params`, `total_params`, `flops_per_token` or `weight_bytes`, as in
+`require`. `within` is the largest accepted difference over the target; without it the cost is
+exactly the target. `multiple_of: 64` asks for wider steps than those of the field. The field is a
+width, such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
+architecture has a plain number.
+
+A fit is also a requirement. A candidate is infeasible if the nearest width misses the target, or if
+it has no such field and another cost. A space has one fit. One in a named layer gives all uses the
+same width.
+"""
+
 REQUIRE = """\
 ## `require`
 
@@ -169,6 +191,7 @@ def _pages() -> Iterator[str]:
     yield AFTER_HOLES
     yield NAMED_LAYERS
     yield from _family("architecture", Architecture, "##", set())
+    yield FIT
     yield from _require()
     yield from _objectives()
     yield "## `data`\n"
@@ -240,7 +263,7 @@ def _require() -> Iterator[str]:
         "total_params": "The same as `params`.",
     }
     yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
-    plain = {name for name in space.known_names() - set(costs) if "." not in name}
+    plain = {name for name in known_names() - set(costs) if "." not in name}
     names = ", ".join(f"`{name}`" for name in sorted(plain))
     yield textwrap.fill(f"Fields: {names}.", 100) + "\n"
     yield REQUIRE_TRAINED
