@@ -44,7 +44,16 @@ BUDGETS = {4: 400, 32: 400, 256: 800}
 """Workers -> training compute of a run, in mean candidates of the table."""
 GRID = 100
 """Points of a curve, at equal steps of compute."""
-OWN: dict[str, Make] = {"moenas gray_box": own.GrayBoxMethod}
+OWN: dict[str, Make] = {
+    "moenas gray_box": own.GrayBoxMethod,
+    "moenas gray_box, halving": lambda s, seed: own.Stopping(
+        own.GrayBoxMethod(s, seed), own.halving(s)
+    ),
+    "moenas gray_box, predictive": lambda s, seed: own.Stopping(
+        own.GrayBoxMethod(s, seed), own.predictive(s)
+    ),
+    "moenas random, halving": lambda s, seed: own.Stopping(own.Random(s, seed), own.halving(s)),
+}
 
 
 def space() -> Space:

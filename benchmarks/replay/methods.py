@@ -1,4 +1,4 @@
-"""The samplers of moenas as methods of the simulation."""
+"""The samplers and the early stopping of moenas as methods of the simulation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from replay.simulate import Params, Proposal, TrainsToTheEnd
 
 from moenas import Space
+from moenas.records import Evaluation, RungResult
 from moenas.search.gray_box import GrayBox
+from moenas.search.halving import Halving
 from moenas.search.neighbours import point
+from moenas.search.predictive import Prediction
+from moenas.search.rungs import Rule, Rungs
+from moenas.space.early_stopping import Predictive, SuccessiveHalving
 
 START = datetime(2026, 1, 1)
+STOPS_AT = (3, 6)
+"""Points of the recorded curve nearest to a third and two thirds, where moenas has its rungs."""
 
 
 class Random(TrainsToTheEnd):
@@ -41,6 +48,9 @@ class Random(TrainsToTheEnd):
 
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Learn nothing."""
+
+    def stopped(self, number: int) -> None:
+        """Take in that a candidate is not trained to its end."""
 
 
 class GrayBoxMethod(Random):
@@ -73,6 +83,72 @@ class GrayBoxMethod(Random):
         trial = _trial(Proposal(number, self._trials[number].params), TrialState.COMPLETE, found)
         trial.datetime_complete = ended
         self._trials[number] = trial
+
+    def stopped(self, number: int) -> None:
+        """Give the candidate to the sampler as a pruned trial."""
+        self._told += 1
+        trial = _trial(Proposal(number, self._trials[number].params), TrialState.PRUNED)
+        trial.datetime_complete = START + timedelta(seconds=self._told)
+        self._trials[number] = trial
+
+
+class Stopping:
+    """A sampler whose candidates pause at STOPS_AT until a rule of early stopping resumes them."""
+
+    def __init__(self, sampler: Random, rule: Rule) -> None:
+        self._sampler, self._rule, self._space = sampler, rule, sampler.space
+        self._rungs = Rungs()
+        self._paused: dict[int, int] = {}
+        self._params: dict[int, Params] = {}
+
+    def ask(self) -> Proposal | None:
+        """Ask the sampler."""
+        proposal = self._sampler.ask()
+        if proposal is not None:
+            self._params[proposal.number] = proposal.params
+        return proposal
+
+    def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
+        """Pause the candidate at a rung of the rule."""
+        if rung not in STOPS_AT:
+            return True
+        drawn = point(self._space, 0, self._params[number])
+        assert drawn is not None
+        known = {name: value for name, value in values.items() if name != "val_loss"}
+        result = RungResult(number, 1 + STOPS_AT.index(rung), rung, values["val_loss"], known)
+        cost = self._space.cost(drawn.architecture).plain()
+        self._rungs.add(result, drawn.architecture.plain(), cost)
+        self._paused[number] = result.rung
+        return False
+
+    def resumed(self, *, at_end: bool) -> int | None:
+        """Return the candidate that the rule lets train on."""
+        for number in self._rule.hopeless(self._rungs, self._paused):
+            del self._paused[number]
+            self._sampler.stopped(number)
+        number = self._rule.promotable(self._rungs, self._paused, at_end=at_end)
+        if number is not None:
+            del self._paused[number]
+        return number
+
+    def tell(self, number: int, values: Mapping[str, float]) -> None:
+        """Tell the sampler, and the rule."""
+        self._sampler.tell(number, values)
+        metrics = {"val_loss": values["val_loss"]}
+        self._rungs.complete[number] = Evaluation(
+            "", number, 1, "complete", "", values=dict(values), metrics=metrics
+        )
+
+
+def halving(space: Space) -> Halving:
+    """Return successive halving with the settings that moenas has by default."""
+    exact = {o.name: o.direction for o in space.objectives if o.needs != "training"}
+    return Halving(SuccessiveHalving(), exact)
+
+
+def predictive(space: Space) -> Prediction:
+    """Return predictive early stopping with the settings that moenas has by default."""
+    return Prediction(Predictive(), space)
 
 
 def _trial(proposal: Proposal, state: TrialState, values: list[float] | None = None) -> FrozenTrial:
