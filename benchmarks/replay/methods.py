@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -12,9 +14,10 @@ from replay.simulate import Params, Proposal, TrainsToTheEnd
 
 from moenas import Space
 from moenas.records import Evaluation, RungResult
-from moenas.search.gray_box import GrayBox
+from moenas.search.evolution import Evolution
+from moenas.search.gray_box import Described, GrayBox
 from moenas.search.halving import Halving
-from moenas.search.neighbours import point
+from moenas.search.neighbours import Point, point
 from moenas.search.predictive import Prediction
 from moenas.search.rungs import Rule, Rungs
 from moenas.space.early_stopping import Predictive, SuccessiveHalving
@@ -53,12 +56,19 @@ class Random(TrainsToTheEnd):
         """Take in that a candidate is not trained to its end."""
 
 
-class GrayBoxMethod(Random):
-    """The sampler `gray_box`, every candidate trained to its end."""
+class Proposer(Protocol):
+    """A sampler that proposes points by the trials so far."""
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def propose(self, number: int, trials: Iterable[FrozenTrial]) -> Params | None:
+        """Return the parameters of a trial, or None if a random draw will do."""
+
+
+class SamplerMethod(Random):
+    """A sampler of moenas, every candidate trained to its end."""
+
+    def __init__(self, space: Space, seed: int, make: Callable[[Space], Proposer]) -> None:
         super().__init__(space.with_search(seed=seed), seed)
-        self._sampler = GrayBox(self.space)
+        self._sampler = make(self.space)
         self._trials: list[FrozenTrial] = []
         self._told = 0
 
@@ -90,6 +100,33 @@ class GrayBoxMethod(Random):
         trial = _trial(Proposal(number, self._trials[number].params), TrialState.PRUNED)
         trial.datetime_complete = START + timedelta(seconds=self._told)
         self._trials[number] = trial
+
+
+class CostsUnknown(GrayBox):
+    """The sampler `gray_box` without exact costs: it predicts all objectives.
+
+    It shows what the exact costs are worth.
+    """
+
+    def _describe(self, found: Point) -> Described:
+        described = super()._describe(found)
+        features = {k: v for k, v in described.features.items() if not k.startswith("cost.")}
+        return replace(described, features=features, exact={})
+
+
+def gray_box(space: Space, seed: int) -> SamplerMethod:
+    """Return the sampler `gray_box`."""
+    return SamplerMethod(space, seed, GrayBox)
+
+
+def costs_unknown(space: Space, seed: int) -> SamplerMethod:
+    """Return the sampler `gray_box` without exact costs."""
+    return SamplerMethod(space, seed, CostsUnknown)
+
+
+def evolution(space: Space, seed: int) -> SamplerMethod:
+    """Return the sampler `evolution`."""
+    return SamplerMethod(space, seed, Evolution)
 
 
 class Stopping:
