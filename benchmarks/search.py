@@ -1,16 +1,19 @@
 """Search methods on the recorded table: hypervolume against training compute.
 
     python benchmarks/search.py [--seeds 20] [--workers 4 32 256] [--methods random ...]
+    python benchmarks/search.py --page
 
-It replays benchmarks/moe_table in simulated time, writes benchmarks/results/search.json and prints
-a table. It says which share of the points was not trained: their losses are predicted. Methods of
-packages that are not installed are left out, and named; `pip install "moenas[rivals]"` installs
-them.
+It replays benchmarks/moe_table in simulated time and adds each run to
+benchmarks/results/search.json, so a second start goes on. `--page` writes docs/search_benchmark.md
+and docs/search.png from these results. The page says which share of the points was not trained:
+their losses are predicted. Methods of packages that are not installed are left out, and named;
+`pip install "moenas[rivals]"` installs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -20,17 +23,16 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from replay import methods as own
-from replay import rivals
+from replay import page, rivals
 from replay.effects import expected
 from replay.fill import every_point, filled
 from replay.simulate import Method, Progress, Simulation
-from replay.table import Table
+from replay.table import FILE, Table
 
 from moenas import Space, pareto
 
@@ -44,7 +46,17 @@ BUDGETS = {4: 400, 32: 400, 256: 800}
 """Workers -> training compute of a run, in mean candidates of the table."""
 GRID = 100
 """Points of a curve, at equal steps of compute."""
-OWN: dict[str, Make] = {"moenas gray_box": own.GrayBoxMethod}
+OWN: dict[str, Make] = {
+    "moenas gray_box": own.gray_box,
+    "moenas gray_box, halving": lambda s, seed: own.Stopping(own.gray_box(s, seed), own.halving(s)),
+    "moenas gray_box, predictive": lambda s, seed: own.Stopping(
+        own.gray_box(s, seed), own.predictive(s)
+    ),
+    "moenas gray_box, costs unknown": own.costs_unknown,
+    "moenas evolution": own.evolution,
+    "moenas random, halving": lambda s, seed: own.Stopping(own.Random(s, seed), own.halving(s)),
+}
+"""Name -> method of moenas; a comma separates what is added or left out."""
 
 
 def space() -> Space:
@@ -152,52 +164,57 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
     }
 
 
-def compute_to(curve: list[float], share: float) -> float:
-    """Return the part of the budget after which a curve reaches a share; infinite if never."""
-    reached = [i for i, value in enumerate(curve, 1) if value >= share]
-    return reached[0] / len(curve) if reached else float("inf")
+def stored(out: Path) -> page.Results:
+    """Return the results of former starts; empty if the table is another one."""
+    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    if out.exists():
+        results: page.Results = json.loads(out.read_text())
+        if results["table_sha256"] == digest:
+            return results
+    shared = bench()
+    return {
+        "table_sha256": digest,
+        "rows": len(shared.table.rows),
+        "predicted": round(shared.predicted, 4),
+        "judge_error": round(shared.judge.error, 5),
+        "budgets": {str(workers): budget for workers, budget in BUDGETS.items()},
+        "runs": [],
+    }
 
 
-def report(results: list[dict[str, Any]]) -> None:
-    """Print a row for each method and number of workers."""
-    for workers in sorted({r["workers"] for r in results}):
-        runs = [r for r in results if r["workers"] == workers]
-        final = fmean(r["curve"][-1] for r in runs if r["method"] == "random")
-        print(f"\n{workers} workers, budget {BUDGETS[workers]} mean candidates; random's final"
-              f" hypervolume is {final:.4f} of the true front's")  # fmt: skip
-        print(f"{'method':24} {'10 %':>7} {'25 %':>7} {'50 %':>7} {'100 %':>7} {'to final':>9}")
-        for name in sorted({r["method"] for r in runs}):
-            mine = np.array([r["curve"] for r in runs if r["method"] == name])
-            at = [mine[:, GRID * part // 100 - 1].mean() for part in (10, 25, 50, 100)]
-            reach = compute_to(mine.mean(axis=0).tolist(), final)
-            shares = " ".join(f"{share:7.4f}" for share in at)
-            print(f"{name:24} {shares} {reach:9.2f}  n={len(mine)}")
+def write(results: page.Results, out: Path) -> None:
+    """Write the results, a run a line."""
+    results["runs"].sort(key=lambda r: (r["workers"], r["method"], r["seed"]))
+    runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
+    head = json.dumps({**results, "runs": []})
+    out.write_text(f"{head.removesuffix(']}')}\n{runs}\n]}}\n")
 
 
 def main() -> None:
-    """Run, store and show."""
+    """Run what is missing, store and show it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="+", default=sorted(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true", help="write the page, run nothing")
     given = parser.parse_args()
+    if given.page:
+        page.write(json.loads(given.out.read_text()), ROOT / "docs")
+        return
+    results = stored(given.out)
+    done = {(r["method"], r["workers"], r["seed"]) for r in results["runs"]}
     names = available(given.methods)
-    print(
-        f"{bench().predicted:.1%} of the points are predicted; losses that were left out of the"
-        f" judge's model are {bench().judge.error:.4f} nats away from it"
-    )
-    tasks = [(m, w, s) for w in given.workers for s in range(given.seeds) for m in names]
+    tasks = [(m, w, s) for s in range(given.seeds) for w in given.workers for m in names]
+    tasks = [task for task in tasks if task not in done]
     with get_context("spawn").Pool(given.processes) as pool:
-        results = []
         for number, result in enumerate(pool.imap_unordered(one_run, tasks), 1):
-            results.append(result)
+            results["runs"].append(result)
+            write(results, given.out)
             text = f"{result['method']}, {result['workers']} workers, seed {result['seed']}"
             print(f"[{number}/{len(tasks)}] {text}: {result['seconds']} s", file=sys.stderr)
-    results.sort(key=lambda r: (r["workers"], r["method"], r["seed"]))
-    given.out.write_text(json.dumps(results, separators=(",", ":")) + "\n")
-    report(results)
+    print("\n".join(page.tables(results)))
 
 
 if __name__ == "__main__":

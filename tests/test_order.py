@@ -29,28 +29,37 @@ ORDER = """
     export report
     search workers dashboard testing
     study
+    service
     cli
     __main__
 """
 
 # Library -> the only packages that import it. `objectives` and `dashboards` are the folders.
 LIBRARIES = {
+    "a2wsgi": "service",
     "alembic": "store",
     "click": "cli",
+    "fastapi": "service",
     "fvcore": "evaluate",
+    "httpx": "service",
+    "jinja2": "service",
     "moocore": "pareto",
     "numpy": "pareto data predict evaluate export search",
     "optuna": "search store study dashboard",
     "optuna_dashboard": "dashboard",
-    "pandas": "study",
-    "plotly": "report dashboard dashboards",
+    "pandas": "study service",
+    "plotly": "report dashboard dashboards service",
+    "prometheus_client": "service",
+    "pydantic": "service",
     "rich": "cli",
     "ray": "workers",
     "safetensors": "evaluate export",
     "scipy": "predict search",
-    "sqlalchemy": "store study",
+    "sqlalchemy": "store study service",
+    "starlette": "service",
     "torch": "model data predict evaluate export testing",
     "typer": "cli",
+    "uvicorn": "service",
     "yaml": "resources",
 }
 LIGHT = "grammar store report dashboard"
@@ -199,8 +208,13 @@ def test_the_command_line_starts_light() -> None:
 def test_dependencies_name_their_packages() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
-    named = dict(re.findall(r'^\s*"([a-z-]+)[^"]*",\s*# ([^;\n]*)', listed, re.MULTILINE))
-    library_of = {"pyyaml": "yaml", "optuna-dashboard": "optuna_dashboard"}
+    listed += text.partition("\nservice = [")[2].partition("\n]")[0]
+    named = dict(re.findall(r'^\s*"([a-z0-9-]+)[^"]*",\s*# ([^;\n]*)', listed, re.MULTILINE))
+    library_of = {
+        "pyyaml": "yaml",
+        "optuna-dashboard": "optuna_dashboard",
+        "prometheus-client": "prometheus_client",
+    }
     found = {
         library_of.get(name, name): set(packages.split(", ")) for name, packages in named.items()
     }

@@ -36,6 +36,12 @@ class Method(Protocol):
     def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
         """Decide at a rung before the last; a candidate that does not go on frees its worker."""
 
+    def resumed(self, *, at_end: bool) -> int | None:
+        """Return a candidate that did not go on and trains on now; None if there is none.
+
+        `at_end`: the method has no more proposals.
+        """
+
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Take in the values of a candidate that is trained to its end."""
 
@@ -46,6 +52,10 @@ class TrainsToTheEnd:
     def goes_on(self, number: int, rung: int, values: Mapping[str, float]) -> bool:
         """Go on at every rung."""
         return True
+
+    def resumed(self, *, at_end: bool) -> int | None:
+        """Resume nothing."""
+        return None
 
 
 @dataclass
@@ -76,6 +86,8 @@ class Simulation:
         self._count = 0
         self._values: dict[str, Mapping[str, float]] = {}
         """Fingerprint -> values of the candidates that are trained to their end."""
+        self._paused: dict[int, tuple[Proposal, str, int]] = {}
+        """Candidate that did not go on -> what `_push` needs to train it on."""
         self._waiting: dict[str, list[int]] = {}
         """Fingerprint of a running candidate -> repeated proposals that wait for its values."""
         self._over = False
@@ -83,16 +95,28 @@ class Simulation:
     def run(self, budget: float) -> Progress:
         """Run until the started work has used up `budget` training FLOPs."""
         while True:
-            while not self._over and len(self._events) < self.workers and self._spent < budget:
-                if not self._start():
+            while len(self._events) < self.workers and self._spent < budget:
+                if not (self._resume() or self._start() or self._resume_last()):
                     break
             if not self._events:
                 return self.progress
             self._next()
 
+    def _resume(self, *, at_end: bool = False) -> bool:
+        """Train a candidate on that did not go on; False if the method has none now."""
+        number = self.method.resumed(at_end=at_end)
+        if number is None:
+            return False
+        self._push(*self._paused.pop(number))
+        return True
+
+    def _resume_last(self) -> bool:
+        """Do so after the last proposal, once no candidate is in training."""
+        return not self._events and self._resume(at_end=True)
+
     def _start(self) -> bool:
         """Start one candidate; False if the method has none now."""
-        for _ in range(FREE_REPEATS):
+        for _ in range(0 if self._over else FREE_REPEATS):
             proposal = self.method.ask()
             if proposal is None:
                 return False
@@ -127,6 +151,8 @@ class Simulation:
         if rung < RUNGS:
             if self.method.goes_on(proposal.number, rung, values):
                 self._push(proposal, fingerprint, rung + 1)
+            else:
+                self._paused[proposal.number] = proposal, fingerprint, rung + 1
             return
         self._values[fingerprint] = values
         # At the end of a run some workers are idle.

@@ -54,12 +54,46 @@ def _training(tokens: float, cost: Plain) -> Spending:
     return Spending(train_tokens=tokens, train_flops=flops)
 
 
+def of_pause(tokens: int, cost: Plain) -> Spending:
+    """Return what the training of a candidate up to a rung has taken."""
+    return _training(float(tokens), cost)
+
+
 def spending(store: StoreReader, study: str) -> Spending:
-    """Return what all runs of a study have spent."""
-    return store.read(study, lambda connection: _spending(connection, study))
+    """Return what all runs of a study have spent; paused candidates count up to their rung."""
+
+    def read(connection: Connection) -> Spending:
+        return sum(_of_paused(connection, study).values(), start=_recorded(connection, study))
+
+    return store.read(study, read)
 
 
-def _spending(connection: Connection, study: str) -> Spending:
+def recorded(store: StoreReader, study: str) -> Spending:
+    """Return what all runs have spent, without the training of paused candidates."""
+    return store.read(study, lambda connection: _recorded(connection, study))
+
+
+def of_paused(store: StoreReader, study: str) -> dict[int, Spending]:
+    """Return trial -> what its training has taken, of candidates that wait at a rung."""
+    return store.read(study, lambda connection: _of_paused(connection, study))
+
+
+def _of_paused(connection: Connection, study: str) -> dict[int, Spending]:
+    rung, candidate = tables.rung.c, tables.candidate.c
+    if not statements.exists(connection, tables.rung):
+        return {}
+    this = (candidate.study == rung.study) & (candidate.trial == rung.trial)
+    rows = connection.execute(
+        select(rung.trial, rung.tokens, candidate.cost)
+        .join(tables.candidate, this)
+        .where(rung.study == study, rung.checkpoint_sha256.is_not(None))
+    )
+    finished = select(tables.evaluation.c.trial).where(tables.evaluation.c.study == study)
+    evaluated = set(connection.scalars(finished))
+    return {r.trial: of_pause(r.tokens, r.cost) for r in rows if r.trial not in evaluated}
+
+
+def _recorded(connection: Connection, study: str) -> Spending:
     evaluation, curve, run = tables.evaluation.c, tables.curve.c, tables.run.c
     seconds, reused = 0.0, set[int]()
     # A reader does not change a database of an older schema.

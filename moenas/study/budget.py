@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from moenas.errors import MoenasError
-from moenas.records import EndReason, Evaluation
+from moenas.records import EndReason, Evaluation, Plain
 from moenas.store import spending
 from moenas.store.spending import Spending
 from moenas.store.study_store import StudyStore
@@ -27,6 +27,8 @@ class Budget:
         self._store, self._stop = store, stop
         self._before = Spending()
         """What earlier runs, and this one up to its last evaluation, have spent."""
+        self._paused: dict[int, Spending] = {}
+        """Trial -> what its training has taken, of the candidates that wait at a rung."""
         self._volumes: list[float] = []
         """Hypervolume after each evaluated candidate."""
         self._began, self._began_at = time.monotonic(), ""
@@ -34,15 +36,21 @@ class Budget:
 
     def start(self) -> None:
         """Load what earlier runs have spent; the wall time of this run counts from now on."""
-        self._before = spending.spending(self._store.store, self._store.name)
+        self._before = spending.recorded(self._store.store, self._store.name)
+        self._paused = spending.of_paused(self._store.store, self._store.name)
         self._began = time.monotonic()
         self._began_at = datetime.now(UTC).isoformat(timespec="microseconds")
         self._load_volumes()
 
     def add(self, evaluation: Evaluation) -> None:
         """Count an evaluation of this run, which is stored already."""
+        self._paused.pop(evaluation.trial, None)
         self._before += spending.of_evaluation(evaluation)
         self._load_volumes()
+
+    def pause(self, trial: int, tokens: int, cost: Plain) -> None:
+        """Count the training of a candidate that waits at a rung, after `tokens`."""
+        self._paused[trial] = spending.of_pause(tokens, cost)
 
     def report(self, *, last: bool = False) -> None:
         """Store the wall time of this run every REPORT_S seconds, and at its end.
@@ -59,7 +67,8 @@ class Budget:
     @property
     def spent(self) -> Spending:
         """What all runs have spent up to now."""
-        return self._before + Spending(time.monotonic() - self._began)
+        before = self._before + Spending(time.monotonic() - self._began)
+        return sum(self._paused.values(), start=before)
 
     @property
     def used_up(self) -> EndReason | None:

@@ -87,6 +87,12 @@ class Driver:
         """Start or draw one candidate, if there is room and need; say whether one was."""
         if self.faults.pause or not (self._has_room or self._asks_ahead):
             return False
+        # A paused candidate comes before one that was drawn ahead: the next one is drawn at once.
+        # Trials of an earlier run come first: only then are all paused candidates known.
+        promotes = self._has_room and not (self.trials.interrupted or self.session.budget.used_up)
+        if promotes and (promoted := self.paused.next()) is not None:
+            self._guarded(promoted, self._start)
+            return True
         if self.ahead:
             self._guarded(self.ahead.popleft(), self._start)
             return True
@@ -95,11 +101,6 @@ class Driver:
             if (delayed := self.delayed.pop(nothing_else)) is not None:
                 self._guarded(delayed, self._start)
                 return True
-        # Trials of an earlier run come first: only then are all paused candidates known.
-        promotes = self._has_room and not (self.trials.interrupted or self.session.budget.used_up)
-        if promotes and (promoted := self.paused.next()) is not None:
-            self._guarded(promoted, self._start)
-            return True
         if not self._needs_draw:
             return False
         try:
@@ -266,6 +267,8 @@ class Driver:
         self._record_crashed()  # a worker lives, so the crashes are the candidates' own
         if evaluation.status == "paused":
             self.paused.pause(candidate, evaluation)
+            tokens = evaluation.curve[-1]["tokens"]
+            self.session.budget.pause(candidate.number, tokens, candidate.cost)
             self._stop(self.paused.hopeless())
             return
         self._record(candidate, evaluation)

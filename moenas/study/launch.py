@@ -264,7 +264,7 @@ def run(
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    corpus, first = _checked(space, storage)
+    corpus, first = check_start(space, storage)
     known = Store.known(storage, space.name)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
@@ -305,7 +305,7 @@ def dry_run(
     """
     from moenas.study.estimate import estimate
 
-    corpus, _ = _checked(space, storage)
+    corpus, _ = check_start(space, storage)
     known, done = Store.known(storage, space.name), 0
     if known is not None:
         refuse_changes(known, space, corpus)
@@ -316,10 +316,13 @@ def dry_run(
     return estimate(space, corpus, storage=storage, trials=left, workers=count)
 
 
-def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
-    """Check what can be checked before anything is written.
+def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
+    """Check what can be checked of a study before anything is written.
 
     Returns the corpus of the space, and the architectures to start from.
+
+    Raises:
+        InputError: as `run`.
     """
     from moenas.evaluate.matching import open_corpus
 

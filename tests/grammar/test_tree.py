@@ -7,10 +7,11 @@ from toys import Axle, Cart, Disc, Spoked, Wheel
 
 from moenas.errors import SpaceError
 from moenas.grammar import tree as grammar
+from moenas.grammar.nodes import Choice, Tree
 from moenas.resources import Node, parse_yaml
 
 
-def read(text: str, cls: type[grammar.Component] = Cart) -> grammar.Tree:
+def read(text: str, cls: type[grammar.Component] = Cart) -> Tree:
     return grammar.read(cls, parse_yaml(text, "f"))
 
 
@@ -109,7 +110,7 @@ def test_equal_kinds_get_labels_of_their_own() -> None:
     tree = read(
         "{choice: [{kind: disc}, {kind: disc, radius: 4}, {preset: light, kind: spoked}]}", Wheel
     )
-    assert isinstance(tree, grammar.Choice)
+    assert isinstance(tree, Choice)
     assert tree.labels == ("disc", "disc-2", "spoked")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from studies import ARCHITECTURE, SMALL, assert_sound, fake, params, scripted, space
+from studies import ARCHITECTURE, SMALL, assert_sound, counts, fake, params, scripted, space
 
 from moenas.errors import NoCandidateError, SpaceError
 from moenas.pareto import hypervolume
@@ -124,6 +124,7 @@ def test_the_wall_time_counts_over_all_runs() -> None:
     more = run(stopping(f"{{wall_time: {before + 1.5:.2f}}}"), pool=scripted(slow))
     assert count < len(more.view.evaluations) <= count + 6
     assert spending(more.store, "s").wall_seconds >= before + 1.5
+    assert_sound_at(more, sum(map(counts, more.view.evaluations)))
     assert_sound_at(more, len([e for e in more.view.evaluations if not e.is_copy]))
 
 

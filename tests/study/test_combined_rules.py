@@ -1,0 +1,92 @@
+"""Early stopping together with asks ahead, rules that stop a study, and reuse."""
+
+from __future__ import annotations
+
+import pytest
+from studies import Scripted, assert_sound, counts, fake
+from test_paused_candidates import HALVING, assert_no_leftovers, halving, stand_in, trained
+
+from moenas.search import gray_box
+from moenas.space.space import Space
+from moenas.store import rungs as rung_rows
+from moenas.store.spending import spending
+from moenas.study import doctor
+from moenas.study.launch import Study, run
+from moenas.workers.pool import Result
+
+pytestmark = pytest.mark.usefixtures("study_folder")
+
+BOTH = "[val_loss, flops_per_token]"
+
+
+class Trains(Scripted):
+    """A pool of two that trains by the stand-in, with checkpoints and weights."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda job: fake(job)[0])
+
+    def wait(self, timeout: float) -> list[Result]:
+        if timeout == 0.0 or not self.jobs:
+            return []
+        job = self.jobs.pop()
+        return [Result(job, *stand_in(job))]
+
+
+def of_tokens(tokens: int) -> Space:
+    """A study of 40 trials by gray_box, with halving, that stops at a number of tokens."""
+    text = halving(HALVING, objectives=BOTH).text
+    text = text.replace("search: {", f"search: {{stop: {{train_tokens: {tokens}}}, ")
+    text = text.replace("sampler: random", "sampler: gray_box").replace("trials: 14", "trials: 40")
+    return Space.parse(text, "s.yaml")
+
+
+def evaluated(found: Study) -> int:
+    return sum(map(counts, found.view.evaluations))
+
+
+def assert_whole(found: Study) -> None:
+    """Every rung was trained once, all rows agree, and nothing is left over."""
+    found.store.set_trials(found.name, evaluated(found))
+    assert_sound(found, evaluated(found))
+    assert set(trained().values()) == {1}
+    assert not rung_rows.pauses(found.store, found.name)
+    assert doctor.examine(found.store, found.name) == []
+    assert_no_leftovers(found)
+
+
+def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gray_box, "INITIAL", 3)
+    monkeypatch.setattr(gray_box, "DRAWN", 160)
+    monkeypatch.setattr(gray_box, "MUTATIONS", 20)
+    found = run(of_tokens(5_000), pool=Trains())
+    assert found.finished == "train_tokens"
+    assert spending(found.store, "s").train_tokens == 256 * len(trained())
+    # Two that ran and one drawn ahead end at a rung after the budget is used up; then all paused
+    # candidates are stopped.
+    assert 5_000 <= 256 * len(trained()) <= 5_000 + 256 * 4
+    statuses = {e.status for e in found.view.evaluations}
+    assert statuses == {"complete", "stopped"}
+    assert_whole(found)
+    before = evaluated(found)
+    more = run(of_tokens(9_000), pool=Trains())
+    assert more.finished == "train_tokens"
+    assert evaluated(more) > before
+    assert_whole(more)
+
+
+def test_a_study_with_rungs_reuses_what_another_one_trained_to_the_end() -> None:
+    first = run(halving(objectives=BOTH), workers="inline")
+    second = run(halving(name="t", objectives=BOTH), workers="inline")
+    complete = {e.fingerprint for e in first.view.evaluations if e.status == "complete"}
+    reused = {e.fingerprint for e in second.view.evaluations if e.reused_from is not None}
+    assert reused == complete
+    # What the first one stopped is trained again: it has no final loss.
+    stopped = {e.fingerprint for e in second.view.evaluations if e.reused_from is None}
+    assert stopped == {e.fingerprint for e in first.view.evaluations} - complete
+    assert_sound(second, evaluated(first))
+    values = {e.fingerprint: e.values for e in first.view.evaluations if e.status == "complete"}
+    for evaluation in second.view.evaluations:
+        if evaluation.fingerprint in values:
+            assert evaluation.values == values[evaluation.fingerprint]
