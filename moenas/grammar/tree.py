@@ -56,7 +56,6 @@ def has_holes(tree: Tree) -> bool:
 
 
 def read(family: type[Component], node: Node, path: str = "", name: str = "") -> Tree:
-def read(family: type[Component], node: Node, path: str = "") -> Tree:
     """Read a component, or a hole with components as options, from YAML or plain data.
 
     `name` is the field that holds it, for errors; without one, the end of the path.
