@@ -15,7 +15,6 @@ from moenas.grammar.component import (
     Component,
     Conflict,
     Field,
-    Scalar,
     accepted_mapping,
     fields,
     join,
