@@ -13,6 +13,7 @@ import pytest
 
 LONGEST = (
     "tests/chaos/",
+    "tests/service/",
     "tests/workers/test_ray_processes.py",
     "tests/study/test_launch.py",
     "tests/workers/",
@@ -22,6 +23,10 @@ LONGEST = (
 )
 """Files that take minutes, the longest first. Two processes share the files of a run: one that starts
 last with a long file leaves the other idle."""
+
+
+LASTING: dict[int, Any] = {}
+"""By their ids, connections of servers that last for several tests; their threads use them between tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -112,7 +117,8 @@ def no_connection_left_open() -> Iterator[None]:
     yield
     event.remove(Pool, "connect", keep)
     for connection in opened:
-        connection.close()
+        if id(connection) not in LASTING:
+            connection.close()
 
 
 @pytest.fixture

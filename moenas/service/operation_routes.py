@@ -9,7 +9,7 @@ from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from moenas.service import schemas, tasks
 from moenas.service.problems import Problem
@@ -43,7 +43,7 @@ def get_readiness(service: Service) -> schemas.Health:
     return schemas.Health(status="ok")
 
 
-@router.get("/metrics", tags=["operation"])
+@router.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
 def get_metrics(service: Service) -> Response:
     """Return the state of the queue in Prometheus' text format."""
     registry = CollectorRegistry()

@@ -100,6 +100,8 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
     Raises:
         NotFoundError: if there is none of this name.
     """
+    # Read first: whoever waits for events after it misses no change of the state.
+    newest = store.query(study_events.newest).get(name, 0)
     found = listed(store, name)
     own = found.submission
     objectives: list[Plain] = []
@@ -112,7 +114,6 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
         objectives = [{key: o[key] for key in keys} for o in record.objectives]
         said = status_report(store, name)
         progress = {key: said[key] for key in schemas.Progress.model_fields}
-    newest = store.query(study_events.newest).get(name, 0)
     return schemas.StudyDetail(
         **study_row(store, found),
         objectives=[schemas.Objective(**o) for o in objectives],
