@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moenas.errors import SpaceError
-from moenas.grammar.component import Component, Scalar, fields
+from moenas.grammar.component import Component, fields
+from moenas.grammar.conditions import Scalar
 from moenas.grammar.sampling import RandomSuggest
 from moenas.model import FFN, FeedForward, MoE, MoEFFN
 from moenas.model.architecture import Architecture, Model

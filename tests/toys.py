@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from moenas.grammar.component import Component, setting
+from moenas.grammar.nodes import Tree
 from moenas.grammar.sampling import draw
-from moenas.grammar.tree import Tree
 from moenas.records import Plain
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, get_args, get_origin
 
 from moenas.errors import SpaceError
+from moenas.grammar.conditions import Conditions, Scalar, Values
 from moenas.records import Cost, Plain
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="Component")
 
-Scalar = None | bool | int | float | str
 MAX_NUMBER = 10**15
 """Fits into every database's integers; infinities and nan are refused with it."""
 
@@ -31,14 +31,18 @@ def setting(
     high: float | None = None,
     multiple: int | None = None,
     why: str | None = None,
+    without_effect: Conditions | Mapping[str, Values] = (),
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
     `low` and `high` are inclusive. `multiple` asks for a multiple of that number. `why` is the
-    reason for the bounds; an error says it.
+    reason for the bounds; an error says it. `without_effect` maps other fields of the component to
+    values: where they have these, the field has no effect and is not drawn. It then needs a
+    default. Several mappings are alternatives.
     """
+    conditions = (without_effect,) if isinstance(without_effect, Mapping) else without_effect
     metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "why": why}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "without_effect": conditions})
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Field:
     multiple: int | None = None
     why: str | None = None
     """The reason for the bounds."""
+    without_effect: Conditions = ()
+    """Values of other fields beside which this one has no effect."""
 
     @property
     def required(self) -> bool:
@@ -74,11 +80,8 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(str(c) for c in self.choices)
         if self.component is not None:
-            name = self.component.__name__.lower()
-            if self.is_list:
-                return f"a list of {name} mappings"
-            kinds = ", ".join(self.component.kinds) if self.component.kind is None else ""
-            return f"a mapping ({name})" + (f" or one of its kinds: {kinds}" if kinds else "")
+            mapping = accepted_mapping(self.component)
+            return f"a list, each item {mapping}" if self.is_list else mapping
         if self.is_list:
             return "a list of words"
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
@@ -242,6 +245,13 @@ class Component:
                 yield name, value
 
 
+def accepted_mapping(family: type[Component]) -> str:
+    """Say in words which mapping a family accepts: by its kinds, or by its fields."""
+    if family.kind is None and family.kinds:
+        return f"a mapping with a kind, or one of the kinds {', '.join(family.kinds)}"
+    return f"a mapping of {', '.join(fields(family))}"
+
+
 def changed(component: C, **changes: Any) -> C:
     """Return a component with other values of some fields; the same object if none is another.
 
@@ -346,6 +356,7 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         high=meta.get("high"),
         multiple=meta.get("multiple"),
         why=meta.get("why"),
+        without_effect=meta.get("without_effect", ()),
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moenas.errors import SpaceError
+from moenas.grammar.nodes import Range, Tree
 from moenas.grammar.sampling import draw, holes
-from moenas.grammar.tree import Range, Tree
 
 
 class _Walk:

@@ -13,7 +13,7 @@ from operator import or_
 from typing import TypeVar
 
 from moenas.grammar.component import Component, fields, join
-from moenas.grammar.tree import Choice, Fixed, Listing, Record, Tree
+from moenas.grammar.nodes import Choice, Fixed, Listing, Record, Tree
 
 V = TypeVar("V")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moenas.grammar.component import Component, Field, fields
+from moenas.grammar.hole_reading import FIT, FIT_COSTS
 from moenas.records import Plain
 
 _LAYER: Plain = {"type": "string", "description": "the name of a layer of `layers`"}
@@ -77,6 +78,8 @@ class SchemaWriter:
             options.append(_range("int"))
         if float in field.scalars:
             options.append(_range("float"))
+        if field.multiple is not None:
+            options.append(_fit())
         return {"anyOf": options}
 
 
@@ -99,6 +102,25 @@ def _range(hole: str) -> Plain:
             hole: {"type": "array", "items": number, "minItems": 2, "maxItems": 2},
             "step": number,
             "log": {"type": "boolean"},
+        },
+    }
+
+
+def _fit() -> Plain:
+    number = {"type": "number"}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": [FIT],
+        "properties": {
+            FIT: {
+                "type": "object",
+                "additionalProperties": False,
+                "minProperties": 1,
+                "properties": {
+                    name: {**number, "minimum": 0} for name in (*FIT_COSTS, "within", "multiple_of")
+                },
+            }
         },
     }
 

@@ -1,4 +1,4 @@
-"""Draws from a space: its holes, random and enumerated points, and options that never fit."""
+"""Draws from a space: its holes, and what fills them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Component, Scalar, fields, join
+from moenas.grammar.component import Component, fields, join
+from moenas.grammar.conditions import Scalar, Values
 from moenas.grammar.counting import draws_each_layer
-from moenas.grammar.tree import (
-    Choice,
-    Fixed,
-    Listing,
-    Range,
-    Record,
-    Tree,
-    conflict,
-    has_holes,
-    make,
-)
+from moenas.grammar.field_effects import drawing_order, has_effect, word
+from moenas.grammar.nodes import Choice, Fit, Fixed, Listing, Range, Record, Tree, has_holes
+from moenas.grammar.tree import conflict, make
 from moenas.records import Plain
 
-TRIES = 1000
-"""Random architectures tried before an option is called never valid."""
 MANY = 10_000
 """Different components of one place that are kept."""
 WHOLE, FIXED, OPEN = "whole", "fixed", "open"
 """Keys of what a record keeps: itself without holes, its fields without holes, those with."""
-LOOKS = 64
-"""Values of a range that are tried, spread evenly."""
 
 
 class Suggest(Protocol):
@@ -90,10 +78,12 @@ class Hole:
     tree: Choice | Range
     given: dict[str, Any]
     """Answers to other holes that make this one exist."""
+    depends: bool = False
+    """Its field has an effect beside some values of other fields alone."""
 
 
 def holes(tree: Tree) -> Iterator[Hole]:
-    """Yield every hole; a varied group of layers yields those of its first layer.
+    """Yield every hole that can have an effect; of a varied group of layers those of its first.
 
     A hole of a named layer is yielded where the layer is used first.
     """
@@ -107,10 +97,25 @@ def holes(tree: Tree) -> Iterator[Hole]:
 def shared_holes(tree: Tree) -> dict[str, list[int]]:
     """Return the holes of named layers, by name, with their places among all holes written out."""
     found: dict[str, list[int]] = {}
-    for i, hole in enumerate(_holes(tree, "", {})):
+    for i, hole in enumerate(_holes(tree, "", {}, every=True)):
         if hole.tree.shared:
             found.setdefault(hole.name, []).append(i)
     return found
+
+
+def depends_on_other_fields(tree: Tree) -> bool:
+    """Whether a field with a hole has an effect beside some values of other fields alone."""
+    if isinstance(tree, Record):
+        known = fields(tree.cls)
+        return any(
+            bool(known[name].without_effect) or depends_on_other_fields(value)
+            for name, value in tree.fields.items()
+            if has_holes(value)
+        )
+    if isinstance(tree, Choice | Listing):
+        inner = tree.options if isinstance(tree, Choice) else tree.items
+        return any(map(depends_on_other_fields, inner))
+    return False
 
 
 def _named(tree: Tree, path: str) -> str:
@@ -118,30 +123,103 @@ def _named(tree: Tree, path: str) -> str:
     return (tree.shared if isinstance(tree, Choice | Range) else "") or path
 
 
-def _holes(tree: Tree, path: str, given: dict[str, Any]) -> Iterator[Hole]:
+def _holes(tree: Tree, path: str, given: dict[str, Any], *, every: bool = False) -> Iterator[Hole]:
+    """Yield the holes that can have an effect, or `every` hole, in the order of the fields."""
     path = _named(tree, path)
     if isinstance(tree, Range):
         yield Hole(path + tree.name, tree, given)
     elif isinstance(tree, Choice):
         yield Hole(path, tree, given)
         for label, option in zip(tree.labels, tree.options, strict=True):
-            yield from _holes(option, join(path, label), {**given, path: label})
+            yield from _holes(option, join(path, label), {**given, path: label}, every=every)
     elif isinstance(tree, Listing):
         for i, item in enumerate(tree.items, tree.first):
-            yield from _holes(item, join(path, i), given)
+            yield from _holes(item, join(path, i), given, every=every)
     elif isinstance(tree, Record):
         varied = draws_each_layer(tree)
         for name, value in tree.fields.items():
             inner = join(path, 0) if varied and name != "repeat" else path
-            yield from _holes(value, join(inner, name), given)
+            if not has_holes(value):
+                continue
+            needed = {} if every else answers_with_effect(tree, name, inner)
+            if needed is None:
+                continue
+            for hole in _holes(value, join(inner, name), {**given, **needed}, every=every):
+                yield replace(hole, depends=True) if needed and hole.tree is value else hole
 
 
-class _Once:
+def answers_with_effect(tree: Record, name: str, path: str) -> dict[str, Any] | None:
+    """Return answers to holes of a record beside which a field has an effect; None if none exist.
+
+    `path` names the holes of the record. They are the first such answers, not all.
+    """
+    found: dict[str, Any] = {}
+    for condition in fields(tree.cls)[name].without_effect:
+        alternatives = (
+            _answers_outside(tree, other, values, path) for other, values in condition.items()
+        )
+        first = next((answers for answers in alternatives if answers is not None), None)
+        if first is None:
+            return None
+        found |= first
+    return found
+
+
+def _answers_outside(tree: Record, name: str, values: Values, path: str) -> dict[str, Any] | None:
+    """Return answers beside which a field has an effect and a value that is not in a set."""
+    own = answers_with_effect(tree, name, path)
+    if own is None:  # it counts as if it had its default
+        return None if word(fields(tree.cls)[name].default) in values else {}
+    inner = _value_outside(tree.fields[name], values, join(path, name))
+    return None if inner is None else {**own, **inner}
+
+
+def _value_outside(tree: Tree, values: Values, path: str) -> dict[str, Any] | None:
+    """Return answers that give a tree a value that is not in a set; None if it has none."""
+    if isinstance(tree, Choice):
+        path = _named(tree, path)
+        for label, option in zip(tree.labels, tree.options, strict=True):
+            inner = path if isinstance(option, Fixed) else join(path, label)
+            if (found := _value_outside(option, values, inner)) is not None:
+                return {path: label, **found}
+        return None
+    if isinstance(tree, Range):
+        ends = (tree.low, tree.low + (tree.step or 0), tree.high)
+        outside = next((x for x in ends if x <= tree.high and x not in values), None)
+        if outside is None:
+            return None
+        answer = int(outside) // tree.unit if tree.whole else outside
+        return {_named(tree, path) + tree.name: answer}
+    return None if tree_word(tree) in values else {}
+
+
+def tree_word(tree: Tree) -> Scalar:
+    """Return the word of a tree that is no hole: of a value itself, of a component its kind."""
+    if isinstance(tree, Fixed):
+        return tree.value
+    return (tree.cls.kind or "") if isinstance(tree, Record) else ""
+
+
+class Answers:
     """Asks for each name once: a named layer has the same values in all its uses."""
 
     def __init__(self, suggest: Suggest) -> None:
         self.suggest = suggest
         self.answers: dict[str, Any] = {}
+        self.fitted: int | None = None
+        """The width of the fit; None: the smallest that it allows."""
+        self.has_fit = False
+        """Whether a draw asked for the width of the fit."""
+
+    @classmethod
+    def of(cls, suggest: Suggest) -> Answers:
+        """Return answers that are given already, or those of another source."""
+        return suggest if isinstance(suggest, cls) else cls(suggest)
+
+    def width(self, fit: Fit) -> int:
+        """Return the width of a fit."""
+        self.has_fit = True
+        return fit.low if self.fitted is None else self.fitted
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """Return the choice of this name."""
@@ -166,12 +244,14 @@ class _Once:
 
 def draw(tree: Tree, suggest: Suggest) -> Any:
     """Fill every hole and return plain data; names are dotted paths, options included."""
-    return _draw(tree, _Once(suggest), "")
+    return _draw(tree, Answers.of(suggest), "")
 
 
-def _draw(tree: Tree, suggest: Suggest, path: str) -> Any:
+def _draw(tree: Tree, suggest: Answers, path: str) -> Any:
     if isinstance(tree, Fixed):
         return tree.value
+    if isinstance(tree, Fit):
+        return suggest.width(tree)
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
@@ -180,13 +260,33 @@ def _draw(tree: Tree, suggest: Suggest, path: str) -> Any:
     if isinstance(tree, Listing):
         items = enumerate(tree.items, tree.first)
         return [x for i, item in items for x in _draw_item(item, suggest, join(path, i))]
-    found: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}
-    for name, value in tree.fields.items():
-        found[name] = _draw(value, suggest, join(path, name))
-    return found
+    return _draw_fields(tree, suggest, path, {})
 
 
-def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
+def _draw_fields(tree: Record, suggest: Answers, path: str, given: Plain) -> Plain:
+    """Return a record as plain data; `given` answers some of its fields.
+
+    A hole without effect is not asked for: its field has the default.
+    """
+    values = dict(given)
+
+    def word_of(name: str) -> Scalar:
+        return word(values[name])
+
+    for name in drawing_order(tree.cls):
+        value = tree.fields[name]
+        if name in given:
+            continue
+        if has_holes(value) and not has_effect(tree.cls, name, word_of):
+            default = fields(tree.cls)[name].default
+            values[name] = default.plain() if isinstance(default, Component) else default
+        else:
+            values[name] = _draw(value, suggest, join(path, name))
+    kind: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}
+    return kind | {name: values[name] for name in tree.fields}
+
+
+def _draw_option(tree: Choice, suggest: Answers, path: str) -> tuple[Tree, str]:
     """Draw one option of a choice; return it and the path of the holes in it."""
     path = _named(tree, path)
     label = suggest.suggest_categorical(path, tree.labels)
@@ -197,7 +297,7 @@ def _draw_option(tree: Choice, suggest: Suggest, path: str) -> tuple[Tree, str]:
     return option, path if isinstance(option, Fixed) else join(path, label)
 
 
-def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
+def _draw_item(tree: Tree, suggest: Answers, path: str) -> list[Any]:
     """Draw one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
@@ -206,20 +306,14 @@ def _draw_item(tree: Tree, suggest: Suggest, path: str) -> list[Any]:
     return [_draw(tree, suggest, path)]
 
 
-def _draw_layers(tree: Record, suggest: Suggest, path: str) -> list[Plain]:
+def _draw_layers(tree: Record, suggest: Answers, path: str) -> list[Plain]:
     """Draw the number of layers of a varied group, then each layer by itself."""
     repeat = _draw(tree.fields["repeat"], suggest, join(path, "repeat"))
-    layers = []
-    for i in range(repeat):
-        layer: Plain = {"repeat": 1, "vary": False}
-        for name, value in tree.fields.items():
-            if name not in layer:
-                layer[name] = _draw(value, suggest, join(join(path, i), name))
-        layers.append(layer)
-    return layers
+    given: Plain = {"repeat": 1, "vary": False}
+    return [_draw_fields(tree, suggest, join(path, i), given) for i in range(repeat)]
 
 
-def _draw_range(tree: Range, suggest: Suggest, path: str) -> float:
+def _draw_range(tree: Range, suggest: Answers, path: str) -> float:
     path = _named(tree, path) + tree.name
     if tree.log and tree.whole:
         unit = tree.unit
@@ -240,16 +334,18 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     Raises:
         SpaceError: where the fields are written that do not go together.
     """
-    component: Component = _fill(tree, _Once(suggest), "")
+    component: Component = _fill(tree, Answers.of(suggest), "")
     if whole and (reason := component.invalid_together()) is not None:
         raise conflict(component, reason)
     return component
 
 
-def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
+def _fill(tree: Tree, suggest: Answers, path: str) -> Any:
     """Return the value of a tree; `path` names its holes."""
     if isinstance(tree, Fixed):
         return tree.value
+    if isinstance(tree, Fit):
+        return suggest.width(tree)
     if isinstance(tree, Range):
         return _draw_range(tree, suggest, path)
     if isinstance(tree, Choice):
@@ -268,22 +364,31 @@ def _fill(tree: Tree, suggest: Suggest, path: str) -> Any:
     return component
 
 
-def _made(tree: Record, suggest: Suggest, path: str, given: Plain) -> Component:
+def _made(tree: Record, suggest: Answers, path: str, given: Plain) -> Component:
     """Return the component of a record; `given` answers some of its fields."""
     if FIXED not in tree.drawn:
         closed = {name: value for name, value in tree.fields.items() if not has_holes(value)}
         tree.drawn[FIXED] = {name: _fill(x, suggest, "") for name, x in closed.items()}
         known = fields(tree.cls)
         tree.drawn[OPEN] = [
-            (name, value, known[name].convert if isinstance(value, Choice | Range) else None)
-            for name, value in tree.fields.items()
-            if name not in closed
+            (known[name], value, known[name].convert if isinstance(value, Choice | Range) else None)
+            for name in drawing_order(tree.cls)
+            if has_holes(value := tree.fields[name])
         ]
     closed, values = tree.drawn[FIXED], dict(given)
-    for name, value, convert in tree.drawn[OPEN]:
-        if name not in given:
-            found = _fill(value, suggest, join(path, name))
-            values[name] = found if convert is None else convert(found)
+
+    def word_of(name: str) -> Scalar:
+        return word(values[name] if name in values else closed[name])
+
+    for field, value, convert in tree.drawn[OPEN]:
+        name = field.name
+        if name in given:
+            continue
+        if field.without_effect and not has_effect(tree.cls, name, word_of):
+            values[name] = field.default
+            continue
+        found = _fill(value, suggest, join(path, name))
+        values[name] = found if convert is None else convert(found)
     # Parts are made once, so two of the same fields are one object; True is not 1.
     answers = tuple(map(_answer, values.values()))
     component: Component | None = tree.drawn.get(answers)
@@ -301,7 +406,7 @@ def _answer(value: Any) -> Any:
     return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
-def _fill_item(tree: Tree, suggest: Suggest, path: str, found: list[Any]) -> None:
+def _fill_item(tree: Tree, suggest: Answers, path: str, found: list[Any]) -> None:
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
@@ -313,140 +418,3 @@ def _fill_item(tree: Tree, suggest: Suggest, path: str, found: list[Any]) -> Non
     given: Plain = {"repeat": 1, "vary": False}
     for i in range(repeat):
         found.append(_made(tree, suggest, join(path, i), given))
-
-
-def check_options(tree: Tree) -> None:
-    """Refuse a space with an option that no valid architecture can have.
-
-    Looks at each item of a list, and one layer of a varied group, by itself. An option counts as
-    never valid if none of TRIES random ones that have it is valid. Of a long range, LOOKS values
-    are tried, both ends among them.
-
-    Raises:
-        SpaceError: at the place of the option, with the reason of the last try.
-    """
-    for narrow in _narrowed(tree):
-        if has_holes(narrow):
-            _check_narrow(narrow)
-        else:
-            drawn(narrow, RandomSuggest(0), whole=False)
-
-
-def _check_narrow(tree: Tree) -> None:
-    """Try the options of all holes side by side, then those that were in nothing valid alone."""
-    known = {hole.name: (hole, _options(hole.tree)) for hole in holes(tree)}
-    left = {name: [label for label, _ in options] for name, (_, options) in known.items()}
-    for seed in range(max(map(len, left.values()))):
-        noted = _Asked(seed, {name: labels[0] for name, labels in left.items() if labels})
-        for name, label in noted.forced.items():
-            left[name].remove(label)
-            left[name].append(label)
-        try:
-            drawn(tree, noted, whole=False)
-        except SpaceError:
-            continue
-        for name, label in noted.asked.items():
-            left[name] = [x for x in left[name] if not _same(x, label)]
-    if all(len(left[name]) == len(options) for name, (_, options) in known.items()):
-        _require_one(tree)
-    for name, labels in left.items():
-        hole, options = known[name]
-        marks = dict(zip(map(repr, (label for label, _ in options)), options, strict=True))
-        for label in labels:
-            forced = {**hole.given, name: label}
-            unit = hole.tree.unit if isinstance(hole.tree, Range) else 1
-            shown = repr(label) if unit == 1 else f"{unit} * {label}"
-            if (reason := _never_valid(tree, forced)) is not None:
-                raise SpaceError(
-                    f"{shown} can never be valid: {reason}",
-                    location=marks[repr(label)][1],
-                    path=name,
-                )
-
-
-def _same(a: Scalar, b: Scalar) -> bool:
-    return a == b and type(a) is type(b)
-
-
-class _Asked(RandomSuggest):
-    """Draws at random and notes what was asked for, and the answers."""
-
-    def __init__(self, seed: int, forced: Mapping[str, Any]) -> None:
-        super().__init__(seed, forced)
-        self.asked: dict[str, Any] = {}
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """Return the forced or a random choice."""
-        self.asked[name] = super().suggest_categorical(name, choices)
-        return self.asked[name]
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int, log: bool) -> int:
-        """Return the forced or a random whole number."""
-        self.asked[name] = super().suggest_int(name, low, high, step=step, log=log)
-        return int(self.asked[name])
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None, log: bool
-    ) -> float:
-        """Return the forced or a random number."""
-        self.asked[name] = super().suggest_float(name, low, high, step=step, log=log)
-        return float(self.asked[name])
-
-
-def _narrowed(tree: Tree) -> list[Tree]:
-    """Return copies of a tree whose lists have one item each, so that every item has a copy."""
-    if isinstance(tree, Listing):
-        items = enumerate(tree.items, tree.first)
-        return [Listing((n,), tree.mark, i) for i, item in items for n in _narrowed(item)]
-    if isinstance(tree, Choice):
-        several = [_narrowed(option) for option in tree.options]
-        firsts = tuple(narrow[0] for narrow in several)
-        return [
-            replace(tree, options=(*firsts[:i], narrow, *firsts[i + 1 :]))
-            for i, narrows in enumerate(several)
-            for narrow in (narrows if i == 0 else narrows[1:])
-        ]
-    if not isinstance(tree, Record):
-        return [tree]
-    several_fields = {name: _narrowed(value) for name, value in tree.fields.items()}
-    if draws_each_layer(tree):
-        several_fields["repeat"] = [Fixed(1, tree.fields["repeat"].mark)]
-    first = {name: narrows[0] for name, narrows in several_fields.items()}
-    others = [(name, n) for name, narrows in several_fields.items() for n in narrows[1:]]
-    copies: list[Tree] = [replace(tree, fields=first)]
-    return copies + [replace(tree, fields={**first, name: narrow}) for name, narrow in others]
-
-
-def _options(tree: Choice | Range) -> list[tuple[Scalar, SourceLocation]]:
-    if isinstance(tree, Choice):
-        return [(x, o.mark) for x, o in zip(tree.labels, tree.options, strict=True)]
-    if tree.count is None or tree.step is None:
-        return [(tree.low, tree.mark), (tree.high, tree.mark)]
-    looks = min(tree.count, LOOKS)
-    steps = {i * (tree.count - 1) // max(1, looks - 1) for i in range(looks)}
-    values = [tree.low + i * tree.step for i in sorted(steps)]
-    return [(x // tree.unit if tree.unit > 1 else x, tree.mark) for x in values]
-
-
-def _require_one(tree: Tree) -> None:
-    """Raise the first reason if no random architecture is valid: then no one hole is at fault."""
-    reasons: list[SpaceError] = []
-    for seed in range(TRIES):
-        try:
-            drawn(tree, RandomSuggest(seed), whole=False)
-            return
-        except SpaceError as error:
-            reasons.append(error)
-    raise reasons[0]
-
-
-def _never_valid(tree: Tree, forced: dict[str, Any]) -> str | None:
-    """Return why none of TRIES random architectures with these answers is valid; None if one is."""
-    reason = ""
-    for seed in range(TRIES):
-        try:
-            drawn(tree, RandomSuggest(seed, forced), whole=False)
-            return None
-        except SpaceError as error:
-            reason = str(error)
-    return reason

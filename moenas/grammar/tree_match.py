@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, cast
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Scalar, join
+from moenas.grammar.component import join
+from moenas.grammar.conditions import Scalar
 from moenas.grammar.counting import draws_each_layer, repeats
-from moenas.grammar.sampling import holes
-from moenas.grammar.tree import LAYERS, Choice, Fixed, Listing, Range, Record, Tree
+from moenas.grammar.field_effects import has_effect
+from moenas.grammar.nodes import LAYERS, Choice, Fit, Fixed, Listing, Range, Record, Tree, has_holes
+from moenas.grammar.sampling import holes, tree_word
 
 OTHER_LENGTH = 10**6
 """Weight of a list of another number of layers, against 1 of another value."""
-TOLERANCE = 1e-9
-"""How far a number may lie from a step of its range, in steps."""
 MAX_SHOWN = 5
 """Differences that an error lists."""
 OF_A_GROUP = ("repeat", "vary", "blocks")
@@ -111,14 +110,33 @@ def _match(tree: Tree, value: Tree, path: str, known: Match) -> Match:
         if isinstance(value, Listing):
             return _match_listing(tree, value, path, known)
         return known.differing(_other_kind(tree, value, path))
+    if isinstance(tree, Fit):
+        if isinstance(value, Fixed) and tree.holds(value.value):
+            return known
+        wanted = f"a width from {tree.low} to {tree.high} in steps of {tree.step}"
+        return known.differing(Mismatch(path, _text(value), wanted, value.mark, tree.mark))
     if isinstance(tree, Fixed):
         if isinstance(value, Fixed) and _same(tree.value, value.value):
             return known
         return known.differing(_other_value(tree, value, path))
     if not isinstance(value, Record) or value.cls is not tree.cls:
         return known.differing(_other_kind(tree, value, path))
-    fields = tree.fields.items()
-    return reduce(lambda m, f: _match(f[1], value.fields[f[0]], join(path, f[0]), m), fields, known)
+    return _match_fields(tree, value, path, known, tuple(tree.fields))
+
+
+def _match_fields(
+    tree: Record, value: Record, path: str, known: Match, names: Iterable[str]
+) -> Match:
+    """Match fields of a record; a hole that has no effect in the architecture has no answer."""
+
+    def word_of(name: str) -> Scalar:
+        return tree_word(value.fields[name])
+
+    for name in names:
+        inner = tree.fields[name]
+        if not has_holes(inner) or has_effect(tree.cls, name, word_of):
+            known = _match(inner, value.fields[name], join(path, name), known)
+    return known
 
 
 def _match_choice(tree: Choice, value: Tree, path: str, known: Match) -> Match:
@@ -159,7 +177,7 @@ def _match_range(tree: Range, value: Tree, path: str, known: Match) -> Match:
     if isinstance(number, bool) or not isinstance(number, int | float):
         number, inside = tree.low, False
     else:
-        inside = _holds(tree, number)
+        inside = tree.holds(number)
     if name in known.answers:
         given = known.answers[name] * tree.unit
         inside = inside and number == given
@@ -172,18 +190,6 @@ def _match_range(tree: Range, value: Tree, path: str, known: Match) -> Match:
     if inside:
         return known
     return known.differing(Mismatch(path, _text(value), wanted, value.mark, tree.mark))
-
-
-def _holds(tree: Range, number: float) -> bool:
-    """Whether a range holds a number."""
-    if not tree.low <= number <= tree.high:
-        return False
-    if tree.log and tree.whole:
-        return number % tree.unit == 0
-    if tree.step is None:
-        return True
-    steps = (number - tree.low) / tree.step
-    return abs(steps - round(steps)) <= TOLERANCE
 
 
 # --- layers ------------------------------------------------------------------------------------
@@ -265,11 +271,8 @@ def _match_once(
             )
         yield from ends.items()
     elif start < len(layers):
-        layer = layers[start]
-        for name, tree in group.fields.items():
-            if name not in OF_A_GROUP:
-                known = _match(tree, layer.fields[name], join(path, name), known)
-        yield start + 1, known
+        names = [name for name in group.fields if name not in OF_A_GROUP]
+        yield start + 1, _match_fields(group, layers[start], path, known, names)
 
 
 def _layers(value: Listing) -> Iterator[Record]:
@@ -338,5 +341,5 @@ def _text(tree: Tree) -> str:
     if isinstance(tree, Fixed):
         return _word(tree.value)
     if isinstance(tree, Record):
-        return tree.cls.kind or tree.cls.__name__.lower()
+        return tree.cls.kind or "a mapping"
     return "a list"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moenas.grammar import field_names, tree
 from moenas.grammar import summary as describe
 from moenas.grammar.component import Component, Conflict, changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.blocks import (
     KEPT,
     Block,
@@ -50,7 +51,12 @@ class Architecture(Component):
         "layernorm has no bias, layernorm_bias has one; dyt is a tanh with a learned slope",
         default="rmsnorm",
     )
-    norm_eps: float = setting("added to the mean square or variance", default=1e-6, low=0.0)
+    norm_eps: float = setting(
+        "added to the mean square or variance",
+        default=1e-6,
+        low=0.0,
+        without_effect={"norm": one_of("dyt")},
+    )
     norm_position: NormPosition = setting(
         "before each part, after the sum, on a part's output, or before and on the output",
         default="pre",
@@ -59,7 +65,10 @@ class Architecture(Component):
         "learned: a vector for each position is added to the embedding (GPT-2)", default="none"
     )
     max_positions: int | None = setting(
-        "rows of the learned positions: the longest context", default=None, low=256
+        "rows of the learned positions: the longest context",
+        default=None,
+        low=256,
+        without_effect={"positions": one_of("none")},
     )
     tie_embeddings: bool = setting("the head is the embedding table, transposed", default=True)
     embedding_multiplier: float = setting("factor of the embedding", default=1.0)

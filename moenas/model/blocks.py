@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, Conflict, Part, changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.feedforward.dense import FFN, DenseFFN
 from moenas.model.layer_inputs import LayerInputs, run_ffn, run_mixer
 from moenas.model.layers.norms import NormKind, build_norm, norm_params
@@ -93,6 +94,7 @@ class BlockGroup(Component):
         "mixer and ffn read the same normed input and are added together (PaLM, arXiv 2204.02311,"
         " section 2; Command A)",
         default=False,
+        without_effect=({"mixer": one_of(None)}, {"ffn": one_of(None)}),
     )
     shortcut: FFN | None = setting(
         "a second feed-forward layer beside ffn: the mixture of a shortcut-connected MoE (ScMoE,"
@@ -103,6 +105,7 @@ class BlockGroup(Component):
         "what the shortcut reads: the normed input of ffn (LongCat-Flash), or the stream before"
         " the block through a norm of its own (Arctic)",
         default="ffn",
+        without_effect={"shortcut": one_of(None)},
     )
     shortcut_delay: int = setting(
         "blocks after this one at whose end the shortcut joins the stream, at the latest the last"
@@ -110,6 +113,7 @@ class BlockGroup(Component):
         default=0,
         low=0,
         high=1000,
+        without_effect={"shortcut": one_of(None)},
     )
     blocks: tuple[BlockGroup, ...] | None = setting(
         "a pattern of blocks; then this group has no mixer and ffn of its own", default=None

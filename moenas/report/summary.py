@@ -95,6 +95,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
     from moenas.evaluate.matching import notes, open_corpus, room
     from moenas.grammar.counting import most_layers
     from moenas.space.effects import without_effect
+    from moenas.space.feasibility import RARE
 
     if n_draws is None:
         n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
@@ -115,6 +116,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
         "drawn": 1 if single else n_draws,
         "feasible": len(drawn),
         "refused": dict(refused.most_common()),
+        "binding": None if len(drawn) >= RARE * len(tries) else _binding(space, n_draws),
     }
     costs = [space.cost(architecture).plain() for architecture in shown]
     for name in costs[0]:
@@ -127,6 +129,14 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
     ]
     return found
+
+
+def _binding(space: Space, n_draws: int) -> str | None:
+    """Say which requirement binds, where nearly all draws are infeasible."""
+    from moenas.space.feasibility import binding
+
+    found = binding(space, n_draws)
+    return None if found is None else str(found)
 
 
 def about(count: int) -> str:
@@ -153,6 +163,7 @@ def check_text(found: Plain) -> str:
     else:
         lines.append(f"{found['feasible']} of {found['drawn']} random draws are feasible")
         lines += [f"  refused {n} times: {text}" for text, n in list(found["refused"].items())[:5]]
+        lines += [f"  {found['binding']}"] if found["binding"] else []
         if found["feasible"]:
             lines.append(f"over the feasible draws ({context}):")
         else:

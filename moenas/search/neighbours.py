@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from moenas.errors import SpaceError
-from moenas.grammar.sampling import RandomSuggest, drawn
+from moenas.grammar.sampling import RandomSuggest
 from moenas.search.points import HeldAnswers
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def held_point(space: Space, params: Mapping[str, Any]) -> Point | None:
 
 def _point(space: Space, answers: HeldAnswers) -> Point | None:
     try:
-        architecture = cast("Architecture", drawn(space.tree, answers)).canonical()
+        architecture = space.drawn(answers)
     except (SpaceError, LookupError):
         return None
     if any(amount > 0 for amount in space.violations(architecture).values()):
@@ -67,6 +67,7 @@ def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | Non
     others = {key: value for key, value in params.items() if key != name}
     for _ in range(MUTATIONS):
         found = point(space, draw.getrandbits(32), others)
-        if found is not None and found.params.get(name) != params[name]:
+        # A stored parameter of a hole without effect is not among those of the point.
+        if found is not None and found.params.get(name, params[name]) != params[name]:
             return found
     return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
 from moenas.grammar.enumeration import enumerate_points
-from moenas.grammar.sampling import Suggest, draw
+from moenas.grammar.sampling import Suggest, depends_on_other_fields, draw
 from moenas.grammar.spellings import former_hole_name
 
 if TYPE_CHECKING:
@@ -50,10 +50,14 @@ class Points:
         self._drawn: set[str] = set()
         self._left: list[dict[str, Any]] | None = None
         self._former = space.former_fields
+        self._depends = depends_on_other_fields(space.tree)
 
     def add(self, params: Mapping[str, Any]) -> None:
-        """Take in a point that was drawn, by present or by former names of its holes."""
-        if any(not _steps(name).isdisjoint(self._former) for name in params):
+        """Take in a point that was drawn, by present or by former names of its holes.
+
+        Studies of earlier versions drew holes without effect, too; these do not count.
+        """
+        if self._depends or any(not _steps(name).isdisjoint(self._former) for name in params):
             held = HeldAnswers(params, self._former)
             with suppress(LookupError):  # the point of another space: it counts as it is
                 draw(self._space.tree, held)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
 from moenas.errors import InputError, LocatedError, SourceLocation, SpaceError
 from moenas.grammar import tree as grammar
-from moenas.grammar.sampling import drawn
+from moenas.grammar.nodes import Tree
 from moenas.grammar.tree_match import Match, matches
 from moenas.model.architecture import Architecture
 from moenas.resources import Node
@@ -110,7 +110,7 @@ def _point(
     source: str,
     architecture: Architecture,
     *,
-    trees: Sequence[grammar.Tree] = (),
+    trees: Sequence[Tree] = (),
     params: Mapping[str, Any] | None = None,
 ) -> StartPoint:
     """Return the point whose architecture has the fingerprint of another one.
@@ -143,7 +143,7 @@ def _architecture(
     """Return the canonical architecture of some answers, and those of them that are asked for."""
     held = HeldAnswers(answers, space.former_fields)
     try:
-        architecture = cast(Architecture, drawn(space.tree, held)).canonical()
+        architecture = space.drawn(held)
     except (SpaceError, LookupError, ValueError):
         return None
     return architecture, held.answers

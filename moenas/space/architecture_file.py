@@ -9,10 +9,11 @@ from typing import cast
 from moenas.errors import SpaceError
 from moenas.grammar import sampling
 from moenas.grammar import tree as grammar
+from moenas.grammar.nodes import Tree, fits
 from moenas.model.architecture import Architecture
 from moenas.resources import find, parse_yaml, read_text
 from moenas.space.named_layers import expand
-from moenas.space.space import read_use
+from moenas.space.section_reading import read_use
 
 CONFIG = "config.json"
 """The file of an export that holds its architecture."""
@@ -22,7 +23,7 @@ CONFIG = "config.json"
 class ArchitectureFile:
     """An architecture as it is written in a file."""
 
-    tree: grammar.Tree
+    tree: Tree
     """Its values, each with its place in the file."""
     architecture: Architecture
     """In canonical form."""
@@ -53,6 +54,12 @@ def read_architecture(ref: str) -> ArchitectureFile:
             "a hole; an architecture to start from has a value in its place",
             location=hole.tree.mark,
             path=f"architecture.{hole.name}",
+        )
+    for fit in fits(tree):
+        raise SpaceError(
+            "a fit; an architecture to start from has a width in its place",
+            location=fit.mark,
+            path=fit.path,
         )
     architecture = cast(Architecture, sampling.drawn(tree, sampling.RandomSuggest(0)))
     return ArchitectureFile(tree, architecture.canonical())

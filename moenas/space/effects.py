@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Field, Scalar, fields, join
+from moenas.grammar.component import Field, fields, join
+from moenas.grammar.conditions import Scalar
+from moenas.grammar.nodes import Fixed, Listing, Record, Tree, has_holes
 from moenas.grammar.sampling import RandomSuggest, drawn
-from moenas.grammar.tree import Fixed, Listing, Record, Tree, has_holes
 from moenas.model.architecture import Architecture
 
 

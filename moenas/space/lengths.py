@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.counting import most_layers
-from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
+from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.model.architecture import MAX_LAYERS
 from moenas.space.objective import Objective
 from moenas.space.sections import Protocol, Recipe

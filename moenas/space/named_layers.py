@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from moenas.errors import suggestion
 from moenas.grammar.component import Component, fields, join
-from moenas.grammar.tree import LAYERS
+from moenas.grammar.nodes import LAYERS
 from moenas.model.architecture import Architecture
 from moenas.resources import Node
 

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from moenas import resources as refs
 from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
+from moenas.grammar.conditions import Values
 from moenas.grammar.requirements import TRAINED
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
 from moenas.space import space
 from moenas.space.objective import load_objective
+from moenas.space.section_reading import known_names
 from moenas.space.sections import Protocol, Recipe, Search
 
 OWN = ("moenas.",)
@@ -104,6 +106,27 @@ and all uses have its value, as all layers of a `repeat` do. `vary` does not dra
 may use other layers. A name that is unknown, unused or the name of a kind is an error.
 """
 
+FIT = """\
+## `fit`
+
+A fit solves one width after each draw, so that all architectures of the study have one cost. A
+study then compares granularities at equal active parameters:
+
+```yaml
+d_expert: {fit: {active_params: 20e6, within: 0.01}}
+```
+
+The target is `active_params`, `params`, `total_params`, `flops_per_token` or `weight_bytes`, as in
+`require`. `within` is the largest accepted difference over the target; without it the cost is
+exactly the target. `multiple_of: 64` asks for wider steps than those of the field. The field is a
+width, such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
+architecture has a plain number.
+
+A fit is also a requirement. A candidate is infeasible if the nearest width misses the target, or if
+it has no such field and another cost. A space has one fit. One in a named layer gives all uses the
+same width.
+"""
+
 REQUIRE = """\
 ## `require`
 
@@ -168,6 +191,7 @@ def _pages() -> Iterator[str]:
     yield AFTER_HOLES
     yield NAMED_LAYERS
     yield from _family("architecture", Architecture, "##", set())
+    yield FIT
     yield from _require()
     yield from _objectives()
     yield "## `data`\n"
@@ -206,7 +230,10 @@ def _component(cls: type[Component]) -> Iterator[str]:
         yield f"#### `kind: {cls.kind}`\n\n{_prose(cls)}\n"
     if issubclass(cls, Part):
         yield f"Cost: {inspect.getdoc(cls.cost)}\n"
-    rows = [(f"`{f.name}`", _accepted(f), _default(f), f.doc) for f in fields(cls).values()]
+    rows = [
+        (f"`{f.name}`", _accepted(f), _default(f), f.doc + _no_effect(f))
+        for f in fields(cls).values()
+    ]
     yield _table(("field", "accepts", "default", "is"), rows)
     if cls.presets:
         presets = [(f"`{name}`", _pairs(values)) for name, values in cls.presets.items()]
@@ -236,7 +263,7 @@ def _require() -> Iterator[str]:
         "total_params": "The same as `params`.",
     }
     yield _table(("cost", "is"), [(f"`{name}`", text) for name, text in costs.items()])
-    plain = {name for name in space.known_names() - set(costs) if "." not in name}
+    plain = {name for name in known_names() - set(costs) if "." not in name}
     names = ", ".join(f"`{name}`" for name in sorted(plain))
     yield textwrap.fill(f"Fields: {names}.", 100) + "\n"
     yield REQUIRE_TRAINED
@@ -265,6 +292,17 @@ def _accepted(field: Field) -> str:
         return field.wanted()
     name = _heading(field.component)
     return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
+
+
+def _no_effect(field: Field) -> str:
+    """Say beside which values of other fields the field has no effect."""
+
+    def words(name: str, values: Values) -> str:
+        listed = " or ".join(map(_yaml, values.listed))
+        return f"{name} other than {listed}" if values.excluded else f"{name}: {listed}"
+
+    cases = [" and ".join(words(*item) for item in x.items()) for x in field.without_effect]
+    return f"; without effect beside {', or beside '.join(cases)}" if cases else ""
 
 
 def _default(field: Field) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 from moenas.data import loading as data
 from moenas.errors import (
-    InputError,
     MoenasError,
     PartError,
     SourceLocation,
@@ -22,21 +20,32 @@ from moenas.errors import (
     suggestion,
 )
 from moenas.failures import located
-from moenas.grammar import field_names, sampling, user_parts
+from moenas.grammar import field_names, sampling
 from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
 from moenas.grammar.counting import count
 from moenas.grammar.json_schema import SchemaWriter
-from moenas.grammar.requirements import TRAINED, Names, Requirement, parse_requirement
+from moenas.grammar.nodes import Choice, Fit, Fixed, Range, Record, Tree
+from moenas.grammar.option_check import check_options
+from moenas.grammar.requirements import TRAINED, Names, Requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
 from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text, sha256
 from moenas.space.early_stopping import DEFAULT_RUNGS
+from moenas.space.feasibility import binding
+from moenas.space.fit import fit_cost, read_one_fit, solve
 from moenas.space.lengths import require_layers, require_positions
 from moenas.space.named_layers import expand
-from moenas.space.objective import Objective, load_objective
+from moenas.space.objective import Objective
 from moenas.space.overrides import override
+from moenas.space.section_reading import (
+    read_name,
+    read_objectives,
+    read_requirements,
+    read_section,
+    read_use,
+)
 from moenas.space.sections import Protocol, Recipe, Search, start_marks
 
 KEYS = (
@@ -49,9 +58,6 @@ RESOURCES = (
 )  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
-MAX_NAME = 200
-
-S = TypeVar("S", bound=Component)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Space:
     overrides: tuple[str, ...]
     use: tuple[UserFile, ...]
     """Files of parts that are not moenas's own."""
-    tree: grammar.Tree
+    tree: Tree
     requirements: tuple[Requirement, ...]
     objectives: tuple[Objective, ...]
     data: Plain
@@ -75,6 +81,8 @@ class Space:
     """Where the section `data` stands."""
     start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
     """Where each entry of `search.start_from` stands."""
+    fit: Fit | None = None
+    """The width that is solved after each draw."""
 
     def __repr__(self) -> str:
         objectives = ", ".join(objective.name for objective in self.objectives)
@@ -117,19 +125,20 @@ class Space:
         written = expand(found["architecture"], found.get("layers"))
         tree = grammar.read(Architecture, written, "architecture")
         space = cls(
-            name=_read_name(found.get("name"), source),
+            name=read_name(found.get("name"), source),
             text=text,
             overrides=tuple(overrides),
             use=use,
             tree=tree,
-            requirements=tuple(_read_requirements(found.get("require"), tree)),
-            objectives=tuple(_read_objectives(found["objectives"])),
+            requirements=tuple(read_requirements(found.get("require"), tree)),
+            objectives=tuple(read_objectives(found["objectives"])),
             data=data.parse(found.get("data") or Node("stdlib", SourceLocation(source))),
-            train=_read_section(Recipe, "train", found, source),
-            measure=_read_section(Protocol, "measure", found, source),
-            search=_read_section(Search, "search", found, source),
+            train=read_section(Recipe, "train", found, source),
+            measure=read_section(Protocol, "measure", found, source),
+            search=read_section(Search, "search", found, source),
             data_mark=found["data"].mark if "data" in found else SourceLocation(source),
             start_marks=tuple(start_marks(found.get("search"))),
+            fit=read_one_fit(tree),
         )
         space._check(found)
         return space._with_rungs(found)
@@ -138,7 +147,7 @@ class Space:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
         require_layers(self.tree)
         require_positions(self.tree, self.objectives, self.train, self.measure)
-        sampling.check_options(self.tree)
+        check_options(self.tree)
         if not any(True for _ in self.holes):
             sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
@@ -199,7 +208,7 @@ class Space:
     def continuous(self) -> int:
         """How many holes are continuous ranges, with infinitely many values."""
         ranges = (hole.tree for hole in self.holes)
-        return sum(isinstance(tree, grammar.Range) and tree.count is None for tree in ranges)
+        return sum(isinstance(tree, Range) and tree.count is None for tree in ranges)
 
     @property
     def holes(self) -> Iterator[sampling.Hole]:
@@ -212,8 +221,39 @@ class Space:
         return [value for value, _ in _values(self.tree, "vocab_size")]
 
     def draw(self, suggest: sampling.Suggest) -> Plain:
-        """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data."""
-        return cast(Plain, sampling.draw(self.tree, suggest))
+        """Fill the holes from an Optuna trial (or another `Suggest`) and return plain data.
+
+        The width of a fit is the one whose cost is nearest to the target.
+        """
+        return cast(Plain, sampling.draw(self.tree, self._answers(suggest)))
+
+    def drawn(self, suggest: sampling.Suggest) -> Architecture:
+        """Fill the holes as `draw`, and return the canonical architecture.
+
+        Raises:
+            SpaceError: if the drawn fields do not go together.
+        """
+        answers = self._answers(suggest)
+        return cast(Architecture, sampling.drawn(self.tree, answers)).canonical()
+
+    def _answers(self, suggest: sampling.Suggest) -> sampling.Answers:
+        """Return the answers to the holes, with the width of the fit."""
+        answers = sampling.Answers.of(suggest)
+        if self.fit is not None:
+            with suppress(SpaceError):  # the fields do not go together; the caller says why
+                solve(self.tree, self.fit, answers, self.cost)
+        return answers
+
+    def missed_fit(self, suggest: sampling.Suggest) -> str:
+        """Say which width is nearest to the target of the fit in a draw, and its cost."""
+        assert self.fit is not None
+        answers = self._answers(suggest)
+        architecture = cast(Architecture, sampling.drawn(self.tree, answers))
+        amount = f"{fit_cost(self.fit, self.cost(architecture)):,}"
+        if not answers.has_fit:
+            return f"{self.fit.text}: the draw has no {self.fit.path}, and its cost is {amount}"
+        width = answers.width(self.fit)
+        return f"{self.fit.text}: the nearest width, {width}, gives {amount} ({self.fit.path})"
 
     def architecture(self, plain: Plain, mark: SourceLocation = NOWHERE) -> Architecture:
         """Build the canonical architecture from drawn data; an error names the place `mark`.
@@ -226,11 +266,14 @@ class Space:
     def violations(self, architecture: Architecture) -> dict[str, float]:
         """Return requirement -> by how much it is broken: over 0 if broken, else 0 or less.
 
-        Of those that are decided before anything is built.
+        Of those that are decided before anything is built. The target of a fit is one of them.
         """
         wanted = [r for r in self.requirements if not r.trained]
         layers = self._names(architecture) if wanted else []
-        return {r.text: r.violation(layers) for r in wanted}
+        found = {r.text: r.violation(layers) for r in wanted}
+        if self.fit is not None:
+            found[self.fit.text] = self.fit.violation(fit_cost(self.fit, self.cost(architecture)))
+        return found
 
     def trained_violations(
         self, architecture: Architecture, routing: Sequence[RoutingRow]
@@ -264,11 +307,10 @@ class Space:
         """
         for seed in range(n_draws):
             try:
-                found = sampling.drawn(self.tree, sampling.RandomSuggest(seed))
+                architecture = self.drawn(sampling.RandomSuggest(seed))
             except SpaceError as error:
                 yield str(error)
                 continue
-            architecture = cast(Architecture, found).canonical()
             violations = self.violations(architecture)
             worst = max(violations, key=lambda text: violations[text], default="")
             yield worst if violations.get(worst, 0) > 0 else architecture
@@ -285,9 +327,10 @@ class Space:
                 return found
             reasons[found] += 1
         worst = ", ".join(f"{text} ({n} times)" for text, n in reasons.most_common(3))
+        binds = binding(self, n_draws)
         raise SpaceError(
             f"{self.name}: no architecture satisfies `require`;"
-            f" {n_draws} random architectures break {worst}"
+            f" {n_draws} random architectures break {worst}" + (f"; {binds}" if binds else "")
         )
 
     def cost(self, architecture: Architecture) -> Cost:
@@ -360,16 +403,6 @@ def with_current_defaults(plain: Plain) -> Plain:
     return {**plain, "architecture": grammar.unparse(tree), **found}
 
 
-def known_names() -> set[str]:
-    """Return every name that a requirement may use: costs, and ends of the paths of fields."""
-    paths = field_names.declared(Architecture) | {f"{field_names.WHOLE}.n_layers"}
-    return {
-        *Cost().plain(),
-        "total_params",
-        *(end for path in paths for end in field_names.ends(path)),
-    }
-
-
 def file_schema() -> Plain:
     """Return the JSON Schema (draft 7) of a space file."""
     writer = SchemaWriter()
@@ -400,95 +433,14 @@ def file_schema() -> Plain:
     }
 
 
-# --- reading the sections ----------------------------------------------------------------------
-
-
-def _read_name(node: Node | None, source: str) -> str:
-    """Read the study's name; the file's name stands in."""
-    if node is None:
-        name = Path(source).stem
-    elif isinstance(node.value, str):
-        name = node.value
-    else:
-        raise node.error("name", f"{node.plain!r} is not text")
-    name = unicodedata.normalize("NFC", name)
-    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-        message = f"a study's name has 1 to {MAX_NAME} printable characters, not {name[:40]!r}"
-        raise node.error("name", message) if node else InputError(f"{source}: {message}")
-    return name
-
-
-def _read_section(cls: type[S], name: str, found: dict[str, Node], source: str) -> S:
-    """Read train, measure or search; holes are not allowed in them."""
-    node = found.get(name)
-    if node is None or node.value is None:
-        node = Node({}, node.mark if node else SourceLocation(source))
-    _refuse_holes(node, name)
-    return cast(S, grammar.construct(grammar.read(cls, node, name), name))
-
-
-def _refuse_holes(node: Node, path: str) -> None:
-    """Refuse a hole anywhere below a section."""
-    for key, value in node.value.items() if isinstance(node.value, dict) else ():
-        if isinstance(value.value, dict) and set(value.value) & set(grammar.HOLES):
-            where = f"{path}.{key}"
-            raise value.error(where, "a hole is not allowed here, only in 'architecture'")
-        _refuse_holes(value, f"{path}.{key}")
-
-
-def read_use(node: Node | None) -> Iterator[UserFile]:
-    """Load the files of parts, so that the architecture can name them."""
-    if node is None or node.value is None:
-        return
-    if not isinstance(node.value, list):
-        raise node.error("use", "write a list of Python files: [./my_router.py]")
-    for item in node.value:
-        if not isinstance(item.value, str):
-            raise item.error("use", f"{item.plain!r} is not the path of a Python file")
-        try:
-            yield user_parts.load(item.value)
-        except InputError as error:
-            raise item.error("use", str(error)) from None
-
-
-def _read_requirements(node: Node | None, tree: grammar.Tree) -> Iterator[Requirement]:
-    if node is None or node.value is None:
-        return
-    if not isinstance(node.value, list):
-        raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
-    known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
-    former = field_names.former(Architecture)
-    for item in node.value:
-        if not isinstance(item.value, str):
-            raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several, former)
-
-
-def _read_objectives(node: Node) -> Iterator[Objective]:
-    if not isinstance(node.value, list) or not node.value:
-        raise node.error("objectives", "write a list of at least one name: [val_loss, decode_ms]")
-    seen: set[str] = set()
-    for item in node.value:
-        if not isinstance(item.value, str):
-            raise item.error("objectives", f"{item.plain!r} is not the name of an objective")
-        try:
-            objective = load_objective(item.value)
-        except InputError as error:
-            raise item.error("objectives", str(error)) from None
-        if objective.name in seen:
-            raise item.error("objectives", f"duplicate objective '{objective.name}'")
-        seen.add(objective.name)
-        yield objective
-
-
-def _values(tree: grammar.Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
+def _values(tree: Tree, name: str) -> Iterator[tuple[int, SourceLocation]]:
     """Yield every value that a top-level whole-number field of the architecture can have."""
-    if isinstance(tree, grammar.Choice):
+    if isinstance(tree, Choice):
         for option in tree.options:
             yield from _values(option, name)
-    elif isinstance(tree, grammar.Record):
+    elif isinstance(tree, Record):
         yield from _values(tree.fields[name], name)
-    elif isinstance(tree, grammar.Range):
+    elif isinstance(tree, Range):
         yield int(tree.low), tree.mark
-    elif isinstance(tree, grammar.Fixed):
+    elif isinstance(tree, Fixed):
         yield cast(int, tree.value), tree.mark

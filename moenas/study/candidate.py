@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import SpaceError
+from moenas.grammar.sampling import RandomSuggest
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain, Status
 
@@ -33,7 +34,7 @@ class Candidate:
     violations: dict[str, float] = field(default_factory=dict)
     """Requirement -> by how much it is broken, over 0, or met."""
     invalid: str = ""
-    """Why the drawn fields do not go together."""
+    """Why the drawn fields do not go together, or which cost the nearest width of a fit gives."""
     crashes: int = 0
     """How often its worker process died in this run."""
 
@@ -45,7 +46,10 @@ class Candidate:
         except SpaceError as error:
             return cls(trial, drawn=drawn, violations={VALID: 1.0}, invalid=str(error))
         violations = {VALID: 0.0, **space.violations(architecture)}
-        return cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
+        found = cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
+        if space.fit is not None and violations[space.fit.text] > 0:
+            found.invalid = space.missed_fit(RandomSuggest(0, trial.params))
+        return found
 
     @property
     def number(self) -> int:

@@ -7,7 +7,8 @@ import pytest
 from moenas.errors import SpaceError
 from moenas.grammar import field_names
 from moenas.model.architecture import Architecture
-from moenas.space.space import Space, known_names
+from moenas.space.section_reading import known_names
+from moenas.space.space import Space
 
 MIXER = "{kind: attention, head_dim: 8, scale: 0.5}"
 MOE = "{kind: moe, n_experts: 4, d_expert: 8, router: {scale: 2.5, top_k: 2}}"

@@ -16,11 +16,13 @@ from moenas.grammar import sampling
 from moenas.grammar import tree as grammar
 from moenas.grammar.counting import count
 from moenas.grammar.enumeration import enumerate_points
+from moenas.grammar.nodes import Tree
+from moenas.grammar.option_check import check_options
 from moenas.resources import Node, parse_yaml
 from moenas.space.space import Space
 
 
-def read(text: str) -> grammar.Tree:
+def read(text: str) -> Tree:
     return grammar.read(Cart, parse_yaml(text, "f"))
 
 
@@ -123,7 +125,7 @@ def test_enumeration_is_lazy_limited_and_refuses_continuous_ranges_at_once() -> 
 
 def test_a_logarithmic_range_of_multiples_is_drawn_as_a_number_of_them() -> None:
     tree = read("axles: [{wheel: {kind: disc, radius: {int: [4, 64], log: true}}}]")
-    sampling.check_options(tree)
+    check_options(tree)
     assert count(tree) == 16
     [hole] = sampling.holes(tree)
     assert hole.name == "axles.0.wheel.radius/4"
@@ -163,46 +165,9 @@ def test_an_optuna_trial_draws_and_replays_the_same_point() -> None:
         grammar.parse(Cart, point)
 
 
-@pytest.mark.parametrize(
-    ("wheel", "place", "reason"),
-    [
-        ("{choice: [{kind: disc}, {kind: spoked, spokes: 4, used: 8}]}", "f:1:41", "used (8)"),
-        ("{kind: spoked, spokes: {choice: [2, 4]}, used: {choice: [1, 9]}}", "f:1:77", "used (9)"),
-        ("{kind: spoked, spokes: {int: [1, 4]}, used: 2}", "f:1:40", "spokes (1)"),
-    ],
-)
-def test_an_option_that_can_never_be_valid_is_refused(wheel: str, place: str, reason: str) -> None:
-    tree = read(f"axles: [{{wheel: {wheel}}}]")
-    with pytest.raises(SpaceError) as error:
-        sampling.check_options(tree)
-    assert str(error.value).startswith(f"{place}: ")
-    assert reason in str(error.value)
-
-
-def test_options_that_are_valid_only_together_are_accepted() -> None:
-    tree = read(
-        "axles: [{wheel: {kind: spoked, spokes: {choice: [2, 9]}, used: {choice: [1, 9]}}}]"
-    )
-    sampling.check_options(tree)
-
-
 def test_counts_stay_exact_where_floats_would_not() -> None:
     tree = read("{width: {int: [3, 999999999999999], step: 3}, axles: [{wheel: {kind: disc}}]}")
     assert count(tree) == 333333333333333
-
-
-def test_every_layer_of_a_deep_varied_group_need_not_be_valid_at_once() -> None:
-    spoked = "{kind: spoked, spokes: {choice: [2, 9]}, used: {choice: [1, 9]}}"
-    tree = read(f"axles: [{{repeat: 40, vary: true, wheel: {spoked}}}]")
-    sampling.check_options(tree)
-
-
-def test_values_inside_a_range_are_checked_too() -> None:
-    tree = read(
-        "axles: [{wheel: {kind: disc}}, {wheel: {kind: spoked, spokes: 4, used: {int: [2, 6]}}}]"
-    )
-    with pytest.raises(SpaceError, match=r"axles\.1\.wheel\.used: 5 can never be valid"):
-        sampling.check_options(tree)
 
 
 def test_a_layer_that_reads_an_earlier_one_may_stand_in_a_list() -> None:

@@ -7,10 +7,11 @@ from toys import Axle, Cart, Disc, Spoked, Wheel
 
 from moenas.errors import SpaceError
 from moenas.grammar import tree as grammar
+from moenas.grammar.nodes import Choice, Tree
 from moenas.resources import Node, parse_yaml
 
 
-def read(text: str, cls: type[grammar.Component] = Cart) -> grammar.Tree:
+def read(text: str, cls: type[grammar.Component] = Cart) -> Tree:
     return grammar.read(cls, parse_yaml(text, "f"))
 
 
@@ -54,9 +55,14 @@ def test_a_preset_is_only_a_spelling() -> None:
         ("{axles: [{wheel: {kind: spoked, used: 5}}]}", "f:1:18: axles.0.wheel: used (5) must be at most spokes (4)"),
         ("{axles: [{wheel: {kind: spoked, preset: lite}}]}", "no preset 'lite'. Did you mean 'light'?"),
         ("{slack: {float: [0.1, 0.2], step: 1e-320}, axles: [{wheel: {kind: disc}}]}", "slack.step: 9.99989e-321 gives more than 1e15 steps"),
-        ("{axles: []}", "is not a list of axle mappings"),
-        ("{axles: {wheel: {kind: disc}}}", "is not a list of axle mappings"),
-        ("{axles: [3]}", "f:1:10: axles.0: 3 is not a mapping (axle)"),
+        ("{axles: []}", "is not a list, each item a mapping of repeat, vary, wheel"),
+        ("{axles: {wheel: {kind: disc}}}", "is not a list, each item a mapping of repeat, vary, wheel"),
+        ("{axles: [{wheel: 3}]}", "axles.0.wheel: 3 is not a mapping with a kind, or one of the kinds disc, spoked"),
+        ("{axles: [{wheel: {int: [1, 4]}}]}", "axles.0.wheel: a range is not allowed here; give a mapping with a kind"),
+        ("{axles: [{int: [1, 4]}]}", "axles.0: a range is not allowed here; give a mapping of repeat"),
+        ("{axles: [{wheels: disc}]}", "axles.0.wheels: no field of 'axles'. Did you mean 'wheel'?"),
+        ("{axles: [{wheel: {choice: [{kind: disk}, {kind: disc}]}}]}", "no wheel of kind 'disk'. Did you mean 'disc'?"),
+        ("{axles: [3]}", "f:1:10: axles.0: 3 is not a mapping of repeat, vary, wheel"),
         ("{width: 3}", "f:1:1: 'axles' is missing"),
         ("{width: [1], axles: [{wheel: {kind: disc}}]}", "[1] is not a whole number"),
         ("{width: {choice: []}, axles: [{wheel: {kind: disc}}]}", "'choice' needs a list of at least one option"),
@@ -104,7 +110,7 @@ def test_equal_kinds_get_labels_of_their_own() -> None:
     tree = read(
         "{choice: [{kind: disc}, {kind: disc, radius: 4}, {preset: light, kind: spoked}]}", Wheel
     )
-    assert isinstance(tree, grammar.Choice)
+    assert isinstance(tree, Choice)
     assert tree.labels == ("disc", "disc-2", "spoked")
 
 

@@ -33,7 +33,7 @@ from routers import router_of
 
 from moenas.errors import SpaceError
 from moenas.grammar.component import Component, Part, fields
-from moenas.grammar.tree import Choice, Fixed, Listing, Range, Record, Tree
+from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.model import FFN, Mixer, Router, Selection
 from moenas.model.architecture import Architecture
 from moenas.records import Plain

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from moenas.data import loading
-from moenas.grammar import tree
+from moenas.grammar.hole_reading import HOLES
 from moenas.model import Router
 from moenas.space import reference, space
+from moenas.space.section_reading import known_names
 
 STORED = Path(__file__).parents[2] / "docs" / "space_file.md"
 
@@ -28,7 +29,7 @@ def test_every_section_is_described() -> None:
 
 
 def test_every_hole_and_its_keys_are_described() -> None:
-    for hole, keys in tree.HOLES.items():
+    for hole, keys in HOLES.items():
         forms = [form for form in reference.HOLE_FORMS if f"{{{hole}: " in form]
         described = " ".join(form + reference.HOLE_FORMS[form] for form in forms)
         assert forms
@@ -43,7 +44,7 @@ def test_every_corpus_is_described() -> None:
 
 def test_every_name_of_a_requirement_is_listed(text: str) -> None:
     section = text.partition("\n## `require`")[2].partition("\n## ")[0]
-    assert all(f"`{name}`" in section for name in space.known_names() if "." not in name)
+    assert all(f"`{name}`" in section for name in known_names() if "." not in name)
 
 
 def test_every_preset_is_spelled_out(text: str) -> None:

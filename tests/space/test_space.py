@@ -17,7 +17,8 @@ from moenas.errors import InputError, NotFoundError, SpaceError
 from moenas.grammar import sampling
 from moenas.grammar.requirements import TRAINED
 from moenas.model.architecture import Architecture
-from moenas.space.space import Space, digest, file_schema, known_names
+from moenas.space.section_reading import known_names
+from moenas.space.space import Space, digest, file_schema
 
 SMALL = """\
 architecture:

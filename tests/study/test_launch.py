@@ -938,3 +938,31 @@ def test_a_study_of_real_models() -> None:
         read_weights(found.store.runs, "s", row.trial, row.weights_sha256)
     store = Store.open()
     assert store.study("s").data["sha256"] == found.view.evaluations[0].data["sha256"]
+
+
+def test_a_study_with_a_fit_evaluates_architectures_of_one_cost_and_resumes() -> None:
+    """Stored architectures have a plain width; infeasible draws say which width is nearest."""
+    text = """
+architecture:
+  vocab_size: 256
+  d_model: {int: [16, 128], step: 16}
+  blocks:
+    - repeat: {int: [1, 3]}
+      ffn: {kind: moe, n_experts: 4, d_expert: {fit: {params: 60e3, within: 0.05}}}
+"""
+    fitted = space(text).with_search(trials=3)
+    events: list[Event] = []
+    run(fitted, workers="inline", listeners=[events.append])
+    found = run(fitted, trials=5, workers="inline", listeners=[events.append])
+    assert_sound(found, 5)
+    complete = 0
+    for evaluation in found.store.evaluations(found.name):
+        near = abs(evaluation.cost["params"] - 60e3) <= 3000
+        assert (evaluation.status == "complete") is near
+        complete += near
+        plain = found.store.architecture(found.name, evaluation.trial)
+        assert type(plain["blocks"][0]["ffn"]["d_expert"]) is int
+    assert complete >= 5  # copies of duplicates included
+    for event in events:
+        if event.kind == "infeasible":
+            assert "the nearest width, " in event.text

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import setting
+from moenas.grammar.conditions import none_of, one_of
 
 Name = Literal[
     "swiglu", "geglu", "geglu_tanh", "reglu", "glu", "bilinear",
@@ -51,6 +52,9 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": relu2,
 }
+
+UNGATED = one_of(*PLAIN)
+"""Activations beside which the fields of a gate have no effect."""
 
 
 def up_width(width: int, activation: str) -> int:
@@ -102,13 +106,19 @@ class Activated:
         "L: a gate is cut to at most L, the value beside it to -L..L (gpt-oss: 7); null: no cut",
         default=None,
         low=1e-3,
+        without_effect={"activation": UNGATED},
     )
     gate_alpha: float = setting(
         "sharpness of swiglu: gate * sigmoid(gate_alpha * gate) (gpt-oss: 1.702)",
         default=1.0,
         low=1e-3,
+        without_effect={"activation": none_of("swiglu")},
     )
-    up_shift: float = setting("added to the value beside a gate (gpt-oss: 1)", default=0.0)
+    up_shift: float = setting(
+        "added to the value beside a gate (gpt-oss: 1)",
+        default=0.0,
+        without_effect={"activation": UNGATED},
+    )
 
     def canonical_activation(self) -> dict[str, Any]:
         """Return the fields of the activation, those without effect reset."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 
 from moenas.grammar.component import changed, fields, setting
+from moenas.grammar.conditions import none_of, one_of
 from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
@@ -76,19 +77,25 @@ class AttentionMixer(Mixer, kind="attention"):
         default="none",
     )
     qk_norm_after_rope: bool = setting(
-        "qk_norm comes after the positions, not before them (Hunyuan)", default=False
+        "qk_norm comes after the positions, not before them (Hunyuan)",
+        default=False,
+        without_effect={"qk_norm": one_of("none")},
     )
     v_norm: bool = setting(
-        "RMSNorm of the values of each head, without a weight (Gemma 4)", default=False
+        "RMSNorm of the values of each head, without a weight (Gemma 4)",
+        default=False,
+        without_effect={"kv_source": none_of(None)},
     )
     k_eq_v: bool = setting(
         "the values are the keys as they are projected, before norms and positions (Gemma 4)",
         default=False,
+        without_effect={"kv_source": none_of(None)},
     )
     inner_eps: float = setting(
         "added to the mean square in qk_norm, in v_norm and in the norm of q_rank",
         default=1e-6,
         low=0.0,
+        without_effect={"q_rank": one_of(None), "qk_norm": one_of("none"), "v_norm": one_of(False)},
     )
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
     qkv_clip: float | None = setting(
@@ -126,7 +133,12 @@ class AttentionMixer(Mixer, kind="attention"):
         default=None,
         low=1,
     )
-    attn_scale: float = setting("of floor_scale", default=0.1, low=0.0)
+    attn_scale: float = setting(
+        "of floor_scale",
+        default=0.1,
+        low=0.0,
+        without_effect={"floor_scale": one_of(None)},
+    )
     position_bias: PositionBias | None = setting(
         "added to the scores by the distance of their tokens; null: nothing is", default=None
     )

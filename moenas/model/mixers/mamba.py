@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import setting
+from moenas.grammar.conditions import one_of
 from moenas.model.layers.linear import Convolution, Linear
 from moenas.model.layers.norms import GatedNorm, RMSNorm
 from moenas.model.mixers.mixer import Mixer, StateCache
@@ -179,7 +180,12 @@ class MambaMixer(Mixer, kind="mamba"):
     conv_bias: bool = setting("the convolution has a bias", default=True)
     proj_bias: bool = setting("the outer projections have a bias", default=False)
     inner_norm: bool = setting("RMSNorm of dt, B and C (Jamba)", default=False)
-    inner_eps: float = setting("added to the mean square in inner_norm", default=1e-6, low=0.0)
+    inner_eps: float = setting(
+        "added to the mean square in inner_norm",
+        default=1e-6,
+        low=0.0,
+        without_effect={"inner_norm": one_of(False)},
+    )
 
     def dt_rank_at(self, d_model: int) -> int:
         """Return the width from which the time steps are made."""

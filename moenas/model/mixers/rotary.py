@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.mixers.rope_scaling import RopeScaling, YarnScaling
 
 THETA = 10000.0
@@ -31,10 +32,15 @@ class Rope(Component):
     """
 
     theta: float | None = setting(
-        "base of the rotary wavelengths; null: nothing is rotated (NoPE)", default=THETA, low=1.0
+        "base of the rotary wavelengths; null: nothing is rotated (NoPE)",
+        default=THETA,
+        low=1.0,
+        without_effect={"partial_rotary_factor": one_of(0.0)},
     )
     scaling: RopeScaling | None = setting(
-        "how the rotary wavelengths are scaled; null: not at all", default=None
+        "how the rotary wavelengths are scaled; null: not at all",
+        default=None,
+        without_effect=({"partial_rotary_factor": one_of(0.0)}, {"theta": one_of(None)}),
     )
     partial_rotary_factor: float = setting(
         "fraction of the dimensions that is rotated, rounded to an even number of them (ties: a"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.layers.linear import on_cuda
 from moenas.model.moe.gating import RoutingDecision
 
@@ -68,7 +69,7 @@ class AuxLossBalance(Balance, kind="aux_loss"):
     loss = "load"
 
     coef: float = setting(COEF, default=0.01, low=0.0)
-    scope: Scope = setting(SCOPE, default="batch")
+    scope: Scope = setting(SCOPE, default="batch", without_effect={"coef": one_of(0.0)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class BiasAndLossBalance(Balance, kind="bias_and_loss"):
     has_bias = True
 
     coef: float = setting(COEF, default=0.01, low=0.0)
-    scope: Scope = setting(SCOPE, default="batch")
+    scope: Scope = setting(SCOPE, default="batch", without_effect={"coef": one_of(0.0)})
     rate: float = setting(RATE, default=0.001, low=0.0)
 
 

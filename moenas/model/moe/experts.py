@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.feedforward.dense import FFN, FeedForward, SigmoidGatedFeedForward, network_cost
 from moenas.model.layer_inputs import LayerInputs, ReadsInputs
 from moenas.model.layers.activations import Activated, Activation, up_width
@@ -50,10 +51,16 @@ class MoEFFN(Activated, FFN, kind="moe"):
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
     n_shared_experts: int = setting("experts that every token passes", default=0, low=0)
     d_shared: int | None = setting(
-        "width of a shared expert; null: d_expert", default=None, low=8, multiple=8
+        "width of a shared expert; null: d_expert",
+        default=None,
+        low=8,
+        multiple=8,
+        without_effect={"n_shared_experts": one_of(0)},
     )
     shared_gate: bool = setting(
-        "the shared experts are multiplied by sigmoid(w x) (Qwen2-MoE)", default=False
+        "the shared experts are multiplied by sigmoid(w x) (Qwen2-MoE)",
+        default=False,
+        without_effect={"n_shared_experts": one_of(0)},
     )
     out_bias: bool = setting("the layer adds a bias to its output (JetMoE)", default=False)
     d_latent: int | None = setting(
@@ -72,6 +79,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
     zero_kind: Literal["identity", "zero", "constant"] = setting(
         "what such an expert gives: the token, nothing, or a mix of the token and a vector",
         default="identity",
+        without_effect={"n_zero_experts": one_of(0)},
     )
 
     @property

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.layers.norms import RMSNorm
 
 # Shapes: T tokens, D model width, E experts, H width of the hidden layer or else D.
@@ -39,7 +40,9 @@ class Logits(Component):
         "width of a layer before the logits; null: none", default=None, low=8, multiple=8
     )
     hidden_activation: Literal["gelu", "none"] = setting(
-        "what follows that layer; none: it is the projection of X-MoE", default="gelu"
+        "what follows that layer; none: it is the projection of X-MoE",
+        default="gelu",
+        without_effect={"hidden": one_of(None)},
     )
     add_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
     standardize: bool = setting(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.conditions import one_of
 from moenas.model.moe.balance import (
     AuxLossBalance,
     Balance,
@@ -45,6 +46,7 @@ class Router(Component):
         "let a selection look at later tokens (sinkhorn and base, in training; expert_choice): a"
         " language model's loss is then better than what it can write",
         default=False,
+        without_effect={"selection": one_of("top_k", "noisy_top_k", "hash", "threshold")},
     )
     top_k: int = setting(
         "experts chosen for a token; the mean with expert_choice and threshold", default=2, low=1
@@ -67,12 +69,14 @@ class Router(Component):
     logits: Logits = setting(
         "the number of each expert that the score reads; no score reads them with score: uniform",
         default=LinearLogits(),
+        without_effect={"score": one_of("uniform")},
     )
     capacity_factor: float | None = setting(
         "in training an expert takes ceil(factor * top_k * tokens / n_experts) slots of a"
         " sequence, first come first served, and drops the rest; null: none is dropped",
         default=None,
         low=1e-3,
+        without_effect={"selection": one_of("expert_choice")},
     )
     balance: Balance = setting("how the load of the experts is balanced", default=AuxLossBalance())
     loss_reduce: Reduce = setting(
@@ -80,15 +84,24 @@ class Router(Component):
         " slots of all layers together, top_k for an even load (a router_aux_loss_coef of"
         " transformers), and the mean of the others",
         default="sum",
+        without_effect={
+            "balance": one_of("none", "bias"),
+            "z_coef": one_of(0.0),
+            "entropy_coef": one_of(0.0),
+        },
     )
     z_coef: float = setting(
-        "weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)", default=0.0, low=0.0
+        "weight of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5)",
+        default=0.0,
+        low=0.0,
+        without_effect={"score": one_of("uniform")},
     )
     entropy_coef: float = setting(
         "weight of the mean entropy of a token's scores over their sum, which makes top_p choose"
         " fewer experts (arXiv 2403.07652)",
         default=0.0,
         low=0.0,
+        without_effect={"score": one_of("uniform")},
     )
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, changed, setting
+from moenas.grammar.conditions import one_of
 
 # Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
 
@@ -78,15 +79,21 @@ class TokenChoice:
 
     n_groups: int = setting("equal groups of experts", default=1, low=1)
     top_groups: int = setting(
-        "groups of which a token chooses experts; beyond n_groups: all", default=1, low=1
+        "groups of which a token chooses experts; beyond n_groups: all",
+        default=1,
+        low=1,
+        without_effect={"n_groups": one_of(1)},
     )
     group_score: Literal["max", "top2_sum"] = setting(
-        "ranks groups by their best expert (DeepSeek-V2) or best two (DeepSeek-V3)", default="max"
+        "ranks groups by their best expert (DeepSeek-V2) or best two (DeepSeek-V3)",
+        default="max",
+        without_effect={"n_groups": one_of(1)},
     )
     even_groups: bool = setting(
         "each group that a token chooses from gives as many of its top_k experts (MoGE, arXiv"
         " 2505.21411, with as many top_groups as n_groups)",
         default=False,
+        without_effect={"n_groups": one_of(1)},
     )
     top_p: float | None = setting(
         "of its top_k experts a token keeps the first that reach this share of all scores together"
