@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moenas.errors import MoenasError
@@ -112,7 +113,9 @@ class Gate:
         try:
             replay = await self._admitted(scope, receive)
         except Problem as problem:
-            response = problem.response(scope["path"])
+            response: Response = problem.response(scope["path"])
+            if problem.status == 401 and _is_visit(scope):
+                response = RedirectResponse("/login", 303)
             return await response(scope, receive, secure)
         await self._app(scope, replay, secure)
 
@@ -199,6 +202,12 @@ class Gate:
             return True
         tokens = self._store.query(access_tokens.listed)
         return any(t.id == identity.token_id and t.state == "active" for t in tokens)
+
+
+def _is_visit(scope: Scope) -> bool:
+    """Whether a browser asks for a page."""
+    accepted = Headers(scope=scope).get("accept", "")
+    return scope["method"] == "GET" and "text/html" in accepted
 
 
 def _too_many(wait: float) -> Problem:

@@ -16,7 +16,14 @@ from starlette.types import ASGIApp
 
 import moenas
 from moenas.errors import InputError
-from moenas.service import control_routes, operation_routes, schemas, study_routes, tasks
+from moenas.service import (
+    control_routes,
+    operation_routes,
+    page_routes,
+    schemas,
+    study_routes,
+    tasks,
+)
 from moenas.service.event_stream import EventHub
 from moenas.service.gate import Gate
 from moenas.service.problems import MEDIA_TYPE, handle_errors
@@ -38,7 +45,12 @@ PROBLEMS: dict[int | str, dict[str, object]] = {
         "content": {MEDIA_TYPE: {"schema": schemas.ProblemDetails.model_json_schema()}},
     }
 }
-ROUTERS = (study_routes.router, control_routes.router, operation_routes.router)
+ROUTERS = (
+    study_routes.router,
+    control_routes.router,
+    operation_routes.router,
+    page_routes.router,
+)
 
 
 def service_state(settings: ServerSettings) -> ServiceState:

@@ -81,11 +81,8 @@ def list_trials(
     return study_views.trial_page(service.store, name, after=after, limit=limit, with_params=params)
 
 
-TrialNumber = Annotated[int, schemas.Field(ge=0, le=2**31 - 1)]
-
-
 @router.get("/studies/{name}/trials/{trial}")
-def get_trial(service: Service, name: str, trial: TrialNumber) -> schemas.Trial:
+def get_trial(service: Service, name: str, trial: schemas.TrialNumber) -> schemas.Trial:
     """Return everything that is stored of one trial."""
     return study_views.trial(service.store, name, trial)
 
@@ -113,6 +110,12 @@ def get_history(service: Service, name: str) -> schemas.History:
     return study_views.history(service.store, name)
 
 
+@router.get("/studies/{name}/figures")
+def get_figures(service: Service, name: str) -> schemas.Figures:
+    """Return the figures of the study, as plotly.js takes them."""
+    return study_views.figures(service.store, name)
+
+
 @router.get("/studies/{name}/report")
 def get_report(service: Service, name: str) -> schemas.Report:
     """Return what the study shows of its space: importance of holes, effects of their values."""
@@ -133,11 +136,16 @@ def get_events(
     service: Service,
     name: str,
     last_event_id: Annotated[int, Header(ge=0, le=2**31 - 1)] = 0,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
     follow: bool = True,
 ) -> StreamingResponse:
-    """Stream the events after `Last-Event-ID`, as server-sent events; `follow` waits for more."""
+    """Stream the events after `Last-Event-ID`, as server-sent events; `follow` waits for more.
+
+    A browser cannot set the header for its first request, so `after` says the same.
+    """
     study_views.listed(service.store, name)
-    events = event_stream.stream(service.hub, service.store, name, last_event_id, follow=follow)
+    last = max(last_event_id, after)
+    events = event_stream.stream(service.hub, service.store, name, last, follow=follow)
     return StreamingResponse(events, media_type="text/event-stream")
 
 
@@ -147,7 +155,7 @@ def get_events(
 @router.get(
     "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
 )
-def export_trial(service: Service, name: str, trial: TrialNumber) -> StreamingResponse:
+def export_trial(service: Service, name: str, trial: schemas.TrialNumber) -> StreamingResponse:
     """Return a trained model as a zip: PyTorch source, weights, config and README."""
     service.store.study(name)
     folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
