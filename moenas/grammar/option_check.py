@@ -9,7 +9,7 @@ from typing import Any
 from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.conditions import Scalar
 from moenas.grammar.counting import draws_each_layer
-from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree, has_holes
+from moenas.grammar.nodes import Choice, Fixed, Listing, Range, Record, Tree
 from moenas.grammar.sampling import RandomSuggest, drawn, holes
 
 TRIES = 1000
@@ -29,7 +29,8 @@ def check_options(tree: Tree) -> None:
         SpaceError: at the place of the option, with the reason of the last try.
     """
     for narrow in _narrowed(tree):
-        if has_holes(narrow):
+        # A hole may have no effect beside the fixed values, and then there is nothing to try.
+        if any(True for _ in holes(narrow)):
             _check_narrow(narrow)
         else:
             drawn(narrow, RandomSuggest(0), whole=False)

@@ -15,7 +15,6 @@ from moenas.grammar.component import (
     Component,
     Conflict,
     Field,
-    Scalar,
     accepted_mapping,
     fields,
     join,
@@ -50,13 +49,7 @@ from moenas.resources import NOWHERE, Node
 C = TypeVar("C", bound=Component)
 
 
-def has_holes(tree: Tree) -> bool:
-    """Whether a tree is a hole, or one stands in it."""
-    return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
-
-
 def read(family: type[Component], node: Node, path: str = "", name: str = "") -> Tree:
-def read(family: type[Component], node: Node, path: str = "") -> Tree:
     """Read a component, or a hole with components as options, from YAML or plain data.
 
     `name` is the field that holds it, for errors; without one, the end of the path.

@@ -185,7 +185,7 @@ class Search(Component):
     sampler: str = setting(
         " | ".join(f"{name} ({words})" if words else name for name, words in SAMPLERS.items())
         + ", or `file.py:Class`",
-        default="tpe",
+        default="gray_box",
     )
     trials: int = setting(
         "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"

@@ -25,7 +25,7 @@ from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
-from moenas.study.changes import refuse_changes, version_changes
+from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
 from moenas.study.driver import Driver
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.study.jobs import Jobs
@@ -266,6 +266,7 @@ def run(
     """
     corpus, first = check_start(space, storage)
     known = Store.known(storage, space.name)
+    space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
     with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
@@ -307,6 +308,7 @@ def dry_run(
 
     corpus, _ = check_start(space, storage)
     known, done = Store.known(storage, space.name), 0
+    space = with_stored_sampler(space, known)
     if known is not None:
         refuse_changes(known, space, corpus)
         done = attempts.evaluated(Store.open(storage), space.name)
