@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import ssl
+import threading
 import types
 from collections.abc import AsyncIterator, Callable
 
@@ -24,6 +25,7 @@ from moenas.service import (
     study_routes,
     tasks,
 )
+from moenas.service.dashboard_mount import WithDashboard
 from moenas.service.event_stream import EventHub
 from moenas.service.gate import Gate
 from moenas.service.problems import MEDIA_TYPE, handle_errors
@@ -31,7 +33,7 @@ from moenas.service.runner import Runner
 from moenas.service.sessions import Identity, Sessions
 from moenas.service.settings import ServerSettings
 from moenas.service.state import ServiceState
-from moenas.service.task_process import TaskProcess
+from moenas.service.task_process import TaskLostError, TaskProcess, TaskTimeoutError
 from moenas.store import access_tokens
 from moenas.store.store import Store
 
@@ -105,7 +107,8 @@ def create_api(service: ServiceState) -> FastAPI:
 def create_app(service: ServiceState) -> ASGIApp:
     """Return the whole application, with the gate in front."""
     api = create_api(service)
-    return Gate(api, store=service.store, settings=service.settings, sessions=service.sessions)
+    whole = WithDashboard(api, service.store)
+    return Gate(whole, store=service.store, settings=service.settings, sessions=service.sessions)
 
 
 class _Server(uvicorn.Server):
@@ -180,6 +183,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> int:
         service.runner.start()
         try:
             _greet(service, say)
+            threading.Thread(target=warm, args=(service,), daemon=True).start()
             server.run(sockets=[sock])
         finally:
             by_user = server.ended_by != signal.SIGTERM
@@ -208,4 +212,5 @@ def _greet(service: ServiceState, say: Callable[[str], None]) -> None:
 
 def warm(service: ServiceState) -> None:
     """Start the process of the checks, so that the first check does not wait."""
-    service.checks.call(tasks.warm)
+    with contextlib.suppress(TaskLostError, TaskTimeoutError):  # the server has ended meanwhile
+        service.checks.call(tasks.warm)

@@ -95,6 +95,19 @@ def test_a_browser_without_a_login_is_sent_to_it(one: Served) -> None:
     assert "<form" in one.send("GET", "/login", None).text
 
 
+def test_the_dashboard_is_behind_the_gate_and_changes_no_study(one: Served) -> None:
+    assert one.send("GET", "/api/studies", None).status_code == 401
+    found = one.send("GET", "/api/studies", "viewer").json()
+    assert [study["study_name"] for study in found["study_summaries"]] == ["made_up"]
+    assert one.send("GET", "/dashboard", "viewer").status_code == 200
+    number = found["study_summaries"][0]["study_id"]
+    note = {"body": "mine", "version": 1}
+    assert one.send("PUT", f"/api/studies/{number}/note", "viewer", json=note).status_code == 403
+    assert one.send("PUT", f"/api/studies/{number}/note", "submitter", json=note).status_code == 204
+    assert one.send("DELETE", f"/api/studies/{number}", "admin").status_code == 403
+    assert one.send("POST", "/api/studies", "admin", json={"study_name": "x"}).status_code == 403
+
+
 # --- in a browser --------------------------------------------------------------------------------
 
 chromium = pytest.mark.skipif(
@@ -195,6 +208,15 @@ def test_the_form_checks_while_one_types_and_submits(
     tab.wait_for("The study is paused.")
     assert one.service.store.query(lambda c: submissions.require(c, "typed")).state == "paused"
     tab.wait("document.getElementById('state').textContent === 'paused'")
+    assert tab.errors == []
+
+
+@chromium
+def test_the_dashboard_opens_from_the_pages(
+    one: Served, address: str, tab: browser.Browser
+) -> None:
+    tab.open(f"{address}/dashboard", size=(1280, 900))
+    tab.wait_for("made_up")
     assert tab.errors == []
 
 

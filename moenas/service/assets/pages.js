@@ -146,7 +146,7 @@ async function drawFront() {
   ];
   const plot = document.getElementById("front-plot");
   await Plotly.react(plot, traces, { xaxis: axis(x), yaxis: axis(y), margin: { t: 20 },
-    hovermode: "closest" }, { responsive: true, displaylogo: false });
+    legend: { orientation: "h", y: 1.12 }, hovermode: "closest" }, { responsive: true, displaylogo: false });
   plot.removeAllListeners("plotly_click");
   plot.on("plotly_click", (event) => { location.href = trialPage(event.points[0].customdata); });
   fillFront(front, names);
