@@ -84,6 +84,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
         service.runner.stop(interrupt_drivers=True)
         service.checks.close()
         service.jobs.close()
+        service.waiters.shutdown()
         engine.dispose()
         for key in own:
             LASTING.pop(key, None)

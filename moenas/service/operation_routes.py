@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from moenas.service import schemas, tasks
@@ -56,9 +57,9 @@ def get_metrics(service: Service) -> Response:
 
 
 @router.get("/v1/devices", tags=["operation"])
-def get_devices(service: Service) -> schemas.Devices:
+async def get_devices(service: Service) -> schemas.Devices:
     """Return the devices of the server's machine."""
-    found = service.checks.call(tasks.devices)
+    found = await service.wait(service.checks.call, tasks.devices)
     return schemas.Devices(devices=[schemas.Device(**row) for row in found])
 
 
@@ -105,7 +106,7 @@ async def log_in_by_token(service: Service, request: Request) -> Response:
     """Trade a token for a cookie."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     text = fields.get("token", [""])[0].strip()
-    found = service.store.query(lambda c: access_tokens.checked(c, text))
+    found = await run_in_threadpool(service.store.query, lambda c: access_tokens.checked(c, text))
     if found is None:
         return html("login.html", status=403, said="No active token is like this.")
     return _logged_in(service, Identity(found.user_name, found.role, found.id))

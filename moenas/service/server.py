@@ -190,6 +190,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> int:
             service.runner.stop(interrupt_drivers=by_user)
             service.checks.close()
             service.jobs.close()
+            service.waiters.shutdown()
     say("stopped")
     return 128 + (server.ended_by or signal.SIGINT)
 
@@ -199,7 +200,7 @@ def _greet(service: ServiceState, say: Callable[[str], None]) -> None:
     settings = service.settings
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{settings.scheme}://{host}:{settings.port}"
-    say(f"moenas serves {service.store.place} at {address} (Ctrl-C stops it)")
+    say(f"serving {service.store.place} at {address} (Ctrl-C stops it)")
     if settings.no_auth:
         say("every program of this machine may use it, because of --no-auth")
     elif settings.is_loopback:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
 from moenas.service import event_stream, schemas, study_views, tasks
-from moenas.service.state import Service
+from moenas.service.state import Service, ServiceState
 from moenas.store.submissions import State, StudyFilter
 
 router = APIRouter(prefix="/v1", tags=["studies"])
@@ -117,8 +117,13 @@ def get_figures(service: Service, name: str) -> schemas.Figures:
 
 
 @router.get("/studies/{name}/report")
-def get_report(service: Service, name: str) -> schemas.Report:
+async def get_report(service: Service, name: str) -> schemas.Report:
     """Return what the study shows of its space: importance of holes, effects of their values."""
+    return await service.wait(_report, service, name)
+
+
+def _report(service: ServiceState, name: str) -> schemas.Report:
+    """Let the process of the jobs make the report of a study that has begun."""
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
     found = service.jobs.call(
@@ -155,8 +160,15 @@ def get_events(
 @router.get(
     "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
 )
-def export_trial(service: Service, name: str, trial: schemas.TrialNumber) -> StreamingResponse:
+async def export_trial(
+    service: Service, name: str, trial: schemas.TrialNumber
+) -> StreamingResponse:
     """Return a trained model as a zip: PyTorch source, weights, config and README."""
+    return await service.wait(_export, service, name, trial)
+
+
+def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
+    """Let the process of the jobs export a trial; the answer zips the folder and removes it."""
     service.store.study(name)
     folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
     label = f"{name}-{trial}"

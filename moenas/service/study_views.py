@@ -12,7 +12,7 @@ from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
 from moenas.report.summary import status_report, trial_report
 from moenas.service import schemas
-from moenas.store import study_events, submissions
+from moenas.store import row_readers, study_events, submissions
 from moenas.store.row_readers import FrontView
 from moenas.store.store import Store
 from moenas.store.submissions import ListedStudy, StudyFilter
@@ -144,7 +144,7 @@ def trial_page(
     if not begun(store, name):
         return schemas.TrialPage(trials=[], next=None)
     names = list(store.study(name).directions)
-    found = [e for e in store.evaluations(name) if e.trial > after]
+    found = store.read(name, lambda c: row_readers.evaluations_after(c, name, after, limit + 1))
     on_front = set(store.front(name))
     params = _params(store, name) if with_params else {}
     rows = [_trial_row(e, names, on_front, params) for e in found[:limit]]

@@ -211,8 +211,16 @@ async function refreshStudy() {
 }
 
 function followStudy() {
-  let timer;
-  const soon = () => { clearTimeout(timer); timer = setTimeout(() => refreshStudy().catch(report), 300); };
+  // At most one refresh waits, and the next one begins 2 s after the end of the last one.
+  let waiting = false, earliest = 0;
+  const soon = () => {
+    if (waiting) return;
+    waiting = true;
+    setTimeout(() => {
+      waiting = false;
+      refreshStudy().catch(report).finally(() => { earliest = Date.now() + 2000; });
+    }, Math.max(300, earliest - Date.now()));
+  };
   const source = new EventSource(`${study()}/events?after=${page.lastEvent}`);
   for (const kind of ["started", "study_created", "trial_finished", "trials_remeasured", "study_ended",
     "paused", "resumed", "extended", "restarted", "requeued", "driver_ended", "finished", "failed",
