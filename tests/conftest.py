@@ -15,6 +15,7 @@ import pytest
 
 LONGEST = (
     "tests/chaos/",
+    "tests/service/",
     "tests/workers/test_ray_processes.py",
     "tests/study/test_launch.py",
     "tests/workers/",
@@ -24,6 +25,10 @@ LONGEST = (
 )
 """Files that take minutes, the longest first. The processes of a run share its files: one that starts
 last with a long file leaves the others idle."""
+
+
+LASTING: dict[int, Any] = {}
+"""By their ids, connections of servers that last for several tests; their threads use them between tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -151,7 +156,8 @@ def no_connection_left_open() -> Iterator[None]:
     yield
     event.remove(Pool, "connect", keep)
     for connection in opened:
-        connection.close()
+        if id(connection) not in LASTING:
+            connection.close()
 
 
 @pytest.fixture

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+from conftest import LASTING
+from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from moenas.service import server
@@ -60,6 +66,14 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
         "backoff_s": 0.0,
     }
     service = server.service_state(ServerSettings(**chosen | settings))
+    engine = service.store.engine
+    engine.dispose()
+    own: dict[int, Any] = {}
+
+    def keep(connection: Any, _: Any) -> None:
+        own[id(connection)] = LASTING[id(connection)] = connection
+
+    event.listen(engine, "connect", keep)
     service.runner.id = service.store.transact(runners.register)
     client = TestClient(server.create_app(service), HOST, raise_server_exceptions=False)
     client.follow_redirects = False
@@ -70,3 +84,31 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
         service.runner.stop(interrupt_drivers=True)
         service.checks.close()
         service.jobs.close()
+        service.waiters.shutdown()
+        engine.dispose()
+        for key in own:
+            LASTING.pop(key, None)
+
+
+@contextlib.contextmanager
+def listening(service: ServiceState, port: int = 0) -> Iterator[str]:
+    """Let a real server of this process listen; yield its address."""
+    found = socket.socket()
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind(("127.0.0.1", port))
+    found.listen(64)
+    config = uvicorn.Config(
+        server.create_app(service), log_level="error", timeout_graceful_shutdown=1
+    )
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [found]})
+    thread.start()
+    try:
+        while not running.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{found.getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join()
+        found.close()

@@ -136,6 +136,7 @@ def test_examples_in_python_use_names_that_exist(page: Path) -> None:
 RUN = {
     "docs/getting_started.md": "test_the_example_of_the_python_interface_runs, here",
     "docs/objectives.md": "test_the_example_of_an_objective_measures, here",
+    "docs/service.md": "tests/service/test_service_page.py",
     "docs/parts.md": "tests/grammar/test_user_parts.py",
     "docs/tracing.md": "tests/export/test_tracing.py",
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moenas.cli.options import Address, Format, Output, Storage, Workers, worker_count, write_rows
 from moenas.errors import InputError
 from moenas.terminal import emit, say
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 commands = typer.Typer()
 """The command `serve`, which the command line includes."""
@@ -90,6 +94,11 @@ def serve(
     raise typer.Exit(server.serve(settings, say))
 
 
+def _operator() -> str:
+    """Return what the audit calls the user of this machine."""
+    return f"local uid {os.getuid()}"
+
+
 @token.command("create")
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the user.")],
@@ -102,14 +111,21 @@ def create(
     storage: Storage = None,
 ) -> None:
     """Print a new token; only its digest is stored, so it cannot be printed again."""
-    from moenas.store import access_tokens
+    from moenas.store import access_tokens, audit
     from moenas.store.store import Store
 
     if role not in access_tokens.ROLES:
         raise InputError(f"--role {role}: give one of {', '.join(access_tokens.ROLES)}")
     wanted, until = next(r for r in access_tokens.ROLES if r == role), access_tokens.expiry(expires)
     store = Store.open(storage, create=True)
-    text = store.transact(lambda c: access_tokens.create(c, name, wanted, until))
+
+    def change(connection: Connection) -> str:
+        text = access_tokens.create(connection, name, wanted, until)
+        told = {"name": name, "role": wanted, "expires": until}
+        audit.write(connection, _operator(), "token_created", None, told)
+        return text
+
+    text = store.transact(change)
     emit(text)
     say(f"token of {name}, {role}, {f'until {until[:16]} UTC' if until else 'without an end'}")
 
@@ -141,9 +157,14 @@ def revoke(
     storage: Storage = None,
 ) -> None:
     """Revoke a token, or all tokens of a user; it is refused from the next request on."""
-    from moenas.store import access_tokens
+    from moenas.store import access_tokens, audit
     from moenas.store.store import Store
 
-    store = Store.open(storage, create=True)
-    count = store.transact(lambda c: access_tokens.revoke(c, name))
+    def change(connection: Connection) -> int:
+        count = access_tokens.revoke(connection, name)
+        told = {"name": name, "tokens": count}
+        audit.write(connection, _operator(), "token_revoked", None, told)
+        return count
+
+    count = Store.open(storage, create=True).transact(change)
     say(f"revoked: {count}")

@@ -21,13 +21,16 @@ router = APIRouter(prefix="/v1", tags=["control"])
 
 
 @router.post("/spaces/check", tags=["spaces"])
-def check_space(service: Service, user: User, request: schemas.SpaceRequest) -> schemas.SpaceReport:
+async def check_space(
+    service: Service, user: User, request: schemas.SpaceRequest
+) -> schemas.SpaceReport:
     """Check a space: points, costs, random architectures, and what a study would take.
 
     A space that is not valid is a problem of status 422 with line, column, path and message of
     what is wrong.
     """
-    found = service.checks.call(
+    found = await service.wait(
+        service.checks.call,
         tasks.check_space,
         request.space,
         tuple(request.overrides),
@@ -45,7 +48,7 @@ IdempotencyKey = Annotated[
 
 
 @router.post("/studies", status_code=201)
-def submit_study(
+async def submit_study(
     service: Service,
     user: User,
     request: schemas.SubmissionRequest,
@@ -57,6 +60,16 @@ def submit_study(
     The same request with the same `Idempotency-Key` returns the study of the first one with
     status 200.
     """
+    found, is_new = await service.wait(_submit, service, user, request, idempotency_key)
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/studies/{found.name}"
+    return found
+
+
+def _submit(
+    service: ServiceState, user: Identity, request: schemas.SubmissionRequest, key: str | None
+) -> tuple[schemas.StudyDetail, bool]:
+    """Check a study and put it into the queue; return it, and whether it is new."""
     asked = json.dumps(request.model_dump(), sort_keys=True)
     sha256 = hashlib.sha256(asked.encode()).hexdigest()
     checked = service.checks.call(
@@ -76,12 +89,10 @@ def submit_study(
         state="queued",
     )
     found, is_new = service.store.transact(
-        lambda c: submissions.submit(c, new, key=idempotency_key, request_sha256=sha256)
+        lambda c: submissions.submit(c, new, key=key, request_sha256=sha256)
     )
     service.runner.wake()
-    response.status_code = 201 if is_new else 200
-    response.headers["Location"] = f"/v1/studies/{found.study}"
-    return study_views.study_detail(service.store, found.study)
+    return study_views.study_detail(service.store, found.study), is_new
 
 
 # --- studies that were submitted -----------------------------------------------------------------
@@ -153,10 +164,17 @@ def extend_study(
 
 
 @router.post("/studies/{name}/enqueue")
-def enqueue_architectures(
+async def enqueue_architectures(
     service: Service, user: User, name: str, request: schemas.EnqueueRequest
 ) -> list[schemas.Enqueued]:
     """Let a study evaluate architectures of your own next, also while it runs."""
+    return await service.wait(_enqueue, service, user, name, request)
+
+
+def _enqueue(
+    service: ServiceState, user: Identity, name: str, request: schemas.EnqueueRequest
+) -> list[schemas.Enqueued]:
+    """Enqueue architectures, and store the event and the audit row."""
     service.store.query(lambda c: _require_own(c, name, user))
     if not study_views.begun(service.store, name):
         raise Problem(409, f"study '{name}' has not begun; enqueue once it runs")

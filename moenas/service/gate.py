@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moenas.errors import MoenasError
@@ -112,7 +113,9 @@ class Gate:
         try:
             replay = await self._admitted(scope, receive)
         except Problem as problem:
-            response = problem.response(scope["path"])
+            response: Response = problem.response(scope["path"])
+            if problem.status == 401 and _is_visit(scope):
+                response = RedirectResponse("/login", 303)
             return await response(scope, receive, secure)
         await self._app(scope, replay, secure)
 
@@ -126,6 +129,9 @@ class Gate:
         self._check_host(headers)
         self._check_origin(headers)
         role = required_role(scope["method"], scope["path"])
+        is_attempt = scope["path"] == "/login" and scope["method"] not in SAFE
+        if is_attempt and (wait := self._failures.wait(_address(scope))):
+            raise _too_many(wait)
         if role is not None:
             identity, by_cookie = await self._identify(scope, headers)
             if by_cookie and scope["method"] not in SAFE and not self._is_same_origin(headers):
@@ -163,7 +169,6 @@ class Gate:
 
     async def _identify(self, scope: Scope, headers: Headers) -> tuple[Identity, bool]:
         """Return the user of a request, and whether a cookie names it."""
-        client = scope["client"][0] if scope.get("client") else ""
         given = headers.get("authorization")
         cookie = cookie_value(headers.get("cookie", ""), self._sessions.cookie)
         try:
@@ -172,7 +177,7 @@ class Gate:
             raise of_error(error) from error
         if identity is not None:
             return identity, given is None and not self._settings.no_auth
-        if wait := self._failures.wait(client):
+        if wait := self._failures.wait(_address(scope)):
             raise _too_many(wait)
         raise Problem(
             401,
@@ -199,6 +204,17 @@ class Gate:
             return True
         tokens = self._store.query(access_tokens.listed)
         return any(t.id == identity.token_id and t.state == "active" for t in tokens)
+
+
+def _address(scope: Scope) -> str:
+    """Return the address of the client."""
+    return str(scope["client"][0]) if scope.get("client") else ""
+
+
+def _is_visit(scope: Scope) -> bool:
+    """Whether a browser asks for a page."""
+    accepted = Headers(scope=scope).get("accept", "")
+    return scope["method"] == "GET" and "text/html" in accepted
 
 
 def _too_many(wait: float) -> Problem:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import html
 import threading
 from typing import Annotated
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Query, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from moenas.service import schemas, tasks
+from moenas.service.page_routes import html
 from moenas.service.problems import Problem
 from moenas.service.sessions import LINK_S, Identity, cookie_value
 from moenas.service.state import Service, User
 from moenas.store import access_tokens, audit, study_events, submissions
 
 router = APIRouter()
-
-LOGIN_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>moenas: log in</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"></head>
-<body><main><h1>moenas</h1>{said}
-<form method="post" action="/login"><label>Token
-<input name="token" type="password" autocomplete="current-password" required autofocus></label>
-<button>Log in</button></form>
-<p>An admin makes a token by <code>moenas token create NAME</code>.</p></main></body></html>
-"""
 
 
 @router.get("/healthz", tags=["operation"])
@@ -43,7 +34,7 @@ def get_readiness(service: Service) -> schemas.Health:
     return schemas.Health(status="ok")
 
 
-@router.get("/metrics", tags=["operation"])
+@router.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
 def get_metrics(service: Service) -> Response:
     """Return the state of the queue in Prometheus' text format."""
     registry = CollectorRegistry()
@@ -66,9 +57,9 @@ def get_metrics(service: Service) -> Response:
 
 
 @router.get("/v1/devices", tags=["operation"])
-def get_devices(service: Service) -> schemas.Devices:
+async def get_devices(service: Service) -> schemas.Devices:
     """Return the devices of the server's machine."""
-    found = service.checks.call(tasks.devices)
+    found = await service.wait(service.checks.call, tasks.devices)
     return schemas.Devices(devices=[schemas.Device(**row) for row in found])
 
 
@@ -103,11 +94,10 @@ def create_login_link(service: Service, user: User) -> schemas.LoginLink:
 def log_in_by_link(service: Service, key: str | None = None) -> Response:
     """Trade a one-time link for a cookie; without a link, show a form for a token."""
     if key is None:
-        return HTMLResponse(LOGIN_PAGE.format(said=""))
+        return html("login.html", said="")
     identity = service.sessions.use_link(key)
     if identity is None:
-        said = "<p role=alert>This link was used or is too old.</p>"
-        return HTMLResponse(LOGIN_PAGE.format(said=said), 403)
+        return html("login.html", status=403, said="This link was used or is too old.")
     return _logged_in(service, identity)
 
 
@@ -116,10 +106,9 @@ async def log_in_by_token(service: Service, request: Request) -> Response:
     """Trade a token for a cookie."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     text = fields.get("token", [""])[0].strip()
-    found = service.store.query(lambda c: access_tokens.checked(c, text))
+    found = await run_in_threadpool(service.store.query, lambda c: access_tokens.checked(c, text))
     if found is None:
-        said = f"<p role=alert>{html.escape('No active token is like this.')}</p>"
-        return HTMLResponse(LOGIN_PAGE.format(said=said), 403)
+        return html("login.html", status=403, said="No active token is like this.")
     return _logged_in(service, Identity(found.user_name, found.role, found.id))
 
 

@@ -107,6 +107,15 @@ def _of_validation(error: RequestValidationError) -> Problem:
     return Problem(422, told, kind="request", errors=found)
 
 
+def _documented_methods(app: FastAPI, path: str) -> list[str]:
+    """Return the methods of a path; the router tells those of its first route alone."""
+    for template, methods in app.openapi()["paths"].items():
+        pattern = "[^/]+".join(map(re.escape, re.split(r"\{[^}]*\}", template)))
+        if re.fullmatch(pattern, path):
+            return sorted(method.upper() for method in methods)
+    return []
+
+
 def handle_errors(app: FastAPI) -> None:
     """Let an application answer with problem documents alone."""
 
@@ -129,6 +138,8 @@ def handle_errors(app: FastAPI) -> None:
     def of_http(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
+        if error.status_code == 405 and (found := _documented_methods(app, request.url.path)):
+            headers["Allow"] = ", ".join(found)
         return Problem(error.status_code, detail, headers=headers).response(request.url.path)
 
     @app.exception_handler(Exception)

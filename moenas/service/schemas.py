@@ -13,6 +13,7 @@ Overrides = Annotated[
     Field(max_length=200, description="Dotted overrides, as `moenas run` takes them."),
 ]
 SpaceText = Annotated[str, Field(max_length=MAX_SPACE, description="A space file, in YAML.")]
+TrialNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
 StudyState = Literal["queued", "running", "paused", "finished", "failed", "cancelled", "stopped"]
 EXAMPLE_SPACE = """\
 name: small
@@ -31,17 +32,19 @@ search: {sampler: random, trials: 4}
 
 
 class Model(BaseModel):
-    """Base of all bodies: unknown fields of a request are refused."""
+    """Base of all responses."""
+
+
+class RequestModel(BaseModel):
+    """Base of all requests: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class SpaceRequest(Model):
+class SpaceRequest(RequestModel):
     """A space to check."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"space": EXAMPLE_SPACE}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"space": EXAMPLE_SPACE}]})
 
     space: SpaceText
     overrides: Overrides = []
@@ -90,6 +93,7 @@ class SpaceReport(Model):
     drawn: int
     feasible: int
     refused: dict[str, int]
+    binding: str | None = Field(None, description="The requirement that few draws meet.")
     params: int | Range
     active_params: int | Range
     flops_per_token: int | Range
@@ -101,11 +105,10 @@ class SpaceReport(Model):
     estimate: Estimate
 
 
-class SubmissionRequest(Model):
+class SubmissionRequest(RequestModel):
     """A study to run."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={"examples": [{"space": EXAMPLE_SPACE, "trials": 4, "priority": 0}]},
     )
 
@@ -280,6 +283,12 @@ class History(Model):
     points: list[HistoryPoint]
 
 
+class Figures(Model):
+    """The figures of a study, as plotly.js takes them."""
+
+    figures: dict[str, dict[str, Any]]
+
+
 class Report(Model):
     """What a study shows of its space, as `moenas report -o json` writes it."""
 
@@ -288,20 +297,18 @@ class Report(Model):
     study: str
 
 
-class Extension(Model):
+class Extension(RequestModel):
     """How many candidates a study is to evaluate in total."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"trials": 40}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"trials": 40}]})
 
     trials: int = Field(ge=1, le=1_000_000)
 
 
-class EnqueueRequest(Model):
+class EnqueueRequest(RequestModel):
     """Architectures that a study evaluates next."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"references": ["study:other"]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"references": ["study:other"]}]})
 
     references: list[Annotated[str, Field(max_length=300)]] = Field(
         [], max_length=100, description="Shipped spaces such as zoo/olmoe_1b_7b, or study:NAME."

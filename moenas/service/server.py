@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import ssl
+import threading
 import types
 from collections.abc import AsyncIterator, Callable
 
@@ -16,7 +17,15 @@ from starlette.types import ASGIApp
 
 import moenas
 from moenas.errors import InputError
-from moenas.service import control_routes, operation_routes, schemas, study_routes, tasks
+from moenas.service import (
+    control_routes,
+    operation_routes,
+    page_routes,
+    schemas,
+    study_routes,
+    tasks,
+)
+from moenas.service.dashboard_mount import WithDashboard
 from moenas.service.event_stream import EventHub
 from moenas.service.gate import Gate
 from moenas.service.problems import MEDIA_TYPE, handle_errors
@@ -24,7 +33,7 @@ from moenas.service.runner import Runner
 from moenas.service.sessions import Identity, Sessions
 from moenas.service.settings import ServerSettings
 from moenas.service.state import ServiceState
-from moenas.service.task_process import TaskProcess
+from moenas.service.task_process import TaskLostError, TaskProcess, TaskTimeoutError
 from moenas.store import access_tokens
 from moenas.store.store import Store
 
@@ -38,7 +47,12 @@ PROBLEMS: dict[int | str, dict[str, object]] = {
         "content": {MEDIA_TYPE: {"schema": schemas.ProblemDetails.model_json_schema()}},
     }
 }
-ROUTERS = (study_routes.router, control_routes.router, operation_routes.router)
+ROUTERS = (
+    study_routes.router,
+    control_routes.router,
+    operation_routes.router,
+    page_routes.router,
+)
 
 
 def service_state(settings: ServerSettings) -> ServiceState:
@@ -93,7 +107,8 @@ def create_api(service: ServiceState) -> FastAPI:
 def create_app(service: ServiceState) -> ASGIApp:
     """Return the whole application, with the gate in front."""
     api = create_api(service)
-    return Gate(api, store=service.store, settings=service.settings, sessions=service.sessions)
+    whole = WithDashboard(api, service.store)
+    return Gate(whole, store=service.store, settings=service.settings, sessions=service.sessions)
 
 
 class _Server(uvicorn.Server):
@@ -168,12 +183,14 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> int:
         service.runner.start()
         try:
             _greet(service, say)
+            threading.Thread(target=warm, args=(service,), daemon=True).start()
             server.run(sockets=[sock])
         finally:
             by_user = server.ended_by != signal.SIGTERM
             service.runner.stop(interrupt_drivers=by_user)
             service.checks.close()
             service.jobs.close()
+            service.waiters.shutdown()
     say("stopped")
     return 128 + (server.ended_by or signal.SIGINT)
 
@@ -183,7 +200,7 @@ def _greet(service: ServiceState, say: Callable[[str], None]) -> None:
     settings = service.settings
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{settings.scheme}://{host}:{settings.port}"
-    say(f"moenas serves {service.store.place} at {address} (Ctrl-C stops it)")
+    say(f"serving {service.store.place} at {address} (Ctrl-C stops it)")
     if settings.no_auth:
         say("every program of this machine may use it, because of --no-auth")
     elif settings.is_loopback:
@@ -196,4 +213,5 @@ def _greet(service: ServiceState, say: Callable[[str], None]) -> None:
 
 def warm(service: ServiceState) -> None:
     """Start the process of the checks, so that the first check does not wait."""
-    service.checks.call(tasks.warm)
+    with contextlib.suppress(TaskLostError, TaskTimeoutError):  # the server has ended meanwhile
+        service.checks.call(tasks.warm)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
@@ -14,6 +18,12 @@ from moenas.service.settings import ServerSettings
 from moenas.service.space_rules import SpaceRules
 from moenas.service.task_process import TaskProcess
 from moenas.store.store import Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WAITERS = 32
+"""Requests that may wait for the task processes at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,15 @@ class ServiceState:
     """Runs checks of spaces, which people wait for."""
     jobs: TaskProcess
     """Runs what takes longer: reports and exports."""
+    waiters: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(WAITERS, "moenas-waiter")
+    )
+    """Threads that wait for the task processes, so that no read of rows waits behind them."""
+
+    async def wait(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that waits for a task process, and return its result."""
+        work = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self.waiters, work)
 
     @property
     def rules(self) -> SpaceRules:

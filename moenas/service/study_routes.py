@@ -15,7 +15,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
 from moenas.service import event_stream, schemas, study_views, tasks
-from moenas.service.state import Service
+from moenas.service.state import Service, ServiceState
 from moenas.store.submissions import State, StudyFilter
 
 router = APIRouter(prefix="/v1", tags=["studies"])
@@ -24,7 +24,21 @@ EXPORT_S = 600.0
 """Seconds that an export or a report may take."""
 CHUNK = 1 << 16
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {
+        "description": "Server-sent events; the data of each is a JSON object.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "id": {"type": "string"},
+                        "event": {"type": "string"},
+                        "data": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
 }
 ZIP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}
@@ -67,11 +81,8 @@ def list_trials(
     return study_views.trial_page(service.store, name, after=after, limit=limit, with_params=params)
 
 
-TrialNumber = Annotated[int, schemas.Field(ge=0, le=2**31 - 1)]
-
-
 @router.get("/studies/{name}/trials/{trial}")
-def get_trial(service: Service, name: str, trial: TrialNumber) -> schemas.Trial:
+def get_trial(service: Service, name: str, trial: schemas.TrialNumber) -> schemas.Trial:
     """Return everything that is stored of one trial."""
     return study_views.trial(service.store, name, trial)
 
@@ -99,9 +110,20 @@ def get_history(service: Service, name: str) -> schemas.History:
     return study_views.history(service.store, name)
 
 
+@router.get("/studies/{name}/figures")
+def get_figures(service: Service, name: str) -> schemas.Figures:
+    """Return the figures of the study, as plotly.js takes them."""
+    return study_views.figures(service.store, name)
+
+
 @router.get("/studies/{name}/report")
-def get_report(service: Service, name: str) -> schemas.Report:
+async def get_report(service: Service, name: str) -> schemas.Report:
     """Return what the study shows of its space: importance of holes, effects of their values."""
+    return await service.wait(_report, service, name)
+
+
+def _report(service: ServiceState, name: str) -> schemas.Report:
+    """Let the process of the jobs make the report of a study that has begun."""
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
     found = service.jobs.call(
@@ -119,11 +141,16 @@ def get_events(
     service: Service,
     name: str,
     last_event_id: Annotated[int, Header(ge=0, le=2**31 - 1)] = 0,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
     follow: bool = True,
 ) -> StreamingResponse:
-    """Stream the events after `Last-Event-ID`, as server-sent events; `follow` waits for more."""
+    """Stream the events after `Last-Event-ID`, as server-sent events; `follow` waits for more.
+
+    A browser cannot set the header for its first request, so `after` says the same.
+    """
     study_views.listed(service.store, name)
-    events = event_stream.stream(service.hub, service.store, name, last_event_id, follow=follow)
+    last = max(last_event_id, after)
+    events = event_stream.stream(service.hub, service.store, name, last, follow=follow)
     return StreamingResponse(events, media_type="text/event-stream")
 
 
@@ -133,8 +160,15 @@ def get_events(
 @router.get(
     "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
 )
-def export_trial(service: Service, name: str, trial: TrialNumber) -> StreamingResponse:
+async def export_trial(
+    service: Service, name: str, trial: schemas.TrialNumber
+) -> StreamingResponse:
     """Return a trained model as a zip: PyTorch source, weights, config and README."""
+    return await service.wait(_export, service, name, trial)
+
+
+def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
+    """Let the process of the jobs export a trial; the answer zips the folder and removes it."""
     service.store.study(name)
     folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
     label = f"{name}-{trial}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Iterator
 
 from moenas.errors import InputError, NotFoundError
@@ -11,7 +12,7 @@ from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
 from moenas.report.summary import status_report, trial_report
 from moenas.service import schemas
-from moenas.store import study_events, submissions
+from moenas.store import row_readers, study_events, submissions
 from moenas.store.row_readers import FrontView
 from moenas.store.store import Store
 from moenas.store.submissions import ListedStudy, StudyFilter
@@ -100,6 +101,8 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
     Raises:
         NotFoundError: if there is none of this name.
     """
+    # Read first: whoever waits for events after it misses no change of the state.
+    newest = store.query(study_events.newest).get(name, 0)
     found = listed(store, name)
     own = found.submission
     objectives: list[Plain] = []
@@ -112,7 +115,6 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
         objectives = [{key: o[key] for key in keys} for o in record.objectives]
         said = status_report(store, name)
         progress = {key: said[key] for key in schemas.Progress.model_fields}
-    newest = store.query(study_events.newest).get(name, 0)
     return schemas.StudyDetail(
         **study_row(store, found),
         objectives=[schemas.Objective(**o) for o in objectives],
@@ -142,7 +144,7 @@ def trial_page(
     if not begun(store, name):
         return schemas.TrialPage(trials=[], next=None)
     names = list(store.study(name).directions)
-    found = [e for e in store.evaluations(name) if e.trial > after]
+    found = store.read(name, lambda c: row_readers.evaluations_after(c, name, after, limit + 1))
     on_front = set(store.front(name))
     params = _params(store, name) if with_params else {}
     rows = [_trial_row(e, names, on_front, params) for e in found[:limit]]
@@ -235,3 +237,13 @@ def history(store: Store, name: str) -> schemas.History:
     """Return the front after each complete trial."""
     points = store.history(name) if begun(store, name) else []
     return schemas.History(points=[schemas.HistoryPoint(**point.plain()) for point in points])
+
+
+def figures(store: Store, name: str) -> schemas.Figures:
+    """Return the figures of a study; without a finished trial there is none."""
+    from moenas.report import figures as drawn  # loads plotly, which other answers do not need
+
+    if not begun(store, name) or not store.count(name):
+        return schemas.Figures(figures={})
+    found = drawn.figures(store.view(name))
+    return schemas.Figures(figures={key: json.loads(f.to_json()) for key, f in found.items()})

@@ -98,7 +98,11 @@ class TaskProcess:
         return ours, process
 
     def close(self) -> None:
-        """End the process once its task is done."""
+        """End the process; a task that it runs is lost."""
+        process = self._process
+        with suppress(ValueError):  # it was closed meanwhile
+            if process is not None:
+                process.kill()
         with self._lock:
             self._end()
 
