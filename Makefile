@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread each, as studies run on a CPU; files go to two processes, each file whole to one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread each, as studies run on a CPU. Three processes share the files on two cores, because
+# many tests wait. Compiled files are kept: the tests start some hundred Python processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .PHONY: help demo transcripts test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed ## install, then search the space `tiny`: real training
 	@echo "These commands are in $(BIN); \`. $(BIN)/activate\` puts them on your path."
 
 test: $(VENV)/.installed-test ## install with the test extras, then run the tests
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow

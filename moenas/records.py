@@ -373,3 +373,7 @@ class View:
     front: list[int]
     """Trials on the front, in order of the first objective, best first."""
     history: list[FrontPoint]
+    params: dict[int, Plain] = field(default_factory=dict)
+    """Trial -> hole -> drawn value."""
+    rungs: list[RungResult] = field(default_factory=list)
+    """Results at the rungs of early stopping, in order of rungs and trials."""

@@ -84,7 +84,7 @@ class Browser:
             found += byte
         return json.loads(found[:-1])
 
-    def open(self, url: str, *, dark: bool = False, size: tuple[int, int] = (1400, 3400)) -> None:
+    def open(self, url: str, *, dark: bool = False, size: tuple[int, int] = (1400, 4400)) -> None:
         """Load a page in a window of this size, in the light or the dark scheme."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

@@ -5,6 +5,8 @@ Nothing is imported here that a machine may lack on which a part of the tests ru
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ LONGEST = (
     "tests/export/",
     "tests/dashboard/",
 )
-"""Files that take minutes, the longest first. Two processes share the files of a run: one that starts
-last with a long file leaves the other idle."""
+"""Files that take minutes, the longest first. The processes of a run share its files: one that starts
+last with a long file leaves the others idle."""
 
 
 LASTING: dict[int, Any] = {}
@@ -46,6 +48,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def locks_of_this_process_alone() -> Iterator[None]:
+    """Keep locks of devices and sockets of Ray in a folder of this test process.
+
+    Else a test that times something waits for studies of this user, and for the other test process.
+    """
+    place = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short, for Ray's sockets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", place)
+        yield
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

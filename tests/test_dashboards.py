@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
-from moenas.records import Evaluation, View
+from moenas.records import Evaluation, RungResult, View
 from moenas.report import figures
 from moenas.resources import load_module, shipped
 
-NAMES = {"front", "hypervolume", "curves", "load", "routing", "domains"}
+NAMES = {"front", "hypervolume", "effects", "curves", "load", "routing", "domains"}
+"""Figures of a study without early stopping."""
 MAX_BYTES = 200_000
 """The dashboard sends every figure whole at every poll."""
 
@@ -100,7 +103,7 @@ def test_every_study_gives_all_figures_with_titles_that_plotly_accepts(view):
         assert again.to_plotly_json() == json.loads(figure.to_json())
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", [*sorted(NAMES), "rungs"])
 def test_a_figure_of_an_empty_study_says_why_it_is_empty(name):
     figure = drawn(name, views.view(0, n_failed=0))
     assert not figure.data
@@ -407,7 +410,7 @@ def test_a_figure_here_shadows_the_shipped_one_and_more_can_be_added(tmp_path, m
     (folder / "another.py").write_text(source + "blank('other', 'hello')\n")
     monkeypatch.chdir(tmp_path)
     made = figures.figures(views.view(3))
-    shipped_ = ["front", "hypervolume", "curves", "load", "routing", "domains"]
+    shipped_ = ["front", "hypervolume", "effects", "curves", "load", "routing", "domains"]
     assert list(made) == [*shipped_, "another"]
     assert made["front"].layout.title.text == "mine"
 
@@ -453,8 +456,8 @@ def test_a_study_without_training_has_no_figures_of_training() -> None:
     view = untrained(views.view(30, 4, n_failed=0))
     assert list(figures.figures(view)) == ["front", "hypervolume"]
     assert figures.bigram_loss(view) is None
-    assert len(figures.figures(views.view(30, 4))) == 6
-    assert len(figures.figures(views.view(0))) == 6, "training may begin yet"
+    assert len(figures.figures(views.view(30, 4))) == 7
+    assert len(figures.figures(views.view(0))) == 7, "training may begin yet"
 
 
 def test_trial_numbers_of_points_close_together_do_not_overlap() -> None:
@@ -485,3 +488,50 @@ def test_a_long_subtitle_is_broken_into_lines_above_the_plot() -> None:
     assert long.layout.title.text.count("<br>") == 4
     gap = long.layout.template.layout.margin.t - short.layout.template.layout.margin.t
     assert gap == 3 * 16
+
+
+def searched(n: int = 40) -> View:
+    """A made-up study with parameters that say something, and three rungs that rank better."""
+    view, rng = views.view(n), random.Random(1)
+    params, evaluations, results = {}, [], []
+    for e in view.evaluations:
+        if e.status != "complete":
+            evaluations.append(e)
+            continue
+        kind, width = rng.choice(["dense", "moe"]), rng.choice([64, 96, 128])
+        params[e.trial] = {"blocks.0.ffn": kind, "d_model": width}
+        loss = 3 + 0.4 * (kind == "dense") + rng.gauss(0, 0.02)
+        known = {"values": {**e.values, "val_loss": loss}, "metrics": {"val_loss": loss}}
+        evaluations.append(replace(e, **known))
+        for rung, noise in enumerate((0.4, 0.1, 0.01), start=1):
+            early = 3 + loss / rung + rng.gauss(0, noise)
+            results.append(RungResult(e.trial, rung, 4096 * 2**rung, early, promoted=rung < 3))
+    return replace(view, evaluations=evaluations, params=params, rungs=results)
+
+
+def test_a_study_with_rungs_has_their_figure():
+    assert list(figures.figures(searched())) == list(figures.ORDER)
+
+
+def test_the_agreement_of_rungs_is_scipys_correlation():
+    view = searched()
+    line = drawn("rungs", view).data[0]
+    final = {e.trial: e.metrics["val_loss"] for e in view.evaluations if e.values}
+    for rung, shown in enumerate(line.y, start=1):
+        results = [r for r in view.rungs if r.rung == rung]
+        pairs = [(r.val_loss, final[r.trial]) for r in results]
+        assert shown == pytest.approx(spearmanr(pairs).statistic, abs=1e-4)
+    assert line.y[0] < line.y[-1]
+    assert list(line.x) == ["8.19k", "16.4k", "32.8k"]
+    bars = {trace.name: list(trace.y) for trace in drawn("rungs", view).data[1:]}
+    assert bars == {"trained on": [40, 40, 0], "stopped or paused": [0, 0, 40]}
+
+
+def test_the_effects_are_those_that_were_put_in():
+    figure = drawn("effects", searched())
+    points = {name: x for trace in figure.data for name, x in zip(trace.y, trace.x, strict=True)}
+    difference = points["blocks.0.ffn: dense"] - points["blocks.0.ffn: moe"]
+    assert difference == pytest.approx(0.4, abs=0.05)
+    (clear,) = named(figure, "interval without 0")
+    assert set(clear.y) >= {"blocks.0.ffn: dense", "blocks.0.ffn: moe"}
+    assert {"d_model: 64", "d_model: 96", "d_model: 128"} <= set(points)

@@ -94,6 +94,15 @@ def holes(tree: Tree) -> Iterator[Hole]:
             yield hole
 
 
+def holes_without_effect(tree: Tree) -> Iterator[Hole]:
+    """Yield the holes that have no effect in any draw, so that no sampler sees them."""
+    seen = {hole.name for hole in holes(tree)}
+    for hole in _holes(tree, "", {}, every=True):
+        if hole.name not in seen:
+            seen.add(hole.name)
+            yield hole
+
+
 def shared_holes(tree: Tree) -> dict[str, list[int]]:
     """Return the holes of named layers, by name, with their places among all holes written out."""
     found: dict[str, list[int]] = {}

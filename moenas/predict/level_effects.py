@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from moenas.records import Evaluation
 
 MIN_CANDIDATES = 8
 """Complete candidates that a report draws conclusions from, at least."""
@@ -28,6 +32,49 @@ class LevelEffect:
     """Adjusted mean of the level minus that of all candidates, in the objective's unit."""
     half_width: float | None
     """Half of the 95 % confidence interval; None with too few candidates."""
+
+
+@dataclass(frozen=True)
+class HoleEffect(LevelEffect):
+    """What one value of one hole does to an objective."""
+
+    hole: str = field(kw_only=True)
+
+
+Rows = Sequence[tuple[Evaluation, Mapping[str, Any]]]
+"""Complete candidates, each with its drawn parameters."""
+
+
+def drawn_holes(rows: Rows) -> list[str]:
+    """Return the holes that any candidate has, in the order of the space."""
+    return list(dict.fromkeys(hole for _, params in rows for hole in params))
+
+
+def hole_effects(rows: Rows, objective: str) -> list[HoleEffect]:
+    """Return the effect of each level of each hole on an objective, in order of the holes.
+
+    Only candidates that have the hole are compared. Holes of fewer than MIN_CANDIDATES candidates,
+    or of one level, are left out.
+    """
+    found = []
+    for hole in drawn_holes(rows):
+        there = [(e, params[hole]) for e, params in rows if hole in params]
+        levels = named_levels([value for _, value in there])
+        if len(there) < MIN_CANDIDATES or len(set(levels)) < 2:
+            continue
+        values = [e.values[objective] for e, _ in there]
+        sizes = [float(e.cost.get("active_params", 1)) for e, _ in there]
+        effects = sorted(level_effects(values, sizes, levels), key=_order)
+        found += [HoleEffect(x.level, x.n, x.effect, x.half_width, hole=hole) for x in effects]
+    return found
+
+
+def _order(effect: LevelEffect) -> tuple[float, str]:
+    """Order levels that are numbers by their size, others by name."""
+    try:
+        return float(effect.level.split(" to ")[0]), ""
+    except ValueError:
+        return math.inf, effect.level
 
 
 def level_effects(values: ArrayLike, sizes: ArrayLike, levels: Sequence[str]) -> list[LevelEffect]:

@@ -43,7 +43,7 @@ LOAD_SCALE = [
 ]
 """ColorBrewer's PuOr: two hues that colour-blind readers tell apart, white where balanced."""
 
-ORDER = ("front", "hypervolume", "curves", "load", "routing", "domains")
+ORDER = ("front", "hypervolume", "effects", "curves", "rungs", "load", "routing", "domains")
 """Shipped figures in the order of reading; others follow by name."""
 
 Item = TypeVar("Item")
@@ -248,7 +248,8 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     """Draw every figure of dashboards/, keyed by name; the folder here shadows the shipped one.
 
     With `same_front` those are left out that say `READS = "front"`: they show members alone. Those
-    that say `NEEDS = "training"` are left out of a study that does not train.
+    that say `NEEDS = "training"` are left out of a study that does not train, and those that say
+    `NEEDS = "rungs"` of one without results at rungs.
 
     A file that does not run, or does not give a figure, becomes a figure that says so: a study
     must not end because of a picture of it.
@@ -260,7 +261,8 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     for name in names:
         if same_front and _says(files[name], "READS") == "front":
             continue
-        if trained or _says(files[name], "NEEDS") != "training":
+        needs = _says(files[name], "NEEDS")
+        if (needs != "training" or trained) and (needs != "rungs" or view.rungs):
             found[name] = _draw(files[name], view)
     return found
 

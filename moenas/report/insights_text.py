@@ -22,6 +22,10 @@ def _lines(found: Plain) -> Iterator[str]:
     yield from _space_lines(found["space"], found["requirements"])
     if found["front"]:
         yield from ("", "How the front grew", table(found["front"]))
+    if found["rungs"]:
+        yield from ("", "Agreement of the losses at each rung with the final ones")
+        yield "correlation: Spearman's, over the pairs of candidates that have both losses"
+        yield table(found["rungs"])
     for name, objective in found["objectives"].items():
         yield from ("", f"Importance of each hole for {name}")
         yield "ped_anova: Optuna's, as shares; surrogate: deviation while the hole alone varies"

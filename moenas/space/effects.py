@@ -1,4 +1,4 @@
-"""Fields of a one-point space file that have no effect beside the other fields."""
+"""Fields of a space file that have no effect beside the other fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moenas.errors import SourceLocation, SpaceError
 from moenas.grammar.component import Field, fields, join
 from moenas.grammar.conditions import Scalar
 from moenas.grammar.nodes import Fixed, Listing, Record, Tree, has_holes
-from moenas.grammar.sampling import RandomSuggest, drawn
+from moenas.grammar.sampling import RandomSuggest, drawn, holes_without_effect
 from moenas.model.architecture import Architecture
 
 
@@ -18,10 +18,14 @@ def without_effect(tree: Tree) -> list[str]:
     """Return a warning, with file, line and column, for each written field without effect.
 
     A field has no effect if every other value that is valid gives the same canonical architecture.
-    Only an architecture without holes is looked at: elsewhere a hole may make the field count.
+    Of a space with holes these are holes that no draw asks for; another field may count in a draw.
     """
     if has_holes(tree) or not isinstance(tree, Record):
-        return []
+        return [
+            f"{hole.tree.mark}: architecture.{hole.name}: the hole has no effect beside the other"
+            " fields, and is not drawn; leave it out"
+            for hole in holes_without_effect(tree)
+        ]
     wanted, found = _fingerprint(tree), []
     written = {value.mark: (record, name, value) for record, name, value in _written(tree)}
     for record, name, value in written.values():

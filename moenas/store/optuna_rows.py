@@ -1,4 +1,4 @@
-"""Corrections of Optuna's finished trials, which its API does not allow.
+"""Corrections of Optuna's finished trials, which its API does not allow, and their parameters.
 
 Optuna closes a trial for ever once it is told. Three cases need more: another program has told a
 trial of ours, a failed trial is to run again, and an objective was measured again. Both stores
@@ -12,16 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, insert, select, update
 
 from moenas.errors import StorageLostError
+from moenas.records import Plain
 
 TRIAL = models.TrialModel.__table__
 VALUE = models.TrialValueModel.__table__
 ATTRIBUTE = models.TrialUserAttributeModel.__table__
 STUDY = models.StudyModel.__table__
+PARAM = models.TrialParamModel.__table__
 FINITE = models.TrialValueModel.TrialValueType.FINITE
 
 
@@ -62,6 +65,26 @@ def reopen(connection: Connection, study: str, number: int) -> None:
     connection.execute(update(TRIAL).where(TRIAL.c.trial_id == trial_id).values(changes))
     for table in (VALUE, ATTRIBUTE):
         connection.execute(delete(table).where(table.c.trial_id == trial_id))
+
+
+def params(connection: Connection, study: str) -> dict[int, Plain]:
+    """Return trial -> parameter -> value, of the trials of a study that have parameters."""
+    wanted = (
+        select(TRIAL.c.number, PARAM.c.param_name, PARAM.c.param_value, PARAM.c.distribution_json)
+        .join(TRIAL, TRIAL.c.trial_id == PARAM.c.trial_id)
+        .join(STUDY, STUDY.c.study_id == TRIAL.c.study_id)
+        .where(STUDY.c.study_name == study)
+        .order_by(TRIAL.c.number, PARAM.c.param_id)
+    )
+    distributions: dict[str, BaseDistribution] = {}
+    found: dict[int, Plain] = {}
+    for row in connection.execute(wanted):
+        text = row.distribution_json
+        if text not in distributions:
+            distributions[text] = json_to_distribution(text)
+        value = distributions[text].to_external_repr(row.param_value)
+        found.setdefault(row.number, {})[row.param_name] = value
+    return found
 
 
 def has_study(connection: Connection, study: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, inspect, select
 
-from moenas.records import EndReason, Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import EndReason, Evaluation, FrontPoint, Plain, RungResult, StudyRecord, View
 from moenas.store import front_rows, leases, optuna_rows, row_readers, statements, tables
 from moenas.store.database import Database
 from moenas.store.front_rows import FrontSummary
@@ -184,6 +184,8 @@ class StoreReader:
         later = {
             "evaluations": lambda: self.evaluations(name),
             "architectures": lambda: self.architectures(name),
+            "params": lambda: self.params(name),
+            "rungs": lambda: self.rung_results(name),
         }
         return row_readers.StoredView.of(record, front, history, later)
 
@@ -192,6 +194,18 @@ class StoreReader:
         """Return trial -> canonical architecture of all trials."""
         with self._reading(name) as connection:
             return row_readers.architectures(connection, name)
+
+    @again
+    def params(self, name: str) -> dict[int, Plain]:
+        """Return trial -> hole -> drawn value, of all trials that have drawn."""
+        with self._reading(name) as connection:
+            return optuna_rows.params(connection, name)
+
+    @again
+    def rung_results(self, name: str) -> list[RungResult]:
+        """Return the results at all rungs, in order of rungs and trials."""
+        with self._reading(name) as connection:
+            return row_readers.rung_results(connection, name)
 
     def _rest(self, name: str) -> row_readers.Rest:
         """Return what reads the curve and the routing of a trial."""

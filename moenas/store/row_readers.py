@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Table, func, inspect, select
 
-from moenas.records import Evaluation, FrontPoint, Plain, StudyRecord, View
+from moenas.records import Evaluation, FrontPoint, Plain, RungResult, StudyRecord, View
 from moenas.store import front_rows, mapping, statements, tables
 from moenas.store.counting import is_evaluated
 
@@ -268,3 +268,16 @@ def trials_with_values(connection: Connection, name: str) -> set[int]:
     value = tables.value.c
     valued = select(value.trial).where(value.study == name, value.value.is_not(None))
     return set(connection.scalars(valued))
+
+
+def rung_results(connection: Connection, name: str) -> list[RungResult]:
+    """Return the results of a study at all rungs, in order of rungs and trials."""
+    if not inspect(connection).has_table(tables.rung.name):
+        return []  # a reader does not change a database of an older schema
+    rung = tables.rung.c
+    wanted = select(
+        *(rung.trial, rung.rung, rung.tokens, rung.val_loss, rung.known),
+        rung.promoted_at.is_not(None).label("promoted"),
+    ).where(rung.study == name)
+    rows = connection.execute(wanted.order_by(rung.rung, rung.trial))
+    return [RungResult.parse(dict(row._mapping) | {"promoted": bool(row.promoted)}) for row in rows]

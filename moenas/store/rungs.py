@@ -123,21 +123,7 @@ def final_losses(store: StoreReader, study: str) -> dict[int, float]:
 
 def results(store: StoreReader, study: str) -> list[RungResult]:
     """Return the results of a study at all rungs, in order of rungs and trials."""
-    rung = tables.rung.c
-    wanted = select(
-        *(rung.trial, rung.rung, rung.tokens, rung.val_loss, rung.known),
-        rung.promoted_at.is_not(None).label("promoted"),
-    ).where(rung.study == study)
-
-    def read(connection: Connection) -> list[RungResult]:
-        if not inspect(connection).has_table(tables.rung.name):
-            return []  # a reader does not change a database of an older schema
-        rows = connection.execute(wanted.order_by(rung.rung, rung.trial))
-        return [
-            RungResult.parse(dict(row._mapping) | {"promoted": bool(row.promoted)}) for row in rows
-        ]
-
-    return store.read(study, read)
+    return store.rung_results(study)
 
 
 def pauses(store: StoreReader, study: str) -> dict[int, Pause]:

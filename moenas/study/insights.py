@@ -13,9 +13,11 @@ import optuna
 
 from moenas.errors import InputError
 from moenas.grammar import user_parts
-from moenas.predict.level_effects import MIN_CANDIDATES, LevelEffect, level_effects, named_levels
+from moenas.predict.level_effects import MIN_CANDIDATES, Rows, drawn_holes, hole_effects
+from moenas.predict.rank_agreement import rank_agreements
 from moenas.records import Evaluation, FrontPoint, Plain
 from moenas.search.importance import surrogate_importances
+from moenas.store import rungs
 from moenas.study.maintenance import stored_space
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
     The importance `ped_anova` is Optuna's (Watanabe et al., arXiv 2304.10255). The importance
     `surrogate` is the deviation of the predicted objective while the hole alone takes other values,
     averaged over candidates, in the objective's unit. An effect compares models of equal active
-    parameters; see `predict.level_effects`. Objectives that equal a cost have no effects.
+    parameters; see `predict.level_effects`. Objectives that equal a cost have no effects. `rungs`
+    has the rank correlation of the losses at each rung with the final ones; see
+    `predict.rank_agreement`.
 
     Raises:
         InputError: if the study needs Python files that are neither allowed nor here.
@@ -53,19 +57,16 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
         "evaluations": dict(Counter(e.status for e in view.evaluations if not e.is_copy)),
         "space": _coverage(space, [params.get(e.trial, {}) for e in view.evaluations]),
         "requirements": _requirements(view.evaluations),
+        "rungs": _rungs(study),
         "front": _growth([point for point in view.history if point.trial in trained]),
         "objectives": {
             name: {
                 "importance": _importances(study, rows, name, importances.get(name, {})),
-                "effects": [] if name in exact else _effects(rows, name),
+                "effects": [asdict(x) for x in ([] if name in exact else hole_effects(rows, name))],
             }
             for name in (record.directions if len(rows) >= MIN_CANDIDATES else ())
         },
     }
-
-
-Rows = Sequence[tuple[Evaluation, Mapping[str, Any]]]
-"""Complete candidates, each with its drawn parameters."""
 
 
 def _space(study: Study) -> Space | None:
@@ -89,6 +90,13 @@ def _requirements(evaluations: Sequence[Evaluation]) -> list[Plain]:
     return [{"requirement": name, "broken": count} for name, count in broken.most_common()]
 
 
+def _rungs(study: Study) -> list[Plain]:
+    """Return how well the losses at each rung rank candidates as the final ones do."""
+    results = study.store.rung_results(study.name)
+    final = rungs.final_losses(study.store, study.name)
+    return [asdict(agreement) for agreement in rank_agreements(results, final).values()]
+
+
 def _growth(history: Sequence[FrontPoint]) -> list[Plain]:
     """Return the hypervolume after parts of the complete candidates."""
     found = []
@@ -106,37 +114,6 @@ def _growth(history: Sequence[FrontPoint]) -> list[Plain]:
     return found
 
 
-# --- effects -----------------------------------------------------------------------------------
-
-
-def _effects(rows: Rows, objective: str) -> list[Plain]:
-    """Return the effect of each level of each hole on an objective."""
-    found = []
-    for hole in _holes(rows):
-        there = [(e, params[hole]) for e, params in rows if hole in params]
-        levels = named_levels([value for _, value in there])
-        if len(there) < MIN_CANDIDATES or len(set(levels)) < 2:
-            continue
-        values = [e.values[objective] for e, _ in there]
-        sizes = [float(e.cost.get("active_params", 1)) for e, _ in there]
-        effects = level_effects(values, sizes, levels)
-        found += [{"hole": hole, **asdict(effect)} for effect in sorted(effects, key=_order)]
-    return found
-
-
-def _order(effect: LevelEffect) -> tuple[float, str]:
-    """Order levels that are numbers by their size, others by name."""
-    try:
-        return float(effect.level.split(" to ")[0]), ""
-    except ValueError:
-        return math.inf, effect.level
-
-
-def _holes(rows: Rows) -> list[str]:
-    """Return the holes that any candidate has, in the order of the space."""
-    return list(dict.fromkeys(hole for _, params in rows for hole in params))
-
-
 # --- importances -------------------------------------------------------------------------------
 
 
@@ -147,7 +124,7 @@ def _importances(
     by_optuna = _ped_anova(study, objective)
     found: list[Plain] = [
         {"hole": hole, "ped_anova": by_optuna.get(hole), "surrogate": by_surrogate.get(hole)}
-        for hole in _holes(rows)
+        for hole in drawn_holes(rows)
     ]
     return sorted(found, key=lambda row: -(row["surrogate"] or row["ped_anova"] or 0.0))
 

@@ -25,6 +25,7 @@ from moenas.grammar.field_effects import deciding_fields, drawing_order, has_eff
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.resources import Node
+from moenas.space.effects import without_effect
 from moenas.space.space import Space
 
 
@@ -312,3 +313,23 @@ def test_a_space_of_such_fields_has_as_many_architectures_as_points() -> None:
     # top_groups: 3 of 4, ranked by their best expert, leaves the choice of top_k: 3 as it is.
     assert space.size == len(points) == 3 * 5 * 3 * 3
     assert len(prints) == 3 * 4 * 3 * 3
+
+
+def test_a_space_of_holes_without_effect_alone_is_one_point_and_check_says_so() -> None:
+    space = Space.parse(DEAD, "f")
+    assert space.size == 1
+    assert list(space.holes) == []
+    assert without_effect(space.tree) == [
+        "f:6:61: architecture.blocks.0.ffn.d_shared: the hole has no effect beside the other"
+        " fields, and is not drawn; leave it out"
+    ]
+
+
+DEAD = """architecture:
+  vocab_size: 256
+  d_model: 32
+  blocks:
+    - mixer: {kind: attention, head_dim: 8}
+      ffn: {kind: moe, n_experts: 4, d_expert: 8, d_shared: {choice: [8, 16]}}
+objectives: [total_params]
+"""

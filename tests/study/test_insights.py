@@ -152,3 +152,27 @@ def test_the_command_writes_text_json_and_csv(study: Study, found: dict[str, Any
         runner.invoke(app, ["report", "taught", "-o", "csv", *storage]).output
     )))  # fmt: skip
     assert len(rows) == len(found["objectives"]["val_loss"]["effects"])
+
+
+def test_a_view_has_the_parameters_that_optuna_holds(study: Study) -> None:
+    held = {t.number: t.params for t in study.optuna.get_trials(deepcopy=False) if t.params}
+    assert study.view.params == held
+    assert len(held) >= 60
+
+
+def test_the_report_has_the_agreement_between_rungs(tmp_path: Path) -> None:
+    """Against ranks of the losses that the pool gave."""
+    (tmp_path / "text.txt").write_text("to be read, not trained on\n" * 200)
+    text = SPACE.replace("FOLDER", str(tmp_path)).replace("random, ", "random, STOP ")
+    text = text.replace("STOP", "early_stopping: {kind: successive_halving},")
+    text = text.replace("tokens: 64", "tokens: 256")
+    (tmp_path / "taught.yaml").write_text(text)
+    url = f"sqlite:///{tmp_path}/moenas.db"
+    done = run(Space.load(tmp_path / "taught.yaml"), storage=url, workers="inline", trials=12)
+    found = insights(done)["rungs"]
+    assert [row["rung"] for row in found] == list(range(1, len(found) + 1))
+    results = done.store.rung_results(done.name)
+    assert found[0]["reached"] == sum(result.rung == 1 for result in results) >= 8
+    assert found[0]["promoted"] == sum(r.promoted for r in results if r.rung == 1)
+    shown = CliRunner().invoke(app, ["report", "taught", "--storage", url]).stdout
+    assert "Agreement of the losses at each rung with the final ones" in shown
