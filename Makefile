@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread each, as studies run on a CPU; files go to two processes, each file whole to one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread each, as studies run on a CPU. Three processes share the files on two cores, because
+# many tests wait. Compiled files are kept: the tests start some hundred Python processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .PHONY: help demo transcripts test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed ## install, then search the space `tiny`: real training
 	@echo "These commands are in $(BIN); \`. $(BIN)/activate\` puts them on your path."
 
 test: $(VENV)/.installed-test ## install with the test extras, then run the tests
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow
@@ -49,7 +50,7 @@ format: $(VENV)/.installed-dev ## put the code into the house format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents quote
-	for file in $(filter-out %/peers.py %/page.py %/record.py %/search.py, $(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out %/peers.py %/page.py %/record.py %/search.py %/service_page.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$file" || exit 1; done
 
 docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
@@ -64,6 +65,7 @@ docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
 
 transcripts: $(VENV)/.installed ## run the demo, then write its outputs and picture into the documents
 	$(BIN)/python benchmarks/transcripts.py
+	$(BIN)/python benchmarks/service_page.py
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build

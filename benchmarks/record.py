@@ -1,6 +1,6 @@
 """Record benchmarks/moe_table: train every point of its space, a tenth of them with three seeds.
 
-    python benchmarks/record.py FOLDER [--workers 2]
+    python benchmarks/record.py FOLDER [--workers 2] [--points 1000]
     python benchmarks/record.py FOLDER --write
 
 FOLDER holds the database and the weights, up to 10 GB. The command goes on where it stopped: the
@@ -42,23 +42,28 @@ def space(seed: int = 0) -> Space:
     return Space.load(FOLDER / "space.yaml", overrides if seed else [])
 
 
-def repeated(storage: str) -> list[Plain]:
-    """Return the parameters of the candidates that every seed trains: every tenth trial."""
-    trials = optuna.load_study(study_name=NAME, storage=storage).trials
-    complete = optuna.trial.TrialState.COMPLETE
-    return [t.params for t in trials if t.number % SHARE == 0 and t.state == complete]
+def repeated(storage: str) -> dict[int, Plain]:
+    """Return trial -> architecture of the candidates that every seed trains: every tenth trial."""
+    view = load_study(NAME, storage=storage).view
+    complete = {e.trial for e in view.evaluations if e.status == "complete" and not e.is_copy}
+    return {
+        trial: plain
+        for trial, plain in view.architectures.items()
+        if trial % SHARE == 0 and trial in complete
+    }
 
 
-def record_seed(seed: int, storage: str, workers: int) -> None:
+def record_seed(seed: int, folder: Path, storage: str, workers: int) -> None:
     """Train the repeated candidates with another seed."""
-    points, other = repeated(storage), space(seed)
-    directions = [objective.direction for objective in other.objectives]
-    study = optuna.create_study(
-        study_name=other.name, storage=storage, directions=directions, load_if_exists=True
-    )
-    for point in points:
-        study.enqueue_trial(point, skip_if_exists=True)
-    run(other, storage=storage, workers=workers, trials=len(points))
+    files = []
+    for trial, architecture in repeated(storage).items():
+        # JSON is YAML: each file is a space without holes.
+        files.append(folder / "repeated" / f"{trial}.yaml")
+        files[-1].parent.mkdir(exist_ok=True)
+        text = json.dumps({"architecture": architecture, "objectives": ["val_loss"]})
+        files[-1].write_text(text, encoding="utf-8")
+    other = space(seed).with_search(start_from=tuple(map(str, files)))
+    run(other, storage=storage, workers=workers, trials=len(files))
 
 
 FACTS = ("train", "data", "measure")
@@ -144,17 +149,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of the database and the weights")
     parser.add_argument("--workers", type=int, default=2, help="candidates trained at a time")
+    parser.add_argument("--points", type=int, help="points to train with the first seed; else all")
     parser.add_argument("--write", action="store_true", help="write the table, train nothing")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{given.folder.resolve()}/moe_table.db"
+    folder = given.folder.resolve()
+    storage = f"sqlite:///{folder}/moe_table.db"
     if given.write:
         write_table(storage)
         return
-    run(space(), storage=storage, workers=given.workers)
+    run(space(), storage=storage, workers=given.workers, trials=given.points)
     for seed in SEEDS:
-        record_seed(seed, storage, given.workers)
+        record_seed(seed, folder, storage, given.workers)
 
 
 if __name__ == "__main__":

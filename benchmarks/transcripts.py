@@ -10,22 +10,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "getting_started.md"]
-PICTURE = ROOT / "docs" / "front.png"
 COLUMNS = 110
 """Width of the terminal that the transcripts show."""
 RUN_AGAIN = ("check", "status", "front", "show")
 """Commands that only read."""
-SIZE = 960, 660
-"""Pixels of the picture."""
-
 MOENAS = [sys.executable, "-m", "moenas"]
 
 
@@ -65,39 +59,15 @@ def renewed(text: str, folder: Path) -> str:
     return text
 
 
-def picture(folder: Path) -> None:
-    """Draw the front of the study, as the dashboard shows it, into docs/front.png."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        raise SystemExit("the picture needs Chromium; install it, or leave the picture as it is")
-    from moenas.report.figures import figures
-    from moenas.store.store import Store
-
-    view = Store.open(f"sqlite:///{folder / 'moenas.db'}").view("tiny")
-    with tempfile.TemporaryDirectory() as place:
-        page = Path(place, "front.html")
-        width, height = SIZE
-        figures(view)["front"].write_html(
-            page,
-            default_width=f"{width - 20}px",
-            default_height=f"{height - 20}px",
-            config={"displayModeBar": False},
-        )
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             f"--screenshot={PICTURE}", f"--window-size={width},{height}",
-             "--virtual-time-budget=8000", page.as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
-
-
 def main() -> None:
     """Renew all pages from the study in the folder that is named, or here."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
     subprocess.run([*MOENAS, "run", "tiny"], cwd=folder, check=True)
     for page in PAGES:
         page.write_text(renewed(page.read_text(encoding="utf-8"), folder), encoding="utf-8")
-    picture(folder)
+    from front_picture import draw
+
+    draw(folder)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moenas.model.architecture import Model as Model
     from moenas.records import Cost as Cost
     from moenas.records import Evaluation as Evaluation
+    from moenas.service.client import connect as connect
     from moenas.space.objective import Measurement as Measurement
     from moenas.space.objective import Objective as Objective
     from moenas.space.space import Space as Space
@@ -40,6 +41,7 @@ _MODULES = {
     "Objective": "space.objective",
     "Space": "space.space",
     "Study": "study.launch",
+    "connect": "service.client",
     "load_study": "study.launch",
     "run": "study.launch",
 }

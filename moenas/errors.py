@@ -7,6 +7,7 @@ MoenasError                      1   anything that moenas itself raises
 |   |   `-- DataError                a corpus that cannot be read or is too small
 |   |-- PartError                    a part of the user's raised, or gave what cannot be used
 |   |-- NotFoundError                a study, trial, space, objective or figure that does not exist
+|   |-- ConflictError                a study whose state or name does not allow what was asked
 |   `-- StorageError                 a database that cannot be opened, read or written at the start
 |-- NoCandidateError             3   the study ended without one feasible, complete trial
 |-- StorageLostError             4   the database or the Ray cluster went away in mid-study
@@ -134,6 +135,10 @@ class PartError(InputError):
 
 class NotFoundError(InputError):
     """A study, trial, space, objective or figure does not exist."""
+
+
+class ConflictError(InputError):
+    """The state or the name of a study does not allow what was asked."""
 
 
 class StorageError(InputError):

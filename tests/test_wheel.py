@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SUFFIXES = {".py", ".yaml", ".json", ".html", ".css", ".js"}
 FOLDERS = {"spaces": "*.yaml", "objectives": "*.py", "dashboards": "*.py"}
 
 
@@ -22,7 +23,7 @@ def pip(*arguments: object) -> None:
 
 def shipped_files() -> set[str]:
     """The names that the wheel must hold, read off the checkout."""
-    ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in {".py", ".yaml", ".json"})
+    ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in SUFFIXES)
     found = {str(p.relative_to(ROOT)) for p in ours} | {"moenas/py.typed"}
     for folder, pattern in FOLDERS.items():
         shipped = (p.relative_to(ROOT) for p in (ROOT / folder).rglob(pattern) if p.is_file())

@@ -6,6 +6,7 @@ import multiprocessing
 
 from moenas.errors import StudyBusyError
 from moenas.records import Evaluation
+from moenas.store import leases, runners, study_events, submissions
 from moenas.store.store import Store
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -76,3 +77,25 @@ def tell(url, barrier, index, trials):
         except (ValueError, RuntimeError):
             pass
     return accepted
+
+
+def claim_submissions(url, barrier, index):
+    """Register as a server, claim studies until none is left, and return their names."""
+    store = Store.open(url)
+    runner = store.transact(runners.register)
+    barrier.wait()
+    names, misses = [], 0
+    while misses < 3:
+        found = store.transact(lambda c: submissions.claim_next(c, runner, leases.clock(c)))
+        misses += found is None  # rows that the other one chooses from are skipped
+        names += [found.study] if found is not None else []
+    return names
+
+
+def append_events(url, barrier, index, count):
+    """Add events to one study, one transaction each."""
+    store = Store.open(url)
+    barrier.wait()
+    for i in range(count):
+        store.transact(lambda c, i=i: study_events.append(c, "x", "tick", {"of": [index, i]}))
+    return count

@@ -14,7 +14,7 @@ import typer
 
 import moenas
 from moenas import terminal
-from moenas.cli import maintenance_commands
+from moenas.cli import maintenance_commands, service_commands
 from moenas.cli.options import (
     AcceptChanges,
     Address,
@@ -424,3 +424,5 @@ def write_front(view: FrontView, output: Output) -> None:
 
 
 app.add_typer(maintenance_commands.commands)
+app.add_typer(service_commands.commands)
+app.add_typer(service_commands.token)

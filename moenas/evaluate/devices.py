@@ -67,6 +67,15 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def seen_devices() -> list[Plain]:
+    """Return key, kind and name of the CPU and of each GPU that this process sees."""
+    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(n_gpus()))]
+    return [
+        {"key": device_key(device), "kind": device.type, "name": device_name(device)}
+        for device in found
+    ]
+
+
 def device_info(device: torch.device, threads: int, dtype: torch.dtype) -> Plain:
     """Return what an evaluation stores of the device that it ran on."""
     return {

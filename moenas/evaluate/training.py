@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -162,51 +162,31 @@ def validation_loss(model: Model, corpus: Corpus, recipe: Recipe) -> float:
     Raises:
         DivergedError: if the loss is not finite.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    # Not inference mode: training goes on with whatever a layer caches in this pass.
-    with torch.no_grad(), cpu_threads(recipe.threads):
-        for batch in corpus.val_batches(recipe.context, recipe.batch, recipe.val_tokens):
-            tokens, targets = (part.to(device) for part in batch)
-            total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
-            count += targets.numel()
-    model.train(was_training)
-    return _require_finite(total / count)
+    return _validation_pass(model, corpus, recipe)[0]
 
 
 def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     """Return the loss of a model on fixed windows of the validation split, and how it routes.
 
-    In evaluation mode and float32, whatever the run computed in: the same on every machine, and
-    what an exported model gives again.
+    The model runs in evaluation mode and float32, whatever type the training computed in. Every
+    machine gives the same loss, and an exported model gives it too.
 
     Raises:
         DivergedError: if the loss is not finite.
     """
-    device = next(model.parameters()).device
-    names = corpus.domain_names
-    layers = model.moe_layers()
+    names, layers = corpus.domain_names, model.moe_layers()
     meter, with_capacity = RoutingAccumulator(layers, len(names)), RoutingAccumulator(layers)
-    sizes = (recipe.context, recipe.batch, recipe.val_tokens)
-    total, count = 0.0, 0
-    was_training = model.training
-    with torch.inference_mode(), cpu_threads(recipe.threads):
-        for batch, where in zip(
-            corpus.val_batches(*sizes), corpus.val_domains(*sizes), strict=True
-        ):
-            tokens, targets = (part.to(device) for part in batch)
-            model.eval()
-            total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
-            count += targets.numel()
-            meter.add(where)
-            if any(moe.capacity_factor is not None for _, moe in layers):
-                model.train()
-                model(tokens, dtype=torch.float32)
-                with_capacity.add()
-    model.train(was_training)
-    loss = _require_finite(total / count)
+    domains = corpus.val_domains(recipe.context, recipe.batch, recipe.val_tokens)
+    has_capacity = any(moe.capacity_factor is not None for _, moe in layers)
+
+    def count_routing(tokens: torch.Tensor) -> None:
+        meter.add(next(domains))
+        if has_capacity:  # a capacity has an effect in training mode alone
+            model.train()
+            model(tokens, dtype=torch.float32)
+            with_capacity.add()
+
+    loss, count = _validation_pass(model, corpus, recipe, count_routing)
     rows = [reading.row(names) for reading in meter.read()]
     for row, reading in zip(rows, with_capacity.read(), strict=False):
         row["dropped"] = reading.dropped
@@ -214,8 +194,32 @@ def validate(model: Model, corpus: Corpus, recipe: Recipe) -> Validation:
     return Validation(loss, bits, count, rows)
 
 
-def _require_finite(loss: float) -> float:
-    """Return a validation loss, or raise DivergedError."""
-    if not math.isfinite(loss):
+def _validation_pass(
+    model: Model,
+    corpus: Corpus,
+    recipe: Recipe,
+    after_batch: Callable[[torch.Tensor], None] = lambda tokens: None,
+) -> tuple[float, int]:
+    """Return the mean loss in nats per token, and the number of predictions.
+
+    `after_batch` gets the tokens (batch, context) of each batch after its loss. It may leave the
+    model in training mode.
+
+    Raises:
+        DivergedError: if the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    total, count = 0.0, 0
+    # Not inference mode: training goes on with whatever a layer caches in this pass.
+    with torch.no_grad(), cpu_threads(recipe.threads):
+        for batch in corpus.val_batches(recipe.context, recipe.batch, recipe.val_tokens):
+            tokens, targets = (part.to(device) for part in batch)
+            model.eval()
+            total += model.loss(tokens, targets, torch.float32).item() * targets.numel()
+            count += targets.numel()
+            after_batch(tokens)
+    model.train(was_training)
+    if not math.isfinite(total):
         raise DivergedError("the validation loss was not finite")
-    return loss
+    return total / count, count

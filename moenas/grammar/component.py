@@ -80,11 +80,8 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(str(c) for c in self.choices)
         if self.component is not None:
-            name = self.component.__name__.lower()
-            if self.is_list:
-                return f"a list of {name} mappings"
-            kinds = ", ".join(self.component.kinds) if self.component.kind is None else ""
-            return f"a mapping ({name})" + (f" or one of its kinds: {kinds}" if kinds else "")
+            mapping = accepted_mapping(self.component)
+            return f"a list, each item {mapping}" if self.is_list else mapping
         if self.is_list:
             return "a list of words"
         text = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
@@ -246,6 +243,13 @@ class Component:
         for name, field in fields(type(self)).items():
             if (value := getattr(self, name)) != field.default:
                 yield name, value
+
+
+def accepted_mapping(family: type[Component]) -> str:
+    """Say in words which mapping a family accepts: by its kinds, or by its fields."""
+    if family.kind is None and family.kinds:
+        return f"a mapping with a kind, or one of the kinds {', '.join(family.kinds)}"
+    return f"a mapping of {', '.join(fields(family))}"
 
 
 def changed(component: C, **changes: Any) -> C:

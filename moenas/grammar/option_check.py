@@ -29,6 +29,7 @@ def check_options(tree: Tree) -> None:
         SpaceError: at the place of the option, with the reason of the last try.
     """
     for narrow in _narrowed(tree):
+        # A hole may have no effect beside the fixed values, and then there is nothing to try.
         if any(True for _ in holes(narrow)):
             _check_narrow(narrow)
         else:

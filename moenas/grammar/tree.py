@@ -15,6 +15,7 @@ from moenas.grammar.component import (
     Component,
     Conflict,
     Field,
+    accepted_mapping,
     fields,
     join,
 )
@@ -48,8 +49,10 @@ from moenas.resources import NOWHERE, Node
 C = TypeVar("C", bound=Component)
 
 
-def read(family: type[Component], node: Node, path: str = "") -> Tree:
+def read(family: type[Component], node: Node, path: str = "", name: str = "") -> Tree:
     """Read a component, or a hole with components as options, from YAML or plain data.
+
+    `name` is the field that holds it, for errors; without one, the end of the path.
 
     Raises:
         SpaceError: `file:line:column: path: what is wrong; what would be right`.
@@ -57,39 +60,41 @@ def read(family: type[Component], node: Node, path: str = "") -> Tree:
     path = node.path or path
     hole = hole_kind(node)
     if hole == "choice":
-        return _read_choice(lambda n, p: read(family, n, p), node, path)
+        return _read_choice(lambda n, p: read(family, n, p, name), node, path)
+    name = name or path.rpartition(".")[2]
     node = as_mapping(family, node)
-    if not isinstance(node.value, dict) or hole is not None:
-        raise node.error(path, f"{node.plain!r} is not a mapping ({family.__name__.lower()})")
-    found = dict(node.value)
-    cls = _read_kind(family, found, node, path)
-    former = apply_spellings(cls, found, path)
-    for name, present, value in former:  # checked even where the value has no effect
-        _read_field(present, value, join(path, name))
+    if hole is not None:
+        raise node.error(path, f"a range is not allowed here; give {accepted_mapping(family)}")
+    if not isinstance(node.value, dict):
+        raise node.error(path, f"{node.plain!r} is not {accepted_mapping(family)}")
+    written = dict(node.value)
+    cls = _read_kind(family, written, node, path, name)
+    former = apply_spellings(cls, written, path)
+    for former_name, present, value in former:  # checked even where the value has no effect
+        _read_field(present, value, join(path, former_name))
     known = fields(cls)
-    for key, value in found.items():
+    for key, value in written.items():
         if key not in known:
-            place = cls.kind or cls.__name__.lower()
             raise value.error(
                 join(path, key),
-                f"no field of '{place}'.{hint(key, known)} It has {', '.join(known)}.",
+                f"no field of '{cls.kind or name}'.{hint(key, known)} It has {', '.join(known)}.",
                 key=True,
             )
     trees: dict[str, Tree] = {}
-    for name, field in known.items():
-        if name in found:
-            trees[name] = _read_field(field, found[name], join(path, name))
+    for key, field in known.items():
+        if key in written:
+            trees[key] = _read_field(field, written[key], join(path, key))
         elif field.required:
-            raise node.error(path, f"'{name}' is missing; give {field.wanted()} ({field.doc})")
+            raise node.error(path, f"'{key}' is missing; give {field.wanted()} ({field.doc})")
         else:
-            trees[name] = _read_default(field, node.mark, join(path, name))
+            trees[key] = _read_default(field, node.mark, join(path, key))
     if not isinstance(trees.get("vary", node), Fixed | Node):
-        raise found["vary"].error(
+        raise written["vary"].error(
             join(path, "vary"), "a hole is not allowed here; give true or false"
         )
     notes = (
-        f"{node.key_mark or node.mark}: {join(path, name)}: a former name; write {cls.former[name]}"
-        for name, _, node in former
+        f"{node.key_mark or node.mark}: {join(path, key)}: a former name; write {cls.former[key]}"
+        for key, _, node in former
     )
     return Record(cls, trees, node.mark, path, tuple(notes))
 
@@ -108,17 +113,17 @@ def former_names(tree: Tree) -> Iterator[str]:
 
 
 def _read_kind(
-    family: type[Component], found: dict[str, Node], node: Node, path: str
+    family: type[Component], written: dict[str, Node], node: Node, path: str, name: str
 ) -> type[Component]:
     """Take the `kind` key out of a mapping and return the class it names."""
     if family.kind is not None or not family.kinds:
         return family
     kinds = ", ".join(family.kinds)
-    if "kind" not in found:
+    if "kind" not in written:
         raise node.error(path, f"'kind' is missing; give one of {kinds}")
-    kind = found.pop("kind")
+    kind = written.pop("kind")
     if not isinstance(kind.value, str) or kind.value not in family.kinds:
-        text = f"no {family.__name__.lower()} of kind {kind.plain!r}."
+        text = f"no {name} of kind {kind.plain!r}."
         near = hint(str(kind.plain), family.kinds)
         place = path if kind.mark is node.mark else join(path, "kind")
         raise kind.error(place, f"{text}{near} There are {kinds}.")
@@ -138,10 +143,12 @@ def _read_field(field: Field, node: Node, path: str) -> Tree:
     if field.component is not None and not (node.value is None and field.optional):
         component = field.component
         if not field.is_list:
-            return read(component, node, path)
+            return read(component, node, path, field.name)
         if not isinstance(node.value, list) or not node.value:
             raise node.error(path, f"{node.plain!r} is not {field.wanted()}")
-        items = (read(component, item, join(path, i)) for i, item in enumerate(node.value))
+        items = (
+            read(component, item, join(path, i), field.name) for i, item in enumerate(node.value)
+        )
         return Listing(tuple(items), node.mark)
     if field.is_list and field.component is None:
         if not isinstance(node.value, list):
@@ -161,7 +168,8 @@ def _read_default(field: Field, mark: SourceLocation, path: str) -> Tree:
     """Read the default of a field that was left out."""
     value = field.default
     if isinstance(value, Component):
-        return read(cast(type[Component], field.component), Node.wrap(value.plain()), path)
+        family = cast(type[Component], field.component)
+        return read(family, Node.wrap(value.plain()), path, field.name)
     return Fixed(cast(Scalar, value), mark)
 
 

@@ -341,5 +341,5 @@ def _text(tree: Tree) -> str:
     if isinstance(tree, Fixed):
         return _word(tree.value)
     if isinstance(tree, Record):
-        return tree.cls.kind or tree.cls.__name__.lower()
+        return tree.cls.kind or "a mapping"
     return "a list"

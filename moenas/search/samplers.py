@@ -19,8 +19,9 @@ from optuna.samplers import (
     TPESampler,
 )
 
-from moenas.errors import InputError, suggestion
+from moenas.errors import InputError
 from moenas.resources import load_module
+from moenas.space.sections import unknown_sampler
 
 POPULATION = 24
 """NSGA's trials in a generation: studies of some hundred trials see several generations, and on
@@ -57,7 +58,7 @@ def _tpe(setup: Setup, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, multivariate=setup.conditional, group=setup.conditional)
 
 
-SAMPLERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
+BUILDERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
     "tpe": _tpe,
     "tpe_independent": lambda _, seed: TPESampler(seed=seed, multivariate=False),
     "nsga2": lambda _, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
@@ -75,7 +76,10 @@ SAMPLERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
     # The points themselves come from points.Points; no parameter is left to this sampler.
     "grid": lambda _, seed: RandomSampler(seed=seed),
 }
-"""Name -> builder. `gp` takes seconds a trial and models only parameters that always exist."""
+"""Name of `sections.SAMPLERS` -> builder.
+
+`gp` takes seconds a trial and models only parameters that always exist.
+"""
 
 
 def check(name: str) -> None:
@@ -84,15 +88,15 @@ def check(name: str) -> None:
     Raises:
         InputError: naming what there is, or file and line.
     """
-    if name not in SAMPLERS:
+    if name not in BUILDERS:
         _instance(name, 0)
 
 
 def make(name: str, setup: Setup, trial: int) -> BaseSampler:
     """Build the sampler that proposes one trial.
 
-    `name` is a key of SAMPLERS, or `file.py:Class` for a subclass of Optuna's BaseSampler, which
-    is called with `seed`.
+    `name` is one of `sections.SAMPLERS`, or `file.py:Class` for a subclass of Optuna's
+    BaseSampler. The class is called with `seed`.
 
     Raises:
         InputError: if there is no such sampler.
@@ -100,8 +104,8 @@ def make(name: str, setup: Setup, trial: int) -> BaseSampler:
     seed = derived_seed(setup.seed, trial)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        if name in SAMPLERS:
-            return SAMPLERS[name](setup, seed)
+        if name in BUILDERS:
+            return BUILDERS[name](setup, seed)
         return _instance(name, seed)
 
 
@@ -122,11 +126,8 @@ def _user_class(name: str) -> Callable[..., BaseSampler]:
     """Load a user's sampler class."""
     path, colon, cls = name.rpartition(":")
     if not colon or not path.endswith(".py"):
-        raise InputError(
-            f"search.sampler: no sampler '{name}'.{suggestion(name, SAMPLERS)} There are"
-            f" {', '.join(SAMPLERS)}, or write file.py:Class."
-        )
-    found = getattr(load_module(Path(path)), cls, None)
-    if not (isinstance(found, type) and issubclass(found, BaseSampler)):
+        raise InputError(f"search.sampler: {unknown_sampler(name)}.")
+    sampler = getattr(load_module(Path(path)), cls, None)
+    if not (isinstance(sampler, type) and issubclass(sampler, BaseSampler)):
         raise InputError(f"{path}: no class '{cls}' derived from optuna.samplers.BaseSampler")
-    return found
+    return sampler

@@ -12,11 +12,22 @@ from moenas.grammar.component import Component, setting
 from moenas.resources import Node
 from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
-SAMPLERS = (
-    "tpe", "tpe_independent", "nsga2", "nsga3", "random", "qmc", "gp", "grid", "gray_box",
-    "evolution",
-)  # fmt: skip
-"""Samplers by name; any other is `file.py:Class`."""
+SAMPLERS = {
+    "tpe": "",
+    "tpe_independent": "",
+    "nsga2": "",
+    "nsga3": "",
+    "random": "",
+    "qmc": "",
+    "gp": "",
+    "grid": "every point of a finite space, in random order",
+    "gray_box": "exact costs, a surrogate of the rest",
+    "evolution": "mutations of the latest candidates",
+}
+"""Name of a sampler -> what it proposes, where Optuna's documentation does not say it.
+
+`search.samplers` builds them. Any other sampler is `file.py:Class`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +183,9 @@ class Search(Component):
     """`search`: who proposes candidates, how many, and what each may use."""
 
     sampler: str = setting(
-        "tpe | tpe_independent | nsga2 | nsga3 | random | qmc | gp | grid (every point of a finite"
-        " space, in random order) | gray_box (exact costs, a surrogate of the rest) | evolution"
-        " (mutations of the latest candidates), or `file.py:Class`",
-        default="tpe",
+        " | ".join(f"{name} ({words})" if words else name for name, words in SAMPLERS.items())
+        + ", or `file.py:Class`",
+        default="gray_box",
     )
     trials: int = setting(
         "candidates that the study evaluates: complete, failed or stopped; infeasible draws and"
@@ -223,11 +233,16 @@ class Search(Component):
 
     def invalid(self) -> str | None:
         """Refuse a sampler that is neither known nor a user's class."""
-        if self.sampler in SAMPLERS or ".py:" in self.sampler:
-            return None
-        near = suggestion(self.sampler, SAMPLERS)
-        names = ", ".join(SAMPLERS)
-        return f"no sampler '{self.sampler}'.{near} There are {names}, or write file.py:Class"
+        is_user_class = ".py:" in self.sampler
+        return None if is_user_class else unknown_sampler(self.sampler)
+
+
+def unknown_sampler(name: str) -> str | None:
+    """Return why a name is no sampler of `SAMPLERS`, or None if it is one."""
+    if name in SAMPLERS:
+        return None
+    near = suggestion(name, SAMPLERS)
+    return f"no sampler '{name}'.{near} There are {', '.join(SAMPLERS)}, or write file.py:Class"
 
 
 def start_marks(search: Node | None) -> Iterator[SourceLocation]:

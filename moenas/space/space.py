@@ -79,6 +79,8 @@ class Space:
     search: Search
     data_mark: SourceLocation = field(default=SourceLocation("<space>"), compare=False)
     """Where the section `data` stands."""
+    names_sampler: bool = field(default=True, compare=False)
+    """Whether the file names a sampler; without one it takes the default."""
     start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
     """Where each entry of `search.start_from` stands."""
     fit: Fit | None = None
@@ -137,6 +139,7 @@ class Space:
             measure=read_section(Protocol, "measure", found, source),
             search=read_section(Search, "search", found, source),
             data_mark=found["data"].mark if "data" in found else SourceLocation(source),
+            names_sampler=_names(found.get("search"), "sampler"),
             start_marks=tuple(start_marks(found.get("search"))),
             fit=read_one_fit(tree),
         )
@@ -378,6 +381,11 @@ class Space:
     def with_search(self, **changes: Any) -> Self:
         """Return the space with other values in `search`, e.g. `with_search(trials=100)`."""
         return replace(self, search=replace(self.search, **changes))
+
+
+def _names(section: Node | None, key: str) -> bool:
+    """Whether a section of the file has a key."""
+    return section is not None and isinstance(section.value, dict) and key in section.value
 
 
 def digest(plain: Plain) -> str:

@@ -28,8 +28,8 @@ def clock(connection: Connection) -> float:
     )
 
 
-def _lives(row: Row[Any], now: float) -> bool:
-    """Say whether the driver of a row is still at work."""
+def is_alive(row: Row[Any], now: float) -> bool:
+    """Say whether the process of a row is still at work: a driver, or a server."""
     here = machine()
     if here and row.machine == here and process_start(row.pid) != row.born:
         return False
@@ -43,7 +43,7 @@ def _row(connection: Connection, study: str) -> Row[Any] | None:
 def holder(connection: Connection, study: str) -> str | None:
     """Say who runs a study now, as "pid 123 on host h (last seen 4 s ago)", or return None."""
     row, now = _row(connection, study), clock(connection)
-    if row is None or not _lives(row, now):
+    if row is None or not is_alive(row, now):
         return None
     ahead = row.heartbeat - now
     seen = f"last seen {max(0.0, -ahead):.0f} s ago"
@@ -60,7 +60,7 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
     a living driver writes a new one.
     """
     row, now = _row(connection, study), clock(connection)
-    if row is not None and row.owner != owner and _lives(row, now):
+    if row is not None and row.owner != owner and is_alive(row, now):
         who = holder(connection, study)
         if row.heartbeat > now:
             this = driver.c.study == study

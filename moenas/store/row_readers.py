@@ -140,6 +140,21 @@ def studies(connection: Connection, name: str | None = None) -> list[StudyRecord
     ]
 
 
+def evaluations_after(
+    connection: Connection, name: str, after: int, limit: int
+) -> list[Evaluation]:
+    """Return at most `limit` evaluations with larger trial numbers, without curve and routing."""
+    trial = tables.evaluation.c.trial
+    wanted = select(trial).where(tables.evaluation.c.study == name, trial > after)
+    numbers = connection.scalars(wanted.order_by(trial).limit(limit)).all()
+    if not numbers:
+        return []
+    first, last = numbers[0], numbers[-1]
+    return evaluations(
+        connection, name, lambda part, trial: [], lambda t: t.c.trial.between(first, last)
+    )
+
+
 def evaluations(
     connection: Connection, name: str, rest: Rest, which: Callable[[Table], Any] | None = None
 ) -> list[Evaluation]:

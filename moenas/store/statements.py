@@ -17,6 +17,11 @@ def exists(connection: Connection, table: Table) -> bool:
     return inspect(connection).has_table(table.name)
 
 
+def finite(values: dict[str, float]) -> dict[str, float | None]:
+    """Return numbers as JSON can hold them: None stands for one that is not finite."""
+    return {name: x if math.isfinite(x) else None for name, x in values.items()}
+
+
 def insert_rows(connection: Connection, found: dict[Table, list[Plain]]) -> None:
     """Store the rows of each table."""
     for table, entries in found.items():

@@ -22,7 +22,16 @@ from sqlalchemy.exc import IntegrityError
 
 from moenas.errors import InputError, StudyBusyError
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord
-from moenas.store import front_rows, identity, leases, mapping, row_readers, statements, tables
+from moenas.store import (
+    front_rows,
+    identity,
+    leases,
+    mapping,
+    row_readers,
+    statements,
+    study_events,
+    tables,
+)
 from moenas.store.database import Database
 from moenas.store.front_rows import FrontSummary
 from moenas.store.reader import StoreReader, again
@@ -163,6 +172,8 @@ class Store(StoreReader):
             try:
                 with self._database.writing() as connection:
                     statements.insert_rows(connection, found)
+                    told = {"trials": record.trials, "objectives": list(record.directions)}
+                    study_events.append(connection, name, "study_created", told)
             except IntegrityError:
                 with self._database.reading() as connection:
                     if tries > 1 and statements.is_stored(connection, record, created):
@@ -182,11 +193,15 @@ class Store(StoreReader):
     @again
     def set_ended(self, name: str, reason: EndReason | None) -> None:
         """Store why a study is over; None if it is not."""
+        ended = tables.ended
         with self._changing(name) as connection:
-            connection.execute(delete(tables.ended).where(tables.ended.c.study == name))
+            known = connection.scalar(select(ended.c.reason).where(ended.c.study == name))
+            connection.execute(delete(ended).where(ended.c.study == name))
             if reason is not None:
                 row = {"study": name, "reason": reason, "ended_at": _now()}
-                connection.execute(insert(tables.ended), row)
+                connection.execute(insert(ended), row)
+            if reason is not None and reason != known:
+                study_events.append(connection, name, "study_ended", {"reason": reason})
 
     # --- the driver ----------------------------------------------------------------------------
 
@@ -274,7 +289,15 @@ class Store(StoreReader):
                 return newest
             row = {"study": name, "trial": trial, "attempt": newest + 1, "started_at": started}
             connection.execute(insert(tables.attempt), row)
+            told = {"trial": trial, "attempt": newest + 1}
+            study_events.append(connection, name, "trial_started", told)
             return newest + 1
+
+    @again
+    def transact(self, change: Callable[[Connection], T]) -> T:
+        """Run a change of rows that belong to no study, or to one that has not begun."""
+        with self._database.writing() as connection:
+            return change(connection)
 
     @again
     def apply(self, name: str, change: Callable[[Connection], T]) -> T:
@@ -321,7 +344,9 @@ class Store(StoreReader):
                 )
                 return None
             self._write(connection, evaluation)
-            return front_rows.summary(connection, name)
+            front = front_rows.summary(connection, name)
+            study_events.append_evaluation(connection, evaluation, front)
+            return front
 
     def _write(self, connection: Connection, evaluation: Evaluation) -> None:
         """Store an evaluation in place of that of an earlier attempt, and its effect."""

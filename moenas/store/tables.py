@@ -26,6 +26,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 NAME_LENGTH = 512
@@ -313,4 +314,108 @@ driver = Table(
     Column("born", String(64), nullable=False),
     # Seconds since 1970 by the database's clock.
     Column("heartbeat", Double, nullable=False),
+)
+
+# --- the server ----------------------------------------------------------------------------------
+
+event = Table(
+    "moenas_event",
+    metadata,
+    # A submitted study has events before it has a row of moenas_study.
+    Column("study", Name, primary_key=True),
+    # Counts from 1 without a gap, in the order in which the changes were committed.
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("at", String(32), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("data", Json, nullable=False),
+)
+
+event_counter = Table(
+    "moenas_event_counter",
+    metadata,
+    Column("study", Name, primary_key=True),
+    # The newest id. A transaction that adds an event holds this row until it is committed.
+    Column("last", Integer, nullable=False),
+)
+
+runner = Table(
+    "moenas_runner",
+    metadata,
+    # Names one server that starts drivers, from its start to its end.
+    Column("id", String(32), primary_key=True),
+    # The columns are those of moenas_driver.
+    Column("host", String(255), nullable=False),
+    Column("machine", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("born", String(64), nullable=False),
+    Column("heartbeat", Double, nullable=False),
+)
+
+submission = Table(
+    "moenas_submission",
+    metadata,
+    # A submitted study; moenas_study has a row of this name once its driver has begun.
+    Column("study", Name, primary_key=True),
+    Column("user_name", String(100), nullable=False),
+    Column("space_text", Text, nullable=False),
+    Column("overrides", Json, nullable=False),
+    # How many candidates the study is to evaluate in total.
+    Column("trials", Integer, nullable=False),
+    # A larger one starts earlier.
+    Column("priority", Integer, nullable=False),
+    Column("idempotency_key", String(255)),
+    Column("request_sha256", String(64), nullable=False),
+    Column(
+        "state",
+        String(16),
+        CheckConstraint(
+            "state IN ('queued', 'running', 'paused', 'finished', 'failed', 'cancelled')",
+            name="moenas_submission_state_check",
+        ),
+        nullable=False,
+    ),
+    # Why it failed, or why its driver is restarted.
+    Column("reason", Text),
+    # Times that a driver died since the study was submitted or resumed.
+    Column("restarts", Integer, nullable=False),
+    # Seconds since 1970 by the database's clock; a queued study does not start earlier.
+    Column("not_before", Double, nullable=False),
+    Column("submitted_at", String(32), nullable=False),
+    Column("started_at", String(32)),
+    Column("ended_at", String(32)),
+    # The server that looks after the driver; NULL while there is no driver.
+    Column("runner", String(32)),
+    # The total that the driver was started with.
+    Column("driven_trials", Integer),
+    # The columns are those of moenas_driver.
+    Column("driver_machine", String(255)),
+    Column("driver_pid", Integer),
+    Column("driver_born", String(64)),
+    UniqueConstraint("user_name", "idempotency_key", name="moenas_submission_key"),
+)
+
+token = Table(
+    "moenas_token",
+    metadata,
+    # The public part of the token, by which its row is found.
+    Column("id", String(16), primary_key=True),
+    # SHA-256 of the whole token, which is stored nowhere.
+    Column("digest", String(64), nullable=False),
+    Column("user_name", String(100), nullable=False),
+    # viewer, submitter or admin.
+    Column("role", String(16), nullable=False),
+    Column("created_at", String(32), nullable=False),
+    Column("expires_at", String(32)),
+    Column("revoked_at", String(32)),
+)
+
+audit = Table(
+    "moenas_audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", String(32), nullable=False),
+    Column("user_name", String(100), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("study", Name),
+    Column("detail", Json, nullable=False),
 )

@@ -22,6 +22,16 @@ MAX_DIFFERENCES = 20
 """Lines shown of what differs between two spaces."""
 
 
+def with_stored_sampler(space: Space, known: StudyRecord | None) -> Space:
+    """Return a space that names no sampler with the one that its study began with.
+
+    Earlier versions had another default.
+    """
+    if known is None or space.names_sampler:
+        return space
+    return space.with_search(sampler=known.space["search"]["sampler"])
+
+
 def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:
     """Return the objectives whose files say something else than when the study measured them.
 

@@ -18,7 +18,7 @@ from moenas import pareto
 from moenas.errors import InputError, StorageLostError, StudyBusyError
 from moenas.records import Evaluation, Plain
 from moenas.search.trials import outcome
-from moenas.store import attempts, front_rows, row_readers, rungs, tables
+from moenas.store import attempts, front_rows, row_readers, rungs, statements, tables
 from moenas.store.checkpoints import read_checkpoint, unused_checkpoints
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -145,7 +145,7 @@ def _all_rows(connection: Connection, name: str) -> dict[str, list[Plain]]:
     found: dict[str, list[Plain]] = {}
     for table in tables.metadata.sorted_tables:
         key = table.c.get("study", table.c.get("name"))
-        if key is None:
+        if key is None or not statements.exists(connection, table):
             continue
         rows = connection.execute(select(table).where(key == name)).mappings()
         found[table.name] = [dict(row) for row in rows]

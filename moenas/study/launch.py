@@ -25,7 +25,7 @@ from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
-from moenas.study.changes import refuse_changes, version_changes
+from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
 from moenas.study.driver import Driver
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.study.jobs import Jobs
@@ -264,8 +264,9 @@ def run(
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    corpus, first = _checked(space, storage)
+    corpus, first = check_start(space, storage)
     known = Store.known(storage, space.name)
+    space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     sigterm = _Sigterm()
     with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
@@ -305,8 +306,9 @@ def dry_run(
     """
     from moenas.study.estimate import estimate
 
-    corpus, _ = _checked(space, storage)
+    corpus, _ = check_start(space, storage)
     known, done = Store.known(storage, space.name), 0
+    space = with_stored_sampler(space, known)
     if known is not None:
         refuse_changes(known, space, corpus)
         done = attempts.evaluated(Store.open(storage), space.name)
@@ -316,10 +318,13 @@ def dry_run(
     return estimate(space, corpus, storage=storage, trials=left, workers=count)
 
 
-def _checked(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
-    """Check what can be checked before anything is written.
+def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
+    """Check what can be checked of a study before anything is written.
 
     Returns the corpus of the space, and the architectures to start from.
+
+    Raises:
+        InputError: as `run`.
     """
     from moenas.evaluate.matching import open_corpus
 

@@ -10,7 +10,15 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from moenas import pareto
 from moenas.records import Evaluation, ObjectiveInfo, Plain, StudyRecord
-from moenas.store import mapping, optuna_rows, row_readers, rungs, statements, tables
+from moenas.store import (
+    mapping,
+    optuna_rows,
+    row_readers,
+    rungs,
+    statements,
+    study_events,
+    tables,
+)
 
 OF_EVALUATION = (tables.routing, tables.curve, tables.value, tables.reuse, tables.evaluation)
 
@@ -21,6 +29,7 @@ def reopen(connection: Connection, study: str, trials: Sequence[int]) -> None:
         _forget(connection, study, trial)
         rungs.forget(connection, study, trial)
         optuna_rows.reopen(connection, study, trial)
+    study_events.append(connection, study, "trials_reopened", {"trials": list(trials)})
 
 
 def replace_evaluations(
@@ -42,6 +51,8 @@ def replace_evaluations(
                 connection.execute(insert(table), entries)
         optuna_rows.set_outcome(connection, record.name, evaluation.trial, state, values)
     rebuild_front(connection, record)
+    measured = [evaluation.trial for evaluation, _, _ in found]
+    study_events.append(connection, record.name, "trials_remeasured", {"trials": measured})
 
 
 def rebuild_front(connection: Connection, record: StudyRecord) -> None:

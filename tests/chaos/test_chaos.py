@@ -29,7 +29,7 @@ def test_driver_kills() -> None:
 
 
 def test_driver_kills_with_early_stopping() -> None:
-    assert_survived(faults.driver_kills(Random(11), 4, stopping="successive_halving"))
+    assert_survived(faults.driver_kills(Random(11), 2, stopping="successive_halving"))
 
 
 def test_two_drivers() -> None:

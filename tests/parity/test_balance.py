@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers as hf
 from families import MIXTRAL, QWEN3_MOE, SIZES, Family
 from test_models import ours_of, randomise, theirs_of, tokens
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from weights import rows_of, to_ours
 
 from moenas.model.architecture import Architecture, Model
@@ -61,7 +61,9 @@ def test_the_presets_weigh_it_as_the_released_configurations() -> None:
         model = model_of({"preset": preset, "top_k": 2}, 3)
         model.loss(tokens(), tokens())
         logits = tuple(moe.routing.choice.logits for _, moe in model.moe_layers())
-        wanted = coefficient * load_balancing_loss_func(logits, 8, 2)
+        wanted = coefficient * hf.models.mixtral.modeling_mixtral.load_balancing_loss_func(
+            logits, 8, 2
+        )
         torch.testing.assert_close(model.auxiliary_loss(), wanted, rtol=1e-6, atol=0)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from moenas.errors import InputError
 from moenas.search import samplers
-from moenas.search.samplers import SAMPLERS, Setup, derived_seed, make
-from moenas.space import sections
+from moenas.search.samplers import BUILDERS, Setup, derived_seed, make
+from moenas.space.sections import SAMPLERS
 
 CONDITIONAL = Setup(seed=7, conditional=True)
 
@@ -81,7 +81,7 @@ def test_gp_proposes_after_its_random_start() -> None:
 
 
 def test_the_names_that_a_space_accepts_are_those_that_are_built() -> None:
-    assert set(sections.SAMPLERS) == set(SAMPLERS)
+    assert set(SAMPLERS) == set(BUILDERS)
 
 
 def test_an_unknown_sampler_gets_a_suggestion() -> None:

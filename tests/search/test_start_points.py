@@ -14,8 +14,8 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain
 from moenas.report.summary import trial_report, trial_text
 from moenas.resources import to_yaml
-from moenas.search.samplers import SAMPLERS
 from moenas.search.start_points import start_points
+from moenas.space.sections import SAMPLERS
 from moenas.space.space import Space
 from moenas.store.store import Store
 from moenas.study.launch import Study, load_study, run

@@ -125,6 +125,7 @@ def test_the_wall_time_counts_over_all_runs() -> None:
     assert count < len(more.view.evaluations) <= count + 6
     assert spending(more.store, "s").wall_seconds >= before + 1.5
     assert_sound_at(more, sum(map(counts, more.view.evaluations)))
+    assert_sound_at(more, len([e for e in more.view.evaluations if not e.is_copy]))
 
 
 KILLED = """

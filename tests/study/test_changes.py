@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 from studies import ARCHITECTURE, fake, scripted, space
 
+from moenas.errors import InputError
 from moenas.former import OBJECTIVE_DIGESTS
+from moenas.space.space import Space
 from moenas.study.changes import changed_objectives, refuse_changes
-from moenas.study.launch import run
+from moenas.study.launch import dry_run, run
+from moenas.study.maintenance import stored_space
 
 pytestmark = pytest.mark.usefixtures("study_folder")
 
@@ -32,3 +35,31 @@ def test_a_study_of_a_former_shipped_objective_goes_on() -> None:
     another = [{**info, "sha256": "0" * 64} for info in before]
     changed = changed_objectives(replace(known, objectives=another), space(ARCHITECTURE))
     assert [objective.name for objective in changed] == ["val_loss", "flops_per_token"]
+
+
+def test_a_study_that_began_with_another_default_sampler_keeps_it() -> None:
+    named = space()
+    unnamed = Space.parse(named.text.replace(", sampler: tpe", ""), "s.yaml")
+    assert (named.names_sampler, unnamed.names_sampler) == (True, False)
+    assert unnamed.search.sampler == "gray_box"
+    pool = scripted(lambda job: fake(job)[0])
+    run(named, trials=3, pool=pool)
+    assert dry_run(unnamed, trials=4).candidates == 1
+    found = run(unnamed, trials=4, pool=pool)
+    assert len([e for e in found.view.evaluations if not e.is_copy]) == 4
+    assert found.record.space["search"]["sampler"] == "tpe"
+    with pytest.raises(InputError, match=r'search\.sampler: "tpe" -> "random"'):
+        run(named.with_search(sampler="random"), trials=5, pool=pool)
+    # A new study has the default of today.
+    assert run(
+        replace(unnamed, name="new"), trials=2, pool=pool
+    ).record.space["search"]["sampler"] == "gray_box"  # fmt: skip
+
+
+def test_a_stored_study_without_a_named_sampler_is_read_with_its_own() -> None:
+    named = space()
+    unnamed = Space.parse(named.text.replace(", sampler: tpe", ""), "s.yaml")
+    found = run(unnamed, trials=2, pool=scripted(lambda job: fake(job)[0]))
+    before = {**found.record.space, "search": {**found.record.space["search"], "sampler": "tpe"}}
+    assert stored_space(replace(found.record, space=before)).search.sampler == "tpe"
+    assert stored_space(found.record).search.sampler == "gray_box"

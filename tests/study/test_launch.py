@@ -241,7 +241,7 @@ def assert_routed(found: Study, limit: str, bound: float) -> None:
     assert not {t.number for t in found.optuna.best_trials} & rejected
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp"])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", pytest.param("gp", marks=pytest.mark.slow)])
 def test_a_requirement_of_the_trained_model_is_decided_after_training(sampler: str) -> None:
     seen: list[Job] = []
 

@@ -546,6 +546,7 @@ def test_a_stranger_without_the_token_is_turned_away(pool: Pool) -> None:
     assert "Authentication" in done.stderr
 
 
+@pytest.mark.slow  # test_ray_cluster kills a driver in a job, too
 def test_a_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
     """Nor does the next one find its folder."""
     script = f"""

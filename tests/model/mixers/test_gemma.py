@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,15 +15,19 @@ from moenas.model import AttentionMixer, SharedKV
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
-transformers = pytest.importorskip("transformers")
-theirs = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 
 D_MODEL, LENGTH, WINDOW = 32, 30, 7
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
+def theirs() -> Any:
+    """Their module; its import takes seconds, which a process without these tests is spared."""
+    return import_module("transformers.models.gemma4.modeling_gemma4")
+
+
 def config(n_shared: int = 0, types: tuple[str, ...] = (SLIDING, FULL)) -> Any:
-    return transformers.Gemma4TextConfig(
+    return theirs().Gemma4TextConfig(
         hidden_size=D_MODEL,
         num_hidden_layers=len(types),
         num_attention_heads=4,
@@ -64,7 +70,7 @@ def weights(attention: Any) -> dict[str, Tensor]:
 def given(configuration: Any, kind: str, x: Tensor) -> tuple[Any, Tensor]:
     """The angles and the additive mask that their attention takes."""
     places = torch.arange(x.shape[1]).expand(len(x), -1)
-    angles = theirs.Gemma4TextRotaryEmbedding(configuration)(x, places, kind)
+    angles = theirs().Gemma4TextRotaryEmbedding(configuration)(x, places, kind)
     query, key = places[0].unsqueeze(-1), places[0]
     seen = (key <= query) & (key > query - (WINDOW if kind == SLIDING else LENGTH))
     return angles, torch.zeros(LENGTH, LENGTH).masked_fill(~seen, -torch.inf).expand(2, 1, -1, -1)
@@ -78,7 +84,7 @@ def tokens(seed: int) -> Tensor:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_attention_is_that_of_gemma_4(layer: int) -> None:
     configuration, kind, x = config(), (SLIDING, FULL)[layer], tokens(2)
-    attention = theirs.Gemma4TextAttention(configuration, layer).eval()
+    attention = theirs().Gemma4TextAttention(configuration, layer).eval()
     state = weights(attention)
     wanted = attention(x, *given(configuration, kind, x), {})[0]
     module: Any = tree.parse(AttentionMixer, ours_at(kind)).build(D_MODEL).eval()
@@ -105,7 +111,7 @@ def test_layers_at_the_end_read_the_last_keys_of_their_kind() -> None:
     shared: dict[str, Any] = {}
     lent = SharedKV()
     for i, kind in enumerate(types):
-        attention = theirs.Gemma4TextAttention(configuration, i).eval()
+        attention = theirs().Gemma4TextAttention(configuration, i).eval()
         module: Any = model.blocks[i].mixer
         module.load_state_dict(weights(attention))
         x = tokens(i)

@@ -15,10 +15,7 @@ from moenas.model.mixers.position_bias import AlibiBias, T5Bias, alibi_slopes, f
 from moenas.model.mixers.softmax_attention import distances
 from moenas.records import Plain
 
-pytest.importorskip("transformers")
-
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
-from transformers.models.t5.modeling_t5 import T5Attention
+hf = pytest.importorskip("transformers")
 
 D_MODEL, LENGTH = 32, 40
 T5: Plain = {"kind": "t5", "num_buckets": 8, "max_distance": 20}
@@ -28,7 +25,9 @@ T5: Plain = {"kind": "t5", "num_buckets": 8, "max_distance": 20}
 def test_buckets_are_those_of_t5(buckets: int, farthest: int) -> None:
     """At distances where the logarithm is no whole number, which float32 may round either way."""
     far = torch.arange(3 * farthest)
-    theirs = T5Attention._relative_position_bucket(-far, False, buckets, farthest)
+    theirs = hf.models.t5.modeling_t5.T5Attention._relative_position_bucket(
+        -far, False, buckets, farthest
+    )
     ours = torch.searchsorted(torch.tensor(first_distances(buckets, farthest)), far, right=True)
     assert torch.equal(ours, theirs)
 
@@ -43,7 +42,8 @@ def test_a_bucket_begins_where_its_logarithm_is_a_whole_number() -> None:
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 8, 12, 20])
 def test_slopes_are_those_of_bloom(n_heads: int) -> None:
     """BLOOM adds slope * position of the key: over a row the same but for a constant."""
-    theirs = build_alibi_tensor(torch.ones(1, 5), n_heads, torch.float32).view(n_heads, 5)
+    build = hf.models.bloom.modeling_bloom.build_alibi_tensor
+    theirs = build(torch.ones(1, 5), n_heads, torch.float32).view(n_heads, 5)
     torch.testing.assert_close(theirs[:, 1], torch.tensor(alibi_slopes(n_heads)))
 
 
@@ -62,7 +62,7 @@ def bias_of(attention: Attention, far: int, head: int) -> float:
     if not hasattr(bias, "num_buckets"):
         return -far * 2.0 ** (-8 * (head + 1) / 4)
     place = torch.tensor([[-far]])
-    bucket = T5Attention._relative_position_bucket(
+    bucket = hf.models.t5.modeling_t5.T5Attention._relative_position_bucket(
         place, False, bias.num_buckets, bias.max_distance
     )
     return float(bias.weight[bucket.item(), head])

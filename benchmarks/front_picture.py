@@ -1,0 +1,104 @@
+"""The picture of the README: the front of a study, with short names of its models.
+
+`make transcripts` draws it. `python benchmarks/front_picture.py FOLDER` draws it again from the
+study `tiny` in the database of a folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from picture import save
+from plotly import graph_objects as go
+
+from moenas.records import Evaluation, Plain, View
+from moenas.report import figures
+from moenas.store.store import Store
+
+PICTURE = Path(__file__).parents[1] / "docs" / "front.png"
+SIZE = 800, 460
+"""Width and height in CSS pixels; a README page shows 800."""
+LOSS, COMPUTE, LATENCY = "val_loss", "flops_per_token", "decode_ms"
+
+
+def short_name(architecture: Plain) -> str:
+    """Return the width, the depth and the feed-forward layer of a model in a few words."""
+    layers = sum(group["repeat"] for group in architecture["blocks"])
+    ffn = architecture["blocks"][0]["ffn"]
+    words = "dense"
+    if ffn["kind"] == "moe":
+        words = f"moe {ffn['n_experts']}e top{ffn['router']['top_k']}"
+    return f"{layers} x {architecture['d_model']}d, {words}"
+
+
+def front_figure(view: View) -> go.Figure:
+    """Draw loss over FLOPs; colours give the latency.
+
+    The line joins the members that no other candidate beats in loss and FLOPs. The other members
+    are on the front because of their latency.
+    """
+    members = sorted(figures.members(view), key=lambda e: e.values[COMPUTE])
+    on_front = set(view.front)
+    dominated = [e for e in figures.complete(view) if e.trial not in on_front]
+    best = [
+        e for i, e in enumerate(members)
+        if all(e.values[LOSS] < other.values[LOSS] for other in members[:i])
+    ]  # fmt: skip
+    lowest, highest = (end(e.values[COMPUTE] for e in members) for end in (min, max))
+
+    def is_free_below(e: Evaluation) -> bool:
+        """Whether text fits below the line: no candidate lies there, but the axis does."""
+        return e in best and e.values[COMPUTE] > lowest + 0.2 * (highest - lowest)
+
+    infos = {info.name: info for info in figures.objectives(view)}
+    drawn = go.Figure()
+    drawn.add_scatter(
+        x=[e.values[COMPUTE] for e in dominated],
+        y=[e.values[LOSS] for e in dominated],
+        marker={"color": figures.GREY, "size": 7, "opacity": 0.45},
+        mode="markers",
+        name="dominated",
+    )
+    drawn.add_scatter(
+        x=[e.values[COMPUTE] for e in best],
+        y=[e.values[LOSS] for e in best],
+        line={"color": figures.BLUE, "width": 2, "shape": "hv"},
+        mode="lines",
+        name="best loss for the FLOPs",
+    )
+    drawn.add_scatter(
+        x=[e.values[COMPUTE] for e in members],
+        y=[e.values[LOSS] for e in members],
+        marker={
+            "color": [e.values[LATENCY] for e in members],
+            "colorbar": {"title": {"text": figures.label(infos[LATENCY], "<br>")}, "len": 0.75},
+            "colorscale": "Viridis",
+            "line": {"color": "white", "width": 1},
+            "size": 13,
+        },
+        mode="markers+text",
+        name="Pareto front (trial: layers x width)",
+        text=[f" {e.trial}: {short_name(view.architectures[e.trial])}" for e in members],
+        textfont={"size": 12, "color": "#333333"},
+        textposition=["bottom left" if is_free_below(e) else "top right" for e in members],
+    )
+    drawn.update_xaxes(title_text=figures.label(infos[COMPUTE]), tickformat="~s", gridcolor="#eee")
+    drawn.update_yaxes(title_text=figures.label(infos[LOSS]), gridcolor="#eee", automargin=True)
+    drawn.update_layout(
+        font={"family": "DejaVu Sans, sans-serif", "size": 13},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 70, "r": 10, "t": 50, "b": 55},
+        plot_bgcolor="white",
+    )
+    return drawn
+
+
+def draw(folder: Path) -> None:
+    """Draw the front of the study `tiny` of a folder into docs/front.png."""
+    view = Store.open(f"sqlite:///{folder / 'moenas.db'}").view("tiny")
+    save(front_figure(view), SIZE, PICTURE)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve())

@@ -1,0 +1,1 @@
+"""The HTTP service: its API, queue, access control, pages and client."""

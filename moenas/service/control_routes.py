@@ -1,0 +1,248 @@
+"""Routes that check, submit and change studies; each change has an audit row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from sqlalchemy import Connection
+
+from moenas.records import Plain
+from moenas.service import schemas, study_views, tasks
+from moenas.service.problems import Problem
+from moenas.service.sessions import Identity
+from moenas.service.state import Service, ServiceState, User
+from moenas.store import audit, study_events, submissions
+from moenas.store.submissions import Submission
+from moenas.study.deletion import delete_study
+
+router = APIRouter(prefix="/v1", tags=["control"])
+
+
+@router.post("/spaces/check", tags=["spaces"])
+async def check_space(
+    service: Service, user: User, request: schemas.SpaceRequest
+) -> schemas.SpaceReport:
+    """Check a space: points, costs, random architectures, and what a study would take.
+
+    A space that is not valid is a problem of status 422 with line, column, path and message of
+    what is wrong.
+    """
+    found = await service.wait(
+        service.checks.call,
+        tasks.check_space,
+        request.space,
+        tuple(request.overrides),
+        service.rules,
+        storage=service.store.url,
+        draws=request.draws,
+    )
+    return schemas.SpaceReport(**found)
+
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(max_length=255, pattern=r"^[!-~]+$", description="A repeat with it submits nothing."),
+]
+
+
+@router.post("/studies", status_code=201)
+async def submit_study(
+    service: Service,
+    user: User,
+    request: schemas.SubmissionRequest,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> schemas.StudyDetail:
+    """Put a study into the queue.
+
+    The same request with the same `Idempotency-Key` returns the study of the first one with
+    status 200.
+    """
+    found, is_new = await service.wait(_submit, service, user, request, idempotency_key)
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/studies/{found.name}"
+    return found
+
+
+def _submit(
+    service: ServiceState, user: Identity, request: schemas.SubmissionRequest, key: str | None
+) -> tuple[schemas.StudyDetail, bool]:
+    """Check a study and put it into the queue; return it, and whether it is new."""
+    asked = json.dumps(request.model_dump(), sort_keys=True)
+    sha256 = hashlib.sha256(asked.encode()).hexdigest()
+    checked = service.checks.call(
+        tasks.check_submission,
+        request.space,
+        tuple(request.overrides),
+        service.rules,
+        storage=service.store.url,
+    )
+    new = Submission(
+        study=checked["name"],
+        user_name=user.user_name,
+        space_text=request.space,
+        overrides=list(request.overrides),
+        trials=request.trials or checked["trials"],
+        priority=request.priority,
+        state="queued",
+    )
+    own_key = key or uuid.uuid4().hex  # a transaction that is repeated finds its own row
+    found, is_new = service.store.transact(
+        lambda c: submissions.submit(c, new, key=own_key, request_sha256=sha256)
+    )
+    service.runner.wake()
+    return study_views.study_detail(service.store, found.study), is_new
+
+
+# --- studies that were submitted -----------------------------------------------------------------
+
+
+def _require_own(connection: Connection, name: str, user: Identity) -> Submission:
+    """Return a submitted study that a user may change; others' are for admins."""
+    found = submissions.require(connection, name)
+    if user.role != "admin" and found.user_name != user.user_name:
+        raise Problem(
+            403, f"study '{name}' is that of '{found.user_name}', who or an admin may change it"
+        )
+    return found
+
+
+def _changed(service: ServiceState, name: str) -> schemas.StudyDetail:
+    service.runner.wake()
+    return study_views.study_detail(service.store, name)
+
+
+@router.post("/studies/{name}/pause")
+def pause_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
+    """Let a study stop until it is resumed; nothing is lost."""
+
+    def change(connection: Connection) -> None:
+        _require_own(connection, name, user)
+        submissions.pause(connection, name, user.user_name)
+
+    service.store.transact(change)
+    return _changed(service, name)
+
+
+@router.post("/studies/{name}/resume")
+def resume_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
+    """Put a paused, failed or cancelled study back into the queue."""
+
+    def change(connection: Connection) -> None:
+        _require_own(connection, name, user)
+        submissions.resume(connection, name, user.user_name)
+
+    service.store.transact(change)
+    return _changed(service, name)
+
+
+@router.post("/studies/{name}/cancel")
+def cancel_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
+    """End a study; its trials stay."""
+
+    def change(connection: Connection) -> None:
+        _require_own(connection, name, user)
+        submissions.cancel(connection, name, user.user_name)
+
+    service.store.transact(change)
+    return _changed(service, name)
+
+
+@router.post("/studies/{name}/extend")
+def extend_study(
+    service: Service, user: User, name: str, request: schemas.Extension
+) -> schemas.StudyDetail:
+    """Raise how many candidates a study evaluates in total; a finished one is queued again."""
+
+    def change(connection: Connection) -> None:
+        _require_own(connection, name, user)
+        submissions.extend(connection, name, user.user_name, request.trials)
+
+    service.store.transact(change)
+    return _changed(service, name)
+
+
+@router.post("/studies/{name}/enqueue")
+async def enqueue_architectures(
+    service: Service, user: User, name: str, request: schemas.EnqueueRequest
+) -> list[schemas.Enqueued]:
+    """Let a study evaluate architectures of your own next, also while it runs."""
+    return await service.wait(_enqueue, service, user, name, request)
+
+
+def _enqueue(
+    service: ServiceState, user: Identity, name: str, request: schemas.EnqueueRequest
+) -> list[schemas.Enqueued]:
+    """Enqueue architectures, and store the event and the audit row."""
+    service.store.query(lambda c: _require_own(c, name, user))
+    if not study_views.begun(service.store, name):
+        raise Problem(409, f"study '{name}' has not begun; enqueue once it runs")
+    if not request.references and request.architecture is None:
+        raise Problem(422, "give `references`, or an `architecture`")
+    rows = service.checks.call(
+        tasks.enqueue,
+        name,
+        tuple(request.references),
+        request.architecture,
+        service.rules,
+        storage=service.store.url,
+    )
+    told: Plain = {
+        "sources": [row["source"] for row in rows],
+        "trials": [row["trial"] for row in rows],
+    }
+
+    told["request"] = uuid.uuid4().hex
+
+    def change(connection: Connection) -> None:
+        if study_events.append_once(connection, name, "enqueued", told):
+            audit.write(connection, user.user_name, "enqueued", name, told)
+
+    service.store.transact(change)
+    return [schemas.Enqueued(**row) for row in rows]
+
+
+@router.delete("/studies/{name}")
+def remove_study(
+    service: Service,
+    user: User,
+    name: str,
+    confirm: Annotated[str | None, Query(max_length=100)] = None,
+) -> schemas.Deleted:
+    """Delete a study with its trials and weights.
+
+    Without `confirm`, nothing is deleted: the problem of status 428 has the value of `confirm` in
+    its field `confirmation`. It changes when the study does.
+    """
+    found = study_views.listed(service.store, name)
+    if found.submission is not None:
+        service.store.query(lambda c: _require_own(c, name, user))
+        if found.submission.driver_running or found.submission.state == "running":
+            raise Problem(409, f"study '{name}' is running; cancel it, and wait for its driver")
+    elif user.role != "admin":
+        raise Problem(403, f"study '{name}' was started by a command; only an admin may delete it")
+    mark = f"{name}|{found.created_at}|{found.evaluations}"
+    wanted = hashlib.sha256(mark.encode()).hexdigest()[:16]
+    if confirm != wanted:
+        raise Problem(
+            428,
+            f"study '{name}' has {found.evaluations} finished trials; repeat the request with"
+            f" ?confirm={wanted} to delete them and their weights",
+            confirmation=wanted,
+        )
+    if found.submission is not None and found.submission.state in ("queued", "paused"):
+        _require_unstarted(service, name, user)
+    trials = delete_study(service.store, name, user.user_name)
+    service.runner.drivers.forget(name)
+    return schemas.Deleted(deleted=name, trials=trials)
+
+
+def _require_unstarted(service: ServiceState, name: str, user: Identity) -> None:
+    """Keep a queued or paused study from being started while it is deleted."""
+    found = service.store.transact(lambda c: submissions.cancel(c, name, user.user_name))
+    if found.driver_running:
+        raise Problem(409, f"study '{name}' has just started and is cancelled; delete it later")

@@ -1,0 +1,138 @@
+"""Drivers of studies as processes of their own: started, found again, interrupted and read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moenas.processes import kill_descendants, machine, process_start
+from moenas.service.settings import ServerSettings
+from moenas.store.submissions import Submission
+from moenas.store.urls import clean
+
+CODE_FILE = "exit_code"
+LOG_FILE = "driver.log"
+TAIL_BYTES, TAIL_LINES = 8192, 12
+"""How much of the end of a log is looked at, and how many lines are told."""
+
+
+@dataclass(frozen=True)
+class DriverProcess:
+    """A process, told from a later one with the same pid."""
+
+    machine: str
+    pid: int
+    born: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this machine and its process namespace are those of the process."""
+        return self.machine == machine()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process of this machine lives."""
+        return process_start(self.pid) == self.born
+
+
+def process_of(found: Submission) -> DriverProcess | None:
+    """Return the process that drives a study, or None if none was stored."""
+    if found.driver_pid is None or found.driver_machine is None:
+        return None
+    return DriverProcess(found.driver_machine, found.driver_pid, found.driver_born or "")
+
+
+class Drivers:
+    """Starts and ends the drivers of one server on this machine."""
+
+    def __init__(self, settings: ServerSettings, storage_url: str) -> None:
+        self._settings, self._storage_url = settings, storage_url
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def folder(self, study: str) -> Path:
+        """Return the folder of a study's space file and log; the name was checked before."""
+        return self._settings.work_dir.absolute() / study
+
+    def start(self, found: Submission) -> DriverProcess:
+        """Start the driver of a study in a session of its own.
+
+        Raises:
+            OSError: if its files cannot be written or no process can be made.
+        """
+        folder = self.folder(found.study)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CODE_FILE).unlink(missing_ok=True)
+        space = folder / f"{found.study}.yaml"
+        space.write_text(found.space_text, encoding="utf-8")
+        words = ["run", "--trials", str(found.trials)]
+        for flag, value in (
+            ("--workers", self._settings.workers),
+            ("--address", self._settings.address),
+        ):
+            words += [flag, value] if value is not None else []
+        words += ["--", str(space), *found.overrides]
+        # The URL may hold a password, and every user of this machine can read a command line.
+        environment = {**os.environ, "MOENAS_STORAGE": self._storage_url, "COLUMNS": "200"}
+        module = [sys.executable, "-m", "moenas.service.driver_process"]
+        with open(folder / LOG_FILE, "wb") as log:
+            process = subprocess.Popen(
+                [*module, str(folder / CODE_FILE), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        self._children[process.pid] = process
+        return DriverProcess(machine(), process.pid, process_start(process.pid) or "")
+
+    def is_alive(self, process: DriverProcess) -> bool:
+        """Say whether a driver of this machine lives; a dead child is reaped."""
+        child = self._children.get(process.pid)
+        if child is not None and child.poll() is not None:
+            del self._children[process.pid]
+        return process.is_alive
+
+    def interrupt(self, process: DriverProcess) -> None:
+        """Ask a driver to end, as Ctrl-C does."""
+        with suppress(ProcessLookupError, PermissionError):
+            if process.is_alive:
+                os.kill(process.pid, signal.SIGINT)
+
+    def kill(self, process: DriverProcess) -> None:
+        """End a driver and all that it started."""
+        if not process.is_alive:
+            return
+        kill_descendants(process.pid)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if (child := self._children.pop(process.pid, None)) is not None:
+            child.wait()
+
+    def exit_code(self, study: str) -> int | None:
+        """Return the exit code that the driver has left, or None if it was killed."""
+        try:
+            return int((self.folder(study) / CODE_FILE).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
+
+    def log_tail(self, study: str) -> str:
+        """Return the last lines of the driver's stderr, without passwords."""
+        try:
+            with open(self.folder(study) / LOG_FILE, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        return clean("\n".join(lines[-TAIL_LINES:]))
+
+    def forget(self, study: str) -> None:
+        """Delete the files of a study."""
+        shutil.rmtree(self.folder(study), ignore_errors=True)

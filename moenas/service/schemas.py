@@ -1,0 +1,389 @@
+"""The typed bodies of requests and responses; the OpenAPI document is made from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moenas.service.settings import MAX_SPACE
+
+Overrides = Annotated[
+    list[Annotated[str, Field(max_length=2000)]],
+    Field(max_length=200, description="Dotted overrides, as `moenas run` takes them."),
+]
+SpaceText = Annotated[str, Field(max_length=MAX_SPACE, description="A space file, in YAML.")]
+TrialNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
+StudyState = Literal["queued", "running", "paused", "finished", "failed", "cancelled", "stopped"]
+EXAMPLE_SPACE = """\
+name: small
+architecture:
+  vocab_size: 256
+  d_model: {choice: [32, 64]}
+  blocks:
+    - repeat: 2
+      mixer: {kind: attention, head_dim: 16}
+      ffn: {kind: dense, activation: swiglu, d_ff: {int: [64, 128], step: 32}}
+objectives: [val_loss, flops_per_token]
+data: stdlib
+train: {tokens: 8192, context: 64, batch: 4}
+search: {sampler: random, trials: 4}
+"""
+
+
+class Model(BaseModel):
+    """Base of all responses."""
+
+
+class RequestModel(BaseModel):
+    """Base of all requests: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SpaceRequest(RequestModel):
+    """A space to check."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"space": EXAMPLE_SPACE}]})
+
+    space: SpaceText
+    overrides: Overrides = []
+    draws: int | None = Field(None, ge=1, le=1000, description="Random architectures to look at.")
+
+
+class Range(Model):
+    """The smallest and the largest number of some architectures."""
+
+    min: int
+    max: int
+
+
+class Draw(Model):
+    """One random architecture of a space."""
+
+    params: int
+    active_params: int
+    flops_per_token: int
+    architecture: str
+
+
+class Estimate(Model):
+    """What a study takes; hours are null where no throughput is known."""
+
+    candidates: int
+    workers: int
+    train_tokens: float
+    train_flops: float
+    hours: float | None
+    hours_low: float | None
+    hours_high: float | None
+    basis: str
+
+
+class SpaceReport(Model):
+    """What `moenas check` says of a valid space."""
+
+    name: str
+    valid: Literal[True]
+    points: int | str
+    continuous: int
+    holes: list[str]
+    objectives: list[str]
+    context: int
+    drawn: int
+    feasible: int
+    refused: dict[str, int]
+    binding: str | None = Field(None, description="The requirement that few draws meet.")
+    params: int | Range
+    active_params: int | Range
+    flops_per_token: int | Range
+    kv_bytes_per_token: int | Range
+    weight_bytes: int | Range
+    bigram_loss: float | None
+    notes: list[str]
+    draws: list[Draw]
+    estimate: Estimate
+
+
+class SubmissionRequest(RequestModel):
+    """A study to run."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"space": EXAMPLE_SPACE, "trials": 4, "priority": 0}]},
+    )
+
+    space: SpaceText
+    overrides: Overrides = []
+    trials: int | None = Field(
+        None, ge=1, le=1_000_000, description="Candidates in total; null: `search.trials`."
+    )
+    priority: int = Field(0, ge=-100, le=100, description="A larger one starts earlier.")
+
+
+class Study(Model):
+    """One study of a list."""
+
+    name: str
+    state: StudyState = Field(description="`stopped`: a command ran it, and it is not over.")
+    submitted: bool = Field(description="Whether a server looks after it.")
+    user: str | None
+    priority: int | None
+    trials: int
+    evaluations: int = Field(description="Finished trials.")
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
+    reason: str | None = Field(description="Why it failed, or why its driver is restarted.")
+    restarts: int
+    driver_running: bool
+
+
+class StudyPage(Model):
+    """A part of the list of studies, newest first."""
+
+    studies: list[Study]
+    next: str | None = Field(description="`cursor` of the next page; null at the end.")
+
+
+class Objective(Model):
+    """What a value means."""
+
+    name: str
+    direction: Literal["minimize", "maximize"]
+    unit: str
+    doc: str
+
+
+class Progress(Model):
+    """How far a study is and how it does; zeros before its driver has begun."""
+
+    evaluated: int = 0
+    complete: int = 0
+    failed: int = 0
+    stopped: int = 0
+    paused: int = 0
+    infeasible: int = 0
+    repeated: int = 0
+    left: int = 0
+    running_in: str | None = None
+    ended: str | None = None
+    failures: dict[str, int] = {}
+    best: dict[str, float | None] = {}
+    front: int = 0
+    hypervolume: float | None = None
+    devices: list[str] = []
+    spent: dict[str, float] = {}
+
+
+class StudyDetail(Study):
+    """One study, whole."""
+
+    objectives: list[Objective]
+    overrides: list[str]
+    space: str = Field(description="The space file, verbatim.")
+    progress: Progress
+    last_event: int = Field(description="Id of its newest event; 0 without one.")
+
+
+class TrialRow(Model):
+    """One finished trial of a list."""
+
+    trial: int
+    status: str
+    values: dict[str, float | None]
+    cost: dict[str, float]
+    failure: str | None = Field(description="Kind of the failure.")
+    message: str | None
+    seconds: float | None
+    on_front: bool
+    has_weights: bool
+    params: dict[str, Any] = Field(description="Hole -> value.")
+
+
+class TrialPage(Model):
+    """A part of the finished trials, in order of their numbers."""
+
+    trials: list[TrialRow]
+    next: int | None = Field(description="`after` of the next page; null at the end.")
+
+
+class Failure(Model):
+    """Why a trial has no values."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+    cause: str = ""
+
+
+class Trial(Model):
+    """Everything that is stored of one trial."""
+
+    model_config = ConfigDict(extra="allow")
+
+    study: str
+    trial: int
+    attempt: int
+    status: str
+    fingerprint: str
+    values: dict[str, float | None]
+    units: dict[str, str]
+    measurements: dict[str, dict[str, Any]]
+    metrics: dict[str, float | None]
+    curve: list[dict[str, Any]]
+    routing: list[dict[str, Any]]
+    cost: dict[str, float]
+    violations: dict[str, float | None]
+    seconds: dict[str, float]
+    device: dict[str, Any]
+    failure: Failure | None
+    weights_sha256: str | None
+    on_front: bool
+    enqueued_from: str | None
+    architecture: dict[str, Any]
+    summary: str = Field(description="The architecture in one line.")
+
+
+class Member(Model):
+    """One candidate of a front."""
+
+    trial: int
+    values: dict[str, float]
+    params: int
+    active_params: int
+    fingerprint: str
+    has_weights: bool
+    summary: str = Field(description="The architecture in one line.")
+    architecture: dict[str, Any]
+
+
+class Front(Model):
+    """The non-dominated candidates, best first by the first objective."""
+
+    study: str
+    directions: dict[str, Literal["minimize", "maximize"]]
+    hypervolume: float | None
+    reference_point: dict[str, float]
+    members: list[Member]
+
+
+class HistoryPoint(Model):
+    """The front after one more complete trial."""
+
+    trial: int
+    hypervolume: float
+    entered: bool
+    left: list[int]
+    size: int
+
+
+class History(Model):
+    """The front after each complete trial, by one reference point."""
+
+    points: list[HistoryPoint]
+
+
+class Figures(Model):
+    """The figures of a study, as plotly.js takes them."""
+
+    figures: dict[str, dict[str, Any]]
+
+
+class Report(Model):
+    """What a study shows of its space, as `moenas report -o json` writes it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    study: str
+
+
+class Extension(RequestModel):
+    """How many candidates a study is to evaluate in total."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"trials": 40}]})
+
+    trials: int = Field(ge=1, le=1_000_000)
+
+
+class EnqueueRequest(RequestModel):
+    """Architectures that a study evaluates next."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"references": ["study:other"]}]})
+
+    references: list[Annotated[str, Field(max_length=300)]] = Field(
+        [], max_length=100, description="Shipped spaces such as zoo/olmoe_1b_7b, or study:NAME."
+    )
+    architecture: SpaceText | None = Field(None, description="A space file without holes.")
+
+
+class Enqueued(Model):
+    """One architecture, and the trial that evaluates it or has evaluated it."""
+
+    trial: int | None
+    status: Literal["known", "enqueued"]
+    source: str
+    fingerprint: str
+
+
+class Deleted(Model):
+    """A study that is gone."""
+
+    deleted: str
+    trials: int
+
+
+class Device(Model):
+    """A device of the server's machine."""
+
+    key: str
+    kind: str
+    name: str
+
+
+class Devices(Model):
+    """The devices of the server's machine."""
+
+    devices: list[Device]
+
+
+class AuditRow(Model):
+    """One change that a user made."""
+
+    id: int
+    at: str
+    user: str
+    action: str
+    study: str | None
+    detail: dict[str, Any]
+
+
+class AuditPage(Model):
+    """A part of the audit, newest first."""
+
+    entries: list[AuditRow]
+    next: int | None = Field(description="`before` of the next page; null at the end.")
+
+
+class Health(Model):
+    """Whether the server can answer."""
+
+    status: Literal["ok"]
+
+
+class LoginLink(Model):
+    """A link that logs a browser in, once."""
+
+    path: str
+    expires_in_s: int
+
+
+class ProblemDetails(Model):
+    """RFC 9457: why a request was not answered as it was meant."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str

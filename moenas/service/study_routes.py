@@ -1,0 +1,230 @@
+"""Routes that read: studies, trials, fronts, histories, reports, events, exports."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query
+from starlette.responses import Response, StreamingResponse
+
+from moenas.service import event_stream, schemas, study_views, tasks
+from moenas.service.state import Service, ServiceState
+from moenas.store.submissions import State, StudyFilter
+
+router = APIRouter(prefix="/v1", tags=["studies"])
+
+EXPORT_S = 600.0
+"""Seconds that an export or a report may take."""
+CHUNK = 1 << 16
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-sent events; the data of each is a JSON object.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "id": {"type": "string"},
+                        "event": {"type": "string"},
+                        "data": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+ZIP: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}
+}
+CSV: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/csv": {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/studies")
+def list_studies(
+    service: Service,
+    state: State | None = None,
+    user: Annotated[str | None, Query(max_length=100)] = None,
+    contains: Annotated[str | None, Query(max_length=100)] = None,
+    cursor: Annotated[str | None, Query(max_length=2000)] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+) -> schemas.StudyPage:
+    """List studies, newest first."""
+    wanted = StudyFilter(state, user, contains)
+    after = study_views.read_cursor(cursor)
+    return study_views.study_page(service.store, wanted, after=after, limit=limit)
+
+
+@router.get("/studies/{name}")
+def get_study(service: Service, name: str) -> schemas.StudyDetail:
+    """Return one study: its state, its progress and its space."""
+    return study_views.study_detail(service.store, name)
+
+
+@router.get("/studies/{name}/trials")
+def list_trials(
+    service: Service,
+    name: str,
+    after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    params: bool = False,
+) -> schemas.TrialPage:
+    """List the finished trials, in order of their numbers."""
+    return study_views.trial_page(service.store, name, after=after, limit=limit, with_params=params)
+
+
+@router.get("/studies/{name}/trials/{trial}")
+def get_trial(service: Service, name: str, trial: schemas.TrialNumber) -> schemas.Trial:
+    """Return everything that is stored of one trial."""
+    return study_views.trial(service.store, name, trial)
+
+
+@router.get("/studies/{name}/front", response_model=schemas.Front, responses=CSV)
+def get_front(
+    service: Service, name: str, format: Literal["json", "csv"] = "json"
+) -> schemas.Front | Response:
+    """Return the Pareto front, best first by the first objective."""
+    found = study_views.front(service.store, name)
+    if format == "json":
+        return found
+    rows = list(study_views.front_csv(found))
+    text = io.StringIO()
+    names = list(rows[0]) if rows else ["trial"]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return Response(text.getvalue(), media_type="text/csv")
+
+
+@router.get("/studies/{name}/history")
+def get_history(service: Service, name: str) -> schemas.History:
+    """Return the hypervolume and the front after each complete trial."""
+    return study_views.history(service.store, name)
+
+
+@router.get("/studies/{name}/figures")
+def get_figures(service: Service, name: str) -> schemas.Figures:
+    """Return the figures of the study, as plotly.js takes them."""
+    return study_views.figures(service.store, name)
+
+
+@router.get("/studies/{name}/report")
+async def get_report(service: Service, name: str) -> schemas.Report:
+    """Return what the study shows of its space: importance of holes, effects of their values."""
+    return await service.wait(_report, service, name)
+
+
+def _report(service: ServiceState, name: str) -> schemas.Report:
+    """Let the process of the jobs make the report of a study that has begun."""
+    if not study_views.begun(service.store, name):
+        return schemas.Report(study=name)
+    found = service.jobs.call(
+        tasks.study_report,
+        name,
+        storage=service.store.url,
+        allow_code=service.settings.allow_code,
+        timeout=EXPORT_S,
+    )
+    return schemas.Report(**found)
+
+
+@router.get("/studies/{name}/events", response_class=StreamingResponse, responses=STREAM)
+def get_events(
+    service: Service,
+    name: str,
+    last_event_id: Annotated[int, Header(ge=0, le=2**31 - 1)] = 0,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1)] = 0,
+    follow: bool = True,
+) -> StreamingResponse:
+    """Stream the events after `Last-Event-ID`, as server-sent events; `follow` waits for more.
+
+    A browser cannot set the header for its first request, so `after` says the same.
+    """
+    study_views.listed(service.store, name)
+    last = max(last_event_id, after)
+    events = event_stream.stream(service.hub, service.store, name, last, follow=follow)
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
+)
+async def export_trial(
+    service: Service, name: str, trial: schemas.TrialNumber
+) -> StreamingResponse:
+    """Return a trained model as a zip: PyTorch source, weights, config and README."""
+    return await service.wait(_export, service, name, trial)
+
+
+def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
+    """Let the process of the jobs export a trial; the answer zips the folder and removes it."""
+    service.store.study(name)
+    folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
+    label = f"{name}-{trial}"
+    try:
+        service.jobs.call(
+            tasks.export_trial,
+            name,
+            trial,
+            str(folder / "export"),
+            storage=service.store.url,
+            allow_code=service.settings.allow_code,
+            timeout=EXPORT_S,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shown = "".join(c if (c.isalnum() and c.isascii()) or c in "._-" else "_" for c in label)
+    headers = {"Content-Disposition": f'attachment; filename="{shown}.zip"'}
+    chunks = _zipped(folder, shown)
+    return StreamingResponse(chunks, media_type="application/zip", headers=headers)
+
+
+class _Sink(io.RawIOBase):
+    """Takes what a zip file writes, which cannot be sought, and hands it on in pieces."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def writable(self) -> bool:
+        """Return True: it is for writing alone."""
+        return True
+
+    def write(self, data: Any, /) -> int:
+        """Hold some bytes."""
+        self._held += data
+        return len(data)
+
+    def take(self) -> bytes:
+        """Return what was written since the last call."""
+        found = bytes(self._held)
+        self._held.clear()
+        return found
+
+
+def _zipped(folder: Path, top: str) -> Iterator[bytes]:
+    """Yield a zip of `folder`/export piece by piece; at the end, the folder is removed."""
+    sink = _Sink()
+    try:
+        with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for path in sorted((folder / "export").iterdir()):
+                entry = zipfile.ZipInfo.from_file(path, f"{top}/{path.name}")
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                with path.open("rb") as source, archive.open(entry, "w") as target:
+                    while piece := source.read(CHUNK):
+                        target.write(piece)
+                        yield sink.take()
+        yield sink.take()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,249 @@
+"""What responses say of studies and trials, from stored rows; nothing here needs PyTorch."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+
+from moenas.errors import InputError, NotFoundError
+from moenas.grammar.summary import one_line
+from moenas.records import Evaluation, Plain
+from moenas.report.summary import status_report, trial_report
+from moenas.service import schemas
+from moenas.store import row_readers, study_events, submissions
+from moenas.store.row_readers import FrontView
+from moenas.store.store import Store
+from moenas.store.submissions import ListedStudy, StudyFilter
+
+
+def cursor(found: ListedStudy) -> str:
+    """Return the place behind a study in the list, as text for a URL."""
+    return base64.urlsafe_b64encode(f"{found.created_at}|{found.study}".encode()).decode()
+
+
+def read_cursor(text: str | None) -> tuple[str, str] | None:
+    """Return (created_at, name) of a cursor.
+
+    Raises:
+        InputError: if it is not one.
+    """
+    if text is None:
+        return None
+    try:
+        created, bar, name = base64.urlsafe_b64decode(text).decode().partition("|")
+    except (binascii.Error, ValueError):
+        bar = ""
+    if not bar:
+        raise InputError("cursor: not one that `next` of a page gave")
+    return created, name
+
+
+def _state_of_command(store: Store, name: str) -> schemas.StudyState:
+    """Return the state of a study that a command runs or ran."""
+    if store.driver(name) is not None:
+        return "running"
+    return "finished" if store.ended(name) is not None else "stopped"
+
+
+def study_row(store: Store, found: ListedStudy) -> Plain:
+    """Return the fields of `schemas.Study`."""
+    own = found.submission
+    return {
+        "name": found.study,
+        "state": own.state if own is not None else _state_of_command(store, found.study),
+        "submitted": own is not None,
+        "user": own.user_name if own is not None else None,
+        "priority": own.priority if own is not None else None,
+        "trials": found.trials,
+        "evaluations": found.evaluations,
+        "created_at": found.created_at,
+        "started_at": own.started_at if own is not None else None,
+        "ended_at": own.ended_at if own is not None else None,
+        "reason": own.reason if own is not None else None,
+        "restarts": own.restarts if own is not None else 0,
+        "driver_running": own.driver_running if own is not None else False,
+    }
+
+
+def study_page(
+    store: Store, wanted: StudyFilter, *, after: tuple[str, str] | None, limit: int
+) -> schemas.StudyPage:
+    """Return a page of the list of studies."""
+    found = store.query(lambda c: submissions.page(c, wanted, after=after, limit=limit + 1))
+    rows = [schemas.Study(**study_row(store, each)) for each in found[:limit]]
+    more = len(found) > limit
+    return schemas.StudyPage(studies=rows, next=cursor(found[limit - 1]) if more else None)
+
+
+def listed(store: Store, name: str) -> ListedStudy:
+    """Return a study as the list has it.
+
+    Raises:
+        NotFoundError: if there is none of this name.
+    """
+    own = store.query(lambda c: submissions.find(c, name))
+    if store.knows(name):
+        record = store.study(name)
+        created = own.submitted_at if own is not None else record.created_at
+        trials = own.trials if own is not None else record.trials
+        return ListedStudy(name, trials, created, store.count(name), own)
+    if own is None:
+        store.study(name)  # raises NotFoundError with a suggestion
+        raise NotFoundError(f"no study '{name}'")
+    return ListedStudy(name, own.trials, own.submitted_at, 0, own)
+
+
+def study_detail(store: Store, name: str) -> schemas.StudyDetail:
+    """Return one study, whole.
+
+    Raises:
+        NotFoundError: if there is none of this name.
+    """
+    # Read first: whoever waits for events after it misses no change of the state.
+    newest = store.query(study_events.newest).get(name, 0)
+    found = listed(store, name)
+    own = found.submission
+    objectives: list[Plain] = []
+    progress: Plain = {}
+    space, overrides = ("", []) if own is None else (own.space_text, own.overrides)
+    if store.knows(name):
+        record = store.study(name)
+        space, overrides = record.space_text, record.overrides
+        keys = schemas.Objective.model_fields
+        objectives = [{key: o[key] for key in keys} for o in record.objectives]
+        said = status_report(store, name)
+        progress = {key: said[key] for key in schemas.Progress.model_fields}
+    return schemas.StudyDetail(
+        **study_row(store, found),
+        objectives=[schemas.Objective(**o) for o in objectives],
+        overrides=overrides,
+        space=space,
+        progress=schemas.Progress(**progress),
+        last_event=newest,
+    )
+
+
+def begun(store: Store, name: str) -> bool:
+    """Say whether a study has rows of its own; a queued one has none yet.
+
+    Raises:
+        NotFoundError: if there is no such study, queued or not.
+    """
+    if store.knows(name):
+        return True
+    listed(store, name)
+    return False
+
+
+def trial_page(
+    store: Store, name: str, *, after: int, limit: int, with_params: bool
+) -> schemas.TrialPage:
+    """Return a page of the finished trials of a study."""
+    if not begun(store, name):
+        return schemas.TrialPage(trials=[], next=None)
+    names = list(store.study(name).directions)
+    found = store.read(name, lambda c: row_readers.evaluations_after(c, name, after, limit + 1))
+    on_front = set(store.front(name))
+    params = _params(store, name) if with_params else {}
+    rows = [_trial_row(e, names, on_front, params) for e in found[:limit]]
+    more = len(found) > limit
+    return schemas.TrialPage(trials=rows, next=rows[-1].trial if more else None)
+
+
+def _params(store: Store, name: str) -> dict[int, Plain]:
+    """Return trial -> the drawn values, from Optuna's rows."""
+    storage = store.optuna_storage(serving=True)
+    trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    return {trial.number: trial.params for trial in trials}
+
+
+def _trial_row(
+    found: Evaluation, names: list[str], on_front: set[int], params: dict[int, Plain]
+) -> schemas.TrialRow:
+    return schemas.TrialRow(
+        trial=found.trial,
+        status=found.status,
+        values={name: found.values.get(name) for name in names},
+        cost={key: float(value) for key, value in found.cost.items()},
+        failure=found.failure.kind if found.failure else None,
+        message=found.failure.message if found.failure else None,
+        seconds=found.seconds.get("total"),
+        on_front=found.trial in on_front,
+        has_weights=found.weights_sha256 is not None,
+        params=params.get(found.trial, {}),
+    )
+
+
+def trial(store: Store, name: str, number: int) -> schemas.Trial:
+    """Return everything that is stored of one trial.
+
+    Raises:
+        NotFoundError: if the study has no such finished trial.
+    """
+    if not begun(store, name):
+        raise NotFoundError(f"study '{name}' has no finished trial {number}; it has none yet")
+    found = trial_report(store, name, number)
+    return schemas.Trial(**found, summary=one_line(found["architecture"]))
+
+
+def front(store: Store, name: str) -> schemas.Front:
+    """Return the front of a study; it is empty before a first complete trial."""
+    if not begun(store, name):
+        return schemas.Front(
+            study=name, directions={}, hypervolume=None, reference_point={}, members=[]
+        )
+    return schemas.Front(**_front(store.front_view(name)))
+
+
+def _front(view: FrontView) -> Plain:
+    names = view.study.directions
+    return {
+        "study": view.study.name,
+        "directions": names,
+        "hypervolume": view.summary.hypervolume,
+        "reference_point": view.study.reference_point,
+        "members": [
+            {
+                "trial": e.trial,
+                "values": {name: e.values[name] for name in names},
+                "params": e.cost.get("params", 0),
+                "active_params": e.cost.get("active_params", 0),
+                "fingerprint": e.fingerprint,
+                "has_weights": e.weights_sha256 is not None,
+                "summary": one_line(view.architectures[e.trial]),
+                "architecture": view.architectures[e.trial],
+            }
+            for e in view.members
+        ],
+    }
+
+
+def front_csv(found: schemas.Front) -> Iterator[dict[str, object]]:
+    """Yield the rows of the front as a table: the architecture in one line."""
+    for member in found.members:
+        yield {
+            "trial": member.trial,
+            **member.values,
+            "params": member.params,
+            "active_params": member.active_params,
+            "fingerprint": member.fingerprint,
+            "architecture": member.summary,
+        }
+
+
+def history(store: Store, name: str) -> schemas.History:
+    """Return the front after each complete trial."""
+    points = store.history(name) if begun(store, name) else []
+    return schemas.History(points=[schemas.HistoryPoint(**point.plain()) for point in points])
+
+
+def figures(store: Store, name: str) -> schemas.Figures:
+    """Return the figures of a study; without a finished trial there is none."""
+    from moenas.report import figures as drawn  # loads plotly, which other answers do not need
+
+    if not begun(store, name) or not store.count(name):
+        return schemas.Figures(figures={})
+    found = drawn.figures(store.view(name))
+    return schemas.Figures(figures={key: json.loads(f.to_json()) for key, f in found.items()})

@@ -1,0 +1,129 @@
+"""What a server does with PyTorch, in a process of its own: checks, reports, exports, devices."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from moenas.errors import InputError, LocatedError, SourceLocation
+from moenas.records import Plain
+from moenas.service.space_rules import (
+    SpaceRules,
+    require_allowed,
+    require_data_below,
+    require_start_names,
+    require_study_name,
+)
+
+SOURCE = "space.yaml"
+"""What errors call the text of a space."""
+ARCHITECTURE_FILE = "architecture.yaml"
+"""What errors call the text of an architecture."""
+
+
+def warm() -> bool:
+    """Import what the other tasks need, which takes seconds."""
+    import moenas.report.summary
+    import moenas.study.launch  # noqa: F401
+
+    return True
+
+
+def check_space(
+    text: str,
+    overrides: tuple[str, ...],
+    rules: SpaceRules,
+    *,
+    storage: str,
+    draws: int | None = None,
+) -> Plain:
+    """Return what `moenas check` says of a space: report and estimate.
+
+    Raises:
+        InputError: if the space is not valid or not allowed.
+    """
+    from moenas.report.summary import check_report
+    from moenas.space.space import Space
+    from moenas.study.estimate import estimate
+
+    require_allowed(text, SOURCE, overrides, rules)
+    space = Space.parse(text, SOURCE, overrides)
+    require_data_below(space.data, rules)
+    found = check_report(space, draws)
+    return found | {"estimate": estimate(space, storage=storage).plain()}
+
+
+def check_submission(
+    text: str, overrides: tuple[str, ...], rules: SpaceRules, *, storage: str
+) -> Plain:
+    """Check all that a run checks before it writes; return the study's name and trials.
+
+    Raises:
+        InputError: if the study cannot be run.
+    """
+    from moenas.space.space import Space
+    from moenas.study.launch import check_start
+
+    require_allowed(text, SOURCE, overrides, rules)
+    space = Space.parse(text, SOURCE, overrides)
+    require_data_below(space.data, rules)
+    require_study_name(space.name)
+    check_start(space, storage)
+    return {"name": space.name, "trials": space.search.trials}
+
+
+def study_report(study: str, *, storage: str, allow_code: bool) -> Plain:
+    """Return the report of a study, as `moenas report` gives it."""
+    from moenas.study.insights import insights
+    from moenas.study.launch import load_study
+
+    return insights(load_study(study, storage), allow_code=allow_code)
+
+
+def export_trial(study: str, trial: int, out: str, *, storage: str, allow_code: bool) -> str:
+    """Export a trained trial into a new folder."""
+    from moenas.export.folder import export
+    from moenas.store.store import Store
+
+    return str(export(Store.open(storage), study, trial, Path(out), allow_code=allow_code))
+
+
+def enqueue(
+    study: str, refs: tuple[str, ...], text: str | None, rules: SpaceRules, *, storage: str
+) -> list[Plain]:
+    """Let a study evaluate architectures next: shipped names, `study:NAME`, or the text of one.
+
+    Raises:
+        InputError: if one is not in the space of the study.
+    """
+    from moenas.study import maintenance
+
+    require_start_names(refs)
+    if text is None:
+        return maintenance.enqueue(study, refs, storage=storage)
+    require_allowed(text, ARCHITECTURE_FILE, (), rules)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, ARCHITECTURE_FILE)
+        path.write_text(text, encoding="utf-8")
+        try:
+            rows = maintenance.enqueue(study, [*refs, str(path)], storage=storage)
+        except InputError as error:
+            raise _without_folder(error, folder) from None
+    return [row | {"source": row["source"].replace(f"{folder}/", "")} for row in rows]
+
+
+def _without_folder(error: InputError, folder: str) -> InputError:
+    """Return the error without the temporary folder in what it says."""
+    if not isinstance(error, LocatedError) or error.location is None:
+        return type(error)(str(error).replace(f"{folder}/", ""))
+    place = error.location
+    location = SourceLocation(place.source.replace(f"{folder}/", ""), place.line, place.column)
+    message = error.message.replace(f"{folder}/", "")
+    return type(error)(message, location=location, path=error.path)
+
+
+def devices() -> list[Plain]:
+    """Return the devices of this machine: the CPU and each GPU that PyTorch sees."""
+    from moenas.evaluate.devices import seen_devices
+
+    return seen_devices()

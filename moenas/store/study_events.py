@@ -1,0 +1,101 @@
+"""Events of studies as rows: each is added in the transaction of the change that it tells of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from moenas.records import Evaluation, Plain
+from moenas.store import mapping, statements, tables
+from moenas.store.front_rows import FrontSummary
+
+event, counter = tables.event, tables.event_counter
+
+MOST = 500
+"""Events that one query reads."""
+
+
+@dataclass(frozen=True)
+class StudyEvent:
+    """One change of a study."""
+
+    study: str
+    id: int
+    """Counts from 1 without a gap."""
+    at: str
+    kind: str
+    """Such as submitted, trial_started, trial_finished or finished."""
+    data: Plain
+
+    def plain(self) -> Plain:
+        """Return the event as a JSON object."""
+        return asdict(self)
+
+
+def append(connection: Connection, study: str, kind: str, data: Plain) -> None:
+    """Add an event inside the transaction of the change.
+
+    The counter's row stays locked until the commit. So ids become visible in their order, and a
+    reader that asks for what is newer than its last id misses none. A database of an older schema
+    has no events.
+    """
+    if not statements.exists(connection, event):
+        return
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    first = dialect.insert(counter).values(study=study, last=0).on_conflict_do_nothing()
+    connection.execute(first)
+    this = counter.c.study == study
+    connection.execute(update(counter).where(this).values(last=counter.c.last + 1))
+    number = connection.execute(select(counter.c.last).where(this)).scalar_one()
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    row = {"study": study, "id": number, "at": now, "kind": kind, "data": data}
+    connection.execute(insert(event), row)
+
+
+def append_once(connection: Connection, study: str, kind: str, data: Plain) -> bool:
+    """Add an event unless the newest one of its kind has the same data; say whether it was added.
+
+    The data names the request, so that a transaction that is repeated adds nothing.
+    """
+    this = (event.c.study == study) & (event.c.kind == kind)
+    wanted = select(event.c.data).where(this).order_by(event.c.id.desc()).limit(1)
+    if connection.scalar(wanted) == data:
+        return False
+    append(connection, study, kind, data)
+    return True
+
+
+def append_evaluation(connection: Connection, found: Evaluation, front: FrontSummary) -> None:
+    """Add the event of a finished trial, with its values and the front after it."""
+    stored = mapping.failure_json(found.failure)
+    failure = None if stored is None else {key: stored[key] for key in ("kind", "message")}
+    data = {
+        "trial": found.trial,
+        "attempt": found.attempt,
+        "status": found.status,
+        "values": statements.finite(found.values),
+        "failure": failure,
+        "front": front.size,
+        "hypervolume": front.hypervolume,
+    }
+    append(connection, found.study, "trial_finished", data)
+
+
+def after(connection: Connection, study: str, last: int, limit: int = MOST) -> list[StudyEvent]:
+    """Return at most `limit` events of a study that are newer than `last`, oldest first."""
+    this = (event.c.study == study) & (event.c.id > last)
+    wanted = select(event).where(this).order_by(event.c.id).limit(limit)
+    return [StudyEvent(r.study, r.id, r.at, r.kind, r.data) for r in connection.execute(wanted)]
+
+
+def newest(connection: Connection) -> dict[str, int]:
+    """Return study -> id of its newest event."""
+    return {row.study: row.last for row in connection.execute(select(counter))}
+
+
+def forget(connection: Connection, study: str) -> None:
+    """Delete the events of a study; the counter stays, so that no id is given twice."""
+    connection.execute(delete(event).where(event.c.study == study))

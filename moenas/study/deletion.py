@@ -1,0 +1,52 @@
+"""The deletion of a study: Optuna's rows, ours and the weights."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+
+import optuna
+from sqlalchemy import Connection, delete, select
+
+from moenas.errors import ConflictError
+from moenas.store import audit, study_events, submissions, tables
+from moenas.store.heartbeat import StudyLease
+from moenas.store.store import Store
+from moenas.store.weights import weights_path
+
+
+def delete_study(store: Store, name: str, user_name: str) -> int:
+    """Delete a study with its trials and weights; return how many trials it had.
+
+    A deletion that was interrupted is finished by the next one.
+
+    Raises:
+        StudyBusyError: if a process runs the study.
+        ConflictError: if a server has started a driver of it.
+    """
+    if not store.knows(name):
+        store.transact(lambda connection: _forget(connection, name, user_name, 0))
+        return 0
+    trials = store.count(name)
+    with StudyLease(store, name):
+        if store.holds_optuna_study(name):
+            with suppress(KeyError):
+                optuna.delete_study(study_name=name, storage=store.optuna_storage())
+        store.transact(lambda connection: _forget(connection, name, user_name, trials))
+    shutil.rmtree(weights_path(store.runs, name, 0).parents[1], ignore_errors=True)
+    return trials
+
+
+def _forget(connection: Connection, name: str, user_name: str, trials: int) -> None:
+    """Delete our rows; the last event tells those who watch."""
+    found = submissions.find(connection, name, lock=True)
+    known = connection.execute(select(tables.study.c.name).where(tables.study.c.name == name))
+    if found is None and known.first() is None:
+        return  # the transaction is repeated, as the answer of its commit was lost
+    if found is not None and found.driver_running:
+        raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
+    connection.execute(delete(tables.study).where(tables.study.c.name == name))
+    submissions.forget(connection, name)
+    study_events.forget(connection, name)
+    study_events.append(connection, name, "deleted", {})
+    audit.write(connection, user_name, "deleted", name, {"trials": trials})

@@ -1,0 +1,223 @@
+"""The server as a process: a study over HTTP, found again after a kill, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import SMALL
+
+from moenas.store import access_tokens
+from moenas.store.store import Store
+
+PATIENCE_S = 120.0
+TINY_SPACE = SMALL.replace("[32, 64]", "[16, 32]")
+
+
+@contextlib.contextmanager
+def moenas_serve(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `moenas serve` in a folder; yield the process and its address."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MOENAS_STORAGE", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moenas", "serve", "--port", "0", "--workers", "inline", *words],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        first = process.stderr.readline()
+        assert " at http" in first, first + process.stderr.read()
+        yield process, first.partition(" at ")[2].split()[0]
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=90)
+        process.stderr.close()
+
+
+def token(folder: Path, role: access_tokens.Role = "submitter") -> str:
+    store = Store.open(f"sqlite:///{folder}/moenas.db", create=True)
+    text = store.transact(lambda c: access_tokens.create(c, "ann", role, None))
+    store.engine.dispose()
+    return text
+
+
+def client(address: str, text: str, **more: Any) -> httpx.Client:
+    headers = {"Authorization": f"Bearer {text}"}
+    return httpx.Client(base_url=address, headers=headers, timeout=60, **more)
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def state(api: httpx.Client, name: str = "small") -> Any:
+    return api.get(f"/v1/studies/{name}").json()["state"]
+
+
+def test_a_driver_survives_its_server_and_is_found_again(tmp_path: Path) -> None:
+    text = token(tmp_path)
+    long = TINY_SPACE.replace("tokens: 2048", "tokens: 30_000")
+    with moenas_serve(tmp_path) as (process, address), client(address, text) as api:
+        asked = {"space": long}
+        assert api.post("/v1/studies", json=asked).status_code == 201
+        assert api.post("/v1/studies", json=asked).status_code == 409
+
+        def has_begun() -> bool:
+            page = api.get("/v1/studies/small/events?follow=false").text
+            return "event: trial_started" in page
+
+        wait(has_begun)
+        process.kill()
+        process.wait()
+    with moenas_serve(tmp_path) as (process, address), client(address, text) as api:
+        wait(lambda: api.get("/metrics").text.find("moenas_drivers 1.0") >= 0)
+        assert state(api) == "running"
+        # The stream follows the study to its end, each event once.
+        seen: list[int] = []
+        kinds: list[str] = []
+        with api.stream("GET", "/v1/studies/small/events", headers={"Last-Event-ID": "2"}) as live:
+            for line in live.iter_lines():
+                if line.startswith("data: "):
+                    event = json.loads(line.removeprefix("data: "))
+                    seen.append(event["id"])
+                    kinds.append(event["kind"])
+                    if event["kind"] in ("finished", "failed"):
+                        break
+        assert seen == list(range(3, 3 + len(seen)))
+        assert kinds[-1] == "finished"
+        assert "started" not in kinds
+        assert "restarted" not in kinds
+        front = api.get("/v1/studies/small/front").json()
+        assert len(front["members"]) >= 1
+        exported = api.get(f"/v1/studies/small/trials/{front['members'][0]['trial']}/export")
+        assert exported.status_code == 200
+        assert exported.content[:2] == b"PK"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+
+
+def test_ctrl_c_interrupts_the_drivers_and_keeps_their_place(tmp_path: Path) -> None:
+    text = token(tmp_path)
+    long = TINY_SPACE.replace("tokens: 2048", "tokens: 4_000_000")
+    with moenas_serve(tmp_path) as (process, address), client(address, text) as api:
+        api.post("/v1/studies", json={"space": long})
+        wait(lambda: state(api) == "running")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=90) == 130
+    store = Store.open(f"sqlite:///{tmp_path}/moenas.db")
+    with store.engine.connect() as connection:
+        row = connection.exec_driver_sql("SELECT state, runner FROM moenas_submission").one()
+        runners = connection.exec_driver_sql("SELECT count(*) FROM moenas_runner").scalar()
+    assert tuple(row) == ("queued", None)
+    assert runners == 0
+    assert store.query(lambda c: None) is None
+
+
+def test_the_server_speaks_tls(tmp_path: Path) -> None:
+    certificate(tmp_path)
+    text = token(tmp_path)
+    files = ("--tls-cert", "cert.pem", "--tls-key", "key.pem")
+    with moenas_serve(tmp_path, *files) as (_, address):
+        assert address.startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        with client(address, text, verify=trusted) as api:
+            assert api.get("/healthz").json() == {"status": "ok"}
+            assert api.get("/v1/studies").status_code == 200
+        with client(address, text) as strict, pytest.raises(httpx.ConnectError):
+            strict.get("/healthz")
+
+
+def certificate(folder: Path) -> None:
+    """Write a certificate of 127.0.0.1 that signs itself."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    found = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "cert.pem").write_bytes(found.public_bytes(pem))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+
+
+def test_a_port_that_is_taken_is_said_and_nothing_is_made(tmp_path: Path) -> None:
+    with moenas_serve(tmp_path) as (_, address):
+        port = address.rpartition(":")[2]
+        other = tmp_path / "other"
+        other.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "moenas", "serve", "--port", port],
+            cwd=other,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    assert "give another port" in done.stderr
+    assert list(other.iterdir()) == []
+
+
+PROBE = """
+import sys
+from pathlib import Path
+from served import SMALL, served
+
+with served(Path(sys.argv[1])) as one:
+    assert one.send("POST", "/v1/spaces/check", json={"space": SMALL}).status_code == 200
+    assert one.send("POST", "/v1/studies", json={"space": SMALL}).status_code == 201
+    for path in ("", "/small", "/small/trials", "/small/front", "/small/history", "/small/report"):
+        assert one.send("GET", "/v1/studies" + path).status_code == 200, path
+    assert one.send("GET", "/v1/devices").json()["devices"][0]["kind"] == "cpu"
+    assert one.send("GET", "/metrics").status_code == 200
+print(*sorted({"torch", "ray", "scipy"} & set(sys.modules)))
+"""
+
+
+def test_the_process_of_the_api_never_imports_torch(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(tests)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
