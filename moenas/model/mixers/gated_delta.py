@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moenas.grammar.component import setting
 from moenas.model.layers.linear import Convolution, Linear
 from moenas.model.layers.norms import GatedNorm
-from moenas.model.mixers.mamba import first_dt_bias
+from moenas.model.mixers.mamba import first_dt_bias, first_log_rates
 from moenas.model.mixers.mixer import MOST, Mixer, StateCache
 from moenas.model.mixers.scan import delta_macs, delta_rule
 from moenas.records import Cost
@@ -20,14 +20,14 @@ from moenas.records import Cost
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaMixer(Mixer, kind="gated_delta"):
-    """The gated delta rule (arXiv 2412.06464): a state that a token decays, corrects and reads.
+    """The gated delta rule (arXiv 2412.06464): each token decays, corrects and reads the state.
 
-    A short convolution runs over queries, keys and values; queries and keys have length 1; the
-    output passes a norm over each head and a gate, as in Qwen3-Next. FLOPs are those of the
-    projections and of the chunked form's products.
+    A short convolution runs over queries, keys and values. Queries and keys have norm 1. Each head
+    of the output passes a norm and a gate, as in Qwen3-Next. FLOPs count the projections and the
+    matrix products of the chunked form.
 
-    A step of 16 sequences of 1,024 tokens keeps 1.4 GiB for each layer (8 heads, keys of 64, values
-    of 128) on a CPU, and 0.8 GiB on CUDA, where the rule is computed again in the backward pass.
+    A training step of 16 sequences of 1,024 tokens keeps 1.4 GiB for each layer on a CPU (8 heads,
+    keys of 64, values of 128). On CUDA it keeps 0.8 GiB, as the backward pass recomputes the rule.
     """
 
     n_heads: int = setting("heads of the values and the state", low=1, high=MOST)
@@ -62,7 +62,7 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
         return replace(self, n_key_heads=self.key_heads)
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count the projections and the products of the rule; the state does not grow."""
+        """Count the projections and the matrix products of the rule. The state does not grow."""
         keys, values = self.widths
         products = d_model * (2 * keys + 2 * values + 2 * self.n_heads) + values * d_model
         params = products + (2 * keys + values) * self.d_conv + 2 * self.n_heads + self.value_dim
@@ -70,11 +70,11 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
         return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def rule_flops(self, context: int) -> int:
-        """Return the operations of the rule over a sequence."""
+        """Return the FLOPs of the rule over a sequence."""
         return 2 * delta_macs(self.n_heads, self.key_dim, self.value_dim, context)
 
     def surplus_flops(self, d_model: int, context: int) -> int:
-        """Take back what the rule of a token was rounded up by."""
+        """Return what rounding the FLOPs of a token up has added to the sequence, negated."""
         return -(-self.rule_flops(context) % context)
 
     def build(self, d_model: int) -> nn.Module:
@@ -115,24 +115,26 @@ class GatedDelta(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(n_heads))
 
     def start(self, generator: torch.Generator) -> None:
-        """Draw rates of 1 to 16 and time steps as in Mamba-2."""
-        rates = torch.empty(self.n_heads).uniform_(1, 16, generator=generator)
-        self.log_rate.data.copy_(rates.log())
+        """Draw rates from 1 to 16 and time steps as in Mamba-2."""
+        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
         self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         cache = cache or StateCache()
-        values, mixed_width = self.out.d_in, self.convolution.width
-        widths = (mixed_width, values, self.n_heads, self.n_heads)
-        mixed, gate, beta, dt = self.project(x).split(widths, dim=-1)
-        mixed, cache.before = self.convolution(mixed, cache.before)
-        keys = (mixed_width - values) // 2
-        q, k, v = F.silu(mixed).float().split((keys, keys, values), dim=-1)
+        values, conv_width = self.out.d_in, self.convolution.width
+        widths = (conv_width, values, self.n_heads, self.n_heads)
+        # 1. Project to q, k and v together, the gate (B, S, H P), beta and time steps (B, S, H).
+        qkv, gate, beta, dt = self.project(x).split(widths, dim=-1)
+        # 2. Convolve, then split into q and k (B, S, H, M) of norm 1, and v (B, S, H, P).
+        qkv, cache.before = self.convolution(qkv, cache.before)
+        keys = (conv_width - values) // 2
+        q, k, v = F.silu(qkv).float().split((keys, keys, values), dim=-1)
         q, k = (directions(x, self.n_key_heads) for x in (q, k))
         shared = self.n_heads // self.n_key_heads
         q, k = (x.repeat_interleave(shared, dim=2) for x in (q * q.shape[-1] ** -0.5, k))
         v = v.unflatten(-1, (self.n_heads, -1))
+        # 3. Apply the rule with the logarithms of the decays (B, S, H), then norm, gate, project.
         steps = -F.softplus(dt.float() + self.dt_bias.float()) * self.log_rate.float().exp()
         y, cache.state = delta_rule((q, k, v), steps, beta.float().sigmoid(), cache.state)
         cache.length += x.shape[1]
@@ -145,7 +147,7 @@ class GatedDelta(nn.Module):
 
 
 def directions(x: Tensor, n_heads: int) -> Tensor:
-    """Return (B, S, H, M) of length 1 for queries or keys (B, S, width)."""
+    """Return queries or keys (B, S, H M) as heads (B, S, H, M) of Euclidean norm 1."""
     x = x.unflatten(-1, (n_heads, -1))
     return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
@@ -161,7 +163,7 @@ class ShortConvMixer(Mixer, kind="short_conv"):
     bias: bool = setting("projections and convolution have a bias", default=False)
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count two projections; the convolution is element by element."""
+        """Count two projections. The convolution is elementwise."""
         products = 4 * d_model * d_model
         params = products + d_model * self.d_conv + 5 * d_model * self.bias
         return Cost(params=params, active_params=params, flops_per_token=2 * products)

@@ -1,4 +1,4 @@
-"""Kimi delta attention, linear attention whose channels decay by themselves. Kinds: kimi_delta."""
+"""Kimi delta attention: linear attention with a decay for each channel. Kinds: kimi_delta."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moenas.grammar.component import setting
 from moenas.model.layers.linear import Convolution, Linear, LowRank
 from moenas.model.layers.norms import GatedNorm
 from moenas.model.mixers.gated_delta import directions
-from moenas.model.mixers.mamba import first_dt_bias
+from moenas.model.mixers.mamba import first_dt_bias, first_log_rates
 from moenas.model.mixers.mixer import MOST, Mixer, StateCache
 from moenas.model.mixers.scan import CHANNEL_CHUNK, delta_macs, delta_rule
 from moenas.records import Cost
@@ -23,20 +23,20 @@ from moenas.records import Cost
 class KimiDeltaMixer(Mixer, kind="kimi_delta"):
     """Kimi delta attention (arXiv 2510.26692, section 3): the gated delta rule by channel.
 
-    As gated_delta, but each element of a key decays by itself, decays and output gate come through
-    a bottleneck, and that gate is a sigmoid. FLOPs are those of the projections and of the chunked
-    form's products.
+    Unlike gated_delta, each channel of a key has its own decay. Low-rank projections give the
+    decays and the output gate, and the gate is a sigmoid. FLOPs count the projections and the
+    matrix products of the chunked form.
 
-    A step of 16 sequences of 1,024 tokens keeps 2.6 GiB for each layer (8 heads of 64) on a CPU. On
-    CUDA the rule is computed again in the backward pass: a layer keeps 0.6 GiB, and one layer at a
-    time takes 3 GiB more.
+    A training step of 16 sequences of 1,024 tokens keeps 2.6 GiB for each layer on a CPU (8 heads
+    of 64). On CUDA it keeps 0.6 GiB, as the backward pass recomputes the rule. One layer at a time
+    then takes 3 GiB more.
     """
 
     n_heads: int = setting("heads", low=1, high=MOST)
     key_dim: int = setting("width of a query or key of a head", low=8, high=MOST, multiple=8)
     value_dim: int = setting("width of the values of a head", low=8, high=MOST, multiple=8)
     rank: int | None = setting(
-        "width that decays and output gate come through (Kimi Linear: 128); null: one matrix each"
+        "rank of the projections to decays and output gate (Kimi Linear: 128); null: full rank"
         " (Ling hybrid)",
         default=None,
         low=1,
@@ -56,7 +56,7 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
         return self.n_heads * self.key_dim, self.n_heads * self.value_dim
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count the projections and the products of the rule; the state does not grow."""
+        """Count the projections and the matrix products of the rule. The state does not grow."""
         keys, values = self.widths
         products = d_model * (2 * keys + values + self.n_heads) + values * d_model
         for width in (keys, values):
@@ -67,12 +67,12 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
         return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def rule_flops(self, context: int) -> int:
-        """Return the operations of the rule over a sequence."""
+        """Return the FLOPs of the rule over a sequence."""
         sizes = self.n_heads, self.key_dim, self.value_dim
         return 2 * delta_macs(*sizes, context, CHANNEL_CHUNK)
 
     def surplus_flops(self, d_model: int, context: int) -> int:
-        """Take back what the rule of a token was rounded up by."""
+        """Return what rounding the FLOPs of a token up has added to the sequence, negated."""
         return -(-self.rule_flops(context) % context)
 
     def build(self, d_model: int) -> nn.Module:
@@ -92,9 +92,10 @@ class KimiDeltaMixer(Mixer, kind="kimi_delta"):
 
 
 class ChannelDecay(nn.Module):
-    """The logarithm of the decay of each channel: -rate softplus(x + bias), or within a limit L.
+    """The logarithm of the decay of each channel, from a projection p of the tokens.
 
-    Then it is -L sigmoid(rate (x + bias)). A head has one rate.
+    It is -rate softplus(p + bias), or with a limit L, -L sigmoid(rate (p + bias)). A head has one
+    rate, and a channel one bias.
     """
 
     matrices: tuple[str, ...] = ()
@@ -114,13 +115,12 @@ class ChannelDecay(nn.Module):
         return int(project.d_out)
 
     def start(self, generator: torch.Generator) -> None:
-        """Draw rates of 1 to 16 and time steps as in Mamba-2."""
-        rates = torch.empty(self.n_heads).uniform_(1, 16, generator=generator)
-        self.log_rate.data.copy_(rates.log())
+        """Draw rates from 1 to 16 and time steps as in Mamba-2."""
+        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
         self.dt_bias.data.copy_(first_dt_bias(self.width, generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, S, D) to (B, S, H, M), at most 0, float32."""
+        """Map (B, S, D) to (B, S, H, M), float32, at most 0."""
         steps = (self.project(x).float() + self.dt_bias.float()).unflatten(-1, (self.n_heads, -1))
         rates = self.log_rate.float().exp().unsqueeze(-1)
         if self.limit is None:
@@ -154,13 +154,16 @@ class KimiDelta(nn.Module):
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         cache = cache or StateCache()
         n_heads, values, width = self.decay.n_heads, self.out.d_in, self.convolution.width
-        mixed, beta = self.project(x).split((width, n_heads), dim=-1)
-        mixed, cache.before = self.convolution(mixed, cache.before)
+        # 1. Project to q, k and v together, and beta (B, S, H).
+        qkv, beta = self.project(x).split((width, n_heads), dim=-1)
+        # 2. Convolve, then split into q and k (B, S, H, M) of norm 1, and v (B, S, H, P).
+        qkv, cache.before = self.convolution(qkv, cache.before)
         keys = (width - values) // 2
-        q, k, v = F.silu(mixed).float().split((keys, keys, values), dim=-1)
+        q, k, v = F.silu(qkv).float().split((keys, keys, values), dim=-1)
         q, k = (directions(part, n_heads) for part in (q, k))
-        qkv = q * q.shape[-1] ** -0.5, k, v.unflatten(-1, (n_heads, -1))
-        y, cache.state = delta_rule(qkv, self.decay(x), beta.float().sigmoid(), cache.state)
+        heads = q * q.shape[-1] ** -0.5, k, v.unflatten(-1, (n_heads, -1))
+        # 3. Apply the rule with the logarithms of the decays (B, S, H, M), then norm and gate.
+        y, cache.state = delta_rule(heads, self.decay(x), beta.float().sigmoid(), cache.state)
         cache.length += x.shape[1]
         out: Tensor = self.out(self.norm(y.flatten(-2), self.gate(x)))
         return out

@@ -1,4 +1,4 @@
-"""Selective state spaces: a state of fixed size instead of a cache. Kinds: mamba, mamba2."""
+"""Selective state-space mixers, whose state has a fixed size. Kinds: mamba, mamba2."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from moenas.model.mixers.scan import read_channels, scan_heads, scan_macs
 from moenas.records import Cost
 
 DT_RANGE = (1e-3, 1e-1)
-"""First values of the time steps, spread evenly in their logarithm (arXiv 2312.00752, 3.6)."""
+"""Bounds of the initial time steps, which are log-uniform (arXiv 2312.00752, section 3.6)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Mixer(Mixer, kind="mamba2"):
-    """Mamba-2 (arXiv 2405.21060): each head decays by one number a token that the token chooses.
+    """Mamba-2 (arXiv 2405.21060): each token sets one decay for each head.
 
-    One projection gives gate, values, B, C and the time step; a short convolution runs over
-    values, B and C; the output passes a gated norm. FLOPs are those of the projections and of the
-    chunked form's products; the convolution and the carried state are element by element.
+    One projection gives the gate, the values, B, C and the time step. A short convolution runs
+    over the values, B and C. A gated norm follows the scan. FLOPs count the projections and the
+    matrix products of the chunked scan. The convolution and the carried state are elementwise.
 
-    A step of 16 sequences of 1,024 tokens keeps 1.5 GiB for each layer (16 heads of 64, d_state
-    128) on a CPU, and 0.7 GiB on CUDA, where the scan is computed again in the backward pass.
+    A training step of 16 sequences of 1,024 tokens keeps 1.5 GiB for each layer on a CPU (16 heads
+    of 64, d_state 128). On CUDA it keeps 0.7 GiB, because the backward pass recomputes the scan.
     """
 
     n_heads: int = setting("heads", low=1)
@@ -44,7 +44,7 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
     conv_bias: bool = setting("the convolution has a bias", default=True)
     proj_bias: bool = setting("both projections have a bias", default=False)
     dt_floor: float = setting(
-        "time steps are at least so long (Nemotron: 0.001)", default=0.0, low=0.0
+        "lower bound of the time steps (Nemotron: 0.001)", default=0.0, low=0.0
     )
     inner_eps: float = setting("added to the mean square in the norm", default=1e-5, low=0.0)
 
@@ -65,7 +65,7 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         return None
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count two projections and the products of the scan; the state does not grow."""
+        """Count two projections and the matrix products of the scan. The state does not grow."""
         into = self.width + self.conv_width + self.n_heads
         products = d_model * (into + self.width)
         params = products + self.conv_width * (self.d_conv + self.conv_bias)
@@ -74,12 +74,12 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         return Cost(params=params, active_params=params, flops_per_token=flops)
 
     def scan_flops(self, context: int) -> int:
-        """Return the operations of the scan over a sequence."""
+        """Return the FLOPs of the scan over a sequence."""
         groups = self.n_state_groups
         return 2 * scan_macs(self.n_heads, groups, self.d_state, self.head_dim, context)
 
     def surplus_flops(self, d_model: int, context: int) -> int:
-        """Take back what the scan of a token was rounded up by."""
+        """Return what rounding the FLOPs of a token up has added to the sequence, negated."""
         return -(-self.scan_flops(context) % context)
 
     def build(self, d_model: int) -> nn.Module:
@@ -121,24 +121,27 @@ class Mamba2(nn.Module):
         self.skip = nn.Parameter(torch.ones(n_heads))
 
     def start(self, generator: torch.Generator) -> None:
-        """Draw rates of 1 to 16 and time steps within DT_RANGE."""
-        rates = torch.empty(self.n_heads).uniform_(1, 16, generator=generator)
-        self.log_rate.data.copy_(rates.log())
+        """Draw rates from 1 to 16 and time steps within DT_RANGE."""
+        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
         self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         cache = cache or StateCache()
         width, conv_width = self.out.d_in, self.convolution.width
-        gate, mixed, dt = self.project(x).split((width, conv_width, self.n_heads), dim=-1)
-        mixed, cache.before = self.convolution(mixed, cache.before)
+        # 1. Project to the gate (B, S, H P), the convolution's input and the time steps (B, S, H).
+        gate, vbc, dt = self.project(x).split((width, conv_width, self.n_heads), dim=-1)
+        # 2. Convolve, then split into values (B, S, H, P), B and C (both B, S, G, M).
+        vbc, cache.before = self.convolution(vbc, cache.before)
         states = (conv_width - width) // 2
-        v, b, c = F.silu(mixed).float().split((width, states, states), dim=-1)
+        v, b, c = F.silu(vbc).float().split((width, states, states), dim=-1)
         v = v.unflatten(-1, (self.n_heads, -1))
         b, c = (m.unflatten(-1, (self.norm.groups, -1)) for m in (b, c))
+        # 3. Discretise: the time step dt > 0, and the logarithm of the decay, -dt rate.
         dt = F.softplus(dt.float() + self.dt_bias.float())
         dt = dt.clamp_min(self.dt_floor) if self.dt_floor else dt
         steps = -dt * self.log_rate.float().exp()
+        # 4. Scan over the tokens, add the skip connection, then gate, norm and project.
         y, cache.state = scan_heads(v * dt.unsqueeze(-1), steps, b, c, cache.state)
         y = y + v * self.skip.float().unsqueeze(-1)
         cache.length += x.shape[1]
@@ -150,8 +153,13 @@ class Mamba2(nn.Module):
         return StateCache()
 
 
+def first_log_rates(n_heads: int, generator: torch.Generator) -> Tensor:
+    """Return the logarithms (H,) of rates that are uniform from 1 to 16."""
+    return torch.empty(n_heads).uniform_(1, 16, generator=generator).log()
+
+
 def first_dt_bias(width: int, generator: torch.Generator) -> Tensor:
-    """Return biases whose softplus lies within DT_RANGE."""
+    """Return biases (width,) whose softplus is log-uniform within DT_RANGE."""
     low, high = (math.log(end) for end in DT_RANGE)
     dt = torch.empty(width).uniform_(low, high, generator=generator).exp()
     return dt + (-torch.expm1(-dt)).log()
@@ -159,20 +167,20 @@ def first_dt_bias(width: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MambaMixer(Mixer, kind="mamba"):
-    """Mamba (arXiv 2312.00752): each channel has its own state, and decays that a token chooses.
+    """Mamba (arXiv 2312.00752): each token sets the decays of the states of every channel.
 
-    With RMSNorms of dt, B and C it is the mixer of Jamba (arXiv 2403.19887). FLOPs are those of
-    the projections and of reading the state; the scan itself is element by element.
+    With RMSNorms of dt, B and C it is the mixer of Jamba (arXiv 2403.19887). FLOPs count the
+    projections and the product of C and the state. The scan itself is elementwise.
 
-    Training takes much memory: a step of 16 sequences of 1,024 tokens keeps 6.6 GiB for each layer
-    (d_inner 1024) on a CPU. On CUDA the scan is computed again in the backward pass: a layer keeps
-    0.6 GiB, and one layer at a time takes 8 GiB more. It is made of hundreds of small operations.
+    A training step of 16 sequences of 1,024 tokens keeps 6.6 GiB for each layer on a CPU (d_inner
+    1024). On CUDA it keeps 0.6 GiB, because the backward pass recomputes the scan. One layer at a
+    time then takes 8 GiB more. The scan consists of hundreds of small operations.
     """
 
     d_inner: int = setting("channels", low=8, multiple=8)
     d_state: int = setting("numbers in the state of a channel", default=16, low=1)
     dt_rank: int | None = setting(
-        "width from which the time steps are made; null: d_model / 16, rounded up",
+        "rank of the projection to the time steps; null: d_model / 16, rounded up",
         default=None,
         low=1,
     )
@@ -188,16 +196,16 @@ class MambaMixer(Mixer, kind="mamba"):
     )
 
     def dt_rank_at(self, d_model: int) -> int:
-        """Return the width from which the time steps are made."""
+        """Return the rank of the projection to the time steps."""
         return self.dt_rank or -(-d_model // 16)
 
     def canonical_at(self, d_model: int) -> Self:
-        """Write out the rank and reset the eps without norms."""
+        """Write out the rank, and reset inner_eps if there are no inner norms."""
         eps = self.inner_eps if self.inner_norm else 1e-6
         return replace(self, dt_rank=self.dt_rank_at(d_model), inner_eps=eps)
 
     def cost(self, d_model: int, context: int) -> Cost:
-        """Count four projections and the read of the state; the state does not grow."""
+        """Count four projections and the product of C and the state. The state does not grow."""
         inner, rank = self.d_inner, self.dt_rank_at(d_model)
         chosen = rank + 2 * self.d_state
         products = d_model * 2 * inner + inner * chosen + rank * inner + inner * d_model
@@ -222,7 +230,7 @@ class MambaMixer(Mixer, kind="mamba"):
 
 
 class SelectiveParams(nn.Module):
-    """What a token chooses: the time step of each channel, B and C; with a norm each, or none."""
+    """The parameters that each token sets: the time step of each channel, B and C."""
 
     matrices: tuple[str, ...] = ()
 
@@ -273,11 +281,14 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
         cache = cache or StateCache()
+        # 1. Project to the values and the gate, (B, S, C) each, and convolve the values.
         v, gate = self.project(x).chunk(2, dim=-1)
         v, cache.before = self.convolution(v, cache.before)
         v = F.silu(v)
+        # 2. Each token sets dt (B, S, C), B and C (B, S, M). The rates (C, M) are learned.
         dt, b, c = self.choose(v)
         rates = -self.log_rate.float().exp()
+        # 3. Scan over the tokens, and add the skip connection.
         y, cache.state = read_channels(v.float(), rates, dt, b, c, cache.state)
         y = y + v.float() * self.skip.float()
         cache.length += x.shape[1]

@@ -1,7 +1,7 @@
-"""Recurrences over tokens, computed chunk by chunk in float32, mostly as matrix products.
+"""Recurrences over tokens, computed by chunks in float32, mostly as matrix products.
 
-A scan keeps every step for its gradient. On CUDA it keeps only what it was given, and is computed
-once more in the backward pass: see `recomputed`.
+A scan keeps all intermediate tensors for its gradient. On CUDA it keeps its inputs alone, and the
+backward pass recomputes the rest (see `recomputed`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from moenas.model.layers.linear import on_cuda, size
 CHUNK = 64
 """Most tokens in a chunk."""
 CHANNEL_CHUNK = 16
-"""The same where every channel decays by itself: a factor for each pair of tokens and channel."""
+"""The same if each channel has its own decay, with a factor for each token pair and channel."""
 
 
 def chunk_length(length: int, longest: int = CHUNK) -> int:
-    """Return the tokens of a chunk: the most that divide the length, at least longest / 2.
+    """Return the tokens of a chunk: the largest divisor of the length from longest / 2 to longest.
 
-    If nothing divides it, `longest`, and the last chunk is filled up.
+    Without such a divisor it is `longest`, and the last chunk is padded.
     """
     chunks = -(-length // longest)
     for n in range(chunks, 2 * chunks):
@@ -37,13 +37,13 @@ def chunk_length(length: int, longest: int = CHUNK) -> int:
 
 
 def padded(length: int, longest: int = CHUNK) -> int:
-    """Return how many tokens are computed for `length` of them: whole chunks."""
+    """Return the number of tokens after padding `length` to whole chunks."""
     chunk = chunk_length(length, longest)
     return -(-length // chunk) * chunk
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """Map (B, S, ...) to (B, N, Q, ...), filled up with 0."""
+    """Map (B, S, ...) to (B, N, Q, ...), padded with zeros."""
     missing = -size(x.shape[1]) % chunk
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))
@@ -60,7 +60,7 @@ def decays_between(steps: Tensor) -> Tensor:
 
 
 def recomputed(scan: Callable[..., tuple[Tensor, Tensor]], *given: object) -> tuple[Tensor, Tensor]:
-    """Return what a scan gives; for its gradient only what it was given is kept."""
+    """Return the result of a scan, of which the inputs alone are kept for the gradient."""
     if not torch.is_grad_enabled():
         return scan(*given)
     y, state = checkpoint(scan, *given, use_reentrant=False, preserve_rng_state=False)
@@ -74,7 +74,7 @@ def scan_heads(
 
     `x` (B, S, H, P), `steps` (B, S, H), `b` and `c` (B, S, G, M), each for H / G heads. The state
     is (B, G, H / G, M, P). The state space dual (arXiv 2405.21060, listing 1): attention without
-    softmax inside a chunk, one state carried from chunk to chunk.
+    softmax inside a chunk, and one state carried from chunk to chunk.
     """
     if on_cuda(x):
         return recomputed(heads_by_chunks, x, steps, b, c, state)
@@ -84,10 +84,7 @@ def scan_heads(
 def heads_by_chunks(
     x: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `scan_heads` does.
-
-    Listing 1 of arXiv 2405.21060, with the decays of `decays_between` as its segment sums.
-    """
+    """Compute `scan_heads` by listing 1 of arXiv 2405.21060; `decays_between` is its segsum."""
     batch, length, heads, width = map(int, x.shape)  # tensors while the model is traced
     groups = size(b.shape[2])
     chunk = chunk_length(length)
@@ -136,7 +133,7 @@ def read_channels(
 def channels_by_chunks(
     x: Tensor, rates: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `read_channels` does."""
+    """Compute `read_channels` by chunks."""
     states, state = scan_channels(x, rates, dt, b, state)
     return (states @ c.unsqueeze(-1)).squeeze(-1), state
 
@@ -147,9 +144,9 @@ def scan_channels(
     """Return all states (B, S, C, M) of h_t = exp(dt_t rates) h_(t-1) + dt_t x_t b_t, and the last.
 
     `x` and `dt` (B, S, C), `rates` (C, M) < 0, `b` (B, S, M). The selective scan (arXiv
-    2312.00752, section 3.3), in which every channel and state decays by itself: no matrix product
-    computes it. All chunks go through their tokens together, then each takes over the state of
-    the one before it: about 2 sqrt(S) steps.
+    2312.00752, section 3.3) has a decay for each channel and state, so it is no matrix product. All
+    chunks go through their tokens at once, then each adds the state of the one before it: about
+    2 sqrt(S) steps.
     """
     length = size(x.shape[1])
     # 1. Chunks of about sqrt(S) tokens, for the fewest steps of both loops together.
@@ -184,7 +181,7 @@ def delta_rule(
 
     S_t = (I - beta_t k_t k_t^T) exp(steps_t) S_(t-1) + beta_t k_t v_t^T and y_t = S_t^T q_t, with
     `qkv` (B, S, H, M), (B, S, H, M) and (B, S, H, P) and `beta` (B, S, H). The `steps` are
-    (B, S, H), or (B, S, H, M) where each row of the state decays by itself (Kimi delta attention,
+    (B, S, H), or (B, S, H, M) with a decay for each row of the state (Kimi delta attention,
     arXiv 2510.26692). Chunked by the WY form (arXiv 2412.06464, section 3.3): a triangular system
     for each chunk gives what its tokens write, then one state is carried from chunk to chunk.
     """
@@ -196,7 +193,7 @@ def delta_rule(
 def rule_by_chunks(
     qkv: tuple[Tensor, Tensor, Tensor], steps: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what `delta_rule` does.
+    """Compute `delta_rule` by chunks.
 
     Of a chunk with the state S before it, and the decay d_ij of steps j + 1 to i, token i writes
     u_i = beta_i (v_i - S^T d_i k_i - sum over j < i of (k_i . d_ij k_j) u_j). This is a

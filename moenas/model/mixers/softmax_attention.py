@@ -1,4 +1,4 @@
-"""Scores, softmax and the mean of the values; which tokens a token sees."""
+"""Softmax attention: scores, softmax, weighted mean of the values, and attention masks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def gated(y: Tensor, gate: Tensor) -> Tensor:
 
 
 def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
-    """Return biases (H, S, L), -inf where a key is not `seen` (S, L); None: all are."""
+    """Return biases (H, S, L) with -inf at keys that `seen` (S, L) excludes; None excludes none."""
     return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
 
 class AttentionSpan(nn.Module):
-    """Which tokens a token sees: of those so far, a window's or those of its own chunk.
+    """The causal attention span: all earlier tokens, a sliding window, or the token's own chunk.
 
-    And what is added to its score by their distance, if there is a `bias`.
+    `bias` is added to the scores by the distance of query and key.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class AttentionSpan(nn.Module):
         self.bias = bias
 
     def first_seen(self, start: int) -> int:
-        """Return the first position that a query at `start` sees."""
+        """Return the first position that the query at position `start` attends to."""
         if self.chunk is not None:
             return start // self.chunk * self.chunk
         return 0 if self.window is None else max(0, start - self.window + 1)
 
     def is_limited(self, start: int, length: int) -> bool:
-        """Whether the last of `length` queries from `start` on sees less than the first one."""
+        """Whether the spans of `length` queries from `start` on begin at different keys."""
         return self.first_seen(start + length - 1) > self.first_seen(start)
 
     def seen(self, start: int, length: int, first: int, device: torch.device) -> Tensor:
-        """Return (S, L) which keys, from position `first` on, each query sees."""
+        """Return the mask (S, L): which keys, from position `first` on, a query attends to."""
         query = torch.arange(start, start + length, device=device).unsqueeze(-1)
         key = torch.arange(first, start + length, device=device)
         seen = key <= query
@@ -66,9 +66,10 @@ class AttentionSpan(nn.Module):
 
 
 class PositionTemperature(nn.Module):
-    """Sharper scores at late positions (scalable softmax, arXiv 2501.19399, as in Llama 4).
+    """Temperature of the scores by position (scalable softmax, arXiv 2501.19399, as in Llama 4).
 
-    The query at position p, from 0, times 1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
+    It multiplies the query at position p, from 0, by
+    1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
     """
 
     def __init__(self, floor_scale: int, attn_scale: float) -> None:
@@ -87,14 +88,14 @@ class PositionTemperature(nn.Module):
 
 
 SINK_WIDTH = 8
-"""Elements that a sink adds to queries and keys: two for its logit, the others 0, for alignment."""
+"""Elements that a sink adds to queries and keys: two hold its logit, the rest are 0 to align."""
 
 
 class SoftmaxAttention(nn.Module):
-    """Scores, softmax and the mean of the values, over the tokens that a token may see.
+    """Scaled dot-product attention over the span of each token.
 
-    Soft caps are computed step by step, and sinks at a single query; all else by torch's own
-    kernel, to which a sink is one more key: see `with_sinks`.
+    Soft caps, and sinks at a single query, use explicit products. PyTorch's fused kernels compute
+    the rest; a sink is one more key for them (see `with_sinks`).
     """
 
     matrices: tuple[str, ...] = ()
@@ -123,49 +124,55 @@ class SoftmaxAttention(nn.Module):
 
     @property
     def bias_shared(self) -> bool | None:
-        """Whether the table of the bias is that of another layer; None: there is none."""
+        """Whether the bias uses the table of another layer; None without a bias."""
         return getattr(self.bias, "shared", None)
 
     @property
     def table(self) -> Tensor | None:
-        """The table (buckets, H) of the bias, if it has one of its own."""
+        """The table (buckets, H) of the bias, if this layer owns one."""
         return getattr(self.bias, "weight", None)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, table: Tensor | None = None
     ) -> Tensor:
-        """Return (B, H, S, C of v) for queries at start, start + 1, ... and keys from 0 on.
+        """Return (B, H, S, C of v) for q (B, H, S, C), and k and v (B, K, L, C) from position 0 on.
 
-        `table` is that of an earlier layer's bias, where this one shares it.
+        The queries stand at positions start, start + 1, ... K divides H. `table` (buckets, H) is
+        the table of an earlier layer's bias, if this layer shares it.
 
-        On CPUs a bfloat16 gradient goes through float32: the kernel's own is up to 3 times slower.
+        On CPUs a bfloat16 gradient is computed in float32, which is up to 3 times faster.
         """
         dtype = q.dtype
+        # 1. Scale late queries, and choose the type of the products.
         if self.temperature is not None:
             q = self.temperature(q, start)
         if q.requires_grad and q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()
+        # 2. Cut keys that no query attends to.
         reach: Any = self.reach
         first = reach.first_seen(start)
         if first:
             k, v = k[:, :, first:], v[:, :, first:]
         length = size(q.shape[2])  # a tensor while the model is traced
+        # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
         plain = self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
         mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
         if self.bias is not None:
             far = distances(start, length, first, q.device)
             mask = masked(self.bias(far, table), mask).to(q.dtype)
+        # 4. Explicit products, for what no fused kernel computes.
         if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
             return self.explicit_attention(q, k, v, mask).to(dtype)
+        # 5. A fused kernel, with the sink as the first key.
         width = size(v.shape[-1])
         if self.sinks is not None and mask is not None:
             q, k, v = self.with_sinks(q, k, v, self.sinks)
             mask = F.pad(mask, (1, 0), value=self.bias is None)  # a bias of 0, or seen
         if on_cuda(q):
-            # At a single query plain products share key-value heads that no kernel shares.
-            unlike = size(k.shape[-1]) != width and size(k.shape[1]) < self.n_heads
-            if length == 1 and unlike:
+            # No kernel shares key-value heads whose keys and values differ in width.
+            differs = size(k.shape[-1]) != width and size(k.shape[1]) < self.n_heads
+            if length == 1 and differs:
                 return self.explicit_attention(q, k, v, mask).to(dtype)
             return attended_on_cuda(q, k, v, mask, causal, self.scale)[..., :width].to(dtype)
         grouped = size(k.shape[1]) < self.n_heads
@@ -177,10 +184,10 @@ class SoftmaxAttention(nn.Module):
     def with_sinks(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add a first key whose score is each head's sink, and whose value is 0.
+        """Add a first key whose score is the sink of each head, and whose value is 0.
 
-        Queries end in sink / scale, as a number of their dtype and what that leaves over; the key
-        ends in ones, the other keys in zeros. Values that are as wide as keys stay so.
+        Each query gets sink / scale as two elements: its rounding to the dtype, and the remainder.
+        The new key has ones there, the other keys zeros. Values as wide as the keys stay as wide.
         """
         logits = (sinks.float() / self.scale).unsqueeze(-1)
         near = logits.to(q.dtype)
@@ -193,41 +200,44 @@ class SoftmaxAttention(nn.Module):
         return q, torch.cat(keys, dim=2), F.pad(v, (0, wider, 1, 0))
 
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with a soft cap or sinks; K key-value heads serve H / K query heads each.
+        """Return (B, H, S, C) by explicit products; each of K key-value heads has H / K queries.
 
-        `mask` (S, L) says what is seen, or (H, S, L) what is added to the scores.
+        `mask` is a boolean mask (S, L), or with a position bias the biases (H, S, L).
         """
+        # 1. Scores in float32, (B, K, H / K, S, L), with the soft cap.
         kv_heads = k.shape[1]
         q = q.unflatten(1, (kv_heads, -1))  # (B, K, H / K, S, C)
         scores = (q @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh() * self.softcap
+        # 2. Mask, or add the position biases.
         if mask is not None and self.bias is None:
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
             scores = scores + mask.float().unflatten(0, (kv_heads, -1))
+        # 3. Softmax, with the sink as one more score whose weight is dropped.
         if self.sinks is not None:
             sinks = self.sinks.float().view(1, kv_heads, -1, 1, 1)
             sinks = sinks.expand(*scores.shape[:-1], 1)
-            shares = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+            weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         else:
-            shares = scores.softmax(dim=-1)
-        return (shares.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+            weights = scores.softmax(dim=-1)
+        return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
 
 
 # --- on CUDA -----------------------------------------------------------------------------------
 
 KERNEL_WIDTH = 8
-"""Widths of keys and values that the kernels take are multiples of this."""
+"""The kernels take widths of keys and values that are multiples of this."""
 FLASH_WIDTH = 256
-"""Widest head of the flash kernel, the only one besides cuDNN's that shares key-value heads."""
+"""Widest head of the flash kernel, which alone shares key-value heads (cuDNN is off)."""
 
 
 def avoid_cudnn_attention() -> None:
-    """Keep torch from attending by cuDNN in this process; a worker calls it once, at its start.
+    """Disable cuDNN attention in this process. A worker calls it once at its start.
 
-    cuDNN makes a plan for each new shape, of which a candidate has about six: about half a second
-    each in reports of others. Its gradients add up in an unknown order.
+    cuDNN plans each new shape, for about half a second by reports. A candidate has about six
+    shapes. The summation order of its gradients is not fixed.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -235,12 +245,11 @@ def avoid_cudnn_attention() -> None:
 def attended_on_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """Return what torch's kernels attend to, with gradients in one order.
+    """Return attention by PyTorch's kernels, with gradients summed in a fixed order.
 
-    (B, H, S, C of v), and zeros behind, where C is no multiple of KERNEL_WIDTH. With a mask, in
-    float32, or where keys and values differ in width the kernel is one that shares no key-value
-    heads: each query head gets its own there. In its place torch would take plain products, which
-    store every score.
+    The output is (B, H, S, C of v), padded with zeros to a multiple of KERNEL_WIDTH. With a mask,
+    in float32, or with keys and values of different widths, no kernel shares key-value heads. They
+    are repeated for each query head then, because explicit products would store every score.
     """
     # The kernels read a mask along its rows.
     mask = mask if mask is None else mask.contiguous()
@@ -261,14 +270,14 @@ def attended_on_cuda(
 
 
 class Kernel(NamedTuple):
-    """How torch is to attend."""
+    """The arguments of a call of PyTorch's attention."""
 
     causal: bool
     scale: float
     enable_gqa: bool
 
     def exists(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-        """Whether a kernel with atomic adds in its gradients does; else they are plain products."""
+        """Whether a fused kernel takes the inputs. Its gradients use atomic adds by default."""
         backend = torch.backends.cuda
         params = backend.SDPAParams(q, k, v, mask, 0.0, self.causal, self.enable_gqa)
         return backend.can_use_flash_attention(params) or backend.can_use_efficient_attention(
@@ -283,11 +292,10 @@ class Kernel(NamedTuple):
 
 
 class _Attended(torch.autograd.Function):
-    """Attention by torch's kernels, whose gradients are added up in one order.
+    """Attention by PyTorch's kernels, with gradients summed in a fixed order.
 
-    Without torch's switch they use atomic adds, and the forward pass may take a kernel that has no
-    other way. It cannot be on for a whole backward pass: other operations, that never meet at one
-    place here, would be refused.
+    Without PyTorch's deterministic mode they use atomic adds, and some kernels have no other form.
+    The mode is on for this operation alone, as PyTorch refuses some others of the backward pass.
     """
 
     @staticmethod
@@ -311,7 +319,7 @@ class _Attended(torch.autograd.Function):
 
 @contextmanager
 def _in_one_order() -> Iterator[None]:
-    """Let torch's kernels add up in one order, and leave fresh memory as it is."""
+    """Switch the deterministic mode of PyTorch on, without filling new memory."""
     switch: Any = torch.utils.deterministic
     mode, filled = torch.get_deterministic_debug_mode(), switch.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")

@@ -17,8 +17,8 @@ from moenas.grammar.conditions import one_of
 from moenas.model.layers.linear import on_cuda
 from moenas.model.moe.gating import RoutingDecision
 
-# Shapes: T tokens in B sequences, E experts, K slots a token, G groups of tokens (1 or B), each
-# with a load of its own.
+# Shapes: T tokens in B sequences, E experts, K slots for each token, G groups of tokens (1 or B)
+# whose load is balanced separately.
 
 
 Scope = Literal["batch", "sequence"]
@@ -26,20 +26,20 @@ Reduce = Literal["sum", "mean", "pooled"]
 
 COEF = "weight of the load-balancing loss"
 SCOPE = (
-    "what the loss evens out: the load of each sequence (arXiv 2412.19437, eq. 17 to 20), or of a"
-    " batch, which one device holds whole, so it is the global batch of arXiv 2501.11873"
+    "tokens whose load the loss balances: of each sequence (arXiv 2412.19437, eq. 17 to 20), or of"
+    " the batch. One device holds the whole batch: it is the global batch of arXiv 2501.11873"
 )
-RATE = "step of the selection bias after each update"
+RATE = "step of the selection bias after each optimizer step"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Balance(Component):
-    """How the load of the experts is balanced, in training."""
+    """How training balances the load of the experts."""
 
     loss: ClassVar[Literal["load", "importance"] | None] = None
-    """What the loss of this kind balances; None: it has no loss."""
+    """What the loss of this kind balances; None without a loss."""
     has_bias: ClassVar[bool] = False
-    """It moves a bias on the selection."""
+    """This kind adjusts a bias on the selection."""
 
     @property
     def coef(self) -> float:
@@ -83,8 +83,10 @@ class ImportanceLoadBalance(Balance, kind="importance_load"):
 
 @dataclass(frozen=True, kw_only=True)
 class BiasBalance(Balance, kind="bias"):
-    """A bias on the selection, without a loss (DeepSeek-V3; arXiv 2408.15664). It has no effect
-    with selections other than top_k and noisy_top_k."""
+    """A bias on the selection, without a loss (DeepSeek-V3; arXiv 2408.15664).
+
+    It has an effect with the selections top_k and noisy_top_k alone.
+    """
 
     has_bias = True
 
@@ -108,17 +110,17 @@ class Routing:
     """The routing of the last forward pass: load, losses and slots."""
 
     load: Tensor
-    """(E,) slots that chose each expert, before any were dropped, int64."""
+    """(E,) number of slots of each expert before dropping, int64."""
     dropped: Tensor
     """Fraction of the slots that were dropped, a scalar."""
     balance_loss: Tensor
-    """Differentiable scalar; 0 outside training. When the load is even it is 1 (aux_loss) or 0
+    """Differentiable scalar; 0 outside training. For an even load it is 1 (aux_loss) or 0
     (importance_load)."""
     z_loss: Tensor
     """Differentiable scalar; 0 outside training."""
     entropy: Tensor
-    """Mean entropy of s_i / sum s of a token, differentiable; 0 outside training, and where it has
-    no weight in the loss."""
+    """Mean entropy of s_i / sum s of a token, differentiable. It is 0 outside training, and if its
+    weight in the loss is 0."""
     choice: RoutingDecision
     """The slots, and the logits of the router."""
     slots: Tensor | None = None
@@ -127,7 +129,7 @@ class Routing:
     """(G, E) mean of s_i / sum s over the tokens, differentiable, in training."""
 
     def detached(self) -> Routing:
-        """Return the values without the graph of the pass that they come from."""
+        """Return the same values without their autograd graph."""
         values = {name: _detached(value) for name, value in vars(self).items() if name != "choice"}
         choice = self.choice._replace(
             **{name: _detached(value) for name, value in self.choice._asdict().items()}
@@ -165,7 +167,7 @@ def mean_entropy(scores: Tensor) -> Tensor:
 
 
 def unbiased(choice: RoutingDecision) -> RoutingDecision:
-    """Return the K best scores of each token, without bias and groups, as what was chosen.
+    """Return the decision with the K best scores of each token, without bias and groups.
 
     The loss of DeepSeek-V3 (arXiv 2412.19437, eq. 18) counts these slots.
     """
@@ -174,11 +176,11 @@ def unbiased(choice: RoutingDecision) -> RoutingDecision:
 
 
 class LoadBalancer(nn.Module):
-    """Counts the load of the experts, and keeps it even by a loss or by a bias on the selection.
+    """Counts the load of the experts, and balances it by a loss or a bias on the selection.
 
-    `loss` is "load" (Switch) or "importance" (Shazeer), and counts `aux_coef` times. `scope` says
-    whose load is evened out: of a "batch", or of each "sequence". `reduce` says how the losses of
-    all layers join (`total_auxiliary_loss`). Without a `bias_rate` there is no bias.
+    `loss` is "load" (Switch) or "importance" (Shazeer), with the weight `aux_coef`. `scope` is the
+    part whose load is balanced: the "batch" or each "sequence". `reduce` is the reduction over
+    layers (see `total_auxiliary_loss`). Without a `bias_rate` there is no bias.
     """
 
     bias: Tensor | None
@@ -206,10 +208,11 @@ class LoadBalancer(nn.Module):
         self.bias_rate = bias_rate
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
         self.last_load: Tensor | None = None
-        """(E,) of the last training pass since the last step."""
+        """(E,) load of the latest training pass since the last optimizer step."""
 
     def forward(self, choice: RoutingDecision, dropped: Tensor, sequences: int = 1) -> Routing:
-        """Count the load and, in training, work out the losses over B `sequences`."""
+        """Count the load and, in training, compute the losses over B `sequences`."""
+        # 1. The load of each group (G, E), and of the whole batch (E,).
         groups = sequences if self.scope == "sequence" else 1
         load = self.load(choice, groups)
         whole = load.sum(dim=0)
@@ -217,11 +220,12 @@ class LoadBalancer(nn.Module):
         if not self.training:
             return Routing(whole, dropped, nothing, nothing, nothing, choice)
         self.last_load = whole
-        # ST-MoE (arXiv 2202.08906), eq. 5.
+        # 2. The z-loss of ST-MoE (arXiv 2202.08906, eq. 5), and the entropy.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
         entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
         if self.loss == "importance":
             return Routing(whole, dropped, self.importance_loss(choice), z_loss, entropy, choice)
+        # 3. Slots of a token at each expert (G, E), and mean normalised scores (G, E).
         if self.bias is not None:
             load = self.load(unbiased(choice), groups)
         slots = load * groups / choice.scores.shape[0]
@@ -241,7 +245,7 @@ class LoadBalancer(nn.Module):
         return load.scatter_add(0, slots, ones).view(groups, self.n_experts)
 
     def load_on_cuda(self, choice: RoutingDecision, groups: int) -> Tensor:
-        """Return the load by a table of tokens and experts: all slots at one counter would wait."""
+        """Return the load by a table of tokens and experts, which needs no atomic adds."""
         place = choice.slot_tokens() * self.n_experts + choice.experts.flatten()
         kept = torch.ones_like(place, dtype=torch.bool)
         kept = kept if choice.kept is None else choice.kept.flatten()
@@ -251,8 +255,8 @@ class LoadBalancer(nn.Module):
     def importance_loss(self, choice: RoutingDecision) -> Tensor:
         """Return CV(importance)^2 + CV(load)^2 (Shazeer et al., arXiv 1701.06538, eq. 6 to 11).
 
-        The importance of an expert is the sum of its weights, its load the expected number of
-        tokens over the noise; without noise the load has no gradient and is left out.
+        The importance of an expert is the sum of its weights. Its load is the expected number of
+        tokens under the noise. Without noise the load has no gradient, and its term is left out.
         """
         loss = squared_variation(choice.table().sum(dim=0))
         return loss if choice.chance is None else loss + squared_variation(choice.chance.sum(dim=0))
@@ -262,15 +266,15 @@ class LoadBalancer(nn.Module):
         return self.aux_coef * routing.balance_loss + self.other_losses(routing)
 
     def other_losses(self, routing: Routing) -> Tensor:
-        """Return the weighted losses of one forward pass that do not even out the load."""
+        """Return the weighted z-loss and entropy loss of one forward pass, a scalar."""
         return self.z_coef * routing.z_loss + self.entropy_coef * routing.entropy
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
+        """Update the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
 
-        The load is of the last forward pass in training since the previous step. Earlier passes
-        since that step, such as other parts of a batch, do not count.
+        The load is that of the latest training pass since the previous step. Earlier passes since
+        that step, such as other micro-batches, do not count.
         """
         if self.last_load is not None and self.bias is not None and self.bias_rate is not None:
             load = self.last_load.float()
@@ -281,12 +285,13 @@ class LoadBalancer(nn.Module):
 def total_auxiliary_loss(layers: Sequence[tuple[LoadBalancer, Routing]]) -> Tensor:
     """Return the weighted losses of the L layers of a model that have a router, a scalar.
 
-    By `reduce` of a layer: "sum" adds its losses up; "mean" divides them by L (MegaBlocks);
-    "pooled" counts the tokens of all layers as those of one, and slots instead of shares, so that
-    an even load has K instead of 1: E sum_i n_i P_i, n_i the slots of a token at expert i
-    (load_balancing_loss_func of transformers). Pooled layers that differ in E, K or coefficient
-    have one such loss for each kind, weighted by the share of its layers in L.
+    The reduction of each layer is its `reduce`. "sum" adds the losses of the layers, and "mean"
+    divides the sum by L (MegaBlocks). "pooled" treats the tokens of all layers as those of one:
+    E sum_i n_i P_i, with n_i the slots of a token at expert i (load_balancing_loss_func of
+    transformers). An even load then gives K, not 1. Pooled layers are grouped by E, K, coefficient
+    and scope, and the loss of a group is weighted by its share of the L layers.
     """
+    # 1. Losses of single layers; pooled ones are collected by group.
     losses = []
     pooled: dict[tuple[int, int, float, str], list[Routing]] = {}
     for balance, routing in layers:
@@ -298,6 +303,7 @@ def total_auxiliary_loss(layers: Sequence[tuple[LoadBalancer, Routing]]) -> Tens
             losses.append(balance.other_losses(routing) / parts)
         else:
             losses.append(balance.auxiliary_loss(routing) / parts)
+    # 2. One loss for each group, of the means (G, E) over its layers.
     for (n_experts, _, coefficient, _), routings in pooled.items():
         slots = torch.stack([x.slots for x in routings if x.slots is not None]).mean(dim=0)
         means = [x.probabilities for x in routings if x.probabilities is not None]

@@ -1,4 +1,4 @@
-"""The logits of a router: its input, a product or a cosine, and their scaling.
+"""Router logits: their input, a product or a cosine, and their scaling.
 
 Kinds: linear, cosine.
 """
@@ -21,42 +21,41 @@ from moenas.model.layers.norms import RMSNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Logits(Component):
-    """The logits of a router, a number for each expert, computed in float32."""
+    """The logits of a router: one number for each expert, computed in float32."""
 
     input: Literal["ffn", "stream", "block"] = setting(
-        "what the router reads: the input of its layer; what the norm before the layer reads (Gemma"
-        " 4); or the stream before the mixer of the block (SmallThinker, arXiv 2507.20984)",
+        "input of the router: the input of its layer; the input of the norm before the layer (Gemma"
+        " 4); or the input of the block, before the mixer (SmallThinker, arXiv 2507.20984)",
         default="ffn",
     )
-    input_norm: bool = setting("an RMSNorm of what the router reads (Gemma 4)", default=False)
+    input_norm: bool = setting("RMSNorm of the input of the router (Gemma 4)", default=False)
     jitter: float = setting(
-        "in training what enters the router is multiplied by 1 - jitter to 1 + jitter (arXiv"
+        "in training the input is multiplied by uniform noise from 1 - jitter to 1 + jitter (arXiv"
         " 2101.03961, section 2.4)",
         default=0.0,
         low=0.0,
         high=1.0,
     )
     hidden: int | None = setting(
-        "width of a layer before the logits; null: none", default=None, low=8, multiple=8
+        "width of a hidden layer before the logits; null: none", default=None, low=8, multiple=8
     )
     hidden_activation: Literal["gelu", "none"] = setting(
-        "what follows that layer; none: it is the projection of X-MoE",
+        "activation of the hidden layer; none: the projection of X-MoE",
         default="gelu",
         without_effect={"hidden": one_of(None)},
     )
     add_bias: bool = setting("the logits have a trained bias (gpt-oss)", default=False)
     standardize: bool = setting(
-        "the logits of a token are standardised over the experts (Skywork-MoE, arXiv 2406.06563,"
-        " eq. 6)",
+        "standardise the logits of a token over the experts (Skywork-MoE, arXiv 2406.06563, eq. 6)",
         default=False,
     )
     multiplier: float = setting(
-        "factor on the logits after that (lambda of Skywork-MoE; Gemma 4: d_model^-0.5)",
+        "factor on the logits (lambda of Skywork-MoE; Gemma 4: d_model^-0.5)",
         default=1.0,
         low=1e-6,
     )
     cap: float | None = setting(
-        "logits then become c tanh(z / c) (Laguna); null: they do not", default=None, low=0.1
+        "soft cap c of the logits: c tanh(z / c) (Laguna); null: none", default=None, low=0.1
     )
 
     module: ClassVar[type[RouterLinear]]
@@ -77,16 +76,16 @@ class Logits(Component):
         return None
 
     def canonical(self) -> Self:
-        """Reset the activation where there is no hidden layer."""
+        """Reset the activation if there is no hidden layer."""
         return changed(self, hidden_activation=self.hidden_activation if self.hidden else "gelu")
 
     def n_weights(self, d_model: int, n_experts: int) -> int:
-        """Return the elements of the matrices."""
+        """Return the number of elements of the matrices."""
         hidden = d_model * self.hidden if self.hidden else 0
         return (self.hidden or d_model) * n_experts + hidden
 
     def n_params(self, d_model: int, n_experts: int) -> int:
-        """Return the parameters: matrices, bias, norm of the input, and temperature."""
+        """Return the number of parameters: matrices, bias, input norm and temperature."""
         bias, norm = n_experts * self.add_bias, d_model * self.input_norm
         return self.n_weights(d_model, n_experts) + bias + norm + self.has_temperature
 
@@ -108,10 +107,10 @@ class Logits(Component):
 
 
 class RouterInput(nn.Module):
-    """What a router reads, through a norm of its own or as it is.
+    """The input of a router, with an optional norm.
 
-    `source` is "ffn", the input of its layer; "stream", what the norm before that layer reads; or
-    "block", the stream before the mixer of the block.
+    `source` is "ffn", the input of its layer; "stream", the input of the norm before that layer;
+    or "block", the input of the block, before the mixer.
     """
 
     def __init__(self, source: str, norm: nn.Module | None) -> None:
@@ -144,10 +143,10 @@ class HiddenLayer(nn.Module):
 
 
 class LogitScaling(nn.Module):
-    """scale * z, of which z is standardised first, and soft-capped to c tanh(z / c).
+    """Standardise the logits z of a token over the experts, scale them, and cap them.
 
-    Standardised over the experts of a token: (z - mean) / sqrt(variance + 1e-6). Then `scale` is
-    the lambda of Skywork-MoE (arXiv 2406.06563, eq. 6).
+    The steps are (z - mean) / sqrt(variance + 1e-6), then the factor `scale`, lambda of Skywork-MoE
+    (arXiv 2406.06563, eq. 6), then c tanh(z / c). The first and the last one are optional.
     """
 
     def __init__(self, scale: float, standardize: bool, cap: float | None) -> None:
@@ -197,7 +196,7 @@ class RouterLinear(nn.Module):
         self.temperature = self.build_temperature()
 
     def build_temperature(self) -> nn.Parameter | None:
-        """Build a trained factor on the products; a linear layer needs none."""
+        """Build the trained factor on the products; None for a linear layer."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,26 +211,26 @@ class RouterLinear(nn.Module):
         return logits
 
     def products(self, h: Tensor, bias: Tensor | None) -> Tensor:
-        """Map (T, H) to (T, E)."""
+        """Map the hidden layer (T, H) to products (T, E)."""
         return F.linear(h, self.weight.float(), bias)
 
 
 class RouterCosine(RouterLinear):
     """scaling(e^t cos(h, w_i) + b), with a trained t that starts at 0 (X-MoE, arXiv 2204.09179).
 
-    X-MoE divides by a trained temperature; e^t is its inverse. Standardised logits
-    without a bias have no t, as it would have no effect.
+    X-MoE divides by a trained temperature, and e^t is its inverse. Standardised logits without a
+    bias have no t, because standardisation cancels it.
     """
 
     matrices = ("weight",)
 
     def build_temperature(self) -> nn.Parameter | None:
-        """Build the trained factor where it has an effect."""
+        """Build the trained factor (1,), if it has an effect."""
         trained = self.has_bias or not self.scaling.standardize
         return nn.Parameter(torch.zeros(1)) if trained else None
 
     def products(self, h: Tensor, bias: Tensor | None) -> Tensor:
-        """Map (T, H) to (T, E)."""
+        """Map the hidden layer (T, H) to products (T, E)."""
         logits = F.linear(F.normalize(h, dim=-1), F.normalize(self.weight.float(), dim=-1))
         if self.temperature is not None:
             logits = logits * self.temperature.float().exp()

@@ -1,4 +1,4 @@
-"""Selections: which experts a token goes to, from its scores."""
+"""Selections of experts for tokens, by their scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moenas.grammar.component import Component, changed, setting
 from moenas.grammar.conditions import one_of
 
-# Shapes: T tokens, E experts, K experts chosen for a token (a mean of K, where tokens differ).
+# Shapes: T tokens, E experts, K experts for each token (the mean if the number varies).
 
 
 FORMER_ATTRIBUTES = {
@@ -26,42 +26,42 @@ FORMER_ATTRIBUTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Selection(Component):
-    """Which experts a token goes to, by their scores."""
+    """Selects the experts of each token by their scores."""
 
     causal: ClassVar[bool] = True
-    """A token's experts depend on no other token of its batch, in training too."""
+    """The experts of a token depend on no other token of its batch, in training too."""
     per_token: ClassVar[bool] = False
-    """It ranks the experts of each token by themselves, so a bias on the scores has an effect."""
+    """It ranks the experts of each token separately, so a bias on the scores has an effect."""
     trainable_load: ClassVar[bool] = True
-    """The load depends on trained weights, so a balancing loss has an effect."""
+    """The load depends on trained weights, so a load-balancing loss has an effect."""
     expert_choice: ClassVar[bool] = False
-    """Experts choose tokens: the load is even, and top_k is the mean over the tokens."""
+    """Experts choose tokens. The load is even, and top_k is the mean over the tokens."""
     variable_k: ClassVar[bool] = False
-    """top_k is only the target of the mean; the cost counts top_k experts a token."""
+    """top_k is the target of the mean, and the cost counts top_k experts for each token."""
     noisy: ClassVar[bool] = False
     """In training, learned noise is added to the logits."""
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
-        """Register a kind; files of users may set class attributes by their former names."""
+        """Register a kind; user files may set class attributes by their former names."""
         super().__init_subclass__(kind, **kwargs)
         for former, present in FORMER_ATTRIBUTES.items():
             if former in vars(cls):
                 setattr(cls, present, vars(cls)[former])
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the module that chooses among E experts."""
+        """Build the module that selects among E experts."""
         raise NotImplementedError
 
     def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
-        """Return how many slots a batch of tokens has, those that do not count among them."""
+        """Return the number of slots of a batch of tokens, masked slots included."""
         return top_k * n_tokens
 
     def invalid_with(self, top_k: int) -> str | None:
-        """Return why so many experts cannot be chosen, or None."""
+        """Return why top_k experts cannot be selected, or None."""
         return None
 
     def invalid_among(self, top_k: int, n_experts: int) -> str | None:
-        """Return why they cannot be chosen among E experts, or None."""
+        """Return why top_k of E experts cannot be selected, or None."""
         return None
 
     def canonical_for(self, top_k: int) -> Self:
@@ -75,11 +75,11 @@ class Selection(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenChoice:
-    """The fields of the selections that rank the experts of each token by themselves."""
+    """The fields of the selections that rank the experts of each token separately."""
 
     n_groups: int = setting("equal groups of experts", default=1, low=1)
     top_groups: int = setting(
-        "groups of which a token chooses experts; beyond n_groups: all",
+        "number of groups that a token selects experts from; above n_groups: all",
         default=1,
         low=1,
         without_effect={"n_groups": one_of(1)},
@@ -90,15 +90,15 @@ class TokenChoice:
         without_effect={"n_groups": one_of(1)},
     )
     even_groups: bool = setting(
-        "each group that a token chooses from gives as many of its top_k experts (MoGE, arXiv"
-        " 2505.21411, with as many top_groups as n_groups)",
+        "select the same number of experts from each of the top_groups (MoGE, arXiv 2505.21411,"
+        " with top_groups equal to n_groups)",
         default=False,
         without_effect={"n_groups": one_of(1)},
     )
     top_p: float | None = setting(
-        "of its top_k experts a token keeps the first that reach this share of all scores together"
-        " (arXiv 2403.07652, where top_k is n_experts); the cost counts top_k, the most that it"
-        " gets; null: all",
+        "keep the best of the top_k experts until their scores reach this share of all scores"
+        " (arXiv 2403.07652, where top_k is n_experts); the cost counts top_k, the maximum;"
+        " null: all",
         default=None,
         low=1e-3,
         high=1.0,
@@ -114,15 +114,15 @@ class TokenChoice:
 
     @property
     def open_groups(self) -> int:
-        """Groups that a token chooses from."""
+        """Number of groups that a token selects from."""
         return min(self.top_groups, self.n_groups)
 
     def cut(self, top_k: int) -> float | None:
-        """Return `top_p` where a token may keep fewer than its top_k experts, else None."""
+        """Return `top_p` if a token can keep fewer than top_k experts, else None."""
         return self.top_p if top_k > 1 and (self.top_p or 1) < 1 else None
 
     def invalid_among(self, top_k: int, n_experts: int) -> str | None:
-        """Return why top_k experts cannot be chosen among E, or None."""
+        """Return why top_k of E experts cannot be selected, or None."""
         top_p = self.cut(top_k)
         if top_p is not None and top_p * n_experts <= 1:
             return (
@@ -144,11 +144,11 @@ class TokenChoice:
         return None
 
     def canonical_for(self, top_k: int) -> Self:
-        """Reset groups that leave the choice as it is, and a share that no token reaches."""
-        several = self.n_groups > 1
-        even = several and self.even_groups and self.open_groups > 1
-        limited = several and self.n_groups > self.top_groups
-        # As many open groups as experts, ranked by their best expert, leave all experts open.
+        """Reset groups and a top_p that have no effect."""
+        has_groups = self.n_groups > 1
+        even = has_groups and self.even_groups and self.open_groups > 1
+        limited = has_groups and self.n_groups > self.top_groups
+        # top_k or more open groups, ranked by their best experts, contain the top_k experts.
         free = self.group_score == "max" and self.top_groups >= top_k
         grouped = even or (limited and not free)
         return self._changed(
@@ -161,10 +161,10 @@ class TokenChoice:
 
     def canonical_among(self, top_k: int, n_experts: int) -> Self:
         """Return the same among E experts, for a canonical selection."""
-        # All experts, or groups of one expert: the groups leave the choice as it is.
+        # Groups have no effect if all experts are selected, or if a group is one expert.
         if top_k == n_experts or self.n_groups == n_experts:
             return self._changed(n_groups=1).canonical_for(top_k)
-        # All experts of the open groups are chosen anyway.
+        # All experts of the open groups are selected.
         if self.even_groups and top_k * self.n_groups == n_experts * self.top_groups:
             return self._changed(even_groups=False).canonical_for(top_k)
         return self
@@ -173,7 +173,7 @@ class TokenChoice:
         return cast(Self, changed(cast(Any, self), **fields))
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the module that chooses among E experts."""
+        """Build the module that selects among E experts."""
         even = self.even_groups and self.open_groups > 1
         if self.n_groups > self.open_groups or even:
             return GroupedTopK(top_k, self.n_groups, self.open_groups, self.group_score, even)
@@ -184,28 +184,28 @@ class SelectedSlots(NamedTuple):
     """Slots: pairs of a token and an expert."""
 
     experts: Tensor
-    """Numbers of experts, int64: (T, K), row by row those of a token; or (N, 1)."""
+    """Indices of experts, int64: (T, K) with a row for each token, or (N, 1)."""
     tokens: Tensor | None = None
-    """(N,) numbers of the tokens where `experts` is (N, 1)."""
+    """(N,) positions of the tokens in the batch, if `experts` is (N, 1)."""
     kept: Tensor | None = None
-    """Which slots count, in the shape of `experts`; None: all."""
+    """Mask of the slots that count, in the shape of `experts`; None: all."""
 
 
 class ExpertSelection(nn.Module):
     """Maps `ranked` (T, E), the scores with the bias on the selection, and the logits to slots.
 
-    `tokens` (T,) are the numbers of the tokens in the vocabulary, where the model has them.
+    `tokens` (T,) are the token ids, if the model passes them.
     """
 
     capturable: bool = True
-    """A pass reads no value on the host, so a CUDA graph can hold it; see `Model.capturable`."""
+    """A pass reads no value on the host, so a CUDA graph can capture it (`Model.capturable`)."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
 
     def after_step(self) -> None:
-        """Update the state of the selection after a training batch; most have no state."""
+        """Update the state of the selection after a training batch, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +217,7 @@ class TopKSelection(TokenChoice, Selection, kind="top_k"):
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyTopKSelection(TokenChoice, Selection, kind="noisy_top_k"):
-    """The top_k experts of each token; in training after learned noise on the logits (arXiv
+    """The top_k experts of each token. In training, learned noise is added to the logits (arXiv
     1701.06538, eq. 4)."""
 
     per_token = True
@@ -230,17 +230,17 @@ class TopK(ExpertSelection):
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
     ) -> SelectedSlots:
-        """Choose by `ranked` (T, E): the scores, with the bias on the selection."""
+        """Select by `ranked` (T, E), the scores plus the bias on the selection."""
         return SelectedSlots(ranked.topk(self.top_k, dim=-1).indices)
 
 
 class GroupedTopK(ExpertSelection):
     """The K best of each token among the experts of its `top_groups` best groups.
 
-    Groups are of equal size, one after another. The score of a group is the best of its experts
+    Groups are contiguous and of equal size. The score of a group is the maximum of its experts
     (max: DeepSeek-V2, arXiv 2405.04434, section 2.2.2) or the sum of its best two (top2_sum:
-    DeepSeek-V3, arXiv 2412.19437, section 2.1.2). With `even` each of those groups gives its
-    K / top_groups best (MoGE, arXiv 2505.21411, eq. 6, where top_groups is the number of groups).
+    DeepSeek-V3, arXiv 2412.19437, section 2.1.2). With `even`, K / top_groups experts of each of
+    these groups are selected (MoGE, arXiv 2505.21411, eq. 6, with all groups open).
     """
 
     def __init__(
@@ -255,16 +255,19 @@ class GroupedTopK(ExpertSelection):
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
     ) -> SelectedSlots:
-        """Choose by `ranked` (T, E)."""
+        """Select by `ranked` (T, E)."""
+        # 1. Rank the groups (T, G) by their best experts.
         members = ranked.unflatten(-1, (self.n_groups, -1))  # (T, G, E / G)
         best = 1 if self.group_score == "max" else min(2, members.shape[-1])
         groups = members.topk(best, dim=-1).values.sum(dim=-1)
         inside = groups.topk(self.top_groups, dim=-1).indices
         outside = torch.ones_like(groups, dtype=torch.bool).scatter(-1, inside, 0)
+        # 2. With `even`, close all but the best K / top_groups experts of each group.
         if self.even:
             first = members.topk(self.top_k // self.top_groups, dim=-1).indices
             rest = torch.ones_like(members, dtype=torch.bool).scatter(-1, first, 0)
             members = members.masked_fill(rest, -math.inf)
+        # 3. Close the other groups, and take the K best experts that are left.
         open_to = members.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
         return SelectedSlots(open_to.topk(self.top_k, dim=-1).indices)
 
@@ -277,15 +280,15 @@ class HashSelection(Selection, kind="hash"):
     trainable_load = False
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the part that chooses among E experts."""
+        """Build the module that selects among E experts."""
         return Hash(top_k, n_experts)
 
 
 class Hash(ExpertSelection):
-    """Of E pseudo-random numbers, made from a token's number and the expert's, the K largest.
+    """The K largest of E hashes, each of the token id and the expert.
 
-    Rendezvous hashing: the K experts are distinct, all sets have the same probability, and no table
-    of the vocabulary is kept.
+    This is rendezvous hashing. The K experts are distinct, all sets have the same probability, and
+    no table of the vocabulary is stored.
     """
 
     def __init__(self, top_k: int, n_experts: int) -> None:
@@ -295,9 +298,9 @@ class Hash(ExpertSelection):
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
     ) -> SelectedSlots:
-        """Choose by `tokens` (T,)."""
+        """Select by the token ids (T,)."""
         if tokens is None:
-            raise ValueError("selection: hash needs the numbers of the tokens")
+            raise ValueError("selection: hash needs the token ids")
         experts = torch.arange(self.n_experts, device=tokens.device)
         mixed = tokens.unsqueeze(-1) * 73856093 + (experts + 1) * 19349663
         for _ in range(2):  # an integer finaliser of shifts and odd factors, modulo 2^32
@@ -307,27 +310,27 @@ class Hash(ExpertSelection):
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdSelection(Selection, kind="threshold"):
-    """Every expert that scores a token above its moving cut-off: the causal form of expert choice
-    (arXiv 2603.11535)."""
+    """Each expert whose score for a token is above its moving threshold: the causal form of expert
+    choice (arXiv 2603.11535)."""
 
     variable_k = True
 
     def build(self, top_k: int, n_experts: int) -> ExpertSelection:
-        """Build the part that chooses among E experts."""
+        """Build the module that selects among E experts."""
         return Threshold(top_k, n_experts)
 
     def slots(self, top_k: int, n_tokens: int, n_experts: int) -> int:
-        """Return how many slots a batch of tokens has, those that do not count among them."""
+        """Return the number of slots of a batch of tokens, masked slots included."""
         return min(2 * top_k, n_experts) * n_tokens
 
 
 class Threshold(ExpertSelection):
-    """Each token goes to the experts where it scores above the expert's cut-off.
+    """Selects the experts whose score for a token is above the threshold of the expert.
 
-    The causal form of expert choice (arXiv 2603.11535): the cut-off is a moving average of the
-    score of the last token that the expert would have taken, ceil(K T / E) of T, in the training
-    batches before this one: of several between two steps, the last. At most the 2 K best experts
-    take a token, which bounds the rows; until there are cut-offs, the K best do.
+    This is the causal form of expert choice (arXiv 2603.11535). The threshold is a moving average
+    over earlier training batches of the score of rank ceil(K T / E) among the T tokens. Of several
+    batches between two steps, the last one counts. At most the 2 K best experts are selected, which
+    bounds the rows. Before the first step, the K best are selected.
     """
 
     cutoff: Tensor
@@ -338,13 +341,13 @@ class Threshold(ExpertSelection):
         self.n_experts = n_experts
         self.decay = decay
         self.register_buffer("cutoff", torch.zeros(n_experts))
-        self.register_buffer("known", torch.zeros(()))  # 1 once there are cut-offs
+        self.register_buffer("known", torch.zeros(()))  # 1 once there are thresholds
         self.seen: Tensor | None = None
 
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
     ) -> SelectedSlots:
-        """Choose by `ranked` (T, E)."""
+        """Select by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:
             room = math.ceil(self.top_k * n_tokens / n_experts)
@@ -357,7 +360,7 @@ class Threshold(ExpertSelection):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the cut-offs towards those of the last training batch."""
+        """Move the thresholds towards those of the last training batch."""
         if self.seen is not None:
             moved = self.decay * self.cutoff + (1 - self.decay) * self.seen
             self.cutoff.copy_(torch.where(self.known > 0, moved, self.seen))
