@@ -6,12 +6,10 @@ study `tiny` in the database of a folder.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from picture import save
 from plotly import graph_objects as go
 
 from moenas.records import Evaluation, Plain, View
@@ -21,8 +19,6 @@ from moenas.store.store import Store
 PICTURE = Path(__file__).parents[1] / "docs" / "front.png"
 SIZE = 800, 460
 """Width and height in CSS pixels; a README page shows 800."""
-SCALE = 2
-"""Pixels of the file for each CSS pixel, for sharp text on dense screens."""
 LOSS, COMPUTE, LATENCY = "val_loss", "flops_per_token", "decode_ms"
 
 
@@ -100,22 +96,8 @@ def front_figure(view: View) -> go.Figure:
 
 def draw(folder: Path) -> None:
     """Draw the front of the study `tiny` of a folder into docs/front.png."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        raise SystemExit("the picture needs Chromium; install it, or leave the picture as it is")
     view = Store.open(f"sqlite:///{folder / 'moenas.db'}").view("tiny")
-    width, height = SIZE
-    with tempfile.TemporaryDirectory() as place:
-        page = Path(place, "front.html")
-        drawn = front_figure(view).update_layout(width=width, height=height)
-        text = drawn.to_html(config={"displayModeBar": False}, full_html=True)
-        page.write_text(text.replace("<body>", '<body style="margin: 0">'), encoding="utf-8")
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             f"--force-device-scale-factor={SCALE}", f"--screenshot={PICTURE}",
-             f"--window-size={width},{height}", "--virtual-time-budget=8000", page.as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    save(front_figure(view), SIZE, PICTURE)
 
 
 if __name__ == "__main__":

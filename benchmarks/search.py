@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page, run nothing")
     given = parser.parse_args()
     if given.page:
-        page.write(json.loads(given.out.read_text()), ROOT / "docs")
+        page.write(json.loads(given.out.read_text()), Table.load(), ROOT / "docs")
         return
     results = stored(given.out)
     done = {(r["method"], r["workers"], r["seed"]) for r in results["runs"]}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
+from picture import save
 from plotly.subplots import make_subplots
+from replay.table import RUNGS, Table
 from scipy.stats import mannwhitneyu, t
+
+from moenas.predict.rank_agreement import spearman
 
 Array = NDArray[np.float64]
 Results = dict[str, Any]
@@ -128,6 +129,35 @@ def tables(results: Results) -> Iterator[str]:
         yield ""
 
 
+def ranks(table: Table) -> Iterator[str]:
+    """Yield the lines on how the losses at the points of training rank the final ones."""
+    rows = table.rows[table.rows["seed"] == 0]
+    final = rows[f"loss_{RUNGS}"]
+    yield "## Ranks at the points of training"
+    yield ""
+    yield f"Rank correlation (Spearman) with the final loss, over {len(rows)} models of one seed."
+    yield "The best third is that at the point."
+    yield ""
+    yield "| tokens | all | best third |"
+    yield "| --- | --- | --- |"
+    for rung in range(1, RUNGS):
+        loss = rows[f"loss_{rung}"]
+        best = loss <= loss.quantile(1 / 3)
+        every, third = spearman(loss, final), spearman(loss[best], final[best])
+        yield f"| {table.tokens * rung // RUNGS:,} | {every:.2f} | {third:.2f} |"
+    yield ""
+    first = rows.set_index("fingerprint")[f"loss_{RUNGS}"]
+    for seed in sorted(set(table.rows["seed"]) - {0}):
+        other = table.rows[table.rows["seed"] == seed].set_index("fingerprint")[f"loss_{RUNGS}"]
+        both = first.index.intersection(other.index)
+        apart = first[both] - other[both]
+        agreement = spearman(first[both], other[both])
+        yield f"Seed {seed} trained {len(both)} of them again. The final losses of both seeds have"
+        yield f"the rank correlation {agreement:.2f}; one loss has the standard deviation"
+        yield f"{apart.std() / 2**0.5:.4f} nats."
+    yield ""
+
+
 def figure(results: Results) -> go.Figure:
     """Return mean curves of all methods with their 95 % bands, a panel a number of workers."""
     numbers = sorted({run["workers"] for run in results["runs"]})
@@ -146,35 +176,24 @@ def figure(results: Results) -> go.Figure:
                       "dash": "dot" if "," in name else "solid"},
             )  # fmt: skip
         drawn.update_xaxes(title="training compute, mean candidates", row=1, col=column)
-    drawn.update_yaxes(type="log")
-    drawn.update_yaxes(title="share of the hypervolume that is missing", row=1, col=1)
+    ticks = [1.0, 0.1, 0.01, 0.001, 0.0001]
+    words = ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"]
+    drawn.update_yaxes(
+        type="log", range=[-4, 0], tickvals=ticks, ticktext=words, gridcolor="#eee", showgrid=True
+    )
+    drawn.update_yaxes(title="hypervolume that is missing", row=1, col=1)
     drawn.update_layout(
-        template="simple_white", margin={"l": 70, "r": 10, "t": 40, "b": 50},
-        legend={"font": {"size": 11}},
-    )  # fmt: skip
+        template="simple_white",
+        font={"family": "DejaVu Sans, sans-serif", "size": 12},
+        margin={"l": 70, "r": 10, "t": 30, "b": 20},
+        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
+    )
     return drawn
 
 
-def write(results: Results, folder: Path) -> None:
+def write(results: Results, table: Table, folder: Path) -> None:
     """Write the page and the picture into a folder; the picture needs Chromium."""
     head = HEAD.format(**results, first=FROM, level=LEVEL)
-    text = "\n".join([head, *tables(results)])
+    text = "\n".join([head, *tables(results), *ranks(table)])
     (folder / "search_benchmark.md").write_text(text, encoding="utf-8")
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        raise SystemExit("the picture needs Chromium; install it, or leave the picture as it is")
-    width, height = SIZE
-    with tempfile.TemporaryDirectory() as place:
-        page = Path(place, "search.html")
-        figure(results).write_html(
-            page,
-            default_width=f"{width - 20}px",
-            default_height=f"{height - 20}px",
-            config={"displayModeBar": False},
-        )
-        subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-             f"--screenshot={folder / 'search.png'}", f"--window-size={width},{height}",
-             "--virtual-time-budget=8000", page.as_uri()],
-            check=True, capture_output=True,
-        )  # fmt: skip
+    save(figure(results), SIZE, folder / "search.png")

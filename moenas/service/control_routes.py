@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 from sqlalchemy import Connection
 
+from moenas.records import Plain
 from moenas.service import schemas, study_views, tasks
 from moenas.service.problems import Problem
 from moenas.service.sessions import Identity
@@ -88,8 +90,9 @@ def _submit(
         priority=request.priority,
         state="queued",
     )
+    own_key = key or uuid.uuid4().hex  # a transaction that is repeated finds its own row
     found, is_new = service.store.transact(
-        lambda c: submissions.submit(c, new, key=key, request_sha256=sha256)
+        lambda c: submissions.submit(c, new, key=own_key, request_sha256=sha256)
     )
     service.runner.wake()
     return study_views.study_detail(service.store, found.study), is_new
@@ -188,11 +191,16 @@ def _enqueue(
         service.rules,
         storage=service.store.url,
     )
-    told = {"sources": [row["source"] for row in rows], "trials": [row["trial"] for row in rows]}
+    told: Plain = {
+        "sources": [row["source"] for row in rows],
+        "trials": [row["trial"] for row in rows],
+    }
+
+    told["request"] = uuid.uuid4().hex
 
     def change(connection: Connection) -> None:
-        study_events.append(connection, name, "enqueued", told)
-        audit.write(connection, user.user_name, "enqueued", name, told)
+        if study_events.append_once(connection, name, "enqueued", told):
+            audit.write(connection, user.user_name, "enqueued", name, told)
 
     service.store.transact(change)
     return [schemas.Enqueued(**row) for row in rows]

@@ -185,6 +185,8 @@ class Runner:
 
     def _after(self, found: Submission, *, code: int | None, clock: float) -> Plain:
         """Return what becomes of a running study whose driver has ended with an exit code."""
+        if found.driver_pid is None:
+            return {"state": "queued", "reason": "its driver was not started"}
         if code == 0:
             more = found.trials > (found.driven_trials or 0)
             return {"state": "queued" if more else "finished", "reason": None}

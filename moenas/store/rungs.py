@@ -10,7 +10,7 @@ from sqlalchemy import Connection, delete, insert, inspect, select, update
 
 from moenas.errors import StudyBusyError
 from moenas.records import Evaluation, Plain, RungResult
-from moenas.store import mapping, statements, tables
+from moenas.store import mapping, statements, study_events, tables
 from moenas.store.reader import StoreReader
 from moenas.store.store import Store
 
@@ -51,7 +51,12 @@ def add(store: Store, found: RungResult, evaluation: Evaluation) -> None:
             raise StudyBusyError(
                 f"study '{study}': another process has evaluated trial {trial} meanwhile"
             )
-        connection.execute(delete(tables.rung).where(this, tables.rung.c.rung == found.rung))
+        same = this & (tables.rung.c.rung == found.rung)
+        if connection.scalar(select(tables.rung.c.recorded_at).where(same)) != now:
+            told: Plain = {"trial": trial, "rung": found.rung, "tokens": found.tokens}
+            told |= statements.finite({"val_loss": found.val_loss})
+            study_events.append(connection, study, "trial_paused", told)
+        connection.execute(delete(tables.rung).where(same))
         connection.execute(
             update(tables.rung).where(this).values(evaluation=None, checkpoint_sha256=None)
         )
@@ -68,14 +73,14 @@ def add(store: Store, found: RungResult, evaluation: Evaluation) -> None:
 def promote(store: Store, study: str, trial: int, rung: int) -> None:
     """Store that a candidate trains on from a rung."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    statement = (
-        update(tables.rung)
-        .where(statements.of_trial(tables.rung, study, trial), tables.rung.c.rung == rung)
-        .values(promoted_at=now)
-    )
+    this = statements.of_trial(tables.rung, study, trial) & (tables.rung.c.rung == rung)
 
     def change(connection: Connection) -> None:
-        connection.execute(statement)
+        known = connection.scalar(select(tables.rung.c.promoted_at).where(this))
+        connection.execute(update(tables.rung).where(this).values(promoted_at=now))
+        if known != now:
+            told = {"trial": trial, "rung": rung}
+            study_events.append(connection, study, "trial_promoted", told)
 
     store.apply(study, change)
 

@@ -55,6 +55,19 @@ def append(connection: Connection, study: str, kind: str, data: Plain) -> None:
     connection.execute(insert(event), row)
 
 
+def append_once(connection: Connection, study: str, kind: str, data: Plain) -> bool:
+    """Add an event unless the newest one of its kind has the same data; say whether it was added.
+
+    The data names the request, so that a transaction that is repeated adds nothing.
+    """
+    this = (event.c.study == study) & (event.c.kind == kind)
+    wanted = select(event.c.data).where(this).order_by(event.c.id.desc()).limit(1)
+    if connection.scalar(wanted) == data:
+        return False
+    append(connection, study, kind, data)
+    return True
+
+
 def append_evaluation(connection: Connection, found: Evaluation, front: FrontSummary) -> None:
     """Add the event of a finished trial, with its values and the front after it."""
     stored = mapping.failure_json(found.failure)

@@ -25,9 +25,10 @@ NEW = Submission("small", "ann", SMALL, [], trials=2, priority=0, state="queued"
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> ServerSettings:
+def settings(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> ServerSettings:
+    monkeypatch.setenv("MOENAS_RUNS", str(tmp_path / "runs"))
     return ServerSettings(
-        storage=f"sqlite:///{tmp_path}/moenas.db",
+        storage=database_url,
         work_dir=tmp_path / "work",
         workers="inline",
         restart_limit=2,
@@ -118,7 +119,9 @@ def test_a_restart_waits_longer_each_time(
     runner = Runner(store, replace(settings, backoff_s=7.0, restart_limit=9))
     waits = []
     for restarts in range(8):
-        after = runner._after(replace(NEW, restarts=restarts), code=None, clock=1000.0)
+        after = runner._after(
+            replace(NEW, restarts=restarts, driver_pid=1), code=None, clock=1000.0
+        )
         waits.append(after["not_before"] - 1000.0)
     assert waits == [7.0, 14.0, 28.0, 56.0, 112.0, 224.0, 300.0, 300.0]
 

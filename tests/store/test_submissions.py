@@ -280,3 +280,22 @@ def test_names_of_tokens(store: Store) -> None:
     for name in ("", "a b", "-x", "x" * 101, "a\nb"):
         with pytest.raises(InputError, match="token name"):
             store.transact(lambda c, n=name: access_tokens.create(c, n, "viewer", None))
+
+
+def test_rungs_and_what_is_added_once_are_events(store: Store) -> None:
+    from moenas.records import RungResult
+    from moenas.store import rungs
+
+    store.create_study(record("x"))
+    store.add_candidate("x", 0, "f0", {}, {})
+    attempt = store.start_attempt("x", 0)
+    paused = Evaluation("x", 0, attempt, "paused", "f0", weights_sha256="a" * 64)
+    rungs.add(store, RungResult(0, 1, 512, 3.5), paused)
+    rungs.promote(store, "x", 0, 1)
+    told = {"request": "r1"}
+    for expected in (True, False):
+        added = store.transact(lambda c: study_events.append_once(c, "x", "enqueued", told))
+        assert added is expected
+    assert kinds(store, "x") == [
+        "study_created", "trial_started", "trial_paused", "trial_promoted", "enqueued",
+    ]  # fmt: skip
