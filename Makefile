@@ -63,7 +63,7 @@ docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
 	mv $(VENV)/zoo.md docs/zoo.md
 	$(BIN)/python benchmarks/gpu/run.py --page
 
-transcripts: $(VENV)/.installed ## run the demo, then write its outputs and picture into the documents
+transcripts: $(VENV)/.installed-test ## run the demo, then write its outputs and picture into the documents
 	$(BIN)/python benchmarks/transcripts.py
 	$(BIN)/python benchmarks/service_page.py
 

@@ -82,9 +82,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
             yield Served(service, client)
     finally:
         service.runner.stop(interrupt_drivers=True)
-        service.checks.close()
-        service.jobs.close()
-        service.waiters.shutdown()
+        service.close()
         engine.dispose()
         for key in own:
             LASTING.pop(key, None)

@@ -74,6 +74,7 @@ def service_state(settings: ServerSettings) -> ServiceState:
         hub=EventHub(store),
         checks=TaskProcess("checks"),
         jobs=TaskProcess("jobs"),
+        drawing=TaskProcess("figures"),
     )
 
 
@@ -188,9 +189,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> int:
         finally:
             by_user = server.ended_by != signal.SIGTERM
             service.runner.stop(interrupt_drivers=by_user)
-            service.checks.close()
-            service.jobs.close()
-            service.waiters.shutdown()
+            service.close()
     say("stopped")
     return 128 + (server.ended_by or signal.SIGINT)
 

@@ -11,6 +11,7 @@ from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import Depends, Request
 
+from moenas.records import Plain
 from moenas.service.event_stream import EventHub
 from moenas.service.runner import Runner
 from moenas.service.sessions import Identity, Sessions
@@ -22,6 +23,8 @@ from moenas.store.store import Store
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DRAWN = 32
+"""Studies whose figures are held."""
 WAITERS = 32
 """Requests that may wait for the task processes at a time."""
 
@@ -39,10 +42,20 @@ class ServiceState:
     """Runs checks of spaces, which people wait for."""
     jobs: TaskProcess
     """Runs what takes longer: reports and exports."""
+    drawing: TaskProcess
+    """Draws figures, which takes a second of computation."""
+    drawn: dict[str, tuple[int, Plain]] = field(default_factory=dict)
+    """Study -> id of its newest event, and its figures then; of the latest DRAWN studies."""
     waiters: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(WAITERS, "moenas-waiter")
     )
     """Threads that wait for the task processes, so that no read of rows waits behind them."""
+
+    def close(self) -> None:
+        """End the task processes, and the threads that wait for them."""
+        for process in (self.checks, self.jobs, self.drawing):
+            process.close()
+        self.waiters.shutdown()
 
     async def wait(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that waits for a task process, and return its result."""

@@ -15,7 +15,8 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
 from moenas.service import event_stream, schemas, study_views, tasks
-from moenas.service.state import Service, ServiceState
+from moenas.service.state import DRAWN, Service, ServiceState
+from moenas.store import study_events
 from moenas.store.submissions import State, StudyFilter
 
 router = APIRouter(prefix="/v1", tags=["studies"])
@@ -111,9 +112,24 @@ def get_history(service: Service, name: str) -> schemas.History:
 
 
 @router.get("/studies/{name}/figures")
-def get_figures(service: Service, name: str) -> schemas.Figures:
+async def get_figures(service: Service, name: str) -> schemas.Figures:
     """Return the figures of the study, as plotly.js takes them."""
-    return study_views.figures(service.store, name)
+    return await service.wait(_figures, service, name)
+
+
+def _figures(service: ServiceState, name: str) -> schemas.Figures:
+    """Return the figures of a study; they are drawn once for all between two events."""
+    if not study_views.begun(service.store, name):
+        return schemas.Figures(figures={})
+    newest = service.store.query(study_events.newest).get(name, 0)
+    known = service.drawn.get(name)
+    if known is None or known[0] != newest or not newest:
+        url = service.store.url
+        known = newest, service.drawing.call(tasks.study_figures, name, storage=url)
+        service.drawn[name] = known
+        while len(service.drawn) > DRAWN:
+            service.drawn.pop(next(iter(service.drawn)), None)
+    return schemas.Figures(figures=known[1])
 
 
 @router.get("/studies/{name}/report")

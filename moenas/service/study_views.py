@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator
 
 from moenas.errors import InputError, NotFoundError
@@ -237,13 +236,3 @@ def history(store: Store, name: str) -> schemas.History:
     """Return the front after each complete trial."""
     points = store.history(name) if begun(store, name) else []
     return schemas.History(points=[schemas.HistoryPoint(**point.plain()) for point in points])
-
-
-def figures(store: Store, name: str) -> schemas.Figures:
-    """Return the figures of a study; without a finished trial there is none."""
-    from moenas.report import figures as drawn  # loads plotly, which other answers do not need
-
-    if not begun(store, name) or not store.count(name):
-        return schemas.Figures(figures={})
-    found = drawn.figures(store.view(name))
-    return schemas.Figures(figures={key: json.loads(f.to_json()) for key, f in found.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def study_report(study: str, *, storage: str, allow_code: bool) -> Plain:
     from moenas.study.launch import load_study
 
     return insights(load_study(study, storage), allow_code=allow_code)
+
+
+def study_figures(study: str, *, storage: str) -> dict[str, Plain]:
+    """Return the figures of a study as plotly.js takes them; without a finished trial, none."""
+    from moenas.report.figures import figures
+    from moenas.store.store import Store
+
+    store = Store.open(storage)
+    if not store.count(study):
+        return {}
+    found = figures(store.view(study))
+    return {name: json.loads(figure.to_json()) for name, figure in found.items()}
 
 
 def export_trial(study: str, trial: int, out: str, *, storage: str, allow_code: bool) -> str:

@@ -342,8 +342,10 @@ def page(
     names = [row.name for row in found]
     count = select(evaluation.c.study, func.count()).group_by(evaluation.c.study)
     counts = {row[0]: int(row[1]) for row in connection.execute(count.where(_among(names)))}
+    records = connection.execute(select(submission).where(submission.c.study.in_(names)))
+    known_rows: dict[str, Submission | None] = {row.study: _record(row) for row in records}
     return [
-        ListedStudy(r.name, r.trials, r.created, counts.get(r.name, 0), find(connection, r.name))
+        ListedStudy(r.name, r.trials, r.created, counts.get(r.name, 0), known_rows.get(r.name))
         for r in found
     ]
 

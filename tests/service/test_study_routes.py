@@ -159,6 +159,18 @@ def test_the_list_has_pages_and_filters(one: Served) -> None:
     assert get(one, "/v1/studies?state=queued")["studies"] == []
 
 
+def test_figures_are_drawn_again_after_an_event(one: Served, store: Store) -> None:
+    first = get(one, f"{NAME}/figures")["figures"]
+    assert {"front", "hypervolume", "curves"} <= set(first)
+    assert first["front"]["data"]
+    known = one.service.drawn["made_up"]
+    assert get(one, f"{NAME}/figures")["figures"] == first
+    assert one.service.drawn["made_up"] is known
+    store.transact(lambda c: study_events.append(c, "made_up", "tick", {}))
+    get(one, f"{NAME}/figures")
+    assert one.service.drawn["made_up"] is not known
+
+
 def test_metrics_are_in_the_form_of_prometheus(one: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
