@@ -124,10 +124,15 @@ def bench() -> Bench:
     return Bench(searched, table, Judge(table, searched), predicted)
 
 
+def every_method() -> dict[str, Make]:
+    """Return our methods and the rivals by name; making one may need its package."""
+    return OWN | rivals.methods()
+
+
 def available(wanted: list[str]) -> dict[str, Make]:
     """Return the methods that can run here; say which cannot."""
     found, searched = dict[str, Make](), space()
-    for name, make in (OWN | rivals.methods()).items():
+    for name, make in every_method().items():
         if wanted and name not in wanted:
             continue
         try:
@@ -149,7 +154,7 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
     shared = bench()
     budget = BUDGETS[workers] * shared.judge.mean_flops
     np.random.seed(seed)  # Syne Tune draws from the global generator
-    method = (OWN | rivals.methods())[name](shared.space, seed)
+    method = every_method()[name](shared.space, seed)
     began = time.perf_counter()
     progress = Simulation(shared.table, shared.space, method, workers).run(budget)
     seconds = time.perf_counter() - began

@@ -189,14 +189,18 @@ def has_holes(tree: Tree) -> bool:
     return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
 
 
-def fits(tree: Tree) -> Iterator[Fit]:
-    """Yield every fit of a tree; one in a named layer is yielded at each use."""
-    if isinstance(tree, Fit):
-        yield tree
+def walk(tree: Tree) -> Iterator[Tree]:
+    """Yield a tree and all trees in it; a named layer is yielded at each use."""
+    yield tree
     inner: Iterable[Tree] = ()
     if isinstance(tree, Record):
         inner = tree.fields.values()
     elif isinstance(tree, Choice | Listing):
         inner = tree.options if isinstance(tree, Choice) else tree.items
     for value in inner:
-        yield from fits(value)
+        yield from walk(value)
+
+
+def fits(tree: Tree) -> Iterator[Fit]:
+    """Yield every fit of a tree; one in a named layer is yielded at each use."""
+    return (found for found in walk(tree) if isinstance(found, Fit))

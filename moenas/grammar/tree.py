@@ -7,7 +7,7 @@ nesting alone: what stands inside one option of a `Choice` exists only where tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from moenas.errors import SourceLocation, SpaceError
@@ -40,6 +40,7 @@ from moenas.grammar.nodes import (
     Range,
     Record,
     Tree,
+    walk,
 )
 from moenas.grammar.spellings import apply_spellings, as_mapping
 from moenas.grammar.synonyms import hint
@@ -101,15 +102,9 @@ def read(family: type[Component], node: Node, path: str = "", name: str = "") ->
 
 def former_names(tree: Tree) -> Iterator[str]:
     """Yield a line for each former name of a field that the text of a tree uses."""
-    if isinstance(tree, Record):
-        yield from tree.former
-    inner: Iterable[Tree] = ()
-    if isinstance(tree, Record):
-        inner = tree.fields.values()
-    elif isinstance(tree, Choice | Listing):
-        inner = tree.options if isinstance(tree, Choice) else tree.items
-    for value in inner:
-        yield from former_names(value)
+    for found in walk(tree):
+        if isinstance(found, Record):
+            yield from found.former
 
 
 def _read_kind(

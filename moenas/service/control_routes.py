@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
@@ -111,7 +113,19 @@ def _require_own(connection: Connection, name: str, user: Identity) -> Submissio
     return found
 
 
-def _changed(service: ServiceState, name: str) -> schemas.StudyDetail:
+def _change_own(
+    service: ServiceState,
+    user: Identity,
+    name: str,
+    change: Callable[[Connection, str, str], Submission],
+) -> schemas.StudyDetail:
+    """Change a submitted study in one transaction, and return it; the runner looks at once."""
+
+    def checked(connection: Connection) -> None:
+        _require_own(connection, name, user)
+        change(connection, name, user.user_name)
+
+    service.store.transact(checked)
     service.runner.wake()
     return study_views.study_detail(service.store, name)
 
@@ -119,37 +133,19 @@ def _changed(service: ServiceState, name: str) -> schemas.StudyDetail:
 @router.post("/studies/{name}/pause")
 def pause_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
     """Let a study stop until it is resumed; nothing is lost."""
-
-    def change(connection: Connection) -> None:
-        _require_own(connection, name, user)
-        submissions.pause(connection, name, user.user_name)
-
-    service.store.transact(change)
-    return _changed(service, name)
+    return _change_own(service, user, name, submissions.pause)
 
 
 @router.post("/studies/{name}/resume")
 def resume_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
     """Put a paused, failed or cancelled study back into the queue."""
-
-    def change(connection: Connection) -> None:
-        _require_own(connection, name, user)
-        submissions.resume(connection, name, user.user_name)
-
-    service.store.transact(change)
-    return _changed(service, name)
+    return _change_own(service, user, name, submissions.resume)
 
 
 @router.post("/studies/{name}/cancel")
 def cancel_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
     """End a study; its trials stay."""
-
-    def change(connection: Connection) -> None:
-        _require_own(connection, name, user)
-        submissions.cancel(connection, name, user.user_name)
-
-    service.store.transact(change)
-    return _changed(service, name)
+    return _change_own(service, user, name, submissions.cancel)
 
 
 @router.post("/studies/{name}/extend")
@@ -157,13 +153,8 @@ def extend_study(
     service: Service, user: User, name: str, request: schemas.Extension
 ) -> schemas.StudyDetail:
     """Raise how many candidates a study evaluates in total; a finished one is queued again."""
-
-    def change(connection: Connection) -> None:
-        _require_own(connection, name, user)
-        submissions.extend(connection, name, user.user_name, request.trials)
-
-    service.store.transact(change)
-    return _changed(service, name)
+    extend = partial(submissions.extend, trials=request.trials)
+    return _change_own(service, user, name, extend)
 
 
 @router.post("/studies/{name}/enqueue")

@@ -88,9 +88,8 @@ def _of_paused(connection: Connection, study: str) -> dict[int, Spending]:
         .join(tables.candidate, this)
         .where(rung.study == study, rung.checkpoint_sha256.is_not(None))
     )
-    finished = select(tables.evaluation.c.trial).where(tables.evaluation.c.study == study)
-    evaluated = set(connection.scalars(finished))
-    return {r.trial: of_pause(r.tokens, r.cost) for r in rows if r.trial not in evaluated}
+    # The row of an evaluation clears the checkpoints of its trial, so these have none yet.
+    return {r.trial: of_pause(r.tokens, r.cost) for r in rows}
 
 
 def _recorded(connection: Connection, study: str) -> Spending:

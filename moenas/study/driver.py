@@ -89,9 +89,7 @@ class Driver:
             return False
         # A paused candidate comes before one that was drawn ahead: the next one is drawn at once.
         # Trials of an earlier run come first: only then are all paused candidates known.
-        promotes = self._has_room and not (self.trials.interrupted or self.session.budget.used_up)
-        if promotes and (promoted := self.paused.next()) is not None:
-            self._guarded(promoted, self._start)
+        if self._has_room and not self.trials.interrupted and self._promote():
             return True
         if self.ahead:
             self._guarded(self.ahead.popleft(), self._start)
@@ -317,14 +315,16 @@ class Driver:
             stored = self.session.record(candidate, evaluation, "stopped", candidate.summary)
             self._after(candidate, stored)
 
-    def _end_pauses(self) -> bool:
-        """Continue or stop the paused candidates of a study that draws no more; say if any.
+    def _promote(self, *, at_end: bool = False) -> bool:
+        """Continue a paused candidate; False if none trains on, or a budget is used up."""
+        if self.session.budget.used_up or (found := self.paused.next(at_end=at_end)) is None:
+            return False
+        self._guarded(found, self._start)
+        return True
 
-        None continues once a budget is used up.
-        """
-        promotes = not self.session.budget.used_up
-        if promotes and (promoted := self.paused.next(at_end=True)) is not None:
-            self._guarded(promoted, self._start)
+    def _end_pauses(self) -> bool:
+        """Continue or stop the paused candidates of a study that draws no more; say if any."""
+        if self._promote(at_end=True):
             return True
         rest = self.paused.rest()
         self._stop(rest)

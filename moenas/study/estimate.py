@@ -39,8 +39,8 @@ UNKNOWN = (
 )
 FEW = 3
 """Stored evaluations from which on their throughput is used."""
-ALIKE = 4.0
-"""Factor between the training FLOPs of two candidates up to which they are of alike size."""
+SIMILAR = 4.0
+"""Factor between the training FLOPs of two candidates up to which they are of similar size."""
 DRAWS, DRAWN_LAYERS = 50, 10_000
 """Random architectures whose mean cost stands for that of the candidates, and their layers."""
 
@@ -166,7 +166,7 @@ def _stored_rate(
 ) -> _Rate | None:
     """Return the throughput of stored evaluations of about `flops`, or None if there are too few.
 
-    Small models are trained at a lower throughput, so only evaluations of alike size count.
+    Small models are trained at a lower throughput, so only evaluations of similar size count.
     """
     threads, dtype = space.train.threads, training_dtype(space.train, device)
     info = devices.device_info(device, threads, dtype)
@@ -174,12 +174,12 @@ def _stored_rate(
         stored = spending.timed(Store.open(storage), info)
     except StorageError:  # there is no database yet
         return None
-    found = [one for one in stored if flops / ALIKE <= one.train_flops <= flops * ALIKE]
+    found = [one for one in stored if flops / SIMILAR <= one.train_flops <= flops * SIMILAR]
     if len(found) < FEW:
         return None
     speeds = _quartiles([one.train_flops / one.train_seconds for one in found])
     overhead = statistics.median(one.total_seconds - one.train_seconds for one in found)
-    basis = f"{len(found)} evaluations of alike size in this database on {info['name']}"
+    basis = f"{len(found)} evaluations of similar size in this database on {info['name']}"
     return _Rate(speeds, overhead, basis)
 
 

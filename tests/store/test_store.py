@@ -39,20 +39,10 @@ from moenas.store.urls import storage_url
 OBJECTIVES = {"val_loss": "minimize", "speed": "maximize"}
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path):
+@pytest.fixture
+def url(database_url):
     """An empty database."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/moenas.db"
-        return
-    server = sqlalchemy.create_engine(request.getfixturevalue("postgres_url"))
-    name = f"t{uuid.uuid4().hex}"
-    with server.begin() as connection:
-        connection.exec_driver_sql(f"CREATE SCHEMA {name}")
-    here = server.url.update_query_dict({"options": f"-csearch_path={name}"})
-    yield here.render_as_string(hide_password=False)
-    with server.begin() as connection:
-        connection.exec_driver_sql(f"DROP SCHEMA {name} CASCADE")
+    return database_url
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_hours_are_those_of_stored_evaluations_on_this_device() -> None:
     run(Space.parse(text, "o.yaml").with_search(sampler="grid"), trials=5, pool=scripted(script))
     wanted = Space.parse(one().text.replace("train: {", "train: {dtype: float32, "), "s.yaml")
     found = estimate(wanted.with_search(workers=2, gpus=0.0), trials=10)
-    assert found.basis.startswith("5 evaluations of alike size in this database on ")
+    assert found.basis.startswith("5 evaluations of similar size in this database on ")
     # By hand: the median candidate trains about 4 s and takes 2 s more; 10 on 2 workers are 5 each.
     assert found.hours == pytest.approx(5 * (4 + 2) / 3600, rel=0.25)
     assert found.hours_low == pytest.approx(5 * (2 + 2) / 3600, rel=0.25)

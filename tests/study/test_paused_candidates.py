@@ -172,6 +172,13 @@ def trained() -> Counter[tuple[int, int]]:
     return Counter((int(trial), int(rung)) for trial, rung in map(str.split, lines))
 
 
+def ctrl_c(job: Job) -> tuple[Evaluation, bytes | None]:
+    """The stand-in, with Ctrl-C before the tenth rung; the file `trained` must be there."""
+    if sum(trained().values()) == 9:
+        press_ctrl_c()
+    return stand_in(job)
+
+
 POINTS = {
     "the checkpoint is there, and its row is not": (result_processing, "write_checkpoint"),
     "the row is there, and the former checkpoint too": (rung_rows, "add"),
@@ -234,11 +241,6 @@ def test_a_killed_study_trains_no_rung_twice_but_the_one_in_hand(
 
 
 def test_a_run_that_is_stopped_keeps_its_paused_candidates() -> None:
-    def ctrl_c(job: Job) -> Any:
-        if sum(trained().values()) == 9:
-            press_ctrl_c()
-        return stand_in(job)
-
     Path("trained").touch()
     with pytest.raises(Interrupted):
         run(halving(), pool=Inline(ctrl_c))
@@ -296,11 +298,6 @@ def test_a_candidate_that_fails_after_a_rung_is_retried_from_the_start() -> None
 
 
 def test_a_lost_checkpoint_costs_the_training_and_no_trial() -> None:
-    def ctrl_c(job: Job) -> Any:
-        if sum(trained().values()) == 9:
-            press_ctrl_c()
-        return stand_in(job)
-
     Path("trained").touch()
     with pytest.raises(Interrupted):
         run(halving(), pool=Inline(ctrl_c))
@@ -349,11 +346,6 @@ def test_checkpoints_on_the_disk_are_no_more_than_the_limit() -> None:
 
 
 def test_status_and_show_know_rungs() -> None:
-    def ctrl_c(job: Job) -> Any:
-        if sum(trained().values()) == 9:
-            press_ctrl_c()
-        return stand_in(job)
-
     Path("trained").touch()
     lines: list[str] = []
     with pytest.raises(Interrupted):
@@ -386,11 +378,6 @@ def test_status_and_show_know_rungs() -> None:
 def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
     def objective(value: str) -> None:
         Path("size.py").write_text(GUEST.format(needs="cost", result=value))
-
-    def ctrl_c(job: Job) -> Any:
-        if sum(trained().values()) == 9:
-            press_ctrl_c()
-        return stand_in(job)
 
     def measured(job: Job) -> Any:
         if job.known is None:
