@@ -12,13 +12,21 @@ from pathlib import Path
 from picture import save
 from plotly import graph_objects as go
 
-from moenas.records import Evaluation, Plain, View
+from moenas.records import Plain, View
 from moenas.report import figures
 from moenas.store.store import Store
 
 PICTURE = Path(__file__).parents[1] / "docs" / "front.png"
 SIZE = 800, 460
 """Width and height in CSS pixels; a README page shows 800."""
+Box = tuple[float, float, float, float]
+CHARACTER, LINE, GAP = 0.0115, 0.05, 0.02
+"""Width of a character and height of a line of a name, and its distance to the point, in shares of
+the axes."""
+POINT = 0.001
+"""The area that a covered point counts as."""
+SWEEPS = 10
+PLACES = ("top right", "bottom left", "bottom right", "top left")
 LOSS, COMPUTE, LATENCY = "val_loss", "flops_per_token", "decode_ms"
 
 
@@ -30,6 +38,49 @@ def short_name(architecture: Plain) -> str:
     if ffn["kind"] == "moe":
         words = f"moe {ffn['n_experts']}e top{ffn['router']['top_k']}"
     return f"{layers} x {architecture['d_model']}d, {words}"
+
+
+def scaled(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return points in shares of their range; equal values are 0."""
+    low = [min(values) for values in zip(*points, strict=True)]
+    span = [max(values) - min(values) or 1.0 for values in zip(*points, strict=True)]
+    return [((x - low[0]) / span[0], (y - low[1]) / span[1]) for x, y in points]
+
+
+def placed(names: list[str], spots: list[tuple[float, float]]) -> list[str]:
+    """Return where each name stands beside its point: where it covers the least.
+
+    `spots` are all points in shares of the axes; the first ones have the names.
+    """
+    options = [
+        {place: box(name, spot, place) for place in PLACES}
+        for name, spot in zip(names, spots, strict=False)
+    ]
+    places = [PLACES[0]] * len(names)
+    for i in [*reversed(range(len(names)))] * SWEEPS:  # each name in turn moves to its best place
+        others = [options[j][place] for j, place in enumerate(places) if j != i]
+        places[i] = min(PLACES, key=lambda place: covered(options[i][place], others, spots))
+    return places
+
+
+def box(name: str, spot: tuple[float, float], place: str) -> Box:
+    """Return the sides of a name beside a point: left, right, bottom, top."""
+    width, (x, y) = CHARACTER * len(name), spot
+    left = x - GAP - width if place.endswith("left") else x + GAP
+    bottom = y - GAP - LINE if place.startswith("bottom") else y + GAP
+    return left, left + width, bottom, bottom + LINE
+
+
+def covered(one: Box, others: list[Box], spots: list[tuple[float, float]]) -> float:
+    """Return how much a name covers: the area of other names, points, and what is cut off."""
+    left, right, bottom, top = one
+    points = sum(left < x < right and bottom < y < top for x, y in spots)
+    area = sum(
+        max(0.0, min(right, o[1]) - max(left, o[0])) * max(0.0, min(top, o[3]) - max(bottom, o[2]))
+        for o in others
+    )
+    cut = max(0.0, -0.05 - left, right - 1.05, -0.1 - bottom)
+    return area + POINT * points + cut
 
 
 def front_figure(view: View) -> go.Figure:
@@ -45,12 +96,8 @@ def front_figure(view: View) -> go.Figure:
         e for i, e in enumerate(members)
         if all(e.values[LOSS] < other.values[LOSS] for other in members[:i])
     ]  # fmt: skip
-    lowest, highest = (end(e.values[COMPUTE] for e in members) for end in (min, max))
-
-    def is_free_below(e: Evaluation) -> bool:
-        """Whether text fits below the line: no candidate lies there, but the axis does."""
-        return e in best and e.values[COMPUTE] > lowest + 0.2 * (highest - lowest)
-
+    names = [f" {e.trial}: {short_name(view.architectures[e.trial])}" for e in members]
+    spots = scaled([(e.values[COMPUTE], e.values[LOSS]) for e in [*members, *dominated]])
     infos = {info.name: info for info in figures.objectives(view)}
     drawn = go.Figure()
     drawn.add_scatter(
@@ -79,9 +126,9 @@ def front_figure(view: View) -> go.Figure:
         },
         mode="markers+text",
         name="Pareto front (trial: layers x width)",
-        text=[f" {e.trial}: {short_name(view.architectures[e.trial])}" for e in members],
+        text=names,
         textfont={"size": 12, "color": "#333333"},
-        textposition=["bottom left" if is_free_below(e) else "top right" for e in members],
+        textposition=placed(names, spots),
     )
     drawn.update_xaxes(title_text=figures.label(infos[COMPUTE]), tickformat="~s", gridcolor="#eee")
     drawn.update_yaxes(title_text=figures.label(infos[LOSS]), gridcolor="#eee", automargin=True)

@@ -11,9 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from gpu import run as command
 from gpu.figures import FIGURES, GROUPS, Figure, Group
 from gpu.page import page, summary

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PICTURE = runpy.run_path(str(ROOT / "benchmarks" / "front_picture.py"))
 TRANSCRIPTS = runpy.run_path(str(ROOT / "benchmarks" / "transcripts.py"))
 PARAMS: dict[str, Any] = {"d_model": 128, "norm": "layernorm", "blocks.0.repeat": 2}
-TRIAL = 13
+TRIAL = 18
 """The candidate that the README shows; its architecture is built from the space of today."""
 
 
@@ -29,9 +29,9 @@ class Answers:
     wanted = PARAMS | {
         "blocks.0.mixer.n_kv_heads": 2,
         "blocks.0.ffn": "moe",
-        "blocks.0.ffn.moe.n_experts": 8,
+        "blocks.0.ffn.moe.n_experts": 16,
         "blocks.0.ffn.moe.d_expert": 256,
-        "blocks.0.ffn.moe.activation": "geglu",
+        "blocks.0.ffn.moe.activation": "swiglu",
         "blocks.0.ffn.moe.router": "deepseek_v3",
     }
 
@@ -53,12 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     space = Space.load("tiny")
     architecture = space.architecture(space.draw(Answers()))
     cost, names = space.cost(architecture).plain(), [o.name for o in space.objectives]
-    values = {"val_loss": 2.1355, "decode_ms": 2.0653, "flops_per_token": cost["flops_per_token"]}
+    values = {"val_loss": 2.1573, "decode_ms": 4.2121, "flops_per_token": cost["flops_per_token"]}
     assert set(values) == set(names)
     evaluation = replace(
         Evaluation("tiny", TRIAL, 1, "complete", architecture.fingerprint, values=values),
-        measurements={"decode_ms": {"ratio": 0.644, "spread": 0.028, "n": 60}},
-        metrics={"val_loss": 2.1355},
+        measurements={"decode_ms": {"ratio": 0.722, "spread": 0.069, "n": 60}},
+        metrics={"val_loss": 2.1573},
         cost=cost,
         device=dict(views.DEVICE),
         weights_sha256="ab" * 32,
