@@ -192,8 +192,8 @@ def _check_row(place: str, row: Any, columns: dict[str, Any]) -> None:
 
 def _is_of(kind: Any, value: Any) -> bool:
     """Whether a JSON value can stand in a column; SQLite itself takes any value anywhere."""
-    if isinstance(kind, types.JSON):
-        return True
+    if isinstance(kind, types.JSON):  # every one of ours is an object or a list
+        return isinstance(value, dict | list)
     if isinstance(kind, types.Enum):  # a kind of String
         return value in (kind.enums or ())
     if isinstance(kind, types.String):

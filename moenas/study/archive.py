@@ -19,12 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection
-
 import moenas
 from moenas.errors import InputError, MachineError
 from moenas.records import Plain
-from moenas.store import row_readers, study_rows, tables
+from moenas.store import study_rows, tables
 from moenas.store.store import Store
 from moenas.store.study_rows import StudyRows
 from moenas.study.incoming import IncomingStudy, StudyFile, named_files
@@ -133,7 +131,7 @@ def unpack_study(path: Path, store: Store, new: str | None = None) -> Transferre
             for file in named_files(found):
                 with archive.open(_member_of(file, members)) as opened:
                     incoming.add(file, opened)  # type: ignore[arg-type]
-            incoming.commit(lambda connection: _write_readable(connection, found))
+            incoming.commit(lambda connection: study_rows.write(connection, found))
     return Transferred.of(found)
 
 
@@ -147,17 +145,6 @@ def check_packed(path: Path) -> None:
         rows, members = _checked(archive)
         for file in named_files(rows):
             _member_of(file, members)
-
-
-def _write_readable(connection: Connection, rows: StudyRows) -> None:
-    """Insert rows, and refuse those whose JSON is no study and no evaluations."""
-    study_rows.write(connection, rows)
-    name = study_rows.name_of(rows)
-    try:
-        row_readers.studies(connection, name)
-        row_readers.evaluations(connection, name, lambda part, trial: [])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _ContentError(f"a row cannot be read: {type(error).__name__}: {error}") from None
 
 
 @contextmanager

@@ -187,10 +187,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         _edited("moenas_evaluation", lambda r: r.update(trial=77)),
         "rows cannot be stored",
     ),
-    "a space that is none": (
-        _edited("moenas_evaluation", lambda r: r.update(failure=[1])),
-        "a row cannot be read",
-    ),
+    "a space that is none": (_edited("moenas_study", lambda r: r.update(space=5)), "is no JSON"),
 }
 
 
@@ -199,13 +196,11 @@ def test_a_wrong_file_is_refused_and_leaves_nothing(source: Store, case: str) ->
     edit, message = WRONG[case]
     edit()
     target = Store.open("sqlite:///target.db", create=True)
-    with pytest.raises(InputError, match=message) as error:
-        check_packed(FILE)
+    with pytest.raises(InputError, match=message):
         unpack_study(FILE, target)
-    assert "Traceback" not in str(error.value)
     assert target.studies() == []
     assert not target.holds_optuna_study("s")
-    assert not list(target.runs.iterdir()) if target.runs.exists() else True
+    assert not list(target.runs.glob("*"))
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -57,7 +57,10 @@ def test_a_copy_is_equal_row_by_row_and_goes_back(source: Study, database_url: s
     other = optuna.create_study(study_name="other", storage=target.optuna_storage())
     other.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)  # other ids there
     said = copy_study(source.store, "s", target)
-    assert (said.trials, said.files) == (source.store.count("s"), len(named_files(rows_of(target, "s"))))
+    assert (said.trials, said.files) == (
+        source.store.count("s"),
+        len(named_files(rows_of(target, "s"))),
+    )
     assert rows_of(target, "s") == rows_of(source.store, "s")
     assert files_of(target, "s") == files_of(source.store, "s") != {}
 
@@ -161,7 +164,9 @@ main()
 """
 
 
-@pytest.mark.parametrize(("call", "by"), [("fsync", "kill"), ("rename", "kill"), ("rename", "kill_after")])
+@pytest.mark.parametrize(
+    ("call", "by"), [("fsync", "kill"), ("rename", "kill"), ("rename", "kill_after")]
+)
 def test_a_killed_copy_leaves_nothing_half(
     source: Study, database_url: str, call: str, by: str
 ) -> None:
@@ -189,14 +194,16 @@ def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: lis
     assert reused == {"new name"}
     for trial in found.store.front("new name"):
         digest = found.store.evaluation("new name", trial)
-        assert digest is not None and digest.weights_sha256 is not None
+        assert digest is not None
+        assert digest.weights_sha256 is not None
         read_weights(found.store.runs, "new name", trial, digest.weights_sha256)
     again = run(space(name="new name"), trials=6, workers="inline", storage=database_url)
     assert_sound(again, 6)
     assert copied.store.count("later") == 4
     events = found.store.query(lambda c: study_events.after(c, "new name", 0))
     assert [event.id for event in events] == list(range(1, len(events) + 1))
-    assert events[0].kind == "study_created" and "renamed" in {event.kind for event in events}
+    assert events[0].kind == "study_created"
+    assert "renamed" in {event.kind for event in events}
     (last,) = found.store.query(lambda c: study_events.after(c, "s", 0))
     assert (last.kind, last.data) == ("deleted", {"renamed_to": "new name"})
     begun = run(space(), trials=2, workers="inline", storage=database_url)  # the name is free
