@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
 from studies import assert_sound, params, press_ctrl_c, space
 from test_paused_candidates import halving
 
@@ -141,7 +141,7 @@ def test_damaged_weights_are_refused_and_nothing_is_left(source: Study, database
     with pytest.raises(InputError, match="not the weights that trial"):
         copy_study(source.store, "s", target)
     assert target.studies() == []
-    assert not list(target.runs.iterdir())
+    assert not list(target.runs.glob("*"))
 
 
 KILLED = """
@@ -185,6 +185,8 @@ def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: lis
     found = run(space(), trials=4, workers="inline", storage=database_url)
     before, weights = rows_of(found.store, "s"), files_of(found.store, "s")
     copied = run(space(name="later"), trials=4, workers="inline", storage=database_url)
+    reuse = {"study": "later", "trial": 0, "from_study": "s", "from_trial": 0}
+    found.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
     rename_study(found.store, "s", "new name", "somebody")
     assert rows_of(found.store, "new name") == study_rows.renamed(before, "new name")
     assert files_of(found.store, "new name") == weights
