@@ -14,7 +14,7 @@ import typer
 
 import moenas
 from moenas import terminal
-from moenas.cli import maintenance_commands, service_commands
+from moenas.cli import lifecycle_commands, maintenance_commands, service_commands
 from moenas.cli.options import (
     AcceptChanges,
     Address,
@@ -424,5 +424,6 @@ def write_front(view: FrontView, output: Output) -> None:
 
 
 app.add_typer(maintenance_commands.commands)
+app.add_typer(lifecycle_commands.commands)
 app.add_typer(service_commands.commands)
 app.add_typer(service_commands.token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -92,6 +93,11 @@ def worker_count(text: str | None) -> int | Literal["inline"] | None:
     if not re.fullmatch("[1-9][0-9]{0,4}", text):
         raise InputError(f"--workers {text}: give a number of at least 1, or 'inline'")
     return int(text)
+
+
+def operator() -> str:
+    """Return what the audit calls the user of this machine."""
+    return f"local uid {os.getuid()}"
 
 
 def command_line(words: Sequence[str], options: Mapping[str, object]) -> str:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moenas.cli.options import Address, Format, Output, Storage, Workers, worker_count, write_rows
+from moenas.cli.options import (
+    Address,
+    Format,
+    Output,
+    Storage,
+    Workers,
+    operator,
+    worker_count,
+    write_rows,
+)
 from moenas.errors import InputError
 from moenas.terminal import emit, say
 
@@ -94,11 +102,6 @@ def serve(
     raise typer.Exit(server.serve(settings, say))
 
 
-def _operator() -> str:
-    """Return what the audit calls the user of this machine."""
-    return f"local uid {os.getuid()}"
-
-
 @token.command("create")
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the user.")],
@@ -122,7 +125,7 @@ def create(
     def change(connection: Connection) -> str:
         text = access_tokens.create(connection, name, wanted, until)
         told = {"name": name, "role": wanted, "expires": until}
-        audit.write(connection, _operator(), "token_created", None, told)
+        audit.write(connection, operator(), "token_created", None, told)
         return text
 
     text = store.transact(change)
@@ -163,7 +166,7 @@ def revoke(
     def change(connection: Connection) -> int:
         count = access_tokens.revoke(connection, name)
         told = {"name": name, "tokens": count}
-        audit.write(connection, _operator(), "token_revoked", None, told)
+        audit.write(connection, operator(), "token_revoked", None, told)
         return count
 
     count = Store.open(storage, create=True).transact(change)

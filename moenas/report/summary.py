@@ -16,7 +16,8 @@ from moenas.pareto import is_exact
 from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Evaluation, Plain, View
 from moenas.resources import to_yaml
-from moenas.store import origins, rungs
+from moenas.store import origins, rungs, submissions
+from moenas.store.activity import last_activity
 from moenas.store.row_readers import FrontView, Summary, as_front
 from moenas.store.spending import spending
 
@@ -197,6 +198,55 @@ def studies_report(store: Store) -> list[Plain]:
             }
         )
     return rows
+
+
+def listed_studies(store: Store) -> list[Plain]:
+    """Return one row for each study of the database, with its state and when it last changed.
+
+    A study that a server runs has the state of its queue. The state of another one is running,
+    finished or stopped. Queued studies without rows of their own come last.
+    """
+    submitted = {found.study: found for found in store.query(submissions.every)}
+    newest = store.query(last_activity)
+    rows = []
+    for record in store.studies():
+        found, own = store.summary(record.name), submitted.pop(record.name, None)
+        rows.append(
+            {
+                "study": record.name,
+                "state": own.state if own is not None else _state(store, found),
+                "evaluated": found.evaluated,
+                "trials": record.trials,
+                "failed": found.counts.get("failed", 0),
+                "front": found.front,
+                "hypervolume": found.hypervolume,
+                "objectives": list(record.directions),
+                "last_activity": newest[record.name],
+            }
+        )
+    return rows + [
+        {
+            "study": own.study,
+            "state": own.state,
+            "evaluated": 0,
+            "trials": own.trials,
+            "failed": 0,
+            "front": 0,
+            "hypervolume": None,
+            "objectives": [],
+            "last_activity": own.submitted_at,
+        }
+        for own in submitted.values()
+    ]
+
+
+def _state(store: Store, found: Summary) -> str:
+    """Return the state of a study that a command runs or ran."""
+    name = found.study.name
+    if store.driver(name) is not None:
+        return "running"
+    is_over = store.ended(name) is not None or found.evaluated >= found.study.trials
+    return "finished" if is_over else "stopped"
 
 
 def status_report(store: Store, name: str) -> Plain:

@@ -34,6 +34,14 @@ def of_trial(table: Table, name: str, trial: int) -> ColumnElement[bool]:
     return (table.c.study == name) & (table.c.trial == trial)
 
 
+def check_study_name(name: str) -> None:
+    """Raise InputError if a text cannot be the name of a study."""
+    if not (name.strip() and name.isprintable() and len(name) <= tables.NAME_LENGTH):
+        raise InputError(
+            f"study name {name[:40]!r}: 1 to {tables.NAME_LENGTH} printable characters"
+        )
+
+
 def known_study(connection: Connection, name: str, *, lock: bool = False) -> None:
     """Raise NotFoundError if there is no such study; with `lock`, let no other one change it."""
     wanted = select(tables.study.c.name).where(tables.study.c.name == name)

@@ -148,6 +148,16 @@ class Store(StoreReader):
         """Raise StorageLostError if the database was moved, replaced or damaged meanwhile."""
         self._database.again(self._database.verify)
 
+    @again
+    def settle(self) -> None:
+        """Store where this database lies and where its weights go, as the start of a run does.
+
+        Raises:
+            InputError: if $MOENAS_RUNS would split the weights over two folders.
+        """
+        with self._database.writing() as connection:
+            self._database.settle(connection)
+
     # --- studies -------------------------------------------------------------------------------
 
     def create_study(self, record: StudyRecord) -> None:
@@ -157,10 +167,7 @@ class Store(StoreReader):
             InputError: if its name is taken or cannot be one.
         """
         name = record.name
-        if not (name.strip() and name.isprintable() and len(name) <= tables.NAME_LENGTH):
-            raise InputError(
-                f"study name {name[:40]!r}: 1 to {tables.NAME_LENGTH} printable characters"
-            )
+        statements.check_study_name(name)
         created = record.created_at or _now()
         tries = 0
 

@@ -99,3 +99,21 @@ def newest(connection: Connection) -> dict[str, int]:
 def forget(connection: Connection, study: str) -> None:
     """Delete the events of a study; the counter stays, so that no id is given twice."""
     connection.execute(delete(event).where(event.c.study == study))
+
+
+def move(connection: Connection, study: str, new: str) -> None:
+    """Give the events of a study to another name, behind those that name has had before.
+
+    The counter of the former name stays, so that no id is given twice.
+    """
+    last = counter.c.last
+    before = connection.scalar(select(last).where(counter.c.study == new)) or 0
+    moved = connection.scalar(select(last).where(counter.c.study == study)) or 0
+    if not moved:
+        return
+    connection.execute(delete(event).where(event.c.study == new))
+    connection.execute(
+        update(event).where(event.c.study == study).values(study=new, id=event.c.id + before)
+    )
+    connection.execute(delete(counter).where(counter.c.study == new))
+    connection.execute(insert(counter).values(study=new, last=before + moved))

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, sel
 
 from moenas.errors import ConflictError, NotFoundError, suggestion
 from moenas.records import Plain
-from moenas.store import audit, study_events
+from moenas.store import audit, statements, study_events
 from moenas.store.tables import evaluation, study, submission
 
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
@@ -87,6 +87,15 @@ def find(connection: Connection, name: str, *, lock: bool = False) -> Submission
     """Return a submitted study, or None; with `lock`, let no other transaction change it."""
     wanted = select(submission).where(submission.c.study == name)
     return _record(connection.execute(wanted.with_for_update() if lock else wanted).first())
+
+
+def every(connection: Connection) -> list[Submission]:
+    """Return all submitted studies, oldest first; a database of an older schema has none."""
+    if not statements.exists(connection, submission):
+        return []
+    wanted = select(submission).order_by(submission.c.submitted_at, submission.c.study)
+    found = map(_record, connection.execute(wanted))
+    return [row for row in found if row is not None]
 
 
 def require(connection: Connection, name: str, *, lock: bool = False) -> Submission:
@@ -233,6 +242,11 @@ def _set(connection: Connection, name: str, changes: Plain) -> None:
 def forget(connection: Connection, name: str) -> None:
     """Delete the row of a submitted study."""
     connection.execute(delete(submission).where(submission.c.study == name))
+
+
+def rename(connection: Connection, name: str, new: str, overrides: list[str]) -> None:
+    """Give a submitted study another name; `overrides` are those of its next driver."""
+    _set(connection, name, {"study": new, "overrides": overrides})
 
 
 # --- the queue -----------------------------------------------------------------------------------

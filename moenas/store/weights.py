@@ -54,7 +54,7 @@ def write_weights(runs: Path, study: str, trial: int, data: bytes) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file by a draft beside it, whose name begins with a dot and that of the file."""
-    _make(path.parent)
+    make_folder(path.parent)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -66,7 +66,7 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 # --- written by a worker -------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def place(runs: Path, study: str, trial: int) -> Plain | None:
     path = Path(os.path.abspath(weights_path(runs, study, trial)))
     folder = path.parents[1]
     try:
-        _make(folder)
+        make_folder(folder)
         found = folder.stat()
     except OSError:
         return None
@@ -138,7 +138,7 @@ def adopt_draft(path: Path, file: WeightsFile) -> str:
         raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)
     os.replace(file.path, path)
     for folder in path.parents[:2]:  # the worker may have made the trial's
-        _sync(folder)
+        sync_folder(folder)
     return file.sha256
 
 
@@ -176,7 +176,7 @@ def copy_weights(
     """
     there, data = _found(runs, of or study, source, digest)
     path = weights_path(runs, study, trial)
-    _make(path.parent)
+    make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_DRAFT) as draft:
         part = Path(draft, FILE)
         try:
@@ -186,7 +186,7 @@ def copy_weights(
             return
         # rename(2) leaves `part` if both names are one file already; it goes with the draft.
         os.replace(part, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def sweep(runs: Path, study: str) -> None:
@@ -198,15 +198,15 @@ def sweep(runs: Path, study: str) -> None:
             remove_draft(draft)
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder and those above it, and bring their names to the disk."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
-        _sync(each.parent)
+        sync_folder(each.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -223,6 +223,16 @@ def read_weights(runs: Path, study: str, trial: int, digest: str) -> bytes:
         InputError: if they are not the ones that were stored, or cannot be read.
     """
     return _found(runs, study, trial, digest)[1]
+
+
+def find_weights(runs: Path, study: str, trial: int, digest: str) -> Path:
+    """Return where the weights of a trial lie, which must have this SHA-256.
+
+    Raises:
+        NotFoundError: if there are none.
+        InputError: if they are not the ones that were stored, or cannot be read.
+    """
+    return _found(runs, study, trial, digest)[0]
 
 
 def has_weights(runs: Path, study: str, trial: int) -> bool:

@@ -355,3 +355,49 @@ def test_a_fault_of_ours_is_two_lines(moenas: Run, monkeypatch: pytest.MonkeyPat
     assert result.code == 1
     assert "internal error: ZeroDivisionError: oh" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_whole_study_is_listed_copied_packed_compared_renamed_and_deleted(moenas: Run) -> None:
+    Path("small.yaml").write_text(SMALL)
+    assert moenas("run", "small.yaml", "--workers", "inline").code == 0
+    (row,) = json.loads(moenas("list", "-o", "json").out)
+    status = json.loads(moenas("status", "small", "-o", "json").out)
+    assert (row["study"], row["state"], row["trials"]) == ("small", "finished", 4)
+    for field in ("evaluated", "failed", "front", "hypervolume"):
+        assert row[field] == status[field]
+    assert "finished" in moenas("list").out
+
+    copied = moenas("copy", "small", "--to", "sqlite:///other.db", "--name", "big", "-o", "json")
+    assert copied.code == 0, copied.err
+    every = sum(status[key] for key in ("complete", "failed", "infeasible", "stopped"))
+    assert json.loads(copied.out)["trials"] == every
+    other = ("--storage", "sqlite:///other.db")
+    assert (
+        moenas("front", "big", *other, "-o", "json").out
+        == moenas("front", "small", "-o", "json").out
+    )
+    again = moenas("copy", "small", "--to", "sqlite:///other.db", "--name", "big")
+    assert (again.code, "there already" in again.err) == (2, True)
+    missing = moenas("copy", "smal", "--to", "sqlite:///third.db")
+    assert (missing.code, Path("third.db").exists()) == (2, False)
+
+    assert moenas("pack", "small", "small.zip").code == 0
+    assert moenas("unpack", "small.zip", *other).code == 0
+    refused = moenas("unpack", "small.yaml", "--storage", "sqlite:///third.db")
+    assert (refused.code, Path("third.db").exists()) == (2, False)
+    compared = json.loads(moenas("compare", "small", "big", *other, "-o", "json").out)
+    assert compared["coverage"] == {"a": 1.0, "b": 1.0}
+    assert compared["hypervolume"]["a"] == compared["hypervolume"]["b"]
+    assert "reference point" in moenas("compare", "small", "big", *other).out
+    header, *rows = moenas("compare", "small", "big", *other, "-o", "csv").out.splitlines()
+    assert header.startswith("front,trial,val_loss")
+    assert len(rows) == 2 * row["front"]
+
+    renamed = moenas("rename", "small", "large", *other)
+    assert (renamed.code, "name=large" in renamed.err) == (0, True)
+    asked = moenas("delete", "large", *other)
+    assert (asked.code, "--yes" in asked.err) == (2, True)
+    assert moenas("delete", "large", *other, "--yes").code == 0
+    assert [r["study"] for r in json.loads(moenas("list", *other, "-o", "json").out)] == ["big"]
+    assert moenas("export", "big", compared["members"][0]["trial"], "out", *other).code == 0
+    assert moenas("delete", "large", *other, "--yes").code == 2

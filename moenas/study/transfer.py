@@ -1,0 +1,131 @@
+"""A study under another name, or in another database."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, update
+
+from moenas.errors import ConflictError, InputError, StudyBusyError
+from moenas.records import Plain
+from moenas.store import audit, leases, study_events, study_rows, submissions, tables
+from moenas.store.heartbeat import StudyLease
+from moenas.store.store import Store
+from moenas.store.study_rows import STUDY, StudyRows
+from moenas.study.incoming import IncomingStudy, named_files, study_folder
+from moenas.study.uncommitted import UncommittedResults
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """A study that was copied, packed or unpacked."""
+
+    study: str
+    trials: int
+    """Trials with an evaluation."""
+    files: int
+    """Files of weights and checkpoints."""
+
+    @classmethod
+    def of(cls, rows: StudyRows) -> Transferred:
+        """Count what the rows of a study hold."""
+        evaluations = rows[tables.evaluation.name]
+        return cls(study_rows.name_of(rows), len(evaluations), len(named_files(rows)))
+
+    def plain(self) -> Plain:
+        """Return the record as a JSON object."""
+        return {"study": self.study, "trials": self.trials, "files": self.files}
+
+
+def idle_rows(store: Store, name: str) -> StudyRows:
+    """Return the rows of a study that no process runs.
+
+    Raises:
+        NotFoundError: if there is no such study.
+        StudyBusyError: if a process runs the study.
+        ConflictError: if a result of it is not in the database yet.
+    """
+
+    def read(connection: Connection) -> StudyRows:
+        holder = leases.holder(connection, name)
+        if holder is not None:
+            raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
+        return study_rows.read(connection, name)
+
+    rows = store.read(name, read)
+    if any(found is not None for _, found in UncommittedResults(store.runs, name).results()):
+        raise ConflictError(
+            f"study '{name}' has results that are not in the database yet; `moenas doctor --repair`"
+            " stores them"
+        )
+    return rows
+
+
+def copy_study(source: Store, name: str, target: Store, new: str | None = None) -> Transferred:
+    """Copy a study with its files to another database, or under another name to the same one.
+
+    The study appears in the target whole or not at all; nothing is written to the source.
+
+    Raises:
+        StudyBusyError: if a process runs the study.
+        ConflictError: if the target has a study of this name.
+        InputError: if a file of weights is missing or damaged.
+    """
+    rows = idle_rows(source, name)
+    found = study_rows.renamed(rows, new or name)
+    with IncomingStudy(target, new or name) as incoming:
+        for file in named_files(rows):
+            with file.find(source, name).open("rb") as opened:
+                incoming.add(file, opened)
+        incoming.commit(lambda connection: study_rows.write(connection, found))
+    return Transferred.of(found)
+
+
+# --- another name --------------------------------------------------------------------------------
+
+
+def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferred:
+    """Give a study another name, in Optuna's rows, ours, the queue, the events and the files.
+
+    Raises:
+        StudyBusyError: if a process runs the study.
+        ConflictError: if there is a study of the new name, or a server is to run this one.
+    """
+    if new == name:
+        raise InputError(f"study '{name}' has this name already; give another one")
+    store.study(name)
+    with StudyLease(store, name):
+        UncommittedResults(store.runs, name).commit(store)
+        stored = store.read(name, lambda connection: study_rows.read(connection, name))
+        rows = study_rows.renamed(stored, new)
+        with IncomingStudy(store, new) as incoming:
+            for file in named_files(stored):
+                incoming.link(file, file.find(store, name))
+            incoming.commit(lambda connection: _rename(connection, name, rows, user_name))
+    shutil.rmtree(study_folder(store.runs, name), ignore_errors=True)
+    return Transferred.of(rows)
+
+
+def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
+    """Put the rows of the new name in place of those of the old one."""
+    new = study_rows.name_of(rows)
+    submitted = submissions.find(connection, name, lock=True)
+    if submitted is not None:
+        if submitted.driver_running or submitted.state not in (*submissions.OVER, "paused"):
+            raise ConflictError(
+                f"study '{name}' is {submitted.state} on a server; pause or cancel it there first"
+            )
+        # The driver of a study runs its space file, which says the former name.
+        overrides = [*submitted.overrides, f"name={json.dumps(new)}"]
+        submissions.rename(connection, name, new, overrides)
+    study_rows.write_own(connection, rows)
+    study_rows.forget(connection, name)
+    connection.execute(update(STUDY).where(STUDY.c.study_name == name).values(study_name=new))
+    source = tables.reuse.c.from_study
+    connection.execute(update(tables.reuse).where(source == name).values(from_study=new))
+    study_events.move(connection, name, new)
+    study_events.append(connection, name, "deleted", {"renamed_to": new})
+    study_events.append(connection, new, "renamed", {"from": name})
+    audit.write(connection, user_name, "renamed", new, {"from": name})

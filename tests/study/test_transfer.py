@@ -1,0 +1,234 @@
+"""Studies under another name and in another database, on real SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy import Connection, insert, select
+from studies import assert_sound, params, press_ctrl_c, space
+from test_paused_candidates import halving
+
+from moenas.errors import ConflictError, InputError, NotFoundError, StudyBusyError
+from moenas.space.space import Space
+from moenas.store import study_events, study_rows, submissions, tables
+from moenas.store.heartbeat import StudyLease
+from moenas.store.store import Store
+from moenas.store.submissions import Submission
+from moenas.store.weights import read_weights
+from moenas.study import doctor
+from moenas.study.events import Event, Interrupted
+from moenas.study.incoming import DRAFT, named_files, study_folder
+from moenas.study.launch import Study, run
+from moenas.study.transfer import copy_study, rename_study
+
+pytestmark = pytest.mark.usefixtures("study_folder")
+
+SOURCE = "sqlite:///source.db"
+
+
+@pytest.fixture
+def source(jobs: list[Any]) -> Study:
+    """A finished study with weights, a failure, a note of a trial and of the study."""
+    found = run(space(), trials=6, workers="inline", storage=SOURCE)
+    storage = found.store.optuna_storage()
+    study_id = storage.get_study_id_from_name("s")
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, 2)
+    storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:0", "a note")
+    found.optuna.set_user_attr("team", "search")
+    return found
+
+
+def rows_of(store: Store, name: str) -> study_rows.StudyRows:
+    return store.read(name, lambda connection: study_rows.read(connection, name))
+
+
+def files_of(store: Store, name: str) -> dict[str, bytes]:
+    folder = study_folder(store.runs, name)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_copy_is_equal_row_by_row_and_goes_back(source: Study, database_url: str) -> None:
+    target = Store.open(database_url, create=True)
+    other = optuna.create_study(study_name="other", storage=target.optuna_storage())
+    other.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)  # other ids there
+    said = copy_study(source.store, "s", target)
+    assert (said.trials, said.files) == (
+        source.store.count("s"),
+        len(named_files(rows_of(target, "s"))),
+    )
+    assert rows_of(target, "s") == rows_of(source.store, "s")
+    assert files_of(target, "s") == files_of(source.store, "s") != {}
+
+    back = Store.open("sqlite:///back.db", create=True)
+    copy_study(target, "s", back, "t")
+    expected = study_rows.renamed(rows_of(source.store, "s"), "t")
+    assert rows_of(back, "t") == expected
+    assert files_of(back, "t") == files_of(source.store, "s")
+
+    # Optuna itself reads the same trials, and the note is that of the same trial.
+    there, here = Study(target, "s").optuna, source.optuna
+    for a, b in zip(there.trials, here.trials, strict=True):
+        assert (a.number, a.state, a.values, a.params, a.distributions, a.system_attrs) == (
+            *(b.number, b.state, b.values, b.params, b.distributions, b.system_attrs),
+        )
+        assert (a.datetime_start, a.datetime_complete) == (b.datetime_start, b.datetime_complete)
+    storage = target.optuna_storage()
+    study_id = storage.get_study_id_from_name("s")
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, 2)
+    key = f"dashboard:{trial_id}:note_str:0"
+    assert storage.get_study_system_attrs(study_id)[key] == "a note"
+    assert len(other.trials) == 3
+    assert doctor.examine(target, "s") == []
+
+
+def test_a_copy_goes_on_like_the_original(source: Study, database_url: str) -> None:
+    copy_study(source.store, "s", Store.open(database_url, create=True))
+    copied = run(space(), trials=9, workers="inline", storage=database_url)
+    original = run(space(), trials=9, workers="inline", storage=SOURCE)
+    assert_sound(copied, 9)
+    assert params(copied) == params(original)
+    assert copied.front().hypervolume == original.front().hypervolume
+
+
+def test_a_paused_candidate_is_copied_with_its_checkpoint(database_url: str) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "paused":
+            press_ctrl_c()
+
+    with pytest.raises(Interrupted):
+        run(halving(), workers="inline", storage=SOURCE, listeners=[stop])
+    source, target = Store.open(SOURCE), Store.open(database_url, create=True)
+    copy_study(source, "s", target)
+    assert [file for file in named_files(rows_of(target, "s")) if file.rung is not None]
+    assert files_of(target, "s") == files_of(source, "s") != {}
+    rename_study(target, "s", "renamed", "somebody")
+    found = run(halving(name="renamed"), trials=6, workers="inline", storage=database_url)
+    assert_sound(found, 6)
+
+
+def test_a_name_that_is_taken_and_a_study_that_is_busy_are_refused(
+    source: Study, database_url: str
+) -> None:
+    target = Store.open(database_url, create=True)
+    copy_study(source.store, "s", target)
+    before = rows_of(target, "s")
+    with pytest.raises(ConflictError, match="there already"):
+        copy_study(source.store, "s", target)
+    with pytest.raises(NotFoundError):
+        copy_study(source.store, "nowhere", target)
+    optuna.create_study(study_name="foreign", storage=target.optuna_storage())
+    with pytest.raises(ConflictError, match="moenas did not make"):
+        copy_study(source.store, "s", target, "foreign")
+    with pytest.raises(InputError, match="printable"):
+        copy_study(source.store, "s", target, "a\nb")
+    with StudyLease(source.store, "s"), pytest.raises(StudyBusyError, match="being run by pid"):
+        copy_study(source.store, "s", target, "t")
+    with StudyLease(target, "s"), pytest.raises(StudyBusyError, match="being run by pid"):
+        rename_study(Store.open(database_url), "s", "t", "somebody")
+    assert rows_of(target, "s") == before
+    assert [study.name for study in target.studies()] == ["s"]
+
+
+def test_damaged_weights_are_refused_and_nothing_is_left(source: Study, database_url: str) -> None:
+    file = named_files(rows_of(source.store, "s"))[0]
+    file.path(source.store.runs, "s").write_bytes(b"other")
+    target = Store.open(database_url, create=True)
+    with pytest.raises(InputError, match="not the weights that trial"):
+        copy_study(source.store, "s", target)
+    assert target.studies() == []
+    assert not list(target.runs.glob("*"))
+
+
+KILLED = """
+import os, signal, sys
+from moenas.study import incoming
+from moenas.cli.commands import main
+
+def kill(*words): os.kill(os.getpid(), signal.SIGKILL)
+real = os.rename
+def kill_after(*words):
+    real(*words)
+    kill()
+
+class Killing:
+    def __getattr__(self, name): return getattr(os, name)
+incoming.os = Killing()
+incoming.os.{call} = {by}
+sys.argv = ["moenas", "copy", "s", "--storage", "{source}", "--to", "{target}"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "by"), [("fsync", "kill"), ("rename", "kill"), ("rename", "kill_after")]
+)
+def test_a_killed_copy_leaves_nothing_half(
+    source: Study, database_url: str, call: str, by: str
+) -> None:
+    code = KILLED.format(call=call, by=by, source=SOURCE, target=database_url)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    target = Store.open(database_url, create=True)
+    assert target.studies() == []
+    assert not target.holds_optuna_study("s")
+    copy_study(source.store, "s", target)
+    assert rows_of(target, "s") == rows_of(source.store, "s")
+    assert files_of(target, "s") == files_of(source.store, "s")
+    assert not list(target.runs.glob(f"{DRAFT}*"))
+
+
+def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: list[Any]) -> None:
+    found = run(space(), trials=4, workers="inline", storage=database_url)
+    before, weights = rows_of(found.store, "s"), files_of(found.store, "s")
+    copied = run(space(name="later"), trials=4, workers="inline", storage=database_url)
+    reuse = {"study": "later", "trial": 0, "from_study": "s", "from_trial": 0}
+    found.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
+    rename_study(found.store, "s", "new name", "somebody")
+    assert rows_of(found.store, "new name") == study_rows.renamed(before, "new name")
+    assert files_of(found.store, "new name") == weights
+    assert not study_folder(found.store.runs, "s").exists()
+    assert [study.name for study in found.store.studies()] == ["new name", "later"]
+    reused = found.store.query(reused_studies)
+    assert reused == {"new name"}
+    for trial in found.store.front("new name"):
+        digest = found.store.evaluation("new name", trial)
+        assert digest is not None
+        assert digest.weights_sha256 is not None
+        read_weights(found.store.runs, "new name", trial, digest.weights_sha256)
+    again = run(space(name="new name"), trials=6, workers="inline", storage=database_url)
+    assert_sound(again, 6)
+    assert copied.store.count("later") == 4
+    events = found.store.query(lambda c: study_events.after(c, "new name", 0))
+    assert [event.id for event in events] == list(range(1, len(events) + 1))
+    assert events[0].kind == "study_created"
+    assert "renamed" in {event.kind for event in events}
+    (last,) = found.store.query(lambda c: study_events.after(c, "s", 0))
+    assert (last.kind, last.data) == ("deleted", {"renamed_to": "new name"})
+    begun = run(space(), trials=2, workers="inline", storage=database_url)  # the name is free
+    assert_sound(begun, 2)
+
+
+def reused_studies(connection: Connection) -> set[str]:
+    return set(connection.scalars(select(tables.reuse.c.from_study)))
+
+
+def test_a_submitted_study_is_renamed_only_where_no_driver_may_start(
+    database_url: str, jobs: list[Any]
+) -> None:
+    store = run(space(), trials=2, workers="inline", storage=database_url).store
+    new = Submission("t", "ann", space(name="t").text, [], 2, 0, "queued")
+    store.transact(lambda c: submissions.submit(c, new, key=None, request_sha256="0" * 64))
+    with pytest.raises(ConflictError, match="waits in the queue"):
+        rename_study(store, "s", "t", "somebody")
+    run(space(name="t"), trials=2, workers="inline", storage=database_url)
+    with pytest.raises(ConflictError, match="is queued on a server"):
+        rename_study(store, "t", "u", "somebody")
+    store.transact(lambda c: submissions.cancel(c, "t", "ann"))
+    rename_study(store, "t", 'u "1"', "somebody")
+    (found,) = store.query(submissions.every)
+    assert (found.study, found.state) == ('u "1"', "cancelled")
+    assert Space.parse(found.space_text, "u.yaml", found.overrides).name == 'u "1"'
