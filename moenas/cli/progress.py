@@ -1,4 +1,4 @@
-"""What a run shows on stderr: a live table on a terminal, one line a trial elsewhere."""
+"""Progress of a run on stderr: a live table on a terminal, else one line for each trial."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from moenas.study.progress import Progress
 from moenas.terminal import plain, say
 
 LAST = 6
-"""Finished trials that stay in view."""
+"""Number of finished trials that the table shows."""
 
 
 @contextmanager
 def listener(space: Space) -> Iterator[Listener]:
-    """Yield what takes the events of a run: a live table on a terminal, else lines on stderr."""
+    """Yield the listener of a run: a live table on a terminal, else lines on stderr."""
     if sys.stderr is None:
         yield lambda _: None
     elif sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
         board = LiveProgress(space)
         live = Live(board, console=Console(stderr=True), refresh_per_second=4)
-        # A terminal that is gone is no reason to stop.
+        # A closed terminal does not end the run.
         with contextlib.suppress(OSError):
             live.start()
         try:
-            yield board.take
+            yield board.on_event
         finally:
             with contextlib.suppress(OSError):
                 live.stop()
@@ -48,7 +48,7 @@ def listener(space: Space) -> Iterator[Listener]:
 
 
 def write_line(event: Event) -> None:
-    """Write one line for a trial that is over, and for what went wrong; nothing for a start."""
+    """Write one line for each event except the start or the promotion of a trial."""
     if event.kind in ("started", "promoted"):
         return
     say(line(event))
@@ -56,39 +56,39 @@ def write_line(event: Event) -> None:
 
 def line(event: Event) -> str:
     """Return an event in one line."""
-    progress, found = event.progress, event.evaluation
+    progress, evaluation = event.progress, event.evaluation
     place = f"[{progress.reached:>{len(str(progress.total))}}/{progress.total}]"
     head = place if event.trial is None else f"{place} trial {event.trial}"
-    if found is None:
+    if evaluation is None:
         return f"{head} {event.kind}: {event.text}"
-    if found.status == "complete":
-        values = "  ".join(f"{name} {compact(found.values[name])}" for name in progress.best)
+    if evaluation.status == "complete":
+        values = "  ".join(f"{name} {compact(evaluation.values[name])}" for name in progress.best)
         return f"{head} {values}  | {event.text} | front {progress.front}, {left(progress)}"
-    return f"{head} {found.status}: {reason(event)} | {left(progress)}"
+    return f"{head} {evaluation.status}: {reason(event)} | {left(progress)}"
 
 
 def reason(event: Event) -> str:
-    """Say why a trial has no values."""
-    found = event.evaluation
-    if found is not None and found.status == "stopped":
-        metrics = found.metrics
+    """Return why a trial has no values."""
+    evaluation = event.evaluation
+    if evaluation is not None and evaluation.status == "stopped":
+        metrics = evaluation.metrics
         at = f"at rung {metrics['rung']:.0f}, " if "rung" in metrics else ""
         return f"{at}validation loss {compact(metrics.get('rung_loss', math.nan))} | {event.text}"
-    if found is not None and found.failure is not None:
-        return f"{found.failure} | {event.text}"
-    broken = ", ".join(found.violations) if found is not None else ""
+    if evaluation is not None and evaluation.failure is not None:
+        return f"{evaluation.failure} | {event.text}"
+    broken = ", ".join(evaluation.violations) if evaluation is not None else ""
     return f"breaks {broken} | {event.text}" if broken else event.text
 
 
 def left(progress: Progress) -> str:
-    """Say how long it will still take."""
+    """Return the estimated time left in words."""
     if progress.evaluated >= progress.total:
         return "done"
     return "time left unknown" if progress.eta_s is None else f"{duration(progress.eta_s)} left"
 
 
 def duration(seconds: float) -> str:
-    """Write a time in its two largest units."""
+    """Return a time in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -98,27 +98,27 @@ def duration(seconds: float) -> str:
 
 
 class LiveProgress:
-    """The state of a run as a terminal shows it."""
+    """The live table of a run on a terminal."""
 
     def __init__(self, space: Space) -> None:
         self.name = space.name
         self.units = {o.name: o.unit for o in space.objectives}
         self.progress: Progress | None = None
         self.running: dict[int, tuple[str, float]] = {}
-        """Trial -> the architecture in one line, and when it began."""
+        """Trial -> its architecture in one line, and its start in seconds of `time.monotonic`."""
         self.last: deque[tuple[str, str]] = deque(maxlen=LAST)
-        """Lines of what happened, each with its colour."""
+        """Lines of the latest events, each with its colour."""
 
-    def take(self, event: Event) -> None:
-        """Take in an event."""
+    def on_event(self, event: Event) -> None:
+        """Update the table by an event."""
         self.progress = event.progress
         if event.kind in ("started", "promoted") and event.trial is not None:
             self.running[event.trial] = (plain(event.text), time.monotonic())
             return
         if event.trial is not None and event.kind != "retried":
             self.running.pop(event.trial, None)
-        found = event.evaluation
-        complete = found is not None and found.status == "complete"
+        evaluation = event.evaluation
+        complete = evaluation is not None and evaluation.status == "complete"
         quiet = event.kind in ("infeasible", "paused", "stopped")
         colour = "" if complete else "dim" if quiet else "yellow"
         self.last.append((plain(line(event)), colour))

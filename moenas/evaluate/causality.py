@@ -1,4 +1,4 @@
-"""The gate of causality: no logit depends on a later token, or on another sequence of its batch."""
+"""The causality test: no logit depends on a later token or another sequence of the batch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from moenas.model.moe.router import Router
 # Shapes: B sequences of S tokens.
 
 SEQUENCES = 3
-"""Sequences of the tested batch; a text holds three times as many."""
+"""Sequences of the tested batch. The text has three times as many."""
 LENGTH = 256
-"""Tokens of each, at most, unless a window or chunk is longer: four whole chunks of a scan."""
-TIGHT = 1e-5
+"""Most tokens of a sequence, four chunks of a scan. A longer window or chunk raises the number."""
+FLOAT32_TOLERANCE = 1e-5
 """Largest relative change of a logit in float32 that is not repeated in float64."""
-EXACT = 1e-9
+FLOAT64_TOLERANCE = 1e-9
 """Largest relative change of a logit in float64 that rounding can explain."""
-GROSS = 1e-2
+ROUNDING_LIMIT = 1e-2
 """Relative change of a logit in float32 that rounding cannot explain."""
 SEED = 20_240
 """Seed of the noise, which is the same in every pass."""
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 States = list[tuple[str, Tensor]]
-"""Outputs of the components in the order in which they ended, then the logits."""
+"""Name and output of each component, in the order of execution, then the logits."""
 Run = Callable[[Tensor], States]
 
 
@@ -46,15 +46,15 @@ class Leak:
 
     mode: Literal["training", "evaluation"]
     alone: bool
-    """Whether it occurs in a sequence alone; else only in a batch."""
+    """Whether the leak occurs in a single sequence, not in a batch alone."""
     position: int
     """The first token whose logits changed."""
     cut: int
-    """The cut: tokens of its own sequence from here on were replaced."""
+    """The cut: tokens of the same sequence from this position on were replaced."""
     size: float
-    """Largest change of a logit there or behind, up to the cut."""
+    """Largest change of a logit before the cut."""
     place: str
-    """The first component whose output changed, as `blocks.1.mixer`; empty: only the logits."""
+    """The first component whose output changed, as `blocks.1.mixer`; empty for the logits alone."""
 
     def __str__(self) -> str:
         layer = re.match(r"blocks\.(\d+)", self.place)
@@ -76,38 +76,38 @@ def allows_acausal(architecture: Architecture) -> bool:
 
 
 def mask_boundaries(architecture: Architecture) -> set[int]:
-    """Return the windows and chunks of an architecture in tokens: behind them masks change."""
+    """Return the window and chunk lengths of an architecture in tokens."""
     parts = (part for layer in architecture.layers for part in layer.parts.values())
     return {part.attention_span for part in parts if part.attention_span is not None}
 
 
 def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:
-    """Return the numbers of sequences and of tokens that `find_leaks` needs of a text.
+    """Return the number of sequences and their tokens that `find_leaks` needs.
 
-    All of the training context up to LENGTH, or up to twice the longest period and a token more: a
-    whole period lies before the last one that begins.
+    A sequence has at most the training context. It has at most LENGTH tokens, or twice the longest
+    window or chunk and one more, if that is longer.
     """
     return 3 * SEQUENCES, min(context, max(LENGTH, 2 * max(mask_boundaries, default=0) + 1))
 
 
 def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()) -> list[Leak]:
-    """Return what makes a logit depend on a later token or another sequence, one a mode at most.
+    """Return the leaks of a model, at most one for each mode.
 
-    `text` (9, S) is real text, S at least 2. In training and in evaluation mode, of one sequence
-    alone and of a batch of 3, tokens behind a cut and all other sequences are replaced, several
-    cuts one after another; passes that are compared have one shape and draw the same noise. The
-    model and the generators are left exactly as they were.
+    `text` (9, S) is real text, S at least 2. The test runs in training and in evaluation mode, on
+    one sequence and on a batch of 3. It replaces the tokens after a cut and all other sequences,
+    for each cut in turn. Compared passes have the same shapes and draw the same noise. The state of
+    the model and of the generators is restored.
 
-    Cuts lie at the first and the last token, at two within chunks of scans and attention, and at
-    the ends of the first two chunks of a scan and of each of `mask_boundaries`: off by one shows
-    only there. What needs more tokens than `text` has is not seen, nor what only another content of
-    the text calls up, nor a change below TIGHT of the largest logit in float32.
+    Cuts lie after the first and before the last token, and at two positions inside chunks. More
+    cuts lie at the ends of the first two chunks of a scan and at each of `mask_boundaries`, where
+    an error by one position shows. The test misses leaks that need more tokens or other texts, and
+    changes below FLOAT32_TOLERANCE of the largest logit in float32.
 
-    Rounding is told from a leak in float64, where it is a hundred million times smaller: float32
-    rounds otherwise where experts get other numbers of rows, and a tie between two experts may
-    then fall otherwise. A part that cannot compute in float64 is judged in float32 by three texts:
-    a tie so close is an accident of one text, and a leak is in all of them. So is a change by
-    over a hundredth that float64 does not show, for there grouped products are not the kernel's.
+    A suspected leak is repeated in float64, where rounding is 1e8 times smaller. In float32, other
+    numbers of rows for the experts change the rounding, which can flip a near-tie of two experts.
+    If a part cannot run in float64, three texts are tested in float32, and a leak must show in all.
+    The same holds for a change above ROUNDING_LIMIT that float64 does not show, because float64
+    does not use the kernel of the grouped products.
     """
     device = next(model.parameters()).device
     leaks = []
@@ -115,7 +115,7 @@ def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()
     with _preserve_state(model), torch.random.fork_rng(devices=cuda):
         for training in (True, False):
             model.train(training)
-            # Attention may take another way where gradients are wanted.
+            # Attention may use another kernel if gradients are needed.
             with torch.enable_grad() if training else torch.no_grad():
                 leak = _first_leak(model, text.to(device), _cuts(text.shape[1], mask_boundaries))
             if leak is not None:
@@ -124,34 +124,37 @@ def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()
 
 
 def _cuts(length: int, mask_boundaries: Collection[int]) -> list[int]:
-    """Return where sequences are cut; odd numbers lie within chunks, which are even."""
+    """Return the positions of the cuts. Odd numbers lie inside chunks, which are even."""
     chunk = chunk_length(length)
     cuts = {1, length // 3 | 1, 2 * length // 3 | 1, length - 1, chunk, 2 * chunk, *mask_boundaries}
     return sorted(cut for cut in cuts if 0 < cut < length)
 
 
 def _first_leak(model: Model, text: Tensor, cuts: list[int]) -> Leak | None:
-    """Return the first leak in the mode that the model is in."""
+    """Return the first leak in the present mode of the model."""
+    # 1. A quick search in float32.
     tokens, others = _parts(text, model.vocab_size, 0)
     if not _suspect(model, tokens, others, cuts):
         return None
-    bound = GROSS
+    # 2. The same search in float64, which excludes rounding.
+    bound = ROUNDING_LIMIT
     try:
         leak = _exact_search(model, (tokens, others), cuts)
-    except Exception:  # whatever a user's operator raises in a type it was not written for
-        leak, bound = None, TIGHT
+    except Exception:  # an operator of a user's part may refuse float64 with any exception
+        leak, bound = None, FLOAT32_TOLERANCE
     if leak is not None:
         return leak
+    # 3. Three texts in float32: a near-tie occurs in one of them, a leak in all.
     again = (_parts(text, model.vocab_size, turn) for turn in range(3))
     leaks = [_search(model, _named_run(model), pair, cuts, bound) for pair in again]
     return leaks[0] if all(leaks) else None
 
 
 def _suspect(model: Model, tokens: Tensor, others: Tensor, cuts: list[int]) -> bool:
-    """Whether float32 shows a change over TIGHT.
+    """Whether float32 shows a change above FLOAT32_TOLERANCE.
 
-    On CUDA the cuts of a sequence alone are tried side by side in one batch, and one by one only
-    where noise is drawn: of that each row would get another.
+    On CUDA all cuts of a single sequence are tested in one batch. If the model draws noise, they
+    are tested one by one, because each row of a batch would get other noise.
     """
     sizes: tuple[int, ...] = (1, SEQUENCES)
     if on_cuda(tokens):
@@ -160,13 +163,13 @@ def _suspect(model: Model, tokens: Tensor, others: Tensor, cuts: list[int]) -> b
             return True
         sizes = sizes if changed is None else (SEQUENCES,)
     pair = tokens, others
-    return _search(model, _plain_run(model), pair, cuts, TIGHT, sizes=sizes) is not None
+    return _search(model, _plain_run(model), pair, cuts, FLOAT32_TOLERANCE, sizes=sizes) is not None
 
 
 def _change_side_by_side(
     model: Model, tokens: Tensor, others: Tensor, cuts: list[int]
 ) -> bool | None:
-    """Whether a cut changes what is before it, one row a cut (S,); None if noise was drawn."""
+    """Whether a cut changes earlier logits, with a row for each cut; None if noise was drawn."""
     given = torch.stack([torch.cat((tokens[:cut], others[cut:])) for cut in cuts] + [tokens])
     device = given.device
     _seeded(device)
@@ -175,24 +178,24 @@ def _change_side_by_side(
     if not all(map(torch.equal, before, _noise(device))):
         return None
     whole = logits[-1:].expand_as(logits)
-    return any(_change(whole, logits, row, cut, TIGHT) for row, cut in enumerate(cuts))
+    return any(_change(whole, logits, row, cut, FLOAT32_TOLERANCE) for row, cut in enumerate(cuts))
 
 
 def _exact_search(model: Model, pair: tuple[Tensor, Tensor], cuts: list[int]) -> Leak | None:
-    """Look in float64 on the device of the model, or on the CPU where that has too little memory.
+    """Search in float64 on the device of the model, or on the CPU if memory runs out.
 
-    A GPU for computing is quicker by far; the CPU took up to 19 seconds a mode.
+    The CPU takes up to 19 seconds for each mode, and a GPU far less.
     """
     try:
-        return _search(model, _exact_run(model), pair, cuts, EXACT)
+        return _search(model, _exact_run(model), pair, cuts, FLOAT64_TOLERANCE)
     except torch.OutOfMemoryError:
         cpu = torch.device("cpu")
         tokens, others = (part.to(cpu) for part in pair)
-        return _search(model, _exact_run(model, cpu), (tokens, others), cuts, EXACT)
+        return _search(model, _exact_run(model, cpu), (tokens, others), cuts, FLOAT64_TOLERANCE)
 
 
 def _parts(text: Tensor, vocab_size: int, turn: int) -> tuple[Tensor, Tensor]:
-    """Return (3, S) tokens of a text and (3, S) others, which differ everywhere."""
+    """Return tokens (3, S) of a text, and others (3, S) that differ at every position."""
     turned = text.roll(-turn * SEQUENCES, dims=0)
     tokens, others = turned[:SEQUENCES], turned[SEQUENCES : 2 * SEQUENCES]
     return tokens, torch.where(others == tokens, (others + 1) % vocab_size, others)
@@ -207,7 +210,7 @@ def _search(
     *,
     sizes: tuple[int, ...] = (1, SEQUENCES),
 ) -> Leak | None:
-    """Look for a change over `bound`, of a sequence alone and in the batch, cut by cut."""
+    """Search for a change above `bound`, cut by cut, in batches of the given sizes."""
     tokens, others = pair
     for sequences in sizes:
         kept, changed = tokens[:sequences], others[:sequences]
@@ -234,9 +237,9 @@ def _search(
 def _change(
     before: Tensor, after: Tensor, row: int, cut: int, bound: float
 ) -> tuple[int, float] | None:
-    """Return the first position before the cut that changed by over `bound`, and the most change.
+    """Return the first position before the cut that changed by more than `bound`, and the maximum.
 
-    What was not finite before is left out: that is for the loss to find.
+    Values that were not finite before are ignored, because the loss finds them.
     """
     finite = before.isfinite()
     known = before.where(finite, torch.zeros_like(before))
@@ -306,7 +309,7 @@ def _exact_run(model: Model, device: torch.device | None = None) -> Run:
 
 
 class _InFloat64(TorchFunctionMode):
-    """Computes in float64 what is written for float32: casts, and grouped matrix products."""
+    """Computes casts to float32 and grouped matrix products in float64."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -322,7 +325,7 @@ class _InFloat64(TorchFunctionMode):
 
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Return rows (N, D) times matrices (E, D, F), rows up to the next of `ends` (E,) with one."""
+    """Return (N, F): rows (N, D) before each of `ends` (E,) times the matrix of (E, D, F)."""
     products = rows.new_zeros(len(rows), matrices.shape[-1])
     start = 0
     for matrix, end in zip(matrices, ends.tolist(), strict=True):
@@ -355,7 +358,7 @@ def _capture_outputs(model: Model, tokens: Tensor) -> Iterator[States]:
 
 @contextmanager
 def _preserve_state(model: Model) -> Iterator[None]:
-    """Leave every module with the attributes, buffers and mode that it had."""
+    """Restore the attributes, buffers and mode of every module at the end."""
     kept = []
     for module in model.modules():
         own = vars(module)
@@ -379,7 +382,7 @@ def _preserve_state(model: Model) -> Iterator[None]:
 
 
 def _ours(value: Any) -> bool:
-    """Whether an attribute is a tensor that a pass could change; parameters are for training."""
+    """Whether an attribute is a tensor that a forward pass can change, so no parameter."""
     return (
         isinstance(value, Tensor)
         and not isinstance(value, nn.Parameter)

@@ -113,11 +113,10 @@ def shared_holes(tree: Tree) -> dict[str, list[int]]:
 
 
 def depends_on_other_fields(tree: Tree) -> bool:
-    """Whether a field with a hole has an effect beside some values of other fields alone."""
+    """Whether a field with a hole has no effect in some draws."""
     if isinstance(tree, Record):
-        known = fields(tree.cls)
         return any(
-            bool(known[name].without_effect) or depends_on_other_fields(value)
+            _can_lack_effect(tree, name) or depends_on_other_fields(value)
             for name, value in tree.fields.items()
             if has_holes(value)
         )
@@ -125,6 +124,28 @@ def depends_on_other_fields(tree: Tree) -> bool:
         inner = tree.options if isinstance(tree, Choice) else tree.items
         return any(map(depends_on_other_fields, inner))
     return False
+
+
+def _can_lack_effect(tree: Record, name: str) -> bool:
+    """Whether a field of a record has no effect beside some values of the others."""
+    known = fields(tree.cls)
+    return any(
+        all(
+            _can_be_in(tree.fields[other], values)
+            or (word(known[other].default) in values and _can_lack_effect(tree, other))
+            for other, values in condition.items()
+        )
+        for condition in known[name].without_effect
+    )
+
+
+def _can_be_in(tree: Tree, values: Values) -> bool:
+    """Whether a tree can have a value that is in a set."""
+    if isinstance(tree, Choice):
+        return any(_can_be_in(option, values) for option in tree.options)
+    if isinstance(tree, Range):
+        return values.excluded or any(map(tree.holds, values.listed))
+    return not isinstance(tree, Fit) and tree_word(tree) in values
 
 
 def _named(tree: Tree, path: str) -> str:

@@ -35,7 +35,7 @@ class LayerInputs:
         pending_shortcuts: list[Tensor | None] | None = None,
     ) -> None:
         self.token_ids = token_ids
-        """(B, S) numbers of the tokens in the vocabulary."""
+        """(B, S) token ids."""
         self.cache = cache
         """The cache of the mixer of the current block, None without one."""
         self.shared_kv = shared_kv

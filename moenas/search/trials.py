@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import optuna
 from optuna.distributions import (
@@ -16,8 +17,9 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from moenas.errors import InputError, MoenasError, StorageLostError
@@ -35,9 +37,12 @@ if TYPE_CHECKING:
     from moenas.search.evolution import Evolution
     from moenas.search.gray_box import GrayBox
     from moenas.space.space import Space
+    from moenas.store.optuna_storage import Param, Storage
 
 log = logging.getLogger(__name__)
 
+CONSTRAINTS = "constraints"
+"""First part of the system attributes that Optuna keeps constraints in."""
 REPEATS = 10
 """Draws in a row without a new candidate after which a point that was not drawn is proposed."""
 OF_THE_SAMPLER = (Exception, SystemExit)
@@ -66,10 +71,46 @@ class _AskAndTell(optuna.Study):
     """Optuna's study outside of `optimize`, which alone allows a sampler to call `stop`."""
 
     stopped = False
+    rows: Storage
+    """The storage below Optuna's cache."""
 
     def stop(self) -> None:
         """Note that the sampler proposes nothing more."""
         self.stopped = True
+
+    def _pop_waiting_trial_id(self) -> int | None:
+        """Return the next enqueued trial, which now runs; Optuna's own reads all that run."""
+        for trial_id in self.rows.waiting_trials(self._study_id):
+            with suppress(UpdateFinishedTrialError):
+                if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
+                    return trial_id
+        return None
+
+
+class _ParamBuffer:
+    """Stands for the storage of a trial during its draw, and collects the parameters.
+
+    Optuna stores each parameter in a transaction of its own.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial, self._storage = trial, trial.storage
+        self.params: list[Param] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def set_trial_param(
+        self, trial_id: int, name: str, value: float, distribution: BaseDistribution
+    ) -> None:
+        """Note a parameter."""
+        self.params.append((name, value, distribution))
+
+    def write(self, rows: Storage) -> None:
+        """Store the parameters."""
+        self._trial.storage = self._storage
+        if self.params:
+            rows.set_trial_params(self._trial._trial_id, self.params)
 
 
 def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
@@ -112,7 +153,7 @@ class OptunaTrials:
             InputError: if Optuna's tables hold a study of that name that has other objectives.
         """
         directions = [o.direction for o in self._space.objectives]
-        storage = self._store.optuna_storage()
+        storage = cast("Storage", self._store.optuna_storage())
         made = optuna.create_study(
             study_name=self._space.name,
             storage=storage,
@@ -129,6 +170,7 @@ class OptunaTrials:
         self._optuna = _AskAndTell(
             study_name=self._space.name, storage=storage, sampler=RandomSampler()
         )
+        self._optuna.rows = storage
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             self._optuna.set_metric_names(self._names)
@@ -213,13 +255,14 @@ class OptunaTrials:
             SamplerFailedError: if the sampler raised.
         """
         held = dict(trial.params)
-        fixed = self._optuna._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+        fixed = trial._fixed_params
         try:
             with warnings.catch_warnings():
                 # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
                 warnings.simplefilter("ignore", UserWarning)
                 answers = self.points.held(held, trial) if held else None
-                plain = self._space.draw(answers or trial)
+                with self._storing(trial):
+                    plain = self._space.draw(answers or trial)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -232,12 +275,33 @@ class OptunaTrials:
         self.points.add(answers.answers if answers else trial.params)
         return plain
 
+    @contextmanager
+    def _storing(self, trial: Trial) -> Iterator[None]:
+        """Store the parameters that are drawn meanwhile, all in one transaction."""
+        buffer = _ParamBuffer(trial)
+        trial.storage = cast(Any, buffer)
+        try:
+            yield
+        finally:
+            buffer.write(self._optuna.rows)
+
     def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
         """Say by how much each requirement is broken, over 0, or met."""
-        held = trial.constraints
-        for name, value in violations.items():
-            if name not in held:
-                trial.set_constraint(name, value)
+        self._set_attributes(trial, {}, violations)
+
+    def _set_attributes(
+        self, trial: Trial, user: Mapping[str, Any], violations: Mapping[str, float]
+    ) -> None:
+        """Set attributes of a running trial, and the constraints that it does not have yet."""
+        known = trial._cached_frozen_trial
+        system = {
+            f"{CONSTRAINTS}:{name}": float(value)
+            for name, value in violations.items()
+            if name not in known.constraints
+        }
+        self._optuna.rows.set_trial_attributes(trial._trial_id, user, system)
+        known.user_attrs.update(user)
+        known.system_attrs.update(system)
 
     def tell(
         self,
@@ -254,21 +318,24 @@ class OptunaTrials:
             ToldElsewhereError: if another program has told the trial.
             StorageLostError: if another program has deleted it.
         """
+        number = evaluation.trial
         try:
-            frozen = self._optuna._storage.get_trial(trial._trial_id)
+            self._describe(trial, evaluation, architecture, summary)
         except KeyError:
             raise StorageLostError(
                 f"study '{self._space.name}': another program has deleted it from Optuna's tables;"
                 " run the same command again to restore it from ours"
             ) from None
-        self._active.discard(frozen.number)
-        if frozen.state.is_finished():
-            raise ToldElsewhereError(f"trial {frozen.number} is {frozen.state.name} already")
-        self._describe(trial, evaluation, architecture, summary)
+        except UpdateFinishedTrialError:
+            self._active.discard(number)
+            told = self._optuna._storage.get_trial(trial._trial_id)
+            raise ToldElsewhereError(f"trial {number} is {told.state.name} already") from None
+        self._active.discard(number)
         state, values = outcome(evaluation, self._names)
-        self._optuna.sampler = self._sampler(frozen.number)
+        self._optuna.sampler = self._sampler(number)
         try:
-            self._optuna.tell(trial, values, state=state)
+            # `Study.tell` without its return value, which it reads from the database.
+            _tell_with_warning(self._optuna, trial, values, state=state)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -299,9 +366,9 @@ class OptunaTrials:
         self, trial: Trial, evaluation: Evaluation, architecture: Architecture | None, summary: str
     ) -> None:
         """Set the constraints of the trained model, and what the dashboard shows of a trial."""
+        violations: dict[str, float] = {}
         if architecture is not None and self._is_measured(evaluation):
             violations = self._space.trained_violations(architecture, evaluation.routing)
-            self.set_constraints(trial, violations)
         metrics = evaluation.metrics
         known: dict[str, Any] = {
             "architecture": summary or None,
@@ -312,9 +379,8 @@ class OptunaTrials:
             "seconds": evaluation.seconds.get("total"),
             **{name: metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
         }
-        for name, value in known.items():
-            if value is not None:
-                trial.set_user_attr(name, value)
+        user = {name: value for name, value in known.items() if value is not None}
+        self._set_attributes(trial, user, violations)
 
     @cached_property
     def _proposer(self) -> GrayBox | Evolution | None:

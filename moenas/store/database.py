@@ -1,4 +1,4 @@
-"""A database by its URL: opened, tuned, brought to our schema; one plain line when that fails."""
+"""Open a database by its URL, tune it and migrate its schema; an error is one plain line."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from moenas.store.retry import Retry, patience
 from moenas.store.urls import clean, file_of, is_uri, shown, sqlite_url, storage_url
 
 CONNECT_S = 5
-"""How long a PostgreSQL server may take to answer."""
+"""Most seconds for connecting to a PostgreSQL server."""
 READ_S = 10.0
-"""How long a command that only reads waits for a database that is locked or restarted."""
+"""Most seconds that a read-only command waits for a locked or restarting database."""
 LOCK_KEY = 0x6D6F656E6173
 """Key of our advisory lock on a PostgreSQL database: "moenas" in ASCII."""
 
@@ -34,7 +34,7 @@ VERSION = sqlalchemy.table(VERSION_TABLE, sqlalchemy.column("version_num"))
 
 
 def engine_arguments(url: URL) -> dict[str, Any]:
-    """Return what every engine on this URL is made with, Optuna's too."""
+    """Return the arguments of every engine on this URL, that of Optuna included."""
     if url.drivername == "sqlite":
         return {"connect_args": {"timeout": BUSY_S}}
     seconds = url.query.get("connect_timeout", CONNECT_S)
@@ -42,14 +42,14 @@ def engine_arguments(url: URL) -> dict[str, Any]:
 
 
 def tune_sqlite(engine: Engine, synchronous: str) -> None:
-    """Let each transaction of an SQLite engine take its lock at its beginning.
+    """Make each transaction of an SQLite engine take its lock at its beginning.
 
-    Python's driver begins one only at the first change, so that two processes may read the same
-    state and both act on it; and SQLite knows no SELECT FOR UPDATE. A transaction of an engine
-    with the option `reads` takes no lock and sees one state of the database throughout.
+    Python's driver begins a transaction at the first change. Two processes could read the same
+    state and both act on it, because SQLite has no SELECT FOR UPDATE. A transaction of an engine
+    with the option `reads` takes no lock and sees one snapshot of the database.
 
-    With `synchronous` NORMAL the last commits may be lost when the power fails, but not when a
-    process dies; with FULL none is lost, nor any that came before it.
+    With `synchronous` NORMAL, a power failure can lose the last commits, but the death of a process
+    cannot. With FULL no commit is lost.
     """
 
     @event.listens_for(engine, "connect")
@@ -70,22 +70,22 @@ class Database:
     def __init__(self, url: URL, mode: str) -> None:
         self.url = url
         self.place = shown(url)
-        """The URL as people may see it."""
+        """The URL without its secrets."""
         self.path = file_of(url)
-        """The file, if it is one of SQLite; absolute, so that no os.chdir leads elsewhere."""
+        """The absolute path of an SQLite file, which os.chdir does not change; else None."""
         self.version: str | None = None
         """The version of our schema."""
         self.identity = identity.UNKNOWN
-        """Which database this is, as its last settling or its opening found it."""
+        """Identity of the database at its opening or its latest check."""
         self.runs_wanted, self.folder = os.environ.get("MOENAS_RUNS"), Path.cwd()
         self.file_id: identity.FileId | None = None
         self._trouble: type[MoenasError] = StorageError
         self._connect(mode)
         self.again = Retry(READ_S, self._passes, self._waiting_for)
-        """Runs one transaction, once more when it failed for a reason that passes."""
+        """Runs one transaction, and repeats it after a transient failure."""
 
     def _connect(self, mode: str) -> None:
-        """Make the engine; `mode` is one of SQLite's, or `immutable`."""
+        """Make the engine; `mode` is a mode of SQLite, or `immutable`."""
         self.mode = mode
         self.engine_url = self.url
         if self.path is not None and not is_uri(self.url):
@@ -111,9 +111,9 @@ class Database:
 
     @classmethod
     def open(cls, url: str | None, *, create: bool) -> Database:
-        """Open a database; with `create`, make the file and our tables where they are missing.
+        """Open a database; with `create`, make missing files and tables.
 
-        Without `create` nothing is written, and a file is read that lies where nobody may write.
+        Without `create` nothing is written, and files in read-only folders can be read.
 
         Raises:
             StorageError: naming the URL and the way out, if the database cannot be opened, or
@@ -164,21 +164,21 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a connection that sees one state of the database throughout."""
+        """Yield a connection whose reads see one snapshot of the database."""
         with self.plainly(), self._reader.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Yield a connection whose changes are kept together, or not at all after an exception."""
+        """Yield a connection in one transaction, which an exception rolls back."""
         with self.plainly(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def setting_up(self) -> Iterator[None]:
-        """Keep other processes of ours from creating tables on a PostgreSQL server meanwhile.
+        """Exclude other processes of moenas while tables are created on a PostgreSQL server.
 
-        On SQLite each transaction excludes all others; whoever comes second there tries again.
+        On SQLite each writing transaction excludes all others, and the second one is repeated.
         """
         if self.path is not None:
             yield
@@ -192,17 +192,17 @@ class Database:
                 unlock = sqlalchemy.func.pg_advisory_unlock(LOCK_KEY)
                 connection.execute(sqlalchemy.select(unlock))
 
-    # --- is it still the one -------------------------------------------------------------------
+    # --- identity ------------------------------------------------------------------------------
 
     def check_identity(self, connection: Connection | None = None) -> None:
-        """Raise ReplacedError if another database stands where this one was opened."""
+        """Raise ReplacedError if another database has taken the place of this one."""
         identity.check_file(self.path, self.file_id, self.place)
         if connection is not None:
             identity.check_row(connection, self.identity, self.place)
 
     def verify(self) -> None:
         """Raise StorageLostError if the database is another one, or damaged."""
-        self.engine.dispose()  # a page that is damaged on the disk may be whole in a cache
+        self.engine.dispose()  # a cache can hold an intact copy of a damaged page
         with self.reading() as connection:
             self.check_identity(connection)
             if self.path is None:
@@ -212,14 +212,14 @@ class Database:
             raise StorageLostError(f"{self.place}: {faults.advice(f'malformed: {said}')}")
 
     def settle(self, connection: Connection) -> None:
-        """Become sure of the identity of this database; see `identity.settle`."""
+        """Check or set the identity of this database (see `identity.settle`)."""
         self.check_identity()
         self.identity = identity.settle(connection, self.path, self.runs_wanted, self.folder)
 
     # --- opening -------------------------------------------------------------------------------
 
     def _opened(self, create: bool) -> Database:
-        """Bring the database to its use, and from now on call it lost when it fails."""
+        """Prepare the database for use. Later failures raise StorageLostError."""
         limit = patience() if create else READ_S
         self.again = Retry(min(limit, READ_S), self._passes, self._waiting_for)
         made = self.mode == "rwc"
@@ -236,7 +236,7 @@ class Database:
             raise
         if made:
             self.engine.dispose()
-            self._connect("rw")  # so that nothing makes the file anew where it is gone
+            self._connect("rw")  # a file that is removed later is not created again
         if self.path is not None:
             self.file_id = identity.file_id(self.path)
         if self.version != REVISIONS[0]:
@@ -265,9 +265,9 @@ class Database:
             )
 
     def _make(self) -> None:
-        """Bring our tables to the newest version, in one transaction.
+        """Migrate our tables to the newest version, in one transaction.
 
-        It writes in any case: a database that may only be read is refused now, not in mid-study.
+        It always writes, so a read-only database fails at the start and not during a study.
         """
         with self.setting_up():
             with self.writing() as connection:
@@ -278,15 +278,15 @@ class Database:
             if self.path is not None:
                 with self.plainly(), self.engine.connect() as connection:
                     raw: Any = connection.connection.dbapi_connection
-                    # It stays with the file. Where another process is at work, that one sets it.
+                    # The file stores the mode. If another process is at work, that one sets it.
                     with suppress(sqlite3.OperationalError):
                         raw.execute("PRAGMA journal_mode = WAL")
 
-    # --- what the database says ----------------------------------------------------------------
+    # --- errors of the database ----------------------------------------------------------------
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
-        """Turn what the database says into one line; mistakes of our own stay as they are."""
+        """Convert errors of the database to one line; programming errors are raised unchanged."""
         try:
             yield
         except (IntegrityError, DataError):
@@ -297,7 +297,7 @@ class Database:
             raise self.lost(error) from error
 
     def lost(self, error: BaseException | None) -> MoenasError:
-        """Return what to raise for an error of the database: one line, with a way out."""
+        """Return the exception for an error of the database: one line with advice."""
         said = clean(faults.first_line(error))
         return self._trouble(f"{self.place}: {faults.advice(said, self.path)}")
 
@@ -305,7 +305,7 @@ class Database:
         return f"{self.place}: {clean(faults.first_line(error.__cause__))}"
 
     def _passes(self, error: Exception) -> bool:
-        """Whether an error may go away by itself; raises if the database has gone for good."""
+        """Whether an error is transient. Raises ReplacedError if the database was replaced."""
         cause = error.__cause__
         if self._trouble is StorageError:
             return faults.is_lock(cause)
@@ -315,7 +315,7 @@ class Database:
         return False
 
     def _check_encoding(self, connection: Any, _: Any) -> None:
-        """Refuse a PostgreSQL database that cannot hold every text."""
+        """Refuse a PostgreSQL database whose encoding cannot store all text."""
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise StorageError(
@@ -325,7 +325,7 @@ class Database:
 
 
 def _reading_modes(path: Path) -> list[str]:
-    """Return the ways to open an SQLite file for reading, best first."""
+    """Return the modes for reading an SQLite file, best first."""
     writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
     return ["rw", "ro", "immutable"] if writable else ["ro", "immutable"]
 
@@ -338,7 +338,7 @@ def _version(connection: Connection) -> str | None:
 
 
 def _upgrade(connection: Connection) -> None:
-    """Run the migrations that are missing inside the transaction of `connection`."""
+    """Run the missing migrations in the transaction of `connection`."""
     from alembic import command
     from alembic.config import Config
 

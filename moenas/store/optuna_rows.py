@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages._rdb import models
 from optuna.trial import TrialState
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, inspect, select, update
 
 from moenas.errors import StorageLostError
 from moenas.records import Plain
@@ -69,6 +69,8 @@ def reopen(connection: Connection, study: str, number: int) -> None:
 
 def params(connection: Connection, study: str) -> dict[int, Plain]:
     """Return trial -> parameter -> value, of the trials of a study that have parameters."""
+    if not inspect(connection).has_table(PARAM.name):
+        return {}  # Optuna has not made its tables yet
     wanted = (
         select(TRIAL.c.number, PARAM.c.param_name, PARAM.c.param_value, PARAM.c.distribution_json)
         .join(TRIAL, TRIAL.c.trial_id == PARAM.c.trial_id)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeAlias, cast
 
+from optuna.distributions import (
+    BaseDistribution,
+    check_distribution_compatibility,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import TrialState
+from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.orm import Session
 
 from moenas.errors import StorageError
 from moenas.store.database import Database, engine_arguments, tune_sqlite
 from moenas.store.faults import is_lock
 from moenas.store.urls import is_uri
 
+Param: TypeAlias = "tuple[str, float, BaseDistribution]"
+"""Name of a parameter, its value in Optuna's internal form, and its distribution."""
 TABLES_S = 30.0
 """How long processes may stand in each other's way when they make Optuna's tables."""
 
@@ -63,6 +76,46 @@ class Storage(RDBStorage):
         url = database.engine_url.render_as_string(hide_password=False)
         url = url.replace("{", "{{").replace("}", "}}")
         super().__init__(url, engine_kwargs=engine_arguments(database.url))
+        self._distributions: dict[tuple[int, str], BaseDistribution] = {}
+        """(study, parameter) -> a distribution that the study has for it."""
+
+    def set_trial_params(self, trial_id: int, params: Sequence[Param]) -> None:
+        """Set several parameters of a trial in one transaction; again changes nothing.
+
+        Raises:
+            KeyError: if there is no such trial.
+            UpdateFinishedTrialError: if it is finished.
+            ValueError: if a parameter has a distribution that does not fit those of other trials.
+        """
+        self._database.again(lambda: self._plainly(_write_params, trial_id, params))
+
+    def set_trial_attributes(
+        self, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+    ) -> None:
+        """Set several attributes of a trial in one transaction; again changes nothing.
+
+        Raises:
+            KeyError: if there is no such trial.
+            UpdateFinishedTrialError: if it is finished.
+        """
+        self._database.again(lambda: self._plainly(_write_attributes, trial_id, user, system))
+
+    def waiting_trials(self, study_id: int) -> list[int]:
+        """Return the ids of the trials that are enqueued, in order, without reading the others."""
+        wanted = (
+            select(models.TrialModel.trial_id)
+            .where(
+                models.TrialModel.study_id == study_id,
+                models.TrialModel.state == TrialState.WAITING,
+            )
+            .order_by(models.TrialModel.number)
+        )
+
+        def read(storage: Storage) -> list[int]:
+            with _create_scoped_session(storage.scoped_session) as session:
+                return list(session.execute(wanted).scalars())
+
+        return self._database.again(lambda: cast(list[int], self._plainly(read)))
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
@@ -96,6 +149,62 @@ class Storage(RDBStorage):
             if not broken or isinstance(cause, IntegrityError | DataError):
                 raise
             raise self._database.lost(cause) from cause
+
+
+def _updatable(storage: Storage, session: Session, trial_id: int) -> Any:
+    """Return the row of a trial that is not finished."""
+    trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
+    storage.check_trial_is_updatable(trial_id, cast(TrialState, trial.state))
+    return trial
+
+
+def _write_params(storage: Storage, trial_id: int, params: Sequence[Param]) -> None:
+    """Set parameters as RDBStorage sets one, all in one transaction."""
+    model = models.TrialParamModel
+    with _create_scoped_session(storage.scoped_session, True) as session:
+        study_id = _updatable(storage, session, trial_id).study_id
+        rows, known = [], storage._distributions
+        for name, value, distribution in params:
+            text = distribution_to_json(distribution)
+            key = study_id, name
+            if key not in known:
+                earlier = (
+                    session.query(model)
+                    .join(models.TrialModel)
+                    .filter(models.TrialModel.study_id == study_id, model.param_name == name)
+                    .first()
+                )
+                known[key] = (
+                    distribution
+                    if earlier is None
+                    else json_to_distribution(cast(str, earlier.distribution_json))
+                )
+            check_distribution_compatibility(known[key], distribution)
+            row = {"trial_id": trial_id, "param_name": name, "param_value": value}
+            rows.append({**row, "distribution_json": text})
+        names = [row["param_name"] for row in rows]
+        session.execute(
+            delete(model).where(model.trial_id == trial_id, model.param_name.in_(names))
+        )
+        session.execute(insert(model), rows)
+
+
+def _write_attributes(
+    storage: Storage, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
+) -> None:
+    """Set attributes as RDBStorage sets one, all in one transaction."""
+    with _create_scoped_session(storage.scoped_session, True) as session:
+        _updatable(storage, session, trial_id)
+        kinds = (models.TrialUserAttributeModel, user), (models.TrialSystemAttributeModel, system)
+        for model, attributes in kinds:
+            if attributes:
+                this = model.trial_id == trial_id, model.key.in_(list(attributes))
+                session.execute(delete(model).where(*this))
+                rows = [
+                    {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+                    for key, value in attributes.items()
+                ]
+                session.execute(insert(model), rows)
 
 
 def _repeated(name: str) -> Callable[..., Any]:

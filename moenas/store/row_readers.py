@@ -7,11 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, inspect, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Table,
+    and_,
+    case,
+    exists,
+    func,
+    inspect,
+    not_,
+    or_,
+    select,
+)
 
 from moenas.records import Evaluation, FrontPoint, Plain, RungResult, StudyRecord, View
 from moenas.store import front_rows, mapping, statements, tables
-from moenas.store.counting import is_evaluated
+from moenas.store.counting import NOT_EVALUATED, is_evaluated
 
 Rest = Callable[[str, int], list[Plain]]
 """Reads the `curve` or the `routing` of a trial."""
@@ -220,21 +233,26 @@ def summary(connection: Connection, name: str) -> Summary:
     """Return how far a study is and how it does."""
     record, evaluation = studies(connection, name)[0], tables.evaluation
     this = evaluation.c.study == name
-    counted = select(evaluation.c.status, func.count()).where(this).group_by(evaluation.c.status)
+    status = evaluation.c.status
+    # One pass over the rows, which hold much JSON.
+    passed = select(
+        status,
+        func.count().label("all"),
+        _how_many(_is_copied()).label("copies"),
+        _how_many(and_(_was_evaluated(), not_(_is_copied()))).label("evaluated"),
+        _how_many(evaluation.c.metrics["val_loss"].as_float().is_not(None)).label("trained"),
+    ).where(this)
+    rows = connection.execute(passed.group_by(status)).all()
     kind = evaluation.c.failure["kind"].as_string()
     failed = select(kind, func.count()).where(this, evaluation.c.failure.is_not(None))
     device = evaluation.c.device["name"].as_string()
     devices = select(device).where(this, evaluation.c.status == "complete").distinct()
-    copied = evaluation.c.metrics["copied_from"].as_float().is_not(None)
-    copies = select(func.count()).select_from(evaluation).where(this, copied)
-    loss = evaluation.c.metrics["val_loss"].as_float()
-    losses = select(evaluation.c.trial).where(this, loss.is_not(None))
     info = tables.objective.c
     ends = select(info.name, info.direction, info.lowest, info.highest).where(info.study == name)
     last = front_rows.last(connection, name)
     return Summary(
         study=record,
-        counts={row[0]: row[1] for row in connection.execute(counted)},
+        counts={row.status: row.all for row in rows},
         failures={
             row[0] or "error": row[1]
             for row in connection.execute(failed.group_by(kind).order_by(func.count().desc()))
@@ -245,22 +263,43 @@ def summary(connection: Connection, name: str) -> Summary:
         },
         front=last.size if last else 0,
         hypervolume=last.hypervolume if last else None,
-        trained=connection.execute(losses.limit(1)).first() is not None,
-        evaluated=evaluated(connection, name),
-        repeated=connection.execute(copies).scalar_one(),
+        trained=any(row.trained for row in rows),
+        evaluated=sum(row.evaluated for row in rows),
+        repeated=sum(row.copies for row in rows),
         devices=sorted(str(n) for n in connection.scalars(devices) if n is not None),
     )
 
 
 def evaluated(connection: Connection, name: str) -> int:
     """Return how many candidates of a study were evaluated."""
-    row = tables.evaluation.c
-    wanted = select(row.trial, row.status, row.metrics, row.failure).where(row.study == name)
-    with_values = trials_with_values(connection, name)
-    return sum(
-        is_evaluated(r.status, r.metrics, mapping.failure_of(r.failure), r.trial in with_values)
-        for r in connection.execute(wanted)
+    this = tables.evaluation.c.study == name
+    counted = select(func.count()).where(this, _was_evaluated(), not_(_is_copied()))
+    return int(connection.execute(counted).scalar_one())
+
+
+def _was_evaluated() -> ColumnElement[bool]:
+    """Return `counting.is_evaluated` of a trial that is no copy, in SQL."""
+    row, value = tables.evaluation.c, tables.value.c
+    kind = row.failure["kind"].as_string()
+    has_value = exists().where(
+        value.study == row.study, value.trial == row.trial, value.value.is_not(None)
     )
+    return or_(
+        and_(row.status == "failed", or_(kind.is_(None), kind.not_in(NOT_EVALUATED))),
+        row.status == "stopped",
+        and_(row.status != "failed", has_value),
+    )
+
+
+def _is_copied() -> ColumnElement[bool]:
+    """Whether a trial is a copy of an earlier one of the same model, in SQL."""
+    copied: ColumnElement[bool] = tables.evaluation.c.metrics["copied_from"].as_float().is_not(None)
+    return copied
+
+
+def _how_many(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    """Return how many rows of a group meet a condition."""
+    return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
 
 def trials_with_values(connection: Connection, name: str) -> set[int]:

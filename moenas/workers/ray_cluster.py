@@ -1,4 +1,4 @@
-"""The connection of this process to Ray: a cluster of its own on the loopback, or an address."""
+"""The connection of this process to Ray: to its own cluster on the loopback, or to an address."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from moenas.workers.ray_address import probe, require_free, require_version, wit
 
 PREFIX = "moenas-r"
 LONGEST = 39
-"""Bytes of the path of our folder at most: a socket's path has at most 107, and Ray adds 68."""
+"""Most bytes of the path of our folder. A socket path has at most 107, and Ray adds 68."""
 START_S = 180.0
-"""Seconds after which a cluster that does not start is given up."""
+"""Most seconds for the start of a cluster."""
 ASK = 10.0
-"""Seconds between questions to the cluster, whether it lives."""
+"""Seconds between two health checks of the cluster."""
 SILENT_S = 45.0
-"""Seconds without an answer after which the cluster is lost."""
+"""Seconds without an answer after which the cluster counts as lost."""
 STOPPED_S = 15.0
-"""Seconds that a process of our cluster may be stopped before the cluster is lost."""
+"""Seconds that a process of our cluster can be stopped before the cluster counts as lost."""
 SHUTDOWN_S = 5.0
-"""Seconds that Ray has to close a connection whose cluster is lost."""
+"""Most seconds for closing a connection to a lost cluster."""
 
 
 class Cluster:
-    """A connection to Ray, of which a process has one; runs in its threads share and count it."""
+    """The one connection of a process to Ray, shared by the runs in its threads and counted."""
 
     def __init__(self, ray: Any, address: str | None, head: Head | None, *, ours: bool) -> None:
         self.ray, self.address, self.head, self._ours = ray, address, head, ours
         self.users = 1
         self.available: list[Mapping[str, float]] = []
-        """What the cluster had free when it was last asked."""
+        """Free resources of the cluster at the latest check."""
         self._lost: str | None = None
         self._answered = time.monotonic()
         self._stopped: dict[int, float] = {}
-        """Process of ours that is stopped -> since when."""
+        """Pid of a stopped process of our cluster -> time of its stop."""
         self._end, self._asking = threading.Event(), threading.Lock()
         threading.Thread(target=self._ask, name="moenas-ray", daemon=True).start()
 
     def _ask(self) -> None:
-        """Ask the cluster now and then whether it lives; a question may block for ever."""
+        """Check the health of the cluster periodically. A check can block forever."""
         while not self._end.wait(ASK):
             with self._asking, suppress(Exception):
-                # Asked once more after the end, Ray would start another cluster.
+                # A check after the end would make Ray start another cluster.
                 if not self._end.is_set():
                     alive = any(node["Alive"] for node in self.ray.nodes())
                 if not self._end.is_set():
@@ -69,7 +69,7 @@ class Cluster:
                     self._answered = time.monotonic() if alive else self._answered
 
     def trouble(self) -> str | None:
-        """Say why the cluster is lost; None while it is not."""
+        """Return why the cluster is lost, or None while it lives."""
         if self._lost is None:
             self._lost = self._trouble()
         return self._lost
@@ -87,7 +87,7 @@ class Cluster:
         return f"it has not answered for {silent:.0f} s" if silent > SILENT_S else None
 
     def kill_stopped(self, spare: Collection[int | None]) -> bool:
-        """Kill the workers of our own cluster that are stopped, for a job cannot begin in one.
+        """Kill the stopped workers of our own cluster, in which no job can begin.
 
         Returns whether there were any.
         """
@@ -109,7 +109,7 @@ class Cluster:
         if self.trouble() is None:
             self.ray.shutdown()
         else:
-            # Ray waits long for a cluster that is gone, here and when the process ends.
+            # Ray waits long for a lost cluster, here and at the end of the process.
             shutting = threading.Thread(target=self._shut_down, daemon=True)
             shutting.start()
             shutting.join(SHUTDOWN_S)
@@ -199,10 +199,10 @@ def _connect(search: Search, workers: int | None, address: str | None) -> Cluste
 
 
 def _init(address: str) -> Any:
-    """Import Ray and connect; signal handlers stay as they are."""
+    """Import Ray and connect, and keep the signal handlers."""
     import ray
 
-    # Ray prints a dead worker to stdout even with log_to_driver=False; there stdout is data.
+    # Ray prints dead workers to stdout even with log_to_driver=False, but stdout is for data.
     ray._private.worker._worker_logs_enabled = False
     _forget_token()
     main = threading.current_thread() is threading.main_thread()
@@ -221,7 +221,7 @@ def _init(address: str) -> Any:
 
 
 def _forget_token() -> None:
-    """Let Ray read its settings and token again: it keeps the first cluster's."""
+    """Make Ray read its settings and token again, because it caches those of the first cluster."""
     with suppress(ImportError, AttributeError):
         import ray
 
@@ -232,7 +232,7 @@ def _forget_token() -> None:
 
 @contextmanager
 def _ray_environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for Ray to read, and leave the environment as it was."""
+    """Set environment variables for Ray, and restore the environment at the end."""
     before = dict(os.environ)
     os.environ.update(changes)
     try:
@@ -248,14 +248,14 @@ def _ray_environment(changes: Mapping[str, str]) -> Iterator[None]:
 def _joining() -> dict[str, str]:
     """Return the variables of a process that joins a cluster.
 
-    Ray's own answer to a lost cluster is to end this process after a minute, without a word.
+    By default Ray ends this process a minute after it loses the cluster, without a message.
     """
     return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_gcs_rpc_server_reconnect_timeout_s": "1000000"}
 
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Let Ray take 127.0.0.1 for an address of this machine, as it does on macOS and Windows."""
+    """Make Ray accept 127.0.0.1 as an address of this machine, as on macOS and Windows."""
     from ray._private import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
@@ -270,7 +270,7 @@ def _loopback() -> Iterator[None]:
 
 
 class Head:
-    """The process above a cluster of our own, see `ray_head`."""
+    """The head process of our own cluster (see `ray_head`)."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         self._process, self._folder = process, folder
@@ -282,12 +282,12 @@ class Head:
 
     @classmethod
     def start(cls, cpus: int) -> Head:
-        """Start the process and wait for Ray; clean up if that fails or is interrupted."""
+        """Start the process and wait for Ray. Clean up after a failure or an interrupt."""
         folders.sweep(PREFIX)
         folder = folders.make(PREFIX, LONGEST)
         try:
             environment = _joining() | _token(folder)
-            # Elsewhere Ray would listen on every interface.
+            # With another address Ray would listen on every interface.
             environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             # Workers inherit this environment; they must find this moenas.
             paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
@@ -315,7 +315,7 @@ class Head:
         return head
 
     def _greet(self, settings: dict[str, Any]) -> None:
-        """Send the settings and read what Ray says."""
+        """Send the settings and read the answer of Ray."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -331,7 +331,7 @@ class Head:
         self.pids = answer["pids"]
 
     def _last_words(self) -> str:
-        """Return the end of what the process wrote to its log."""
+        """Return the last lines of the log of the process."""
         with suppress(OSError):
             text = (self._folder / "head.log").read_text(encoding="utf-8", errors="replace")
             if text.strip():
@@ -340,7 +340,7 @@ class Head:
         return f"no answer in {START_S:.0f} s" if code is None else f"its process ended with {code}"
 
     def trouble(self) -> str | None:
-        """Say which part of the cluster is gone; None if none is."""
+        """Return which part of the cluster is gone, or None."""
         if self._process.poll() is not None:
             return f"its process moenas.workers.ray_head ({self._process.pid}) died"
         for name, pid in self.pids.items():
@@ -351,7 +351,7 @@ class Head:
         return None
 
     def stop(self) -> None:
-        """End the cluster: the process kills all below it, removes its folder, and goes."""
+        """End the cluster: the process kills its descendants, removes its folder, and ends."""
         process = self._process
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -363,12 +363,12 @@ class Head:
             kill_descendants(process.pid)
             kill(process.pid)
             process.wait()
-        kill_marked(str(self._folder))  # what is left if the process was killed before
+        kill_marked(str(self._folder))  # processes that are left if the head was killed before
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _line(pipe: IO[bytes], timeout: float) -> bytes:
-    """Read a line from a pipe; empty if none comes in time, or the other side is gone."""
+    """Read a line from a pipe. It is empty after the timeout or at the end of the pipe."""
     end, found = time.monotonic() + timeout, b""
     while not found.endswith(b"\n") and (left := end - time.monotonic()) > 0:
         if not select.select([pipe], [], [], left)[0]:
@@ -393,7 +393,7 @@ def _token(folder: Path) -> dict[str, str]:
 
 
 def _cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -88,16 +88,16 @@ def shown(board: LiveProgress) -> str:
 def test_the_board_shows_what_runs_and_what_came_of_it() -> None:
     board = LiveProgress(Space.parse(SPACE, "s.yaml"))
     assert "study: starting" in shown(board)
-    board.take(event("started", 8, "the eighth"))
-    board.take(event("started", 10, "the tenth"))
+    board.on_event(event("started", 8, "the eighth"))
+    board.on_event(event("started", 10, "the tenth"))
     assert "> trial 8" in shown(board)
     assert "> trial 10" in shown(board)
-    board.take(COMPLETE)
+    board.on_event(COMPLETE)
     text = shown(board)
     assert "> trial 8" not in text
     assert "> trial 10" in text
     assert "9/12 trials, 7 complete, 1 failed, 1 infeasible" in text
     assert "front of 3; best val_loss 2.25 nats/token" in text
     for _ in range(20):
-        board.take(FAILED)
+        board.on_event(FAILED)
     assert len(shown(board).splitlines()) < 12, "old lines make room"

@@ -187,8 +187,9 @@ def test_a_reused_latency_is_told_by_the_reference_of_the_study(
 def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Job]) -> None:
     run(small("one"), trials=2, workers="inline")
     with sqlite3.connect("moenas.db") as database:
-        for table in ("moenas_reuse", "moenas_enqueued", "moenas_run"):
-            database.execute(f"DROP TABLE {table}")
+        later = ("event", "event_counter", "runner", "token", "audit", "submission")
+        for table in ("reuse", "enqueued", "run", *later):
+            database.execute(f"DROP TABLE moenas_{table}")
         database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")
     store = Store.open()
     assert trial_report(store, "one", 0)["enqueued_from"] is None

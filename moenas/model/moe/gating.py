@@ -196,7 +196,7 @@ class Gating(nn.Module):
     ) -> RoutingDecision:
         """Choose for (T, D), with an (E,) bias on the selection.
 
-        `tokens` (T,) are the numbers of the tokens in the vocabulary, for selections by them.
+        `tokens` (T,) are the token ids, for selections that use them.
         """
         # 1. Logits z (T, E); in training with noise (Shazeer et al., eq. 4).
         x = self.enter(x)

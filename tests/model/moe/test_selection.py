@@ -107,9 +107,9 @@ def test_a_hash_sends_a_token_to_the_same_distinct_experts_and_all_experts_alike
     assert torch.equal(again.flip(0), chosen[:5])
 
 
-def test_a_hash_needs_the_numbers_of_the_tokens() -> None:
+def test_a_hash_needs_the_token_ids() -> None:
     moe = MoEFFN(n_experts=4, d_expert=8, router=router_of(selection="hash")).build(D_MODEL)
-    with pytest.raises(ValueError, match="numbers of the tokens"):
+    with pytest.raises(ValueError, match="token ids"):
         moe(torch.randn(1, 3, D_MODEL))
 
 
