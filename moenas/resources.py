@@ -235,7 +235,8 @@ def listing(folder: str, suffix: str) -> dict[str, Path]:
 def find(folder: str, suffix: str, ref: str) -> Path:
     """Resolve a reference: a path as given, then the folder here, then what was shipped.
 
-    A name may lead into a folder below, like `zoo/mixtral_8x7b`.
+    A name may lead into a folder below, like `zoo/mixtral_8x7b`. The folder may be left out where
+    only one folder below has the name.
 
     Raises:
         NotFoundError: naming what there is, with the nearest name.
@@ -252,6 +253,9 @@ def find(folder: str, suffix: str, ref: str) -> Path:
     if path.suffix == suffix or (slash and not known):
         raise NotFoundError(f"{_short(ref)}: no such file")
     below = [] if slash else _below(folder, suffix)
+    same = [name for name in below if name.rpartition("/")[2] == ref]
+    if len(same) == 1:
+        return find(folder, suffix, same[0])
     inside = [name for name in below if name.startswith(f"{ref}/")]
     if inside or not ref.removeprefix(parent + slash):
         names = ", ".join(inside or known)
@@ -282,8 +286,13 @@ def _below(folder: str, suffix: str) -> list[str]:
 
 def names_with(folder: str, suffix: str, word: str) -> list[str]:
     """Return at most SUGGESTED names in the folders right below `folder` that hold a word."""
-    below = _below(folder, suffix)
-    return [x for x in below if word.lower() in x.rpartition("/")[2].lower()][:SUGGESTED]
+    below, spelt = _below(folder, suffix), _spelt(word)
+    return [x for x in below if spelt and spelt in _spelt(x.rpartition("/")[2])][:SUGGESTED]
+
+
+def _spelt(name: str) -> str:
+    """Return a name without what spellings differ in: case, hyphens, dots and underscores."""
+    return re.sub(r"[-_. ]", "", name).lower()
 
 
 def take(path: Path, folder: str) -> Path:

@@ -22,7 +22,7 @@ ORDER = """
     checked resources pareto
     grammar store
     model data
-    space predict
+    space predict huggingface
     evaluate
     export report
     search workers dashboard testing

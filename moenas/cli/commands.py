@@ -128,14 +128,27 @@ def _say_what_is_taken() -> None:
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The space file to write.")],
-    start: Annotated[str | None, typer.Option("--from", help="Copy this space instead.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME|PATH",
+            help="Start from this space, or from the config.json of a Hugging Face model.",
+        ),
+    ] = None,
+    shrink: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SIZE=VALUE",
+            help="Make that model smaller: d_model=128, n_layers=4, vocab_size=256, n_experts=8.",
+        ),
+    ] = None,
 ) -> None:
     """Write a commented space file to edit, and the schema that editors check it by."""
-    from moenas import resources
+    from moenas.cli.init import start_text
     from moenas.space.space import file_schema
 
-    source = resources.shipped("spaces") / "_template.yaml"
-    text = resources.read_text(resources.find("spaces", ".yaml", start) if start else source)
+    text = start_text(start, shrink or [])
     if path.suffix != ".yaml":
         raise InputError(f"{path}: the name of a space file ends in .yaml")
     schema = path.parent / "moenas.schema.json"

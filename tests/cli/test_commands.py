@@ -171,6 +171,37 @@ def test_init_writes_a_file_that_checks_and_a_schema_that_accepts_it(moenas: Run
     assert refused.code == 2
     assert Path("mine.yaml").read_text() == text
     assert moenas("init", "other.yaml", "--from", "tiny").code == 0
+    assert moenas("init", "zoo.yaml", "--from", "mixtral_8x7b").code == 0
+    assert "n_experts: 8" in Path("zoo.yaml").read_text()
+
+
+def test_init_writes_the_model_of_a_configuration_smaller(moenas: Run) -> None:
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128}
+    Path("config.json").write_text(json.dumps(config))
+    assert moenas("init", "whole.yaml", "--from", "config.json").code == 0
+    assert "30,532,122,624 parameters" in Path("whole.yaml").read_text()  # that of zoo.md
+    sizes = ("--shrink", "d_model=128,n_layers=4", "--shrink", "vocab_size=256")
+    assert moenas("init", "small.yaml", "--from", ".", *sizes).code == 0
+    plain = refs.read_yaml(Path("small.yaml")).plain["architecture"]
+    assert (plain["d_model"], plain["vocab_size"]) == (128, 256)
+    (group,) = plain["blocks"]
+    assert (group["repeat"], group["ffn"]["n_experts"], group["ffn"]["d_expert"]) == (4, 128, 48)
+    mixer = group["mixer"]
+    assert mixer["n_heads"] == 8 * mixer["n_kv_heads"]
+    assert mixer["n_heads"] * mixer["head_dim"] == 4096 * 128 // 2048
+
+
+def test_a_field_without_a_counterpart_is_named(moenas: Run) -> None:
+    text = '{"model_type": "mixtral",\n "hidden_act": "tanh"}'
+    Path("config.json").write_text(text)
+    refused = moenas("init", "mine.yaml", "--from", "config.json")
+    assert refused.code == 2
+    assert 'config.json:2:2: hidden_act: "tanh" has no counterpart' in refused.err
+    for given, said in (('{"model_type": "mixtrl"}', "'mixtral'"), ("{", "1:2: not valid JSON")):
+        Path("config.json").write_text(given)
+        refused = moenas("init", "mine.yaml", "--from", "config.json")
+        assert (refused.code, said in refused.err) == (2, True)
+    assert os.listdir() == ["config.json"]
 
 
 BROKEN = {
@@ -271,6 +302,10 @@ def test_with_json_every_error_of_input_has_a_message(moenas: Run) -> None:
         (("dashboard",), "moenas.db"),
         (("init", "nowhere/mine.yaml"), "nowhere"),
         (("init", "mine.yaml", "--from", "tinny"), "Did you mean 'tiny'"),
+        (("init", "mine.yaml", "--from", "mistralai/Mixtral-8x7B-v0.1"), "'zoo/mixtral_8x7b'"),
+        (("init", "mine.yaml", "--shrink", "d_model=64"), "--from"),
+        (("init", "mine.yaml", "--from", "mixtral_8x7b", "--shrink", "d_model=x"), "d_model=128"),
+        (("init", "mine.yaml", "--from", "gpt_oss_20b", "--shrink", "n_layers=3"), "give 2 or 4"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(

@@ -1,0 +1,40 @@
+"""From a config.json of a known family to the architecture that equals it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moenas.errors import LocatedError
+from moenas.huggingface import hybrid_families, softmax_families, state_space_families
+from moenas.huggingface.config import Config, read_config
+from moenas.huggingface.layer_groups import groups_of
+from moenas.huggingface.softmax_families import Model
+from moenas.model.architecture import Architecture
+
+FAMILIES: dict[str, Callable[[Config], Model]] = (
+    softmax_families.FAMILIES | hybrid_families.FAMILIES | state_space_families.FAMILIES
+)
+"""`model_type` -> the function that reads a configuration of this family."""
+
+
+def model_of(config: Config) -> Model:
+    """Return the fields of an architecture beside its blocks, and its blocks, one a layer.
+
+    Raises:
+        SpaceError: naming the field of the configuration that has no counterpart.
+    """
+    whole, layers = FAMILIES[config.family](config)
+    config.check_all_read()
+    try:
+        Architecture.parse({**whole, "blocks": groups_of(layers)})
+    except LocatedError as error:
+        message = f"the sizes have no counterpart in a space file: {error.path}: {error.message}"
+        raise config.error("model_type", message) from None
+    return whole, layers
+
+
+def read_model(path: Path) -> tuple[str, Model]:
+    """Read a config.json, or the one of a folder: its family, and the model; see `model_of`."""
+    config = read_config(path)
+    return config.family, model_of(config)

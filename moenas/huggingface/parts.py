@@ -1,0 +1,218 @@
+"""Parts of an architecture from fields of a configuration: positions, attention, networks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from moenas.huggingface.config import Config
+from moenas.records import Plain
+
+ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+}
+"""`hidden_act` of a gated network -> its activation in a space file."""
+BIAS_RATE = 0.001
+"""Step of a selection bias, which configurations leave out (DeepSeek-V3, arXiv 2412.19437, 4.2)."""
+
+
+def whole_model(c: Config, *, norm_eps: str = "rms_norm_eps", **fields: Any) -> Plain:
+    """Return the fields of an architecture beside its blocks."""
+    return {
+        "vocab_size": c.whole("vocab_size"),
+        "d_model": c.whole("hidden_size"),
+        "norm_eps": c.number(norm_eps),
+        "tie_embeddings": c.flag("tie_word_embeddings"),
+        **fields,
+    }
+
+
+def rope(c: Config, kind: str | None = None) -> Plain:
+    """Return the rotary positions of layers of a kind.
+
+    Both forms are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
+    """
+    section = c.section("rope_parameters")
+    if kind is not None and kind in (section.fields or section.defaults):
+        section = section.section(kind)
+    scaling = section
+    if not section.fields and c.get("rope_scaling") is not None:
+        scaling = c.section("rope_scaling")
+    c.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor"}
+    theta = c.get("rope_theta") if "rope_theta" in c.fields else None
+    if theta is None:
+        theta = section.get("rope_theta", 10000.0)
+    elif type(theta) not in (int, float):
+        raise c.error("rope_theta", f"{theta!r} is not a number")
+    found: Plain = {"theta": float(theta)}
+    partial = c.get("partial_rotary_factor") if "partial_rotary_factor" in c.fields else None
+    share = section.number("partial_rotary_factor", 1.0) if partial is None else partial
+    if share != 1:
+        found["partial_rotary_factor"] = float(share)
+    kinds = {"default": None, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling.read |= {"rope_theta", "type", "mrope_section", "mrope_interleaved"}
+    if name == "mrope":  # positions of text alone are those of "default"
+        name = "default"
+    if name not in kinds:
+        raise scaling.no_counterpart(
+            "rope_type" if "rope_type" in scaling.fields else "type", name, kinds
+        )
+    reader = kinds[name]
+    if reader is not None:
+        found["scaling"] = {"kind": name, **reader(c, scaling)}
+    scaling.check_all_read()
+    return found
+
+
+def _linear(c: Config, s: Config) -> Plain:
+    return {"factor": s.number("factor", 1.0)}
+
+
+def _llama3(c: Config, s: Config) -> Plain:
+    return {
+        "factor": s.number("factor", 1.0),
+        "original_max_position_embeddings": _original(c, s),
+        "low_freq_factor": s.number("low_freq_factor", 1.0),
+        "high_freq_factor": s.number("high_freq_factor", 4.0),
+    }
+
+
+def _original(c: Config, s: Config) -> int:
+    return s.whole("original_max_position_embeddings", c.whole_or_none("max_position_embeddings"))
+
+
+def _yarn(c: Config, s: Config) -> Plain:
+    """Return YaRN; the ratio of `mscale` and `mscale_all_dim` scales cosines and sines."""
+    factor = s.number("factor", 1.0)
+    found: Plain = {
+        "factor": factor,
+        "original_max_position_embeddings": _original(c, s),
+        "beta_fast": s.number("beta_fast", 32.0),
+        "beta_slow": s.number("beta_slow", 1.0),
+        "truncate": s.flag("truncate", True),
+    }
+    attention = s.number("attention_factor")
+    one, all_dim = s.number("mscale"), s.number("mscale_all_dim")
+    if attention:
+        found["attention_factor"] = attention
+    elif one and all_dim:
+        found["attention_factor"] = _mscale(factor, one) / _mscale(factor, all_dim)
+    return found
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def attention(c: Config, positions: Plain, **fields: Any) -> Plain:
+    """Return softmax attention with the heads of the configuration."""
+    n_heads = c.whole("num_attention_heads")
+    return {
+        "kind": "attention",
+        "head_dim": head_dim(c),
+        "n_heads": n_heads,
+        "n_kv_heads": c.whole("num_key_value_heads", n_heads),
+        "rope": positions,
+        **{name: value for name, value in fields.items() if value is not None},
+    }
+
+
+def head_dim(c: Config) -> int:
+    """Return the width of a head: that of the file, or hidden_size / num_attention_heads."""
+    if "head_dim" in c.fields and c.whole_or_none("head_dim"):
+        return c.whole("head_dim")
+    c.read.add("head_dim")
+    heads = c.whole("num_attention_heads")
+    if c.family in FIXED_HEADS:
+        return c.whole("head_dim")
+    if not heads or c.whole("hidden_size") % heads:
+        raise c.error("num_attention_heads", f"{heads} does not divide hidden_size")
+    return c.whole("hidden_size") // heads
+
+
+_FIXED_HEADS = """
+    gpt_oss llama4_text minimax_m2 mimo_v2_flash qwen3 qwen3_next qwen3_5_moe_text afmoe
+    solar_open cohere2_moe nemotron_h
+"""
+FIXED_HEADS = frozenset(_FIXED_HEADS.split())
+"""Families whose width of a head has a default that does not follow hidden_size."""
+
+
+def latent_attention(c: Config, positions: Plain, **fields: Any) -> Plain:
+    """Return multi-head latent attention; `mscale_all_dim` of YaRN scales the scores."""
+    nope, turned = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim")
+    c.read |= {"qk_head_dim", "head_dim", "num_key_value_heads", "rope_interleave"}
+    found: Plain = {
+        "kind": "latent_attention",
+        "n_heads": c.whole("num_attention_heads"),
+        "q_rank": c.whole_or_none("q_lora_rank"),
+        "kv_rank": c.whole("kv_lora_rank"),
+        "nope_dim": nope,
+        "rope_dim": turned,
+        "v_dim": c.whole("v_head_dim"),
+        "rope": positions,
+        **fields,
+    }
+    scaled = "rope_parameters" if c.section("rope_parameters").fields else "rope_scaling"
+    all_dim = c.section(scaled).number("mscale_all_dim") if positions.get("scaling") else 0.0
+    if all_dim:
+        factor = _mscale(positions["scaling"]["factor"], all_dim)
+        found["scale"] = factor**2 / math.sqrt(nope + turned)
+    return found
+
+
+def activation(c: Config, name: str = "hidden_act") -> Plain:
+    """Return the activation of gated networks, if it is not swiglu."""
+    value = c.get(name, "silu")
+    if value not in ACTIVATIONS:
+        raise c.no_counterpart(name, value, ACTIVATIONS)
+    found = ACTIVATIONS[value]
+    return {} if found == "swiglu" else {"activation": found}
+
+
+def dense(c: Config, width: str = "intermediate_size") -> Plain:
+    """Return a dense network."""
+    return {"kind": "dense", "d_ff": c.whole(width), **activation(c)}
+
+
+def moe(c: Config, n_experts: str, d_expert: str, router: Plain, **fields: Any) -> Plain:
+    """Return a mixture of experts, by the names of the fields with its number and width."""
+    return {
+        "kind": "moe",
+        "n_experts": c.whole(n_experts),
+        "d_expert": c.whole(d_expert),
+        **activation(c),
+        **fields,
+        "router": router,
+    }
+
+
+def router(c: Config, *, top_k: str = "num_experts_per_tok", normalize: bool, **more: Any) -> Plain:
+    """Return a router; its auxiliary loss is that of all layers, as transformers counts it."""
+    coef = c.number("router_aux_loss_coef")
+    found: Plain = {"top_k": c.whole(top_k), "normalize": normalize, **more}
+    if "balance" not in found:
+        loss: Plain = {"kind": "aux_loss", "coef": coef}
+        found |= {"balance": loss, "loss_reduce": "pooled"} if coef else {"balance": "none"}
+    if found["top_k"] == 1 and found["normalize"]:
+        found["normalize"] = None
+    return found
+
+
+def biased_router(c: Config, **fields: Any) -> Plain:
+    """Return a router with sigmoid scores and a bias on its selection (DeepSeek-V3)."""
+    balance: Plain = {"kind": "bias", "rate": BIAS_RATE}
+    return router(c, score="sigmoid", balance=balance, **fields)
+
+
+def groups(c: Config, score: str, n: str = "n_group", top: str = "topk_group") -> Plain:
+    """Return a selection within the best groups of experts, or nothing for one group."""
+    n_groups, top_groups = c.whole_or_none(n) or 1, c.whole_or_none(top) or 1
+    if n_groups == top_groups:
+        return {}
+    fields = {"n_groups": n_groups, "top_groups": top_groups, "group_score": score}
+    return {"selection": {"kind": "top_k", **fields}}
