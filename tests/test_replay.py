@@ -64,7 +64,10 @@ class Listed(Random):
 def test_every_row_is_its_architecture_with_falling_losses() -> None:
     table = Table.load()
     assert table.rows.attrs["train"]["tokens"] == 98_304
-    assert len(table.rows) == table.rows["fingerprint"].nunique() == 823
+    rows = table.rows
+    assert not rows.duplicated(["fingerprint", "seed"]).any()
+    assert rows.groupby("seed")["fingerprint"].nunique().to_dict() == {0: 983, 1: 99, 2: 99}
+    assert set(rows["fingerprint"]) == set(rows.loc[rows["seed"] == 0, "fingerprint"])
     for row in table.rows.sample(20, random_state=0).to_dict("records"):
         architecture = Architecture.parse(json.loads(row["architecture"]))
         assert architecture.fingerprint == row["fingerprint"]
@@ -72,6 +75,15 @@ def test_every_row_is_its_architecture_with_falling_losses() -> None:
         assert (cost.params, cost.flops_per_token) == (row["params"], row["flops_per_token"])
         losses = table.losses(row["fingerprint"])
         assert losses[0] > losses[3] > losses[-1] > 1.0
+
+
+def test_the_loss_of_an_architecture_is_the_mean_over_its_seeds() -> None:
+    table = Table.load()
+    repeated = table.rows.loc[table.rows["seed"] == 2, "fingerprint"]
+    for key in repeated.sample(10, random_state=0):
+        losses = [float(table.row(key, seed)[f"loss_{RUNGS}"]) for seed in range(3)]
+        assert len(set(losses)) == 3
+        assert table.mean_loss(key) == pytest.approx(sum(losses) / 3)
 
 
 def test_one_worker_ends_each_candidate_at_the_sum_of_the_flops(space: Space) -> None:
