@@ -26,6 +26,7 @@ class Shelf:
     name: str = "tiny"
     found: dict[int, Evaluation] = field(default_factory=dict)
     architectures: dict[int, Plain] = field(default_factory=dict)
+    model: Any = None
     data: Plain = field(default_factory=lambda: {"name": "pydoc", "sha256": "5" * 64})
 
     def study(self, name: str) -> StudyRecord:
