@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moenas.data import domains, loading
@@ -18,7 +18,6 @@ from moenas.resources import Node
 PIECES = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.integers(1, 9)), max_size=30)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 @given(PIECES, PIECES)
 def test_runs_say_the_domain_of_every_token(
     train: list[domains.Piece], val: list[domains.Piece]
