@@ -101,7 +101,8 @@ _NO_PRODUCTS = """
     layer_norm rms_norm linalg_vector_norm softmax log_softmax logsumexp cumsum sum mean amax amin
     silu gelu sigmoid tanh exp log sqrt rsqrt softplus sin cos neg abs sign pow square
     add sub rsub mul div minimum maximum outer clamp_min clamp_max
-    __rshift__ __xor__ ne lt le gt ge logical_and logical_or logical_not where isfinite
+    __rshift__ __xor__ __or__ ne lt le gt ge logical_and logical_or logical_not where
+    isfinite
     topk sort argsort argmax bincount one_hot searchsorted repeat_interleave
     embedding index_select index_add scatter scatter_add scatter_reduce tril triu
     pad unflatten numpy_T view_as expand_as repeat numel
@@ -110,7 +111,7 @@ _NO_PRODUCTS = """
 NO_PRODUCTS = frozenset(f"aten::{name}" for name in _NO_PRODUCTS.split())
 """Operators, beside fvcore's own list of those that only move or compare, that hold no matrix
 product: norms, activations, reductions, arithmetic by element, choosing and moving rows. They count
-as nothing, by the convention of `Cost.flops_per_token`. What stands in no list is an error."""
+as nothing, by the convention of `Cost.flops_per_token`. An operator in no list is an error."""
 
 
 class _Lower(nn.Module):
@@ -198,7 +199,7 @@ def count_flops(model: nn.Module, tokens: Tensor) -> Flops:
             analysis.set_op_handle(**HANDLERS)
             analysis.set_op_handle(**dict.fromkeys(NO_PRODUCTS))
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            found = {str(k): int(v) for k, v in analysis.by_operator().items() if v}
+            by_operator = {str(k): int(v) for k, v in analysis.by_operator().items() if v}
             unknown = sorted(analysis.unsupported_ops())
     finally:
         model.train(was_training)
@@ -207,5 +208,5 @@ def count_flops(model: nn.Module, tokens: Tensor) -> Flops:
             f"flops_per_token: no rule for {', '.join(unknown)}; add it to HANDLERS or NO_PRODUCTS"
             " of moenas/evaluate/flops.py"
         )
-    macs = sum(found.values())
-    return Flops(-(-2 * macs // tokens.numel()), macs, found)
+    macs = sum(by_operator.values())
+    return Flops(-(-2 * macs // tokens.numel()), macs, by_operator)

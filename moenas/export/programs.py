@@ -156,21 +156,21 @@ def untraceable(
 
 # --- the check ------------------------------------------------------------------------------------
 
-_WALL = """\
+_BLOCK_IMPORTS = """\
 import json, sys
 
-class Wall:
+class BlockImports:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in FORBIDDEN:
             raise ImportError("an exported model must not need " + name)
 
-sys.meta_path.insert(0, Wall())
+sys.meta_path.insert(0, BlockImports())
 import numpy
 batches = [numpy.array(batch, dtype=numpy.int64) for batch in json.load(sys.stdin)]
 """
 _PT2_SCRIPT = (
     "FORBIDDEN = ['moenas']\n"
-    + _WALL
+    + _BLOCK_IMPORTS
     + """\
 import torch
 torch.set_num_threads(1)
@@ -182,7 +182,7 @@ with torch.no_grad():
 )
 _ONNX_SCRIPT = (
     "FORBIDDEN = ['moenas', 'torch']\n"
-    + _WALL
+    + _BLOCK_IMPORTS
     + """\
 import onnxruntime
 options = onnxruntime.SessionOptions()
@@ -213,8 +213,8 @@ def compare(trial: TrainedTrial, folder: Path, script: str) -> None:
     if done.returncode:
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
         raise MoenasError(f"the exported model does not run: {reason[-1]}")
-    wanted, found = np.concatenate(ours), np.frombuffer(done.stdout, dtype=np.float32)
-    worst = np.abs(found - wanted).max() if found.shape == wanted.shape else np.inf
+    wanted, theirs = np.concatenate(ours), np.frombuffer(done.stdout, dtype=np.float32)
+    worst = np.abs(theirs - wanted).max() if theirs.shape == wanted.shape else np.inf
     if not worst <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
         raise MoenasError(f"the exported model computes other logits, off by up to {worst:.3g}")
 

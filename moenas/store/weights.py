@@ -82,12 +82,12 @@ def place(runs: Path, study: str, trial: int) -> Plain | None:
     folder = path.parents[1]
     try:
         make_folder(folder)
-        found = folder.stat()
+        folder_stat = folder.stat()
     except OSError:
         return None
     if not machine():
         return None
-    inode = [found.st_dev, found.st_ino]
+    inode = [folder_stat.st_dev, folder_stat.st_ino]
     return {"path": str(path), "machine": machine(), "user": os.getuid(), "inode": inode}
 
 
@@ -99,8 +99,8 @@ def write_draft(to: Plain, write: Callable[[str], object]) -> WeightsFile | None
     target = Path(to["path"])
     part = None
     try:
-        found = target.parents[1].stat()
-        here = [machine(), os.getuid(), [found.st_dev, found.st_ino]]
+        folder_stat = target.parents[1].stat()
+        here = [machine(), os.getuid(), [folder_stat.st_dev, folder_stat.st_ino]]
         if here != [to["machine"], to["user"], to["inode"]]:
             return None
         target.parent.mkdir(exist_ok=True)
@@ -133,8 +133,8 @@ def adopt_draft(path: Path, file: WeightsFile) -> str:
 
     Raises OSError if it is not there as the worker described it, or the disk refuses.
     """
-    found = os.lstat(file.path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
+    file_stat = os.lstat(file.path)
+    if not stat.S_ISREG(file_stat.st_mode) or file_stat.st_size != file.size:
         raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)
     os.replace(file.path, path)
     for folder in path.parents[:2]:  # the worker may have made the trial's
@@ -254,11 +254,11 @@ def _found(runs: Path, study: str, trial: int, digest: str) -> tuple[Path, bytes
         except OSError as error:
             wrong = wrong or InputError(f"{place}: cannot be read: {error.strerror}")
             continue
-        found = sha256(data)
-        if found == digest:
+        actual = sha256(data)
+        if actual == digest:
             return place, data
         wrong = wrong or InputError(
-            f"{place}: not the weights that trial {trial} ended with: SHA-256 {found[:12]}...,"
+            f"{place}: not the weights that trial {trial} ended with: SHA-256 {actual[:12]}...,"
             f" stored was {digest[:12]}...; restore the file"
         )
     if wrong is not None:

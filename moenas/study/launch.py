@@ -107,15 +107,15 @@ class Study:
         return optuna.load_study(study_name=self.name, storage=self.store.optuna_storage())
 
     def evaluation(self, trial: int) -> Evaluation:
-        """Return what came of a trial.
+        """Return the evaluation of a trial.
 
         Raises:
             NotFoundError: if the trial does not exist or is not finished.
         """
-        found = self.store.evaluation(self.name, trial)
-        if found is None:
+        evaluation = self.store.evaluation(self.name, trial)
+        if evaluation is None:
             raise NotFoundError(f"study '{self.name}' has no finished trial {trial}")
-        return found
+        return evaluation
 
     def architecture(self, trial: int, *, allow_code: bool = False) -> Architecture:
         """Return the architecture of a trial.

@@ -173,8 +173,8 @@ class HeadExperts(nn.Module):
     def chosen(self, choice: RoutingDecision, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return (T, N, E), 1 where a slot that is kept goes to an expert."""
         experts = torch.arange(self.n_experts, device=choice.experts.device)
-        found = choice.experts.unsqueeze(-1) == experts
-        return (found if kept is None else found & kept.unsqueeze(-1)).to(dtype)
+        goes = choice.experts.unsqueeze(-1) == experts
+        return (goes if kept is None else goes & kept.unsqueeze(-1)).to(dtype)
 
     def all_queries(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
         """Return what `queries` does, from the products of all tokens with all experts.
