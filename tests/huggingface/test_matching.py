@@ -19,7 +19,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="u
 
 
 def test_the_page_lists_every_family() -> None:
-    table = PAGE[PAGE.index("| layers | families |") : PAGE.index("An architecture without a family")]
+    table = PAGE[
+        PAGE.index("| layers | families |") : PAGE.index("An architecture without a family")
+    ]
     assert set(re.findall(r"`(\w+)`", table)) == set(WRITERS)
 
 
