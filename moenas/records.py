@@ -154,8 +154,12 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    weights_at: Plain | None = None
+    """In place of `weights`: the path or URL of their file, and its SHA-256."""
+    checkpoint_at: Plain | None = None
+    """In place of `checkpoint`: the path or URL of its file, and its SHA-256."""
     weights_to: Plain | None = field(default=None, repr=False)
-    """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
+    """Where a worker that shares the driver's storage writes weights: see `weights.place`."""
 
 
 @dataclass(frozen=True)

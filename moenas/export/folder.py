@@ -25,6 +25,7 @@ from moenas.grammar import user_parts
 from moenas.model.architecture import Architecture, Model, initialise
 from moenas.model.moe.experts import MoE
 from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.store.object_path import StorePath
 from moenas.store.weights import FILE, read_weights
 from moenas.terminal import command
 
@@ -42,7 +43,7 @@ class Archive(Protocol):
     """What an export reads from the store."""
 
     @property
-    def runs(self) -> Path:
+    def runs(self) -> StorePath:
         """The folder that the weights lie in."""
 
     def study(self, name: str) -> StudyRecord:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,18 +12,20 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas.errors import InputError, NotFoundError, StorageLostError
+from moenas.errors import InputError, NotFoundError
 from moenas.grammar import user_parts
 from moenas.grammar.summary import one_line
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
+from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
 from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
 from moenas.study.driver import Driver
+from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.study.jobs import Jobs
 from moenas.study.progress import Progress
@@ -55,8 +54,6 @@ __all__ = [
     "run",
 ]
 
-RESEND_S = 0.05
-"""Seconds after which a signal is sent again whose exception was swallowed."""
 SHOWN_MEMBERS = 8
 """Trials that the text of a front names."""
 
@@ -268,8 +265,8 @@ def run(
     known = Store.known(storage, space.name)
     space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
-    sigterm = _Sigterm()
-    with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
+    signals = EndingSignals()
+    with plain_endings(signals), signals.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         open_once = _PoolOpener(stack, space, workers, address, pool)
         if known is None:
@@ -328,6 +325,7 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
     """
     from moenas.evaluate.matching import open_corpus
 
+    check_wanted_root()
     samplers.check(space.search.sampler)
     points.check_grid(space)
     space.require_feasible()
@@ -359,21 +357,6 @@ def _warn_of_versions(session: Session, known: StudyRecord | None) -> None:
     """Warn if the study began with other versions than those here."""
     if known is not None and (text := version_changes(known, _versions())):
         session.events.warn(f"the study began with other versions: {text}")
-
-
-@contextmanager
-def _plain_endings(sigterm: _Sigterm) -> Iterator[None]:
-    """Keep Optuna quiet, and turn what may end a run from outside into errors of moenas."""
-    quiet = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        raise StorageLostError(f"the database: {error.__cause__ or error}") from error
-    except KeyboardInterrupt:
-        raise Interrupted(*sigterm.reason) from None
-    finally:
-        optuna.logging.set_verbosity(quiet)
 
 
 def _versions() -> dict[str, str]:
@@ -424,59 +407,6 @@ class _PoolOpener:
             self._pool = self._open()
             self._stack.callback(self._pool.close)
         return self._pool
-
-
-class _Sigterm:
-    """Lets SIGTERM and SIGHUP end a run as Ctrl-C does, and loses none of the three."""
-
-    HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.reason = ("Ctrl-C", 130)
-        """What ended the run, and the exit code for it."""
-        self._number: int | None = None
-        """The latest signal."""
-        self._hook = sys.unraisablehook
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Heed the signals meanwhile.
-
-        A signal that is ignored, as SIGHUP is under nohup, stays ignored. A caller's own handler of
-        SIGINT stays, too.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.getsignal(s) for s in self.HEEDED}
-        before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
-        if before.get(signal.SIGINT) is not signal.default_int_handler:
-            before.pop(signal.SIGINT, None)
-        for number in before:
-            signal.signal(number, self._stop)
-        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        self._hook = hook
-        try:
-            yield
-        finally:
-            sys.unraisablehook = hook
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def _stop(self, number: int, frame: object) -> None:
-        """Raise what no `except Exception` swallows, and what Ray's waiting lets through."""
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.reason, self._number = (name, 128 + number), number
-        raise KeyboardInterrupt
-
-    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Send a signal again whose exception a finalizer or a weak reference has swallowed."""
-        if self._number is None or not issubclass(lost.exc_type, KeyboardInterrupt):
-            self._hook(lost)
-            return
-        again = threading.Timer(RESEND_S, os.kill, (os.getpid(), self._number))
-        again.daemon = True
-        again.start()
 
 
 def _total(known: StudyRecord, space: Space, trials: int | None) -> int:

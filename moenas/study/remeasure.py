@@ -18,7 +18,7 @@ from moenas.store import rungs
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
-from moenas.store.weights import read_weights
+from moenas.store.weights import find_weights, is_shared, read_weights, stored_at
 from moenas.study import repairs
 from moenas.study.changes import changed_objectives
 from moenas.study.jobs import Jobs
@@ -155,11 +155,15 @@ class Remeasurer:
 
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
-        name, weights = self._space.name, None
-        if known.weights_sha256 and any(o.needs == "training" for o in objectives):
-            weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
+        name, runs, digest = self._space.name, self._store.runs, known.weights_sha256
+        more: Plain = {"known": known.plain()}
+        if digest and any(o.needs == "training" for o in objectives):
+            if is_shared(runs):
+                path = find_weights(runs, name, known.trial, digest)
+                more["weights_at"] = stored_at(path, digest)
+            else:
+                more["weights"] = read_weights(runs, name, known.trial, digest)
         architecture = self._store.architecture(name, known.trial)
-        more: Plain = {"known": known.plain(), "weights": weights}
         more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
 
