@@ -128,7 +128,7 @@ class Job(_Record):
     data: Plain
     """The `data` section of the space file, with paths made absolute."""
     data_sha256: str
-    """Digest of the corpus; a worker that finds another one refuses the job."""
+    """Digest of the corpus; a worker that finds no such corpus refuses the job."""
     train: Plain
     """The `train` section of the space file, defaults filled in."""
     measure: Plain
@@ -154,6 +154,8 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    data_at: Plain | None = None
+    """Where the corpus is published for nodes that lack its files: see `data.published`."""
     weights_at: Plain | None = None
     """In place of `weights`: the path or URL of their file, and its SHA-256."""
     checkpoint_at: Plain | None = None

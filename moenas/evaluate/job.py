@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -174,9 +175,12 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = cache.load(self.job.data, self.job.data_sha256)
+            corpus = cache.load(self.job.data, self.job.data_sha256, self.job.data_at)
         except (InputError, OSError) as error:
-            raise MachineError(f"the corpus cannot be read here: {error}") from error
+            raise MachineError(
+                f"node {os.uname().nodename}: the corpus {self.job.data_sha256[:12]} cannot be read"
+                f" here: {error}{self.hint()}"
+            ) from error
         self.found["data"] = {
             "name": corpus.name,
             "sha256": corpus.sha256,
@@ -186,12 +190,18 @@ class _Run:
         }
         if corpus.sha256 != self.job.data_sha256:
             raise MachineError(
-                f"data '{corpus.name}': this machine has another corpus than the study: digest"
-                f" {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the same Python"
-                " version and the same files everywhere"
+                f"data '{corpus.name}': node {os.uname().nodename} has another corpus than the"
+                f" study: digest {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the"
+                f" same Python version and the same files everywhere{self.hint()}"
             )
         corpus.require(context, vocab_size)
         return corpus
+
+    def hint(self) -> str:
+        """Return how a node gets a corpus that it lacks, if nothing is published."""
+        if self.job.data_at is not None:
+            return ""
+        return "; with MOENAS_RUNS=URL the nodes of a cluster fetch the corpus from there"
 
     def measure_all(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure the objectives in the order of their needs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from moenas.study.progress import Progress
 from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
 from moenas.study.session import Session
-from moenas.workers.pool import Pool, Workers, open_pool
+from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
     import pandas
@@ -275,7 +274,8 @@ def run(
         if known is None:
             _create(store, space, corpus, trials)
         if changed:
-            Remeasurer(store, space, corpus.sha256).run(open_once(), changed)
+            remeasurer = Remeasurer(store, space, corpus, elsewhere=not open_once.is_local)
+            remeasurer.run(open_once(), changed)
         lease = stack.enter_context(StudyLease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
@@ -283,7 +283,8 @@ def run(
         session.trials.enqueue(first)
         if session.over is None:
             _warn_of_versions(session, known)
-            _drive(session, Jobs(session.store, space, corpus.sha256), open_once, lease, fresh)
+            jobs = Jobs(session.store, space, corpus, elsewhere=not open_once.is_local)
+            _drive(session, jobs, open_once, lease, fresh)
         store.verify()
         session.finish()
         return Study(store, space.name)
@@ -398,7 +399,7 @@ class _PoolOpener:
         pool: Pool | None,
     ) -> None:
         self._stack, self._pool = stack, pool
-        self.is_local = pool is None and address is None and "RAY_ADDRESS" not in os.environ
+        self.is_local = pool is None and not names_cluster(address)
         self._open = partial(open_pool, workers, space.search, address=address)
 
     def __call__(self) -> Pool:

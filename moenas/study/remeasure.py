@@ -28,6 +28,7 @@ from moenas.study.uncommitted import UncommittedResults
 from moenas.workers.pool import Pool, Result
 
 if TYPE_CHECKING:
+    from moenas.data.corpus import Corpus
     from moenas.space.space import Space
 
 Progress = Callable[[int, int, Evaluation], None]
@@ -78,11 +79,14 @@ def chosen_objectives(
 class Remeasurer:
     """Measures objectives of the finished trials of one study."""
 
-    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+    def __init__(
+        self, store: Store, space: Space, corpus: Corpus, *, elsewhere: bool = False
+    ) -> None:
+        """Take the study and its corpus; `elsewhere` is that of `Jobs`."""
         self._store, self._space = store, space
         self._record = store.study(space.name)
         study = StudyStore(store, space.name)
-        self._jobs = Jobs(study, space, data_sha256)
+        self._jobs = Jobs(study, space, corpus, elsewhere=elsewhere)
         self._results = ResultProcessor(study, space)
 
     def run(

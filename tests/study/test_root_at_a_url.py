@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ def test_workers_write_and_read_by_themselves(
     said = remeasure("s", objective="val_loss", storage="sqlite:///a.db", workers="inline")
     assert said.complete == len(said.trials) > 0
     assert found.evaluation(complete[0]).values == before
+
+
+@pytest.mark.parametrize("root_url", ["s3"], indirect=True)
+def test_a_worker_without_the_corpus_fetches_it(
+    shared: StorePath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def elsewhere(job: Job) -> object:
+        return evaluate(replace(job, data={"kind": "files", "files": ["/nowhere/corpus.txt"]}))
+
+    found = run(space(), trials=2, pool=Inline(elsewhere))  # type: ignore[arg-type]
+    assert [e.status for e in found.view.evaluations] == ["complete"] * 2
+    (kept,) = (tmp_path / "cache").rglob("*.corpus")
+    assert kept.stem == found.record.data["sha256"]
 
 
 @pytest.mark.parametrize("root_url", ["s3"], indirect=True)
