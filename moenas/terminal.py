@@ -27,7 +27,7 @@ class OutputError(MoenasError):
 
 def plain(text: str) -> str:
     """Return a text with its control characters spelt as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda control: control[0].encode("unicode_escape").decode(), text)
 
 
 def prepare() -> None:

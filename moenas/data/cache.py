@@ -71,7 +71,7 @@ def _key(section: Plain, digest: str) -> str:
     stamps: list[object] = []
     for path in section.get("files", []):
         with suppress(OSError):
-            found = os.stat(path)
-            inode = found.st_dev, found.st_ino, found.st_size
-            stamps.append([path, *inode, found.st_mtime_ns, found.st_ctime_ns])
+            file_stat = os.stat(path)
+            inode = file_stat.st_dev, file_stat.st_ino, file_stat.st_size
+            stamps.append([path, *inode, file_stat.st_mtime_ns, file_stat.st_ctime_ns])
     return json.dumps([section, digest, stamps], sort_keys=True)

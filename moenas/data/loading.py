@@ -77,12 +77,12 @@ def _kind(node: Node, value: dict[str, Node]) -> str:
             near = suggestion(str(kind.plain), KEYS)
             raise kind.error("data", f"no corpus {kind.plain!r}.{near} Right would be: {WANTED}")
         return kind.value
-    found = next((kind for kind in ("files", "tokens") if kind in value), None)
-    if found is None:
+    named_kind = next((kind for kind in ("files", "tokens") if kind in value), None)
+    if named_kind is None:
         keys = ", ".join(value) or "nothing"
         near = next(filter(None, (suggestion(key, KEYS) for key in value)), "")
         raise node.error("data", f"names no corpus ({keys}).{near} Right would be: {WANTED}")
-    return found
+    return named_kind
 
 
 def _need(node: Node, value: dict[str, Node], key: str, wanted: str) -> Node:
@@ -94,7 +94,7 @@ def _need(node: Node, value: dict[str, Node], key: str, wanted: str) -> Node:
 def _parse_files(node: Node) -> list[str]:
     """Return the absolute paths of every file named or matched, each once, sorted."""
     items = node.value if isinstance(node.value, list) else [node]
-    found: set[str] = set()
+    patterns: set[str] = set()
     for item in items:
         if not isinstance(item.value, str) or not item.value:
             raise item.error("data.files", f"{item.plain!r} is not a path or a pattern")
@@ -106,10 +106,10 @@ def _parse_files(node: Node) -> list[str]:
             raise item.error("data.files", f"'{item.value}' {reason}")
         for path in paths:
             _check_readable(item, "data.files", path)
-        found.update(paths)
-    if not found:
+        patterns.update(paths)
+    if not patterns:
         raise node.error("data.files", "is empty; give at least one path or pattern")
-    return sorted(found)
+    return sorted(patterns)
 
 
 def _check_readable(node: Node, key: str, path: str) -> None:
@@ -333,12 +333,12 @@ of an inode (ctime)."""
 
 def digest_of(arrays: list[Tokens]) -> str:
     """Return the digest of the splits of a corpus: dtype, length and bytes of each."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tokens in arrays:
-        found.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
+        hasher.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
         for i in range(0, len(tokens), CHUNK):
-            found.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
-    return found.hexdigest()
+            hasher.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
+    return hasher.hexdigest()
 
 
 def _map(path: str, dtype: str) -> Tokens:
@@ -362,9 +362,9 @@ def kept(name: str, compute: Callable[[], float]) -> float:
     try:
         return float(json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
-        found = compute()
-    _write_file(place, json.dumps(found).encode())
-    return found
+        computed = compute()
+    _write_file(place, json.dumps(computed).encode())
+    return computed
 
 
 def _write_file(place: Path, data: bytes) -> None:

@@ -82,20 +82,20 @@ def stdlib_sources() -> list[Named]:
         folders[:] = [f for f in folders if f not in SKIPPED and not f.startswith("config-")]
         # `_sysconfigdata*` holds the settings of the build, with its paths.
         paths += [Path(folder, n) for n in names if n.endswith(".py") and n[:6] != "_sysco"]
-    found = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
-    if not found:
+    sources = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
+    if not sources:
         raise DataError(
             f"'stdlib' finds no Python sources in {root}; give {{files: [...]}}", path="data"
         )
-    return found
+    return sources
 
 
 def digest(sources: list[Named]) -> str:
     """Return the digest of everything that a text is made of: rules, names, bytes."""
-    found = hashlib.sha256(f"rules {RULES}".encode())
+    hasher = hashlib.sha256(f"rules {RULES}".encode())
     for name, text in sources:
-        found.update(f"\n{name}:{len(text)}\n".encode() + text)
-    return found.hexdigest()
+        hasher.update(f"\n{name}:{len(text)}\n".encode() + text)
+    return hasher.hexdigest()
 
 
 def stdlib(sources: list[Named]) -> Text:
@@ -149,14 +149,14 @@ def files(paths: list[str]) -> Text:
     Raises:
         DataError: naming a file that cannot be read.
     """
-    found: dict[bytes, Named] = {}
+    distinct: dict[bytes, Named] = {}
     for path in paths:
         try:
             text = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}", path="data") from None
-        found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
-    return _split_by_size(Text("files"), list(found.values()))
+        distinct.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
+    return _split_by_size(Text("files"), list(distinct.values()))
 
 
 def without_licence(text: bytes) -> bytes:

@@ -46,13 +46,13 @@ OWN = "own_"
 
 def versions() -> dict[str, str]:
     """Return the versions that a value can depend on."""
-    found = {
+    packages = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moenas": moenas.__version__,
         "cpu": device_name(torch.device("cpu")),
     }
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    return packages | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
@@ -81,20 +81,20 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     return run.evaluation(failure), run.weights
 
 
-def _with_own_names(found: Measurement, timed: list[Plain]) -> Measurement:
+def _with_own_names(measurement: Measurement, timed: list[Plain]) -> Measurement:
     """Mark details by which a study would move the value to its reference time, but must not.
 
     That is right for a latency that the subject has timed, with the value it was given back with.
     """
-    details = found.details
+    details = measurement.details
     if "reference_key" not in details:
-        return found
+        return measurement
     for one in timed:
         same = all(details.get(name) == one[name] for name in TIMED)
-        if same and math.isclose(found.value, one["ratio"] * one["reference_ms"]):
-            return found
+        if same and math.isclose(measurement.value, one["ratio"] * one["reference_ms"]):
+            return measurement
     renamed = {OWN + name if name in TIMED else name: value for name, value in details.items()}
-    return Measurement(found.value, renamed)
+    return Measurement(measurement.value, renamed)
 
 
 class _Run:
@@ -103,7 +103,7 @@ class _Run:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.began = time.monotonic()
-        self.found: dict[str, Any] = {"fingerprint": ""}
+        self.fields: dict[str, Any] = {"fingerprint": ""}
         self.values: dict[str, float] = {}
         self.measurements: dict[str, Plain] = {}
         self.curve: list[CurvePoint] = []
@@ -145,9 +145,9 @@ class _Run:
         recipe = tree.parse(Recipe, job.train)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         cost = architecture.cost(recipe.context)
-        self.found["fingerprint"] = architecture.fingerprint
-        self.found["cost"] = cost.plain()
-        self.found["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
+        self.fields["fingerprint"] = architecture.fingerprint
+        self.fields["cost"] = cost.plain()
+        self.fields["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
         torch.set_num_threads(recipe.threads)
         torch.manual_seed(job.seed)
         with self.phase("data"):
@@ -181,7 +181,7 @@ class _Run:
                 f"node {os.uname().nodename}: the corpus {self.job.data_sha256[:12]} cannot be read"
                 f" here: {error}{self.hint()}"
             ) from error
-        self.found["data"] = {
+        self.fields["data"] = {
             "name": corpus.name,
             "sha256": corpus.sha256,
             "train_tokens": len(corpus.train),
@@ -266,7 +266,7 @@ class _Run:
         with self.phase("validate"), subject.device_lock.shared():
             validation = validate(model, corpus, recipe)
         self.curve[-1]["val_loss"] = validation.loss
-        self.found["routing"] = validation.routing
+        self.fields["routing"] = validation.routing
         seconds, train_loss = self.seconds["train"], float(self.curve[-1]["train_loss"])
         metrics = {
             "val_loss": validation.loss,
@@ -277,7 +277,7 @@ class _Run:
             "bigram_loss": corpus.bigram_loss,
             "causal": float(leaks is None),
         }
-        self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}
+        self.fields["metrics"] = {k: v for k, v in metrics.items() if v is not None}
         subject.trained = Training(
             validation.loss,
             validation.bits_per_byte,
@@ -331,7 +331,7 @@ class _Run:
         point = self.curve[-1]
         with self.phase("checkpoint"):
             self.weights = _safetensors(checkpoint.save(run), subject, self.job)
-        self.found["metrics"] = {
+        self.fields["metrics"] = {
             "rung": float(rung),
             "rung_loss": point["val_loss"],
             "train_loss": point["train_loss"],
@@ -371,7 +371,7 @@ class _Run:
             subject = subject.apart()
         try:
             with put_back():
-                found = objective.measure(subject)
+                measurement = objective.measure(subject)
         except (CandidateError, InputError, MachineError, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -379,7 +379,7 @@ class _Run:
                 raise
             text = f"objective '{objective.name}': {located(error)}"
             raise CandidateError(text) from error
-        return _with_own_names(found, subject.timed)
+        return _with_own_names(measurement, subject.timed)
 
     def check_time(self) -> None:
         """Raise TimeLimitError if the candidate is out of time."""
@@ -403,7 +403,7 @@ class _Run:
             seed=job.seed,
             failure=failure,
             weights_sha256=_digest(self.weights),
-            **self.found,
+            **self.fields,
         )
 
 

@@ -48,25 +48,25 @@ def open_corpus(space: Space) -> Corpus:
 
 def notes(space: Space, corpus: Corpus) -> list[str]:
     """Return what should be known of a space file and its corpus before a study trains on it."""
-    found, recipe = space.former_names, space.train
+    former_names, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
     if trains and recipe.tokens > len(corpus.train):
-        found.append(
+        former_names.append(
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"
         )
     if trains and recipe.val_tokens > len(corpus.val):
-        found.append(
+        former_names.append(
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
-        found.append(
+        former_names.append(
             f"data: {share:.0%} of the validation text stands in the training text word for word,"
             " so a loss says how much was learnt by heart; give another validation text"
         )
-    return found
+    return former_names
 
 
 def room(space: Space, drawn: list[Architecture]) -> list[str]:
@@ -79,7 +79,7 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
     sharers = space.search.workers or 1
     on_gpu = space.search.gpus != 0 and devices.has_gpu()
     device = devices.named("cuda" if on_gpu else "cpu")
-    found = []
+    messages = []
     for name, architecture in asked.items():
         room = fit(
             architecture,
@@ -90,8 +90,8 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
         )
         if not room.fits:
             which = "" if len(ordered) == 1 else f" of the {name} candidate drawn"
-            found.append(f"memory: {room}{which}; it fails as out_of_memory")
-    return found[:1]
+            messages.append(f"memory: {room}{which}; it fails as out_of_memory")
+    return messages[:1]
 
 
 def _kept_leak(corpus: Corpus) -> float:

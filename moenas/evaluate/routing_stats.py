@@ -61,8 +61,10 @@ class RoutingStats:
             slots = self.domains.sum(dim=-1, keepdim=True)
             shares = (self.domains / slots).tolist()
             row["domains"] = {
-                name: [round(share, 4) for share in found]
-                for name, found, some in zip(names, shares, slots.flatten().tolist(), strict=True)
+                name: [round(share, 4) for share in domain_shares]
+                for name, domain_shares, some in zip(
+                    names, shares, slots.flatten().tolist(), strict=True
+                )
                 if some
             }
         return row
@@ -133,10 +135,10 @@ class RoutingAccumulator:
         n = len(self.layers)
         if not split[0]:
             return []  # no pass since the last reading
-        found = [self._reading(layer, *split[i::n]) for i, (layer, _) in enumerate(self.layers)]
+        readings = [self._reading(layer, *split[i::n]) for i, (layer, _) in enumerate(self.layers)]
         for part in parts:
             part.zero_()
-        return found
+        return readings
 
     def _reading(
         self, layer: int, count: Tensor, load: Tensor, sums: Tensor, table: Tensor

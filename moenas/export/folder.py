@@ -133,7 +133,7 @@ def model_source(architecture: Architecture, *, is_bytes: bool = True) -> str:
     expression, classes = source.record(architecture.build)
     methods = [*ENTRY, *(ROUTED if MoE in classes else ())]
     closure = source.SourceClosure.of([*classes, initialise], methods)
-    taken = sorted(set(closure.found) & {"DTYPES", "build", "load", "read_safetensors"})
+    taken = sorted(set(closure.keys) & {"DTYPES", "build", "load", "read_safetensors"})
     if taken:
         raise InputError(f"'{taken[0]}' is a name that model.py uses itself; rename the part's")
     loader = _LOADER.replace("BUILD", expression.written(4, 12))
@@ -242,12 +242,12 @@ if __name__ == "__main__":
 _CHECK_SCRIPT = """\
 import json, sys
 
-class Wall:
+class BlockMoenas:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "moenas":
             raise ImportError("an exported model must not need moenas")
 
-sys.meta_path.insert(0, Wall())
+sys.meta_path.insert(0, BlockMoenas())
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)

@@ -203,4 +203,4 @@ def walk(tree: Tree) -> Iterator[Tree]:
 
 def fits(tree: Tree) -> Iterator[Fit]:
     """Yield every fit of a tree; one in a named layer is yielded at each use."""
-    return (found for found in walk(tree) if isinstance(found, Fit))
+    return (node for node in walk(tree) if isinstance(node, Fit))

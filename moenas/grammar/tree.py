@@ -102,9 +102,9 @@ def read(family: type[Component], node: Node, path: str = "", name: str = "") ->
 
 def former_names(tree: Tree) -> Iterator[str]:
     """Yield a line for each former name of a field that the text of a tree uses."""
-    for found in walk(tree):
-        if isinstance(found, Record):
-            yield from found.former
+    for node in walk(tree):
+        if isinstance(node, Record):
+            yield from node.former
 
 
 def _read_kind(
@@ -263,12 +263,12 @@ def unparse(tree: Tree) -> Any:
     if isinstance(tree, Listing):
         return [unparse(item) for item in tree.items]
     if isinstance(tree, Range):
-        found: Plain = {"int" if tree.whole else "float": [tree.low, tree.high]}
+        plain: Plain = {"int" if tree.whole else "float": [tree.low, tree.high]}
         if tree.log:
-            found["log"] = True
+            plain["log"] = True
         elif tree.step is not None:
-            found["step"] = tree.step
-        return found
+            plain["step"] = tree.step
+        return plain
     if isinstance(tree, Fit):
         return {FIT: {tree.cost: tree.target, "within": tree.within, "multiple_of": tree.step}}
     kind: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}

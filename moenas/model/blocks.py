@@ -144,8 +144,8 @@ class BlockGroup(Component):
             if reason is not None:
                 return reason if isinstance(reason, Conflict) else Conflict(part, reason)
         for group in self.blocks or ():
-            if (found := group.invalid_at(d_model)) is not None:
-                return found
+            if (conflict := group.invalid_at(d_model)) is not None:
+                return conflict
         return None
 
     @property
@@ -158,8 +158,8 @@ class BlockGroup(Component):
     @property
     def parts(self) -> dict[str, Part]:
         """The parts of a block, by the names of their fields."""
-        found = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
-        return {name: part for name, part in found.items() if part is not None}
+        parts = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def n_layers(self) -> int:
@@ -203,16 +203,16 @@ class BlockGroup(Component):
         kept = self.__dict__.get(KEPT)
         if kept is None or kept[0] != stream:
             kept = self.__dict__[KEPT] = stream, self._canonical_in(stream)
-        found: Self = kept[1]
-        return found
+        canonical: Self = kept[1]
+        return canonical
 
     def _canonical_in(self, stream: ResidualConfig) -> Self:
-        found = self.canonical_at(stream.d_model)
+        canonical = self.canonical_at(stream.d_model)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
-        alike = found.mixer is None or found.parallel
+        alike = canonical.mixer is None or canonical.parallel
         alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
-        found = changed(found, shortcut_input="ffn") if alike else found
-        return found._with_sources(stream)._side_by_side(stream)
+        canonical = changed(canonical, shortcut_input="ffn") if alike else canonical
+        return canonical._with_sources(stream)._side_by_side(stream)
 
     def _with_sources(self, stream: ResidualConfig) -> Self:
         """Write what routers read as `ffn`, else as `stream`, where these are the same."""
@@ -334,7 +334,7 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
     number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
-    found = list[BlockGroup]()
+    groups = list[BlockGroup]()
     known = dict[tuple[int, int, int], BlockGroup]()  # equal layers stay one object
     for i, layer in enumerate(layers):
         if i in halves:
@@ -342,13 +342,13 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
         delay = number[i + layer.shortcut_delay] - number[i]
         if mixer is layer.mixer and delay == layer.shortcut_delay:
-            found.append(layer)
+            groups.append(layer)
             continue
         key = id(layer), id(mixer), delay
         if key not in known:
             known[key] = changed(layer, mixer=mixer, shortcut_delay=delay)
-        found.append(known[key])
-    return tuple(found)
+        groups.append(known[key])
+    return tuple(groups)
 
 
 class Block(nn.Module):

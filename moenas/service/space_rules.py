@@ -125,8 +125,8 @@ def require_data_below(data: Plain, rules: SpaceRules) -> None:
     Raises:
         SpaceError: if one of them is outside of the folders.
     """
-    found = [data[key] for key in ("tokens", "val") if data.get(key)]
-    for path in [*data.get("files", ()), *found]:
+    paths = [data[key] for key in ("tokens", "val") if data.get(key)]
+    for path in [*data.get("files", ()), *paths]:
         if not is_below(path, rules.data_roots):
             raise SpaceError(f"'{path}' is outside of --data-root", path="data")
 

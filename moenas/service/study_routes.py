@@ -93,10 +93,10 @@ def get_front(
     service: Service, name: str, format: Literal["json", "csv"] = "json"
 ) -> schemas.Front | Response:
     """Return the Pareto front, best first by the first objective."""
-    found = study_views.front(service.store, name)
+    front = study_views.front(service.store, name)
     if format == "json":
-        return found
-    rows = list(study_views.front_csv(found))
+        return front
+    rows = list(study_views.front_csv(front))
     text = io.StringIO()
     names = list(rows[0]) if rows else ["trial"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -142,14 +142,14 @@ def _report(service: ServiceState, name: str) -> schemas.Report:
     """Let the process of the jobs make the report of a study that has begun."""
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
-    found = service.jobs.call(
+    report = service.jobs.call(
         tasks.study_report,
         name,
         storage=service.store.url,
         allow_code=service.settings.allow_code,
         timeout=EXPORT_S,
     )
-    return schemas.Report(**found)
+    return schemas.Report(**report)
 
 
 @router.get("/studies/{name}/events", response_class=StreamingResponse, responses=STREAM)
@@ -224,9 +224,9 @@ class _Sink(io.RawIOBase):
 
     def take(self) -> bytes:
         """Return what was written since the last call."""
-        found = bytes(self._held)
+        written = bytes(self._held)
         self._held.clear()
-        return found
+        return written
 
 
 def _zipped(folder: Path, top: str) -> Iterator[bytes]:

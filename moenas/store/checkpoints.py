@@ -52,8 +52,8 @@ def read_checkpoint(
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if (found := sha256(data)) != digest:
-        raise InputError(f"{path}: its SHA-256 is {found[:12]}..., not {str(digest)[:12]}...")
+    if (actual := sha256(data)) != digest:
+        raise InputError(f"{path}: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
     return data
 
 

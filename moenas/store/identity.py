@@ -53,8 +53,8 @@ def read(connection: Connection) -> Identity:
 
 def file_id(path: Path) -> FileId:
     """Return what names the file itself rather than its place."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    file_stat = os.stat(path)
+    return file_stat.st_dev, file_stat.st_ino
 
 
 def check_file(path: Path | None, opened: FileId | None, place: str) -> None:
@@ -87,7 +87,9 @@ def check_row(connection: Connection, known: Identity, place: str) -> None:
 # --- at the start of a run -----------------------------------------------------------------------
 
 
-def settle(connection: Connection, path: Path | None, wanted: str | None, folder: Path) -> Identity:
+def ensure_identity(
+    connection: Connection, path: Path | None, wanted: str | None, folder: Path
+) -> Identity:
     """Write down where a database lies and where its weights go; return its identity.
 
     A copy of a database gets a uuid of its own, so that its weights never replace those of the

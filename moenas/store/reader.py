@@ -88,8 +88,8 @@ class StoreReader:
             NotFoundError: if the study has no such trial.
         """
         with self._reading(name) as connection:
-            found: Plain = statements.known_trial(connection, name, trial).architecture
-            return found
+            architecture: Plain = statements.known_trial(connection, name, trial).architecture
+            return architecture
 
     @again
     def evaluation(self, name: str, trial: int) -> Evaluation | None:

@@ -85,14 +85,14 @@ def place(runs: StorePath, study: str, trial: int) -> Plain | None:
     folder = path.parents[1]
     try:
         make_folder(folder)
-        found = folder.stat()
+        folder_stat = folder.stat()
     except OSError:
         return None
     if is_shared(runs):
         return {"path": str(path), "shared": True}
     if not machine():
         return None
-    inode = [found.st_dev, found.st_ino]
+    inode = [folder_stat.st_dev, folder_stat.st_ino]
     return {"path": str(path), "machine": machine(), "user": os.getuid(), "inode": inode}
 
 
@@ -109,8 +109,8 @@ def write_draft(to: Plain, write: Callable[[str], object]) -> WeightsFile | None
     try:
         if isinstance(target, ObjectPath):
             return _upload_draft(target, write)
-        found = target.parents[1].stat()
-        here = [machine(), os.getuid(), [found.st_dev, found.st_ino]]
+        folder_stat = target.parents[1].stat()
+        here = [machine(), os.getuid(), [folder_stat.st_dev, folder_stat.st_ino]]
         if not shared and here != [to["machine"], to["user"], to["inode"]]:
             return None
         return _write_draft(target, write)
@@ -171,8 +171,8 @@ def read_stored(at: Plain) -> bytes:
             f"{where}: cannot be read: {error.strerror}; every node needs access to the root of"
             " the weights"
         ) from error
-    if (found := sha256(data)) != at["sha256"]:
-        raise MachineError(f"{where}: its SHA-256 is {found[:12]}..., not {at['sha256'][:12]}...")
+    if (digest := sha256(data)) != at["sha256"]:
+        raise MachineError(f"{where}: its SHA-256 is {digest[:12]}..., not {at['sha256'][:12]}...")
     return data
 
 
@@ -196,8 +196,8 @@ def adopt_draft(path: StorePath, file: WeightsFile) -> str:
     if isinstance(draft, ObjectPath):
         whole = draft.size() == file.size
     else:
-        found = os.lstat(draft)
-        whole = stat.S_ISREG(found.st_mode) and found.st_size == file.size
+        file_stat = os.lstat(draft)
+        whole = stat.S_ISREG(file_stat.st_mode) and file_stat.st_size == file.size
     if not whole:
         raise OSError(errno.EIO, f"not the {file.size} bytes that were written", file.path)
     if isinstance(draft, ObjectPath):
@@ -328,11 +328,11 @@ def _found(runs: StorePath, study: str, trial: int, digest: str) -> tuple[StoreP
         except OSError as error:
             wrong = wrong or InputError(f"{place}: cannot be read: {error.strerror}")
             continue
-        found = sha256(data)
-        if found == digest:
+        actual = sha256(data)
+        if actual == digest:
             return place, data
         wrong = wrong or InputError(
-            f"{place}: not the weights that trial {trial} ended with: SHA-256 {found[:12]}...,"
+            f"{place}: not the weights that trial {trial} ended with: SHA-256 {actual[:12]}...,"
             f" stored was {digest[:12]}...; restore the file"
         )
     if wrong is not None:

@@ -39,11 +39,11 @@ def delete_study(store: Store, name: str, user_name: str) -> int:
 
 def _forget(connection: Connection, name: str, user_name: str, trials: int) -> None:
     """Delete our rows; the last event tells those who watch."""
-    found = submissions.find(connection, name, lock=True)
+    submission = submissions.find(connection, name, lock=True)
     known = connection.execute(select(tables.study.c.name).where(tables.study.c.name == name))
-    if found is None and known.first() is None:
+    if submission is None and known.first() is None:
         return  # the transaction is repeated, as the answer of its commit was lost
-    if found is not None and found.driver_running:
+    if submission is not None and submission.driver_running:
         raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
     connection.execute(delete(tables.study).where(tables.study.c.name == name))
     submissions.forget(connection, name)

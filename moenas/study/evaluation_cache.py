@@ -38,9 +38,9 @@ class EvaluationCache:
     def open(self, device: str) -> None:
         """Look for studies that were evaluated as this one is; `device` is that of the pool."""
         space = self._space
-        own, found = self._store.study(), devices.named(device)
-        dtype = training_dtype(space.train, found)
-        self._device = devices.device_info(found, space.train.threads, dtype)
+        own, cached_device = self._store.study(), devices.named(device)
+        dtype = training_dtype(space.train, cached_device)
+        self._device = devices.device_info(cached_device, space.train.threads, dtype)
         meaning = _meaning(own, space.plain())
         objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
         for other in self._store.store.studies():
@@ -71,21 +71,21 @@ class EvaluationCache:
 
         store = self._store.store
         for study, trial in store.query(read):
-            found = store.evaluation(study, trial)
-            if found is not None and self._is_same(found):
-                return found
+            cached = store.evaluation(study, trial)
+            if cached is not None and self._is_same(cached):
+                return cached
         return None
 
-    def _is_same(self, found: Evaluation) -> bool:
+    def _is_same(self, evaluation: Evaluation) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""
         here = versions()
         return (
-            not found.is_copy
-            and found.reused_from is None
-            and found.seed == self._space.search.seed
-            and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
-            and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
-            and found.values.keys() >= {objective.name for objective in self._space.objectives}
+            not evaluation.is_copy
+            and evaluation.reused_from is None
+            and evaluation.seed == self._space.search.seed
+            and all(evaluation.device.get(key) == self._device[key] for key in SAME_DEVICE)
+            and all(evaluation.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
+            and evaluation.values.keys() >= {objective.name for objective in self._space.objectives}
         )
 
 

@@ -94,7 +94,7 @@ class IncomingStudy:
         """
         statements.check_study_name(name)
         self._store, self.name = store, name
-        store.settle()
+        store.ensure_identity()
         store.optuna_storage().engine.dispose()  # makes Optuna's tables
         store.query(self._require_free)
         self._folder: StorePath | None = None

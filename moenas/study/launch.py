@@ -161,10 +161,10 @@ class Study:
         Raises:
             NotFoundError: if the trial does not exist or is not finished.
         """
-        found = self.store.evaluation(self.name, trial)
-        if found is None:
+        evaluation = self.store.evaluation(self.name, trial)
+        if evaluation is None:
             raise NotFoundError(f"study '{self.name}' has no finished trial {trial}")
-        return found
+        return evaluation
 
     def architecture(self, trial: int, *, allow_code: bool = False) -> Architecture:
         """Return the architecture of a trial.

@@ -133,10 +133,10 @@ def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> li
     """
     store = Store.open(storage)
     space = stored_space(store.study(name))
-    found = start_points(space, refs, lambda: store)
+    points = start_points(space, refs, lambda: store)
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
-    known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in found}
-    new = [point for point in found if known[point.fingerprint] is None]
+    known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in points}
+    new = [point for point in points if known[point.fingerprint] is None]
     numbers, before = enqueue_points(study, new)
     trials = known | {p.fingerprint: number for p, number in zip(new, numbers, strict=True)}
     return [
@@ -146,7 +146,7 @@ def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> li
             "source": point.source,
             "fingerprint": point.fingerprint,
         }
-        for point in found
+        for point in points
     ]
 
 

@@ -71,9 +71,9 @@ class PausedCandidates:
         used = {trial: pause.result.rung for trial, pause in self.pauses.items()}
         for path in unused_checkpoints(self._store.runs, self._store.name, used):
             remove_file(path)
-        found = rung_rows.results(self._store.store, self._store.name)
-        plains = self._store.store.architectures(self._store.name) if found else {}
-        for result in found:
+        results = rung_rows.results(self._store.store, self._store.name)
+        plains = self._store.store.architectures(self._store.name) if results else {}
+        for result in results:
             plain = plains[result.trial]
             self._rungs.add(result, plain, self._cost(plain))
         for evaluation in stored.values():
@@ -172,15 +172,15 @@ class PausedCandidates:
     def _tell_trust(self) -> None:
         """Tell once when the cut of a rung widens, and when it is as before."""
         least = getattr(self._space.search.early_stopping, "min_correlation", 0.0)
-        for rung, found in self._rungs.agreements().items():
-            low = trust(least, found) < 1
+        for rung, agreement in self._rungs.agreements().items():
+            low = trust(least, agreement) < 1
             if low == (rung in self._distrusted):
                 continue
             self._distrusted ^= {rung}
             effect = "its cut is widened" if low else "its cut is no longer widened"
             self._events.warn(
                 f"rung {rung}: the rank correlation with the final losses is"
-                f" {found.correlation:.2f} over {found.pairs} candidates; {effect}"
+                f" {agreement.correlation:.2f} over {agreement.pairs} candidates; {effect}"
             )
 
     # --- decisions -----------------------------------------------------------------------------
@@ -213,9 +213,9 @@ class PausedCandidates:
 
     def rest(self) -> list[Candidate]:
         """Return all candidates that wait; they wait no more."""
-        found = list(self._waiting.values())
+        candidates = list(self._waiting.values())
         self._waiting.clear()
-        return found
+        return candidates
 
     def stopped(self, candidate: Candidate) -> Evaluation:
         """Return the last evaluation of a candidate that is stopped at its rung."""

@@ -59,21 +59,21 @@ def chosen_objectives(
     """
     changed = changed_objectives(record, space)
     if ref is None:
-        found = list(space.objectives) if trial is not None else changed
+        chosen = list(space.objectives) if trial is not None else changed
     else:
-        found = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
-    if not found:
+        chosen = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
+    if not chosen:
         raise InputError(
             f"study '{record.name}': no objective's file has changed; name one by --objective, or"
             " a trial"
         )
-    mixed = [o.name for o in found if o in changed]
+    mixed = [o.name for o in chosen if o in changed]
     if mixed and trial is not None:
         raise InputError(
             f"study '{record.name}': the file of '{mixed[0]}' has changed, so all trials must be"
             " measured again, that one front does not mix two measurements; leave the trial out"
         )
-    return found
+    return chosen
 
 
 class Remeasurer:
@@ -124,11 +124,11 @@ class Remeasurer:
                         crashes[known.trial] += 1
                         waiting.append(known)
                         continue
-                    found = self._merged(known, result, objectives)
-                    self._results.add(found)
-                    done.append(found)
+                    merged = self._merged(known, result, objectives)
+                    self._results.add(merged)
+                    done.append(merged)
                     if progress is not None:
-                        progress(len(done), len(todo), found)
+                        progress(len(done), len(todo), merged)
                 lease.check()
             done += self._copies(done)
             self._store_all(done + self._outdated(objectives), objectives)
@@ -140,14 +140,14 @@ class Remeasurer:
     def _todo(self, trial: int | None) -> list[Evaluation]:
         """Return the evaluations to measure: complete ones, and those with stored weights."""
         stored = self._store.evaluations(self._space.name)
-        found = [
+        evaluations = [
             e
             for e in stored
             if not e.is_copy
             and (e.status == "complete" or e.weights_sha256 is not None)
             and (trial is None or e.trial == trial)
         ]
-        if not found and trial is not None:
+        if not evaluations and trial is not None:
             raise InputError(
                 f"study '{self._space.name}': trial {trial} is not complete and has no stored"
                 " weights; there is nothing to measure again"
@@ -155,7 +155,7 @@ class Remeasurer:
         for other in stored if trial is not None else ():
             if other.trial != trial:  # latencies of one device stay those of one device
                 self._results.add(other)
-        return found
+        return evaluations
 
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
@@ -175,8 +175,8 @@ class Remeasurer:
         self, known: Evaluation, result: Result, objectives: Sequence[Objective]
     ) -> Evaluation:
         """Return the stored evaluation with the new values."""
-        found = result.outcome
-        failure = found if isinstance(found, Failure) else found.failure
+        outcome = result.outcome
+        failure = outcome if isinstance(outcome, Failure) else outcome.failure
         if failure is not None and failure.kind == "environment":
             raise MoenasError(
                 f"study '{known.study}', trial {known.trial}: {failure.message}; nothing is stored"
@@ -184,12 +184,12 @@ class Remeasurer:
         own = {o.name for o in self._space.objectives}
         if failure is not None and own & {o.name for o in objectives}:
             return replace(known, status="failed", failure=failure)
-        if isinstance(found, Failure):
+        if isinstance(outcome, Failure):
             return known
         merged = replace(
             known,
-            values=known.values | found.values,
-            measurements=known.measurements | found.measurements,
+            values=known.values | outcome.values,
+            measurements=known.measurements | outcome.measurements,
         )
         if not own <= merged.values.keys():
             return merged

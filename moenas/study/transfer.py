@@ -56,7 +56,9 @@ def idle_rows(store: Store, name: str) -> StudyRows:
         return study_rows.read(connection, name)
 
     rows = store.read(name, read)
-    if any(found is not None for _, found in UncommittedResults(store.runs, name).results()):
+    if any(
+        evaluation is not None for _, evaluation in UncommittedResults(store.runs, name).results()
+    ):
         raise ConflictError(
             f"study '{name}' has results that are not in the database yet; `moenas doctor --repair`"
             " stores them"
@@ -75,13 +77,13 @@ def copy_study(source: Store, name: str, target: Store, new: str | None = None) 
         InputError: if a file of weights is missing or damaged.
     """
     rows = idle_rows(source, name)
-    found = study_rows.renamed(rows, new or name)
+    renamed = study_rows.renamed(rows, new or name)
     with IncomingStudy(target, new or name) as incoming:
         for file in named_files(rows):
             with file.find(source, name).open("rb") as opened:
                 incoming.add(file, opened)
-        incoming.commit(lambda connection: study_rows.write(connection, found))
-    return Transferred.of(found)
+        incoming.commit(lambda connection: study_rows.write(connection, renamed))
+    return Transferred.of(renamed)
 
 
 # --- another name --------------------------------------------------------------------------------

@@ -32,15 +32,15 @@ class UncommittedResults:
         self._folder = study_folder(runs, study) / FOLDER
 
     @contextlib.contextmanager
-    def holding(self, found: Evaluation) -> Iterator[None]:
+    def holding(self, evaluation: Evaluation) -> Iterator[None]:
         """Keep a result in a file until the block has ended without an exception.
 
         A file that cannot be written, as on a full disk, is no reason not to try the commit; nor
         is a result that is not JSON, which the commit will refuse.
         """
-        path = self._folder / f"{found.trial}-{found.attempt}.json"
+        path = self._folder / f"{evaluation.trial}-{evaluation.attempt}.json"
         with contextlib.suppress(OSError, TypeError, ValueError):
-            write_whole(path, json.dumps(storable(found.plain())).encode())
+            write_whole(path, json.dumps(storable(evaluation.plain())).encode())
         yield
         self.drop(path)
 
@@ -57,10 +57,10 @@ class UncommittedResults:
         Raises:
             StorageLostError: if the database cannot be reached; the files stay.
         """
-        for path, found in self.results():
-            if found is not None and store.attempts(self._study, found.trial) > 0:
+        for path, evaluation in self.results():
+            if evaluation is not None and store.attempts(self._study, evaluation.trial) > 0:
                 try:
-                    store.record(found)
+                    store.record(evaluation)
                 except (StorageLostError, StorageError):
                     raise
                 except Exception as error:
@@ -73,8 +73,8 @@ class UncommittedResults:
         """Yield each file and its result; None for a file that holds no result of the study."""
         for path in matching(self._folder, "*.json"):
             try:
-                found = Evaluation.parse(json.loads(path.read_bytes()))
+                evaluation = Evaluation.parse(json.loads(path.read_bytes()))
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 yield path, None
                 continue
-            yield path, found if found.study == self._study else None
+            yield path, evaluation if evaluation.study == self._study else None

@@ -34,11 +34,11 @@ VAL_LOSS = ObjectiveInfo("val_loss", "minimize", "nats/token", "Validation loss.
 
 STRANGER = """
 import hashlib, importlib.util, json, sys
-class Wall:
+class BlockMoenas:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("moenas", "safetensors"):
             raise ImportError(f"{name} is walled off")
-sys.meta_path.insert(0, Wall())
+sys.meta_path.insert(0, BlockMoenas())
 import torch
 torch.set_num_threads(1)
 found = []

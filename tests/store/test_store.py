@@ -531,9 +531,9 @@ def test_ten_objectives_and_hundreds_of_members_are_recorded_at_once(tmp_path):
     longest, volumes = 0.0, []
     for trial, point in enumerate(points.tolist()):
         ask(store, trial)
-        began = time.perf_counter()
+        began = time.process_time()
         store.record(an_evaluation(trial, dict(zip(names, point, strict=True))))
-        longest = max(longest, time.perf_counter() - began)
+        longest = max(longest, time.process_time() - began)
         volumes.append(store.front_summary("x").hypervolume)
     assert longest < 1.0
     assert volumes[-1] > volumes[0] > 0
