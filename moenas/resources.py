@@ -278,7 +278,7 @@ def _named(folder: str, suffix: str, parent: str) -> dict[str, Path]:
 
 
 def _below(folder: str, suffix: str) -> list[str]:
-    """Return the names of what stands in the folders right below `folder`."""
+    """Return the names in the folders right below `folder`."""
     places = [place for root in (shipped(folder), Path(folder)) for place in root.glob("*/")]
     parents = sorted({place.name for place in places if not place.name.startswith(("_", "."))})
     return [name for parent in parents for name in _named(folder, suffix, parent)]

@@ -8,10 +8,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+with suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is no fault of an example.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("busy", deadline=None, suppress_health_check=slow)
+    settings.load_profile("busy")
 
 LONGEST = (
     "tests/chaos/",

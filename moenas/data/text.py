@@ -115,7 +115,7 @@ def stdlib(sources: list[Named]) -> Text:
 def pydoc() -> Text:
     """Return the topics of Python's language reference, as `help('topic')` shows them.
 
-    Topics quote one another: a paragraph that stands in an earlier topic is left out.
+    Topics quote one another: a paragraph that an earlier topic has is left out.
 
     Raises:
         DataError: if this Python came without them.
@@ -182,8 +182,8 @@ def without_licence(text: bytes) -> bytes:
 def without_near_duplicates(files: Iterable[Named]) -> tuple[list[Named], list[str]]:
     """Return the files to keep, and the names of those that repeat earlier ones.
 
-    A shingle is 5 consecutive lines, blank ones left out and white space collapsed. A file goes
-    if more than 30 % of its shingles stand in files kept before it, in order of name.
+    A shingle is 5 consecutive lines, blank ones left out and white space collapsed. A file is
+    left out if earlier kept files, in order of name, have more than 30 % of its shingles.
     """
     seen: set[int] = set()
     kept, dropped = [], []

@@ -110,7 +110,7 @@ _NO_PRODUCTS = """
 NO_PRODUCTS = frozenset(f"aten::{name}" for name in _NO_PRODUCTS.split())
 """Operators, beside fvcore's own list of those that only move or compare, that hold no matrix
 product: norms, activations, reductions, arithmetic by element, choosing and moving rows. They count
-as nothing, by the convention of `Cost.flops_per_token`. What stands in no list is an error."""
+as nothing, by the convention of `Cost.flops_per_token`. An operator in no list is an error."""
 
 
 class _Lower(nn.Module):

@@ -116,7 +116,7 @@ class Workload:
         return self.batch, self.context + (1 if self.phase == "decode" else 0)
 
     def plain(self) -> Plain:
-        """Return what stands beside a value."""
+        """Return the fields that are stored beside a value."""
         dtype = str(self.dtype).removeprefix("torch.")
         plain = {"phase": self.phase, "batch": self.batch, "context": self.context}
         return plain | {"dtype": dtype, "threads": self.threads}

@@ -48,25 +48,25 @@ def open_corpus(space: Space) -> Corpus:
 
 def notes(space: Space, corpus: Corpus) -> list[str]:
     """Return what should be known of a space file and its corpus before a study trains on it."""
-    former_names, recipe = space.former_names, space.train
+    messages, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
     if trains and recipe.tokens > len(corpus.train):
-        former_names.append(
+        messages.append(
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"
         )
     if trains and recipe.val_tokens > len(corpus.val):
-        former_names.append(
+        messages.append(
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
-        former_names.append(
-            f"data: {share:.0%} of the validation text stands in the training text word for word,"
-            " so a loss says how much was learnt by heart; give another validation text"
+        messages.append(
+            f"data: {share:.0%} of the validation text is in the training text word for word,"
+            " so the loss rewards memorisation; give another validation text"
         )
-    return former_names
+    return messages
 
 
 def room(space: Space, drawn: list[Architecture]) -> list[str]:
@@ -101,9 +101,9 @@ def _kept_leak(corpus: Corpus) -> float:
 
 
 def leaked(corpus: Corpus) -> float:
-    """Return the share of pieces of the validation text that stand in the training text.
+    """Return the share of pieces of the validation text that the training text contains.
 
-    Line ends count alike in bytes: LF and CRLF copies of a text are one text.
+    In bytes, LF and CRLF copies of a text are one text.
     """
     train, val = corpus.train[:MOST], corpus.val
     if corpus.is_bytes:

@@ -19,7 +19,7 @@ from moenas.records import RoutingRow
 DEAD = 0.01
 """An expert with less than this share of the mean load is dead."""
 MIN_ASSIGNMENTS = 100
-"""Slots for each expert, in the mean, before an expert without any is called dead for good."""
+"""Mean slots per expert before an expert without a slot counts as dead."""
 
 COLLAPSE_WINDOW = 4
 """Rows of a learning curve before that: a tenth of a run of 40 rows."""
@@ -126,7 +126,7 @@ class RoutingAccumulator:
         self._tables[i].scatter_add_(0, place, ones)
 
     def read(self) -> list[RoutingStats]:
-        """Return how each layer routed since the last reading, and begin anew."""
+        """Return how each layer routed since the last reading, and reset."""
         parts = [*self._tokens, *self._loads, *self._sums, *self._tables]
         if not parts:
             return []

@@ -139,7 +139,7 @@ class Pairs:
 
     @property
     def ratio(self) -> float:
-        """The median ratio: what both sides feel alike drops out of it."""
+        """The median ratio: a slowdown of both sides cancels out."""
         return statistics.median(self.ratios)
 
     @property

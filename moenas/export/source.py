@@ -1,10 +1,10 @@
 """From a built model to the Python text that builds it again without moenas.
 
 Two readings make the text. The constructor calls are recorded while the model is built, so that
-`build()` is one literal expression. The definitions are lifted from their files, as they stand:
+`build()` is one literal expression. The definitions are copied from their files unchanged:
 every class, function and constant that the calls reach through the names in the code, and of a
-class only the methods that something mentions. What stands under `if on_cuda(...)` is left out: a
-form of the same for one device. What cannot stand alone is refused with InputError.
+class only the methods that something mentions. Code under `if on_cuda(...)` is left out: it is
+another implementation for one device. Code that needs moenas raises InputError.
 """
 
 from __future__ import annotations

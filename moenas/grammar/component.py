@@ -218,7 +218,7 @@ class Component:
     def fingerprint_data(self) -> Plain:
         """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
 
-        Fields that had another place in an earlier version stand under their former names.
+        Fields that had another place in an earlier version have their former names.
         """
         data: Plain = {} if self.kind is None else {"kind": self.kind}
         former = {place: name for name, place in self.former.items()}

@@ -18,7 +18,7 @@ from moenas.grammar.nodes import Choice, Fixed, Listing, Record, Tree
 V = TypeVar("V")
 
 WHOLE, LAYER = "architecture", "block"
-"""First steps of the paths: of what all layers share, and of what stands in one of them."""
+"""First steps of the paths: of fields that all layers share, and of fields of one layer."""
 OF_A_GROUP = (f"{LAYER}.repeat", f"{LAYER}.vary")
 """Fields of a group of layers, which no layer has."""
 

@@ -61,7 +61,7 @@ def option_labels(options: list[Node]) -> list[Scalar]:
 
 
 def shared_name(path: str) -> str:
-    """Return the name of a hole that stands in a named layer, or an empty string."""
+    """Return the name of a hole in a named layer, or an empty string."""
     return path if path.startswith(f"{LAYERS}.") else ""
 
 

@@ -362,7 +362,7 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     `whole`: see `grammar.parse`.
 
     Raises:
-        SpaceError: where the fields are written that do not go together.
+        SpaceError: if fields do not go together; it names their place.
     """
     component: Component = _fill(tree, Answers.of(suggest), "")
     if whole and (reason := component.invalid_together()) is not None:

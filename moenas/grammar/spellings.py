@@ -60,7 +60,7 @@ def apply_spellings(
 def _take_preset(
     cls: type[Component], keys: dict[str, Node], path: str
 ) -> tuple[Plain, SourceLocation | None]:
-    """Take a `preset` key out of a mapping; return the fields that it stands for, and its place."""
+    """Take a `preset` key out of a mapping; return the fields that it sets, and its place."""
     if "preset" not in keys or "preset" in fields(cls):
         return {}, None
     preset = keys.pop("preset")

@@ -197,7 +197,7 @@ def make(record: Record, values: Mapping[str, Any]) -> Component:
     """Make the component of a record from the values of its fields.
 
     Raises:
-        SpaceError: where the fields stand that do not go together.
+        SpaceError: if fields do not go together; it names their place.
     """
     component = record.cls(**values)
     component.__dict__[ORIGIN] = record.origin

@@ -28,7 +28,7 @@ class Mismatch:
     """A value that is not one of the space."""
 
     hole_path: str
-    """Where the value stands in the space, the options around it included."""
+    """Where the value is in the space, with the options around it."""
     value: str
     wanted: str
     at: SourceLocation

@@ -23,7 +23,7 @@ HEADS = ("n_heads", "n_kv_heads", "n_key_heads")
 
 
 def read_sizes(words: Iterable[str]) -> dict[str, int]:
-    """Read `d_model=128` and the like; several may stand in a word, with commas between.
+    """Read `d_model=128` and the like; commas separate several.
 
     Raises:
         InputError: at an unknown name, or a value that is not a whole number of at least 1.

@@ -138,7 +138,7 @@ class Architecture(Component):
         )
 
     def canonical(self) -> Self:
-        """Return the one spelling of all architectures that train and compute alike.
+        """Return the canonical form: architectures that train and compute the same have one.
 
         Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
         of equal layers as one group, and fields without effect at their defaults. It is kept.
@@ -164,9 +164,9 @@ class Architecture(Component):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for the canonical architecture.
+        """16 hexadecimal digits that identify the canonical architecture.
 
-        They are made of what differs from the defaults, so a field that comes later changes none.
+        They hash the fields that differ from their defaults, so a new field changes no fingerprint.
         """
         data = self.canonical().fingerprint_data()
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -337,8 +337,8 @@ class Model(nn.Module):
     """A decoder-only language model: embedding, blocks, norm, head.
 
     `n_residual_branches` parts add to the residual stream: mixers, feed-forward layers and
-    shortcuts, counted in the canonical architecture, so that all spellings start alike. A mixture
-    with its shared experts is one.
+    shortcuts, counted in the canonical architecture, so that all spellings get
+    the same initial weights. A mixture with its shared experts counts as one.
     """
 
     matrices = ("embedding",)

@@ -127,7 +127,7 @@ class BlockGroup(Component):
         if self.blocks is None and not own:
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
         if self.shortcut is not None and self.ffn is None:
-            return "a shortcut stands beside an ffn; give 'ffn', or make the shortcut the ffn"
+            return "a shortcut needs an ffn beside it; give 'ffn', or make the shortcut the ffn"
         if sum(map(is_mixture, (self.ffn, self.shortcut))) > 1:
             return "a block has one mixture of experts: make 'ffn' or 'shortcut' another kind"
         if is_mixture(self.mixer) and (is_mixture(self.ffn) or is_mixture(self.shortcut)):
@@ -209,9 +209,10 @@ class BlockGroup(Component):
     def _canonical_in(self, stream: ResidualConfig) -> Self:
         canonical = self.canonical_at(stream.d_model)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
-        alike = canonical.mixer is None or canonical.parallel
-        alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
-        canonical = changed(canonical, shortcut_input="ffn") if alike else canonical
+        same_input = canonical.mixer is None or canonical.parallel
+        own_norm = stream.shortcut_norms("block")[0] and stream.norm_cost().params
+        if same_input and not own_norm:
+            canonical = changed(canonical, shortcut_input="ffn")
         return canonical._with_sources(stream)._side_by_side(stream)
 
     def _with_sources(self, stream: ResidualConfig) -> Self:
@@ -234,10 +235,10 @@ class BlockGroup(Component):
         return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
     def _side_by_side(self, stream: ResidualConfig) -> Self:
-        """Order two feed-forward layers that read and join alike, or write them as one.
+        """Order two feed-forward layers with the same input and sum, or write them as one.
 
-        With norms of their outputs they stay two, and those of a parallel block do not join alike:
-        there one norm is of the sum of mixer and ffn.
+        They stay two if their outputs have norms, and in a parallel block: there one norm covers
+        the sum of mixer and ffn.
         """
         late = self.shortcut_delay > 0 or self.shortcut_input == "block"
         if self.ffn is None or self.shortcut is None or late:
@@ -318,10 +319,10 @@ def _activation(ffn: Any) -> tuple[Any, ...]:
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
-    They are the halves of a block at every position of the norm, unless a shortcut joins the stream
-    between them, or the shortcut beside the ffn reads it there through a norm of its own, or both
-    are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
-    matters.
+    Such a pair computes the same as one block at every position of the norm, with three exceptions:
+    a shortcut is added between them, the shortcut beside the ffn has a norm of its own there, or
+    both are mixtures of experts. Delays count the new blocks. Nothing changes if a part depends on
+    its layer index.
     """
     different = {id(layer): layer for layer in layers}.values()
     if any(part.layer_indexed for layer in different for part in layer.parts.values()):

@@ -374,7 +374,7 @@ def front_rows(view: View | FrontView, *, short_form: bool = False) -> list[Plai
 
 
 def front_caption(view: View | FrontView) -> list[str]:
-    """Say what the numbers of a front stand on."""
+    """Say how the numbers of a front were measured."""
     view = as_front(view)
     done, name = view.summary.counts.get("complete", 0), view.study.name
     lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]

@@ -16,7 +16,7 @@ from moenas.space.early_stopping import SuccessiveHalving
 
 Array = NDArray[np.float64]
 STAND_IN = "flops_per_token"
-"""The exact cost that stands for objectives that are not known at a rung."""
+"""The exact cost that replaces objectives that are not known at a rung."""
 
 
 class Halving:
@@ -27,7 +27,7 @@ class Halving:
     ) -> None:
         """Take the directions of the objectives that are known at a rung.
 
-        With `stand_in`, the exact FLOPs of a candidate stand for objectives that are not known.
+        With `stand_in`, the exact FLOPs of a candidate replace objectives that are not known.
         """
         self._settings, self._directions = settings, dict(directions)
         self._stand_in = stand_in and STAND_IN not in directions

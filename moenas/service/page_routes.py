@@ -26,7 +26,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self';"
     " img-src 'self' data: blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""Content-Security-Policy: nothing comes from another site, and no script stands in a page."""
+"""Content-Security-Policy: nothing comes from another site, and no page has an inline script."""
 ASSETS = {
     "pages.css": "text/css",
     "pages.js": "text/javascript",

@@ -58,7 +58,7 @@ def _set(
 
 
 def _as_mapping(node: Node, layers: Mapping[str, Node]) -> Node:
-    """Return the name of a layer, or a bare kind, as the mapping that it stands for."""
+    """Return the name of a layer, or a bare kind, as its mapping."""
     if isinstance(node.value, str) and node.value in layers:
         return replace(node, value={KEY: replace(node, key_mark=None)})
     if node.value is None:  # an empty section

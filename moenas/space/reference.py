@@ -71,7 +71,7 @@ AFTER_HOLES = """\
 A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
 variants each has c to the power of n points.
 
-A bare word stands for a component of that kind with its defaults: `balance: bias` is
+A bare word is a component of that kind with its defaults: `balance: bias` is
 `balance: {kind: bias}`, also as an option of a `choice`.
 
 Some tables below list presets. `preset: NAME` sets the fields of that row. Fields written beside
@@ -245,7 +245,7 @@ def _component(cls: type[Component]) -> Iterator[str]:
 
 
 def _heading(family: type[Component]) -> str:
-    """Return the name of the first field, from the sections down, that a family stands in."""
+    """Return the name of the first field, from the sections down, whose value is of a family."""
     todo: list[tuple[str, type[Component]]] = [("architecture", Architecture), ("search", Search)]
     for name, cls in todo:
         if cls is family:

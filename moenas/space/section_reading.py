@@ -36,7 +36,7 @@ def known_names() -> set[str]:
 
 
 def read_name(node: Node | None, source: str) -> str:
-    """Read the study's name; the file's name stands in."""
+    """Read the study's name; the file's name is the default."""
     if node is None:
         name = Path(source).stem
     elif isinstance(node.value, str):

@@ -167,7 +167,7 @@ class StoreReader:
 
     @again
     def front_view(self, name: str) -> FrontView:
-        """Return the members of the front with their architectures, and what they stand on."""
+        """Return the members of the front, their architectures, and how they were measured."""
         with self._reading(name) as connection:
             return row_readers.front_view(connection, name, self._rest(name))
 

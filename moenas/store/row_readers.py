@@ -62,7 +62,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class FrontView:
-    """The front of a study, and what its numbers stand on."""
+    """The front of a study, and how its numbers were measured."""
 
     summary: Summary
     members: list[Evaluation]

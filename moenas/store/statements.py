@@ -18,7 +18,7 @@ def exists(connection: Connection, table: Table) -> bool:
 
 
 def finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Return numbers as JSON can hold them: None stands for one that is not finite."""
+    """Return numbers as JSON can hold them: None replaces one that is not finite."""
     return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 

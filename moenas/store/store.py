@@ -188,7 +188,7 @@ class Store(StoreReader):
                 with self._database.reading() as connection:
                     if tries > 1 and statements.is_stored(connection, record, created):
                         return  # the answer of the first commit was lost
-                raise InputError(f"study '{name}' is there already in {self.place}") from None
+                raise InputError(f"study '{name}' already exists in {self.place}") from None
 
         self._database.again(work)
 

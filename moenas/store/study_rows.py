@@ -191,7 +191,7 @@ def _check_row(place: str, row: Any, columns: dict[str, Any]) -> None:
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a JSON value can stand in a column; SQLite itself takes any value anywhere."""
+    """Whether a column can hold a JSON value; SQLite itself takes any value anywhere."""
     if isinstance(kind, types.JSON):  # every one of ours is an object or a list
         return isinstance(value, dict | list)
     if isinstance(kind, types.Enum):  # a kind of String
@@ -256,7 +256,7 @@ def write_own(connection: Connection, rows: StudyRows) -> None:
     try:
         _insert(connection, tables.study, rows[tables.study.name])
     except IntegrityError as error:
-        raise ConflictError(f"study '{name_of(rows)}' is there already") from error
+        raise ConflictError(f"study '{name_of(rows)}' already exists") from error
     with _plain_refusals(rows):
         for table in OWN[1:]:
             _insert(connection, table, rows[table.name])

@@ -52,7 +52,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class StudyFilter:
-    """Which studies a list holds; None stands for any."""
+    """Which studies a list holds; None is any."""
 
     state: State | None = None
     user_name: str | None = None
@@ -154,7 +154,7 @@ def _require_free(connection: Connection, name: str) -> None:
     ).first()
     stored = connection.execute(select(study.c.name).where(study.c.name == name)).first()
     if submitted or stored:
-        raise ConflictError(f"study '{name}' is there already; give the space another `name`")
+        raise ConflictError(f"study '{name}' already exists; give the space another `name`")
 
 
 def _tell(connection: Connection, user_name: str, name: str, kind: str, data: Plain) -> None:

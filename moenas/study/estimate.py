@@ -42,7 +42,7 @@ FEW = 3
 SIMILAR = 4.0
 """Factor between the training FLOPs of two candidates up to which they are of similar size."""
 DRAWS, DRAWN_LAYERS = 50, 10_000
-"""Random architectures whose mean cost stands for that of the candidates, and their layers."""
+"""Random architectures whose mean cost estimates that of the candidates."""
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class IncomingStudy:
     def _require_free(self, connection: Connection) -> None:
         if self._is_stored(connection):
             raise ConflictError(
-                f"study '{self.name}' is there already in {self._store.place}; give another name"
+                f"study '{self.name}' already exists in {self._store.place}; give another name"
             )
         if submissions.find(connection, self.name) is not None:
             raise ConflictError(

@@ -156,7 +156,7 @@ class Study:
         return optuna.load_study(study_name=self.name, storage=self.store.optuna_storage())
 
     def evaluation(self, trial: int) -> Evaluation:
-        """Return what came of a trial.
+        """Return the evaluation of a trial.
 
         Raises:
             NotFoundError: if the trial does not exist or is not finished.

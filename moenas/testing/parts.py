@@ -113,7 +113,7 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
 
 
 def _part_with(kind: type[Component] | None) -> type[Component] | None:
-    """Return the kind of part that a kind of any family stands in."""
+    """Return the kind of part that can hold a kind of any family."""
     return MoEFFN if kind is not None and issubclass(kind, Score | Selection) else kind
 
 

@@ -117,7 +117,7 @@ def test_a_name_that_is_taken_and_a_study_that_is_busy_are_refused(
     target = Store.open(database_url, create=True)
     copy_study(source.store, "s", target)
     before = rows_of(target, "s")
-    with pytest.raises(ConflictError, match="there already"):
+    with pytest.raises(ConflictError, match="already exists"):
         copy_study(source.store, "s", target)
     with pytest.raises(NotFoundError):
         copy_study(source.store, "nowhere", target)

@@ -1,4 +1,4 @@
-"""What stands between the up and the down projection of a feed-forward network."""
+"""Activations between the up and the down projection of a feed-forward network."""
 
 from __future__ import annotations
 

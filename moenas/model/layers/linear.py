@@ -59,9 +59,9 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether a tensor lies on CUDA, where a part has a form of its own that is faster or exact.
+    """Whether a tensor is on CUDA, where a part has its own faster or exact implementation.
 
-    It stands alone, as the condition of an `if` that returns. An export leaves such code out.
+    Use it alone, as the condition of an `if` that returns. An export leaves such code out.
     """
     return x.is_cuda
 
