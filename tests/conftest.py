@@ -120,6 +120,27 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         yield url
 
 
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """The URL of a bucket on an S3 server of this process."""
+    from object_store import s3_server
+
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def root_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty root of weights, in each kind of store."""
+    from object_store import empty_root
+
+    if request.param == "file":
+        return f"file://{tmp_path}/shared"
+    return empty_root(
+        "memory://runs" if request.param == "memory" else request.getfixturevalue("s3_bucket")
+    )
+
+
 @pytest.fixture
 def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder with a small corpus, and leave the dashboard alone."""

@@ -216,7 +216,7 @@ def load(section: Plain) -> Corpus:
 def _load_stdlib() -> Corpus:
     """Return the Python library's sources as a corpus; from the cache if it is there."""
     sources = texts.stdlib_sources()
-    place = _cache_folder() / f"stdlib-{texts.digest(sources)[:32]}"
+    place = cache_folder() / f"stdlib-{texts.digest(sources)[:32]}"
     corpus = _read_cache(place)
     if corpus is None:
         corpus = _text_corpus(texts.stdlib(sources))
@@ -251,10 +251,11 @@ def _text_corpus(text: Text) -> Corpus:
         ),
         "files": text.files,
     }
-    return _corpus(manifest, train, val)
+    return from_manifest(manifest, train, val)
 
 
-def _corpus(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
+def from_manifest(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
+    """Return a corpus of two splits that a manifest describes."""
     return Corpus(
         name=manifest["name"],
         train=train,
@@ -296,9 +297,9 @@ def _load_tokens(section: Plain) -> Corpus:
     if now not in _DIGESTS:
         _DIGESTS[now] = digest_of(arrays)
     key = json.dumps([texts.RULES, section, files, _DIGESTS[now]], sort_keys=True)
-    place = _cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
+    place = cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
     try:
-        return _corpus(json.loads(place.read_text()), arrays[0], arrays[1])
+        return from_manifest(json.loads(place.read_text()), arrays[0], arrays[1])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     counts = Counts(vocab_size)
@@ -322,7 +323,7 @@ def _load_tokens(section: Plain) -> Corpus:
     if vocab_size > MAX_ORDER_1:
         manifest["entropy_note"] = f"order 1 is not counted above {MAX_ORDER_1} different tokens"
     _write_file(place, json.dumps(manifest).encode())
-    return _corpus(manifest, arrays[0], arrays[1])
+    return from_manifest(manifest, arrays[0], arrays[1])
 
 
 _DIGESTS: dict[tuple[tuple[int, ...], ...], str] = {}
@@ -350,14 +351,14 @@ def _map(path: str, dtype: str) -> Tokens:
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the user's cache folder for moenas; it need not exist, nor be writable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moenas"
 
 
 def kept(name: str, compute: Callable[[], float]) -> float:
     """Return a number from the user's cache, or compute it and keep it there under `name`."""
-    place = _cache_folder() / f"{name}.json"
+    place = cache_folder() / f"{name}.json"
     try:
         return float(json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
@@ -396,6 +397,10 @@ def _read_cache(place: Path) -> Corpus | None:
         digest = hashlib.sha256()
         for split in (train, val):
             digest.update(f"uint8:{len(split)}\n".encode() + split.tobytes())
-        return _corpus(manifest, train, val) if digest.hexdigest() == manifest["sha256"] else None
+        return (
+            from_manifest(manifest, train, val)
+            if digest.hexdigest() == manifest["sha256"]
+            else None
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None

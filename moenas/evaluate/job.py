@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, Status, 
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
 from moenas.space.sections import Protocol, Recipe
-from moenas.store.weights import remove_draft, write_draft
+from moenas.store.weights import read_stored, remove_draft, write_draft
 
 OWN = "own_"
 """Goes before a detail of an objective that has the name of one of a timed latency."""
@@ -57,7 +58,8 @@ def versions() -> dict[str, str]:
 def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     """Evaluate one candidate; return its evaluation, and the trained weights as safetensors.
 
-    The weights are in a file if the job says where to write it, and it can be written. A candidate
+    The weights are in a file if the job says where to write it, and it can be written; below a URL
+    it must be. A candidate
     that pauses at a rung has the status `paused`, and its checkpoint in place of the weights.
 
     Objectives are measured as cheaply as they can be: those that need the cost first, then those
@@ -173,9 +175,12 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = cache.load(self.job.data, self.job.data_sha256)
+            corpus = cache.load(self.job.data, self.job.data_sha256, self.job.data_at)
         except (InputError, OSError) as error:
-            raise MachineError(f"the corpus cannot be read here: {error}") from error
+            raise MachineError(
+                f"node {os.uname().nodename}: the corpus {self.job.data_sha256[:12]} cannot be read"
+                f" here: {error}{self.hint()}"
+            ) from error
         self.fields["data"] = {
             "name": corpus.name,
             "sha256": corpus.sha256,
@@ -185,12 +190,18 @@ class _Run:
         }
         if corpus.sha256 != self.job.data_sha256:
             raise MachineError(
-                f"data '{corpus.name}': this machine has another corpus than the study: digest"
-                f" {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the same Python"
-                " version and the same files everywhere"
+                f"data '{corpus.name}': node {os.uname().nodename} has another corpus than the"
+                f" study: digest {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the"
+                f" same Python version and the same files everywhere{self.hint()}"
             )
         corpus.require(context, vocab_size)
         return corpus
+
+    def hint(self) -> str:
+        """Return how a node gets a corpus that it lacks, if nothing is published."""
+        if self.job.data_at is not None:
+            return ""
+        return "; with MOENAS_RUNS=URL the nodes of a cluster fetch the corpus from there"
 
     def measure_all(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure the objectives in the order of their needs."""
@@ -218,6 +229,8 @@ class _Run:
         if not trained:
             return
         known, weights = Evaluation.parse(self.job.known or {}), self.job.weights
+        if self.job.weights_at is not None:
+            weights = read_stored(self.job.weights_at)
         if weights is None or "val_loss" not in known.metrics:
             raise CandidateError("no trained weights are stored, and an objective needs them")
         state = safetensors.torch.load(weights)
@@ -243,7 +256,7 @@ class _Run:
     def train(self, subject: Subject) -> None:
         """Train and validate the model, or pause at a rung with a checkpoint."""
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
-        if self.job.checkpoint is None:
+        if self.job.paused is None:
             self.require_causal(subject, "with its first weights")
         self.train_to_rung(subject)
         if self.paused:
@@ -283,8 +296,11 @@ class _Run:
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         lock = subject.device_lock
         run = TrainingRun(model, corpus, recipe, subject.seed, gate=lock, deadline=self.deadline)
-        if self.job.checkpoint is not None:
-            checkpoint.restore(run, safetensors.torch.load(self.job.checkpoint))
+        saved = self.job.checkpoint
+        if self.job.checkpoint_at is not None:
+            saved = read_stored(self.job.checkpoint_at)
+        if saved is not None:
+            checkpoint.restore(run, safetensors.torch.load(saved))
         rungs = {tokens: number for number, tokens in enumerate(rung_tokens(recipe), start=1)}
         with closing(run.points()) as points:
             while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import safetensors.torch
@@ -13,6 +12,7 @@ from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.grammar import user_parts
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Evaluation, Plain, StudyRecord
+from moenas.store.object_path import StorePath
 from moenas.store.weights import read_weights
 from moenas.terminal import command
 
@@ -21,7 +21,7 @@ class Archive(Protocol):
     """What an export reads from the store."""
 
     @property
-    def runs(self) -> Path:
+    def runs(self) -> StorePath:
         """The folder that the weights lie in."""
 
     def study(self, name: str) -> StudyRecord:

@@ -33,11 +33,13 @@ from moenas.store import (
     tables,
 )
 from moenas.store.database import Database
+from moenas.store.files import Root
 from moenas.store.front_rows import FrontSummary
+from moenas.store.object_path import ObjectPath
 from moenas.store.reader import StoreReader, again
 from moenas.store.retry import RELEASE_S
 from moenas.store.urls import is_uri
-from moenas.store.weights import Root, sweep
+from moenas.store.weights import sweep
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -115,11 +117,12 @@ class Store(StoreReader):
         return self._database.engine
 
     @property
-    def runs(self) -> Root:
+    def runs(self) -> Root | ObjectPath:
         """Where the weights of this database lie, and of no other one.
 
-        It is a folder in $MOENAS_RUNS, if that was set when the store was opened; or else in the
-        folder that the database names, or in moenas_runs/ beside the SQLite file.
+        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was
+        opened; or else in the root that the database names, or in moenas_runs/ beside the SQLite
+        file.
         """
         database = self._database
         return identity.runs(
@@ -218,6 +221,7 @@ class Store(StoreReader):
 
         Raises:
             StudyBusyError: if another driver lives, in this process or in any other.
+            StorageLostError: if the object store of the weights cannot be reached.
         """
         with self._changing(name) as connection:
             self._database.ensure_identity(connection)

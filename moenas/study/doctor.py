@@ -8,7 +8,6 @@ import sqlite3
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -20,9 +19,11 @@ from moenas.records import Evaluation, Plain
 from moenas.search.trials import outcome
 from moenas.store import attempts, front_rows, row_readers, rungs, statements, tables
 from moenas.store.checkpoints import read_checkpoint, unused_checkpoints
+from moenas.store.files import matching, remove_file, write_whole
 from moenas.store.heartbeat import StudyLease
+from moenas.store.object_path import StorePath
 from moenas.store.store import Store
-from moenas.store.weights import FILE, has_weights, read_weights, weights_path
+from moenas.store.weights import FILE, missing_weights, read_weights, study_folder
 from moenas.study import reconcile, repairs
 from moenas.study.uncommitted import UncommittedResults
 
@@ -78,11 +79,8 @@ def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[
         record = store.study(name)
         store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
         said.append(f"{findings[0].text}; it was computed again")
-    lost = [
-        trial
-        for trial, evaluation in stored.items()
-        if evaluation.weights_sha256 and not has_weights(store.runs, name, trial)
-    ]
+    with_weights = [trial for trial, evaluation in stored.items() if evaluation.weights_sha256]
+    lost = missing_weights(store.runs, name, with_weights)
     if lost:
         said.append(
             f"the weights of {len(lost)} trials, such as {lost[0]}, are not there; `moenas doctor`"
@@ -91,7 +89,7 @@ def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[
     return said
 
 
-def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
+def repair(store: Store, name: str, findings: list[Finding]) -> StorePath | None:
     """Repair what can be repaired, after a backup; return the backup, or None if nothing was done.
 
     Raises:
@@ -110,13 +108,11 @@ def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
             store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
         if "files" in areas:
             for path in _leftovers(store, name, {e.trial for e in store.evaluations(name)}):
-                path.unlink(missing_ok=True)
-                if not any(path.parent.iterdir()):
-                    path.parent.rmdir()
+                remove_file(path)
     return backup
 
 
-def back_up(store: Store, name: str) -> Path:
+def back_up(store: Store, name: str) -> StorePath:
     """Copy an SQLite database beside itself; of another one, write the study's rows as JSON.
 
     Raises:
@@ -130,12 +126,10 @@ def back_up(store: Store, name: str) -> Path:
             with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as to:
                 source.backup(to)
             return backup
-        folder = weights_path(store.runs, name, 0).parents[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        backup = folder / f"backup-{now}.json.gz"
-        with gzip.open(backup, "wt", encoding="utf-8") as file:
-            json.dump(store.read(name, lambda connection: _all_rows(connection, name)), file)
-        return backup
+        rows = store.read(name, lambda connection: _all_rows(connection, name))
+        written = study_folder(store.runs, name) / f"backup-{now}.json.gz"
+        write_whole(written, gzip.compress(json.dumps(rows).encode()))
+        return written
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"the backup cannot be written: {error}; nothing was repaired") from None
 
@@ -264,12 +258,12 @@ def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Findi
     return findings
 
 
-def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
+def _leftovers(store: Store, name: str, trials: set[int]) -> list[StorePath]:
     """Return drafts, weights of trials without an evaluation, and checkpoints that none needs."""
-    folder = weights_path(store.runs, name, 0).parents[1]
+    folder = study_folder(store.runs, name)
     spooled = {r.trial for _, r in UncommittedResults(store.runs, name).results() if r is not None}
-    paths = []
-    for path in folder.glob("*/*") if folder.is_dir() else ():
+    paths: list[StorePath] = []
+    for path in matching(folder, "*/*"):
         number = path.parent.name
         draft = path.name.startswith(".")
         lost = path.name == FILE and number.isdigit() and int(number) not in trials | spooled

@@ -227,7 +227,7 @@ class Driver:
         count = self.session.progress.evaluated + len(self.running) + len(self.paused)
         if count > self.session.progress.total:
             self.session.set_total(count)
-        kind: Kind = "promoted" if "checkpoint" in fields else "started"
+        kind: Kind = "promoted" if "paused" in fields else "started"
         self.events.emit(kind, number, candidate.summary)
 
     # --- from a result to an evaluation --------------------------------------------------------

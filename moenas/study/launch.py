@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,17 +12,19 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas.errors import InputError, NotFoundError, StorageLostError
+from moenas.errors import InputError, NotFoundError
 from moenas.grammar import user_parts
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
+from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
 from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
 from moenas.study.driver import Driver
+from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.study.front import Front, Member
 from moenas.study.jobs import Jobs
@@ -33,7 +32,7 @@ from moenas.study.progress import Progress
 from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
 from moenas.study.session import Session
-from moenas.workers.pool import Pool, Workers, open_pool
+from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
     import pandas
@@ -54,9 +53,6 @@ __all__ = [
     "load_study",
     "run",
 ]
-
-RESEND_S = 0.05
-"""Seconds after which a signal is sent again whose exception was swallowed."""
 
 
 class Study:
@@ -246,8 +242,8 @@ def run(
     known = Store.known(storage, space.name)
     space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
-    sigterm = _Sigterm()
-    with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
+    signals = EndingSignals()
+    with plain_endings(signals), signals.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         open_once = _PoolOpener(stack, space, workers, address, pool)
         if known is None:
@@ -256,7 +252,8 @@ def run(
         if known is None:
             _create(store, space, corpus, trials)
         if changed:
-            Remeasurer(store, space, corpus.sha256).run(open_once(), changed)
+            remeasurer = Remeasurer(store, space, corpus, elsewhere=not open_once.is_local)
+            remeasurer.run(open_once(), changed)
         lease = stack.enter_context(StudyLease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
@@ -264,7 +261,8 @@ def run(
         session.trials.enqueue(first)
         if session.over is None:
             _warn_of_versions(session, known)
-            _drive(session, Jobs(session.store, space, corpus.sha256), open_once, lease, fresh)
+            jobs = Jobs(session.store, space, corpus, elsewhere=not open_once.is_local)
+            _drive(session, jobs, open_once, lease, fresh)
         store.verify()
         session.finish()
         return Study(store, space.name)
@@ -306,6 +304,7 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
     """
     from moenas.evaluate.matching import open_corpus
 
+    check_wanted_root()
     samplers.check(space.search.sampler)
     points.check_grid(space)
     space.require_feasible()
@@ -337,21 +336,6 @@ def _warn_of_versions(session: Session, known: StudyRecord | None) -> None:
     """Warn if the study began with other versions than those here."""
     if known is not None and (text := version_changes(known, _versions())):
         session.events.warn(f"the study began with other versions: {text}")
-
-
-@contextmanager
-def _plain_endings(sigterm: _Sigterm) -> Iterator[None]:
-    """Keep Optuna quiet, and turn what may end a run from outside into errors of moenas."""
-    quiet = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        raise StorageLostError(f"the database: {error.__cause__ or error}") from error
-    except KeyboardInterrupt:
-        raise Interrupted(*sigterm.reason) from None
-    finally:
-        optuna.logging.set_verbosity(quiet)
 
 
 def _versions() -> dict[str, str]:
@@ -393,7 +377,7 @@ class _PoolOpener:
         pool: Pool | None,
     ) -> None:
         self._stack, self._pool = stack, pool
-        self.is_local = pool is None and address is None and "RAY_ADDRESS" not in os.environ
+        self.is_local = pool is None and not names_cluster(address)
         self._open = partial(open_pool, workers, space.search, address=address)
 
     def __call__(self) -> Pool:
@@ -402,59 +386,6 @@ class _PoolOpener:
             self._pool = self._open()
             self._stack.callback(self._pool.close)
         return self._pool
-
-
-class _Sigterm:
-    """Lets SIGTERM and SIGHUP end a run as Ctrl-C does, and loses none of the three."""
-
-    HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.reason = ("Ctrl-C", 130)
-        """What ended the run, and the exit code for it."""
-        self._number: int | None = None
-        """The latest signal."""
-        self._hook = sys.unraisablehook
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Heed the signals meanwhile.
-
-        A signal that is ignored, as SIGHUP is under nohup, stays ignored. A caller's own handler of
-        SIGINT stays, too.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.getsignal(s) for s in self.HEEDED}
-        before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
-        if before.get(signal.SIGINT) is not signal.default_int_handler:
-            before.pop(signal.SIGINT, None)
-        for number in before:
-            signal.signal(number, self._stop)
-        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        self._hook = hook
-        try:
-            yield
-        finally:
-            sys.unraisablehook = hook
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def _stop(self, number: int, frame: object) -> None:
-        """Raise what no `except Exception` swallows, and what Ray's waiting lets through."""
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.reason, self._number = (name, 128 + number), number
-        raise KeyboardInterrupt
-
-    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Send a signal again whose exception a finalizer or a weak reference has swallowed."""
-        if self._number is None or not issubclass(lost.exc_type, KeyboardInterrupt):
-            self._hook(lost)
-            return
-        again = threading.Timer(RESEND_S, os.kill, (os.getpid(), self._number))
-        again.daemon = True
-        again.start()
 
 
 def _total(known: StudyRecord, space: Space, trials: int | None) -> int:

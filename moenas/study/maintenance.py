@@ -23,7 +23,7 @@ from moenas.study.launch import Study, run
 from moenas.study.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
 from moenas.study.stop_rules import FINAL
 from moenas.study.uncommitted import UncommittedResults
-from moenas.workers.pool import Pool, Workers, open_pool
+from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -179,7 +179,8 @@ def remeasure(
     chosen = chosen_objectives(record, space, objective, trial)
     corpus = load(space.data)
     refuse_changes(record, space, corpus, accept=True)
-    remeasurer = Remeasurer(store, space, corpus.sha256)
+    elsewhere = pool is not None or names_cluster(address)
+    remeasurer = Remeasurer(store, space, corpus, elsewhere=elsewhere)
     if pool is not None:
         return remeasurer.run(pool, chosen, trial, progress)
     with closing(open_pool(workers, space.search, address=address)) as opened:

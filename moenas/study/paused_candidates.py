@@ -13,13 +13,15 @@ from moenas.search.rungs import Rule, Rungs, trust
 from moenas.space.early_stopping import Predictive, SuccessiveHalving
 from moenas.store import rungs as rung_rows
 from moenas.store.checkpoints import (
+    checkpoint_at,
     read_checkpoint,
-    remove,
     remove_checkpoints,
     unused_checkpoints,
 )
+from moenas.store.files import remove_file
 from moenas.store.rungs import Pause
 from moenas.store.study_store import StudyStore
+from moenas.store.weights import is_shared
 from moenas.study.candidate import Candidate
 from moenas.study.events import EventEmitter
 
@@ -68,7 +70,7 @@ class PausedCandidates:
         self.pauses.update(rung_rows.pauses(self._store.store, self._store.name))
         used = {trial: pause.result.rung for trial, pause in self.pauses.items()}
         for path in unused_checkpoints(self._store.runs, self._store.name, used):
-            remove(path)
+            remove_file(path)
         results = rung_rows.results(self._store.store, self._store.name)
         plains = self._store.store.architectures(self._store.name) if results else {}
         for result in results:
@@ -110,14 +112,19 @@ class PausedCandidates:
         pause = self.pauses.get(number)
         if pause is None:
             return fields
-        place = self._store.runs, self._store.name, number
+        place = self._store.runs, self._store.name, number, pause.result.rung
+        digest = pause.evaluation.weights_sha256
+        fields_of_pause: Plain = {"paused": pause.evaluation.plain()}
         try:
-            data = read_checkpoint(*place, pause.result.rung, pause.evaluation.weights_sha256)
+            if is_shared(self._store.runs):
+                fields_of_pause["checkpoint_at"] = checkpoint_at(*place, digest)
+            else:
+                fields_of_pause["checkpoint"] = read_checkpoint(*place, digest)
         except InputError as error:
             self._events.warn(f"it is trained again from its start: {error}", number)
             self._forget(number)
             return fields
-        return fields | {"paused": pause.evaluation.plain(), "checkpoint": data}
+        return fields | fields_of_pause
 
     def _forget(self, trial: int) -> None:
         """Remove the rungs of a trial that is trained again from its start."""

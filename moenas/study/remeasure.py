@@ -18,7 +18,7 @@ from moenas.store import rungs
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
-from moenas.store.weights import read_weights
+from moenas.store.weights import find_weights, is_shared, read_weights, stored_at
 from moenas.study import repairs
 from moenas.study.changes import changed_objectives
 from moenas.study.jobs import Jobs
@@ -28,6 +28,7 @@ from moenas.study.uncommitted import UncommittedResults
 from moenas.workers.pool import Pool, Result
 
 if TYPE_CHECKING:
+    from moenas.data.corpus import Corpus
     from moenas.space.space import Space
 
 Progress = Callable[[int, int, Evaluation], None]
@@ -78,11 +79,14 @@ def chosen_objectives(
 class Remeasurer:
     """Measures objectives of the finished trials of one study."""
 
-    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+    def __init__(
+        self, store: Store, space: Space, corpus: Corpus, *, elsewhere: bool = False
+    ) -> None:
+        """Take the study and its corpus; `elsewhere` is that of `Jobs`."""
         self._store, self._space = store, space
         self._record = store.study(space.name)
         study = StudyStore(store, space.name)
-        self._jobs = Jobs(study, space, data_sha256)
+        self._jobs = Jobs(study, space, corpus, elsewhere=elsewhere)
         self._results = ResultProcessor(study, space)
 
     def run(
@@ -155,11 +159,15 @@ class Remeasurer:
 
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
-        name, weights = self._space.name, None
-        if known.weights_sha256 and any(o.needs == "training" for o in objectives):
-            weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
+        name, runs, digest = self._space.name, self._store.runs, known.weights_sha256
+        more: Plain = {"known": known.plain()}
+        if digest and any(o.needs == "training" for o in objectives):
+            if is_shared(runs):
+                path = find_weights(runs, name, known.trial, digest)
+                more["weights_at"] = stored_at(path, digest)
+            else:
+                more["weights"] = read_weights(runs, name, known.trial, digest)
         architecture = self._store.architecture(name, known.trial)
-        more: Plain = {"known": known.plain(), "weights": weights}
         more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, update
@@ -11,10 +10,12 @@ from sqlalchemy import Connection, update
 from moenas.errors import ConflictError, InputError, StudyBusyError
 from moenas.records import Plain
 from moenas.store import audit, leases, study_events, study_rows, submissions, tables
+from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_rows import STUDY, StudyRows
-from moenas.study.incoming import IncomingStudy, named_files, study_folder
+from moenas.store.weights import study_folder
+from moenas.study.incoming import IncomingStudy, named_files
 from moenas.study.uncommitted import UncommittedResults
 
 
@@ -106,7 +107,7 @@ def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferr
             for file in named_files(stored):
                 incoming.link(file, file.find(store, name))
             incoming.commit(lambda connection: _rename(connection, name, rows, user_name))
-    shutil.rmtree(study_folder(store.runs, name), ignore_errors=True)
+    remove_tree(study_folder(store.runs, name))
     return Transferred.of(rows)
 
 

@@ -18,10 +18,10 @@ from moenas.store import study_events, study_rows, submissions, tables
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
-from moenas.store.weights import read_weights
+from moenas.store.weights import read_weights, study_folder
 from moenas.study import doctor
 from moenas.study.events import Event, Interrupted
-from moenas.study.incoming import DRAFT, named_files, study_folder
+from moenas.study.incoming import DRAFT, named_files
 from moenas.study.launch import Study, run
 from moenas.study.transfer import copy_study, rename_study
 
