@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 
 from moenas.data import loading
 from moenas.data.corpus import Corpus
+from moenas.data.section import paths
 from moenas.records import Plain
 
 MOST = 2
@@ -39,10 +38,4 @@ def _key(section: Plain, digest: str) -> str:
 
     Nobody can set back the time of change of an inode (ctime).
     """
-    stamps: list[object] = []
-    for path in section.get("files", []):
-        with suppress(OSError):
-            found = os.stat(path)
-            inode = found.st_dev, found.st_ino, found.st_size
-            stamps.append([path, *inode, found.st_mtime_ns, found.st_ctime_ns])
-    return json.dumps([section, digest, stamps], sort_keys=True)
+    return json.dumps([section, digest, loading.stamps(paths(section))], sort_keys=True)

@@ -9,7 +9,8 @@ import numpy as np
 
 from moenas.data import loading
 from moenas.data.corpus import Corpus
-from moenas.data.entropy import CHUNK, Tokens
+from moenas.data.entropy import CHUNK
+from moenas.data.shards import Tokens
 from moenas.errors import DataError
 from moenas.evaluate import devices
 from moenas.evaluate.footprint import fit
@@ -107,6 +108,7 @@ def leaked(corpus: Corpus) -> float:
     """
     train, val = corpus.train[:MOST], corpus.val
     if corpus.is_bytes:
+        val = np.asarray(val)
         train, val = train[train != 13], val[val != 13]
     if len(val) < WINDOW or len(train) < WINDOW:
         return 0.0

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
-from moenas.data import loading as data
+from moenas.data import section as data
 from moenas.errors import (
     MoenasError,
     PartError,
