@@ -193,7 +193,7 @@ def check(
         for line in check_file(Path(space)):
             emit(line)
         return
-    from moenas.report.summary import check_report, check_text
+    from moenas.report.space_check import check_report, check_text
     from moenas.space.space import Space
     from moenas.study.estimate import estimate
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 JSON_LINES = "JSON Lines"
 DEFAULT = "text"
 """The column that is read if none is named."""
+LINE = 1 << 20
+"""Bytes of a first line that are looked at."""
 ROWS = 1024
 """Rows that are read at a time."""
 VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -113,6 +115,17 @@ def check_json_lines(path: str, column: str) -> None:
     """
     for _ in _json_rows(path, column):
         return
+
+
+def json_lines_keys(path: str) -> list[str]:
+    """Return the keys of the first line if it is a JSON object; else none."""
+    with open(path, "rb") as file:
+        line = file.readline(LINE)
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return []
+    return list(row) if isinstance(row, dict) else []
 
 
 def _is_text(type_: Any) -> bool:

@@ -11,6 +11,7 @@ from moenas.data import loading
 from moenas.data.corpus import Corpus
 from moenas.data.entropy import CHUNK
 from moenas.data.shards import Tokens
+from moenas.data.text_columns import json_lines_keys
 from moenas.errors import DataError
 from moenas.evaluate import devices
 from moenas.evaluate.footprint import fit
@@ -61,6 +62,13 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
+    if space.data["kind"] == "files" and not space.data.get("text_column"):
+        first = space.data["files"][0]
+        if keys := json_lines_keys(first):
+            found.append(
+                f"data: '{first}' is JSON Lines and is read as bytes with its keys;"
+                f" text_column: {keys[0]} reads a column ({', '.join(keys)})"
+            )
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
         found.append(

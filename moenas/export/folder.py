@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 import moenas
+from moenas.data import tokenizer_file
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.evaluate.threads import cpu_threads
 from moenas.export import source
@@ -28,6 +29,8 @@ from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store.weights import FILE, read_weights
 from moenas.terminal import command
 
+TOKENIZER = "tokenizer.json"
+"""The tokenizer of the corpus, for the library tokenizers; there if the study has one."""
 FORMAT = 1
 """Version of the layout of config.json."""
 ENTRY = ("forward", "loss", "generate", "new_cache")
@@ -80,6 +83,9 @@ def export(store: Archive, study: str, trial: int, out: Path, *, allow_code: boo
         "config.json": json.dumps(config, indent=2, allow_nan=False) + "\n",
         "README.md": _readme(config, architecture),
     }
+    tokenizer = tokenizer_file.stored(record.data)
+    if tokenizer is not None:
+        texts[TOKENIZER] = tokenizer
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
@@ -312,8 +318,10 @@ def _is_bytes(record: StudyRecord) -> bool:
 
 def _config(record: StudyRecord, evaluation: Evaluation, architecture: Architecture) -> Plain:
     """Gather all that is known of the trial; every number says its unit."""
-    data = {key: value for key, value in record.data.items() if key != "files"}
+    data = {key: value for key, value in record.data.items() if key not in ("files", "tokenizer")}
     meaning = "token i is the byte i" if _is_bytes(record) else "ids of the given token arrays"
+    if record.data.get("tokenizer"):
+        meaning = f"ids of {TOKENIZER}"
     values = {
         info["name"]: {
             "value": evaluation.values[info["name"]],
@@ -383,9 +391,14 @@ def _readme(config: Plain, architecture: Architecture) -> str:
         study=_words(config["study"]),
         values=_table("objective", values),
         facts=_table("what", facts),
+        tokenizer=_TOKENIZER_CARD if TOKENIZER in data["tokens"] else "",
     )
 
 
+_TOKENIZER_CARD = """\
+- `tokenizer.json`: the tokenizer, for the library tokenizers:
+  `tokenizers.Tokenizer.from_file("tokenizer.json").encode("a text").ids`.
+"""
 _CARD = """\
 # Trial {trial} of the study {study}
 
@@ -416,4 +429,4 @@ Measured by moenas when the trial ran, on the device named below.
 - `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
 - `model.safetensors`: the weights in float32.
 - `config.json`: the architecture as data, every number above, the recipe and the data.
-"""
+{tokenizer}"""

@@ -37,7 +37,8 @@ def test_every_hole_and_its_keys_are_described() -> None:
 
 
 def test_every_corpus_is_described() -> None:
-    described = " ".join(form + text for form, text in reference.DATA_FORMS.items())
+    forms = [*reference.DATA_FORMS.items(), *reference.DATA_KEYS.items()]
+    described = " ".join(form + text for form, text in forms)
     keys = {key for keys in section.KEYS.values() for key in keys} - {"kind"}
     assert all(word in described for word in keys | set(section.KEYS))
 
