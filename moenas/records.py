@@ -154,6 +154,8 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    keeps_weights: bool = True
+    """Whether the trained weights come back with the evaluation."""
     weights_to: Plain | None = field(default=None, repr=False)
     """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
 

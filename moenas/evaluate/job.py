@@ -208,7 +208,8 @@ class _Run:
         self.train(subject)
         if self.paused:
             return
-        self.weights = _weights(subject, self.job)  # now: they are those of the stored loss
+        if self.job.keeps_weights:  # now: they are those of the stored loss
+            self.weights = _weights(subject, self.job)
         self.measure(subject, [o for o in objectives if o.needs == "training"])
 
     def measure_again(self, subject: Subject, objectives: list[Objective]) -> None:

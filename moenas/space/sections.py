@@ -195,6 +195,14 @@ class Search(Component):
         high=1_000_000,
     )
     seed: int = setting("seed of sampling, initial weights and order of data", default=0, low=0)
+    replicates: int = setting(
+        "seeds that each member of the front is trained with, that of the search included. The"
+        " others are trained after the search and count towards no budget of `stop`. They give"
+        " intervals, and for each member the probability that it is non-dominated",
+        default=1,
+        low=1,
+        high=100,
+    )
     start_from: tuple[str, ...] = setting(
         "architectures that are evaluated first: a name such as `zoo/olmoe_1b_7b`, the path of a"
         " space file without holes or of an export, or `study:NAME` for the front of a study in the"

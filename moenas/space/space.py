@@ -53,7 +53,7 @@ KEYS = (
     "search",
 )  # fmt: skip
 RESOURCES = (
-    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
+    "trials", "replicates", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
     "candidates_per_worker",
 )  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
@@ -154,6 +154,13 @@ class Space:
         if not any(True for _ in self.holes):
             sampling.drawn(self.tree, sampling.RandomSuggest(0))
         untrained = all(objective.needs != "training" for objective in self.objectives)
+        if untrained and self.search.replicates > 1:
+            raise SpaceError(
+                "replicates differ in their training, and no objective trains the model; add"
+                " val_loss to the objectives",
+                location=found["search"].mark,
+                path="search.replicates",
+            )
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
                 raise SpaceError(
