@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # many tests wait. Compiled files are kept: the tests start some hundred Python processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: help demo transcripts test test-slow chaos test-gpu gpu gpu-prepare check format bench docs dist clean
+.PHONY: help demo transcripts test test-slow test-cluster chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would trip over each other
 
@@ -27,6 +27,9 @@ test: $(VENV)/.installed-test ## install with the test extras, then run the test
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow
+
+test-cluster: $(VENV)/.installed-test ## the tests on two nodes of Ray, PostgreSQL and an S3 server; about 5 minutes
+	$(PYTEST) -m cluster
 
 chaos: $(VENV)/.installed-test ## break real studies in every way, and write docs/reliability.md; about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/report.py

@@ -31,11 +31,11 @@ LATER = 5
 """Later asks at each number of trials; their median is printed."""
 
 
-def values(space: Space, found: Candidate) -> dict[str, float]:
+def values(space: Space, candidate: Candidate) -> dict[str, float]:
     """Return made-up values: more parameters lower the loss, and cost time and operations."""
-    assert found.architecture is not None
-    cost = space.cost(found.architecture)
-    noise = (int(found.fingerprint[:4], 16) / 65_536 - 0.5) / 50
+    assert candidate.architecture is not None
+    cost = space.cost(candidate.architecture)
+    noise = (int(candidate.fingerprint[:4], 16) / 65_536 - 0.5) / 50
     loss = 4 - 0.06 * math.log2(cost.flops_per_token) - 0.04 * math.log2(cost.params) + noise
     made = {"val_loss": loss, "decode_ms": 0.2 + cost.active_params / 1e7 + noise}
     return made | {"flops_per_token": float(cost.flops_per_token)}
@@ -47,16 +47,16 @@ def ask(space: Space, trials: OptunaTrials) -> Candidate:
     return Candidate.from_draw(trial, trials.draw(trial), space)
 
 
-def tell(space: Space, trials: OptunaTrials, found: Candidate) -> None:
+def tell(space: Space, trials: OptunaTrials, candidate: Candidate) -> None:
     """Finish a trial with made-up values."""
-    trials.set_constraints(found.trial, found.violations)
-    evaluation = Evaluation(space.name, found.number, 1, "infeasible", found.fingerprint)
-    if found.broken:
-        evaluation = dataclasses.replace(evaluation, violations=found.broken)
+    trials.set_constraints(candidate.trial, candidate.violations)
+    evaluation = Evaluation(space.name, candidate.number, 1, "infeasible", candidate.fingerprint)
+    if candidate.broken:
+        evaluation = dataclasses.replace(evaluation, violations=candidate.broken)
     else:
-        made = values(space, found)
+        made = values(space, candidate)
         evaluation = dataclasses.replace(evaluation, status="complete", values=made)
-    trials.tell(found.trial, evaluation, found.architecture, found.summary)
+    trials.tell(candidate.trial, evaluation, candidate.architecture, candidate.summary)
 
 
 def opened(store: Store, space: Space, sampler: str) -> OptunaTrials:
@@ -72,9 +72,9 @@ def seconds(store: Store, space: Space, sampler: str) -> tuple[float, float]:
     trials, times = opened(store, space, sampler), list[float]()
     for _ in range(1 + LATER):
         began = time.process_time()
-        found = ask(space, trials)
+        candidate = ask(space, trials)
         times.append(time.process_time() - began)
-        tell(space, trials, found)
+        tell(space, trials, candidate)
     return times[0], statistics.median(times[1:])
 
 

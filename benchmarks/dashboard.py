@@ -56,11 +56,11 @@ def ask(app: Any, after: int) -> tuple[float, dict[str, Any]]:
 def polls(storage: Any, n_trials: int) -> Polls:
     """Ask for the whole study twice, then for what came after its last trial."""
     app: Any = optuna_dashboard.wsgi(storage)
-    found = []
+    pages = []
     for after in (0, 0, n_trials):
         app._inmemory_cache._trials_last_fetched_at.clear()
-        found.append(ask(app, after))
-    return found
+        pages.append(ask(app, after))
+    return pages
 
 
 def main() -> None:

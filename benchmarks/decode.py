@@ -83,7 +83,7 @@ def medians(works: dict[str, Work], rounds: int) -> dict[str, float]:
             seconds, _ = peers.timed(works[name])
             if turn > 1:
                 times[name].append(seconds)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def rows(shapes: list[tuple[int, int, int]], rounds: int) -> Iterator[str]:

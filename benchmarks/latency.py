@@ -75,13 +75,13 @@ def measure_rounds(models: dict[str, Model], phase: str, rounds: int) -> dict[st
     sizes = {"decode": (8, 128), "prefill": (1, 256)}
     workload = Workload(phase, *sizes[phase], torch.float32, 1, device)  # type: ignore[arg-type]
     tokens = torch.randint(256, workload.tokens, generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[Plain]] = {name: [] for name in models}
+    by_model: dict[str, list[Plain]] = {name: [] for name in models}
     with contextlib.closing(device_lock(device)) as lease:
         for _ in range(rounds):
             for name, model in models.items():
                 timed = measure_latency(model, tokens, workload, protocol, lease, {})
-                found[name].append(timed.details)
-    return found
+                by_model[name].append(timed.details)
+    return by_model
 
 
 def main() -> None:

@@ -107,10 +107,10 @@ class Runs:
             loss = math.inf
         seconds = round(time.process_time() - began, 1)
         row = {"way": way, "cell": cell, "lr": lr}
-        found = {"loss": None if math.isinf(loss) else round(loss, 4), "cpu_seconds": seconds}
+        outcome = {"loss": None if math.isinf(loss) else round(loss, 4), "cpu_seconds": seconds}
         setting = {"tokens": recipe.tokens, "batch": BATCH, "context": CONTEXT, "seed": SEED}
         versions = {"torch": torch.__version__, "data": corpus.sha256[:16]}
-        self.rows.append({**row, **found, **setting, **versions})
+        self.rows.append({**row, **outcome, **setting, **versions})
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
         print(f"{way:8} {cell:24} lr {lr:.5f} loss {loss:.4f} {seconds:.0f} s", file=sys.stderr)
@@ -147,11 +147,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(None if args.table else load({"kind": "stdlib"}))
-    found = {sweep: runs.best(*sweep) for sweep in SWEEPS}
+    best_rates = {sweep: runs.best(*sweep) for sweep in SWEEPS}
     print("| way | cell | active params | best rate | loss | rule's rate | loss | regret |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     regrets = []
-    for (way, cell), (lr, best) in found.items():
+    for (way, cell), (lr, best) in best_rates.items():
         there = runs.loss(way, cell, rule(cell))
         active = CELLS[cell].cost(CONTEXT).active_params
         print(

@@ -62,8 +62,8 @@ def modules(package: str) -> list[Path]:
     folder = PACKAGE / package
     if not folder.is_dir():
         return [folder.with_suffix(".py")]
-    found = [p for p in sorted(folder.rglob("*.py")) if p.name != "__init__.py"]
-    return found or [folder / "__init__.py"]
+    files = [p for p in sorted(folder.rglob("*.py")) if p.name != "__init__.py"]
+    return files or [folder / "__init__.py"]
 
 
 def picture(rows: list[list[str]]) -> str:

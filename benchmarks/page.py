@@ -67,8 +67,8 @@ def table(command: str, extra: list[str]) -> str:
     name, *flags = command.split()
     flags += [flag for flag in extra if flag not in flags]
     run = [sys.executable, str(HERE / name), *flags]
-    found = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return f"`python benchmarks/{' '.join([name, *flags])}`: {found}"
+    text = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return f"`python benchmarks/{' '.join([name, *flags])}`: {text}"
 
 
 def main() -> None:

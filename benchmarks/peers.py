@@ -46,8 +46,8 @@ def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    found = work(*given)
-    return clock() - start, found
+    result = work(*given)
+    return clock() - start, result
 
 
 def block_of(moe: MoE, implementation: str, dtype: torch.dtype) -> Qwen3MoeSparseMoeBlock:
@@ -112,13 +112,13 @@ def model_of(ours: Model, implementation: str) -> Any:
     return theirs
 
 
-def agree(found: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor) -> None:
+def agree(ours: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Stop unless two functions give the same (B, S, ...) for `x`, up to the rounding of its type.
 
     A tenth of the tokens may differ: where the logits of a router nearly tie, rounding chooses, and
     theirs are rounded to the 8 bits of bfloat16, ours are not.
     """
-    a, b = found(x).detach().float(), wanted(x).detach().float()
+    a, b = ours(x).detach().float(), wanted(x).detach().float()
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1)
     error = float(errors.flatten().quantile(0.9))
     if not error < (2e-2 if x.dtype == torch.bfloat16 else 1e-4):

@@ -71,11 +71,11 @@ def architecture(rng: random.Random) -> Plain:
 
 def layers(rng: random.Random) -> list[Plain]:
     """Return the routing of every layer."""
-    found = []
+    rows = []
     for layer in range(LAYERS):
         load = [rng.random() for _ in range(EXPERTS)]
-        found.append({"layer": layer, "load": load, "max_vio": 0.3, "cv": 0.2, "entropy": 0.9})
-    return found
+        rows.append({"layer": layer, "load": load, "max_vio": 0.3, "cv": 0.2, "entropy": 0.9})
+    return rows
 
 
 def evaluation(trial: int, rows: int, rng: random.Random) -> Evaluation:
@@ -128,11 +128,11 @@ def build(url: str, trials: int, rows: int) -> None:
         study_name=NAME, storage=storage, directions=list(OBJECTIVES.values())
     )
     for trial in range(trials):
-        found = evaluation(trial, rows, rng)
-        store.add_candidate(NAME, trial, found.fingerprint, architecture(rng), found.cost)
+        made = evaluation(trial, rows, rng)
+        store.add_candidate(NAME, trial, made.fingerprint, architecture(rng), made.cost)
         store.start_attempt(NAME, trial)
-        store.record(found)
-        study.add_trial(optuna.trial.create_trial(values=list(found.values.values())))
+        store.record(made)
+        study.add_trial(optuna.trial.create_trial(values=list(made.values.values())))
 
 
 PEAK = """

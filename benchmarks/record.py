@@ -139,9 +139,9 @@ def write_table(storage: str) -> None:
     """Write the table, and say how long it is."""
     study = load_study(NAME, storage=storage)
     facts = {name: study.record.space[name] for name in FACTS} | {"versions": study.record.versions}
-    found = list(rows(storage))
-    write(found, facts)
-    print(f"{len(found)} rows, {FILE.stat().st_size / 1e6:.2f} MB")
+    table_rows = list(rows(storage))
+    write(table_rows, facts)
+    print(f"{len(table_rows)} rows, {FILE.stat().st_size / 1e6:.2f} MB")
 
 
 def main() -> None:

@@ -43,8 +43,8 @@ def job_of(space: Space) -> Job:
 def whole(job: Job) -> float:
     """Return the CPU seconds of a candidate that never pauses."""
     began = time.process_time()
-    found, _ = evaluate(job)
-    assert found.status == "complete", found.failure
+    evaluation, _ = evaluate(job)
+    assert evaluation.status == "complete", evaluation.failure
     return time.process_time() - began
 
 
@@ -53,10 +53,10 @@ def paused(job: Job) -> tuple[float, int]:
     began, size = time.process_time(), 0
     job = replace(job, rung_limits=[None] * RUNGS)
     for _ in range(RUNGS):
-        found, checkpoint = evaluate(job)
-        assert isinstance(checkpoint, bytes), found.failure
+        evaluation, checkpoint = evaluate(job)
+        assert isinstance(checkpoint, bytes), evaluation.failure
         size = len(checkpoint)
-        job = replace(job, paused=found.plain(), checkpoint=checkpoint)
+        job = replace(job, paused=evaluation.plain(), checkpoint=checkpoint)
     whole(job)
     return time.process_time() - began, size
 

@@ -82,7 +82,7 @@ def recorded(job: Job) -> tuple[Evaluation, float]:
     """Return an evaluation without work, and the seconds that it takes in simulated time."""
     architecture = Architecture.parse(job.architecture)
     cost = architecture.cost(1024)
-    found = Evaluation(
+    made = Evaluation(
         study=job.study,
         trial=job.trial,
         attempt=job.attempt,
@@ -92,7 +92,7 @@ def recorded(job: Job) -> tuple[Evaluation, float]:
         cost=cost.plain(),
         seed=job.seed,
     )
-    return found, random.Random(job.trial).uniform(0.5, 1.5) * SECONDS
+    return made, random.Random(job.trial).uniform(0.5, 1.5) * SECONDS
 
 
 class ClockedPool(ReplayPool):
@@ -123,9 +123,9 @@ class ClockedPool(ReplayPool):
     def wait(self, timeout: float) -> list[Any]:
         """Return the job that ends next; it waits where the driver is late."""
         self._tick()
-        before, found = self.now, super().wait(timeout)
+        before, finished = self.now, super().wait(timeout)
         self.now = max(before, self.now)
-        return found
+        return finished
 
     def busy_share(self) -> float:
         """Return the share of the time that workers compute, once all have started."""
@@ -180,15 +180,15 @@ class Stopwatch:
             self.marks[-1],
         )
         n = min(WINDOW, len(self.marks) - 1)
-        found = {"total": ended - began, **{name: after[name] - before[name] for name in PHASES}}
-        return {name: 1000 * seconds / n for name, seconds in found.items()}
+        spent = {"total": ended - began, **{name: after[name] - before[name] for name in PHASES}}
+        return {name: 1000 * seconds / n for name, seconds in spent.items()}
 
 
 def optuna_loop(url: str, space: Space, sizes: list[int]) -> dict[int, float]:
     """Return size -> CPU milliseconds of a trial in Optuna's own loop."""
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(storage=url, sampler=sampler, directions=["minimize"] * 3)
-    marks, found = [time.process_time()], {}
+    marks, seconds_at = [time.process_time()], {}
     for number in range(max(sizes)):
         trial = study.ask()
         space.draw(trial)
@@ -196,8 +196,8 @@ def optuna_loop(url: str, space: Space, sizes: list[int]) -> dict[int, float]:
         marks.append(time.process_time())
         if number + 1 in sizes:
             n = min(WINDOW, number + 1)
-            found[number + 1] = 1000 * (marks[-1] - marks[-1 - n]) / n
-    return found
+            seconds_at[number + 1] = 1000 * (marks[-1] - marks[-1 - n]) / n
+    return seconds_at
 
 
 def median_ms(call: Callable[[], Any]) -> float:

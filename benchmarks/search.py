@@ -90,16 +90,16 @@ class Judge:
 
     def curve(self, progress: Progress, budget: float) -> list[float]:
         """Return the share of the true hypervolume at GRID points of compute, up to a budget."""
-        shares, found = list[float](), list[Array]()
+        shares, reached = list[float](), list[Array]()
         done = iter([*progress.found, (np.inf, "")])
         spent, fingerprint = next(done)
         for at in np.linspace(0, budget, GRID + 1)[1:]:
-            before = len(found)
+            before = len(reached)
             while spent <= at:
-                found.append(self.values[fingerprint])
+                reached.append(self.values[fingerprint])
                 spent, fingerprint = next(done)
-            if not shares or len(found) > before:
-                shares.append(self._volume(np.array(found)) / self._whole if found else 0.0)
+            if not shares or len(reached) > before:
+                shares.append(self._volume(np.array(reached)) / self._whole if reached else 0.0)
             else:
                 shares.append(shares[-1])
         return shares
@@ -131,7 +131,7 @@ def every_method() -> dict[str, Make]:
 
 def available(wanted: list[str]) -> dict[str, Make]:
     """Return the methods that can run here; say which cannot."""
-    found, searched = dict[str, Make](), space()
+    runnable, searched = dict[str, Make](), space()
     for name, make in every_method().items():
         if wanted and name not in wanted:
             continue
@@ -140,8 +140,8 @@ def available(wanted: list[str]) -> dict[str, Make]:
         except ImportError as error:
             print(f"left out: {name}: {error}", file=sys.stderr)
         else:
-            found[name] = make
-    return found
+            runnable[name] = make
+    return runnable
 
 
 def one_run(task: tuple[str, int, int]) -> dict[str, Any]:

@@ -30,15 +30,15 @@ def blocks(text: str) -> tuple[list[str], str]:
     python = re.search(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     if shell is None or python is None:
         raise SystemExit(f"{PAGE}: no block of commands, or none of Python")
-    found = [line[2:] for line in shell[1].splitlines() if line.startswith("$ ")]
-    return found, python[1]
+    commands = [line[2:] for line in shell[1].splitlines() if line.startswith("$ ")]
+    return commands, python[1]
 
 
 def free_port() -> str:
     """Return a port that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def transcript(text: str, folder: Path) -> list[str]:

@@ -64,10 +64,10 @@ def their_step(model: Model, implementation: str) -> Step:
     theirs = peers.model_of(model, implementation).train()
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        found = theirs(
+        output = theirs(
             tokens, labels=targets, shift_labels=targets, output_router_logits=True, use_cache=False
         )
-        return found.loss
+        return output.loss
 
     return Step(theirs, loss)
 
@@ -89,9 +89,9 @@ def measure(shape: tuple[int, int, int], against: tuple[str, ...], rounds: int) 
         if turn == 0 and max(losses.values()) - min(losses.values()) > 1e-2:
             raise SystemExit(f"the losses of one step differ: {losses}")
     rows = []
-    for name, found in times.items():
-        ratio = statistics.median(a / b for a, b in zip(times["moenas"], found, strict=True))
-        cells = [*map(str, shape), name, f"{statistics.median(found) * 1e3:.0f}", f"{ratio:.2f}"]
+    for name, samples in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times["moenas"], samples, strict=True))
+        cells = [*map(str, shape), name, f"{statistics.median(samples) * 1e3:.0f}", f"{ratio:.2f}"]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

@@ -37,13 +37,13 @@ def output(command: str, folder: Path) -> list[str]:
 
 def blocks(text: str) -> list[tuple[str, list[str]]]:
     """Return each command behind `$ moenas` of a page, with the lines under it."""
-    found = []
+    shell_blocks = []
     for i, fence in enumerate(re.split(r"^```.*\n", text, flags=re.MULTILINE)):
         for part in re.split(r"^(?=\$ )", fence if i % 2 else "", flags=re.MULTILINE):
             if part.startswith("$ moenas"):
                 head, *lines = part.rstrip("\n").split("\n")
-                found.append((head[2:], lines))
-    return found
+                shell_blocks.append((head[2:], lines))
+    return shell_blocks
 
 
 def renewed(text: str, folder: Path) -> str:

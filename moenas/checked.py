@@ -56,11 +56,11 @@ def plain_json(value: object, limit: int) -> Any:
     Raises:
         ValueError: if it is something else, deeper than 50 levels, or larger.
     """
-    found = _copied(value, DEPTH, [limit])
-    size = len(json.dumps(found))
+    copied = _copied(value, DEPTH, [limit])
+    size = len(json.dumps(copied))
     if size > limit:
         raise ValueError(f"{size} bytes as JSON, over {limit}")
-    return found
+    return copied
 
 
 def _copied(value: object, depth: int, left: list[int]) -> Any:
@@ -112,9 +112,11 @@ def checked_evaluation(sent: object, job: Job) -> Evaluation:
     if not isinstance(sent, Mapping):
         raise ValueError(f"not an evaluation but {_shown(sent)}")
     for name in ("study", "trial", "attempt"):
-        found, wanted = sent.get(name), getattr(job, name)
-        if type(found) is not type(wanted) or found != wanted:
-            raise ValueError(f"{name} is {_shown(found)}, and that of the job is {_shown(wanted)}")
+        received, wanted = sent.get(name), getattr(job, name)
+        if type(received) is not type(wanted) or received != wanted:
+            raise ValueError(
+                f"{name} is {_shown(received)}, and that of the job is {_shown(wanted)}"
+            )
     status = sent.get("status")
     if status not in ("complete", "failed", "paused"):
         raise ValueError(f"status is {_shown(status)}; a worker says complete, failed or paused")
@@ -189,7 +191,7 @@ def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]
     """Return objective -> details; those of a latency must be what a study can reckon with."""
     if not isinstance(sent, Mapping):
         raise ValueError(f"measurements is {_shown(sent)}, not an object")
-    found = {}
+    measurements = {}
     for name, details in sent.items():
         if not isinstance(name, str) or name not in values:
             raise ValueError(f"measurements: {_shown(name)} has no value")
@@ -201,8 +203,8 @@ def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]
                 require_timed(plain)
         except ValueError as error:
             raise ValueError(f"measurements: {name}: {error}") from None
-        found[name] = plain
-    return found
+        measurements[name] = plain
+    return measurements
 
 
 def require_timed(details: Plain) -> None:
@@ -218,12 +220,12 @@ def require_timed(details: Plain) -> None:
 def _object_of(sent: Mapping[str, Any], name: str, cls: type, default: Any) -> Any:
     """Return a small field of one type."""
     try:
-        found = plain_json(sent.get(name, default), SMALL_BYTES)
+        value = plain_json(sent.get(name, default), SMALL_BYTES)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if not isinstance(found, cls):
-        raise ValueError(f"{name} is {_shown(found)}, not a {cls.__name__}")
-    return found
+    if not isinstance(value, cls):
+        raise ValueError(f"{name} is {_shown(value)}, not a {cls.__name__}")
+    return value
 
 
 def _numbers(sent: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -235,17 +237,17 @@ def _numbers(sent: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _whole_numbers(sent: Mapping[str, Any], name: str) -> dict[str, int]:
-    found = _object_of(sent, name, dict, {})
-    if bad := [key for key, value in found.items() if type(value) is not int]:
-        raise ValueError(f"{name}: {bad[0]} is {_shown(found[bad[0]])}, not a whole number")
-    return dict(found)
+    numbers = _object_of(sent, name, dict, {})
+    if bad := [key for key, value in numbers.items() if type(value) is not int]:
+        raise ValueError(f"{name}: {bad[0]} is {_shown(numbers[bad[0]])}, not a whole number")
+    return dict(numbers)
 
 
 def _texts(sent: Mapping[str, Any], name: str) -> dict[str, str]:
-    found = _object_of(sent, name, dict, {})
-    if bad := [key for key, value in found.items() if not isinstance(value, str)]:
-        raise ValueError(f"{name}: {bad[0]} is {_shown(found[bad[0]])}, not a text")
-    return dict(found)
+    texts = _object_of(sent, name, dict, {})
+    if bad := [key for key, value in texts.items() if not isinstance(value, str)]:
+        raise ValueError(f"{name}: {bad[0]} is {_shown(texts[bad[0]])}, not a text")
+    return dict(texts)
 
 
 def _rows(sent: Mapping[str, Any], name: str) -> list[Any]:
@@ -254,9 +256,9 @@ def _rows(sent: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(rows, list) or len(rows) > MAX_ROWS:
         raise ValueError(f"{name} is not a list of at most {MAX_ROWS} rows")
     try:
-        found = plain_json(rows, ROWS_BYTES)
+        plain_rows = plain_json(rows, ROWS_BYTES)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if not all(isinstance(row, dict) for row in found):
+    if not all(isinstance(row, dict) for row in plain_rows):
         raise ValueError(f"{name}: a row is not an object")
-    return list(found)
+    return list(plain_rows)

@@ -24,19 +24,23 @@ FORGOTTEN_S = 86400.0
 def roots() -> list[Path]:
     """Return where such folders may lie, best first: the run-time, cache and temporary folder."""
     given = [os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("XDG_CACHE_HOME")]
-    found = [Path(path) for path in given if path]
-    if len(found) < 2 or not given[1]:
+    folders = [Path(path) for path in given if path]
+    if len(folders) < 2 or not given[1]:
         with suppress(RuntimeError):
-            found.append(Path.home() / ".cache")
+            folders.append(Path.home() / ".cache")
     with suppress(OSError):
-        found.append(Path(tempfile.gettempdir()))
-    return [path for path in dict.fromkeys(found) if path.is_absolute()]
+        folders.append(Path(tempfile.gettempdir()))
+    return [path for path in dict.fromkeys(folders) if path.is_absolute()]
 
 
 def is_private(path: Path) -> bool:
     """Whether a path is a folder, no link, of this user, which nobody else may enter."""
-    found = path.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    folder_stat = path.lstat()
+    return (
+        stat.S_ISDIR(folder_stat.st_mode)
+        and folder_stat.st_uid == os.getuid()
+        and not folder_stat.st_mode & 0o077
+    )
 
 
 def make(prefix: str, longest: int) -> Path:

@@ -62,13 +62,13 @@ class FormerNames(MetaPathFinder, Loader):
             if name.startswith("__"):  # what tools ask of every module
                 raise AttributeError(f"module '{former}' has no attribute '{name}'")
             now = RENAMED.get(name, name)
-            found = getattr(importlib.import_module(present), now)
+            value = getattr(importlib.import_module(present), now)
             warnings.warn(
                 f"{former} is a former name; write `from {present} import {now}`",
                 DeprecationWarning,
                 stacklevel=2,
             )
-            return found
+            return value
 
         module.__doc__ = f"The former name of {present}."
         vars(module)["__getattr__"] = give

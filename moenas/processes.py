@@ -51,8 +51,8 @@ def children(pid: int) -> list[int]:
         files = [task / "children" for task in tasks.iterdir()]
         return [int(one) for file in files for one in file.read_text().split()]
     except OSError:  # a thread has just ended, or the kernel has no such file
-        found = [int(path.name) for path in PROC.iterdir() if path.name.isdigit()]
-        return [one for one in found if (fields := _fields(one)) and int(fields[1]) == pid]
+        pids = [int(path.name) for path in PROC.iterdir() if path.name.isdigit()]
+        return [one for one in pids if (fields := _fields(one)) and int(fields[1]) == pid]
 
 
 def descendants(pid: int) -> list[int]:
@@ -61,12 +61,12 @@ def descendants(pid: int) -> list[int]:
     for path in PROC.iterdir():
         if path.name.isdigit() and (fields := _fields(int(path.name))):
             children.setdefault(int(fields[1]), []).append(int(path.name))
-    found, waiting = [], [pid]
+    pids, waiting = [], [pid]
     while waiting:
         below = children.get(waiting.pop(), [])
-        found += below
+        pids += below
         waiting += below
-    return found
+    return pids
 
 
 def adopt_orphans() -> None:

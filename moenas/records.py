@@ -128,7 +128,7 @@ class Job(_Record):
     data: Plain
     """The `data` section of the space file, with paths made absolute."""
     data_sha256: str
-    """Digest of the corpus; a worker that finds another one refuses the job."""
+    """Digest of the corpus; a worker that finds no such corpus refuses the job."""
     train: Plain
     """The `train` section of the space file, defaults filled in."""
     measure: Plain
@@ -156,8 +156,14 @@ class Job(_Record):
     """The checkpoint of that pause as safetensors."""
     keeps_weights: bool = True
     """Whether the trained weights come back with the evaluation."""
+    data_at: Plain | None = None
+    """Where the corpus is published for nodes that lack its files: see `data.published`."""
+    weights_at: Plain | None = None
+    """In place of `weights`: the path or URL of their file, and its SHA-256."""
+    checkpoint_at: Plain | None = None
+    """In place of `checkpoint`: the path or URL of its file, and its SHA-256."""
     weights_to: Plain | None = field(default=None, repr=False)
-    """Where a worker that shares the driver's file system writes weights: see `weights.place`."""
+    """Where a worker that shares the driver's storage writes weights: see `weights.place`."""
 
 
 @dataclass(frozen=True)

@@ -138,16 +138,16 @@ class _Composer:
             yield self.compose(event, depth + 1)
 
     def mapping(self, depth: int) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             mark = self.mark(event)
             if not isinstance(event, yaml.ScalarEvent):
                 raise SpaceError("a key must be a word", location=mark)
             self.compose(event, depth)  # refuses anchors and tags on keys
-            if event.value in found:
+            if event.value in merged:
                 raise SpaceError(f"duplicate key '{event.value}'", location=mark)
-            found[event.value] = self.compose(next(self.events), depth + 1, mark)
-        return found
+            merged[event.value] = self.compose(next(self.events), depth + 1, mark)
+        return merged
 
 
 def parse_yaml(text: str, source: str) -> Node:
@@ -224,12 +224,12 @@ SUGGESTED = 3
 
 def listing(folder: str, suffix: str) -> dict[str, Path]:
     """Return name -> path of what `folder` offers; the folder here shadows what was shipped."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in (shipped(folder), Path(folder)):
         for path in sorted(place.glob(f"*{suffix}")):
             if not path.name.startswith(("_", ".")):
-                found[path.stem] = path
-    return found
+                paths[path.stem] = path
+    return paths
 
 
 def find(folder: str, suffix: str, ref: str) -> Path:
@@ -273,12 +273,12 @@ def _named(folder: str, suffix: str, parent: str) -> dict[str, Path]:
     """Return name -> path of what `folder` offers in a folder below it, or in itself."""
     if not parent:
         return listing(folder, suffix)
-    found = listing(f"{folder}/{parent}", suffix)
-    return {f"{parent}/{name}": place for name, place in found.items()}
+    paths = listing(f"{folder}/{parent}", suffix)
+    return {f"{parent}/{name}": place for name, place in paths.items()}
 
 
 def _below(folder: str, suffix: str) -> list[str]:
-    """Return the names of what stands in the folders right below `folder`."""
+    """Return the names in the folders right below `folder`."""
     places = [place for root in (shipped(folder), Path(folder)) for place in root.glob("*/")]
     parents = sorted({place.name for place in places if not place.name.startswith(("_", "."))})
     return [name for parent in parents for name in _named(folder, suffix, parent)]
@@ -319,11 +319,11 @@ def foreign(path: Path) -> str | None:
     """Say how another user may have written a file, or return None."""
     trusted = (os.geteuid(), 0)
     for place in (path, path.parent):
-        found = place.stat()
-        if found.st_uid not in trusted:
-            return f"belongs to another user (uid {found.st_uid})"
-        sticky = place is not path and found.st_mode & stat.S_ISVTX
-        if found.st_mode & stat.S_IWOTH and not sticky:
+        file_stat = place.stat()
+        if file_stat.st_uid not in trusted:
+            return f"belongs to another user (uid {file_stat.st_uid})"
+        sticky = place is not path and file_stat.st_mode & stat.S_ISVTX
+        if file_stat.st_mode & stat.S_IWOTH and not sticky:
             what = "is" if place is path else "lies in a folder that is"
             return f"{what} writable by every user"
     return None

@@ -27,7 +27,7 @@ class OutputError(MoenasError):
 
 def plain(text: str) -> str:
     """Return a text with its control characters spelt as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda control: control[0].encode("unicode_escape").decode(), text)
 
 
 def prepare() -> None:
@@ -91,7 +91,7 @@ def _lost(error: OSError) -> BaseException:
 
 
 def to_json(data: Any, indent: int | None = 2) -> str:
-    """Write plain data as JSON, which has no number that is not finite: null stands for it."""
+    """Write plain data as JSON, with null for numbers that are not finite."""
     try:
         return json.dumps(data, indent=indent, allow_nan=False)
     except ValueError:

@@ -8,10 +8,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+with suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is no fault of an example.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("busy", deadline=None, suppress_health_check=slow)
+    settings.load_profile("busy")
 
 LONGEST = (
     "tests/chaos/",
@@ -109,6 +118,27 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
     with empty_schema(request.getfixturevalue("postgres_url")) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """The URL of a bucket on an S3 server of this process."""
+    from object_store import s3_server
+
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def root_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty root of weights, in each kind of store."""
+    from object_store import empty_root
+
+    if request.param == "file":
+        return f"file://{tmp_path}/shared"
+    return empty_root(
+        "memory://runs" if request.param == "memory" else request.getfixturevalue("s3_bucket")
+    )
 
 
 @pytest.fixture

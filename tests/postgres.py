@@ -120,6 +120,7 @@ def empty_schema(server_url: str) -> Iterator[str]:
         connection.exec_driver_sql(f"CREATE SCHEMA {name}")
     here = server.url.update_query_dict({"options": f"-csearch_path={name}"})
     yield here.render_as_string(hide_password=False)
+    server.dispose()  # the server may have been restarted
     with server.begin() as connection:
         connection.exec_driver_sql(f"DROP SCHEMA {name} CASCADE")
     server.dispose()

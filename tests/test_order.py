@@ -38,6 +38,7 @@ LIBRARIES = {
     "alembic": "store",
     "click": "cli",
     "fastapi": "service",
+    "fsspec": "store",
     "fvcore": "evaluate",
     "httpx": "service",
     "jinja2": "service",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from replay.effects import expected
-from replay.methods import Random
-from replay.simulate import Proposal, Simulation
+from replay.methods import Random, Stopping
+from replay.rivals import OptunaMethod, RayTuneMethod, SyneTuneMethod
+from replay.simulate import Method, Proposal, Simulation
 from replay.table import FOLDER, RUNGS, Table
 
 from moenas import Space
@@ -110,6 +112,13 @@ def test_a_repeat_costs_nothing_and_is_told(space: Space) -> None:
     assert progress.found[-1][0] == pytest.approx(
         sum(table.training_flops(key) for _, key in progress.found)
     )
+
+
+@pytest.mark.parametrize("method", [Random, Stopping, OptunaMethod, RayTuneMethod, SyneTuneMethod])
+def test_a_method_has_what_the_simulation_calls(method: type[Method]) -> None:
+    for name in ("ask", "goes_on", "resumed", "tell"):
+        wanted, has = (inspect.signature(getattr(cls, name)) for cls in (Method, method))
+        assert list(has.parameters) == list(wanted.parameters)
 
 
 def test_the_judge_averages_noise_away() -> None:

@@ -30,7 +30,7 @@ def sized(full: T, tiny: T) -> T:
 
 def machine() -> dict[str, Any]:
     """Return the card, what it has, and the versions of what runs on it; `card` None without."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "card": None,
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -38,12 +38,12 @@ def machine() -> dict[str, Any]:
     }
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            facts[name] = version(name)
         except PackageNotFoundError:
             continue
     if GPU:
         card = torch.cuda.get_device_properties(DEVICE)
-        found |= {
+        facts |= {
             "card": card.name,
             "memory_gib": round(card.total_memory / GIB),
             "capability": f"{card.major}.{card.minor}",
@@ -51,10 +51,10 @@ def machine() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-    return found
+    return facts
 
 
-def settle() -> None:
+def synchronize() -> None:
     """Wait until the device has done all that it was given."""
     if GPU:
         torch.cuda.synchronize()
@@ -90,11 +90,11 @@ def milliseconds(work: Callable[[], object], repeats: int = 30, warm_up: int = 5
 
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
     """Return the wall time of one call, until the device has done it, and what it returns."""
-    settle()
+    synchronize()
     began = time.perf_counter()
-    found = work()
-    settle()
-    return time.perf_counter() - began, found
+    result = work()
+    synchronize()
+    return time.perf_counter() - began, result
 
 
 def captured(work: Callable[[], T], warm_up: int = 2) -> tuple[Callable[[], None], T]:
@@ -111,11 +111,11 @@ def captured(work: Callable[[], T], warm_up: int = 2) -> tuple[Callable[[], None
     stream.synchronize()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            found = work()
+            result = work()
     finally:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own stream in place
     before.wait_stream(stream)
-    return graph.replay, found
+    return graph.replay, result
 
 
 def reads_nothing(work: Callable[[], object]) -> bool | str:
@@ -139,10 +139,10 @@ def kernels(work: Callable[[], object], top: int = 20) -> list[str]:
     from torch.profiler import ProfilerActivity, profile
 
     work()
-    settle()
+    synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         work()
-        settle()
+        synchronize()
     rows = [e for e in profiler.key_averages() if "CUDA" in str(e.device_type)]
     rows = sorted(rows, key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in rows)
@@ -156,6 +156,6 @@ def peak_gib() -> float:
     """Return the most memory that tensors took since the last call, in GiB, and reset it."""
     if not GPU:
         return 0.0
-    found = torch.cuda.max_memory_allocated() / GIB
+    peak = torch.cuda.max_memory_allocated() / GIB
     torch.cuda.reset_peak_memory_stats()
-    return found
+    return peak

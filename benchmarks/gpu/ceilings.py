@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.card import DEVICE, GPU, captured, milliseconds, seconds, settle, sized
+from gpu.card import DEVICE, GPU, captured, milliseconds, seconds, sized, synchronize
 from gpu.report import Report
 
 KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
@@ -60,11 +60,11 @@ def launches(report: Report) -> None:
             x.add_(1)
 
     some(count // 10)
-    settle()
+    synchronize()
     began = time.perf_counter()
     some(count)
     queued = time.perf_counter() - began
-    settle()
+    synchronize()
     done = time.perf_counter() - began
     report.figure("launch", 1e6 * queued / count, "us", f"{1e6 * done / count:.2f} us to the end")
     nodes = sized(500, 10)

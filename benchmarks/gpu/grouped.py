@@ -68,8 +68,8 @@ def error(x: Tensor, w: Tensor, ends: Tensor, y: Tensor, g: Tensor) -> float:
             continue
         a, b, up = x[start:end].float(), w[i].float(), g[start:end].float()
         pairs = ((y[start:end], a @ b), (gw[i], a.T @ up), (gx[start:end], up @ b.T))
-        for found, right in pairs:
-            gap = float((found.float() - right).norm() / right.norm())
+        for actual, right in pairs:
+            gap = float((actual.float() - right).norm() / right.norm())
             worst = max(worst, gap if gap == gap else float("inf"))
         start = end
     return worst
@@ -79,9 +79,9 @@ def replays(x: Tensor, w: Tensor, ends: Tensor) -> bool:
     """Whether a captured product gives the bits of an eager one, for other rows and offsets."""
     if not GPU:
         return True
-    replay, found = captured(lambda: F.grouped_mm(x, w, offs=ends))
+    replay, result = captured(lambda: F.grouped_mm(x, w, offs=ends))
     experts, rows = len(w), len(x)
     ends.copy_(torch.linspace(rows / experts, rows, experts).round().int())
     x.normal_()
     replay()
-    return torch.equal(found, F.grouped_mm(x, w, offs=ends))
+    return torch.equal(result, F.grouped_mm(x, w, offs=ends))

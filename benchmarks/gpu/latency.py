@@ -42,14 +42,14 @@ def one_workload(
     tokens = torch.randint(256, workload.tokens, generator=generator).to(DEVICE)
     protocol = Protocol() if GPU else Protocol(min_repeats=3, max_repeats=3, max_seconds=0.2)
     began = time.perf_counter()
-    found = measure_latency(model, tokens, workload, protocol, lease, {})
+    measurement = measure_latency(model, tokens, workload, protocol, lease, {})
     took = time.perf_counter() - began
-    details, name = found.details, f"{shape.name} {phase}"
+    details, name = measurement.details, f"{shape.name} {phase}"
     text = (
         f"spread {details['spread']:.3f}, {details['n']} pairs in {took:.1f} s, reference"
         f" {details['reference_ms']:.3f} ms"
     )
-    report.figure(f"{name}", found.value, "ms", text)
+    report.figure(f"{name}", measurement.value, "ms", text)
     report.figure(f"{name}: ratio", details["ratio"])
     report.figure(f"{name}: within its precision", not details["noisy"])
     report.figure(f"{name}: captured", bool(details.get("captured", False)))

@@ -62,14 +62,14 @@ def layers_of(report: Report, shape: tuple[int, int, int, int]) -> dict[str, nn.
     router = Router(top_k=k, normalize=True)
     moe = peers.filled(MoEFFN(n_experts=experts, d_expert=width, router=router).build(d)).to(DEVICE)
     assert isinstance(moe, MoE)
-    found: dict[str, nn.Module] = {
+    layers: dict[str, nn.Module] = {
         "dense": peers.filled(DenseFFN(d_ff=k * width).build(d)).to(DEVICE),
         "moenas": moe,
     }
     for implementation in THEIRS:
         with report.part(f"transformers {implementation}"):
-            found[implementation] = peers.block_of(moe, implementation, torch.bfloat16)
-    return found
+            layers[implementation] = peers.block_of(moe, implementation, torch.bfloat16)
+    return layers
 
 
 def step_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -16,8 +16,8 @@ LINE = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\
 
 def files() -> list[str]:
     """Return the test files that hold a test marked `gpu`."""
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in found if "mark.gpu" in p.read_text(encoding="utf-8")]
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(p.relative_to(ROOT)) for p in paths if "mark.gpu" in p.read_text(encoding="utf-8")]
 
 
 def measure(report: Report) -> None:
@@ -33,14 +33,14 @@ def measure(report: Report) -> None:
         require_run(code)
         return
     code, lines = pytest_run(report, ["-v", *files()])
-    outcomes = {found[1]: found[2] for line in lines if (found := LINE.match(line))}
+    outcomes = {matched[1]: matched[2] for line in lines if (matched := LINE.match(line))}
     failed = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
     report.figure("passed", sum(x == "PASSED" for x in outcomes.values()), "tests")
     report.figure("failed", len(failed), "tests", ", ".join(failed))
     report.figure("skipped", sum(x == "SKIPPED" for x in outcomes.values()), "tests")
     if failed:
         _, lines = pytest_run(report, ["-v", "-W", "default", *failed])
-        again = [found[2] for line in lines if (found := LINE.match(line))]
+        again = [matched[2] for line in lines if (matched := LINE.match(line))]
         wrong = len(failed) - again.count("PASSED")
         report.figure("failed, warnings aside", wrong, "tests")
     require_run(code)
@@ -58,8 +58,8 @@ def pytest_run(report: Report, options: list[str]) -> tuple[int, list[str]]:
         for text in process.stdout:
             lines.append(text.rstrip())
             report.note(lines[-1])
-            if (found := LINE.match(text)) and GPU:
-                report.figure(found[1], found[2] == "PASSED")
+            if (matched := LINE.match(text)) and GPU:
+                report.figure(matched[1], matched[2] == "PASSED")
     return process.returncode, lines
 
 

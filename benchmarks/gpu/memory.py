@@ -7,7 +7,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from gpu.card import DEVICE, GIB, GPU, MIB, milliseconds, release, seconds, settle, sized
+from gpu.card import DEVICE, GIB, GPU, MIB, milliseconds, release, seconds, sized, synchronize
 from gpu.models import D256, D256_SMALL, D512, Shape, corpus, recipe, tokens
 from gpu.report import Report
 from gpu.training import capture, opened, warm_up
@@ -48,14 +48,14 @@ def one_peak() -> float:
 
 def peaks(report: Report) -> None:
     """Measure a peak before the first product of the process, again, and after other work."""
-    found = []
+    measured = []
     for turn in range(3):
         if turn == 2:
             products(torch.randn(512, 512, device=DEVICE))
-        found.append(one_peak())
+        measured.append(one_peak())
         release()
-    first, second, third = found
-    worst = max(found) / min(found) - 1
+    first, second, third = measured
+    worst = max(measured) / min(measured) - 1
     report.figure("peak", first, "MiB", f"then {second:.2f}, after other work {third:.2f}")
     report.figure("peak: apart", 100 * worst, "%")
 
@@ -64,7 +64,7 @@ def products(x: torch.Tensor) -> None:
     """Multiply in both types, which makes cuBLAS take its workspaces."""
     for one in (x, x.bfloat16()):
         one @ one
-    settle()
+    synchronize()
 
 
 def growth(report: Report) -> None:
@@ -76,11 +76,11 @@ def growth(report: Report) -> None:
                 capture(steps)
             while steps.done < sized(10, 5):
                 steps.step()
-            settle()
+            synchronize()
             before = torch.cuda.memory_allocated() if GPU else 0
             while steps.done < steps.recipe.steps:
                 steps.step()
-            settle()
+            synchronize()
             after = torch.cuda.memory_allocated() if GPU else 0
         name = "captured" if graph else "eager"
         report.figure(f"growth in 100 {name} steps", (after - before) / MIB, "MiB")
@@ -107,8 +107,10 @@ def surroundings(report: Report) -> None:
     report.figure("build", took, "s", f"{weights / 1e6:.0f} million parameters")
     gate(report, D512, model)
     plan = recipe(2, 1024, val_tokens=sized(65536, 256))
-    took, found = seconds(lambda: validate(model, corpus(), plan))
-    report.figure("validation", took, "s", f"loss {found.loss:.3f}, {found.tokens} tokens")
+    took, validation = seconds(lambda: validate(model, corpus(), plan))
+    report.figure(
+        "validation", took, "s", f"loss {validation.loss:.3f}, {validation.tokens} tokens"
+    )
     took, state = seconds(
         lambda: {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     )

@@ -70,8 +70,8 @@ def section(results: Results) -> list[str]:
     parts += [*goals(results), ""]
     bad = [
         line
-        for group, found in results.groups.items()
-        for line in trouble(group, found.status, found.failures)
+        for group, group_results in results.groups.items()
+        for line in trouble(group, group_results.status, group_results.failures)
     ]
     if bad:
         parts += ["### What did not end well\n", *bad, ""]
@@ -105,8 +105,8 @@ def figures(results: Results) -> Iterator[str]:
     """Write the table of all figures."""
     yield "| figure | measured | unit | |"
     yield "| --- | --: | --- | --- |"
-    for found in results.groups.values():
-        for name, row in found.figures.items():
+    for group_results in results.groups.values():
+        for name, row in group_results.figures.items():
             cells = [name, all_values(row["values"]), row["unit"], one_line(row["text"])]
             yield f"| {' | '.join(cells)} |"
 

@@ -36,9 +36,9 @@ class Report:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, default=str) + "\n")
 
-    def machine(self, found: dict[str, Any]) -> None:
+    def machine(self, facts: dict[str, Any]) -> None:
         """Write down what is measured on."""
-        self._write({"machine": found})
+        self._write({"machine": facts})
 
     def figure(self, name: str, value: Value, unit: str = "", text: str = "") -> None:
         """Write down a figure; `text` is what else should be known of it."""

@@ -39,7 +39,9 @@ class Results:
     @property
     def machine(self) -> dict[str, Any]:
         """Return what the groups ran on, as the last one that told it."""
-        told = [found.machine for found in self.groups.values() if found.machine]
+        told = [
+            group_results.machine for group_results in self.groups.values() if group_results.machine
+        ]
         return told[-1] if told else {}
 
     @property
@@ -51,8 +53,8 @@ class Results:
         """Return name -> value of all figures."""
         return {
             name: row["value"]
-            for found in self.groups.values()
-            for name, row in found.figures.items()
+            for group_results in self.groups.values()
+            for name, row in group_results.figures.items()
         }
 
     def judged(self) -> list[tuple[Figure, Value | None, bool | None]]:
@@ -103,7 +105,7 @@ def stored(folder: Path) -> list[Results]:
 
 def gathered(paths: list[Path], status: str, seconds: float) -> Found:
     """Return what the processes of a group have written, also one that was cut off in a line."""
-    found = Found(status, round(seconds, 1))
+    outcome = Found(status, round(seconds, 1))
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
@@ -111,14 +113,14 @@ def gathered(paths: list[Path], status: str, seconds: float) -> Found:
             except ValueError:
                 continue
             if "machine" in row:
-                found.machine = row["machine"]
+                outcome.machine = row["machine"]
             elif "failure" in row:
-                found.failures.append(row["failure"])
+                outcome.failures.append(row["failure"])
             else:
-                _add(found.figures, row)
+                _add(outcome.figures, row)
     if len(paths) > 1:
-        _add_spreads(found.figures)
-    return found
+        _add_spreads(outcome.figures)
+    return outcome
 
 
 def _add(figures: dict[str, dict[str, Any]], row: dict[str, Any]) -> None:

@@ -230,7 +230,13 @@ class Run:
             return self.results
         earlier = Results.read(path).groups
         named = {g.name: earlier.get(g.name) for g in GROUPS} | dict(self.results.groups)
-        return Results({name: found for name, found in named.items() if found is not None})
+        return Results(
+            {
+                name: group_results
+                for name, group_results in named.items()
+                if group_results is not None
+            }
+        )
 
 
 def chosen(text: str) -> list[Group]:
@@ -246,12 +252,12 @@ def chosen(text: str) -> list[Group]:
 def seconds(text: str) -> float:
     """Return a number of seconds above 0."""
     try:
-        found = float(text)
+        wanted_seconds = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
+        wanted_seconds = 0.0
+    if not 0 < wanted_seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
-    return found
+    return wanted_seconds
 
 
 def card_state() -> str:

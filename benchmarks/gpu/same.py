@@ -70,12 +70,12 @@ def run(router: dict[str, Any], graph: bool) -> tuple[float, dict[str, Tensor]]:
 
 def apart(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, Tensor]]) -> float:
     """Return the largest distance between versions of a tensor, over its norm; 0: equal bits."""
-    found = 0.0
+    largest = 0.0
     for name, one in a[1].items():
         if not torch.equal(one, b[1][name]):
             gap = (one.double() - b[1][name].double()).norm() / one.double().norm().clamp_min(1e-20)
-            found = max(found, float(gap), 1e-300)
-    return found
+            largest = max(largest, float(gap), 1e-300)
+    return largest
 
 
 def whole_runs(report: Report) -> None:

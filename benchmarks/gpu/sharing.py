@@ -78,6 +78,6 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
-            found: dict[str, Any] = json.loads(line)
-            return found
+            reply: dict[str, Any] = json.loads(line)
+            return reply
     raise RuntimeError(f"a process ended with {process.wait()}, or was not ready in {READY_S:g} s")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from gpu.card import settle, sized
+from gpu.card import sized, synchronize
 from gpu.models import D256, recipe
 from gpu.training import capture, opened, warm_up
 
@@ -32,7 +32,7 @@ def main() -> None:
         if how == "graph":
             capture(steps)
         steps.step()
-        settle()
+        synchronize()
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             limit, first, began = float(line), steps.done, time.perf_counter()
@@ -41,7 +41,7 @@ def main() -> None:
                     break
                 for _ in range(AT_A_TIME):
                     steps.step()
-                settle()
+                synchronize()
             took = time.perf_counter() - began
             print(json.dumps({"rate": (steps.done - first) / took}), flush=True)
 

@@ -61,8 +61,8 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     except Interrupted:  # the limit of the group came; what is stored counts
         report.note("the study was interrupted")
     took = time.perf_counter() - began
-    found = load_study(space.name, STORAGE)
-    rows = found.store.evaluations(found.name)
+    study = load_study(space.name, STORAGE)
+    rows = study.store.evaluations(study.name)
     complete = [r for r in rows if r.status == "complete" and "copied_from" not in r.metrics]
     report.figure("candidates an hour", 3600 * len(complete) / took, "", f"{took:.0f} s in all")
     report.figure("complete", len(complete), "candidates", f"of {space.search.trials}")
@@ -122,6 +122,6 @@ def tell_seconds(report: Report, complete: list[Evaluation]) -> None:
     """Report the median seconds of each phase of a candidate."""
     phases = sorted({phase for row in complete for phase in row.seconds})
     for phase in phases:
-        found = [row.seconds[phase] for row in complete if phase in row.seconds]
+        seconds_told = [row.seconds[phase] for row in complete if phase in row.seconds]
         name = "a candidate" if phase == "total" else phase
-        report.figure(f"seconds of {name}", statistics.median(found), "s", "median")
+        report.figure(f"seconds of {name}", statistics.median(seconds_told), "s", "median")

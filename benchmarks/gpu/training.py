@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gpu.card import GPU, settle
+from gpu.card import GPU, synchronize
 from gpu.models import corpus
 from moenas.evaluate.device_steps import WARM_UP, DeviceSteps
 from moenas.model.architecture import Model
@@ -28,7 +28,7 @@ def warm_up(steps: DeviceSteps) -> None:
     """Take the steps that a capture asks for before it."""
     for _ in range(WARM_UP):
         steps.step()
-    settle()
+    synchronize()
 
 
 def capture(steps: DeviceSteps) -> float:
@@ -37,19 +37,19 @@ def capture(steps: DeviceSteps) -> float:
     Raises:
         RuntimeError: saying why there is no graph.
     """
-    settle()
+    synchronize()
     began = time.perf_counter()
     if not steps.capture() and GPU:
         raise RuntimeError(f"no graph: {steps.capture_fault or 'the model is not capturable'}")
-    settle()
+    synchronize()
     return time.perf_counter() - began
 
 
 def milliseconds_a_step(steps: DeviceSteps, count: int) -> float:
     """Return the mean time of some steps that follow each other without a wait."""
-    settle()
+    synchronize()
     began = time.perf_counter()
     for _ in range(count):
         steps.step()
-    settle()
+    synchronize()
     return 1e3 * (time.perf_counter() - began) / count

@@ -89,8 +89,10 @@ class SamplerMethod(Random):
         """Give the values to the sampler, as an Optuna trial."""
         self._told += 1
         ended = START + timedelta(seconds=self._told)
-        found = [values[o.name] for o in self.space.objectives]
-        trial = _trial(Proposal(number, self._trials[number].params), TrialState.COMPLETE, found)
+        objective_values = [values[o.name] for o in self.space.objectives]
+        trial = _trial(
+            Proposal(number, self._trials[number].params), TrialState.COMPLETE, objective_values
+        )
         trial.datetime_complete = ended
         self._trials[number] = trial
 
@@ -108,8 +110,8 @@ class CostsUnknown(GrayBox):
     It shows what the exact costs are worth.
     """
 
-    def _describe(self, found: Point) -> Described:
-        described = super()._describe(found)
+    def _describe(self, candidate: Point) -> Described:
+        described = super()._describe(candidate)
         features = {k: v for k, v in described.features.items() if not k.startswith("cost.")}
         return replace(described, features=features, exact={})
 

@@ -61,11 +61,11 @@ away from it. The model shares no code with the surrogate of `gray_box`.
 
 def curves(results: Results, workers: int) -> dict[str, Array]:
     """Return method -> curves (seeds, points) of a number of workers."""
-    found: dict[str, list[list[float]]] = {}
+    by_method: dict[str, list[list[float]]] = {}
     for run in results["runs"]:
         if run["workers"] == workers:
-            found.setdefault(run["method"], []).append(run["curve"])
-    return {name: np.array(rows) for name, rows in sorted(found.items())}
+            by_method.setdefault(run["method"], []).append(run["curve"])
+    return {name: np.array(rows) for name, rows in sorted(by_method.items())}
 
 
 def half_width(values: Array) -> float:
@@ -81,9 +81,9 @@ def compute_to(curve: Array, share: float) -> float:
     return float(reached[0] + 1) / len(curve) if len(reached) else float("inf")
 
 
-def rivals(found: dict[str, Array]) -> dict[str, Array]:
+def rivals(by_method: dict[str, Array]) -> dict[str, Array]:
     """Return the curves of the methods that are not ours."""
-    return {name: rows for name, rows in found.items() if not name.startswith(OURS)}
+    return {name: rows for name, rows in by_method.items() if not name.startswith(OURS)}
 
 
 def worse(mine: Array, others: dict[str, Array]) -> int:
@@ -101,8 +101,8 @@ def worse(mine: Array, others: dict[str, Array]) -> int:
 def tables(results: Results) -> Iterator[str]:
     """Yield the lines of the tables, one for each number of workers."""
     for workers in sorted({run["workers"] for run in results["runs"]}):
-        found = curves(results, workers)
-        others = rivals(found)
+        by_method = curves(results, workers)
+        others = rivals(by_method)
         finals = {name: float(rows[:, -1].mean()) for name, rows in others.items()}
         best = max(finals, key=finals.__getitem__) if finals else ""
         yield f"## {workers} workers, budget {results['budgets'][str(workers)]} mean candidates"
@@ -114,7 +114,7 @@ def tables(results: Results) -> Iterator[str]:
         rest = ["compute to random", "compute to rival", "worse", "seeds"]
         yield f"| method | {' | '.join([*heads, *rest])} |"
         yield "|" + " --- |" * (1 + len(heads) + len(rest))
-        for name, rows in found.items():
+        for name, rows in by_method.items():
             at = [rows[:, rows.shape[1] * percent // 100 - 1] for percent in SHOWN]
             cells = [f"{one.mean():.4f} +- {half_width(one):.4f}" for one in at]
             mean = rows.mean(axis=0)

@@ -126,6 +126,10 @@ class SyneTuneMethod:
         decision = self._scheduler.on_trial_result(self._trials[number], self._result(rung, values))
         return bool(decision == SchedulerDecision.CONTINUE)
 
+    def resumed(self, *, at_end: bool) -> int | None:
+        """Resume nothing: a stopped candidate stays stopped."""
+        return None
+
     def tell(self, number: int, values: Mapping[str, float]) -> None:
         """Report the values at the end."""
         self._scheduler.on_trial_complete(self._trials[number], self._result(RUNGS, values))

@@ -199,15 +199,15 @@ def check(
     from moenas.study.estimate import estimate
 
     loaded = Space.load(space, overrides or ())
-    found = check_report(loaded, draws)
+    report = check_report(loaded, draws)
     estimated = estimate(loaded, storage=storage)
-    found["estimate"] = estimated.plain()
+    report["estimate"] = estimated.plain()
     if output is Output.json:
-        emit(to_json(found))
+        emit(to_json(report))
     elif output is Output.csv:
-        write_csv(found["draws"])
+        write_csv(report["draws"])
     else:
-        emit("\n".join([check_text(found), *estimated.lines()]))
+        emit("\n".join([check_text(report), *estimated.lines()]))
 
 
 @app.command()
@@ -243,8 +243,8 @@ def run(
     _say_notes(loaded)
     count = worker_count(workers)
     if dry_run:
-        found = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
-        return _write_estimate(found, output)
+        estimate = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
+        return _write_estimate(estimate, output)
     options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
     words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
     hint = command_line(words, options)
@@ -271,12 +271,12 @@ def run(
     _next_steps(study.store.front_view(study.name), storage)
 
 
-def _write_estimate(found: Estimate, output: Output) -> None:
+def _write_estimate(estimate: Estimate, output: Output) -> None:
     """Write what a study will take to stdout."""
     if output is Output.table:
-        emit("\n".join(found.lines()))
+        emit("\n".join(estimate.lines()))
     else:
-        write_rows([found.plain()], output, single=True)
+        write_rows([estimate.plain()], output, single=True)
 
 
 def _say_notes(space: Space) -> None:
@@ -318,11 +318,11 @@ def status(
     if study is None:
         write_rows(studies_report(store), output)
         return
-    found = status_report(store, study)
+    report = status_report(store, study)
     if output is Output.table:
-        emit(status_text(found))
+        emit(status_text(report))
     else:
-        write_rows([found], output, single=True)
+        write_rows([report], output, single=True)
 
 
 @app.command()
@@ -347,11 +347,11 @@ def show(
     from moenas.report.summary import trial_report, trial_text
     from moenas.store.store import Store
 
-    found = trial_report(Store.open(storage), study, trial)
+    report = trial_report(Store.open(storage), study, trial)
     if output is Output.table:
-        emit(trial_text(found, full=full))
+        emit(trial_text(report, full=full))
     else:
-        write_rows([found], output, single=True)
+        write_rows([report], output, single=True)
 
 
 @app.command()
@@ -366,17 +366,17 @@ def report(
     from moenas.study.insights import insights
     from moenas.study.launch import load_study
 
-    found = insights(load_study(study, storage), allow_code=allow_code)
+    insights_report = insights(load_study(study, storage), allow_code=allow_code)
     if output is Output.csv:
         write_csv(
             [
                 {"objective": name, **effect}
-                for name, objective in found["objectives"].items()
+                for name, objective in insights_report["objectives"].items()
                 for effect in objective["effects"]
             ]
         )
     else:
-        emit(to_json(found) if output is Output.json else insights_text(found))
+        emit(to_json(insights_report) if output is Output.json else insights_text(insights_report))
 
 
 @app.command()
@@ -406,15 +406,25 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     storage: Storage = None,
     allow_code: AllowCode = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="folder: PyTorch source; transformers: the layout of a family of Hugging Face.",
+        ),
+    ] = "folder",
 ) -> None:
     """Write a trial's trained model to a folder that runs without moenas."""
-    from moenas.export.folder import export as export_trial
+    from moenas.export.formats import NOTES
+    from moenas.export.formats import export as export_trial
     from moenas.store.store import Store
 
-    folder = export_trial(Store.open(storage), study, trial, out, allow_code=allow_code)
+    store = Store.open(storage)
+    folder = export_trial(store, study, trial, out, format=format, allow_code=allow_code)
     emit(str(folder))
-    say(f"checked: {folder} gives the same logits to the last bit without moenas")
-    say(f"next: python {folder / 'model.py'}")
+    for line in NOTES[format]:
+        say(line.format(folder=folder))
 
 
 @app.command()

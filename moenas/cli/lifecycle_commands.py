@@ -112,8 +112,8 @@ def copy(
 
     source = Store.open(storage)
     idle_rows(source, study)  # nothing is made if the study cannot be copied
-    found = copy_study(source, study, Store.open(to, create=True), name)
-    write_rows([{**found.plain(), "storage": without_password(to)}], output, single=True)
+    copied = copy_study(source, study, Store.open(to, create=True), name)
+    write_rows([{**copied.plain(), "storage": without_password(to)}], output, single=True)
 
 
 @commands.command()
@@ -127,8 +127,8 @@ def pack(
     from moenas.store.store import Store
     from moenas.study.archive import pack_study
 
-    found = pack_study(Store.open(storage), study, out)
-    write_rows([{**found.plain(), "file": str(out)}], output, single=True)
+    packed = pack_study(Store.open(storage), study, out)
+    write_rows([{**packed.plain(), "file": str(out)}], output, single=True)
 
 
 @commands.command()
@@ -143,8 +143,8 @@ def unpack(
     from moenas.study.archive import check_packed, unpack_study
 
     check_packed(path)  # nothing is made if the file is wrong
-    found = unpack_study(path, Store.open(storage, create=True), name)
-    write_rows([found.plain()], output, single=True)
+    unpacked = unpack_study(path, Store.open(storage, create=True), name)
+    write_rows([unpacked.plain()], output, single=True)
 
 
 @commands.command()
@@ -159,8 +159,8 @@ def compare(
     from moenas.store.store import Store
 
     store = Store.open(storage)
-    found = comparison_report(store.front_view(a), store.front_view(b))
+    comparison = comparison_report(store.front_view(a), store.front_view(b))
     if output is Output.csv:
-        write_csv(found["members"])
+        write_csv(comparison["members"])
     else:
-        emit(to_json(found) if output is Output.json else comparison_text(found))
+        emit(to_json(comparison) if output is Output.json else comparison_text(comparison))

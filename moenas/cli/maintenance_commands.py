@@ -57,7 +57,7 @@ def retry(
     options = {"storage": storage, "workers": workers, "address": address}
     try:
         with listener(space) as listen:
-            found = maintenance.retry(
+            retried = maintenance.retry(
                 study,
                 kinds=failed or (),
                 storage=storage,
@@ -70,7 +70,7 @@ def retry(
         say(f"stopped: {stop}. What is not evaluated yet is evaluated by the next `moenas run`:")
         say(f"  {terminal.command(['status', study], where)}  # how far it is")
         raise typer.Exit(stop.exit_code) from None
-    view = found.store.front_view(found.name)
+    view = retried.store.front_view(retried.name)
     write_rows(front_rows(view, short_form=output is Output.table), output)
     say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
 
@@ -117,11 +117,11 @@ def remeasure(
     """Measure objectives of finished trials again, from their stored weights, without training."""
     from moenas.study import maintenance
 
-    def progress(done: int, total: int, found: Evaluation) -> None:
-        reason = f": {found.failure.message}" if found.failure else ""
-        say(f"[{done}/{total}] trial {found.trial} {found.status}{reason}")
+    def progress(done: int, total: int, evaluation: Evaluation) -> None:
+        reason = f": {evaluation.failure.message}" if evaluation.failure else ""
+        say(f"[{done}/{total}] trial {evaluation.trial} {evaluation.status}{reason}")
 
-    found = maintenance.remeasure(
+    remeasured = maintenance.remeasure(
         study,
         trial=trial,
         objective=objective,
@@ -132,10 +132,10 @@ def remeasure(
     )
     row = {
         "study": study,
-        "objectives": ", ".join(found.objectives),
-        "measured": len(found.trials),
-        "complete": found.complete,
-        "failed": found.failed,
+        "objectives": ", ".join(remeasured.objectives),
+        "measured": len(remeasured.trials),
+        "complete": remeasured.complete,
+        "failed": remeasured.failed,
     }
     write_rows([row], output, single=True)
 
@@ -157,18 +157,18 @@ def doctor(
     from moenas.study import doctor as examination
 
     store = Store.open(storage)
-    found = examination.examine(store, study)
-    if repair and (backup := examination.repair(store, study, found)) is not None:
+    examined = examination.examine(store, study)
+    if repair and (backup := examination.repair(store, study, examined)) is not None:
         say(f"backup: {backup}")
-        repaired = [finding for finding in found if finding.repair]
+        repaired = [finding for finding in examined if finding.repair]
         say(f"repaired: {len(repaired)}")
-        found = examination.examine(store, study)
-    if output is Output.table and not found:
+        examined = examination.examine(store, study)
+    if output is Output.table and not examined:
         emit(f"study '{study}' is sound")
         return
-    write_rows([finding.plain() for finding in found], output)
-    if found:
-        if any(finding.repair for finding in found):
+    write_rows([finding.plain() for finding in examined], output)
+    if examined:
+        if any(finding.repair for finding in examined):
             where = {"storage": without_password(storage) if storage else None}
             say(f"next: {terminal.command(['doctor', study, '--repair'], where)}")
         raise typer.Exit(1)

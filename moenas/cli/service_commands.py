@@ -142,14 +142,14 @@ def list_tokens(storage: Storage = None, output: Format = Output.table) -> None:
     store = Store.open(storage, create=True)
     rows = [
         {
-            "id": found.id,
-            "name": found.user_name,
-            "role": found.role,
-            "state": found.state,
-            "created": found.created_at[:19],
-            "expires": found.expires_at[:19] if found.expires_at else None,
+            "id": record.id,
+            "name": record.user_name,
+            "role": record.role,
+            "state": record.state,
+            "created": record.created_at[:19],
+            "expires": record.expires_at[:19] if record.expires_at else None,
         }
-        for found in store.query(access_tokens.listed)
+        for record in store.query(access_tokens.listed)
     ]
     write_rows(rows, output)
 

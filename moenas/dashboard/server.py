@@ -135,10 +135,10 @@ def patch_dashboard() -> bool:
 
     Another version of the dashboard is left as it is, with a warning.
     """
-    found = version("optuna-dashboard")
-    if not found.startswith(PATCHED_VERSION):
+    installed = version("optuna-dashboard")
+    if not installed.startswith(PATCHED_VERSION):
         warnings.warn(
-            f"optuna-dashboard {found} is served as it is: it may show infeasible trials as the"
+            f"optuna-dashboard {installed} is served as it is: it may show infeasible trials as the"
             f" best, and be slow; moenas mends {PATCHED_VERSION}*",
             RuntimeWarning,
             stacklevel=2,
@@ -178,9 +178,9 @@ def _going_on(stock: Callable[..., None]) -> Callable[..., None]:
 def _in_order(stock: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
     @wraps(stock)
     def graph_objects(system_attrs: Plain) -> dict[str, str]:
-        found = stock(system_attrs)
+        names = stock(system_attrs)
         rank = {name: i for i, name in enumerate(figures.ORDER)}
-        return {n: found[n] for n in sorted(found, key=lambda n: (rank.get(n, len(rank)), n))}
+        return {n: names[n] for n in sorted(names, key=lambda n: (rank.get(n, len(rank)), n))}
 
     return graph_objects
 
@@ -197,10 +197,10 @@ class CachedStorage(_CachedStorage):
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
         """Return the best feasible trial of a study with one objective, or else the best."""
-        found = best_trials(
+        trials = best_trials(
             self.get_all_trials(study_id, deepcopy=False), self.get_study_directions(study_id)
         )
-        return found[0] if found else super().get_best_trial(study_id)
+        return trials[0] if trials else super().get_best_trial(study_id)
 
 
 def application(store: Store) -> WSGIApplication:

@@ -59,12 +59,12 @@ def _parts(tokens: Tokens, overlap: int) -> list[Numbers]:
 
 def _pairs(tokens: Tokens, vocab_size: int) -> tuple[Numbers, Numbers]:
     """Return the different pairs of neighbours, sorted, as v * V + w, and how often each is."""
-    found = [
+    pair_counts = [
         np.unique(part[:-1] * vocab_size + part[1:], return_counts=True)
         for part in _parts(tokens, 1)
     ]
-    codes = np.concatenate([codes for codes, _ in found])
-    often = np.concatenate([often for _, often in found])
+    codes = np.concatenate([codes for codes, _ in pair_counts])
+    often = np.concatenate([often for _, often in pair_counts])
     order = np.argsort(codes, kind="stable")
     codes, often = codes[order], often[order]
     first = np.flatnonzero(np.diff(codes, prepend=-1))

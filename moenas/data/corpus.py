@@ -79,9 +79,9 @@ class Corpus:
         Its first `context` tokens are those of `batch`, its last ones the tokens that follow them.
         """
         starts = np.stack([self._starts(step, batch, context, seed) for step in steps])
-        found = self.train[starts[:, :, None] + np.arange(context + 1)]
+        crops = self.train[starts[:, :, None] + np.arange(context + 1)]
         small = np.uint8 if self.vocab_size <= 2**8 else np.int32
-        return found.astype(np.int16 if 2**8 < self.vocab_size <= 2**15 else small)
+        return crops.astype(np.int16 if 2**8 < self.vocab_size <= 2**15 else small)
 
     def batch_domains(self, step: int, batch: int, context: int, seed: int) -> torch.Tensor | None:
         """Return the domains of the tokens of a batch (batch, context), int64, or None."""

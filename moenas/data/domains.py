@@ -40,15 +40,15 @@ class Domains:
         runs = {split: np.array(plain[split]).reshape(-1, 2) for split in ("train", "val")}
         return cls(
             tuple(plain["names"]),
-            {split: found[:, 1].cumsum() for split, found in runs.items()},
-            {split: found[:, 0] for split, found in runs.items()},
+            {split: split_runs[:, 1].cumsum() for split, split_runs in runs.items()},
+            {split: split_runs[:, 0] for split, split_runs in runs.items()},
         )
 
     def at(self, split: str, places: Numbers) -> Numbers:
         """Return the numbers of the domains of the tokens at some places, in their shape."""
         run = np.searchsorted(self.ends[split], places, side="right")
-        found: Numbers = self.numbers[split][run]
-        return found
+        numbers: Numbers = self.numbers[split][run]
+        return numbers
 
 
 def table(splits: Mapping[str, Sequence[Piece]]) -> Plain | None:
@@ -66,12 +66,12 @@ def table(splits: Mapping[str, Sequence[Piece]]) -> Plain | None:
     numbers = {name: i for i, name in enumerate(names)}
     if len(sizes) > NAMED:
         names.append(OTHER)
-    found: Plain = {"names": names}
+    plain: Plain = {"names": names}
     for split, pieces in splits.items():
         numbered = [(numbers.get(domain, NAMED), size) for domain, size in pieces]
         runs = groupby(numbered, key=lambda piece: piece[0])
-        found[split] = [[number, sum(size for _, size in run)] for number, run in runs]
-    return found
+        plain[split] = [[number, sum(size for _, size in run)] for number, run in runs]
+    return plain
 
 
 def of_files(paths: Sequence[str]) -> dict[str, str]:
@@ -91,10 +91,10 @@ def of_files(paths: Sequence[str]) -> dict[str, str]:
         lambda path: PurePath(path).name,
     ]
     for rule in rules:
-        found = {path: rule(path) for path in paths}
-        if len(set(found.values())) > 1:
+        domain_by_path = {path: rule(path) for path in paths}
+        if len(set(domain_by_path.values())) > 1:
             break
-    return found
+    return domain_by_path
 
 
 def of_library(names: Sequence[str]) -> dict[str, str]:

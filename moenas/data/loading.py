@@ -62,7 +62,7 @@ def _text(section: Plain, *, is_utf8: bool = False) -> Text:
 def _load_stdlib() -> Corpus:
     """Return the Python library's sources as a corpus; from the cache if it is there."""
     sources = texts.stdlib_sources()
-    place = _cache_folder() / f"stdlib-{texts.digest(sources)[:32]}"
+    place = cache_folder() / f"stdlib-{texts.digest(sources)[:32]}"
     corpus = _read_cache(place)
     if corpus is None:
         corpus = _text_corpus(texts.stdlib(sources))
@@ -114,7 +114,7 @@ def _counted(
         ),
         "files": text.files,
     }
-    return _corpus(manifest, train, val)
+    return from_manifest(manifest, train, val)
 
 
 def _load_encoded(section: Plain) -> Corpus:
@@ -134,7 +134,7 @@ def _load_encoded(section: Plain) -> Corpus:
     version = platform.python_version(), tokenizer_file.version()
     state = [texts.RULES, version, section, tokenizer.sha256, stamps(paths(section))]
     key = sha256(json.dumps(state, sort_keys=True).encode())
-    place = _cache_folder() / f"encoded-{key[:32]}"
+    place = cache_folder() / f"encoded-{key[:32]}"
     corpus = _read_cache(place)
     if corpus is None:
         corpus = _encoded(_text(section, is_utf8=True), tokenizer)
@@ -150,7 +150,8 @@ def _encoded(text: Text, tokenizer: TokenizerFile) -> Corpus:
     return _counted(text, train, val, {"train": train_lengths, "val": val_lengths}, tokenizer)
 
 
-def _corpus(manifest: Plain, train: TokenArray, val: TokenArray) -> Corpus:
+def from_manifest(manifest: Plain, train: TokenArray, val: TokenArray) -> Corpus:
+    """Return a corpus of two splits that a manifest describes."""
     return Corpus(
         name=manifest["name"],
         train=train,
@@ -194,9 +195,9 @@ def _load_tokens(section: Plain) -> Corpus:
     digest = _known_digest(paths, [train, val])
     told = {} if tokenizer is None else {"tokenizer": tokenizer.manifest()}
     key = json.dumps([texts.RULES, section, files, digest, *told], sort_keys=True)
-    place = _cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
+    place = cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
     try:
-        return _corpus({**json.loads(place.read_text()), **told}, train, val)
+        return from_manifest({**json.loads(place.read_text()), **told}, train, val)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     counts = Counts(vocab_size)
@@ -220,7 +221,7 @@ def _load_tokens(section: Plain) -> Corpus:
         **_entropy_note(vocab_size),
     }
     _write_file(place, json.dumps(manifest).encode())
-    return _corpus({**manifest, **told}, train, val)
+    return from_manifest({**manifest, **told}, train, val)
 
 
 def _entropy_note(vocab_size: int) -> Plain:
@@ -278,31 +279,31 @@ def stamps(paths: list[str]) -> list[list[object]]:
 
 def digest_of(splits: Sequence[TokenArray]) -> str:
     """Return the digest of the splits of a corpus: dtype, length and bytes of each."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tokens in splits:
-        found.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
+        hasher.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
         for i in range(0, len(tokens), CHUNK):
-            found.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
-    return found.hexdigest()
+            hasher.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
+    return hasher.hexdigest()
 
 
 # --- the cache ---------------------------------------------------------------------------------
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Return the user's cache folder for moenas; it need not exist, nor be writable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "moenas"
 
 
 def kept(name: str, compute: Callable[[], float]) -> float:
     """Return a number from the user's cache, or compute it and keep it there under `name`."""
-    place = _cache_folder() / f"{name}.json"
+    place = cache_folder() / f"{name}.json"
     try:
         return float(json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
-        found = compute()
-    _write_file(place, json.dumps(found).encode())
-    return found
+        computed = compute()
+    _write_file(place, json.dumps(computed).encode())
+    return computed
 
 
 def _write_file(place: Path, data: bytes) -> None:
@@ -342,6 +343,6 @@ def _read_cache(place: Path) -> Corpus | None:
             tokens = np.memmap(place, dtype=manifest["dtype"], mode="r", offset=len(head))
         train, val = np.split(tokens, [manifest["train_tokens"]])
         digest = _known_digest([str(place)], [train, val])
-        return _corpus(manifest, train, val) if digest == manifest["sha256"] else None
+        return from_manifest(manifest, train, val) if digest == manifest["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

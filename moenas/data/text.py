@@ -83,20 +83,20 @@ def stdlib_sources() -> list[Named]:
         folders[:] = [f for f in folders if f not in SKIPPED and not f.startswith("config-")]
         # `_sysconfigdata*` holds the settings of the build, with its paths.
         paths += [Path(folder, n) for n in names if n.endswith(".py") and n[:6] != "_sysco"]
-    found = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
-    if not found:
+    sources = sorted((path.relative_to(root).as_posix(), path.read_bytes()) for path in paths)
+    if not sources:
         raise DataError(
             f"'stdlib' finds no Python sources in {root}; give {{files: [...]}}", path="data"
         )
-    return found
+    return sources
 
 
 def digest(sources: list[Named]) -> str:
     """Return the digest of everything that a text is made of: rules, names, bytes."""
-    found = hashlib.sha256(f"rules {RULES}".encode())
+    hasher = hashlib.sha256(f"rules {RULES}".encode())
     for name, text in sources:
-        found.update(f"\n{name}:{len(text)}\n".encode() + text)
-    return found.hexdigest()
+        hasher.update(f"\n{name}:{len(text)}\n".encode() + text)
+    return hasher.hexdigest()
 
 
 def stdlib(sources: list[Named]) -> Text:
@@ -116,7 +116,7 @@ def stdlib(sources: list[Named]) -> Text:
 def pydoc() -> Text:
     """Return the topics of Python's language reference, as `help('topic')` shows them.
 
-    Topics quote one another: a paragraph that stands in an earlier topic is left out.
+    Topics quote one another: a paragraph that an earlier topic has is left out.
 
     Raises:
         DataError: if this Python came without them.
@@ -250,8 +250,8 @@ def without_licence(text: bytes) -> bytes:
 def without_near_duplicates(files: Iterable[Named]) -> tuple[list[Named], list[str]]:
     """Return the files to keep, and the names of those that repeat earlier ones.
 
-    A shingle is 5 consecutive lines, blank ones left out and white space collapsed. A file goes
-    if more than 30 % of its shingles stand in files kept before it, in order of name.
+    A shingle is 5 consecutive lines, blank ones left out and white space collapsed. A file is
+    left out if earlier kept files, in order of name, have more than 30 % of its shingles.
     """
     seen: set[int] = set()
     kept, dropped = [], []

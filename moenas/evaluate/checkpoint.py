@@ -30,18 +30,18 @@ def save(run: TrainingRun) -> dict[str, Tensor]:
     """Return the state of a run between two points of its curve, on the CPU."""
     device = next(run.model.parameters()).device
     optimizer, steps = run.steps.optimizer, run.steps
-    found = {MODEL + name: value for name, value in run.model.state_dict().items()}
+    tensors = {MODEL + name: value for name, value in run.model.state_dict().items()}
     for name, weight in run.model.named_parameters():
         if weight in optimizer.moments:
-            found[FIRST + name], found[SECOND + name] = optimizer.moments[weight]
-            found[STEPS + name] = optimizer.steps[weight]
-    found |= {f"{LOAD}{layer}": load for layer, load in run.collapse.loads.items()}
-    found[ROWS] = torch.tensor(run.collapse.rows)
-    found[RUN] = torch.tensor([steps.done, steps.last_loss, run.seconds], dtype=torch.float64)
-    found[CPU] = torch.get_rng_state()
+            tensors[FIRST + name], tensors[SECOND + name] = optimizer.moments[weight]
+            tensors[STEPS + name] = optimizer.steps[weight]
+    tensors |= {f"{LOAD}{layer}": load for layer, load in run.collapse.loads.items()}
+    tensors[ROWS] = torch.tensor(run.collapse.rows)
+    tensors[RUN] = torch.tensor([steps.done, steps.last_loss, run.seconds], dtype=torch.float64)
+    tensors[CPU] = torch.get_rng_state()
     if device.type == "cuda":
-        found[CUDA] = torch.cuda.get_rng_state(device)
-    return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        tensors[CUDA] = torch.cuda.get_rng_state(device)
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 @torch.no_grad()

@@ -70,12 +70,12 @@ class DeviceLock:
     running ones end, and `main` is the timer's. The kernel releases both when a process dies. The
     two locks do not nest, and one object serves one thread.
 
-    `key` names the device on this host. `settle` waits until the device has done all that it was
-    given; a step has not ended before.
+    `key` names the device on this host. `synchronize` waits until the device has done all
+    that it was given; a step has not ended before.
     """
 
-    def __init__(self, key: str, settle: Callable[[], None] | None = None) -> None:
-        self._settle = settle
+    def __init__(self, key: str, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
         self._files = _opened(key.replace(":", "-"))
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class DeviceLock:
             fcntl.flock(main, fcntl.LOCK_SH)
         finally:
             fcntl.flock(gate, fcntl.LOCK_UN)
-        with self._until_settled(main):
+        with self._until_synchronized(main):
             yield
 
     @contextmanager
@@ -102,17 +102,17 @@ class DeviceLock:
         fcntl.flock(gate, fcntl.LOCK_EX)
         try:
             fcntl.flock(main, fcntl.LOCK_EX)
-            with self._until_settled(main):
+            with self._until_synchronized(main):
                 yield
         finally:
             fcntl.flock(gate, fcntl.LOCK_UN)
 
     @contextmanager
-    def _until_settled(self, file: int) -> Iterator[None]:
+    def _until_synchronized(self, file: int) -> Iterator[None]:
         """Unlock a file at the end, once the device is done."""
         try:
             yield
-            if self._settle is not None:
-                self._settle()
+            if self._synchronize is not None:
+                self._synchronize()
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -69,10 +69,10 @@ def device_name(device: torch.device) -> str:
 
 def seen_devices() -> list[Plain]:
     """Return key, kind and name of the CPU and of each GPU that this process sees."""
-    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(n_gpus()))]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(n_gpus()))]
     return [
         {"key": device_key(device), "kind": device.type, "name": device_name(device)}
-        for device in found
+        for device in devices
     ]
 
 

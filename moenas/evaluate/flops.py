@@ -110,7 +110,7 @@ _NO_PRODUCTS = """
 NO_PRODUCTS = frozenset(f"aten::{name}" for name in _NO_PRODUCTS.split())
 """Operators, beside fvcore's own list of those that only move or compare, that hold no matrix
 product: norms, activations, reductions, arithmetic by element, choosing and moving rows. They count
-as nothing, by the convention of `Cost.flops_per_token`. What stands in no list is an error."""
+as nothing, by the convention of `Cost.flops_per_token`. An operator in no list is an error."""
 
 
 class _Lower(nn.Module):
@@ -198,7 +198,7 @@ def count_flops(model: nn.Module, tokens: Tensor) -> Flops:
             analysis.set_op_handle(**HANDLERS)
             analysis.set_op_handle(**dict.fromkeys(NO_PRODUCTS))
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-            found = {str(k): int(v) for k, v in analysis.by_operator().items() if v}
+            by_operator = {str(k): int(v) for k, v in analysis.by_operator().items() if v}
             unknown = sorted(analysis.unsupported_ops())
     finally:
         model.train(was_training)
@@ -207,5 +207,5 @@ def count_flops(model: nn.Module, tokens: Tensor) -> Flops:
             f"flops_per_token: no rule for {', '.join(unknown)}; add it to HANDLERS or NO_PRODUCTS"
             " of moenas/evaluate/flops.py"
         )
-    macs = sum(found.values())
-    return Flops(-(-2 * macs // tokens.numel()), macs, found)
+    macs = sum(by_operator.values())
+    return Flops(-(-2 * macs // tokens.numel()), macs, by_operator)

@@ -105,8 +105,8 @@ def _of_cuda() -> list[Restore]:
 
 def _default_device() -> torch.device | None:
     """Return the device of `torch.set_default_device`, None if there is none."""
-    found = torch.get_default_device()
-    return None if found.type == "cpu" else found
+    device = torch.get_default_device()
+    return None if device.type == "cpu" else device
 
 
 def _of_python() -> list[Restore]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, Status, 
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
 from moenas.space.sections import Protocol, Recipe
-from moenas.store.weights import remove_draft, write_draft
+from moenas.store.weights import read_stored, remove_draft, write_draft
 
 OWN = "own_"
 """Goes before a detail of an objective that has the name of one of a timed latency."""
@@ -45,19 +46,20 @@ OWN = "own_"
 
 def versions() -> dict[str, str]:
     """Return the versions that a value can depend on."""
-    found = {
+    packages = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "moenas": moenas.__version__,
         "cpu": device_name(torch.device("cpu")),
     }
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    return packages | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     """Evaluate one candidate; return its evaluation, and the trained weights as safetensors.
 
-    The weights are in a file if the job says where to write it, and it can be written. A candidate
+    The weights are in a file if the job says where to write it, and it can be written; below a URL
+    it must be. A candidate
     that pauses at a rung has the status `paused`, and its checkpoint in place of the weights.
 
     Objectives are measured as cheaply as they can be: those that need the cost first, then those
@@ -79,20 +81,20 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     return run.evaluation(failure), run.weights
 
 
-def _with_own_names(found: Measurement, timed: list[Plain]) -> Measurement:
+def _with_own_names(measurement: Measurement, timed: list[Plain]) -> Measurement:
     """Mark details by which a study would move the value to its reference time, but must not.
 
     That is right for a latency that the subject has timed, with the value it was given back with.
     """
-    details = found.details
+    details = measurement.details
     if "reference_key" not in details:
-        return found
+        return measurement
     for one in timed:
         same = all(details.get(name) == one[name] for name in TIMED)
-        if same and math.isclose(found.value, one["ratio"] * one["reference_ms"]):
-            return found
+        if same and math.isclose(measurement.value, one["ratio"] * one["reference_ms"]):
+            return measurement
     renamed = {OWN + name if name in TIMED else name: value for name, value in details.items()}
-    return Measurement(found.value, renamed)
+    return Measurement(measurement.value, renamed)
 
 
 class _Run:
@@ -101,7 +103,7 @@ class _Run:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.began = time.monotonic()
-        self.found: dict[str, Any] = {"fingerprint": ""}
+        self.fields: dict[str, Any] = {"fingerprint": ""}
         self.values: dict[str, float] = {}
         self.measurements: dict[str, Plain] = {}
         self.curve: list[CurvePoint] = []
@@ -143,9 +145,9 @@ class _Run:
         recipe = tree.parse(Recipe, job.train)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         cost = architecture.cost(recipe.context)
-        self.found["fingerprint"] = architecture.fingerprint
-        self.found["cost"] = cost.plain()
-        self.found["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
+        self.fields["fingerprint"] = architecture.fingerprint
+        self.fields["cost"] = cost.plain()
+        self.fields["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
         torch.set_num_threads(recipe.threads)
         torch.manual_seed(job.seed)
         with self.phase("data"):
@@ -173,10 +175,13 @@ class _Run:
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
         try:
-            corpus = cache.load(self.job.data, self.job.data_sha256)
+            corpus = cache.load(self.job.data, self.job.data_sha256, self.job.data_at)
         except (InputError, OSError) as error:
-            raise MachineError(f"the corpus cannot be read here: {error}") from error
-        self.found["data"] = {
+            raise MachineError(
+                f"node {os.uname().nodename}: the corpus {self.job.data_sha256[:12]} cannot be read"
+                f" here: {error}{self.hint()}"
+            ) from error
+        self.fields["data"] = {
             "name": corpus.name,
             "sha256": corpus.sha256,
             "train_tokens": len(corpus.train),
@@ -185,12 +190,18 @@ class _Run:
         }
         if corpus.sha256 != self.job.data_sha256:
             raise MachineError(
-                f"data '{corpus.name}': this machine has another corpus than the study: digest"
-                f" {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the same Python"
-                " version and the same files everywhere"
+                f"data '{corpus.name}': node {os.uname().nodename} has another corpus than the"
+                f" study: digest {corpus.sha256[:12]}, not {self.job.data_sha256[:12]}; use the"
+                f" same Python version and the same files everywhere{self.hint()}"
             )
         corpus.require(context, vocab_size)
         return corpus
+
+    def hint(self) -> str:
+        """Return how a node gets a corpus that it lacks, if nothing is published."""
+        if self.job.data_at is not None:
+            return ""
+        return "; with MOENAS_RUNS=URL the nodes of a cluster fetch the corpus from there"
 
     def measure_all(self, subject: Subject, objectives: list[Objective]) -> None:
         """Measure the objectives in the order of their needs."""
@@ -219,6 +230,8 @@ class _Run:
         if not trained:
             return
         known, weights = Evaluation.parse(self.job.known or {}), self.job.weights
+        if self.job.weights_at is not None:
+            weights = read_stored(self.job.weights_at)
         if weights is None or "val_loss" not in known.metrics:
             raise CandidateError("no trained weights are stored, and an objective needs them")
         state = safetensors.torch.load(weights)
@@ -244,7 +257,7 @@ class _Run:
     def train(self, subject: Subject) -> None:
         """Train and validate the model, or pause at a rung with a checkpoint."""
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
-        if self.job.checkpoint is None:
+        if self.job.paused is None:
             self.require_causal(subject, "with its first weights")
         self.train_to_rung(subject)
         if self.paused:
@@ -254,7 +267,7 @@ class _Run:
         with self.phase("validate"), subject.device_lock.shared():
             validation = validate(model, corpus, recipe)
         self.curve[-1]["val_loss"] = validation.loss
-        self.found["routing"] = validation.routing
+        self.fields["routing"] = validation.routing
         seconds, train_loss = self.seconds["train"], float(self.curve[-1]["train_loss"])
         metrics = {
             "val_loss": validation.loss,
@@ -265,7 +278,7 @@ class _Run:
             "bigram_loss": corpus.bigram_loss,
             "causal": float(leaks is None),
         }
-        self.found["metrics"] = {k: v for k, v in metrics.items() if v is not None}
+        self.fields["metrics"] = {k: v for k, v in metrics.items() if v is not None}
         subject.trained = Training(
             validation.loss,
             validation.bits_per_byte,
@@ -284,8 +297,11 @@ class _Run:
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         lock = subject.device_lock
         run = TrainingRun(model, corpus, recipe, subject.seed, gate=lock, deadline=self.deadline)
-        if self.job.checkpoint is not None:
-            checkpoint.restore(run, safetensors.torch.load(self.job.checkpoint))
+        saved = self.job.checkpoint
+        if self.job.checkpoint_at is not None:
+            saved = read_stored(self.job.checkpoint_at)
+        if saved is not None:
+            checkpoint.restore(run, safetensors.torch.load(saved))
         rungs = {tokens: number for number, tokens in enumerate(rung_tokens(recipe), start=1)}
         with closing(run.points()) as points:
             while True:
@@ -316,7 +332,7 @@ class _Run:
         point = self.curve[-1]
         with self.phase("checkpoint"):
             self.weights = _safetensors(checkpoint.save(run), subject, self.job)
-        self.found["metrics"] = {
+        self.fields["metrics"] = {
             "rung": float(rung),
             "rung_loss": point["val_loss"],
             "train_loss": point["train_loss"],
@@ -356,7 +372,7 @@ class _Run:
             subject = subject.apart()
         try:
             with put_back():
-                found = objective.measure(subject)
+                measurement = objective.measure(subject)
         except (CandidateError, InputError, MachineError, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -364,7 +380,7 @@ class _Run:
                 raise
             text = f"objective '{objective.name}': {located(error)}"
             raise CandidateError(text) from error
-        return _with_own_names(found, subject.timed)
+        return _with_own_names(measurement, subject.timed)
 
     def check_time(self) -> None:
         """Raise TimeLimitError if the candidate is out of time."""
@@ -388,7 +404,7 @@ class _Run:
             seed=job.seed,
             failure=failure,
             weights_sha256=_digest(self.weights),
-            **self.found,
+            **self.fields,
         )
 
 

@@ -92,7 +92,7 @@ EAGER_RUNS = 10
 def device_lock(device: torch.device) -> DeviceLock:
     """Return the lock of a device; a step there has not ended while its kernels are queued."""
     cuda = device.type == "cuda"
-    return DeviceLock(device_key(device), WallClock(device).settle if cuda else None)
+    return DeviceLock(device_key(device), WallClock(device).synchronize if cuda else None)
 
 
 # --- a model under a workload ------------------------------------------------------------------
@@ -116,10 +116,10 @@ class Workload:
         return self.batch, self.context + (1 if self.phase == "decode" else 0)
 
     def plain(self) -> Plain:
-        """Return what stands beside a value."""
+        """Return the fields that are stored beside a value."""
         dtype = str(self.dtype).removeprefix("torch.")
-        found = {"phase": self.phase, "batch": self.batch, "context": self.context}
-        return found | {"dtype": dtype, "threads": self.threads}
+        plain = {"phase": self.phase, "batch": self.batch, "context": self.context}
+        return plain | {"dtype": dtype, "threads": self.threads}
 
     @property
     def key(self) -> str:

@@ -50,32 +50,32 @@ def open_corpus(space: Space) -> Corpus:
 
 def notes(space: Space, corpus: Corpus) -> list[str]:
     """Return what should be known of a space file and its corpus before a study trains on it."""
-    found, recipe = space.former_names, space.train
+    messages, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
     if trains and recipe.tokens > len(corpus.train):
-        found.append(
+        messages.append(
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"
         )
     if trains and recipe.val_tokens > len(corpus.val):
-        found.append(
+        messages.append(
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
     if space.data["kind"] == "files" and not space.data.get("text_column"):
         first = space.data["files"][0]
         if keys := json_lines_keys(first):
-            found.append(
+            messages.append(
                 f"data: '{first}' is JSON Lines and is read as bytes with its keys;"
                 f" text_column: {keys[0]} reads a column ({', '.join(keys)})"
             )
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
-        found.append(
-            f"data: {share:.0%} of the validation text stands in the training text word for word,"
-            " so a loss says how much was learnt by heart; give another validation text"
+        messages.append(
+            f"data: {share:.0%} of the validation text is in the training text word for word,"
+            " so the loss rewards memorisation; give another validation text"
         )
-    return found
+    return messages
 
 
 def room(space: Space, drawn: list[Architecture]) -> list[str]:
@@ -88,7 +88,7 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
     sharers = space.search.workers or 1
     on_gpu = space.search.gpus != 0 and devices.has_gpu()
     device = devices.named("cuda" if on_gpu else "cpu")
-    found = []
+    messages = []
     for name, architecture in asked.items():
         room = fit(
             architecture,
@@ -99,8 +99,8 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
         )
         if not room.fits:
             which = "" if len(ordered) == 1 else f" of the {name} candidate drawn"
-            found.append(f"memory: {room}{which}; it fails as out_of_memory")
-    return found[:1]
+            messages.append(f"memory: {room}{which}; it fails as out_of_memory")
+    return messages[:1]
 
 
 def _kept_leak(corpus: Corpus) -> float:
@@ -110,9 +110,9 @@ def _kept_leak(corpus: Corpus) -> float:
 
 
 def leaked(corpus: Corpus) -> float:
-    """Return the share of pieces of the validation text that stand in the training text.
+    """Return the share of pieces of the validation text that the training text contains.
 
-    Line ends count alike in bytes: LF and CRLF copies of a text are one text.
+    In bytes, LF and CRLF copies of a text are one text.
     """
     train, val = corpus.train[:MOST], corpus.val
     if corpus.is_bytes:

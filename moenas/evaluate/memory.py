@@ -45,11 +45,11 @@ class _LiveTensors(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        return found
+        return output
 
 
 def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:

@@ -19,7 +19,7 @@ from moenas.records import RoutingRow
 DEAD = 0.01
 """An expert with less than this share of the mean load is dead."""
 MIN_ASSIGNMENTS = 100
-"""Slots for each expert, in the mean, before an expert without any is called dead for good."""
+"""Mean slots per expert before an expert without a slot counts as dead."""
 
 COLLAPSE_WINDOW = 4
 """Rows of a learning curve before that: a tenth of a run of 40 rows."""
@@ -61,8 +61,10 @@ class RoutingStats:
             slots = self.domains.sum(dim=-1, keepdim=True)
             shares = (self.domains / slots).tolist()
             row["domains"] = {
-                name: [round(share, 4) for share in found]
-                for name, found, some in zip(names, shares, slots.flatten().tolist(), strict=True)
+                name: [round(share, 4) for share in domain_shares]
+                for name, domain_shares, some in zip(
+                    names, shares, slots.flatten().tolist(), strict=True
+                )
                 if some
             }
         return row
@@ -124,7 +126,7 @@ class RoutingAccumulator:
         self._tables[i].scatter_add_(0, place, ones)
 
     def read(self) -> list[RoutingStats]:
-        """Return how each layer routed since the last reading, and begin anew."""
+        """Return how each layer routed since the last reading, and reset."""
         parts = [*self._tokens, *self._loads, *self._sums, *self._tables]
         if not parts:
             return []
@@ -133,10 +135,10 @@ class RoutingAccumulator:
         n = len(self.layers)
         if not split[0]:
             return []  # no pass since the last reading
-        found = [self._reading(layer, *split[i::n]) for i, (layer, _) in enumerate(self.layers)]
+        readings = [self._reading(layer, *split[i::n]) for i, (layer, _) in enumerate(self.layers)]
         for part in parts:
             part.zero_()
-        return found
+        return readings
 
     def _reading(
         self, layer: int, count: Tensor, load: Tensor, sums: Tensor, table: Tensor

@@ -35,7 +35,7 @@ class Clock(Interface):
     def now(self) -> float:
         """Return a moment, seconds."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
 
     def sample(self, run: Run, runs: int) -> tuple[float, float]:
@@ -43,7 +43,7 @@ class Clock(Interface):
 
 
 class WallClock:
-    """Wall time from a settled device to a settled device: what a caller waits.
+    """Wall time from one synchronized device to the next: what a caller waits.
 
     CPU time would leave out what is waited for memory, locks or a GPU, and adds up threads that
     only spin.
@@ -55,18 +55,18 @@ class WallClock:
         self._device = device
         self.now = clock
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def sample(self, run: Run, runs: int) -> tuple[float, float]:
         """See `Clock.sample`."""
-        self.settle()
+        self.synchronize()
         wall_start, cpu_start = self.now(), time.process_time()
         for _ in range(runs):
             run()
-        self.settle()
+        self.synchronize()
         return (self.now() - wall_start) / runs, (time.process_time() - cpu_start) / runs
 
 
@@ -139,7 +139,7 @@ class Pairs:
 
     @property
     def ratio(self) -> float:
-        """The median ratio: what both sides feel alike drops out of it."""
+        """The median ratio: a slowdown of both sides cancels out."""
         return statistics.median(self.ratios)
 
     @property
@@ -204,6 +204,6 @@ def _quickest(run: Run, clock: Clock) -> float:
     for _ in range(WARM_UP):
         started = clock.now()
         run()
-        clock.settle()
+        clock.synchronize()
         times.append(clock.now() - started)
     return min(times)

@@ -113,8 +113,11 @@ class TrainingRun:
         if readings:
             names = self._domain_names if last else ()
             point["routing"] = [reading.rounded_row(names) for reading in readings]
-        if start >= recipe.warmup * total and (found := self.collapse.judge(readings)) is not None:
-            layer, share = found
+        if (
+            start >= recipe.warmup * total
+            and (collapsed := self.collapse.judge(readings)) is not None
+        ):
+            layer, share = collapsed
             self._collapsed = CollapsedError(
                 f"{share:.0%} of the experts of layer {layer} were dead at step {end - 1} of"
                 f" {total}, more than train.max_dead: {recipe.max_dead:g}"

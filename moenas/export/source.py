@@ -1,10 +1,10 @@
 """From a built model to the Python text that builds it again without moenas.
 
 Two readings make the text. The constructor calls are recorded while the model is built, so that
-`build()` is one literal expression. The definitions are lifted from their files, as they stand:
+`build()` is one literal expression. The definitions are copied from their files unchanged:
 every class, function and constant that the calls reach through the names in the code, and of a
-class only the methods that something mentions. What stands under `if on_cuda(...)` is left out: a
-form of the same for one device. What cannot stand alone is refused with InputError.
+class only the methods that something mentions. Code under `if on_cuda(...)` is left out: it is
+another implementation for one device. Code that needs moenas raises InputError.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ class SourceClosure:
     methods: set[str]
     """Methods that are kept wherever they are defined; grows by what kept code mentions."""
     files: dict[str, _File] = field(default_factory=dict)
-    found: dict[str, Key] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
     """Name -> where it is defined, in order."""
     imports: set[tuple[str, str, str]] = field(default_factory=set)
     """(module, name there or "", name here)"""
@@ -251,7 +251,7 @@ class SourceClosure:
         closure = cls(set(methods))
         while True:
             before = set(closure.methods)
-            closure.found, closure.imports = {}, set()
+            closure.keys, closure.imports = {}, set()
             visited: set[Key] = set()
             for root in wanted:
                 closure.visit((root.__module__, root.__name__), visited)
@@ -270,11 +270,9 @@ class SourceClosure:
                 self.methods.add(node.attr)
             elif isinstance(node, ast.Name):
                 self.need(file, node.id, visited)
-        if name in self.found:
-            raise InputError(
-                f"'{name}' is defined in {self.found[name][0]} and in {module}; rename"
-            )
-        self.found[name] = key
+        if name in self.keys:
+            raise InputError(f"'{name}' is defined in {self.keys[name][0]} and in {module}; rename")
+        self.keys[name] = key
 
     def need(self, file: _File, name: str, visited: set[Key]) -> None:
         """Follow a name to its definition or import; other names are local or built in."""
@@ -328,11 +326,11 @@ class SourceClosure:
 
     def texts(self) -> list[str]:
         """Return the definitions as they are written, in order."""
-        found = []
-        for module, name in self.found.values():
+        texts = []
+        for module, name in self.keys.values():
             file = self.file(module)
-            found.append(file.text(name, self.dropped(file.definitions[name])))
-        return found
+            texts.append(file.text(name, self.dropped(file.definitions[name])))
+        return texts
 
 
 def _for_cuda(node: ast.AST) -> TypeGuard[ast.If]:
@@ -345,9 +343,11 @@ def _for_cuda(node: ast.AST) -> TypeGuard[ast.If]:
 def import_lines(imports: Iterable[tuple[str, str, str]]) -> str:
     """Write import statements in isort's order: standard library, then the rest."""
     blocks: list[str] = []
-    found = set(imports)
+    distinct = set(imports)
     for standard in (True, False):
-        own = [x for x in found if (x[0].partition(".")[0] in sys.stdlib_module_names) == standard]
+        own = [
+            x for x in distinct if (x[0].partition(".")[0] in sys.stdlib_module_names) == standard
+        ]
         lines = []
         for module, there, here in sorted(own):
             if not there:

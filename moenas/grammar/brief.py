@@ -25,18 +25,18 @@ Fields = dict[str, list[Any]]
 
 @cache
 def _on_file() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(DEFAULTS.read_text())
-    return found
+    stored: dict[str, dict[str, Any]] = json.loads(DEFAULTS.read_text())
+    return stored
 
 
 def _fields(family: str, kind: str) -> Fields:
-    found: Fields = _on_file()["defaults"].get(family, {}).get(kind, {})
-    return found
+    fields: Fields = _on_file()["defaults"].get(family, {}).get(kind, {})
+    return fields
 
 
 def _former(family: str, kind: str) -> dict[str, str]:
-    found: dict[str, str] = _on_file()["former"].get(family, {}).get(kind, {})
-    return found
+    former: dict[str, str] = _on_file()["former"].get(family, {}).get(kind, {})
+    return former
 
 
 def brief(plain: Any, family: str = "architecture") -> Any:
@@ -50,7 +50,7 @@ def brief(plain: Any, family: str = "architecture") -> Any:
     if not isinstance(plain, dict):
         return plain
     fields = _fields(family, str(plain.get("kind", "")))
-    found: Plain = {}
+    short: Plain = {}
     for name, value in _present(plain, family, fields).items():
         default, inner = [*fields.get(name, []), None, None][:2]
         if inner is not None:
@@ -58,26 +58,26 @@ def brief(plain: Any, family: str = "architecture") -> Any:
         if len(fields.get(name, [])) and value == default:
             continue
         only_kind = isinstance(value, dict) and list(value) == ["kind"]
-        found[name] = value["kind"] if only_kind else value
-    return found
+        short[name] = value["kind"] if only_kind else value
+    return short
 
 
 def _present(plain: Plain, family: str, fields: Fields) -> Plain:
     """Return a component with each field at its present place."""
     former: dict[str, str] = _former(family, str(plain.get("kind", "")))
-    found: Plain = {}
+    present: Plain = {}
     for name, value in plain.items():
         if name in fields or name not in former:
             is_kind = former.get(name) == f"{name}.kind" and isinstance(value, str)
-            found[name] = {"kind": value} if is_kind else value
+            present[name] = {"kind": value} if is_kind else value
     for name, value in plain.items():
         if name in fields or name not in former:
             continue
         outer, _, inner = former[name].partition(".")
         if not inner:
-            found[outer] = value
+            present[outer] = value
             continue
-        component = found.get(outer) or {}
+        component = present.get(outer) or {}
         if inner in _fields(fields[outer][1], str(component.get("kind", ""))):
-            found[outer] = {**component, inner: value}
-    return found
+            present[outer] = {**component, inner: value}
+    return present

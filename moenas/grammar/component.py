@@ -190,35 +190,35 @@ class Component:
 
     def plain(self) -> Plain:
         """Return the component as a JSON object with every field written out."""
-        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        plain: Plain = {} if self.kind is None else {"kind": self.kind}
         for name in fields(type(self)):
             value = getattr(self, name)
             if isinstance(value, Component):
                 value = value.plain()
             elif isinstance(value, tuple):
                 value = [x.plain() if isinstance(x, Component) else x for x in value]
-            found[name] = value
-        return found
+            plain[name] = value
+        return plain
 
     def brief(self) -> Plain:
         """Return the component as a JSON object without the fields that have their defaults.
 
         A component inside it whose fields all have their defaults is written as its kind.
         """
-        found: Plain = {} if self.kind is None else {"kind": self.kind}
+        short: Plain = {} if self.kind is None else {"kind": self.kind}
         for name, value in self._not_default():
             if isinstance(value, Component):
                 value = value.brief()
                 value = value["kind"] if list(value) == ["kind"] else value
             elif isinstance(value, tuple):
                 value = [x.brief() if isinstance(x, Component) else x for x in value]
-            found[name] = value
-        return found
+            short[name] = value
+        return short
 
     def fingerprint_data(self) -> Plain:
         """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
 
-        Fields that had another place in an earlier version stand under their former names.
+        Fields that had another place in an earlier version have their former names.
         """
         data: Plain = {} if self.kind is None else {"kind": self.kind}
         former = {place: name for name, place in self.former.items()}
@@ -260,9 +260,9 @@ def changed(component: C, **changes: Any) -> C:
     values = component.__dict__
     if all(values[name] is value for name, value in changes.items()):
         return component
-    found = object.__new__(type(component))
-    found.__dict__.update({name: values[name] for name in fields(type(component))}, **changes)
-    return found
+    copy = object.__new__(type(component))
+    copy.__dict__.update({name: values[name] for name in fields(type(component))}, **changes)
+    return copy
 
 
 def _origin(cls: type) -> tuple[str, str]:

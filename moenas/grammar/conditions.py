@@ -18,8 +18,10 @@ class Values:
     """The set holds every value but those listed."""
 
     def __contains__(self, value: Scalar) -> bool:
-        found = any(value == x and (type(value) is bool) is (type(x) is bool) for x in self.listed)
-        return found is not self.excluded
+        is_listed = any(
+            value == x and (type(value) is bool) is (type(x) is bool) for x in self.listed
+        )
+        return is_listed is not self.excluded
 
 
 def one_of(*values: Scalar) -> Values:

@@ -79,9 +79,9 @@ def _membership(value: Scalar, sets: list[Values]) -> Membership:
 def _range_by_set(tree: Range, sets: list[Values]) -> Counter[Membership]:
     """Count the values of a range by their membership: all but those that a set lists have one."""
     listed = {x for values in sets for x in values.listed if tree.holds(x)}
-    found = Counter(_membership(x, sets) for x in listed if tree.count is not None)
-    found[tuple(values.excluded for values in sets)] += (tree.count or 1) - found.total()
-    return +found
+    counts = Counter(_membership(x, sets) for x in listed if tree.count is not None)
+    counts[tuple(values.excluded for values in sets)] += (tree.count or 1) - counts.total()
+    return +counts
 
 
 def _record_ways(tree: Record, sizes: Sizes) -> Ways:
@@ -100,8 +100,8 @@ def _record_ways(tree: Record, sizes: Sizes) -> Ways:
             effect = _has_effect(tree.cls, name, dict(state))
             for member, ways in (drawn if effect else fixed).items():
                 after = state | {(name, member)} if sets else state
-                found = following.setdefault(after, Counter())
-                found.update(_product(before, ways))
+                total = following.setdefault(after, Counter())
+                total.update(_product(before, ways))
         states = following
     layer: Ways = sum(states.values(), start=Counter())
     if not varied:
@@ -123,29 +123,29 @@ def _plain_hole(shared: str, values: Counter[Membership], sizes: Sizes) -> dict[
     """Count a hole whose values have no holes of their own, by their membership."""
     if not shared:
         return {member: Counter({frozenset(): n}) for member, n in values.items()}
-    found: dict[Membership, Ways] = {}
+    ways: dict[Membership, Ways] = {}
     for i, (member, n) in enumerate(sorted(values.items()), start=1):
         sizes[shared, -i] = n
-        found[member] = Counter({frozenset([(shared, -i)]): 1})
-    return found
+        ways[member] = Counter({frozenset([(shared, -i)]): 1})
+    return ways
 
 
 def _products(factors: list[Ways]) -> Ways:
-    found: Ways = Counter({frozenset(): 1})
+    ways: Ways = Counter({frozenset(): 1})
     for factor in factors:
-        found = _product(found, factor)
-    return found
+        ways = _product(ways, factor)
+    return ways
 
 
 def _product(left: Ways, right: Ways) -> Ways:
     """Join the points of two trees; those that answer one hole in two ways are none."""
-    found: Ways = Counter()
+    ways: Ways = Counter()
     for a, n in left.items():
         for b, m in right.items():
             both = a | b
             if len({name for name, _ in both}) == len(both):
-                found[both] += n * m
-    return found
+                ways[both] += n * m
+    return ways
 
 
 def repeats(tree: Record) -> list[int]:

@@ -79,11 +79,11 @@ def deciding_fields(cls: type[Component]) -> dict[str, list[Values]]:
 
 @cache
 def _deciding_fields(cls: Any) -> dict[str, list[Values]]:
-    found: dict[str, list[Values]] = {}
+    deciding: dict[str, list[Values]] = {}
     for field in fields(cls).values():
         for condition in field.without_effect:
             for other, values in condition.items():
-                sets = found.setdefault(other, [])
+                sets = deciding.setdefault(other, [])
                 if values not in sets:
                     sets.append(values)
-    return found
+    return deciding

@@ -18,7 +18,7 @@ from moenas.grammar.nodes import Choice, Fixed, Listing, Record, Tree
 V = TypeVar("V")
 
 WHOLE, LAYER = "architecture", "block"
-"""First steps of the paths: of what all layers share, and of what stands in one of them."""
+"""First steps of the paths: of fields that all layers share, and of fields of one layer."""
 OF_A_GROUP = (f"{LAYER}.repeat", f"{LAYER}.vary")
 """Fields of a group of layers, which no layer has."""
 
@@ -47,24 +47,24 @@ def scalars(component: Component, path: str) -> dict[str, float | str]:
 
     A component of a family with kinds has its kind as value. Fields that are null are left out.
     """
-    found: dict[str, float | str] = {}
+    values: dict[str, float | str] = {}
     for name in fields(type(component)):
         value, inner = getattr(component, name), join(path, name)
         if isinstance(value, Component):
-            found |= scalars(value, inner)
+            values |= scalars(value, inner)
             if value.kind is not None:
-                found[inner] = value.kind
+                values[inner] = value.kind
         elif isinstance(value, str):
-            found[inner] = value
+            values[inner] = value
         elif isinstance(value, bool | int | float):
-            found[inner] = float(value) if isinstance(value, bool) else value
-    return {inner: value for inner, value in found.items() if inner not in OF_A_GROUP}
+            values[inner] = float(value) if isinstance(value, bool) else value
+    return {inner: value for inner, value in values.items() if inner not in OF_A_GROUP}
 
 
 def declared(root: type[Component]) -> set[str]:
     """Return the paths of all fields that a component of a class can hold, and of those in it."""
     todo, seen = [(root, WHOLE)], set[tuple[type[Component], str]]()
-    found = set[str]()
+    names = set[str]()
     while todo:
         cls, path = todo.pop()
         if (cls, path) in seen:
@@ -76,13 +76,13 @@ def declared(root: type[Component]) -> set[str]:
             if field.component is not None:
                 todo.append((field.component, LAYER if field.is_list else inner))
             if field.component is None or field.component.kinds:
-                found.add(inner)
-    return found - set(OF_A_GROUP)
+                names.add(inner)
+    return names - set(OF_A_GROUP)
 
 
 def former(root: type[Component]) -> dict[str, str]:
     """Return former name -> present place of the fields of all components inside a class."""
-    todo, seen, found = [root], set[type[Component]](), dict[str, str]()
+    todo, seen, former_places = [root], set[type[Component]](), dict[str, str]()
     while todo:
         cls = todo.pop()
         if cls not in seen:
@@ -90,8 +90,8 @@ def former(root: type[Component]) -> dict[str, str]:
             todo += list(cls.kinds.values()) if cls.kind is None else []
             todo += [f.component for f in fields(cls).values() if f.component is not None]
             places = cls.former.items()
-            found |= {name: place for name, place in places if place != f"{name}.kind"}
-    return found
+            former_places |= {name: place for name, place in places if place != f"{name}.kind"}
+    return former_places
 
 
 def ambiguous(tree: Tree) -> dict[str, list[str]]:
@@ -101,13 +101,13 @@ def ambiguous(tree: Tree) -> dict[str, list[str]]:
     """
     often, paths = _often(tree, WHOLE), set[str]()
     _collect(tree, WHOLE, paths)
-    found: dict[str, list[str]] = {}
+    places_by_name: dict[str, list[str]] = {}
     for path in sorted(paths):
         own = next((end for end in ends(path) if often[end] == 1), path)
         for end in ends(path):
             if often[end] > 1:
-                found.setdefault(end, []).append(own)
-    return found
+                places_by_name.setdefault(end, []).append(own)
+    return places_by_name
 
 
 def _often(tree: Tree, path: str) -> Counter[str]:
@@ -116,24 +116,24 @@ def _often(tree: Tree, path: str) -> Counter[str]:
         return reduce(or_, (_often(option, path) for option in tree.options))
     if isinstance(tree, Listing):
         return reduce(or_, (_often(item, LAYER) for item in tree.items))
-    found = Counter(ends(path))
+    counts = Counter(ends(path))
     if isinstance(tree, Record):
         for name, value in tree.fields.items():
             if fields(tree.cls)[name].component is tree.cls and not isinstance(value, Fixed):
                 return _often(value, LAYER)  # a pattern, whose groups hold the fields
-            found += _often(value, join(path, name))
-    return found
+            counts += _often(value, join(path, name))
+    return counts
 
 
-def _collect(tree: Tree, path: str, found: set[str]) -> None:
+def _collect(tree: Tree, path: str, names: set[str]) -> None:
     """Add the path of every field of a tree."""
     if isinstance(tree, Choice):
         for option in tree.options:
-            _collect(option, path, found)
+            _collect(option, path, names)
     elif isinstance(tree, Listing):
         for item in tree.items:
-            _collect(item, LAYER, found)
+            _collect(item, LAYER, names)
     else:
-        found.add(path)
+        names.add(path)
         for name, value in tree.fields.items() if isinstance(tree, Record) else ():
-            _collect(value, join(path, name), found)
+            _collect(value, join(path, name), names)

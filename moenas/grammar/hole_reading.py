@@ -30,15 +30,15 @@ def hole_kind(node: Node) -> str | None:
 
 def check_hole_keys(node: Node, hole: str, path: str) -> dict[str, Node]:
     """Refuse keys that do not belong to this kind of hole."""
-    found = cast(dict[str, Node], node.value)
-    for key, value in found.items():
+    keys = cast(dict[str, Node], node.value)
+    for key, value in keys.items():
         if key not in HOLES[hole]:
             allowed = ", ".join(sorted(HOLES[hole]))
             near = suggestion(key, HOLES[hole])
             raise value.error(
                 join(path, key), f"not part of a '{hole}' hole.{near} It takes {allowed}.", key=True
             )
-    return found
+    return keys
 
 
 def option_labels(options: list[Node]) -> list[Scalar]:
@@ -61,19 +61,19 @@ def option_labels(options: list[Node]) -> list[Scalar]:
 
 
 def shared_name(path: str) -> str:
-    """Return the name of a hole that stands in a named layer, or an empty string."""
+    """Return the name of a hole in a named layer, or an empty string."""
     return path if path.startswith(f"{LAYERS}.") else ""
 
 
 def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     """Read `{int: [low, high], step, log}` or `{float: [low, high], step, log}`."""
     hole = "int" if whole else "float"
-    found = check_hole_keys(node, hole, path)
+    keys = check_hole_keys(node, hole, path)
     if field.component is not None or not ({int, float} & set(field.scalars)):
         raise node.error(path, f"a range is not allowed here; give {field.wanted()}")
     if not whole and float not in field.scalars:
         raise node.error(path, f"a 'float' range is not allowed here; give {field.wanted()}")
-    ends = found[hole]
+    ends = keys[hole]
     if not isinstance(ends.value, list) or len(ends.value) != 2:
         raise ends.error(path, f"'{hole}' needs two numbers: [low, high]")
     for end in ends.value:
@@ -85,11 +85,11 @@ def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     low, high = (_end(field, cast(float, end.value), whole) for end in ends.value)
     if low > high:
         raise ends.error(path, f"low ({low:g}) is above high ({high:g})")
-    step, log = _step_and_log(field, found, path, whole=whole)
+    step, log = _step_and_log(field, keys, path, whole=whole)
     if log and low <= 0:
         raise ends.error(path, f"'log' needs a low end above 0, not {low:g}")
     if step is not None and not (high - low) / step <= MAX_NUMBER:
-        raise found["step"].error(join(path, "step"), f"{step:g} gives more than 1e15 steps")
+        raise keys["step"].error(join(path, "step"), f"{step:g} gives more than 1e15 steps")
     if step is not None and _remainder(high - low, step):
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
@@ -103,13 +103,13 @@ def read_fit(field: Field, node: Node, path: str) -> Fit:
     Raises:
         SpaceError: at the key or the value that is wrong.
     """
-    found = cast(dict[str, Node], node.value)
-    for key, value in found.items():
+    keys = cast(dict[str, Node], node.value)
+    for key, value in keys.items():
         if key != FIT:
             raise value.error(join(path, key), "not allowed beside 'fit'", key=True)
     if field.multiple is None or field.component is not None:
         raise node.error(path, f"a 'fit' is for widths; give {field.wanted()}")
-    inner, place = found[FIT], join(path, FIT)
+    inner, place = keys[FIT], join(path, FIT)
     example = "write {active_params: 20e6, within: 0.01}"
     if not isinstance(inner.value, dict):
         raise inner.error(place, f"{inner.plain!r} is not a target; {example}")
@@ -164,10 +164,10 @@ def _remainder(span: float, step: float) -> bool:
 
 
 def _step_and_log(
-    field: Field, found: dict[str, Node], path: str, *, whole: bool
+    field: Field, keys: dict[str, Node], path: str, *, whole: bool
 ) -> tuple[float | None, bool]:
     """Read the step and log keys of a range; whole numbers step by 1 unless told otherwise."""
-    log, step = found.get("log"), found.get("step")
+    log, step = keys.get("log"), keys.get("step")
     if log is not None and not isinstance(log.value, bool):
         raise log.error(join(path, "log"), f"{log.plain!r} is not true or false")
     is_log = bool(log and log.value)

@@ -47,15 +47,15 @@ class SchemaWriter:
         required = [name for name, field in known.items() if field.required and not cls.presets]
         if cls.kind is not None:
             required.insert(0, "kind")
-        found: Plain = {
+        schema: Plain = {
             "type": "object",
             "description": (cls.__doc__ or "").split("\n")[0],
             "additionalProperties": False,
             "properties": properties,
         }
         if required and layers:
-            return found | {"anyOf": [{"required": required}, {"required": ["layer"]}]}
-        return found | ({"required": required} if required else {})
+            return schema | {"anyOf": [{"required": required}, {"required": ["layer"]}]}
+        return schema | ({"required": required} if required else {})
 
     def _field(self, field: Field, *, holes: bool) -> Plain:
         if field.component is not None:

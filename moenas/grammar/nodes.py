@@ -103,7 +103,7 @@ class Fit:
     """Widths are its multiples from `low` to `high`."""
     mark: SourceLocation
     path: str
-    """Where it stands in the space file."""
+    """Where it is in the space file."""
 
     @property
     def text(self) -> str:
@@ -146,7 +146,7 @@ class Record:
     fields: dict[str, Tree]
     mark: SourceLocation
     path: str = ""
-    """Where it stands in the space file: the fields above it and the options that hold it."""
+    """Where it is in the space file: the fields above it and the options that hold it."""
     former: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     """A line for each former name of a field that the text uses."""
 
@@ -185,7 +185,7 @@ Tree: TypeAlias = Fixed | Choice | Range | Fit | Record | Listing
 
 
 def has_holes(tree: Tree) -> bool:
-    """Whether a tree is a hole or a fit, or one stands in it."""
+    """Whether a tree is a hole or a fit, or contains one."""
     return tree.has_holes if isinstance(tree, Record | Listing) else not isinstance(tree, Fixed)
 
 
@@ -203,4 +203,4 @@ def walk(tree: Tree) -> Iterator[Tree]:
 
 def fits(tree: Tree) -> Iterator[Fit]:
     """Yield every fit of a tree; one in a named layer is yielded at each use."""
-    return (found for found in walk(tree) if isinstance(found, Fit))
+    return (node for node in walk(tree) if isinstance(node, Fit))

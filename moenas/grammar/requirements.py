@@ -69,12 +69,12 @@ class Requirement:
         with no such layer it holds. A comparison is broken by the difference of its sides over
         the larger of them, so that requirements of different units have equal weight.
         """
-        found = [
+        violations = [
             _violation(self.tree, names)
             for names in {id(layer): layer for layer in layers}.values()
             if all(names.get(name) is not None for name in self.names)
         ]
-        return max(found, default=0.0)
+        return max(violations, default=0.0)
 
 
 def parse_requirement(
@@ -140,11 +140,11 @@ class _PresentNames(ast.NodeTransformer):
         if now == name:
             return node
         self.replaced.append(f"{name}: a former name; write {now}")
-        found = ast.parse(now, mode="eval").body
-        for inner in ast.walk(found):
+        expression = ast.parse(now, mode="eval").body
+        for inner in ast.walk(expression):
             if isinstance(inner, ast.expr):
                 ast.copy_location(inner, node)
-        return found
+        return expression
 
 
 def _shift(mark: SourceLocation, columns: int) -> SourceLocation:

@@ -105,11 +105,11 @@ def holes_without_effect(tree: Tree) -> Iterator[Hole]:
 
 def shared_holes(tree: Tree) -> dict[str, list[int]]:
     """Return the holes of named layers, by name, with their places among all holes written out."""
-    found: dict[str, list[int]] = {}
+    layers_by_hole: dict[str, list[int]] = {}
     for i, hole in enumerate(_holes(tree, "", {}, every=True)):
         if hole.tree.shared:
-            found.setdefault(hole.name, []).append(i)
-    return found
+            layers_by_hole.setdefault(hole.name, []).append(i)
+    return layers_by_hole
 
 
 def depends_on_other_fields(tree: Tree) -> bool:
@@ -183,7 +183,7 @@ def answers_with_effect(tree: Record, name: str, path: str) -> dict[str, Any] | 
 
     `path` names the holes of the record. They are the first such answers, not all.
     """
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for condition in fields(tree.cls)[name].without_effect:
         alternatives = (
             _answers_outside(tree, other, values, path) for other, values in condition.items()
@@ -191,8 +191,8 @@ def answers_with_effect(tree: Record, name: str, path: str) -> dict[str, Any] | 
         first = next((answers for answers in alternatives if answers is not None), None)
         if first is None:
             return None
-        found |= first
-    return found
+        chosen |= first
+    return chosen
 
 
 def _answers_outside(tree: Record, name: str, values: Values, path: str) -> dict[str, Any] | None:
@@ -210,8 +210,8 @@ def _value_outside(tree: Tree, values: Values, path: str) -> dict[str, Any] | No
         path = _named(tree, path)
         for label, option in zip(tree.labels, tree.options, strict=True):
             inner = path if isinstance(option, Fixed) else join(path, label)
-            if (found := _value_outside(option, values, inner)) is not None:
-                return {path: label, **found}
+            if (inner_answers := _value_outside(option, values, inner)) is not None:
+                return {path: label, **inner_answers}
         return None
     if isinstance(tree, Range):
         ends = (tree.low, tree.low + (tree.step or 0), tree.high)
@@ -362,7 +362,7 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
     `whole`: see `grammar.parse`.
 
     Raises:
-        SpaceError: where the fields are written that do not go together.
+        SpaceError: if fields do not go together; it names their place.
     """
     component: Component = _fill(tree, Answers.of(suggest), "")
     if whole and (reason := component.invalid_together()) is not None:
@@ -382,10 +382,10 @@ def _fill(tree: Tree, suggest: Answers, path: str) -> Any:
         option, inner = _draw_option(tree, suggest, path)
         return _fill(option, suggest, inner)
     if isinstance(tree, Listing):
-        found: list[Any] = []
+        items: list[Any] = []
         for i, item in enumerate(tree.items, tree.first):
-            _fill_item(item, suggest, join(path, i), found)
-        return tuple(found)
+            _fill_item(item, suggest, join(path, i), items)
+        return tuple(items)
     if not tree.has_holes and WHOLE in tree.drawn:
         return tree.drawn[WHOLE]
     component = _made(tree, suggest, path, {})
@@ -417,8 +417,8 @@ def _made(tree: Record, suggest: Answers, path: str, given: Plain) -> Component:
         if field.without_effect and not has_effect(tree.cls, name, word_of):
             values[name] = field.default
             continue
-        found = _fill(value, suggest, join(path, name))
-        values[name] = found if convert is None else convert(found)
+        filled = _fill(value, suggest, join(path, name))
+        values[name] = filled if convert is None else convert(filled)
     # Parts are made once, so two of the same fields are one object; True is not 1.
     answers = tuple(map(_answer, values.values()))
     component: Component | None = tree.drawn.get(answers)
@@ -436,15 +436,15 @@ def _answer(value: Any) -> Any:
     return tuple(map(id, value)) if isinstance(value, tuple) else (type(value), value)
 
 
-def _fill_item(tree: Tree, suggest: Answers, path: str, found: list[Any]) -> None:
+def _fill_item(tree: Tree, suggest: Answers, path: str, items: list[Any]) -> None:
     """Add one item of a list; a varied group becomes as many items as it has layers."""
     while isinstance(tree, Choice):
         tree, path = _draw_option(tree, suggest, path)
     if not draws_each_layer(tree):
-        found.append(_fill(tree, suggest, path))
+        items.append(_fill(tree, suggest, path))
         return
     tree = cast(Record, tree)
     repeat = int(_fill(tree.fields["repeat"], suggest, join(path, "repeat")))
     given: Plain = {"repeat": 1, "vary": False}
     for i in range(repeat):
-        found.append(_made(tree, suggest, join(path, i), given))
+        items.append(_made(tree, suggest, join(path, i), given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from moenas.errors import SourceLocation
@@ -26,7 +27,7 @@ def as_mapping(family: type[Component], node: Node) -> Node:
 
 
 def apply_spellings(
-    cls: type[Component], found: dict[str, Node], path: str
+    cls: type[Component], keys: dict[str, Node], path: str
 ) -> list[tuple[str, Field, Node]]:
     """Replace a preset and former names among the fields `found` of a component by what they mean.
 
@@ -37,32 +38,32 @@ def apply_spellings(
         SpaceError: if there is no such preset, or a field is given under both of its names.
     """
     # 1. The preset: it says which kinds the former names belong to.
-    preset, mark = _take_preset(cls, found, path)
+    preset, mark = _take_preset(cls, keys, path)
     # 2. Former names: each moves to its place, next to what the file gives there.
     moved = []
-    for name in [name for name in found if name in cls.former and name not in fields(cls)]:
-        node = found.pop(name)
-        _move(cls, found, name, node, preset, path)
+    for name in [name for name in keys if name in cls.former and name not in fields(cls)]:
+        node = keys.pop(name)
+        _move(cls, keys, name, node, preset, path)
         moved.append((name, _present_field(cls, cls.former[name]), node))
     # 3. The rest of the preset: fields that are not given, also inside given components.
     for name, value in preset.items():
-        if name not in found:
-            found[name] = _located(value, mark)
+        if name not in keys:
+            keys[name] = _located(value, mark)
         elif isinstance(value, dict):
             for inner, node in _located(value, mark).value.items():  # type: ignore[union-attr]
                 if inner != "kind":
                     has = _inside(cls, name)
-                    found[name] = with_field(found[name], inner, node, has, on_clash="keep")
+                    keys[name] = with_field(keys[name], inner, node, has, on_clash="keep")
     return moved
 
 
 def _take_preset(
-    cls: type[Component], found: dict[str, Node], path: str
+    cls: type[Component], keys: dict[str, Node], path: str
 ) -> tuple[Plain, SourceLocation | None]:
-    """Take a `preset` key out of a mapping; return the fields that it stands for, and its place."""
-    if "preset" not in found or "preset" in fields(cls):
+    """Take a `preset` key out of a mapping; return the fields that it sets, and its place."""
+    if "preset" not in keys or "preset" in fields(cls):
         return {}, None
-    preset = found.pop("preset")
+    preset = keys.pop("preset")
     if not isinstance(preset.value, str) or preset.value not in cls.presets:
         text = f"no preset {preset.plain!r}.{_near_preset(str(preset.plain), cls.presets)}"
         names = ", ".join(cls.presets) or "none"
@@ -80,7 +81,7 @@ def _near_preset(word: str, presets: Mapping[str, Plain]) -> str:
 
 def _move(
     cls: type[Component],
-    found: dict[str, Node],
+    keys: dict[str, Node],
     name: str,
     node: Node,
     preset: Plain,
@@ -94,15 +95,15 @@ def _move(
         key=True,
     )
     if not inner:
-        if outer in found:
+        if outer in keys:
             raise clash
-        found[outer] = node
+        keys[outer] = node
         return
-    if outer not in found:
+    if outer not in keys:
         spelled = preset.get(outer, fields(cls)[outer].default.kind)
         kind = spelled["kind"] if isinstance(spelled, dict) else spelled
-        found[outer] = Node({} if kind is None else kind, node.mark)
-    found[outer] = with_field(found[outer], inner, node, _inside(cls, outer), on_clash=clash)
+        keys[outer] = Node({} if kind is None else kind, node.mark)
+    keys[outer] = with_field(keys[outer], inner, node, _inside(cls, outer), on_clash=clash)
 
 
 def _present_field(cls: type[Component], place: str) -> Field:
@@ -164,9 +165,14 @@ def former_hole_name(name: str, former: Mapping[str, str]) -> str | None:
     `router.bias_rate`, as was `router.balance.rate`. The field may hold the component of the
     hole: `rope.scaling.yarn.factor` was `rope_scaling.yarn.factor`.
     """
+    return _former_hole_name(name, tuple(former.items()))
+
+
+@lru_cache(maxsize=4096)  # a sampler draws thousands of points, all with the same holes
+def _former_hole_name(name: str, former: tuple[tuple[str, str], ...]) -> str | None:
     path, slash, unit = name.partition("/")
     steps = path.split(".")
-    for before, place in former.items():
+    for before, place in former:
         *outer, inner = place.split(".")
         for end in (i for i in range(len(steps) - 1, -1, -1) if steps[i] == inner):
             for n_options in (0, 1) if outer else (0,):

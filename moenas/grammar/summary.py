@@ -22,12 +22,12 @@ def one_line(architecture: Plain) -> str:
     """
     many = len(architecture["blocks"]) > MANY
     for level in range(SIZE if not many else 0):
-        if len(found := _Description(architecture, level).text()) <= WIDTH:
-            return found
+        if len(line := _Description(architecture, level).text()) <= WIDTH:
+            return line
     for level in range(LEVELS - 1 if many else 0, LEVELS):
-        if len(found := _Description(architecture, level).counts()) <= WIDTH:
-            return found
-    return found[: WIDTH - 3] + "..."
+        if len(line := _Description(architecture, level).counts()) <= WIDTH:
+            return line
+    return line[: WIDTH - 3] + "..."
 
 
 LEVELS = 5
@@ -83,23 +83,23 @@ class _Description:
 
     def _counted(self, numbers: Counter[str], parts: dict[str, Plain]) -> str:
         """Write parts with their numbers; a kind is written once in a row."""
-        found, before = [], ""
+        runs, before = [], ""
         for key, number in numbers.items():
             kind, words = parts[key]["kind"], self._kept(_words(parts[key]))
             shown = [] if kind == before and words else [kind]
-            found.append(" ".join([str(number), *shown, *words]))
+            runs.append(" ".join([str(number), *shown, *words]))
             before = kind
-        return ", ".join(found)
+        return ", ".join(runs)
 
     def _folded(self, groups: list[Plain]) -> list[str]:
         """Write groups of equal layers; what repeats as a pattern is written once: 12x[a, 3x b]."""
-        found = []
+        folded = []
         while groups:
             size, times = _best_fold(groups)
             texts = [self._group(group) for group in groups[:size]]
-            found.append(texts[0] if times == 1 else f"{times}x[{', '.join(texts)}]")
+            folded.append(texts[0] if times == 1 else f"{times}x[{', '.join(texts)}]")
             del groups[: size * times]
-        return found
+        return folded
 
     def _group(self, group: Plain) -> str:
         repeat, block = group["repeat"], self._block(group)
@@ -137,8 +137,8 @@ def _best_fold(groups: list[Plain]) -> tuple[int, int]:
 
 def _parts(group: Plain) -> dict[str, Plain]:
     """Return the parts of a block by the names of their fields."""
-    found = {name: group.get(name) for name in ("mixer", "ffn", "shortcut")}
-    return {name: part for name, part in found.items() if part is not None}
+    parts = {name: group.get(name) for name in ("mixer", "ffn", "shortcut")}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _key(part: Plain) -> str:

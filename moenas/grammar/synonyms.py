@@ -125,7 +125,7 @@ SYNONYMS: dict[str, str] = {
     "expert_choice_routing": "expert_choice",
 }
 """Word -> the word of a space file: a field with the components that hold it, a kind, or a value.
-Fields beside a kind stand after `with`."""
+Fields beside a kind follow `with`."""
 
 
 def hint(word: str, known: Iterable[str]) -> str:

@@ -102,9 +102,9 @@ def read(family: type[Component], node: Node, path: str = "", name: str = "") ->
 
 def former_names(tree: Tree) -> Iterator[str]:
     """Yield a line for each former name of a field that the text of a tree uses."""
-    for found in walk(tree):
-        if isinstance(found, Record):
-            yield from found.former
+    for node in walk(tree):
+        if isinstance(node, Record):
+            yield from node.former
 
 
 def _read_kind(
@@ -197,7 +197,7 @@ def make(record: Record, values: Mapping[str, Any]) -> Component:
     """Make the component of a record from the values of its fields.
 
     Raises:
-        SpaceError: where the fields stand that do not go together.
+        SpaceError: if fields do not go together; it names their place.
     """
     component = record.cls(**values)
     component.__dict__[ORIGIN] = record.origin
@@ -263,12 +263,12 @@ def unparse(tree: Tree) -> Any:
     if isinstance(tree, Listing):
         return [unparse(item) for item in tree.items]
     if isinstance(tree, Range):
-        found: Plain = {"int" if tree.whole else "float": [tree.low, tree.high]}
+        plain: Plain = {"int" if tree.whole else "float": [tree.low, tree.high]}
         if tree.log:
-            found["log"] = True
+            plain["log"] = True
         elif tree.step is not None:
-            found["step"] = tree.step
-        return found
+            plain["step"] = tree.step
+        return plain
     if isinstance(tree, Fit):
         return {FIT: {tree.cost: tree.target, "within": tree.within, "multiple_of": tree.step}}
     kind: Plain = {} if tree.cls.kind is None else {"kind": tree.cls.kind}

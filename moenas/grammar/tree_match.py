@@ -28,7 +28,7 @@ class Mismatch:
     """A value that is not one of the space."""
 
     hole_path: str
-    """Where the value stands in the space, the options around it included."""
+    """Where the value is in the space, with the options around it."""
     value: str
     wanted: str
     at: SourceLocation
@@ -148,10 +148,10 @@ def _match_choice(tree: Choice, value: Tree, path: str, known: Match) -> Match:
         if given is not known and not _same(given, label):
             continue
         inner = path if isinstance(option, Fixed) else join(path, label)
-        found = _match(option, value, inner, known.answering(path, label))
-        if best is None or found.weight < best.weight:
-            best = found
-        if found.weight == known.weight:
+        match = _match(option, value, inner, known.answering(path, label))
+        if best is None or match.weight < best.weight:
+            best = match
+        if match.weight == known.weight:
             break
     assert best is not None
     new = best.mismatches[len(known.mismatches) :]
@@ -204,9 +204,9 @@ def _match_listing(tree: Listing, value: Listing, path: str, known: Match) -> Ma
     ends = {0: known}
     for i, item in enumerate(tree.items, tree.first):
         ends = _best(
-            (end, found)
+            (end, match)
             for start, here in ends.items()
-            for end, found in _match_item(item, layers, start, join(path, i), here)
+            for end, match in _match_item(item, layers, start, join(path, i), here)
         )
     if len(layers) in ends:
         return ends[len(layers)]
@@ -217,10 +217,10 @@ def _match_listing(tree: Listing, value: Listing, path: str, known: Match) -> Ma
     return known.differing(unequal)
 
 
-def _best(found: Iterator[tuple[int, Match]]) -> dict[int, Match]:
+def _best(matches: Iterator[tuple[int, Match]]) -> dict[int, Match]:
     """Return the match of the least weight for each end."""
     best: dict[int, Match] = {}
-    for end, one in found:
+    for end, one in matches:
         if end not in best or one.weight < best[end].weight:
             best[end] = one
     return best
@@ -244,16 +244,16 @@ def _match_item(
     for n in range(1, max(allowed) + 1):
         inner = join(path, n - 1) if varied else path
         ends = _best(
-            (end, found)
+            (end, match)
             for at, here in ends.items()
-            for end, found in _match_once(group, layers, at, inner, here)
+            for end, match in _match_once(group, layers, at, inner, here)
         )
         if not ends:
             return
         if n in allowed:
             repeat = Fixed(n, group.mark)
-            for end, found in ends.items():
-                yield end, _match(group.fields["repeat"], repeat, join(path, "repeat"), found)
+            for end, match in ends.items():
+                yield end, _match(group.fields["repeat"], repeat, join(path, "repeat"), match)
 
 
 def _match_once(
@@ -265,9 +265,9 @@ def _match_once(
         ends = {start: known}
         for i, item in enumerate(inner.items, inner.first):
             ends = _best(
-                (end, found)
+                (end, match)
                 for at, here in ends.items()
-                for end, found in _match_item(item, layers, at, join(join(path, "blocks"), i), here)
+                for end, match in _match_item(item, layers, at, join(join(path, "blocks"), i), here)
             )
         yield from ends.items()
     elif start < len(layers):

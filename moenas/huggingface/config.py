@@ -42,8 +42,8 @@ T = TypeVar("T")
 @cache
 def families() -> dict[str, dict[str, Plain]]:
     """Return the defaults and aliases of every family by its `model_type`."""
-    found: dict[str, dict[str, Plain]] = json.loads(DEFAULTS.read_text())
-    return found
+    by_family: dict[str, dict[str, Plain]] = json.loads(DEFAULTS.read_text())
+    return by_family
 
 
 class Config:

@@ -20,17 +20,17 @@ def groups_of(layers: list[Plain]) -> list[Plain]:
 
 
 def _groups(numbers: list[int], known: list[Plain]) -> list[Plain]:
-    found, i = [], 0
+    groups, i = [], 0
     while i < len(numbers):
         period, repeats = _longest_repetition(numbers[i:])
         pattern = numbers[i : i + period]
         i += period * repeats
         repeat = {} if repeats == 1 else {"repeat": repeats}
         if period == 1:
-            found.append({**repeat, **known[pattern[0]]})
+            groups.append({**repeat, **known[pattern[0]]})
         else:
-            found.append({**repeat, "blocks": _groups(pattern, known)})
-    return found
+            groups.append({**repeat, "blocks": _groups(pattern, known)})
+    return groups
 
 
 def _longest_repetition(numbers: list[int]) -> tuple[int, int]:
@@ -47,11 +47,11 @@ def _longest_repetition(numbers: list[int]) -> tuple[int, int]:
 
 def layers_of(groups: list[Plain]) -> list[Plain]:
     """Write out groups, one layer an item; the inverse of `groups_of`."""
-    found = []
+    layers = []
     for group in groups:
         inner = layers_of(group["blocks"]) if group.get("blocks") else [_layer(group)]
-        found += inner * group.get("repeat", 1)
-    return found
+        layers += inner * group.get("repeat", 1)
+    return layers
 
 
 def _layer(group: Plain) -> Plain:

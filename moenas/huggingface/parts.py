@@ -47,11 +47,12 @@ def rope(c: Config, kind: str | None = None) -> Plain:
         theta = section.get("rope_theta", 10000.0)
     elif type(theta) not in (int, float):
         raise c.error("rope_theta", f"{theta!r} is not a number")
-    found: Plain = {"theta": float(theta)}
+    plain: Plain = {"theta": float(theta)}
     partial = c.get("partial_rotary_factor") if "partial_rotary_factor" in c.fields else None
+    section.read.add("partial_rotary_factor")
     share = section.number("partial_rotary_factor", 1.0) if partial is None else partial
     if share != 1:
-        found["partial_rotary_factor"] = float(share)
+        plain["partial_rotary_factor"] = float(share)
     kinds = {"default": None, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling.read |= {"rope_theta", "type", "mrope_section", "mrope_interleaved"}
@@ -63,9 +64,9 @@ def rope(c: Config, kind: str | None = None) -> Plain:
         )
     reader = kinds[name]
     if reader is not None:
-        found["scaling"] = {"kind": name, **reader(c, scaling)}
+        plain["scaling"] = {"kind": name, **reader(c, scaling)}
     scaling.check_all_read()
-    return found
+    return plain
 
 
 def _linear(c: Config, s: Config) -> Plain:
@@ -88,7 +89,7 @@ def _original(c: Config, s: Config) -> int:
 def _yarn(c: Config, s: Config) -> Plain:
     """Return YaRN; the ratio of `mscale` and `mscale_all_dim` scales cosines and sines."""
     factor = s.number("factor", 1.0)
-    found: Plain = {
+    plain: Plain = {
         "factor": factor,
         "original_max_position_embeddings": _original(c, s),
         "beta_fast": s.number("beta_fast", 32.0),
@@ -98,10 +99,10 @@ def _yarn(c: Config, s: Config) -> Plain:
     attention = s.number("attention_factor")
     one, all_dim = s.number("mscale"), s.number("mscale_all_dim")
     if attention:
-        found["attention_factor"] = attention
+        plain["attention_factor"] = attention
     elif one and all_dim:
-        found["attention_factor"] = _mscale(factor, one) / _mscale(factor, all_dim)
-    return found
+        plain["attention_factor"] = _mscale(factor, one) / _mscale(factor, all_dim)
+    return plain
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -146,7 +147,7 @@ def latent_attention(c: Config, positions: Plain, **fields: Any) -> Plain:
     """Return multi-head latent attention; `mscale_all_dim` of YaRN scales the scores."""
     nope, turned = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim")
     c.read |= {"qk_head_dim", "head_dim", "num_key_value_heads", "rope_interleave"}
-    found: Plain = {
+    plain: Plain = {
         "kind": "latent_attention",
         "n_heads": c.whole("num_attention_heads"),
         "q_rank": c.whole_or_none("q_lora_rank"),
@@ -161,8 +162,8 @@ def latent_attention(c: Config, positions: Plain, **fields: Any) -> Plain:
     all_dim = c.section(scaled).number("mscale_all_dim") if positions.get("scaling") else 0.0
     if all_dim:
         factor = _mscale(positions["scaling"]["factor"], all_dim)
-        found["scale"] = factor**2 / math.sqrt(nope + turned)
-    return found
+        plain["scale"] = factor**2 / math.sqrt(nope + turned)
+    return plain
 
 
 def activation(c: Config, name: str = "hidden_act") -> Plain:
@@ -170,8 +171,8 @@ def activation(c: Config, name: str = "hidden_act") -> Plain:
     value = c.get(name, "silu")
     if value not in ACTIVATIONS:
         raise c.no_counterpart(name, value, ACTIVATIONS)
-    found = ACTIVATIONS[value]
-    return {} if found == "swiglu" else {"activation": found}
+    ours = ACTIVATIONS[value]
+    return {} if ours == "swiglu" else {"activation": ours}
 
 
 def dense(c: Config, width: str = "intermediate_size") -> Plain:
@@ -194,13 +195,13 @@ def moe(c: Config, n_experts: str, d_expert: str, router: Plain, **fields: Any) 
 def router(c: Config, *, top_k: str = "num_experts_per_tok", normalize: bool, **more: Any) -> Plain:
     """Return a router; its auxiliary loss is that of all layers, as transformers counts it."""
     coef = c.number("router_aux_loss_coef")
-    found: Plain = {"top_k": c.whole(top_k), "normalize": normalize, **more}
-    if "balance" not in found:
+    plain: Plain = {"top_k": c.whole(top_k), "normalize": normalize, **more}
+    if "balance" not in plain:
         loss: Plain = {"kind": "aux_loss", "coef": coef}
-        found |= {"balance": loss, "loss_reduce": "pooled"} if coef else {"balance": "none"}
-    if found["top_k"] == 1 and found["normalize"]:
-        found["normalize"] = None
-    return found
+        plain |= {"balance": loss, "loss_reduce": "pooled"} if coef else {"balance": "none"}
+    if plain["top_k"] == 1 and plain["normalize"]:
+        plain["normalize"] = None
+    return plain
 
 
 def biased_router(c: Config, **fields: Any) -> Plain:

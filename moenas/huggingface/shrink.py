@@ -23,12 +23,12 @@ HEADS = ("n_heads", "n_kv_heads", "n_key_heads")
 
 
 def read_sizes(words: Iterable[str]) -> dict[str, int]:
-    """Read `d_model=128` and the like; several may stand in a word, with commas between.
+    """Read `d_model=128` and the like; commas separate several.
 
     Raises:
         InputError: at an unknown name, or a value that is not a whole number of at least 1.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for item in (item for word in words for item in word.split(",")):
         name, _, text = item.partition("=")
         if name not in SIZES:
@@ -38,8 +38,8 @@ def read_sizes(words: Iterable[str]) -> dict[str, int]:
             )
         if not text.isdecimal() or int(text) < 1:
             raise InputError(f"--shrink {item}: give a whole number of at least 1, as {name}=128")
-        found[name] = int(text)
-    return found
+        sizes[name] = int(text)
+    return sizes
 
 
 def shrink(whole: Plain, layers: list[Plain], sizes: dict[str, int]) -> tuple[Plain, list[Plain]]:
@@ -81,18 +81,18 @@ def _scaled_layer(layer: Plain, share: float, n_experts: int | None) -> Plain:
 
 def _scaled(part: Plain, share: float, n_experts: int | None) -> Plain:
     """Return a mixer or a network at another width."""
-    found = dict(part)
+    scaled = dict(part)
     for name in WIDTHS:
         if part.get(name) and share != 1:
-            found[name] = _multiple(part[name] * share, 8)
+            scaled[name] = _multiple(part[name] * share, 8)
     for name in RANKS:
         if part.get(name) and share != 1:
-            found[name] = max(1, round(part[name] * share))
+            scaled[name] = max(1, round(part[name] * share))
     if part.get("n_heads") and share != 1:
-        found |= _scaled_heads(part, share)
+        scaled |= _scaled_heads(part, share)
     if n_experts and part.get("n_experts"):
-        found["n_experts"] = n_experts
-    return found
+        scaled["n_experts"] = n_experts
+    return scaled
 
 
 def _scaled_heads(part: Plain, share: float) -> Plain:
@@ -113,10 +113,10 @@ def _scaled_heads(part: Plain, share: float) -> Plain:
 
     count = min(range(1, fewest + 1), key=fit)
     new = _head_widths(widths, share * fewest / count)
-    found: Plain = {n: value * count // fewest for n, value in heads.items()} | new
+    scaled: Plain = {n: value * count // fewest for n, value in heads.items()} | new
     if part.get("scale"):
-        found["scale"] = part["scale"] * math.sqrt(sum(widths.values()) / sum(new.values()))
-    return found
+        scaled["scale"] = part["scale"] * math.sqrt(sum(widths.values()) / sum(new.values()))
+    return scaled
 
 
 def _head_widths(widths: dict[str, int], share: float) -> dict[str, int]:
@@ -152,13 +152,13 @@ def _shallower(layers: list[Plain], n_layers: int) -> list[Plain]:
 
 def _patterns(layers: list[Plain]) -> list[tuple[list[Plain], int]]:
     """Return the repeated patterns in their order, each with its number of repeats."""
-    found, i = [], 0
+    patterns, i = [], 0
     for group in groups_of(layers):
         repeats = group.get("repeat", 1)
         size = _n_layers(group) // repeats
-        found.append((layers[i : i + size], repeats))
+        patterns.append((layers[i : i + size], repeats))
         i += size * repeats
-    return found
+    return patterns
 
 
 def _n_layers(group: Plain) -> int:

@@ -176,7 +176,7 @@ def olmoe(c: Config) -> Model:
 
 
 def flex_olmo(c: Config) -> Model:
-    """FlexOlmo: norms stand on the outputs of the parts."""
+    """FlexOlmo: norms are on the outputs of the parts."""
     whole, blocks = olmoe(c)
     return whole | {"norm_position": "output"}, blocks
 

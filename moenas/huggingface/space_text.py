@@ -72,11 +72,11 @@ def _name(part: Plain) -> str:
 
 
 def _unused(name: str, taken: list[str]) -> str:
-    found, i = name, 1
-    while found in taken:
+    unused, i = name, 1
+    while unused in taken:
         i += 1
-        found = f"{name}_{i}"
-    return found
+        unused = f"{name}_{i}"
+    return unused
 
 
 class _Writer:

@@ -100,8 +100,8 @@ class Architecture(Component):
         if (layers := sum(group.n_layers for group in self.blocks)) > MAX_LAYERS:
             return f"blocks: {layers:,} layers, written out; at most {MAX_LAYERS:,}: lower a repeat"
         for group in self.blocks:
-            if (found := group.invalid_at(self.d_model)) is not None:
-                return found
+            if (conflict := group.invalid_at(self.d_model)) is not None:
+                return conflict
         if self.positions == "learned" and self.max_positions is None:
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
@@ -120,9 +120,9 @@ class Architecture(Component):
         for i, layer in enumerate(reversed(layers)):
             if layer.shortcut_delay > i:
                 layers[-1 - i] = changed(layer, shortcut_delay=i)
-        found = {id(layer): layer for layer in layers}
+        distinct = {id(layer): layer for layer in layers}
         known = dict[tuple[object, ...], BlockGroup]()
-        first = {n: known.setdefault(layer.identity, layer) for n, layer in found.items()}
+        first = {n: known.setdefault(layer.identity, layer) for n, layer in distinct.items()}
         return tuple(first[id(layer)] for layer in layers)
 
     @property
@@ -138,14 +138,14 @@ class Architecture(Component):
         )
 
     def canonical(self) -> Self:
-        """Return the one spelling of all architectures that train and compute alike.
+        """Return the canonical form: architectures that train and compute the same have one.
 
         Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
         of equal layers as one group, and fields without effect at their defaults. It is kept.
         """
         if KEPT not in self.__dict__:
-            found = self.__dict__[KEPT] = self._canonical()
-            found.__dict__[KEPT] = found
+            canonical = self.__dict__[KEPT] = self._canonical()
+            canonical.__dict__[KEPT] = canonical
         kept: Self = self.__dict__[KEPT]
         return kept
 
@@ -164,9 +164,9 @@ class Architecture(Component):
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stand for the canonical architecture.
+        """16 hexadecimal digits that identify the canonical architecture.
 
-        They are made of what differs from the defaults, so a field that comes later changes none.
+        They hash the fields that differ from their defaults, so a new field changes no fingerprint.
         """
         data = self.canonical().fingerprint_data()
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -196,9 +196,9 @@ class Architecture(Component):
         These are `context * flops_per_token` of the cost, plus what the cost leaves out on
         purpose: rows of experts that carry nothing, and roundings.
         """
-        found = context * self.cost(context).flops_per_token
+        flops = context * self.cost(context).flops_per_token
         parts = (part for layer in self.layers for part in layer.parts.values())
-        return found + sum(part.surplus_flops(self.d_model, context) for part in parts)
+        return flops + sum(part.surplus_flops(self.d_model, context) for part in parts)
 
     def kv_cache_bytes(self, context: int) -> int:
         """Return the bytes of keys and values that decoding one sequence of `context` tokens needs.
@@ -337,8 +337,8 @@ class Model(nn.Module):
     """A decoder-only language model: embedding, blocks, norm, head.
 
     `n_residual_branches` parts add to the residual stream: mixers, feed-forward layers and
-    shortcuts, counted in the canonical architecture, so that all spellings start alike. A mixture
-    with its shared experts is one.
+    shortcuts, counted in the canonical architecture, so that all spellings get
+    the same initial weights. A mixture with its shared experts counts as one.
     """
 
     matrices = ("embedding",)
@@ -411,8 +411,8 @@ class Model(nn.Module):
     def parts(self) -> list[tuple[int, nn.Module]]:
         """Return mixers and feed-forward layers, those of shortcuts, too, with their layers."""
         blocks: list[Any] = list(self.blocks)
-        found = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
-        return [(i, part) for i, parts in enumerate(found) for part in parts if part is not None]
+        by_layer = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
+        return [(i, part) for i, parts in enumerate(by_layer) for part in parts if part is not None]
 
     def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether a pass in a type on a device reads no value on the host.

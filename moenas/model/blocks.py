@@ -127,7 +127,7 @@ class BlockGroup(Component):
         if self.blocks is None and not own:
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
         if self.shortcut is not None and self.ffn is None:
-            return "a shortcut stands beside an ffn; give 'ffn', or make the shortcut the ffn"
+            return "a shortcut needs an ffn beside it; give 'ffn', or make the shortcut the ffn"
         if sum(map(is_mixture, (self.ffn, self.shortcut))) > 1:
             return "a block has one mixture of experts: make 'ffn' or 'shortcut' another kind"
         if is_mixture(self.mixer) and (is_mixture(self.ffn) or is_mixture(self.shortcut)):
@@ -144,8 +144,8 @@ class BlockGroup(Component):
             if reason is not None:
                 return reason if isinstance(reason, Conflict) else Conflict(part, reason)
         for group in self.blocks or ():
-            if (found := group.invalid_at(d_model)) is not None:
-                return found
+            if (conflict := group.invalid_at(d_model)) is not None:
+                return conflict
         return None
 
     @property
@@ -158,8 +158,8 @@ class BlockGroup(Component):
     @property
     def parts(self) -> dict[str, Part]:
         """The parts of a block, by the names of their fields."""
-        found = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
-        return {name: part for name, part in found.items() if part is not None}
+        parts = {"mixer": self.mixer, "ffn": self.ffn, "shortcut": self.shortcut}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def n_layers(self) -> int:
@@ -203,16 +203,17 @@ class BlockGroup(Component):
         kept = self.__dict__.get(KEPT)
         if kept is None or kept[0] != stream:
             kept = self.__dict__[KEPT] = stream, self._canonical_in(stream)
-        found: Self = kept[1]
-        return found
+        canonical: Self = kept[1]
+        return canonical
 
     def _canonical_in(self, stream: ResidualConfig) -> Self:
-        found = self.canonical_at(stream.d_model)
+        canonical = self.canonical_at(stream.d_model)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
-        alike = found.mixer is None or found.parallel
-        alike = alike and not (stream.shortcut_norms("block")[0] and stream.norm_cost().params)
-        found = changed(found, shortcut_input="ffn") if alike else found
-        return found._with_sources(stream)._side_by_side(stream)
+        same_input = canonical.mixer is None or canonical.parallel
+        own_norm = stream.shortcut_norms("block")[0] and stream.norm_cost().params
+        if same_input and not own_norm:
+            canonical = changed(canonical, shortcut_input="ffn")
+        return canonical._with_sources(stream)._side_by_side(stream)
 
     def _with_sources(self, stream: ResidualConfig) -> Self:
         """Write what routers read as `ffn`, else as `stream`, where these are the same."""
@@ -234,10 +235,10 @@ class BlockGroup(Component):
         return changed(self, ffn=written(self.ffn, False), shortcut=written(self.shortcut, late))
 
     def _side_by_side(self, stream: ResidualConfig) -> Self:
-        """Order two feed-forward layers that read and join alike, or write them as one.
+        """Order two feed-forward layers with the same input and sum, or write them as one.
 
-        With norms of their outputs they stay two, and those of a parallel block do not join alike:
-        there one norm is of the sum of mixer and ffn.
+        They stay two if their outputs have norms, and in a parallel block: there one norm covers
+        the sum of mixer and ffn.
         """
         late = self.shortcut_delay > 0 or self.shortcut_input == "block"
         if self.ffn is None or self.shortcut is None or late:
@@ -318,10 +319,10 @@ def _activation(ffn: Any) -> tuple[Any, ...]:
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
-    They are the halves of a block at every position of the norm, unless a shortcut joins the stream
-    between them, or the shortcut beside the ffn reads it there through a norm of its own, or both
-    are mixtures of experts. Delays are counted anew. Nothing changes where the number of a layer
-    matters.
+    Such a pair computes the same as one block at every position of the norm, with three exceptions:
+    a shortcut is added between them, the shortcut beside the ffn has a norm of its own there, or
+    both are mixtures of experts. Delays count the new blocks. Nothing changes if a part depends on
+    its layer index.
     """
     different = {id(layer): layer for layer in layers}.values()
     if any(part.layer_indexed for layer in different for part in layer.parts.values()):
@@ -334,7 +335,7 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
     number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
-    found = list[BlockGroup]()
+    groups = list[BlockGroup]()
     known = dict[tuple[int, int, int], BlockGroup]()  # equal layers stay one object
     for i, layer in enumerate(layers):
         if i in halves:
@@ -342,13 +343,13 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
         mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
         delay = number[i + layer.shortcut_delay] - number[i]
         if mixer is layer.mixer and delay == layer.shortcut_delay:
-            found.append(layer)
+            groups.append(layer)
             continue
         key = id(layer), id(mixer), delay
         if key not in known:
             known[key] = changed(layer, mixer=mixer, shortcut_delay=delay)
-        found.append(known[key])
-    return tuple(found)
+        groups.append(known[key])
+    return tuple(groups)
 
 
 class Block(nn.Module):

@@ -42,9 +42,11 @@ def features(architecture: Architecture, cost: Cost) -> Features:
                 words[f"{name}={value}"] += 1
             else:
                 numbers[name].append(float(value))
-    found = {name: math.fsum(values) / len(values) for name, values in numbers.items()}
-    found |= {name: count / len(layers) for name, count in words.items()}
-    return found | {f"cost.{name}": float(np.log2(1 + n)) for name, n in cost.plain().items()}
+    numbers_by_name = {name: math.fsum(values) / len(values) for name, values in numbers.items()}
+    numbers_by_name |= {name: count / len(layers) for name, count in words.items()}
+    return numbers_by_name | {
+        f"cost.{name}": float(np.log2(1 + n)) for name, n in cost.plain().items()
+    }
 
 
 @dataclass(frozen=True)

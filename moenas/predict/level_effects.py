@@ -41,22 +41,22 @@ class HoleEffect(LevelEffect):
     hole: str = field(kw_only=True)
 
 
-Rows = Sequence[tuple[Evaluation, Mapping[str, Any]]]
+EvaluatedDraws = Sequence[tuple[Evaluation, Mapping[str, Any]]]
 """Complete candidates, each with its drawn parameters."""
 
 
-def drawn_holes(rows: Rows) -> list[str]:
+def drawn_holes(rows: EvaluatedDraws) -> list[str]:
     """Return the holes that any candidate has, in the order of the space."""
     return list(dict.fromkeys(hole for _, params in rows for hole in params))
 
 
-def hole_effects(rows: Rows, objective: str) -> list[HoleEffect]:
+def hole_effects(rows: EvaluatedDraws, objective: str) -> list[HoleEffect]:
     """Return the effect of each level of each hole on an objective, in order of the holes.
 
     Only candidates that have the hole are compared. Holes of fewer than MIN_CANDIDATES candidates,
     or of one level, are left out.
     """
-    found = []
+    all_effects = []
     for hole in drawn_holes(rows):
         there = [(e, params[hole]) for e, params in rows if hole in params]
         levels = named_levels([value for _, value in there])
@@ -65,8 +65,10 @@ def hole_effects(rows: Rows, objective: str) -> list[HoleEffect]:
         values = [e.values[objective] for e, _ in there]
         sizes = [float(e.cost.get("active_params", 1)) for e, _ in there]
         effects = sorted(level_effects(values, sizes, levels), key=_order)
-        found += [HoleEffect(x.level, x.n, x.effect, x.half_width, hole=hole) for x in effects]
-    return found
+        all_effects += [
+            HoleEffect(x.level, x.n, x.effect, x.half_width, hole=hole) for x in effects
+        ]
+    return all_effects
 
 
 def _order(effect: LevelEffect) -> tuple[float, str]:

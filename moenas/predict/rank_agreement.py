@@ -41,10 +41,10 @@ def rank_agreements(
     rungs: dict[int, list[RungResult]] = {}
     for result in results:
         rungs.setdefault(result.rung, []).append(result)
-    found = {}
+    agreements = {}
     for rung, rows in sorted(rungs.items()):
         both = [(row.val_loss, final[row.trial]) for row in rows if row.trial in final]
-        found[rung] = RankAgreement(
+        agreements[rung] = RankAgreement(
             rung,
             rows[0].tokens,
             len(rows),
@@ -52,7 +52,7 @@ def rank_agreements(
             len(both),
             spearman([pair[0] for pair in both], [pair[1] for pair in both]),
         )
-    return found
+    return agreements
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -68,8 +68,8 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
     """Return the ranks of values; equal ones share the mean of theirs."""
-    found = np.asarray(values, dtype=np.float64)
-    _, inverse, counts = np.unique(found, return_inverse=True, return_counts=True)
+    ranked = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(ranked, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     middle: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
     return middle

@@ -114,6 +114,6 @@ def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     bounds = [LENGTH_BOUNDS] * n_features + [NOISE_BOUNDS]
     options = {"maxiter": STEPS}
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    logs = torch.tensor(found.x)
+    optimum = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    logs = torch.tensor(optimum.x)
     return logs[:-1].exp(), logs[-1].exp()

@@ -41,17 +41,17 @@ def comparison_report(a: FrontView, b: FrontView) -> Plain:
     points_a, points_b = (
         {e.trial: [e.values[name] for name in common] for e in view.members} for view in (a, b)
     )
-    found = compare(list(points_a.values()), list(points_b.values()), directions)
+    comparison = compare(list(points_a.values()), list(points_b.values()), directions)
     return {
         "a": a.study.name,
         "b": b.study.name,
         "objectives": {name: first[name] for name in common},
         "only_a": [name for name in first if name not in common],
         "only_b": [name for name in second if name not in common],
-        "reference_point": dict(zip(common, found.reference, strict=True)),
-        "hypervolume": {"a": found.hypervolume_a, "b": found.hypervolume_b},
+        "reference_point": dict(zip(common, comparison.reference, strict=True)),
+        "hypervolume": {"a": comparison.hypervolume_a, "b": comparison.hypervolume_b},
         "hypervolume_is_exact": is_exact(len(common)),
-        "coverage": {"a": found.coverage_ab, "b": found.coverage_ba},
+        "coverage": {"a": comparison.coverage_ab, "b": comparison.coverage_ba},
         "differences": _differences(a, b, common),
         "members": [
             *_members("a", common, directions, points_a, points_b),
@@ -84,11 +84,11 @@ def _members(
 
 def _differences(a: FrontView, b: FrontView, names: list[str]) -> list[str]:
     """Say in what the numbers of two studies differ beside their architectures."""
-    found = []
+    lines = []
     if a.study.data.get("sha256") != b.study.data.get("sha256"):
-        found.append(f"corpus: {a.study.data.get('name')} and {b.study.data.get('name')}")
+        lines.append(f"corpus: {a.study.data.get('name')} and {b.study.data.get('name')}")
     train_a, train_b = (view.study.space.get("train") or {} for view in (a, b))
-    found += [
+    lines += [
         f"train.{field}: {train_a.get(field)} and {train_b.get(field)}"
         for field in dict.fromkeys([*train_a, *train_b])
         if train_a.get(field) != train_b.get(field)
@@ -96,40 +96,40 @@ def _differences(a: FrontView, b: FrontView, names: list[str]) -> list[str]:
     digests_a, digests_b = (
         {o["name"]: o["sha256"] for o in view.study.objectives} for view in (a, b)
     )
-    found += [
+    lines += [
         f"objective {name}: measured by two versions of its file"
         for name in names
         if digests_a[name] != digests_b[name]
     ]
     devices_a, devices_b = (sorted(view.summary.devices) for view in (a, b))
     if devices_a != devices_b:
-        found.append(f"devices: {', '.join(devices_a)} and {', '.join(devices_b)}")
-    return found
+        lines.append(f"devices: {', '.join(devices_a)} and {', '.join(devices_b)}")
+    return lines
 
 
-def comparison_text(found: Plain) -> str:
+def comparison_text(report: Plain) -> str:
     """Lay out what `comparison_report` found."""
-    about = "" if found["hypervolume_is_exact"] else " (approximate)"
-    corner = ", ".join(f"{k} {compact(v)}" for k, v in found["reference_point"].items())
-    lines = [f"objectives: {', '.join(f'{k} ({v})' for k, v in found['objectives'].items())}"]
+    about = "" if report["hypervolume_is_exact"] else " (approximate)"
+    corner = ", ".join(f"{k} {compact(v)}" for k, v in report["reference_point"].items())
+    lines = [f"objectives: {', '.join(f'{k} ({v})' for k, v in report['objectives'].items())}"]
     lines += [
-        f"only in {found[side]}: {', '.join(found[f'only_{side}'])}"
+        f"only in {report[side]}: {', '.join(report[f'only_{side}'])}"
         for side in ("a", "b")
-        if found[f"only_{side}"]
+        if report[f"only_{side}"]
     ]
     lines.append(f"reference point: {corner}")
     for side, other in (("a", "b"), ("b", "a")):
-        volume, share = compact(found["hypervolume"][side]), found["coverage"][side]
+        volume, share = compact(report["hypervolume"][side]), report["coverage"][side]
         lines.append(
-            f"{side} is {found[side]}: hypervolume {volume}{about}; it covers {share:.0%} of"
-            f" {found[other]}"
+            f"{side} is {report[side]}: hypervolume {volume}{about}; it covers {share:.0%} of"
+            f" {report[other]}"
         )
-    lines += [f"not measured equally: {text}" for text in found["differences"]]
+    lines += [f"not measured equally: {text}" for text in report["differences"]]
     rows = [
         {
             key: " ".join(map(str, cell)) or "-" if isinstance(cell, list) else cell
             for key, cell in row.items()
         }
-        for row in found["members"]
+        for row in report["members"]
     ]
     return "\n".join([*lines, table(rows)])

@@ -102,19 +102,19 @@ def objectives(view: View) -> list[ObjectiveInfo]:
 def complete(view: View) -> list[Evaluation]:
     """Return the evaluations that have a finite value for every objective, by trial."""
     names = list(view.study.directions)
-    found = [
+    evaluations = [
         evaluation
         for evaluation in view.evaluations
         if evaluation.status == "complete"
         and all(math.isfinite(evaluation.values.get(name, math.nan)) for name in names)
     ]
-    return sorted(found, key=lambda evaluation: evaluation.trial)
+    return sorted(evaluations, key=lambda evaluation: evaluation.trial)
 
 
 def members(view: View) -> list[Evaluation]:
     """Return the evaluations on the front, in the order of the front."""
-    found = {evaluation.trial: evaluation for evaluation in complete(view)}
-    return [found[trial] for trial in view.front if trial in found]
+    by_trial = {evaluation.trial: evaluation for evaluation in complete(view)}
+    return [by_trial[trial] for trial in view.front if trial in by_trial]
 
 
 def is_trained(view: View) -> bool:
@@ -217,13 +217,13 @@ def log_ticks(values: Sequence[float], most: int) -> list[float]:
     """Return at most about `most` round tick values between the ends of a logarithmic axis."""
     low, high = min(values), max(values)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
+    kept: list[float] = []
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [step * 10.0**decade for decade in decades for step in steps]
-        found = [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
-        if len(found) <= most:
-            return found
-    return found[:: -(-len(found) // most)]
+        kept = [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
+        if len(kept) <= most:
+            return kept
+    return kept[:: -(-len(kept) // most)]
 
 
 def apart(points: Sequence[tuple[float, float]], gap: tuple[float, float]) -> list[int]:
@@ -257,14 +257,14 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     files = listing("dashboards", ".py")
     names = [name for name in ORDER if name in files]
     names += [name for name in files if name not in ORDER]
-    found, trained = {}, is_trained(view)
+    drawn, trained = {}, is_trained(view)
     for name in names:
         if same_front and _says(files[name], "READS") == "front":
             continue
         needs = _says(files[name], "NEEDS")
         if (needs != "training" or trained) and (needs != "rungs" or view.rungs):
-            found[name] = _draw(files[name], view)
-    return found
+            drawn[name] = _draw(files[name], view)
+    return drawn
 
 
 def _says(path: Path, name: str) -> object:
@@ -277,10 +277,10 @@ def _says(path: Path, name: str) -> object:
 
 def digest() -> str:
     """Name the texts of the figures, so that a changed one is known to be another."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for path in listing("dashboards", ".py").values():
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def _draw(path: Path, view: View) -> go.Figure:

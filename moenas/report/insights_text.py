@@ -12,24 +12,24 @@ from moenas.report.seed_noise_text import seed_lines
 from moenas.report.summary import table
 
 
-def insights_text(found: Plain) -> str:
+def insights_text(report: Plain) -> str:
     """Lay out the insights of a study for a terminal."""
-    return "\n".join(_lines(found))
+    return "\n".join(_lines(report))
 
 
-def _lines(found: Plain) -> Iterator[str]:
-    counts = ", ".join(f"{count} {status}" for status, count in found["evaluations"].items())
-    yield f"{found['study']}: {counts or 'no candidate is finished'}"
-    yield from _space_lines(found["space"], found["requirements"])
-    if found["front"]:
-        yield from ("", "How the front grew", table(found["front"]))
-    if found["rungs"]:
+def _lines(report: Plain) -> Iterator[str]:
+    counts = ", ".join(f"{count} {status}" for status, count in report["evaluations"].items())
+    yield f"{report['study']}: {counts or 'no candidate is finished'}"
+    yield from _space_lines(report["space"], report["requirements"])
+    if report["front"]:
+        yield from ("", "How the front grew", table(report["front"]))
+    if report["rungs"]:
         yield from ("", "Agreement of the losses at each rung with the final ones")
         yield "correlation: Spearman's, over the pairs of candidates that have both losses"
-        yield table(found["rungs"])
-    if found["seeds"] is not None:
-        yield from ("", "Noise between seeds", *seed_lines(found["seeds"]))
-    for name, objective in found["objectives"].items():
+        yield table(report["rungs"])
+    if report["seeds"] is not None:
+        yield from ("", "Noise between seeds", *seed_lines(report["seeds"]))
+    for name, objective in report["objectives"].items():
         yield from ("", f"Importance of each hole for {name}")
         yield "ped_anova: Optuna's, as shares; surrogate: deviation while the hole alone varies"
         yield table(objective["importance"])
@@ -37,7 +37,7 @@ def _lines(found: Plain) -> Iterator[str]:
             yield from ("", f"Effects on {name} between models of equal active parameters")
             yield "effect: adjusted mean minus the mean of all, with its 95 % confidence interval"
             yield table([_effect_row(effect) for effect in objective["effects"]])
-    if not found["objectives"]:
+    if not report["objectives"]:
         yield from ("", f"Importances and effects need {MIN_CANDIDATES} complete candidates.")
 
 

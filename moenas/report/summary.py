@@ -77,12 +77,12 @@ def studies_report(store: Store) -> list[Plain]:
     """Return one row for each study of the database."""
     rows = []
     for record in store.studies():
-        found = store.summary(record.name)
+        summary = store.summary(record.name)
         rows.append(
             {
                 "study": record.name,
-                "trials": f"{found.evaluated}/{record.trials}",
-                "front": found.front,
+                "trials": f"{summary.evaluated}/{record.trials}",
+                "front": summary.front,
                 "objectives": ", ".join(record.directions),
                 "created": record.created_at[:19],
             }
@@ -96,20 +96,20 @@ def listed_studies(store: Store) -> list[Plain]:
     A study that a server runs has the state of its queue. The state of another one is running,
     finished or stopped. Queued studies without rows of their own come last.
     """
-    submitted = {found.study: found for found in store.query(submissions.every)}
+    submitted = {summary.study: summary for summary in store.query(submissions.every)}
     newest = store.query(last_activity)
     rows = []
     for record in store.studies():
-        found, own = store.summary(record.name), submitted.pop(record.name, None)
+        summary, own = store.summary(record.name), submitted.pop(record.name, None)
         rows.append(
             {
                 "study": record.name,
-                "state": own.state if own is not None else _state(store, found),
-                "evaluated": found.evaluated,
+                "state": own.state if own is not None else _state(store, summary),
+                "evaluated": summary.evaluated,
                 "trials": record.trials,
-                "failed": found.counts.get("failed", 0),
-                "front": found.front,
-                "hypervolume": found.hypervolume,
+                "failed": summary.counts.get("failed", 0),
+                "front": summary.front,
+                "hypervolume": summary.hypervolume,
                 "objectives": list(record.directions),
                 "last_activity": newest[record.name],
             }
@@ -130,40 +130,40 @@ def listed_studies(store: Store) -> list[Plain]:
     ]
 
 
-def _state(store: Store, found: Summary) -> str:
+def _state(store: Store, summary: Summary) -> str:
     """Return the state of a study that a command runs or ran."""
-    name = found.study.name
+    name = summary.study.name
     if store.driver(name) is not None:
         return "running"
-    is_over = store.ended(name) is not None or found.evaluated >= found.study.trials
+    is_over = store.ended(name) is not None or summary.evaluated >= summary.study.trials
     return "finished" if is_over else "stopped"
 
 
 def status_report(store: Store, name: str) -> Plain:
     """Say how far a study is: counts, best values, the front, failures and who runs it."""
-    found = store.summary(name)
-    study = found.study
+    summary = store.summary(name)
+    study = summary.study
     return {
         "study": name,
         "trials": study.trials,
-        "evaluated": found.evaluated,
-        "complete": found.counts.get("complete", 0),
-        "failed": found.counts.get("failed", 0),
-        "stopped": found.counts.get("stopped", 0),
+        "evaluated": summary.evaluated,
+        "complete": summary.counts.get("complete", 0),
+        "failed": summary.counts.get("failed", 0),
+        "stopped": summary.counts.get("stopped", 0),
         "paused": len(rungs.pauses(store, name)),
-        "infeasible": found.counts.get("infeasible", 0),
-        "repeated": found.repeated,
-        "left": max(0, study.trials - found.evaluated),
+        "infeasible": summary.counts.get("infeasible", 0),
+        "repeated": summary.repeated,
+        "left": max(0, study.trials - summary.evaluated),
         "running_in": store.driver(name),
         "ended": store.ended(name),
-        "failures": found.failures,
+        "failures": summary.failures,
         "spent": spending(store, name).plain(),
-        "best": found.best,
-        "front": found.front,
-        "hypervolume": found.hypervolume,
+        "best": summary.best,
+        "front": summary.front,
+        "hypervolume": summary.hypervolume,
         "hypervolume_is_exact": is_exact(len(study.objectives)),
-        "bigram_loss": _bigram_loss(found),
-        "devices": found.devices,
+        "bigram_loss": _bigram_loss(summary),
+        "devices": summary.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
         "rungs": [asdict(agreement) for agreement in _agreements(store, name)],
     }
@@ -171,28 +171,28 @@ def status_report(store: Store, name: str) -> Plain:
 
 def _agreements(store: Store, name: str) -> list[RankAgreement]:
     """Return how well the losses at each rung agree with the final ones."""
-    found = rank_agreements(rungs.results(store, name), rungs.final_losses(store, name))
-    return list(found.values())
+    agreements = rank_agreements(rungs.results(store, name), rungs.final_losses(store, name))
+    return list(agreements.values())
 
 
-def _rung_line(found: Plain) -> str:
+def _rung_line(rung: Plain) -> str:
     """Lay out one rung of `status_report`."""
     text = (
-        f"  rung {found['rung']} ({short(found['tokens'])} tokens): {found['reached']} reached it,"
-        f" {found['promoted']} trained on"
+        f"  rung {rung['rung']} ({short(rung['tokens'])} tokens): {rung['reached']} reached it,"
+        f" {rung['promoted']} trained on"
     )
-    if found["correlation"] is None:
+    if rung["correlation"] is None:
         return text
-    pairs = found["pairs"]
-    return f"{text}; rank correlation with the end {found['correlation']:.2f} over {pairs}"
+    pairs = rung["pairs"]
+    return f"{text}; rank correlation with the end {rung['correlation']:.2f} over {pairs}"
 
 
-def _bigram_loss(found: Summary) -> float | None:
+def _bigram_loss(summary: Summary) -> float | None:
     """Return the held-out bigram loss of the corpus, where a loss of the study is to compare."""
-    return found.study.data.get("bigram_loss") if found.trained else None
+    return summary.study.data.get("bigram_loss") if summary.trained else None
 
 
-def _end(found: Plain) -> str:
+def _end(report: Plain) -> str:
     """Say whether a study that no process runs is over, and why."""
     texts = {
         "trials": "done",
@@ -204,39 +204,39 @@ def _end(found: Plain) -> str:
         "train_tokens": "done, the training tokens of search.stop are used up",
         "plateau": "done, the hypervolume has stopped growing",
     }
-    return texts.get(found["ended"], "done" if not found["left"] else "stopped")
+    return texts.get(report["ended"], "done" if not report["left"] else "stopped")
 
 
-def status_text(found: Plain) -> str:
+def status_text(report: Plain) -> str:
     """Lay out what `status_report` found."""
-    driver = found["running_in"]
-    state = f"running in {driver}" if driver else _end(found)
+    driver = report["running_in"]
+    state = f"running in {driver}" if driver else _end(report)
     lines = [
-        f"{found['study']}: {state}; {found['evaluated']} of {found['trials']} trials evaluated",
-        f"  complete {found['complete']}, failed {found['failed']},"
-        f" infeasible {found['infeasible']}, repeated {found['repeated']}, left {found['left']}",
+        f"{report['study']}: {state}; {report['evaluated']} of {report['trials']} trials evaluated",
+        f"  complete {report['complete']}, failed {report['failed']},"
+        f" infeasible {report['infeasible']}, repeated {report['repeated']}, left {report['left']}",
     ]
-    if found["rungs"]:
-        lines.append(f"  stopped {found['stopped']}, paused {found['paused']}")
-        lines += [_rung_line(rung) for rung in found["rungs"]]
-    if found["failures"]:
-        reasons = ", ".join(f"{kind} {n}" for kind, n in found["failures"].items())
+    if report["rungs"]:
+        lines.append(f"  stopped {report['stopped']}, paused {report['paused']}")
+        lines += [_rung_line(rung) for rung in report["rungs"]]
+    if report["failures"]:
+        reasons = ", ".join(f"{kind} {n}" for kind, n in report["failures"].items())
         lines.append(f"  failures: {reasons}")
-    for name, value in found["best"].items():
+    for name, value in report["best"].items():
         lines.append(f"  best {name}: {_cell(value)}")
-    if found["bigram_loss"] is not None:
+    if report["bigram_loss"] is not None:
         lines.append(
-            f"  held-out bigram loss of the corpus: {found['bigram_loss']:.4g} nats a token"
+            f"  held-out bigram loss of the corpus: {report['bigram_loss']:.4g} nats a token"
         )
-    spent = found["spent"]
+    spent = report["spent"]
     lines.append(
         f"  spent: {spent['wall_seconds']:,.0f} s of wall time, {short(spent['train_tokens'])}"
         f" training tokens, {spent['train_flops']:.3g} training FLOPs"
     )
-    volume = _cell(found["hypervolume"])
-    about = "" if found["hypervolume_is_exact"] else " (approximate)"
-    lines.append(f"  front: {found['front']} members, hypervolume {volume}{about}")
-    lines += [f"  device: {name}" for name in found["devices"]]
+    volume = _cell(report["hypervolume"])
+    about = "" if report["hypervolume_is_exact"] else " (approximate)"
+    lines.append(f"  front: {report['front']} members, hypervolume {volume}{about}")
+    lines += [f"  device: {name}" for name in report["devices"]]
     return "\n".join(lines)
 
 
@@ -264,7 +264,7 @@ def front_rows(view: View | FrontView, *, short_form: bool = False) -> list[Plai
 
 
 def front_caption(view: View | FrontView) -> list[str]:
-    """Say what the numbers of a front stand on."""
+    """Say how the numbers of a front were measured."""
     view = as_front(view)
     done, name = view.summary.counts.get("complete", 0), view.study.name
     lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
@@ -302,15 +302,15 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
     Raises:
         NotFoundError: if the study has no such trial.
     """
-    record, found = store.study(study), store.evaluation(study, trial)
-    if found is None and (pause := rungs.pauses(store, study).get(trial)) is not None:
-        found = pause.evaluation
-    if found is None:
+    record, evaluation = store.study(study), store.evaluation(study, trial)
+    if evaluation is None and (pause := rungs.pauses(store, study).get(trial)) is not None:
+        evaluation = pause.evaluation
+    if evaluation is None:
         numbers = store.finished(study)
         there = f"it has {_spans(numbers)}" if numbers else "it has none yet"
         raise NotFoundError(f"study '{study}' has no finished trial {trial}; {there}")
     return {
-        **found.plain(),
+        **evaluation.plain(),
         "units": {o["name"]: o["unit"] for o in record.objectives},
         "enqueued_from": origins.source(store, study, trial),
         "on_front": trial in store.front(study),
@@ -329,36 +329,40 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def trial_text(found: Plain, *, full: bool = False) -> str:
+def trial_text(report: Plain, *, full: bool = False) -> str:
     """Lay out what `trial_report` found; with `full` every field of the architecture."""
-    on_front = ", on the front" if found["on_front"] else ""
-    lines = [f"trial {found['trial']} of {found['study']}: {found['status']}{on_front}"]
-    if source := found["reused_from"]:
+    on_front = ", on the front" if report["on_front"] else ""
+    lines = [f"trial {report['trial']} of {report['study']}: {report['status']}{on_front}"]
+    if source := report["reused_from"]:
         lines.append(f"  reused from trial {source['trial']} of study '{source['study']}'")
-    if found["enqueued_from"]:
-        lines.append(f"  enqueued from {found['enqueued_from']}")
-    if found["failure"]:
-        lines.append(f"  {found['failure']['kind']}: {found['failure']['message']}")
-    lines += [f"  broken by {by:.3g}: {text}" for text, by in found["violations"].items() if by > 0]
-    for name, value in found["values"].items():
-        lines.append(f"  {name}: {value:.5g} {found['units'].get(name, '')}{_details(found, name)}")
-    told = set(found["values"])
-    lines += [f"  {n}: {value:.5g}" for n, value in found["metrics"].items() if n not in told]
-    told |= set(found["metrics"])
-    lines += [f"  {name}: {value:,}" for name, value in found["cost"].items() if name not in told]
-    if found["device"]:
-        lines.append(f"  device: {found['device'].get('name')}, {found['device'].get('dtype')}")
-    lines += [f"  {phase}: {took:.1f} s" for phase, took in found["seconds"].items()]
-    lines += [line for row in found["routing"] for line in _routing_lines(row)]
-    if found["architecture"]:
-        architecture = found["architecture"] if full else brief(found["architecture"])
+    if report["enqueued_from"]:
+        lines.append(f"  enqueued from {report['enqueued_from']}")
+    if report["failure"]:
+        lines.append(f"  {report['failure']['kind']}: {report['failure']['message']}")
+    lines += [
+        f"  broken by {by:.3g}: {text}" for text, by in report["violations"].items() if by > 0
+    ]
+    for name, value in report["values"].items():
+        lines.append(
+            f"  {name}: {value:.5g} {report['units'].get(name, '')}{_details(report, name)}"
+        )
+    told = set(report["values"])
+    lines += [f"  {n}: {value:.5g}" for n, value in report["metrics"].items() if n not in told]
+    told |= set(report["metrics"])
+    lines += [f"  {name}: {value:,}" for name, value in report["cost"].items() if name not in told]
+    if report["device"]:
+        lines.append(f"  device: {report['device'].get('name')}, {report['device'].get('dtype')}")
+    lines += [f"  {phase}: {took:.1f} s" for phase, took in report["seconds"].items()]
+    lines += [line for row in report["routing"] for line in _routing_lines(row)]
+    if report["architecture"]:
+        architecture = report["architecture"] if full else brief(report["architecture"])
         lines += ["", to_yaml({"architecture": architecture}).rstrip()]
     return "\n".join(lines)
 
 
-def _details(found: Plain, name: str) -> str:
+def _details(report: Plain, name: str) -> str:
     """Say how sure a measured value is, or what it must not be mistaken for."""
-    details = found["measurements"].get(name, {})
+    details = report["measurements"].get(name, {})
     if "acausal" in details:
         seen = " and ".join(details["acausal"]) or "no pass that was tried"
         return f" (NOT CAUSAL: may look at later tokens, and did in {seen})"

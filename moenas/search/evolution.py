@@ -51,12 +51,12 @@ class Evolution:
         draw = random.Random(f"{self._seed}:{number}:evolution")
         complete, seen = list[tuple[FrozenTrial, Point]](), set[str]()
         for trial in trials:
-            if trial.number == number or (found := self._point(trial)) is None:
+            if trial.number == number or (proposed := self._point(trial)) is None:
                 continue
-            seen.add(found.architecture.fingerprint)
+            seen.add(proposed.architecture.fingerprint)
             feasible = all(amount <= 0 for amount in trial.constraints.values())
             if trial.state == TrialState.COMPLETE and feasible:
-                complete.append((trial, found))
+                complete.append((trial, proposed))
         if len(complete) < POPULATION:
             return self._random_point(draw, seen)
         # In the order in which they ended: the latest POPULATION trials are alive.
@@ -78,9 +78,9 @@ class Evolution:
 
     def _random_point(self, draw: random.Random, seen: set[str]) -> dict[str, Any] | None:
         for _ in range(INITIAL_DRAWS):
-            found = point(self._space, draw.getrandbits(48))
-            if found is not None and found.architecture.fingerprint not in seen:
-                return found.params
+            drawn = point(self._space, draw.getrandbits(48))
+            if drawn is not None and drawn.architecture.fingerprint not in seen:
+                return drawn.params
         return None
 
 

@@ -79,14 +79,14 @@ class GrayBox:
         complete, running, seen = list[tuple[Described, list[float]]](), list[Described](), set()
         # In the order in which they ended, which a run of several workers has too.
         for trial in sorted(trials, key=_ended):
-            found = None if trial.number == number else self._described(trial)
-            if found is None:
+            described = None if trial.number == number else self._described(trial)
+            if described is None:
                 continue
-            seen.add(found.fingerprint)
+            seen.add(described.fingerprint)
             if trial.state == TrialState.RUNNING:
-                running.append(found)
+                running.append(described)
             elif trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
-                complete.append((found, trial.values))
+                complete.append((described, trial.values))
         if len(complete) < INITIAL or not self._encoder.names:
             return None
         losses = np.array([values for _, values in complete]) * self._signs
@@ -153,47 +153,47 @@ class GrayBox:
     def _described(self, trial: FrozenTrial) -> Described | None:
         """Return the point of a trial; None if it is infeasible or has no parameters yet."""
         if trial.number not in self._of_trials and trial.params:
-            found = held_point(self._space, trial.params)
-            self._of_trials[trial.number] = None if found is None else self._describe(found)
+            held = held_point(self._space, trial.params)
+            self._of_trials[trial.number] = None if held is None else self._describe(held)
         return self._of_trials.get(trial.number)
 
-    def _describe(self, found: Point) -> Described:
-        fingerprint = found.architecture.fingerprint
+    def _describe(self, candidate: Point) -> Described:
+        fingerprint = candidate.architecture.fingerprint
         if fingerprint not in self._known:
-            cost = self._space.cost(found.architecture)
+            cost = self._space.cost(candidate.architecture)
             exact = {o.name: o.exact_value(cost) for o in self._objectives}
             values = {name: value for name, value in exact.items() if value is not None}
-            self._known[fingerprint] = features(found.architecture, cost), values
+            self._known[fingerprint] = features(candidate.architecture, cost), values
         # Points of one architecture may have other parameters, so each keeps its own.
-        return Described(found, fingerprint, *self._known[fingerprint])
+        return Described(candidate, fingerprint, *self._known[fingerprint])
 
     def _pool(self, number: int, front: Sequence[Described], seen: set[str]) -> list[Described]:
         """Return points of architectures that no trial had: random ones, mutations of the front."""
-        found = {p.fingerprint: p for p in self._random_points(number)}
+        by_fingerprint = {p.fingerprint: p for p in self._random_points(number)}
         draw = random.Random(f"{self._seed}:{number}:mutations")
         for i in range(MUTATIONS):
             parent = front[i % len(front)].point.params
             if (mutated := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
                 described = self._describe(mutated)
-                found.setdefault(described.fingerprint, described)
-        return [point for fingerprint, point in found.items() if fingerprint not in seen]
+                by_fingerprint.setdefault(described.fingerprint, described)
+        return [point for fingerprint, point in by_fingerprint.items() if fingerprint not in seen]
 
     def _random_points(self, number: int) -> list[Described]:
         """Return the random points of a pool; each trial replaces an equal share of them."""
         shares = range(number - KEPT_FOR + 1, number + 1)
         self._random = {n: self._random.get(n) or self._drawn(n) for n in shares}
-        return [found for n in shares for found in self._random[n]]
+        return [described for n in shares for described in self._random[n]]
 
     def _drawn(self, number: int) -> list[Described]:
         """Draw the random points that enter the pool with a trial."""
         draw = random.Random(f"{self._seed}:{number}:points")
-        found = list[Described]()
+        described = list[Described]()
         for i in range(20 * DRAWN // KEPT_FOR):
-            if i >= DRAWN // KEPT_FOR and len(found) >= FEASIBLE // KEPT_FOR:
+            if i >= DRAWN // KEPT_FOR and len(described) >= FEASIBLE // KEPT_FOR:
                 break
             if (drawn := point(self._space, draw.getrandbits(48))) is not None:
-                found.append(self._describe(drawn))
-        return found
+                described.append(self._describe(drawn))
+        return described
 
 
 def _improvements(means: Array, deviations: Array, n_trials: int) -> Array:

@@ -16,7 +16,7 @@ from moenas.space.early_stopping import SuccessiveHalving
 
 Array = NDArray[np.float64]
 STAND_IN = "flops_per_token"
-"""The exact cost that stands for objectives that are not known at a rung."""
+"""The exact cost that replaces objectives that are not known at a rung."""
 
 
 class Halving:
@@ -27,7 +27,7 @@ class Halving:
     ) -> None:
         """Take the directions of the objectives that are known at a rung.
 
-        With `stand_in`, the exact FLOPs of a candidate stand for objectives that are not known.
+        With `stand_in`, the exact FLOPs of a candidate replace objectives that are not known.
         """
         self._settings, self._directions = settings, dict(directions)
         self._stand_in = stand_in and STAND_IN not in directions
@@ -52,10 +52,10 @@ class Halving:
     def hopeless(self, rungs: Rungs, paused: Mapping[int, int]) -> list[int]:
         """Return the last ones of the lowest rungs, as many as are paused beyond the limit."""
         surplus = len(paused) - self._settings.max_paused
-        found: list[int] = []
+        stopped: list[int] = []
         for rung in sorted(rungs.results) if surplus > 0 else ():
-            found += [t for t in reversed(self.order(rungs, rung)) if paused.get(t) == rung]
-        return found[: max(0, surplus)]
+            stopped += [t for t in reversed(self.order(rungs, rung)) if paused.get(t) == rung]
+        return stopped[: max(0, surplus)]
 
     def order(self, rungs: Rungs, rung: int) -> list[int]:
         """Return the trials that have reached a rung, best first."""
@@ -68,8 +68,8 @@ class Halving:
     def _known(self, rungs: Rungs, result: RungResult) -> list[float]:
         """Return what is known of a candidate beside its loss, each to be minimised."""
         signs = {name: 1 if way == "minimize" else -1 for name, way in self._directions.items()}
-        found = [sign * result.known[name] for name, sign in signs.items()]
-        return found + ([float(rungs.costs[result.trial][STAND_IN])] if self._stand_in else [])
+        values = [sign * result.known[name] for name, sign in signs.items()]
+        return values + ([float(rungs.costs[result.trial][STAND_IN])] if self._stand_in else [])
 
 
 def widened(settings: SuccessiveHalving, agreement: RankAgreement | None) -> float:
@@ -92,24 +92,24 @@ def ordered(losses: Array) -> list[int]:
     scaled = (losses - losses.min(axis=0)) / np.where(span > 0, span, 1.0)
     directions = ["minimize"] * losses.shape[1]
     left = np.arange(len(losses))
-    found: list[int] = []
+    order: list[int] = []
     while len(left):
         mask = pareto.non_dominated(losses[left], directions)
-        found += _spread(scaled, left[mask])
+        order += _spread(scaled, left[mask])
         left = left[~mask]
-    return found
+    return order
 
 
 def _spread(scaled: Array, front: NDArray[np.int64]) -> list[int]:
     """Return the rows of a front, each the farthest from those before it."""
     at = int(np.argmin(scaled[front, 0]))
-    found = [int(front[at])]
+    chosen = [int(front[at])]
     distance = np.linalg.norm(scaled[front] - scaled[front[at]], axis=1)
     free = np.ones(len(front), dtype=np.bool_)
     free[at] = False
     while free.any():
         at = int(np.argmax(np.where(free, distance, -1.0)))
         free[at] = False
-        found.append(int(front[at]))
+        chosen.append(int(front[at]))
         distance = np.minimum(distance, np.linalg.norm(scaled[front] - scaled[front[at]], axis=1))
-    return found
+    return chosen

@@ -47,7 +47,7 @@ def surrogate_importances(
             others = [value for value in options if value != origin.params.get(hole)][:LEVELS]
             if hole in origin.params and others:
                 made = [point(space, 0, {**origin.params, hole: value}) for value in others]
-                feasible = [found.architecture for found in made if found is not None]
+                feasible = [candidate.architecture for candidate in made if candidate is not None]
                 first = len(architectures)
                 places[hole, index] = [index, *range(first, first + len(feasible))]
                 architectures += feasible
@@ -75,6 +75,6 @@ def _objectives(
         if objective.exact is not None:
             columns[objective.name] = np.array([objective.exact_value(cost) for cost in costs])
         else:
-            values = np.array([found[objective.name] for found in measured])
+            values = np.array([row[objective.name] for row in measured])
             columns[objective.name] = Surrogate(x[: len(values)], values).predict(x)[0]
     return columns

@@ -66,8 +66,8 @@ def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | Non
     name = draw.choice(sorted(params))
     others = {key: value for key, value in params.items() if key != name}
     for _ in range(MUTATIONS):
-        found = point(space, draw.getrandbits(32), others)
+        changed = point(space, draw.getrandbits(32), others)
         # A stored parameter of a hole without effect is not among those of the point.
-        if found is not None and found.params.get(name, params[name]) != params[name]:
-            return found
+        if changed is not None and changed.params.get(name, params[name]) != params[name]:
+            return changed
     return None

@@ -48,12 +48,12 @@ class Prediction:
         The limit falls where the ranks of a rung agree badly with the end.
         """
         agreements = rungs.agreements() if paused else {}
-        found = []
+        stopped = []
         for trial, rung in paused.items():
             share = trust(self._settings.min_correlation, agreements.get(rung))
             if self.chance(rungs, trial, rung) < share * self._settings.min_chance:
-                found.append(trial)
-        return found
+                stopped.append(trial)
+        return stopped
 
     def chance(self, rungs: Rungs, trial: int, rung: int) -> float:
         """Return the chance that no complete candidate dominates a candidate at its end.
@@ -102,12 +102,12 @@ class Prediction:
 
     def _rows(self, rungs: Rungs, trials: Sequence[int], rung: int) -> list[Features]:
         """Return the features of candidates, and their losses at the rungs up to one."""
-        found = []
+        features_by_trial = []
         for trial in trials:
             at = {f"rung.{r}": rungs.results[r] for r in range(1, rung + 1) if r in rungs.results}
             losses = {name: rows[trial].val_loss for name, rows in at.items() if trial in rows}
-            found.append(self._of(rungs, trial) | losses)
-        return found
+            features_by_trial.append(self._of(rungs, trial) | losses)
+        return features_by_trial
 
     def _of(self, rungs: Rungs, trial: int) -> Features:
         """Return the features of the architecture of a candidate."""

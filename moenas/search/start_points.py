@@ -58,12 +58,12 @@ def start_points(
         InputError: if a ref cannot be read, or its architecture is not one of the space; it names
             the value that differs.
     """
-    found: dict[str, StartPoint] = {}
+    by_fingerprint: dict[str, StartPoint] = {}
     for i, ref in enumerate(refs):
         mark = marks[i] if i < len(marks) else None
         try:
             for point in _points(space, ref, open_store):
-                found.setdefault(point.fingerprint, point)
+                by_fingerprint.setdefault(point.fingerprint, point)
         except LocatedError:
             raise
         except InputError as error:
@@ -71,7 +71,7 @@ def start_points(
                 raise
             path = f"search.start_from.{i}"
             raise SpaceError(str(error), location=mark, path=path) from None
-    return list(found.values())
+    return list(by_fingerprint.values())
 
 
 def enqueue(study: optuna.Study, points: Sequence[StartPoint]) -> tuple[list[int], int]:
@@ -125,10 +125,10 @@ def _point(
     canonical = grammar.read(Architecture, Node.wrap(architecture.plain()))
     tried = [matches(space.tree, tree) for tree in (*trees, canonical)]
     nearest: Match | None = None
-    for found in chain([Match(params or {})], *(islice(each, MATCHES) for each in tried)):
-        if nearest is None and found.mismatches:
-            nearest = found
-        made = _architecture(space, found.answers)
+    for match in chain([Match(params or {})], *(islice(each, MATCHES) for each in tried)):
+        if nearest is None and match.mismatches:
+            nearest = match
+        made = _architecture(space, match.answers)
         if made is None or made[0].fingerprint != architecture.fingerprint:
             continue
         if broken := [text for text, by in space.violations(made[0]).items() if by > 0]:

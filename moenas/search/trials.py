@@ -113,7 +113,7 @@ class _ParamBuffer:
             rows.set_trial_params(self._trial._trial_id, self.params)
 
 
-def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
+def outcome(evaluation: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
     """Return the state and the values that Optuna's trial has for an evaluation of ours.
 
     A trial that early stopping has stopped is PRUNED. It gets no intermediate values: of a trial
@@ -122,12 +122,12 @@ def outcome(found: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[f
     constraints. One that breaks a requirement of the trained model has values: it is COMPLETE,
     and its constraints keep every sampler from taking it for a good one.
     """
-    if found.status == "failed":
+    if evaluation.status == "failed":
         return TrialState.FAIL, None
-    if found.status == "stopped":
+    if evaluation.status == "stopped":
         return TrialState.PRUNED, None
-    if found.values.keys() >= set(names):
-        return TrialState.COMPLETE, [found.values[name] for name in names]
+    if evaluation.values.keys() >= set(names):
+        return TrialState.COMPLETE, [evaluation.values[name] for name in names]
     return TrialState.PRUNED, None
 
 

@@ -124,8 +124,8 @@ class Server:
         body: Plain = {"space": text, "overrides": list(overrides), "priority": priority}
         body |= {"trials": trials} if trials is not None else {}
         headers = {"Idempotency-Key": key or uuid.uuid4().hex}
-        found = self.request("POST", "/v1/studies", json=body, headers=headers, source=source)
-        return RemoteStudy(self, found["name"])
+        detail = self.request("POST", "/v1/studies", json=body, headers=headers, source=source)
+        return RemoteStudy(self, detail["name"])
 
     def study(self, name: str) -> RemoteStudy:
         """Return a study.
@@ -133,9 +133,9 @@ class Server:
         Raises:
             NotFoundError: if there is none of this name.
         """
-        found = RemoteStudy(self, name)
-        found.detail()
-        return found
+        study = RemoteStudy(self, name)
+        study.detail()
+        return study
 
     def studies(self, **wanted: str) -> list[Plain]:
         """Return all studies, newest first; `wanted` are state, user or contains."""
@@ -293,19 +293,19 @@ class RemoteStudy:
     @property
     def finished(self) -> str | None:
         """Why the study is over, as of a local study; None if it is not."""
-        found = self.detail()["progress"]["ended"]
-        return None if found is None else str(found)
+        reason = self.detail()["progress"]["ended"]
+        return None if reason is None else str(reason)
 
     def front(self) -> Front:
         """Return the Pareto front."""
         from moenas.study.launch import Front, Member
 
-        found = self._get("/front")
+        front = self._get("/front")
         members = tuple(
-            Member(m["trial"], m["values"], m["architecture"]) for m in found["members"]
+            Member(m["trial"], m["values"], m["architecture"]) for m in front["members"]
         )
-        directions, corner = found["directions"], found["reference_point"]
-        return Front(members, directions, found["hypervolume"], corner)
+        directions, corner = front["directions"], front["reference_point"]
+        return Front(members, directions, front["hypervolume"], corner)
 
     def history(self) -> list[FrontPoint]:
         """Return the front after each complete trial."""
@@ -394,22 +394,22 @@ class RemoteStudy:
         Raises:
             StudyStoppedError: if it failed or was cancelled.
         """
-        found = self.detail()
-        if _is_over(found):
-            return self._ended(found)
-        for event in self.events(found["last_event"]):
+        detail = self.detail()
+        if _is_over(detail):
+            return self._ended(detail)
+        for event in self.events(detail["last_event"]):
             if progress is not None:
                 progress(event)
             if event.kind in ("finished", "failed", "cancelled", "study_ended", "deleted"):
-                found = self.detail()  # raises NotFoundError if it was deleted
-                if _is_over(found):
+                detail = self.detail()  # raises NotFoundError if it was deleted
+                if _is_over(detail):
                     break
-        return self._ended(found)
+        return self._ended(detail)
 
-    def _ended(self, found: Plain) -> RemoteStudy:
-        if found["state"] in ("failed", "cancelled"):
-            reason = found["reason"] or "a user cancelled it"
-            raise StudyStoppedError(f"study '{self.name}' is {found['state']}: {reason}")
+    def _ended(self, detail: Plain) -> RemoteStudy:
+        if detail["state"] in ("failed", "cancelled"):
+            reason = detail["reason"] or "a user cancelled it"
+            raise StudyStoppedError(f"study '{self.name}' is {detail['state']}: {reason}")
         return self
 
     # --- changes ---------------------------------------------------------------------------------
@@ -445,11 +445,12 @@ class RemoteStudy:
         with contextlib.suppress(NotFoundError):  # the answer to the first of two was lost
             self.server.request("DELETE", self._path, params=params)
 
-    def export(self, trial: int, out: str | os.PathLike[str]) -> Path:
+    def export(self, trial: int, out: str | os.PathLike[str], *, format: str = "folder") -> Path:
         """Write a trial's trained model into the new folder `out`; see `moenas export`.
 
         Raises:
-            InputError: if `out` is in use, or the trial has no trained weights.
+            InputError: if `out` is in use, the trial has no trained weights, or the format is
+                unknown or cannot hold its architecture.
         """
         target = Path(out)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -457,9 +458,10 @@ class RemoteStudy:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
             archive = Path(draft, "export.zip")
-            self._download(f"{self._path}/trials/{int(trial)}/export", archive)
-            with zipfile.ZipFile(archive) as found:
-                found.extractall(Path(draft, "export"))
+            path = f"{self._path}/trials/{int(trial)}/export?format={quote(format)}"
+            self._download(path, archive)
+            with zipfile.ZipFile(archive) as zipped:
+                zipped.extractall(Path(draft, "export"))
             (folder,) = Path(draft, "export").iterdir()
             os.rename(folder, target)
         return target
@@ -477,8 +479,8 @@ class RemoteStudy:
                 waits.wait(f"{self.server.url}: {_said(error)}")
 
 
-def _is_over(found: Plain) -> bool:
+def _is_over(detail: Plain) -> bool:
     """Whether a study has ended; one that a command runs has when its end is stored."""
-    if found["submitted"]:
-        return found["state"] in ("finished", "failed", "cancelled")
-    return found["progress"]["ended"] is not None
+    if detail["submitted"]:
+        return detail["state"] in ("finished", "failed", "cancelled")
+    return detail["progress"]["ended"] is not None

@@ -33,7 +33,7 @@ async def check_space(
     A space that is not valid is a problem of status 422 with line, column, path and message of
     what is wrong.
     """
-    found = await service.wait(
+    report = await service.wait(
         service.checks.call,
         tasks.check_space,
         request.space,
@@ -42,7 +42,7 @@ async def check_space(
         storage=service.store.url,
         draws=request.draws,
     )
-    return schemas.SpaceReport(**found)
+    return schemas.SpaceReport(**report)
 
 
 IdempotencyKey = Annotated[
@@ -64,10 +64,10 @@ async def submit_study(
     The same request with the same `Idempotency-Key` returns the study of the first one with
     status 200.
     """
-    found, is_new = await service.wait(_submit, service, user, request, idempotency_key)
+    detail, is_new = await service.wait(_submit, service, user, request, idempotency_key)
     response.status_code = 201 if is_new else 200
-    response.headers["Location"] = f"/v1/studies/{found.name}"
-    return found
+    response.headers["Location"] = f"/v1/studies/{detail.name}"
+    return detail
 
 
 def _submit(
@@ -93,11 +93,11 @@ def _submit(
         state="queued",
     )
     own_key = key or uuid.uuid4().hex  # a transaction that is repeated finds its own row
-    found, is_new = service.store.transact(
+    submission, is_new = service.store.transact(
         lambda c: submissions.submit(c, new, key=own_key, request_sha256=sha256)
     )
     service.runner.wake()
-    return study_views.study_detail(service.store, found.study), is_new
+    return study_views.study_detail(service.store, submission.study), is_new
 
 
 # --- studies that were submitted -----------------------------------------------------------------
@@ -105,12 +105,13 @@ def _submit(
 
 def _require_own(connection: Connection, name: str, user: Identity) -> Submission:
     """Return a submitted study that a user may change; others' are for admins."""
-    found = submissions.require(connection, name)
-    if user.role != "admin" and found.user_name != user.user_name:
+    submission = submissions.require(connection, name)
+    if user.role != "admin" and submission.user_name != user.user_name:
         raise Problem(
-            403, f"study '{name}' is that of '{found.user_name}', who or an admin may change it"
+            403,
+            f"study '{name}' is that of '{submission.user_name}', who or an admin may change it",
         )
-    return found
+    return submission
 
 
 def _change_own(
@@ -209,23 +210,23 @@ def remove_study(
     Without `confirm`, nothing is deleted: the problem of status 428 has the value of `confirm` in
     its field `confirmation`. It changes when the study does.
     """
-    found = study_views.listed(service.store, name)
-    if found.submission is not None:
+    study = study_views.listed(service.store, name)
+    if study.submission is not None:
         service.store.query(lambda c: _require_own(c, name, user))
-        if found.submission.driver_running or found.submission.state == "running":
+        if study.submission.driver_running or study.submission.state == "running":
             raise Problem(409, f"study '{name}' is running; cancel it, and wait for its driver")
     elif user.role != "admin":
         raise Problem(403, f"study '{name}' was started by a command; only an admin may delete it")
-    mark = f"{name}|{found.created_at}|{found.evaluations}"
+    mark = f"{name}|{study.created_at}|{study.evaluations}"
     wanted = hashlib.sha256(mark.encode()).hexdigest()[:16]
     if confirm != wanted:
         raise Problem(
             428,
-            f"study '{name}' has {found.evaluations} finished trials; repeat the request with"
+            f"study '{name}' has {study.evaluations} finished trials; repeat the request with"
             f" ?confirm={wanted} to delete them and their weights",
             confirmation=wanted,
         )
-    if found.submission is not None and found.submission.state in ("queued", "paused"):
+    if study.submission is not None and study.submission.state in ("queued", "paused"):
         _require_unstarted(service, name, user)
     trials = delete_study(service.store, name, user.user_name)
     service.runner.drivers.forget(name)
@@ -234,6 +235,6 @@ def remove_study(
 
 def _require_unstarted(service: ServiceState, name: str, user: Identity) -> None:
     """Keep a queued or paused study from being started while it is deleted."""
-    found = service.store.transact(lambda c: submissions.cancel(c, name, user.user_name))
-    if found.driver_running:
+    submission = service.store.transact(lambda c: submissions.cancel(c, name, user.user_name))
+    if submission.driver_running:
         raise Problem(409, f"study '{name}' has just started and is cancelled; delete it later")

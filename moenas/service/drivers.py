@@ -41,11 +41,13 @@ class DriverProcess:
         return process_start(self.pid) == self.born
 
 
-def process_of(found: Submission) -> DriverProcess | None:
+def process_of(submission: Submission) -> DriverProcess | None:
     """Return the process that drives a study, or None if none was stored."""
-    if found.driver_pid is None or found.driver_machine is None:
+    if submission.driver_pid is None or submission.driver_machine is None:
         return None
-    return DriverProcess(found.driver_machine, found.driver_pid, found.driver_born or "")
+    return DriverProcess(
+        submission.driver_machine, submission.driver_pid, submission.driver_born or ""
+    )
 
 
 class Drivers:
@@ -59,24 +61,24 @@ class Drivers:
         """Return the folder of a study's space file and log; the name was checked before."""
         return self._settings.work_dir.absolute() / study
 
-    def start(self, found: Submission) -> DriverProcess:
+    def start(self, submission: Submission) -> DriverProcess:
         """Start the driver of a study in a session of its own.
 
         Raises:
             OSError: if its files cannot be written or no process can be made.
         """
-        folder = self.folder(found.study)
+        folder = self.folder(submission.study)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_FILE).unlink(missing_ok=True)
-        space = folder / f"{found.study}.yaml"
-        space.write_text(found.space_text, encoding="utf-8")
-        words = ["run", "--trials", str(found.trials)]
+        space = folder / f"{submission.study}.yaml"
+        space.write_text(submission.space_text, encoding="utf-8")
+        words = ["run", "--trials", str(submission.trials)]
         for flag, value in (
             ("--workers", self._settings.workers),
             ("--address", self._settings.address),
         ):
             words += [flag, value] if value is not None else []
-        words += ["--", str(space), *found.overrides]
+        words += ["--", str(space), *submission.overrides]
         # The URL may hold a password, and every user of this machine can read a command line.
         environment = {**os.environ, "MOENAS_STORAGE": self._storage_url, "COLUMNS": "200"}
         module = [sys.executable, "-m", "moenas.service.driver_process"]

@@ -88,18 +88,18 @@ async def stream(
     while not hub.is_closed:
         after = last
         try:
-            found = await run_in_threadpool(
+            new_events = await run_in_threadpool(
                 store.query, lambda connection, a=after: study_events.after(connection, study, a)
             )
         except MoenasError as error:
             log.warning("a stream of '%s' ends: %s", study, error)
             return
-        for event in found:
+        for event in new_events:
             yield as_text(event)
             last = event.id
-        if any(event.kind == "deleted" for event in found):
+        if any(event.kind == "deleted" for event in new_events):
             return
-        if len(found) == MOST:
+        if len(new_events) == MOST:
             continue
         if not follow:
             return

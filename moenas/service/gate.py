@@ -192,8 +192,8 @@ class Gate:
             scheme, _, text = given.partition(" ")
             if scheme.lower() != "bearer":
                 return None
-            found = self._store.query(lambda c: access_tokens.checked(c, text.strip()))
-            return None if found is None else Identity(found.user_name, found.role, found.id)
+            token = self._store.query(lambda c: access_tokens.checked(c, text.strip()))
+            return None if token is None else Identity(token.user_name, token.role, token.id)
         if cookie is not None and (session := self._sessions.find(cookie)) is not None:
             return session if self._is_active(session) else None
         return Identity("local", "admin", None) if self._settings.no_auth else None

@@ -59,8 +59,8 @@ def get_metrics(service: Service) -> Response:
 @router.get("/v1/devices", tags=["operation"])
 async def get_devices(service: Service) -> schemas.Devices:
     """Return the devices of the server's machine."""
-    found = await service.wait(service.checks.call, tasks.devices)
-    return schemas.Devices(devices=[schemas.Device(**row) for row in found])
+    devices = await service.wait(service.checks.call, tasks.devices)
+    return schemas.Devices(devices=[schemas.Device(**row) for row in devices])
 
 
 @router.get("/v1/audit", tags=["operation"])
@@ -70,14 +70,14 @@ def get_audit(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> schemas.AuditPage:
     """Return who changed what, newest first; for admins."""
-    found = service.store.query(lambda c: audit.entries(c, before=before, limit=limit + 1))
+    entries = service.store.query(lambda c: audit.entries(c, before=before, limit=limit + 1))
     rows = [
         schemas.AuditRow(
             id=e.id, at=e.at, user=e.user_name, action=e.action, study=e.study, detail=e.detail
         )
-        for e in found[:limit]
+        for e in entries[:limit]
     ]
-    return schemas.AuditPage(entries=rows, next=rows[-1].id if len(found) > limit else None)
+    return schemas.AuditPage(entries=rows, next=rows[-1].id if len(entries) > limit else None)
 
 
 # --- logins of browsers --------------------------------------------------------------------------
@@ -106,10 +106,10 @@ async def log_in_by_token(service: Service, request: Request) -> Response:
     """Trade a token for a cookie."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"))
     text = fields.get("token", [""])[0].strip()
-    found = await run_in_threadpool(service.store.query, lambda c: access_tokens.checked(c, text))
-    if found is None:
+    token = await run_in_threadpool(service.store.query, lambda c: access_tokens.checked(c, text))
+    if token is None:
         return html("login.html", status=403, said="No active token is like this.")
-    return _logged_in(service, Identity(found.user_name, found.role, found.id))
+    return _logged_in(service, Identity(token.user_name, token.role, token.id))
 
 
 def _logged_in(service: Service, identity: Identity) -> Response:

@@ -26,7 +26,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self';"
     " img-src 'self' data: blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""Content-Security-Policy: nothing comes from another site, and no script stands in a page."""
+"""Content-Security-Policy: nothing comes from another site, and no page has an inline script."""
 ASSETS = {
     "pages.css": "text/css",
     "pages.js": "text/javascript",
@@ -107,13 +107,13 @@ def trial_page(
     service: Service, user: User, request: Request, name: str, trial: schemas.TrialNumber
 ) -> Response:
     """Show a trial: its numbers and its architecture."""
-    found = study_views.trial(service.store, name, trial)
-    text = _written(found)
-    return _page("trial.html", service, request, user, trial=found, architecture=text)
+    shown = study_views.trial(service.store, name, trial)
+    text = _written(shown)
+    return _page("trial.html", service, request, user, trial=shown, architecture=text)
 
 
-def _written(found: schemas.Trial) -> str:
-    return to_yaml({"architecture": brief(found.architecture)}).rstrip()
+def _written(shown: schemas.Trial) -> str:
+    return to_yaml({"architecture": brief(shown.architecture)}).rstrip()
 
 
 @router.get("/studies/{name}/compare")

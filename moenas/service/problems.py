@@ -99,12 +99,12 @@ def located(error: LocatedError) -> Plain:
 
 def _of_validation(error: RequestValidationError) -> Problem:
     """Return the problem of a request whose body or parameters do not fit their types."""
-    found = [
+    errors = [
         {"message": str(each["msg"]), "path": ".".join(map(str, each["loc"]))}
         for each in error.errors()
     ]
-    told = "; ".join(f"{each['path']}: {each['message']}" for each in found)
-    return Problem(422, told, kind="request", errors=found)
+    told = "; ".join(f"{each['path']}: {each['message']}" for each in errors)
+    return Problem(422, told, kind="request", errors=errors)
 
 
 def _documented_methods(app: FastAPI, path: str) -> list[str]:
@@ -138,8 +138,8 @@ def handle_errors(app: FastAPI) -> None:
     def of_http(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
-        if error.status_code == 405 and (found := _documented_methods(app, request.url.path)):
-            headers["Allow"] = ", ".join(found)
+        if error.status_code == 405 and (allowed := _documented_methods(app, request.url.path)):
+            headers["Allow"] = ", ".join(allowed)
         return Problem(error.status_code, detail, headers=headers).response(request.url.path)
 
     @app.exception_handler(Exception)

@@ -72,16 +72,16 @@ class Runner:
 
     def _interrupt_all(self) -> None:
         held = self._held()
-        for found in held:
-            if (process := process_of(found)) is not None and process.is_local:
+        for submission in held:
+            if (process := process_of(submission)) is not None and process.is_local:
                 self.drivers.interrupt(process)
-                self._interrupted.setdefault(found.study, time.monotonic())
+                self._interrupted.setdefault(submission.study, time.monotonic())
         deadline = time.monotonic() + GRACE_S
         while held and time.monotonic() < deadline:
             time.sleep(0.1)
             held = [f for f in self._held() if not self._look_after(f)]
-        for found in held:
-            if (process := process_of(found)) is not None and process.is_local:
+        for submission in held:
+            if (process := process_of(submission)) is not None and process.is_local:
                 self.drivers.kill(process)
 
     def _held(self) -> list[Submission]:
@@ -102,7 +102,7 @@ class Runner:
         """Do once what there is to do."""
         self._beat()
         held = self._held()
-        left = [found for found in held if not self._look_after(found)]
+        left = [submission for submission in held if not self._look_after(submission)]
         for _ in range(self._settings.max_running - len(left)):
             if not self._start_next():
                 return
@@ -124,86 +124,86 @@ class Runner:
         """Start the study that comes first in the queue; say whether there was one."""
         if not self._store.query(submissions.counts)["queued"]:
             return False
-        found = self._store.transact(
+        submission = self._store.transact(
             lambda c: submissions.claim_next(c, self.id, leases.clock(c)),
         )
-        if found is None:
+        if submission is None:
             return False
-        self._interrupted.pop(found.study, None)
+        self._interrupted.pop(submission.study, None)
         try:
-            process = self.drivers.start(found)
+            process = self.drivers.start(submission)
         except OSError as error:
             reason = f"its driver cannot be started: {error}"
-            self._ended(found.study, lambda _: {"state": "failed", "reason": reason})
+            self._ended(submission.study, lambda _: {"state": "failed", "reason": reason})
             return True
         self._store.transact(
             lambda c: submissions.set_driver(
-                c, found.study, process.machine, process.pid, process.born
+                c, submission.study, process.machine, process.pid, process.born
             )
         )
         return True
 
     # --- drivers that run ------------------------------------------------------------------------
 
-    def _look_after(self, found: Submission) -> bool:
+    def _look_after(self, submission: Submission) -> bool:
         """Bring a driver to where its study is to be; say whether the driver has ended."""
-        process = process_of(found)
-        if self._is_alive(found, process):
+        process = process_of(submission)
+        if self._is_alive(submission, process):
             if process is not None and process.is_local:
-                self._steer(found, process)
+                self._steer(submission, process)
             return False
-        code = self.drivers.exit_code(found.study)
+        code = self.drivers.exit_code(submission.study)
         clock = self._store.query(leases.clock)
-        self._interrupted.pop(found.study, None)
-        self._ended(found.study, partial(self._after, code=code, clock=clock))
+        self._interrupted.pop(submission.study, None)
+        self._ended(submission.study, partial(self._after, code=code, clock=clock))
         return True
 
-    def _is_alive(self, found: Submission, process: DriverProcess | None) -> bool:
+    def _is_alive(self, submission: Submission, process: DriverProcess | None) -> bool:
         """Say whether a driver lives; one on another host shows its life in the database alone."""
         if process is not None and process.is_local:
             return self.drivers.is_alive(process)
         try:
-            return self._store.driver(found.study) is not None
+            return self._store.driver(submission.study) is not None
         except MoenasError:  # it has not created its study
             return False
 
-    def _steer(self, found: Submission, process: DriverProcess) -> None:
+    def _steer(self, submission: Submission, process: DriverProcess) -> None:
         """Interrupt the driver of a study that is paused or cancelled, once; later kill it."""
-        asked = self._interrupted.get(found.study)
-        if found.state in ("paused", "cancelled") and asked is None:
+        asked = self._interrupted.get(submission.study)
+        if submission.state in ("paused", "cancelled") and asked is None:
             self.drivers.interrupt(process)
-            self._interrupted[found.study] = time.monotonic()
+            self._interrupted[submission.study] = time.monotonic()
         elif asked is not None and time.monotonic() > asked + GRACE_S:
             self.drivers.kill(process)
-        elif found.state == "queued" and asked is None:  # resumed before it was interrupted
-            self._store.transact(lambda c: submissions.keep_running(c, found.study, self.id))
+        elif submission.state == "queued" and asked is None:  # resumed before it was interrupted
+            self._store.transact(lambda c: submissions.keep_running(c, submission.study, self.id))
 
     # --- drivers that have ended -----------------------------------------------------------------
 
     def _ended(self, study: str, decide: submissions.Decide) -> None:
         self._store.transact(lambda c: submissions.driver_ended(c, study, self.id, decide))
 
-    def _after(self, found: Submission, *, code: int | None, clock: float) -> Plain:
+    def _after(self, submission: Submission, *, code: int | None, clock: float) -> Plain:
         """Return what becomes of a running study whose driver has ended with an exit code."""
-        if found.driver_pid is None:
+        if submission.driver_pid is None:
             return {"state": "queued", "reason": "its driver was not started"}
         if code == 0:
-            more = found.trials > (found.driven_trials or 0)
+            more = submission.trials > (submission.driven_trials or 0)
             return {"state": "queued" if more else "finished", "reason": None}
         if code == BUSY_CODE:
             return {"state": "queued", "not_before": clock + BUSY_S, "reason": "another driver"}
         if code in INTERRUPTED_CODES:
             wait = clock + self._settings.backoff_s
             return {"state": "queued", "not_before": wait, "reason": "its driver was interrupted"}
-        tail = self.drivers.log_tail(found.study)
+        tail = self.drivers.log_tail(submission.study)
         if code in FINAL_CODES:
             return {"state": "failed", "reason": f"{FINAL_CODES[code]}:\n{tail}"}
         how = "was killed" if code is None else f"ended with exit code {code}"
-        restarts = found.restarts + 1
+        restarts = submission.restarts + 1
         if restarts > self._settings.restart_limit:
             times = f"its driver {how}, {restarts} times in all; {RESUME_HINT}"
             return {"state": "failed", "reason": f"{times}:\n{tail}"}
-        wait = min(LONGEST_BACKOFF_S, self._settings.backoff_s * 2.0**found.restarts)
+        wait = min(LONGEST_BACKOFF_S, self._settings.backoff_s * 2.0**submission.restarts)
         return {
             "state": "queued",
             "restarts": restarts,

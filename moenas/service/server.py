@@ -141,18 +141,18 @@ def _listen(settings: ServerSettings) -> socket.socket:
         InputError: if the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((settings.host, settings.port))
-        found.listen(128)
+        listener.bind((settings.host, settings.port))
+        listener.listen(128)
     except OSError as error:
-        found.close()
+        listener.close()
         raise InputError(
             f"--host {settings.host} --port {settings.port}: {error.strerror}; give another port,"
             " or 0 for a free one"
         ) from None
-    return found
+    return listener
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> int:

@@ -37,10 +37,10 @@ class Identity:
 def cookie_value(header: str, name: str) -> str | None:
     """Return the value of a cookie, or None."""
     try:
-        found = SimpleCookie(header).get(name)
+        morsel = SimpleCookie(header).get(name)
     except CookieError:
         return None
-    return None if found is None else found.value
+    return None if morsel is None else morsel.value
 
 
 class Sessions:
@@ -60,8 +60,8 @@ class Sessions:
     def use_link(self, key: str) -> Identity | None:
         """Return whose link it is and end the link, or None."""
         with self._lock:
-            found = self._links.pop(digest(key), None)
-        return found[0] if found is not None and found[1] > time.monotonic() else None
+            link = self._links.pop(digest(key), None)
+        return link[0] if link is not None and link[1] > time.monotonic() else None
 
     def set_cookie(self, identity: Identity) -> str:
         """Begin a session; return the value of the header Set-Cookie."""
@@ -71,8 +71,8 @@ class Sessions:
     def find(self, secret: str) -> Identity | None:
         """Return who has a session, or None."""
         with self._lock:
-            found = self._sessions.get(digest(secret))
-        return found[0] if found is not None and found[1] > time.monotonic() else None
+            session = self._sessions.get(digest(secret))
+        return session[0] if session is not None and session[1] > time.monotonic() else None
 
     def end(self, secret: str) -> str:
         """End a session; return the value of the header Set-Cookie that removes the cookie."""

@@ -19,7 +19,7 @@ NO_CODE = "the server was started without --allow-code, so a space cannot name P
 NO_START = "'{}' is no shipped space, such as zoo/olmoe_1b_7b, and no study:NAME"
 STUDY = "study:"
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-"""Names of submitted studies: they stand in URLs and name folders."""
+"""Names of submitted studies: they are parts of URLs and names of folders."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def require_study_name(name: str) -> None:
     """Check the name of a study that is submitted.
 
     Raises:
-        InputError: if it cannot stand in a URL or name a folder.
+        InputError: if it cannot be part of a URL or the name of a folder.
     """
     if not STUDY_NAME.match(name):
         raise InputError(

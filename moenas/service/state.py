@@ -70,13 +70,13 @@ class ServiceState:
 
 
 def _state(request: Request) -> ServiceState:
-    found: ServiceState = request.app.state.service
-    return found
+    state: ServiceState = request.app.state.service
+    return state
 
 
 def _identity(request: Request) -> Identity:
-    found: Identity = request.scope["identity"]
-    return found
+    identity: Identity = request.scope["identity"]
+    return identity
 
 
 Service = Annotated[ServiceState, Depends(_state)]

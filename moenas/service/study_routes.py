@@ -93,10 +93,10 @@ def get_front(
     service: Service, name: str, format: Literal["json", "csv"] = "json"
 ) -> schemas.Front | Response:
     """Return the Pareto front, best first by the first objective."""
-    found = study_views.front(service.store, name)
+    front = study_views.front(service.store, name)
     if format == "json":
-        return found
-    rows = list(study_views.front_csv(found))
+        return front
+    rows = list(study_views.front_csv(front))
     text = io.StringIO()
     names = list(rows[0]) if rows else ["trial"]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -142,14 +142,14 @@ def _report(service: ServiceState, name: str) -> schemas.Report:
     """Let the process of the jobs make the report of a study that has begun."""
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
-    found = service.jobs.call(
+    report = service.jobs.call(
         tasks.study_report,
         name,
         storage=service.store.url,
         allow_code=service.settings.allow_code,
         timeout=EXPORT_S,
     )
-    return schemas.Report(**found)
+    return schemas.Report(**report)
 
 
 @router.get("/studies/{name}/events", response_class=StreamingResponse, responses=STREAM)
@@ -177,13 +177,16 @@ def get_events(
     "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
 )
 async def export_trial(
-    service: Service, name: str, trial: schemas.TrialNumber
+    service: Service,
+    name: str,
+    trial: schemas.TrialNumber,
+    format: schemas.ExportFormat = "folder",
 ) -> StreamingResponse:
-    """Return a trained model as a zip: PyTorch source, weights, config and README."""
-    return await service.wait(_export, service, name, trial)
+    """Return a trained model as a zip of the folder that `moenas export` writes in a format."""
+    return await service.wait(_export, service, name, trial, format)
 
 
-def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
+def _export(service: ServiceState, name: str, trial: int, format: str) -> StreamingResponse:
     """Let the process of the jobs export a trial; the answer zips the folder and removes it."""
     service.store.study(name)
     folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
@@ -194,6 +197,7 @@ def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
             name,
             trial,
             str(folder / "export"),
+            format,
             storage=service.store.url,
             allow_code=service.settings.allow_code,
             timeout=EXPORT_S,
@@ -224,9 +228,9 @@ class _Sink(io.RawIOBase):
 
     def take(self) -> bytes:
         """Return what was written since the last call."""
-        found = bytes(self._held)
+        written = bytes(self._held)
         self._held.clear()
-        return found
+        return written
 
 
 def _zipped(folder: Path, top: str) -> Iterator[bytes]:

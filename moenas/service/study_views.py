@@ -17,9 +17,9 @@ from moenas.store.store import Store
 from moenas.store.submissions import ListedStudy, StudyFilter
 
 
-def cursor(found: ListedStudy) -> str:
+def cursor(study: ListedStudy) -> str:
     """Return the place behind a study in the list, as text for a URL."""
-    return base64.urlsafe_b64encode(f"{found.created_at}|{found.study}".encode()).decode()
+    return base64.urlsafe_b64encode(f"{study.created_at}|{study.study}".encode()).decode()
 
 
 def read_cursor(text: str | None) -> tuple[str, str] | None:
@@ -46,18 +46,18 @@ def _state_of_command(store: Store, name: str) -> schemas.StudyState:
     return "finished" if store.ended(name) is not None else "stopped"
 
 
-def study_row(store: Store, found: ListedStudy) -> Plain:
+def study_row(store: Store, study: ListedStudy) -> Plain:
     """Return the fields of `schemas.Study`."""
-    own = found.submission
+    own = study.submission
     return {
-        "name": found.study,
-        "state": own.state if own is not None else _state_of_command(store, found.study),
+        "name": study.study,
+        "state": own.state if own is not None else _state_of_command(store, study.study),
         "submitted": own is not None,
         "user": own.user_name if own is not None else None,
         "priority": own.priority if own is not None else None,
-        "trials": found.trials,
-        "evaluations": found.evaluations,
-        "created_at": found.created_at,
+        "trials": study.trials,
+        "evaluations": study.evaluations,
+        "created_at": study.created_at,
         "started_at": own.started_at if own is not None else None,
         "ended_at": own.ended_at if own is not None else None,
         "reason": own.reason if own is not None else None,
@@ -70,10 +70,10 @@ def study_page(
     store: Store, wanted: StudyFilter, *, after: tuple[str, str] | None, limit: int
 ) -> schemas.StudyPage:
     """Return a page of the list of studies."""
-    found = store.query(lambda c: submissions.page(c, wanted, after=after, limit=limit + 1))
-    rows = [schemas.Study(**study_row(store, each)) for each in found[:limit]]
-    more = len(found) > limit
-    return schemas.StudyPage(studies=rows, next=cursor(found[limit - 1]) if more else None)
+    studies = store.query(lambda c: submissions.page(c, wanted, after=after, limit=limit + 1))
+    rows = [schemas.Study(**study_row(store, each)) for each in studies[:limit]]
+    more = len(studies) > limit
+    return schemas.StudyPage(studies=rows, next=cursor(studies[limit - 1]) if more else None)
 
 
 def listed(store: Store, name: str) -> ListedStudy:
@@ -102,8 +102,8 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
     """
     # Read first: whoever waits for events after it misses no change of the state.
     newest = store.query(study_events.newest).get(name, 0)
-    found = listed(store, name)
-    own = found.submission
+    study = listed(store, name)
+    own = study.submission
     objectives: list[Plain] = []
     progress: Plain = {}
     space, overrides = ("", []) if own is None else (own.space_text, own.overrides)
@@ -115,7 +115,7 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
         said = status_report(store, name)
         progress = {key: said[key] for key in schemas.Progress.model_fields}
     return schemas.StudyDetail(
-        **study_row(store, found),
+        **study_row(store, study),
         objectives=[schemas.Objective(**o) for o in objectives],
         overrides=overrides,
         space=space,
@@ -143,11 +143,13 @@ def trial_page(
     if not begun(store, name):
         return schemas.TrialPage(trials=[], next=None)
     names = list(store.study(name).directions)
-    found = store.read(name, lambda c: row_readers.evaluations_after(c, name, after, limit + 1))
+    evaluations = store.read(
+        name, lambda c: row_readers.evaluations_after(c, name, after, limit + 1)
+    )
     on_front = set(store.front(name))
     params = _params(store, name) if with_params else {}
-    rows = [_trial_row(e, names, on_front, params) for e in found[:limit]]
-    more = len(found) > limit
+    rows = [_trial_row(e, names, on_front, params) for e in evaluations[:limit]]
+    more = len(evaluations) > limit
     return schemas.TrialPage(trials=rows, next=rows[-1].trial if more else None)
 
 
@@ -159,19 +161,19 @@ def _params(store: Store, name: str) -> dict[int, Plain]:
 
 
 def _trial_row(
-    found: Evaluation, names: list[str], on_front: set[int], params: dict[int, Plain]
+    evaluation: Evaluation, names: list[str], on_front: set[int], params: dict[int, Plain]
 ) -> schemas.TrialRow:
     return schemas.TrialRow(
-        trial=found.trial,
-        status=found.status,
-        values={name: found.values.get(name) for name in names},
-        cost={key: float(value) for key, value in found.cost.items()},
-        failure=found.failure.kind if found.failure else None,
-        message=found.failure.message if found.failure else None,
-        seconds=found.seconds.get("total"),
-        on_front=found.trial in on_front,
-        has_weights=found.weights_sha256 is not None,
-        params=params.get(found.trial, {}),
+        trial=evaluation.trial,
+        status=evaluation.status,
+        values={name: evaluation.values.get(name) for name in names},
+        cost={key: float(value) for key, value in evaluation.cost.items()},
+        failure=evaluation.failure.kind if evaluation.failure else None,
+        message=evaluation.failure.message if evaluation.failure else None,
+        seconds=evaluation.seconds.get("total"),
+        on_front=evaluation.trial in on_front,
+        has_weights=evaluation.weights_sha256 is not None,
+        params=params.get(evaluation.trial, {}),
     )
 
 
@@ -183,8 +185,8 @@ def trial(store: Store, name: str, number: int) -> schemas.Trial:
     """
     if not begun(store, name):
         raise NotFoundError(f"study '{name}' has no finished trial {number}; it has none yet")
-    found = trial_report(store, name, number)
-    return schemas.Trial(**found, summary=one_line(found["architecture"]))
+    report = trial_report(store, name, number)
+    return schemas.Trial(**report, summary=one_line(report["architecture"]))
 
 
 def front(store: Store, name: str) -> schemas.Front:
@@ -219,9 +221,9 @@ def _front(view: FrontView) -> Plain:
     }
 
 
-def front_csv(found: schemas.Front) -> Iterator[dict[str, object]]:
+def front_csv(front: schemas.Front) -> Iterator[dict[str, object]]:
     """Yield the rows of the front as a table: the architecture in one line."""
-    for member in found.members:
+    for member in front.members:
         yield {
             "trial": member.trial,
             **member.values,

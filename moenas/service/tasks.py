@@ -50,8 +50,8 @@ def check_space(
     require_allowed(text, SOURCE, overrides, rules)
     space = Space.parse(text, SOURCE, overrides)
     require_data_below(space.data, rules)
-    found = check_report(space, draws)
-    return found | {"estimate": estimate(space, storage=storage).plain()}
+    report = check_report(space, draws)
+    return report | {"estimate": estimate(space, storage=storage).plain()}
 
 
 def check_submission(
@@ -89,16 +89,19 @@ def study_figures(study: str, *, storage: str) -> dict[str, Plain]:
     store = Store.open(storage)
     if not store.count(study):
         return {}
-    found = figures(store.view(study))
-    return {name: json.loads(figure.to_json()) for name, figure in found.items()}
+    drawn = figures(store.view(study))
+    return {name: json.loads(figure.to_json()) for name, figure in drawn.items()}
 
 
-def export_trial(study: str, trial: int, out: str, *, storage: str, allow_code: bool) -> str:
-    """Export a trained trial into a new folder."""
-    from moenas.export.folder import export
+def export_trial(
+    study: str, trial: int, out: str, format: str, *, storage: str, allow_code: bool
+) -> str:
+    """Export a trained trial in a format into a new folder."""
+    from moenas.export.formats import export
     from moenas.store.store import Store
 
-    return str(export(Store.open(storage), study, trial, Path(out), allow_code=allow_code))
+    store, folder = Store.open(storage), Path(out)
+    return str(export(store, study, trial, folder, format=format, allow_code=allow_code))
 
 
 def enqueue(

@@ -25,7 +25,7 @@ class EarlyStopping(Component):
     """Which candidates end before the last token; decided at the rungs of `train.rungs`.
 
     All candidates have one schedule of the learning rate, so losses at a rung compare at equal
-    tokens. With early stopping, `train.rungs: 0` stands for 2.
+    tokens. With early stopping, `train.rungs: 0` means 2.
     """
 
     stops: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class SuccessiveHalving(EarlyStopping, kind="successive_halving"):
     A candidate trains on if it is among the best 1 / reduction_factor of those that have reached
     its rung. The order is that of non-dominated fronts, and within a front by an epsilon-net
     (arXiv 2106.12639). It compares the loss at the rung and the objectives that are measured before
-    training. If another objective needs training, flops_per_token stands for it. With one
+    training. If another objective needs training, flops_per_token replaces it. With one
     objective, this is ASHA. The number that trains on is rounded down. Once all candidates are
     drawn, it is rounded up. Then the paused ones are stopped.
     """

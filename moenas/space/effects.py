@@ -26,7 +26,7 @@ def without_effect(tree: Tree) -> list[str]:
             " fields, and is not drawn; leave it out"
             for hole in holes_without_effect(tree)
         ]
-    wanted, found = _fingerprint(tree), []
+    wanted, unused = _fingerprint(tree), []
     written = {value.mark: (record, name, value) for record, name, value in _written(tree)}
     for record, name, value in written.values():
         field = fields(record.cls)[name]
@@ -36,10 +36,10 @@ def without_effect(tree: Tree) -> list[str]:
         valid = [fingerprint for fingerprint in others if fingerprint is not None]
         if valid and all(fingerprint == wanted for fingerprint in valid):
             path = join(record.path, name)
-            found.append(
+            unused.append(
                 f"{value.mark}: {path}: has no effect beside the other fields; leave it out"
             )
-    return found
+    return unused
 
 
 def _written(tree: Tree) -> Iterator[tuple[Record, str, Fixed]]:

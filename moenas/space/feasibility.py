@@ -35,12 +35,12 @@ class Binding:
     """For a fit: the width and the cost of the nearest draw."""
 
     def __str__(self) -> str:
-        found = (
+        message = (
             f"the requirement that binds is {self.text}: {self.breaking} of {self.drawn} draws"
             f" break it, {self.alone} of them break no other; the nearest misses it by"
             f" {100 * self.nearest:.2g}%"
         )
-        return f"{found} ({self.hint})" if self.hint else found
+        return f"{message} ({self.hint})" if self.hint else message
 
 
 def binding(space: Space, n_draws: int) -> Binding | None:

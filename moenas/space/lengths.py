@@ -59,14 +59,14 @@ def _lengths(objectives: Sequence[Objective], train: Recipe, measure: Protocol) 
     """Return the tokens of each pass that the objectives ask for, and what sets them."""
     needs = {objective.needs for objective in objectives}
     sources = "\n".join(objective.source for objective in objectives)
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     if needs != {"cost"}:
-        found["train.context"] = train.context
+        lengths["train.context"] = train.context
     if "decode_context" in sources or 'time("decode")' in sources:
-        found["measure.decode_context + 1"] = measure.decode_context + 1
+        lengths["measure.decode_context + 1"] = measure.decode_context + 1
     if "prefill_tokens" in sources or 'time("prefill")' in sources:
-        found["measure.prefill_tokens"] = measure.prefill_tokens
-    return found
+        lengths["measure.prefill_tokens"] = measure.prefill_tokens
+    return lengths
 
 
 def _records(tree: Tree) -> Iterator[Record]:

@@ -96,8 +96,8 @@ class _Expansion:
         """Return a node with named layers put in; only components have names of layers."""
         if isinstance(node.value, list):
             items = enumerate(node.value)
-            found = [self.node(x, join(path, i), is_component=is_component) for i, x in items]
-            return replace(node, value=found)
+            expanded = [self.node(x, join(path, i), is_component=is_component) for i, x in items]
+            return replace(node, value=expanded)
         if isinstance(node.value, dict):
             return self._mapping(node, path, is_component=is_component)
         if not is_component or not isinstance(node.value, str) or node.value in self.kinds:
@@ -109,19 +109,19 @@ class _Expansion:
 
     def _mapping(self, node: Node, path: str, *, is_component: bool) -> Node:
         assert isinstance(node.value, dict)
-        found = {}
+        expanded = {}
         for key, value in node.value.items():
             inner = is_component if key == "choice" else key in self.component_keys
-            found[key] = self.node(value, join(path, key), is_component=inner)
-        if not is_component or KEY not in found:
-            return replace(node, value=found)
-        definition = self._definition(found.pop(KEY), join(path, KEY))
+            expanded[key] = self.node(value, join(path, key), is_component=inner)
+        if not is_component or KEY not in expanded:
+            return replace(node, value=expanded)
+        definition = self._definition(expanded.pop(KEY), join(path, KEY))
         assert isinstance(definition.value, dict)
         named = {
             key: replace(value, path=join(definition.path or "", key))
             for key, value in definition.value.items()
         }
-        return replace(node, value={**named, **found})
+        return replace(node, value={**named, **expanded})
 
     def _definition(self, name: Node, path: str) -> Node:
         """Return the definition that a node names, under its own path."""

@@ -64,9 +64,11 @@ class Objective:
                 a size below 1e150, or the details are not a JSON object of at most 64 KiB. What
                 `measure` itself raises goes through.
         """
-        found = self.function(subject)
+        measured = self.function(subject)
         value, details = (
-            (found.value, found.details) if isinstance(found, Measurement) else (found, {})
+            (measured.value, measured.details)
+            if isinstance(measured, Measurement)
+            else (measured, {})
         )
         place = f"{self.path}:{_line(self.source, 'measure')}: measure"
         try:
@@ -137,7 +139,7 @@ def shipped_objective(name: str) -> Objective:
     return _read(path, resources.read_text(path), from_user=False)
 
 
-def rebase(evaluation: Evaluation, reference_ms: Mapping[str, float]) -> Evaluation:
+def apply_reference_times(evaluation: Evaluation, reference_ms: Mapping[str, float]) -> Evaluation:
     """Express latencies by the reference times that a study has fixed.
 
     Two candidates that run side by side may each time the reference model before either is
@@ -195,11 +197,11 @@ def _exact(module: ModuleType, path: Path, source: str) -> str | None:
 
 def _word(module: ModuleType, path: Path, source: str, name: str, words: tuple[str, ...]) -> str:
     """Return a module's constant that must be one of some words."""
-    found = getattr(module, name, None)
-    if isinstance(found, str) and found in words:
-        return found
-    given = "is missing" if found is None else f"is {found!r}"
-    near = suggestion(str(found), words) if found is not None else ""
+    given_word = getattr(module, name, None)
+    if isinstance(given_word, str) and given_word in words:
+        return given_word
+    given = "is missing" if given_word is None else f"is {given_word!r}"
+    near = suggestion(str(given_word), words) if given_word is not None else ""
     raise InputError(
         f"{path}:{_line(source, name)}: {name} {given};{near} write {name} = "
         + " or ".join(f'"{word}"' for word in words)

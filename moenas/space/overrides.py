@@ -58,7 +58,7 @@ def _set(
 
 
 def _as_mapping(node: Node, layers: Mapping[str, Node]) -> Node:
-    """Return the name of a layer, or a bare kind, as the mapping that it stands for."""
+    """Return the name of a layer, or a bare kind, as its mapping."""
     if isinstance(node.value, str) and node.value in layers:
         return replace(node, value={KEY: replace(node, key_mark=None)})
     if node.value is None:  # an empty section
@@ -68,15 +68,15 @@ def _as_mapping(node: Node, layers: Mapping[str, Node]) -> Node:
     return node
 
 
-def _defined(found: Mapping[str, Node], key: str, layers: Mapping[str, Node]) -> Node | None:
+def _defined(keys: Mapping[str, Node], key: str, layers: Mapping[str, Node]) -> Node | None:
     """Return the value of a field in the definition of a layer that a mapping uses, or None."""
     seen = set[str]()  # a layer that uses itself is an error that is found later
-    while KEY in found and isinstance(name := found[KEY].value, str) and name not in seen:
+    while KEY in keys and isinstance(name := keys[KEY].value, str) and name not in seen:
         seen.add(name)
         definition = layers.get(name)
         if definition is None or not isinstance(definition.value, dict):
             return None
-        found = definition.value
-        if key in found:
-            return found[key]
+        keys = definition.value
+        if key in keys:
+            return keys[key]
     return None

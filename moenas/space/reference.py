@@ -72,7 +72,7 @@ AFTER_HOLES = """\
 A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
 variants each has c to the power of n points.
 
-A bare word stands for a component of that kind with its defaults: `balance: bias` is
+A bare word is a component of that kind with its defaults: `balance: bias` is
 `balance: {kind: bias}`, also as an option of a `choice`.
 
 Some tables below list presets. `preset: NAME` sets the fields of that row. Fields written beside
@@ -239,8 +239,8 @@ def _family(
         yield _table(("kind without fields", "is"), [(f"`{c.kind}`", _prose(c)) for c in plain])
     for cls in [cls for cls in kinds if cls not in plain] or ([] if plain else [family]):
         yield from _component(cls)
-    found = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
-    for component, inner in dict.fromkeys(found):
+    places = [(f.component, f.name) for cls in kinds or [family] for f in fields(cls).values()]
+    for component, inner in dict.fromkeys(places):
         new = component is not None and component not in written
         if component is not None and new and _heading(component) == inner != name:
             yield from _family(inner, component, "###", written)
@@ -267,7 +267,7 @@ def _component(cls: type[Component]) -> Iterator[str]:
 
 
 def _heading(family: type[Component]) -> str:
-    """Return the name of the first field, from the sections down, that a family stands in."""
+    """Return the name of the first field, from the sections down, whose value is of a family."""
     todo: list[tuple[str, type[Component]]] = [("architecture", Architecture), ("search", Search)]
     for name, cls in todo:
         if cls is family:
@@ -359,34 +359,34 @@ def _field_docs(cls: type) -> dict[str, str]:
     """Return field -> the string below its declaration, or nothing where there is none."""
     body = ast.parse(inspect.getsource(cls)).body[0]
     assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     name = ""
     for node in body.body:
         if isinstance(node, ast.AnnAssign):
             name = ast.unparse(node.target)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            found[name] = str(node.value.value)
-    return found
+            docs[name] = str(node.value.value)
+    return docs
 
 
 def defaults() -> str:
     """Return the text of `defaults.json`, which `moenas.grammar.brief` reads."""
-    found: Plain = {}
+    plain: Plain = {}
     former: Plain = {}
     waiting: list[type[Component]] = [Architecture]
     while waiting:
         family = waiting.pop()
         name = family.__name__.lower()
-        if name in found:
+        if name in plain:
             continue
-        own = found[name] = {}
+        own = plain[name] = {}
         for kind in family.kinds.values() if family.kinds and family.kind is None else [family]:
             if any(kind.__module__.startswith(part) for part in OWN):
                 own[kind.kind or ""] = {n: _on_file(f) for n, f in fields(kind).items()}
                 if kind.former:
                     former.setdefault(name, {})[kind.kind or ""] = dict(kind.former)
                 waiting += [f.component for f in fields(kind).values() if f.component is not None]
-    return json.dumps({"defaults": found, "former": former}, indent=1, sort_keys=True) + "\n"
+    return json.dumps({"defaults": plain, "former": former}, indent=1, sort_keys=True) + "\n"
 
 
 def _on_file(field: Field) -> list[object]:

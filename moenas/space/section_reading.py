@@ -36,7 +36,7 @@ def known_names() -> set[str]:
 
 
 def read_name(node: Node | None, source: str) -> str:
-    """Read the study's name; the file's name stands in."""
+    """Read the study's name; the file's name is the default."""
     if node is None:
         name = Path(source).stem
     elif isinstance(node.value, str):
@@ -50,9 +50,9 @@ def read_name(node: Node | None, source: str) -> str:
     return name
 
 
-def read_section(cls: type[S], name: str, found: dict[str, Node], source: str) -> S:
+def read_section(cls: type[S], name: str, keys: dict[str, Node], source: str) -> S:
     """Read train, measure or search; holes are not allowed in them."""
-    node = found.get(name)
+    node = keys.get(name)
     if node is None or node.value is None:
         node = Node({}, node.mark if node else SourceLocation(source))
     _refuse_holes(node, name)

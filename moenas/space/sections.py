@@ -174,8 +174,8 @@ class Stop(Component):
         """The wall time in seconds; None without one, 0 for text that is no duration."""
         if not isinstance(self.wall_time, str):
             return self.wall_time
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h|d)", self.wall_time)
-        return float(found[1]) * UNITS[found[2]] if found else 0.0
+        matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(s|min|h|d)", self.wall_time)
+        return float(matched[1]) * UNITS[matched[2]] if matched else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

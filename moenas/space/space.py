@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self, cast
 
 from moenas.data import section as data
@@ -113,40 +114,40 @@ class Space:
             raise root.error("", f"a space file is a mapping with the keys {', '.join(KEYS)}")
         for line in overrides:
             root = override(root, line)
-        found = cast(dict[str, Node], root.value)
-        for key, node in found.items():
+        keys = cast(dict[str, Node], root.value)
+        for key, node in keys.items():
             if key not in KEYS:
                 near = suggestion(key, KEYS)
                 raise node.error(
                     key, f"no such section.{near} There are {', '.join(KEYS)}.", key=True
                 )
         for key in ("architecture", "objectives"):
-            if key not in found:
+            if key not in keys:
                 raise root.error("", f"the section '{key}' is missing")
-        use = tuple(read_use(found.get("use")))
-        written = expand(found["architecture"], found.get("layers"))
+        use = tuple(read_use(keys.get("use")))
+        written = expand(keys["architecture"], keys.get("layers"))
         tree = grammar.read(Architecture, written, "architecture")
         space = cls(
-            name=read_name(found.get("name"), source),
+            name=read_name(keys.get("name"), source),
             text=text,
             overrides=tuple(overrides),
             use=use,
             tree=tree,
-            requirements=tuple(read_requirements(found.get("require"), tree)),
-            objectives=tuple(read_objectives(found["objectives"])),
-            data=data.parse(found.get("data") or Node("stdlib", SourceLocation(source))),
-            train=read_section(Recipe, "train", found, source),
-            measure=read_section(Protocol, "measure", found, source),
-            search=read_section(Search, "search", found, source),
-            data_mark=found["data"].mark if "data" in found else SourceLocation(source),
-            names_sampler=_names(found.get("search"), "sampler"),
-            start_marks=tuple(start_marks(found.get("search"))),
+            requirements=tuple(read_requirements(keys.get("require"), tree)),
+            objectives=tuple(read_objectives(keys["objectives"])),
+            data=data.parse(keys.get("data") or Node("stdlib", SourceLocation(source))),
+            train=read_section(Recipe, "train", keys, source),
+            measure=read_section(Protocol, "measure", keys, source),
+            search=read_section(Search, "search", keys, source),
+            data_mark=keys["data"].mark if "data" in keys else SourceLocation(source),
+            names_sampler=_names(keys.get("search"), "sampler"),
+            start_marks=tuple(start_marks(keys.get("search"))),
             fit=read_one_fit(tree),
         )
-        space._check(found)
-        return space._with_rungs(found)
+        space._check(keys)
+        return space._with_rungs(keys)
 
-    def _check(self, found: dict[str, Node]) -> None:
+    def _check(self, keys: dict[str, Node]) -> None:
         """Check what spans sections: never-valid options, and the vocabulary of the data."""
         require_layers(self.tree)
         require_positions(self.tree, self.objectives, self.train, self.measure)
@@ -158,7 +159,7 @@ class Space:
             raise SpaceError(
                 "replicates differ in their training, and no objective trains the model; add"
                 " val_loss to the objectives",
-                location=found["search"].mark,
+                location=keys["search"].mark,
                 path="search.replicates",
             )
         for requirement in self.requirements if untrained else ():
@@ -178,7 +179,7 @@ class Space:
                     path="architecture.vocab_size",
                 )
 
-    def _with_rungs(self, found: dict[str, Node]) -> Self:
+    def _with_rungs(self, keys: dict[str, Node]) -> Self:
         """Return the space with rungs where early stopping needs some.
 
         Raises:
@@ -191,14 +192,14 @@ class Space:
         if reason is None and self.train.steps < 2:
             reason = f"training has {self.train.steps} step, and a rung needs one before the last"
         if reason is not None:
-            section = found["search"]
+            section = keys["search"]
             written = cast(dict[str, Node], section.value)
             node = written.get("early_stopping", section)
             raise node.error("search.early_stopping", reason)
         rungs = self.train.rungs or DEFAULT_RUNGS
         return replace(self, train=replace(self.train, rungs=rungs))
 
-    @property
+    @cached_property
     def former_fields(self) -> dict[str, str]:
         """Former name -> present place of the fields that had another name in earlier versions."""
         return field_names.former(Architecture)
@@ -280,10 +281,12 @@ class Space:
         """
         wanted = [r for r in self.requirements if not r.trained]
         layers = self._names(architecture) if wanted else []
-        found = {r.text: r.violation(layers) for r in wanted}
+        violations = {r.text: r.violation(layers) for r in wanted}
         if self.fit is not None:
-            found[self.fit.text] = self.fit.violation(fit_cost(self.fit, self.cost(architecture)))
-        return found
+            violations[self.fit.text] = self.fit.violation(
+                fit_cost(self.fit, self.cost(architecture))
+            )
+        return violations
 
     def trained_violations(
         self, architecture: Architecture, routing: Sequence[RoutingRow]
@@ -332,10 +335,10 @@ class Space:
             SpaceError: with what most of them break, if none is feasible.
         """
         reasons = Counter[str]()
-        for found in self.feasible(n_draws):
-            if not isinstance(found, str):
-                return found
-            reasons[found] += 1
+        for drawn in self.feasible(n_draws):
+            if not isinstance(drawn, str):
+                return drawn
+            reasons[drawn] += 1
         worst = ", ".join(f"{text} ({n} times)" for text, n in reasons.most_common(3))
         binds = binding(self, n_draws)
         raise SpaceError(
@@ -350,15 +353,15 @@ class Space:
             PartError: if a part of the user's does not count its own.
         """
         try:
-            found = architecture.cost(self.train.context)
-            right = all(type(n) is int and n >= 0 for n in found.plain().values())
+            cost = architecture.cost(self.train.context)
+            right = all(type(n) is int and n >= 0 for n in cost.plain().values())
         except MoenasError:
             raise
         except (Exception, SystemExit) as error:
             raise PartError(f"{NO_COST}: {located(error)}") from error
         if not right:
-            raise PartError(f"{NO_COST}: the sum is {found}")
-        return found
+            raise PartError(f"{NO_COST}: the sum is {cost}")
+        return cost
 
     def plain(self) -> Plain:
         """Return all that the space says, with presets and defaults written out."""
@@ -412,10 +415,12 @@ def with_current_defaults(plain: Plain) -> Plain:
     lasting = {**plain, "search": search}
     try:
         tree = grammar.read(Architecture, Node.wrap(plain["architecture"]))
-        found = {name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()}
+        current = {
+            name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()
+        }
     except SpaceError:
         return plain
-    return {**plain, "architecture": grammar.unparse(tree), **found}
+    return {**plain, "architecture": grammar.unparse(tree), **current}
 
 
 def file_schema() -> Plain:

@@ -1,1 +1,1 @@
-"""What stands in SQL and beside it: studies, trials, evaluations, fronts, leases and weights."""
+"""All that is stored, in SQL and beside it: studies, trials, fronts, leases and weights."""

@@ -55,10 +55,10 @@ def expiry(duration: str | None) -> str | None:
     """
     if duration is None:
         return None
-    found = DURATION.match(duration)
-    if found is None:
+    matched = DURATION.match(duration)
+    if matched is None:
         raise InputError(f"--expires {duration}: write a number and m, h, d or w, such as 30d")
-    span = timedelta(**{UNITS[found[2]]: int(found[1])})
+    span = timedelta(**{UNITS[matched[2]]: int(matched[1])})
     return (datetime.now(UTC) + span).isoformat(timespec="milliseconds")
 
 
@@ -125,5 +125,5 @@ def checked(connection: Connection, text: str) -> AccessToken | None:
     known = row.digest if row is not None else digest("")
     if not hmac.compare_digest(known, digest(text)) or row is None:
         return None
-    found = _record(row)
-    return found if found.state == "active" else None
+    record = _record(row)
+    return record if record.state == "active" else None

@@ -36,9 +36,9 @@ def failed(store: Store, study: str, trial: int, kind: FailureKind) -> int:
     wanted = select(tables.attempt.c.failure).where(
         statements.of_trial(tables.attempt, study, trial), tables.attempt.c.status == ENDED
     )
-    found = store.read(study, lambda connection: connection.scalars(wanted).all())
+    trials = store.read(study, lambda connection: connection.scalars(wanted).all())
     return sum(
-        failure is not None and failure.kind == kind for failure in map(mapping.failure_of, found)
+        failure is not None and failure.kind == kind for failure in map(mapping.failure_of, trials)
     )
 
 
@@ -62,8 +62,8 @@ def trial_of(store: Store, study: str, fingerprint: str) -> int | None:
     )
 
     def first(connection: Connection) -> int | None:
-        found = connection.scalar(wanted)
-        return None if found is None else int(found)
+        trial = connection.scalar(wanted)
+        return None if trial is None else int(trial)
 
     return store.read(study, first)
 

@@ -7,28 +7,28 @@ is finished has none.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from moenas.errors import InputError
-from moenas.records import WeightsFile
+from moenas.records import Plain, WeightsFile
 from moenas.resources import sha256
-from moenas.store.weights import adopt_draft, weights_path, write_whole
+from moenas.store.files import matching, remove_file, write_whole
+from moenas.store.object_path import StorePath
+from moenas.store.weights import adopt_draft, stored_at, study_folder, weights_path
 
 NAME = "checkpoint-"
 """How the name of a checkpoint begins; the number of its rung follows."""
 
 
-def checkpoint_path(runs: Path, study: str, trial: int, rung: int) -> Path:
+def checkpoint_path(runs: StorePath, study: str, trial: int, rung: int) -> StorePath:
     """Return `runs/<study>/<trial>/checkpoint-<rung>.safetensors`."""
     return weights_path(runs, study, trial).with_name(f"{NAME}{rung}.safetensors")
 
 
 def write_checkpoint(
-    runs: Path, study: str, trial: int, rung: int, data: bytes | WeightsFile
+    runs: StorePath, study: str, trial: int, rung: int, data: bytes | WeightsFile
 ) -> str:
-    """Write the checkpoint of a trial, or name the file that a worker wrote; return its SHA-256.
+    """Write the checkpoint of a trial, or name the file of a worker; return its SHA-256.
 
     Raises OSError if the disk refuses.
     """
@@ -39,7 +39,9 @@ def write_checkpoint(
     return sha256(data)
 
 
-def read_checkpoint(runs: Path, study: str, trial: int, rung: int, digest: str | None) -> bytes:
+def read_checkpoint(
+    runs: StorePath, study: str, trial: int, rung: int, digest: str | None
+) -> bytes:
     """Return the checkpoint of a trial, which must have this SHA-256.
 
     Raises:
@@ -50,35 +52,40 @@ def read_checkpoint(runs: Path, study: str, trial: int, rung: int, digest: str |
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if (found := sha256(data)) != digest:
-        raise InputError(f"{path}: its SHA-256 is {found[:12]}..., not {str(digest)[:12]}...")
+    if (actual := sha256(data)) != digest:
+        raise InputError(f"{path}: its SHA-256 is {actual[:12]}..., not {str(digest)[:12]}...")
     return data
 
 
-def remove_checkpoints(runs: Path, study: str, trial: int, but: int | None = None) -> None:
+def checkpoint_at(runs: StorePath, study: str, trial: int, rung: int, digest: str | None) -> Plain:
+    """Return what a worker needs to read the checkpoint of a trial from a shared root by itself.
+
+    Raises:
+        InputError: if the checkpoint is not there.
+    """
+    path = checkpoint_path(runs, study, trial, rung)
+    if not path.is_file():
+        raise InputError(f"{path}: cannot be read: it is not there")
+    return stored_at(path, str(digest))
+
+
+def remove_checkpoints(runs: StorePath, study: str, trial: int, but: int | None = None) -> None:
     """Remove the checkpoints of a trial, except for that of one rung."""
     folder = weights_path(runs, study, trial).parent
-    for path in [*folder.glob(f"{NAME}*"), *folder.glob(f".{NAME}*")]:
-        if but is None or path.name != f"{NAME}{but}.safetensors":
-            remove(path)
+    with contextlib.suppress(OSError):
+        for path in [*folder.glob(f"{NAME}*"), *folder.glob(f".{NAME}*")]:
+            if but is None or path.name != f"{NAME}{but}.safetensors":
+                remove_file(path)
 
 
-def unused_checkpoints(runs: Path, study: str, used: Mapping[int, int]) -> Iterator[Path]:
+def unused_checkpoints(runs: StorePath, study: str, used: Mapping[int, int]) -> Iterator[StorePath]:
     """Yield the checkpoints that no trial continues from, and parts of them.
 
     `used` is trial -> the rung that it continues from.
     """
-    study_folder = weights_path(runs, study, 0).parents[1]
+    folder = study_folder(runs, study)
     kept = {checkpoint_path(runs, study, trial, rung) for trial, rung in used.items()}
     for pattern in (f"*/{NAME}*", f"*/.{NAME}*"):
-        for path in sorted(study_folder.glob(pattern)):
+        for path in matching(folder, pattern):
             if path not in kept and path.is_file():
                 yield path
-
-
-def remove(path: Path) -> None:
-    """Remove a file, and the folder of its trial if nothing else is there."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-    with contextlib.suppress(OSError):
-        os.rmdir(path.parent)

@@ -211,10 +211,12 @@ class Database:
         if said != "ok":
             raise StorageLostError(f"{self.place}: {faults.advice(f'malformed: {said}')}")
 
-    def settle(self, connection: Connection) -> None:
-        """Check or set the identity of this database (see `identity.settle`)."""
+    def ensure_identity(self, connection: Connection) -> None:
+        """Check or set the identity of this database (see `identity.ensure_identity`)."""
         self.check_identity()
-        self.identity = identity.settle(connection, self.path, self.runs_wanted, self.folder)
+        self.identity = identity.ensure_identity(
+            connection, self.path, self.runs_wanted, self.folder
+        )
 
     # --- opening -------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ PASSING_STATES = ("08", "53", "57P", "40001", "40P01", "55P03")
 """Beginnings of PostgreSQL's codes of troubles that may pass: connection, resources, restart,
 conflicts of transactions and locks."""
 LASTING_TEXTS = ("authentication", "does not exist", "no pg_hba.conf", "not permitted")
-"""What a PostgreSQL server says when it refuses a connection for good."""
+"""What a PostgreSQL server says when it refuses a connection permanently."""
 
 
 def passes(error: BaseException | None) -> bool:

@@ -62,8 +62,8 @@ def advance(
 
     A trial that was `copied` from an earlier one of the same model changes nothing: a front holds
     each model once.
-    The front needs its members alone. All hypervolumes are computed anew only when the reference
-    point moves, that is when a trial is the best or the worst so far in some objective.
+    The front needs its members alone. All hypervolumes are computed again only when the reference
+    point moves: when a trial is the best or the worst so far in some objective.
     """
     name, directions = record.name, list(record.directions.values())
     known = _points(connection, record, member.c.left_seq.is_(None))
@@ -127,7 +127,7 @@ def _measure(
 ) -> None:
     """Measure every hypervolume, up to row `end`, from another reference point.
 
-    Only trials that entered the front raised it; the rows up to the next such trial are alike.
+    Only trials that entered the front raised it; the rows up to the next such trial are equal.
     """
     name, directions = record.name, list(record.directions.values())
     points = _points(connection, record)

@@ -13,9 +13,10 @@ from sqlalchemy import Connection, Text, func, literal_column, select, update
 from sqlalchemy.exc import DBAPIError
 
 from moenas.errors import InputError, StorageLostError
+from moenas.store.files import Root, root_at
+from moenas.store.object_path import ObjectPath, StorePath, is_url
 from moenas.store.tables import database
 from moenas.store.urls import sqlite_url
-from moenas.store.weights import Root
 
 FOLDER = "moenas_runs"
 """Name of the folder of weights, where nobody names another."""
@@ -52,8 +53,8 @@ def read(connection: Connection) -> Identity:
 
 def file_id(path: Path) -> FileId:
     """Return what names the file itself rather than its place."""
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    file_stat = os.stat(path)
+    return file_stat.st_dev, file_stat.st_ino
 
 
 def check_file(path: Path | None, opened: FileId | None, place: str) -> None:
@@ -86,7 +87,9 @@ def check_row(connection: Connection, known: Identity, place: str) -> None:
 # --- at the start of a run -----------------------------------------------------------------------
 
 
-def settle(connection: Connection, path: Path | None, wanted: str | None, folder: Path) -> Identity:
+def ensure_identity(
+    connection: Connection, path: Path | None, wanted: str | None, folder: Path
+) -> Identity:
     """Write down where a database lies and where its weights go; return its identity.
 
     A copy of a database gets a uuid of its own, so that its weights never replace those of the
@@ -99,15 +102,15 @@ def settle(connection: Connection, path: Path | None, wanted: str | None, folder
     name, former = known.uuid or uuid.uuid4().hex, list(known.former)
     root = known.weights
     if known.place not in (None, here):
-        before = Path(root) if root else Path(str(known.place)).parent / FOLDER
+        before = root_at(root, folder) if root else Path(str(known.place)).parent / FOLDER
         if _is_copy(known, path):
             name = uuid.uuid4().hex
             former += [known.uuid, str(before / known.uuid)]
-        elif path is not None and root is None and _was_left(known, before, path):
+        elif path is not None and root is None and _was_left(known, Path(str(before)), path):
             root = str(before)
     if wanted:
-        root = str(folder / wanted)
-        _check_whole(known, name, Path(root))
+        root = wanted.rstrip("/") if is_url(wanted) else str(folder / wanted)
+        _check_whole(known, name, root_at(root, folder))
     elif path is None:
         root = root or str(folder / FOLDER)
     now = Identity(name, here, root, tuple(former))
@@ -161,13 +164,19 @@ def _is_copy(known: Identity, path: Path | None) -> bool:
     return bool(row and row[0] == known.uuid)
 
 
-def _check_whole(known: Identity, name: str, root: Path) -> None:
-    """Refuse another folder while weights lie in the one that is written down."""
-    before = Path(known.weights, known.uuid) if known.weights else None
-    if before is None or before.parent == root or not before.is_dir() or (root / name).is_dir():
+def _check_whole(known: Identity, name: str, root: StorePath) -> None:
+    """Refuse another root while weights lie in the one that is written down."""
+    if not known.weights:
         return
+    written = root_at(known.weights, Path.cwd())
+    before = written / known.uuid
+    try:
+        if written == root or not before.is_dir() or (root / name).is_dir():
+            return
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     raise InputError(
-        f"MOENAS_RUNS={root}: the weights of this database lie in {before.parent}; move the folder"
+        f"MOENAS_RUNS={root}: the weights of this database lie in {written}; move the folder"
         f" {before.name} from there, or leave MOENAS_RUNS out"
     )
 
@@ -175,27 +184,44 @@ def _check_whole(known: Identity, name: str, root: Path) -> None:
 # --- where weights lie ---------------------------------------------------------------------------
 
 
-def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -> Root:
-    """Return the folder of the weights of a database, and those where they may also lie.
+def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -> Root | ObjectPath:
+    """Return the root of the weights of a database, and those where they may also lie.
 
-    It is in $MOENAS_RUNS; or else in the folder that is written down; or else in moenas_runs
-    beside the SQLite file, or in the folder that this process began in.
+    It is in $MOENAS_RUNS, a folder or a URL; or else in the one that is written down; or else in
+    moenas_runs beside the SQLite file, or in the folder that this process began in.
     """
     beside = (path.parent if path else folder) / FOLDER
+    base: Root | ObjectPath = Root(beside)
     if wanted:
-        base = folder / wanted
-    elif known.weights and (path is None or Path(known.weights).is_dir()):
-        base = Path(known.weights)
-    else:
-        base = beside
+        base = root_at(wanted, folder)
+    elif known.weights:
+        written = root_at(known.weights, folder)
+        if path is None or isinstance(written, ObjectPath) or written.is_dir():
+            base = written
     if not known.uuid:
-        return Root(base)
-    bases = [base, beside]
+        return base
+    bases: list[StorePath] = [base, beside]
     if path is not None and known.place:
         bases.append(Path(known.place).parent / FOLDER)
     # A former one may be a whole path; the first schema had no uuid.
     names = [known.uuid, *reversed(known.former), ""]
-    places = dict.fromkeys(each / name for each in bases for name in names)
-    root = Root(base / known.uuid)
+    places = dict.fromkeys(_former(each, name) for each in bases for name in names)
+    root = _inside(base, known.uuid)
     root.older = tuple(place for place in places if place != root)
+    return root
+
+
+def _former(base: StorePath, name: str) -> StorePath:
+    """Return a folder of a base; a name that is a URL or an absolute path is the whole of it."""
+    if is_url(name):
+        return ObjectPath(name)
+    return Path(name) if os.path.isabs(name) else base / name
+
+
+def _inside(base: Root | ObjectPath, name: str) -> Root | ObjectPath:
+    """Return a root of one database below that of several."""
+    if isinstance(base, ObjectPath):
+        return base / name
+    root = Root(base / name)
+    root.shared = base.shared
     return root

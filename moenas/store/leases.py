@@ -88,8 +88,8 @@ def beat(connection: Connection, study: str, owner: str) -> None:
         StudyBusyError: if another one has taken over, since this one was not seen for too long.
     """
     mine = (driver.c.study == study) & (driver.c.owner == owner)
-    found = connection.execute(update(driver).where(mine).values(heartbeat=clock(connection)))
-    if not found.rowcount:
+    renewed = connection.execute(update(driver).where(mine).values(heartbeat=clock(connection)))
+    if not renewed.rowcount:
         now = holder(connection, study) or "another process, which has ended since"
         raise StudyBusyError(
             f"study '{study}' was taken over by {now}: this process was not heard of for"

@@ -58,14 +58,14 @@ def failure_json(failure: Failure | None) -> Plain | None:
     """Return a failure as it is stored: its texts are cut where they are too long."""
     if failure is None:
         return None
-    found: Plain = storable(failure.plain())
-    del found["cause"]
-    message, trace = found["message"], found["traceback"]
+    plain: Plain = storable(failure.plain())
+    del plain["cause"]
+    message, trace = plain["message"], plain["traceback"]
     if len(message) > MESSAGE:
-        found["message"] = f"{message[:MESSAGE]}{CUT} ({len(message):,} characters)"
+        plain["message"] = f"{message[:MESSAGE]}{CUT} ({len(message):,} characters)"
     if len(trace) > TRACEBACK:
-        found["traceback"] = f"({len(trace):,} characters) {CUT}\n{trace[-TRACEBACK:]}"
-    return found
+        plain["traceback"] = f"({len(trace):,} characters) {CUT}\n{trace[-TRACEBACK:]}"
+    return plain
 
 
 def details(plain: Any) -> Any:
@@ -73,7 +73,7 @@ def details(plain: Any) -> Any:
     length = len(json.dumps(plain))
     if length <= DETAILS:
         return plain
-    found: Plain = {"cut": f"{length:,} characters of details{CUT}"}
+    short: Plain = {"cut": f"{length:,} characters of details{CUT}"}
     room = DETAILS - 200
     for key, entry in plain.items() if isinstance(plain, dict) else ():
         text = json.dumps(entry)
@@ -81,9 +81,9 @@ def details(plain: Any) -> Any:
             entry = text[:TEXT] + CUT
         size = len(json.dumps({key: entry}))
         if size <= room:
-            found[key] = entry
+            short[key] = entry
             room -= size
-    return found
+    return short
 
 
 def thinned(curve: list[Any]) -> list[Any]:
@@ -174,11 +174,11 @@ class Stored(Evaluation):
     @classmethod
     def of(cls, plain: Plain, later: Callable[[str, int], list[Plain]]) -> Stored:
         """Build an evaluation of all but its curve and routing, which `later` reads by name."""
-        found = cls.parse({**plain, "curve": [], "routing": []})
+        evaluation = cls.parse({**plain, "curve": [], "routing": []})
         for name in LATER:
-            del found.__dict__[name]
-        found.__dict__["_later"] = later
-        return found
+            del evaluation.__dict__[name]
+        evaluation.__dict__["_later"] = later
+        return evaluation
 
     def __getattr__(self, name: str) -> Any:
         if name not in LATER or "_later" not in self.__dict__:
@@ -204,15 +204,18 @@ def evaluations(
     rows: Iterable[Row[Any]], values: Iterable[Row[Any]], reused: Iterable[Row[Any]] = ()
 ) -> list[Plain]:
     """Return evaluations as plain data, without curves and routing, in the order of `rows`."""
-    found: dict[int, Plain] = {}
+    plain_by_trial: dict[int, Plain] = {}
     for row in rows:
-        found[row.trial] = dict(row._mapping) | {"values": {}, "measurements": {}}
+        plain_by_trial[row.trial] = dict(row._mapping) | {"values": {}, "measurements": {}}
     for row in values:
         if row.value is not None:
-            found[row.trial]["values"][row.objective] = row.value
+            plain_by_trial[row.trial]["values"][row.objective] = row.value
         if row.measurement is not None:
-            found[row.trial]["measurements"][row.objective] = row.measurement
+            plain_by_trial[row.trial]["measurements"][row.objective] = row.measurement
     for row in reused:
-        if row.trial in found:
-            found[row.trial]["reused_from"] = {"study": row.from_study, "trial": row.from_trial}
-    return list(found.values())
+        if row.trial in plain_by_trial:
+            plain_by_trial[row.trial]["reused_from"] = {
+                "study": row.from_study,
+                "trial": row.from_trial,
+            }
+    return list(plain_by_trial.values())

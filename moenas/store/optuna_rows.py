@@ -79,14 +79,14 @@ def params(connection: Connection, study: str) -> dict[int, Plain]:
         .order_by(TRIAL.c.number, PARAM.c.param_id)
     )
     distributions: dict[str, BaseDistribution] = {}
-    found: dict[int, Plain] = {}
+    params_by_trial: dict[int, Plain] = {}
     for row in connection.execute(wanted):
         text = row.distribution_json
         if text not in distributions:
             distributions[text] = json_to_distribution(text)
         value = distributions[text].to_external_repr(row.param_value)
-        found.setdefault(row.number, {})[row.param_name] = value
-    return found
+        params_by_trial.setdefault(row.number, {})[row.param_name] = value
+    return params_by_trial
 
 
 def has_study(connection: Connection, study: str) -> bool:
@@ -101,10 +101,10 @@ def _trial_id(connection: Connection, study: str, number: int) -> int:
         .join(STUDY, STUDY.c.study_id == TRIAL.c.study_id)
         .where(STUDY.c.study_name == study, TRIAL.c.number == number)
     )
-    found = connection.execute(wanted).scalar()
-    if found is None:
+    trial_id = connection.execute(wanted).scalar()
+    if trial_id is None:
         raise StorageLostError(
             f"study '{study}': Optuna's tables hold no trial {number} any more: another program"
             " has deleted it; run the same command again to restore it from ours"
         )
-    return int(found)
+    return int(trial_id)

@@ -31,7 +31,7 @@ from moenas.store.urls import is_uri
 Param: TypeAlias = "tuple[str, float, BaseDistribution]"
 """Name of a parameter, its value in Optuna's internal form, and its distribution."""
 TABLES_S = 30.0
-"""How long processes may stand in each other's way when they make Optuna's tables."""
+"""How long processes may block each other when they create Optuna's tables."""
 
 REPEATED = (
     "create_new_study",

@@ -88,8 +88,8 @@ class StoreReader:
             NotFoundError: if the study has no such trial.
         """
         with self._reading(name) as connection:
-            found: Plain = statements.known_trial(connection, name, trial).architecture
-            return found
+            architecture: Plain = statements.known_trial(connection, name, trial).architecture
+            return architecture
 
     @again
     def evaluation(self, name: str, trial: int) -> Evaluation | None:
@@ -167,7 +167,7 @@ class StoreReader:
 
     @again
     def front_view(self, name: str) -> FrontView:
-        """Return the members of the front with their architectures, and what they stand on."""
+        """Return the members of the front, their architectures, and how they were measured."""
         with self._reading(name) as connection:
             return row_readers.front_view(connection, name, self._rest(name))
 

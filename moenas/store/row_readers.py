@@ -62,7 +62,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class FrontView:
-    """The front of a study, and what its numbers stand on."""
+    """The front of a study, and how its numbers were measured."""
 
     summary: Summary
     members: list[Evaluation]
@@ -80,7 +80,7 @@ def as_front(view: View | FrontView) -> FrontView:
     if isinstance(view, FrontView):
         return view
     complete = [e for e in view.evaluations if e.status == "complete"]
-    found = {e.trial: e for e in complete}
+    by_trial = {e.trial: e for e in complete}
     summary = Summary(
         study=view.study,
         counts=dict(Counter(e.status for e in view.evaluations)),
@@ -95,7 +95,7 @@ def as_front(view: View | FrontView) -> FrontView:
         repeated=sum("copied_from" in e.metrics for e in view.evaluations),
         devices=sorted({str(e.device["name"]) for e in complete if "name" in e.device}),
     )
-    return FrontView(summary, [found[trial] for trial in view.front], view.architectures)
+    return FrontView(summary, [by_trial[trial] for trial in view.front], view.architectures)
 
 
 class StoredView(View):
@@ -110,11 +110,11 @@ class StoredView(View):
         later: dict[str, Callable[[], Any]],
     ) -> StoredView:
         """Build a view whose other parts are read by `later`."""
-        found = cls(study, [], {}, front, history)
+        view = cls(study, [], {}, front, history)
         for name in later:
-            del found.__dict__[name]
-        found.__dict__["_later"] = later
-        return found
+            del view.__dict__[name]
+        view.__dict__["_later"] = later
+        return view
 
     def __getattr__(self, name: str) -> Any:
         later = self.__dict__.get("_later", {})
@@ -176,13 +176,13 @@ def evaluations(
 
 def evaluation(connection: Connection, name: str, trial: int) -> Evaluation | None:
     """Return the whole evaluation of one trial."""
-    found = evaluations(
+    stored = evaluations(
         connection,
         name,
         lambda part, number: rest_of(connection, name, part, number),
         lambda table: table.c.trial == trial,
     )
-    return Evaluation.parse(found[0].plain()) if found else None
+    return Evaluation.parse(stored[0].plain()) if stored else None
 
 
 def rest_of(connection: Connection, name: str, part: str, trial: int) -> list[Plain]:
@@ -196,10 +196,10 @@ def routing_of_front(connection: Connection, name: str) -> dict[int, list[Plain]
     """Return trial -> routing of the members of the front, which several figures show."""
     table = tables.routing
     wanted = select(table).where(table.c.study == name, on_front(name)(table))
-    found: dict[int, list[Row[Any]]] = {}
+    rows_by_trial: dict[int, list[Row[Any]]] = {}
     for row in connection.execute(wanted.order_by(table.c.trial, table.c.layer)):
-        found.setdefault(row.trial, []).append(row)
-    return {trial: mapping.part("routing", entries) for trial, entries in found.items()}
+        rows_by_trial.setdefault(row.trial, []).append(row)
+    return {trial: mapping.part("routing", entries) for trial, entries in rows_by_trial.items()}
 
 
 def architectures(
@@ -208,8 +208,8 @@ def architectures(
     """Return trial -> canonical architecture, in order of the trials."""
     candidate = tables.candidate.c
     wanted = select(candidate.trial, candidate.architecture).where(candidate.study == name, *which)
-    found = connection.execute(wanted.order_by(candidate.trial))
-    return {row.trial: row.architecture for row in found}
+    rows = connection.execute(wanted.order_by(candidate.trial))
+    return {row.trial: row.architecture for row in rows}
 
 
 def on_front(name: str) -> Callable[[Table], ColumnElement[bool]]:
@@ -221,12 +221,12 @@ def on_front(name: str) -> Callable[[Table], ColumnElement[bool]]:
 
 def front_view(connection: Connection, name: str, rest: Rest) -> FrontView:
     """Return the front of a study."""
-    found = summary(connection, name)
+    front_summary = summary(connection, name)
     which = on_front(name)
     members = {e.trial: e for e in evaluations(connection, name, rest, which)}
-    order = front_rows.members(connection, found.study)
+    order = front_rows.members(connection, front_summary.study)
     plain = architectures(connection, name, which(tables.candidate))
-    return FrontView(found, [members[trial] for trial in order], plain)
+    return FrontView(front_summary, [members[trial] for trial in order], plain)
 
 
 def summary(connection: Connection, name: str) -> Summary:

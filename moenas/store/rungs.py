@@ -27,15 +27,15 @@ class Pause:
     """The evaluation so far; its `weights_sha256` is the digest of the checkpoint."""
 
 
-def add(store: Store, found: RungResult, evaluation: Evaluation) -> None:
+def add(store: Store, result: RungResult, evaluation: Evaluation) -> None:
     """Store the result of a candidate at a rung, and end its attempt.
 
     Raises:
         StudyBusyError: if another process has started or evaluated the trial meanwhile.
     """
-    study, trial = evaluation.study, found.trial
+    study, trial = evaluation.study, result.trial
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    row: Plain = {"study": study, **mapping.storable(found.plain())}
+    row: Plain = {"study": study, **mapping.storable(result.plain())}
     del row["promoted"]
     row |= {
         "recorded_at": now,
@@ -51,10 +51,10 @@ def add(store: Store, found: RungResult, evaluation: Evaluation) -> None:
             raise StudyBusyError(
                 f"study '{study}': another process has evaluated trial {trial} meanwhile"
             )
-        same = this & (tables.rung.c.rung == found.rung)
+        same = this & (tables.rung.c.rung == result.rung)
         if connection.scalar(select(tables.rung.c.recorded_at).where(same)) != now:
-            told: Plain = {"trial": trial, "rung": found.rung, "tokens": found.tokens}
-            told |= statements.finite({"val_loss": found.val_loss})
+            told: Plain = {"trial": trial, "rung": result.rung, "tokens": result.tokens}
+            told |= statements.finite({"val_loss": result.val_loss})
             study_events.append(connection, study, "trial_paused", told)
         connection.execute(delete(tables.rung).where(same))
         connection.execute(
@@ -113,10 +113,10 @@ def final_losses(store: StoreReader, study: str) -> dict[int, float]:
     wanted = select(evaluation.trial, evaluation.metrics).where(
         evaluation.study == study, evaluation.status == "complete"
     )
-    found = store.read(study, lambda connection: connection.execute(wanted).all())
+    rows = store.read(study, lambda connection: connection.execute(wanted).all())
     return {
         row.trial: row.metrics["val_loss"]
-        for row in found
+        for row in rows
         if "val_loss" in row.metrics and "copied_from" not in row.metrics
     }
 
@@ -134,11 +134,11 @@ def pauses(store: StoreReader, study: str) -> dict[int, Pause]:
     def read(connection: Connection) -> dict[int, Pause]:
         if not inspect(connection).has_table(tables.rung.name):
             return {}
-        found = {}
+        pauses_by_trial = {}
         for row in connection.execute(wanted):
             plain = dict(row._mapping) | {"promoted": row.promoted_at is not None}
             evaluation = Evaluation.parse(row.evaluation)
-            found[row.trial] = Pause(RungResult.parse(plain), evaluation)
-        return found
+            pauses_by_trial[row.trial] = Pause(RungResult.parse(plain), evaluation)
+        return pauses_by_trial
 
     return store.read(study, read)

@@ -147,14 +147,14 @@ def volumes(store: StoreReader, study: str) -> list[float]:
 def _volumes(connection: Connection, study: str) -> Iterable[float]:
     after = {point.trial: point.hypervolume for point in front_rows.history(connection, study)}
     row = tables.evaluation.c
-    found = connection.execute(
+    rows = connection.execute(
         select(row.trial, row.status, row.metrics, row.failure)
         .where(row.study == study)
         .order_by(row.recorded_at, row.trial)
     ).all()
     valued = row_readers.trials_with_values(connection, study)
     volume = 0.0
-    for r in found:
+    for r in rows:
         volume = after.get(r.trial, volume)
         failure = mapping.failure_of(r.failure)
         if is_evaluated(r.status, r.metrics, failure, r.trial in valued):

@@ -18,13 +18,13 @@ def exists(connection: Connection, table: Table) -> bool:
 
 
 def finite(values: dict[str, float]) -> dict[str, float | None]:
-    """Return numbers as JSON can hold them: None stands for one that is not finite."""
+    """Return numbers as JSON can hold them: None replaces one that is not finite."""
     return {name: x if math.isfinite(x) else None for name, x in values.items()}
 
 
-def insert_rows(connection: Connection, found: dict[Table, list[Plain]]) -> None:
+def insert_rows(connection: Connection, rows_by_table: dict[Table, list[Plain]]) -> None:
     """Store the rows of each table."""
-    for table, entries in found.items():
+    for table, entries in rows_by_table.items():
         if entries:
             connection.execute(insert(table), entries)
 
@@ -59,15 +59,15 @@ def candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:
 
 def known_trial(connection: Connection, name: str, trial: int) -> Row[Any]:
     """Return what a trial is to evaluate; raise NotFoundError if it was never asked for."""
-    found = candidate(connection, name, trial)
-    if found is None:
+    row = candidate(connection, name, trial)
+    if row is None:
         numbers = tables.candidate.c.trial
         count, last = connection.execute(
             select(func.count(), func.max(numbers)).where(tables.candidate.c.study == name)
         ).one()
         there = f"it has {count}, up to trial {last}" if count else "it has none yet"
         raise NotFoundError(f"study '{name}' has no trial {trial}; {there}")
-    return found
+    return row
 
 
 def is_finished(connection: Connection, name: str, trial: int) -> bool:

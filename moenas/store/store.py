@@ -33,11 +33,13 @@ from moenas.store import (
     tables,
 )
 from moenas.store.database import Database
+from moenas.store.files import Root
 from moenas.store.front_rows import FrontSummary
+from moenas.store.object_path import ObjectPath
 from moenas.store.reader import StoreReader, again
 from moenas.store.retry import RELEASE_S
 from moenas.store.urls import is_uri
-from moenas.store.weights import Root, sweep
+from moenas.store.weights import sweep
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -87,9 +89,9 @@ class Store(StoreReader):
         if database is None:
             return None
         with cls(database)._database.reading() as connection:
-            found = row_readers.studies(connection, name)
+            studies = row_readers.studies(connection, name)
         database.engine.dispose()
-        return found[0] if found else None
+        return studies[0] if studies else None
 
     @property
     def url(self) -> str:
@@ -115,11 +117,12 @@ class Store(StoreReader):
         return self._database.engine
 
     @property
-    def runs(self) -> Root:
+    def runs(self) -> Root | ObjectPath:
         """Where the weights of this database lie, and of no other one.
 
-        It is a folder in $MOENAS_RUNS, if that was set when the store was opened; or else in the
-        folder that the database names, or in moenas_runs/ beside the SQLite file.
+        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was
+        opened; or else in the root that the database names, or in moenas_runs/ beside the SQLite
+        file.
         """
         database = self._database
         return identity.runs(
@@ -149,14 +152,14 @@ class Store(StoreReader):
         self._database.again(self._database.verify)
 
     @again
-    def settle(self) -> None:
+    def ensure_identity(self) -> None:
         """Store where this database lies and where its weights go, as the start of a run does.
 
         Raises:
             InputError: if $MOENAS_RUNS would split the weights over two folders.
         """
         with self._database.writing() as connection:
-            self._database.settle(connection)
+            self._database.ensure_identity(connection)
 
     # --- studies -------------------------------------------------------------------------------
 
@@ -174,18 +177,18 @@ class Store(StoreReader):
         def work() -> None:
             nonlocal tries
             tries += 1
-            found = mapping.study_rows(record)
-            found[tables.study][0]["created_at"] = created
+            rows = mapping.study_rows(record)
+            rows[tables.study][0]["created_at"] = created
             try:
                 with self._database.writing() as connection:
-                    statements.insert_rows(connection, found)
+                    statements.insert_rows(connection, rows)
                     told = {"trials": record.trials, "objectives": list(record.directions)}
                     study_events.append(connection, name, "study_created", told)
             except IntegrityError:
                 with self._database.reading() as connection:
                     if tries > 1 and statements.is_stored(connection, record, created):
                         return  # the answer of the first commit was lost
-                raise InputError(f"study '{name}' is there already in {self.place}") from None
+                raise InputError(f"study '{name}' already exists in {self.place}") from None
 
         self._database.again(work)
 
@@ -218,9 +221,10 @@ class Store(StoreReader):
 
         Raises:
             StudyBusyError: if another driver lives, in this process or in any other.
+            StorageLostError: if the object store of the weights cannot be reached.
         """
         with self._changing(name) as connection:
-            self._database.settle(connection)
+            self._database.ensure_identity(connection)
             holder = leases.claim(connection, name, self._owner)
         if holder is not None:
             raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
@@ -360,11 +364,11 @@ class Store(StoreReader):
         name, trial = evaluation.study, evaluation.trial
         record = row_readers.studies(connection, name)[0]
         now = _now()
-        found = mapping.evaluation_rows(evaluation, now)
-        for table in found:
+        rows = mapping.evaluation_rows(evaluation, now)
+        for table in rows:
             if table is not tables.reuse or statements.exists(connection, table):
                 connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
-        statements.insert_rows(connection, found)
+        statements.insert_rows(connection, rows)
         this = tables.attempt.c.attempt == evaluation.attempt
         if evaluation.status != "stopped":  # its attempt has ended when it paused
             connection.execute(

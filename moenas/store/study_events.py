@@ -68,20 +68,20 @@ def append_once(connection: Connection, study: str, kind: str, data: Plain) -> b
     return True
 
 
-def append_evaluation(connection: Connection, found: Evaluation, front: FrontSummary) -> None:
+def append_evaluation(connection: Connection, evaluation: Evaluation, front: FrontSummary) -> None:
     """Add the event of a finished trial, with its values and the front after it."""
-    stored = mapping.failure_json(found.failure)
+    stored = mapping.failure_json(evaluation.failure)
     failure = None if stored is None else {key: stored[key] for key in ("kind", "message")}
     data = {
-        "trial": found.trial,
-        "attempt": found.attempt,
-        "status": found.status,
-        "values": statements.finite(found.values),
+        "trial": evaluation.trial,
+        "attempt": evaluation.attempt,
+        "status": evaluation.status,
+        "values": statements.finite(evaluation.values),
         "failure": failure,
         "front": front.size,
         "hypervolume": front.hypervolume,
     }
-    append(connection, found.study, "trial_finished", data)
+    append(connection, evaluation.study, "trial_finished", data)
 
 
 def after(connection: Connection, study: str, last: int, limit: int = MOST) -> list[StudyEvent]:

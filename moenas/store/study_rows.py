@@ -93,22 +93,22 @@ def read(connection: Connection, name: str) -> StudyRows:
         NotFoundError: if there is no such study.
     """
     statements.known_study(connection, name)
-    found: StudyRows = {}
+    rows_by_table: StudyRows = {}
     for table in OWN:
         own = table.c.name if table is tables.study else table.c.study
         # A database of an older schema lacks the newest tables.
         there = statements.exists(connection, table)
-        found[table.name] = _plain_rows(connection, table, own == name) if there else []
+        rows_by_table[table.name] = _plain_rows(connection, table, own == name) if there else []
     if not inspect(connection).has_table(STUDY.name):
-        return found | {table: [] for table in every_table() if table not in found}
+        return rows_by_table | {table: [] for table in every_table() if table not in rows_by_table}
     ids = select(STUDY.c.study_id).where(STUDY.c.study_name == name).scalar_subquery()
     trials = select(TRIAL.c.trial_id).where(TRIAL.c.study_id == ids)
-    found[STUDY.name] = _plain_rows(connection, STUDY, STUDY.c.study_name == name)
+    rows_by_table[STUDY.name] = _plain_rows(connection, STUDY, STUDY.c.study_name == name)
     for table in (*OF_STUDY, TRIAL):
-        found[table.name] = _plain_rows(connection, table, table.c.study_id == ids)
+        rows_by_table[table.name] = _plain_rows(connection, table, table.c.study_id == ids)
     for table in OF_TRIAL:
-        found[table.name] = _plain_rows(connection, table, table.c.trial_id.in_(trials))
-    return _counted(found)
+        rows_by_table[table.name] = _plain_rows(connection, table, table.c.trial_id.in_(trials))
+    return _counted(rows_by_table)
 
 
 def _counted(rows: StudyRows) -> StudyRows:
@@ -146,16 +146,16 @@ def _to_plain(value: Any) -> Any:
 
 def renamed(rows: StudyRows, name: str) -> StudyRows:
     """Return the rows of a study under another name."""
-    found: StudyRows = {}
+    rows_by_table: StudyRows = {}
     for table, entries in rows.items():
         own = {tables.study.name: "name", STUDY.name: "study_name"}.get(table)
         if own is None and table in tables.metadata.tables:
             own = "study"
-        found[table] = [{**row, own: name} if own else dict(row) for row in entries]
-    for row in [*found[tables.rung.name], *found[tables.replicate.name]]:
+        rows_by_table[table] = [{**row, own: name} if own else dict(row) for row in entries]
+    for row in [*rows_by_table[tables.rung.name], *rows_by_table[tables.replicate.name]]:
         if row["evaluation"] is not None:  # an Evaluation names its study
             row["evaluation"] = {**row["evaluation"], "study": name}
-    return found
+    return rows_by_table
 
 
 def check(rows: StudyRows) -> None:
@@ -192,7 +192,7 @@ def _check_row(place: str, row: Any, columns: dict[str, Any]) -> None:
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a JSON value can stand in a column; SQLite itself takes any value anywhere."""
+    """Whether a column can hold a JSON value; SQLite itself takes any value anywhere."""
     if isinstance(kind, types.JSON):  # every one of ours is an object or a list
         return isinstance(value, dict | list)
     if isinstance(kind, types.Enum):  # a kind of String
@@ -257,7 +257,7 @@ def write_own(connection: Connection, rows: StudyRows) -> None:
     try:
         _insert(connection, tables.study, rows[tables.study.name])
     except IntegrityError as error:
-        raise ConflictError(f"study '{name_of(rows)}' is there already") from error
+        raise ConflictError(f"study '{name_of(rows)}' already exists") from error
     with _plain_refusals(rows):
         for table in OWN[1:]:
             _insert(connection, table, rows[table.name])
@@ -305,10 +305,10 @@ def _own_key(table: Any) -> str:
 
 def _key(key: str, ids: dict[int, int]) -> str:
     """Return the key of a study's attribute, with the new id of the trial that it names."""
-    found = TRIAL_NOTE.fullmatch(key)
-    if found is None or int(found[1]) not in ids:
+    matched = TRIAL_NOTE.fullmatch(key)
+    if matched is None or int(matched[1]) not in ids:
         return key
-    return f"dashboard:{ids[int(found[1])]}:{found[2]}"
+    return f"dashboard:{ids[int(matched[1])]}:{matched[2]}"
 
 
 def _insert(
@@ -320,11 +320,11 @@ def _insert(
     change: Plain | None = None,
 ) -> None:
     columns = {column.name: column.type for column in table.columns if column.name != drop}
-    found = [
+    values = [
         {name: _from_plain(columns[name], {**row, **(change or {})}[name]) for name in columns}
         for row in entries
     ]
-    for chunk in _chunks(found):
+    for chunk in _chunks(values):
         connection.execute(insert(table), chunk)
 
 

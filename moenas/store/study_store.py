@@ -5,9 +5,10 @@ from __future__ import annotations
 from moenas.errors import FailureKind
 from moenas.records import EndReason, Evaluation, Failure, Plain, StudyRecord
 from moenas.store import attempts, origins
+from moenas.store.files import Root
 from moenas.store.front_rows import FrontSummary
+from moenas.store.object_path import ObjectPath
 from moenas.store.store import Store
-from moenas.store.weights import Root
 
 
 class StudyStore:
@@ -17,7 +18,7 @@ class StudyStore:
         self.store, self.name = store, name
 
     @property
-    def runs(self) -> Root:
+    def runs(self) -> Root | ObjectPath:
         """The folder of the weights."""
         return self.store.runs
 

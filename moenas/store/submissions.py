@@ -52,7 +52,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class StudyFilter:
-    """Which studies a list holds; None stands for any."""
+    """Which studies a list holds; None is any."""
 
     state: State | None = None
     user_name: str | None = None
@@ -94,8 +94,8 @@ def every(connection: Connection) -> list[Submission]:
     if not statements.exists(connection, submission):
         return []
     wanted = select(submission).order_by(submission.c.submitted_at, submission.c.study)
-    found = map(_record, connection.execute(wanted))
-    return [row for row in found if row is not None]
+    records = map(_record, connection.execute(wanted))
+    return [row for row in records if row is not None]
 
 
 def require(connection: Connection, name: str, *, lock: bool = False) -> Submission:
@@ -105,9 +105,9 @@ def require(connection: Connection, name: str, *, lock: bool = False) -> Submiss
         NotFoundError: if there is none of this name.
         ConflictError: if the study was run by a command, so that no server looks after it.
     """
-    found = find(connection, name, lock=lock)
-    if found is not None:
-        return found
+    submitted = find(connection, name, lock=lock)
+    if submitted is not None:
+        return submitted
     if connection.execute(select(study.c.name).where(study.c.name == name)).first():
         raise ConflictError(
             f"study '{name}' was started by a command, not submitted; only its own command runs it"
@@ -142,9 +142,9 @@ def submit(
     connection.execute(insert(submission), row_of)
     told = {"trials": new.trials, "priority": new.priority, "user": new.user_name}
     _tell(connection, new.user_name, new.study, "submitted", told)
-    found = find(connection, new.study)
-    assert found is not None
-    return found, True
+    existing = find(connection, new.study)
+    assert existing is not None
+    return existing, True
 
 
 def _require_free(connection: Connection, name: str) -> None:
@@ -154,7 +154,7 @@ def _require_free(connection: Connection, name: str) -> None:
     ).first()
     stored = connection.execute(select(study.c.name).where(study.c.name == name)).first()
     if submitted or stored:
-        raise ConflictError(f"study '{name}' is there already; give the space another `name`")
+        raise ConflictError(f"study '{name}' already exists; give the space another `name`")
 
 
 def _tell(connection: Connection, user_name: str, name: str, kind: str, data: Plain) -> None:
@@ -201,11 +201,11 @@ def _move(
     connection: Connection, name: str, user_name: str, before: Sequence[State], after: State
 ) -> Submission:
     """Change the state of a study; one that is in the state already stays as it is."""
-    found = require(connection, name, lock=True)
-    there = found.state == after or (after == "queued" and found.state == "running")
-    if not there and found.state not in before:
+    submission = require(connection, name, lock=True)
+    there = submission.state == after or (after == "queued" and submission.state == "running")
+    if not there and submission.state not in before:
         raise ConflictError(
-            f"study '{name}' is {found.state}; only one that is {' or '.join(before)} can be"
+            f"study '{name}' is {submission.state}; only one that is {' or '.join(before)} can be"
             f" {VERBS[after]}"
         )
     if not there:
@@ -222,13 +222,13 @@ def extend(connection: Connection, name: str, user_name: str, trials: int) -> Su
     Raises:
         ConflictError: if the study has as many already.
     """
-    found = require(connection, name, lock=True)
-    if trials == found.trials:
-        return found
-    if trials < found.trials:
-        raise ConflictError(f"study '{name}' has {found.trials} trials; give a larger number")
+    submission = require(connection, name, lock=True)
+    if trials == submission.trials:
+        return submission
+    if trials < submission.trials:
+        raise ConflictError(f"study '{name}' has {submission.trials} trials; give a larger number")
     changes: Plain = {"trials": trials}
-    if found.state == "finished":
+    if submission.state == "finished":
         changes |= {"state": "queued", "ended_at": None, "restarts": 0, "reason": None}
     _set(connection, name, changes)
     _tell(connection, user_name, name, "extended", {"trials": trials})
@@ -264,7 +264,9 @@ def claim_next(connection: Connection, runner: str, clock: float) -> Submission 
         & (submission.c.not_before <= clock)
     )
     wanted = select(submission).where(ready).with_for_update(skip_locked=True)
-    waiting = [found for row in connection.execute(wanted) if (found := _record(row)) is not None]
+    waiting = [
+        submitted for row in connection.execute(wanted) if (submitted := _record(row)) is not None
+    ]
     if not waiting:
         return None
     shares = select(
@@ -290,7 +292,9 @@ def set_driver(connection: Connection, name: str, machine: str, pid: int, born: 
 def held(connection: Connection, runner: str) -> list[Submission]:
     """Return the studies whose drivers a server looks after."""
     wanted = select(submission).where(submission.c.runner == runner).order_by(submission.c.study)
-    return [found for row in connection.execute(wanted) if (found := _record(row)) is not None]
+    return [
+        submitted for row in connection.execute(wanted) if (submitted := _record(row)) is not None
+    ]
 
 
 def keep_running(connection: Connection, name: str, runner: str) -> None:
@@ -310,10 +314,10 @@ def driver_ended(connection: Connection, name: str, runner: str, decide: Decide)
 
     Nothing happens if another server has taken over.
     """
-    found = find(connection, name, lock=True)
-    if found is None or found.runner != runner:
+    submission = find(connection, name, lock=True)
+    if submission is None or submission.runner != runner:
         return
-    changes = decide(found) if found.state == "running" else {}
+    changes = decide(submission) if submission.state == "running" else {}
     cleared = {"runner": None, "driver_machine": None, "driver_pid": None, "driver_born": None}
     _set(connection, name, changes | cleared)
     state = changes.get("state")
@@ -321,10 +325,10 @@ def driver_ended(connection: Connection, name: str, runner: str, decide: Decide)
         _set(connection, name, {"ended_at": now()})
         study_events.append(connection, name, state, {"reason": changes.get("reason")})
     elif state == "queued":
-        kind = "restarted" if changes.get("restarts", 0) > found.restarts else "requeued"
+        kind = "restarted" if changes.get("restarts", 0) > submission.restarts else "requeued"
         study_events.append(connection, name, kind, {"reason": changes.get("reason")})
     else:
-        study_events.append(connection, name, "driver_ended", {"state": found.state})
+        study_events.append(connection, name, "driver_ended", {"state": submission.state})
 
 
 # --- lists ---------------------------------------------------------------------------------------
@@ -352,15 +356,15 @@ def page(
         created, name = after
         later = (rows.c.created == created) & (rows.c.name > name)
         listed = listed.where((rows.c.created < created) | later)
-    found = connection.execute(listed).all()
-    names = [row.name for row in found]
+    listed_rows = connection.execute(listed).all()
+    names = [row.name for row in listed_rows]
     count = select(evaluation.c.study, func.count()).group_by(evaluation.c.study)
     counts = {row[0]: int(row[1]) for row in connection.execute(count.where(_among(names)))}
     records = connection.execute(select(submission).where(submission.c.study.in_(names)))
     known_rows: dict[str, Submission | None] = {row.study: _record(row) for row in records}
     return [
         ListedStudy(r.name, r.trials, r.created, counts.get(r.name, 0), known_rows.get(r.name))
-        for r in found
+        for r in listed_rows
     ]
 
 
@@ -369,12 +373,12 @@ def _among(names: list[str]) -> ColumnElement[bool]:
 
 
 def _conditions(wanted: StudyFilter, name: ColumnElement[str]) -> list[ColumnElement[bool]]:
-    found = _contains(wanted, name)
+    conditions = _contains(wanted, name)
     if wanted.state is not None:
-        found.append(submission.c.state == wanted.state)
+        conditions.append(submission.c.state == wanted.state)
     if wanted.user_name is not None:
-        found.append(submission.c.user_name == wanted.user_name)
-    return found
+        conditions.append(submission.c.user_name == wanted.user_name)
+    return conditions
 
 
 def _contains(wanted: StudyFilter, name: ColumnElement[str]) -> list[ColumnElement[bool]]:
@@ -386,5 +390,5 @@ def _contains(wanted: StudyFilter, name: ColumnElement[str]) -> list[ColumnEleme
 def counts(connection: Connection) -> dict[State, int]:
     """Return state -> how many submitted studies are in it."""
     wanted = select(submission.c.state, func.count()).group_by(submission.c.state)
-    found = {row[0]: int(row[1]) for row in connection.execute(wanted)}
-    return {state: found.get(state, 0) for state in STATES}
+    by_state = {row[0]: int(row[1]) for row in connection.execute(wanted)}
+    return {state: by_state.get(state, 0) for state in STATES}

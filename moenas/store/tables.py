@@ -5,7 +5,7 @@ row of moenas_candidate once it was asked for, a row of moenas_attempt each time
 started, and a row of moenas_evaluation with its values, curve and routing once something came of
 it. The evaluation of a later attempt takes the place of a failed one; moenas_attempt keeps why
 the earlier one failed. What is compared, sorted or plotted is a column; the rest is JSON, and
-`column ->> 'key'` reads it on PostgreSQL and on SQLite from 3.38 alike. Times are UTC, ISO 8601.
+`column ->> 'key'` reads it on PostgreSQL and on SQLite 3.38 or later. Times are UTC, ISO 8601.
 
 Rows refer to Optuna's by study name and trial number, never by a foreign key: with one,
 `optuna.delete_study` would fail in silence.

@@ -51,7 +51,7 @@ def storage_url(text: str | None) -> URL:
     _remember(url)
     if _is_cut(url):
         raise StorageError(
-            f"{shown(text)}: an '@' stands in the user or the password; write %40 for '@', %3A for"
+            f"{shown(text)}: the user or the password has an '@'; write %40 for '@', %3A for"
             " ':', %2F for '/', %3F for '?' and %23 for '#'"
         )
     if url.drivername not in DRIVERS:
@@ -94,7 +94,7 @@ def shown(url: URL | str) -> str:
         key: HIDDEN if SECRET_KEY.search(key) or NESTED.search(str(value)) else value
         for key, value in url.query.items()
     }
-    if url.drivername.startswith("sqlite"):  # a path stands there as it is
+    if url.drivername.startswith("sqlite"):  # the path is not percent-encoded
         text = f"{url.drivername}://" + (f"/{url.database}" if url.database else "")
         return text + ("?" if query else "") + "&".join(f"{k}={v}" for k, v in query.items())
     return url.set(query=query).render_as_string(hide_password=True)

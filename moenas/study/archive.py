@@ -52,7 +52,11 @@ def pack_study(store: Store, name: str, out: Path) -> Transferred:
     rows = idle_rows(store, name)
     (study,) = rows[tables.study.name]
     texts = {SPACE: study["space_text"].encode()}
-    texts |= {_rows_member(t): study_rows.to_lines(found) for t, found in rows.items() if found}
+    texts |= {
+        _rows_member(t): study_rows.to_lines(table_rows)
+        for t, table_rows in rows.items()
+        if table_rows
+    }
     with _draft(out) as draft, zipfile.ZipFile(draft, "w") as archive:
         digests = {member: _write(archive, member, data) for member, data in texts.items()}
         for file in named_files(rows):
@@ -126,13 +130,13 @@ def unpack_study(path: Path, store: Store, new: str | None = None) -> Transferre
     with _opened(path) as archive:
         rows, members = _checked(archive)
         name = study_rows.name_of(rows)
-        found = rows if new is None else study_rows.renamed(rows, new)
+        unpacked = rows if new is None else study_rows.renamed(rows, new)
         with IncomingStudy(store, new or name) as incoming:
-            for file in named_files(found):
+            for file in named_files(unpacked):
                 with archive.open(_member_of(file, members)) as opened:
                     incoming.add(file, opened)  # type: ignore[arg-type]
-            incoming.commit(lambda connection: study_rows.write(connection, found))
-    return Transferred.of(found)
+            incoming.commit(lambda connection: study_rows.write(connection, unpacked))
+    return Transferred.of(unpacked)
 
 
 def check_packed(path: Path) -> None:

@@ -46,10 +46,10 @@ class Candidate:
         except SpaceError as error:
             return cls(trial, drawn=drawn, violations={VALID: 1.0}, invalid=str(error))
         violations = {VALID: 0.0, **space.violations(architecture)}
-        found = cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
+        candidate = cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
         if space.fit is not None and violations[space.fit.text] > 0:
-            found.invalid = space.missed_fit(RandomSuggest(0, trial.params))
-        return found
+            candidate.invalid = space.missed_fit(RandomSuggest(0, trial.params))
+        return candidate
 
     @property
     def number(self) -> int:

@@ -97,12 +97,12 @@ def _refuse_other_objectives(known: StudyRecord, space: Space, accept: bool, way
 
 def version_changes(known: StudyRecord, versions: dict[str, str]) -> str | None:
     """Say which versions differ from those that the study began with; None if none does."""
-    found = [
+    differing = [
         f"{name} {known.versions[name]} -> {version}"
         for name, version in versions.items()
         if known.versions.get(name, version) != version
     ]
-    return ", ".join(found) or None
+    return ", ".join(differing) or None
 
 
 def _is_same(stored: str, objective: Objective) -> bool:
@@ -113,12 +113,12 @@ def _is_same(stored: str, objective: Objective) -> bool:
 
 def _with_objectives_of(space: Space, stored: Plain) -> Plain:
     """Write the digests of objectives that say the same as those of the space."""
-    found = deepcopy(stored)
-    for entry in found.get("objectives", []):
+    present = deepcopy(stored)
+    for entry in present.get("objectives", []):
         for objective in space.objectives:
             if objective.name == entry["name"] and _is_same(entry["sha256"], objective):
                 entry["sha256"] = objective.info().sha256
-    return found
+    return present
 
 
 def _differences(before: Plain, after: Plain) -> list[str]:
@@ -126,11 +126,11 @@ def _differences(before: Plain, after: Plain) -> list[str]:
     return [
         f"  {path}: {_shown(old, path)} -> {_shown(new, path)}"
         for path in {**old, **new}
-        if old.get(path, old) != new.get(path, new) and not _is_silent(path)
+        if old.get(path, old) != new.get(path, new) and not _is_ignored(path)
     ]
 
 
-def _is_silent(path: str) -> bool:
+def _is_ignored(path: str) -> bool:
     """Whether a difference is not told: a resumed run may change it, or its digest says it."""
     section, _, field = path.partition(".")
     resource = section == "search" and field in RESOURCES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 
 import optuna
@@ -10,9 +9,10 @@ from sqlalchemy import Connection, delete, select
 
 from moenas.errors import ConflictError
 from moenas.store import audit, study_events, submissions, tables
+from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
-from moenas.store.weights import weights_path
+from moenas.store.weights import study_folder
 
 
 def delete_study(store: Store, name: str, user_name: str) -> int:
@@ -33,17 +33,17 @@ def delete_study(store: Store, name: str, user_name: str) -> int:
             with suppress(KeyError):
                 optuna.delete_study(study_name=name, storage=store.optuna_storage())
         store.transact(lambda connection: _forget(connection, name, user_name, trials))
-    shutil.rmtree(weights_path(store.runs, name, 0).parents[1], ignore_errors=True)
+    remove_tree(study_folder(store.runs, name))
     return trials
 
 
 def _forget(connection: Connection, name: str, user_name: str, trials: int) -> None:
     """Delete our rows; the last event tells those who watch."""
-    found = submissions.find(connection, name, lock=True)
+    submission = submissions.find(connection, name, lock=True)
     known = connection.execute(select(tables.study.c.name).where(tables.study.c.name == name))
-    if found is None and known.first() is None:
+    if submission is None and known.first() is None:
         return  # the transaction is repeated, as the answer of its commit was lost
-    if found is not None and found.driver_running:
+    if submission is not None and submission.driver_running:
         raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
     connection.execute(delete(tables.study).where(tables.study.c.name == name))
     submissions.forget(connection, name)

@@ -8,7 +8,6 @@ import sqlite3
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
@@ -20,9 +19,11 @@ from moenas.records import Evaluation, Plain
 from moenas.search.trials import outcome
 from moenas.store import attempts, front_rows, row_readers, rungs, statements, tables
 from moenas.store.checkpoints import read_checkpoint, unused_checkpoints
+from moenas.store.files import matching, remove_file, write_whole
 from moenas.store.heartbeat import StudyLease
+from moenas.store.object_path import StorePath
 from moenas.store.store import Store
-from moenas.store.weights import FILE, has_weights, read_weights, weights_path
+from moenas.store.weights import FILE, missing_weights, read_weights, study_folder
 from moenas.study import reconcile, repairs
 from moenas.study.uncommitted import UncommittedResults
 
@@ -74,15 +75,12 @@ def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[
     Digests of weights are left to `examine`: they take as long as all the files are large.
     """
     said = []
-    if found := store.read(name, lambda connection: _front(connection, name)):
+    if findings := store.read(name, lambda connection: _front(connection, name)):
         record = store.study(name)
         store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
-        said.append(f"{found[0].text}; it was computed again")
-    lost = [
-        trial
-        for trial, evaluation in stored.items()
-        if evaluation.weights_sha256 and not has_weights(store.runs, name, trial)
-    ]
+        said.append(f"{findings[0].text}; it was computed again")
+    with_weights = [trial for trial, evaluation in stored.items() if evaluation.weights_sha256]
+    lost = missing_weights(store.runs, name, with_weights)
     if lost:
         said.append(
             f"the weights of {len(lost)} trials, such as {lost[0]}, are not there; `moenas doctor`"
@@ -91,7 +89,7 @@ def check_start(store: Store, name: str, stored: dict[int, Evaluation]) -> list[
     return said
 
 
-def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
+def repair(store: Store, name: str, findings: list[Finding]) -> StorePath | None:
     """Repair what can be repaired, after a backup; return the backup, or None if nothing was done.
 
     Raises:
@@ -110,13 +108,11 @@ def repair(store: Store, name: str, findings: list[Finding]) -> Path | None:
             store.apply(name, lambda connection: repairs.rebuild_front(connection, record))
         if "files" in areas:
             for path in _leftovers(store, name, {e.trial for e in store.evaluations(name)}):
-                path.unlink(missing_ok=True)
-                if not any(path.parent.iterdir()):
-                    path.parent.rmdir()
+                remove_file(path)
     return backup
 
 
-def back_up(store: Store, name: str) -> Path:
+def back_up(store: Store, name: str) -> StorePath:
     """Copy an SQLite database beside itself; of another one, write the study's rows as JSON.
 
     Raises:
@@ -130,32 +126,32 @@ def back_up(store: Store, name: str) -> Path:
             with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(backup)) as to:
                 source.backup(to)
             return backup
-        folder = weights_path(store.runs, name, 0).parents[1]
-        folder.mkdir(parents=True, exist_ok=True)
-        backup = folder / f"backup-{now}.json.gz"
-        with gzip.open(backup, "wt", encoding="utf-8") as file:
-            json.dump(store.read(name, lambda connection: _all_rows(connection, name)), file)
-        return backup
+        rows = store.read(name, lambda connection: _all_rows(connection, name))
+        written = study_folder(store.runs, name) / f"backup-{now}.json.gz"
+        write_whole(written, gzip.compress(json.dumps(rows).encode()))
+        return written
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"the backup cannot be written: {error}; nothing was repaired") from None
 
 
 def _all_rows(connection: Connection, name: str) -> dict[str, list[Plain]]:
     """Return our rows of a study, and Optuna's, by table."""
-    found: dict[str, list[Plain]] = {}
+    rows_by_table: dict[str, list[Plain]] = {}
     for table in tables.metadata.sorted_tables:
         key = table.c.get("study", table.c.get("name"))
         if key is None or not statements.exists(connection, table):
             continue
         rows = connection.execute(select(table).where(key == name)).mappings()
-        found[table.name] = [dict(row) for row in rows]
+        rows_by_table[table.name] = [dict(row) for row in rows]
     trials = text(
         "SELECT t.number, CAST(t.state AS varchar) AS state, v.objective, v.value FROM trials t"
         " JOIN studies s ON s.study_id = t.study_id"
         " LEFT JOIN trial_values v ON v.trial_id = t.trial_id WHERE s.study_name = :name"
     )
-    found["optuna"] = [dict(row) for row in connection.execute(trials, {"name": name}).mappings()]
-    return found
+    rows_by_table["optuna"] = [
+        dict(row) for row in connection.execute(trials, {"name": name}).mappings()
+    ]
+    return rows_by_table
 
 
 # --- what is examined ----------------------------------------------------------------------------
@@ -182,8 +178,8 @@ def _trials(
         "foreign": "record that it is not ours",
     }
     trials = _optuna_trials(store, name)
-    found = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
-    return [Finding("trials", d.trial, d.text, texts[d.kind]) for d in found]
+    differing = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
+    return [Finding("trials", d.trial, d.text, texts[d.kind]) for d in differing]
 
 
 def _optuna_trials(store: Store, name: str) -> list[optuna.trial.FrozenTrial]:
@@ -207,75 +203,75 @@ def _front(connection: Connection, name: str) -> list[Finding]:
         wanted = {trial for trial, keep in zip(own, mask, strict=True) if keep}
     stored = set(front_rows.members(connection, record))
     again = "compute the front and its history again"
-    found = []
+    findings = []
     if stored != wanted:
         text = f"the front is {sorted(stored)}, and the stored values give {sorted(wanted)}"
-        found.append(Finding("front", None, text, again))
+        findings.append(Finding("front", None, text, again))
     history = front_rows.history(connection, name)
     if [point.trial for point in history] and len(history) != len(points):
         text = f"{len(history)} rows of history for {len(points)} complete trials"
-        found.append(Finding("front", None, text, again))
+        findings.append(Finding("front", None, text, again))
     if own:
         corner = pareto.reference_point([values for _, values, _ in points], directions)
         volume = pareto.hypervolume([own[t] for t in wanted], corner, directions)
         last = history[-1].hypervolume if history else 0.0
         if list(record.reference_point.values()) != corner:
             text = f"the reference point is {record.reference_point}, and the values give {corner}"
-            found.append(Finding("front", None, text, again))
+            findings.append(Finding("front", None, text, again))
         elif abs(last - volume) > TOLERANCE * max(1.0, abs(volume)) and pareto.is_exact(
             len(corner)
         ):
             text = f"the hypervolume is {last:.9g}, and the stored values give {volume:.9g}"
-            found.append(Finding("front", None, text, again))
-    return found
+            findings.append(Finding("front", None, text, again))
+    return findings
 
 
 def _weights(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Finding]:
     """Compare each file of weights with its stored digest."""
-    found = []
+    findings = []
     for trial, evaluation in stored.items():
         if evaluation.weights_sha256 is None:
             continue
         try:
             read_weights(store.runs, name, trial, evaluation.weights_sha256)
         except InputError as error:
-            found.append(Finding("weights", trial, str(error), None))
+            findings.append(Finding("weights", trial, str(error), None))
     for trial, pause in rungs.pauses(store, name).items():
         digest = pause.evaluation.weights_sha256
         try:
             read_checkpoint(store.runs, name, trial, pause.result.rung, digest)
         except InputError as error:
             text = f"{error}; without it the next run trains the candidate again from the start"
-            found.append(Finding("weights", trial, text, None))
-    return found
+            findings.append(Finding("weights", trial, text, None))
+    return findings
 
 
 def _files(store: Store, name: str, stored: dict[int, Evaluation]) -> list[Finding]:
     """Find files that no row needs, and results that have no row."""
-    found = [
+    findings = [
         Finding("files", None, f"{path}: left by a run that was killed", "remove it")
         for path in _leftovers(store, name, set(stored))
     ]
     for path, result in UncommittedResults(store.runs, name).results():
         trial = result.trial if result is not None else None
-        found.append(Finding("files", trial, f"{path}: a result without a row", "record it"))
-    return found
+        findings.append(Finding("files", trial, f"{path}: a result without a row", "record it"))
+    return findings
 
 
-def _leftovers(store: Store, name: str, trials: set[int]) -> list[Path]:
+def _leftovers(store: Store, name: str, trials: set[int]) -> list[StorePath]:
     """Return drafts, weights of trials without an evaluation, and checkpoints that none needs."""
-    folder = weights_path(store.runs, name, 0).parents[1]
+    folder = study_folder(store.runs, name)
     spooled = {r.trial for _, r in UncommittedResults(store.runs, name).results() if r is not None}
-    found = []
-    for path in folder.glob("*/*") if folder.is_dir() else ():
+    paths: list[StorePath] = []
+    for path in matching(folder, "*/*"):
         number = path.parent.name
         draft = path.name.startswith(".")
         lost = path.name == FILE and number.isdigit() and int(number) not in trials | spooled
         if path.is_file() and (draft or lost):
-            found.append(path)
+            paths.append(path)
     used = {trial: pause.result.rung for trial, pause in rungs.pauses(store, name).items()}
     checkpoints = unused_checkpoints(store.runs, name, used)
-    return found + [path for path in checkpoints if path not in found]
+    return paths + [path for path in checkpoints if path not in paths]
 
 
 def _repair_trials(store: Store, name: str, names: list[str]) -> None:
@@ -286,9 +282,9 @@ def _repair_trials(store: Store, name: str, names: list[str]) -> None:
         optuna.create_study(study_name=name, storage=store.optuna_storage(), directions=directions)
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
     trials = study.get_trials(deepcopy=False)
-    found = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
-    reconcile.repair(store, study, found, stored, names)
-    for difference in found:
+    differing = reconcile.differences(stored, attempts.candidates(store, name), trials, names)
+    reconcile.repair(store, study, differing, stored, names)
+    for difference in differing:
         if difference.kind == "untold":
             found_outcome = outcome(stored[difference.trial], names)
             reconcile.correct(store, name, difference.trial, *found_outcome)

@@ -205,12 +205,12 @@ class Driver:
     def _reuse(self, candidate: Candidate) -> bool:
         """Give a trial the evaluation of its model in another study, if there is one that holds."""
         source = self.session.cache.find(candidate.fingerprint)
-        found = None if source is None else self.session.results.reuse(candidate, source)
-        if source is None or found is None:
+        evaluation = None if source is None else self.session.results.reuse(candidate, source)
+        if source is None or evaluation is None:
             return False
         text = f"reused from trial {source.trial} of study '{source.study}' | {candidate.summary}"
         self.session.draws.started()
-        self._after(candidate, self.session.record(candidate, found, "reused", text))
+        self._after(candidate, self.session.record(candidate, evaluation, "reused", text))
         return True
 
     def _start(self, candidate: Candidate) -> None:
@@ -227,7 +227,7 @@ class Driver:
         count = self.session.progress.evaluated + len(self.running) + len(self.paused)
         if count > self.session.progress.total:
             self.session.set_total(count)
-        kind: Kind = "promoted" if "checkpoint" in fields else "started"
+        kind: Kind = "promoted" if "paused" in fields else "started"
         self.events.emit(kind, number, candidate.summary)
 
     # --- from a result to an evaluation --------------------------------------------------------
@@ -245,10 +245,10 @@ class Driver:
 
     def _handle_result(self, result: Result) -> None:
         """Start the candidate of a result again if that may help, else record the result."""
-        candidate, found = self.running.pop(result.job.trial), result.outcome
+        candidate, outcome = self.running.pop(result.job.trial), result.outcome
         self.delayed.count_result()
         self.session.results.remove_drafts(candidate.number, result)
-        failure = found if isinstance(found, Failure) else found.failure
+        failure = outcome if isinstance(outcome, Failure) else outcome.failure
         if failure is not None and self._is_tried_again(candidate, failure, result.job.attempt):
             return
         try:
@@ -317,9 +317,9 @@ class Driver:
 
     def _promote(self, *, at_end: bool = False) -> bool:
         """Continue a paused candidate; False if none trains on, or a budget is used up."""
-        if self.session.budget.used_up or (found := self.paused.next(at_end=at_end)) is None:
+        if self.session.budget.used_up or (paused := self.paused.next(at_end=at_end)) is None:
             return False
-        self._guarded(found, self._start)
+        self._guarded(paused, self._start)
         return True
 
     def _end_pauses(self) -> bool:

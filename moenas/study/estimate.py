@@ -42,7 +42,7 @@ FEW = 3
 SIMILAR = 4.0
 """Factor between the training FLOPs of two candidates up to which they are of similar size."""
 DRAWS, DRAWN_LAYERS = 50, 10_000
-"""Random architectures whose mean cost stands for that of the candidates, and their layers."""
+"""Random architectures whose mean cost estimates that of the candidates."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Return the estimate as text."""
-        found = [
+        lines = [
             f"estimate for {self.candidates:,} candidates: {short(self.train_tokens)} training"
             f" tokens, {self.train_flops:.3g} training FLOPs"
         ]
         if self.hours is None:
-            return [*found, f"  time: unknown; {self.basis}"]
+            return [*lines, f"  time: unknown; {self.basis}"]
         low, high = _duration(self.hours_low), _duration(self.hours_high)
         with_workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        found.append(
+        lines.append(
             f"  time: {_duration(self.hours)} with {with_workers}, {low} to {high} by the fastest"
             " and the slowest quarter"
         )
-        return [*found, f"  basis: {self.basis}"]
+        return [*lines, f"  basis: {self.basis}"]
 
 
 def _duration(hours: float | None) -> str:
@@ -119,12 +119,16 @@ def estimate(
         SpaceError: if no architecture of the space is feasible.
     """
     n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
-    drawn = [found for found in space.feasible(n_draws) if not isinstance(found, str)]
+    drawn = [
+        architecture
+        for architecture in space.feasible(n_draws)
+        if not isinstance(architecture, str)
+    ]
     drawn = sorted(drawn or [space.require_feasible()], key=lambda a: space.cost(a).flops_per_token)
     recipe, count = space.train, space.search.trials if trials is None else trials
     trains = any(objective.needs == "training" for objective in space.objectives)
     tokens = float(recipe.steps * recipe.batch * recipe.context) if trains else 0.0
-    each = [TRAINING * space.cost(found).flops_per_token * tokens for found in drawn]
+    each = [TRAINING * space.cost(architecture).flops_per_token * tokens for architecture in drawn]
     mean = statistics.fmean(each)
     device = _device(space)
     workers = workers or space.search.workers or _default_workers(space, device)
@@ -174,12 +178,12 @@ def _stored_rate(
         stored = spending.timed(Store.open(storage), info)
     except StorageError:  # there is no database yet
         return None
-    found = [one for one in stored if flops / SIMILAR <= one.train_flops <= flops * SIMILAR]
-    if len(found) < FEW:
+    similar = [one for one in stored if flops / SIMILAR <= one.train_flops <= flops * SIMILAR]
+    if len(similar) < FEW:
         return None
-    speeds = _quartiles([one.train_flops / one.train_seconds for one in found])
-    overhead = statistics.median(one.total_seconds - one.train_seconds for one in found)
-    basis = f"{len(found)} evaluations of similar size in this database on {info['name']}"
+    speeds = _quartiles([one.train_flops / one.train_seconds for one in similar])
+    overhead = statistics.median(one.total_seconds - one.train_seconds for one in similar)
+    basis = f"{len(similar)} evaluations of similar size in this database on {info['name']}"
     return _Rate(speeds, overhead, basis)
 
 

@@ -39,9 +39,9 @@ class EvaluationCache:
     def open(self, device: str) -> None:
         """Look for studies that were evaluated as this one is; `device` is that of the pool."""
         space = self._space
-        own, found = self._store.study(), devices.named(device)
-        dtype = training_dtype(space.train, found)
-        self._device = devices.device_info(found, space.train.threads, dtype)
+        own, cached_device = self._store.study(), devices.named(device)
+        dtype = training_dtype(space.train, cached_device)
+        self._device = devices.device_info(cached_device, space.train.threads, dtype)
         meaning = _meaning(own, space.plain())
         objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
         for other in self._store.store.studies():

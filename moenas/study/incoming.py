@@ -2,7 +2,8 @@
 
 Its files are gathered in a folder of their own. One transaction then inserts the rows and gives the
 folder its name; while it lasts, no other process can make a study of that name. A process that is
-killed before the commit leaves a folder that the next one removes.
+killed before the commit leaves a folder that the next one removes. An object store has no lock for
+that: there the objects stay below a prefix that begins with DRAFT.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,11 +23,14 @@ from typing import BinaryIO, Self
 from sqlalchemy import Connection, select
 
 from moenas.errors import ConflictError, InputError, MachineError
+from moenas.resources import sha256
 from moenas.store import optuna_rows, statements, submissions, tables
 from moenas.store.checkpoints import checkpoint_path, read_checkpoint
+from moenas.store.files import make_folder, remove_tree, sync_folder
+from moenas.store.object_path import ObjectPath, StorePath
 from moenas.store.store import Store
 from moenas.store.study_rows import StudyRows
-from moenas.store.weights import find_weights, make_folder, sync_folder, weights_path
+from moenas.store.weights import find_weights, study_folder, weights_path
 
 DRAFT = ".incoming-"
 """How the name of a folder begins whose study is not there yet."""
@@ -42,13 +47,13 @@ class StudyFile:
     """The rung of a checkpoint; None for weights."""
     sha256: str
 
-    def path(self, runs: Path, study: str) -> Path:
+    def path(self, runs: StorePath, study: str) -> StorePath:
         """Return where the file lies in a folder of weights."""
         if self.rung is None:
             return weights_path(runs, study, self.trial)
         return checkpoint_path(runs, study, self.trial, self.rung)
 
-    def find(self, store: Store, study: str) -> Path:
+    def find(self, store: Store, study: str) -> StorePath:
         """Return where the file of a stored study lies, after a check of its digest.
 
         Raises:
@@ -74,11 +79,6 @@ def named_files(rows: StudyRows) -> list[StudyFile]:
     ]
 
 
-def study_folder(runs: Path, study: str) -> Path:
-    """Return the folder of a study's files."""
-    return weights_path(runs, study, 0).parents[1]
-
-
 class IncomingStudy:
     """A new study of a database: its files are added, then `commit` lets it appear.
 
@@ -94,12 +94,12 @@ class IncomingStudy:
         """
         statements.check_study_name(name)
         self._store, self.name = store, name
-        store.settle()
+        store.ensure_identity()
         store.optuna_storage().engine.dispose()  # makes Optuna's tables
         store.query(self._require_free)
-        self._folder: Path | None = None
+        self._folder: StorePath | None = None
         self._lock = -1
-        self._added: dict[str, Path] = {}
+        self._added: dict[str, StorePath] = {}
         """Digest -> the first file that has it."""
 
     def __enter__(self) -> Self:
@@ -107,14 +107,14 @@ class IncomingStudy:
 
     def __exit__(self, *exc: object) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_tree(self._folder)
         if self._lock >= 0:
             os.close(self._lock)
 
     def _require_free(self, connection: Connection) -> None:
         if self._is_stored(connection):
             raise ConflictError(
-                f"study '{self.name}' is there already in {self._store.place}; give another name"
+                f"study '{self.name}' already exists in {self._store.place}; give another name"
             )
         if submissions.find(connection, self.name) is not None:
             raise ConflictError(
@@ -144,23 +144,17 @@ class IncomingStudy:
                 self._link(file, self._added[file.sha256])
                 return
             path = self._place(file)
-            digest = hashlib.sha256()
-            with path.open("xb") as target:
-                while piece := source.read(PIECE):
-                    digest.update(piece)
-                    target.write(piece)
-                target.flush()
-                os.fsync(target.fileno())
+            digest = _write(path, source)
         except OSError as error:
             raise MachineError(f"study '{self.name}': a file cannot be written: {error}") from None
-        if digest.hexdigest() != file.sha256:
+        if digest != file.sha256:
             raise InputError(
-                f"trial {file.trial}: a file with the SHA-256 {digest.hexdigest()[:12]}..., stored"
+                f"trial {file.trial}: a file with the SHA-256 {digest[:12]}..., stored"
                 f" was {file.sha256[:12]}...; restore the file"
             )
         self._added[file.sha256] = path
 
-    def link(self, file: StudyFile, source: Path) -> None:
+    def link(self, file: StudyFile, source: StorePath) -> None:
         """Give a file of this database, whose digest was checked, a second name.
 
         It is copied where the file system has no hard links.
@@ -170,8 +164,18 @@ class IncomingStudy:
         except OSError as error:
             raise MachineError(f"study '{self.name}': a file cannot be written: {error}") from None
 
-    def _link(self, file: StudyFile, source: Path) -> None:
+    def _link(self, file: StudyFile, source: StorePath) -> None:
         path = self._place(file)
+        if isinstance(path, ObjectPath):
+            if isinstance(source, ObjectPath):
+                source.copy(path)
+            else:
+                path.write_bytes(source.read_bytes())
+            return
+        if isinstance(source, ObjectPath):
+            with source.open() as opened:
+                _write(path, opened)
+            return
         try:
             os.link(source, path)
         except OSError:
@@ -179,18 +183,22 @@ class IncomingStudy:
             with path.open("rb") as written:
                 os.fsync(written.fileno())
 
-    def _place(self, file: StudyFile) -> Path:
+    def _place(self, file: StudyFile) -> StorePath:
         """Return the path of a file in the folder of the draft, which is made if necessary."""
         if self._folder is None:
             self._folder = self._make_draft()
         final = file.path(Path(), self.name)
-        path = self._folder / final.relative_to(final.parents[1])
-        path.parent.mkdir(exist_ok=True)
+        path = self._folder / final.parent.name / final.name
+        if isinstance(path, Path):
+            path.parent.mkdir(exist_ok=True)
         return path
 
-    def _make_draft(self) -> Path:
+    def _make_draft(self) -> StorePath:
         """Make a folder that is locked while this process lives; remove those of dead ones."""
-        runs = Path(self._store.runs)
+        root = self._store.runs
+        if isinstance(root, ObjectPath):
+            return root / f"{DRAFT}{secrets.token_hex(8)}"
+        runs = Path(root)
         make_folder(runs)
         while True:
             folder = Path(tempfile.mkdtemp(dir=runs, prefix=DRAFT))
@@ -212,7 +220,7 @@ class IncomingStudy:
         Raises:
             ConflictError: if another process has made a study of this name meanwhile.
         """
-        if self._folder is not None:
+        if isinstance(self._folder, Path):
             for folder in (*self._folder.iterdir(), self._folder):
                 sync_folder(folder)
         named = False
@@ -227,15 +235,40 @@ class IncomingStudy:
                 return
             final = study_folder(self._store.runs, self.name)
             # No study has this name: a folder there is a rest of a deleted or an unfinished one.
-            shutil.rmtree(final, ignore_errors=True)
+            remove_tree(final)
             try:
-                os.rename(self._folder, final)
-                sync_folder(final.parent)
+                _rename(self._folder, final)
             except OSError as error:
                 raise MachineError(f"{final}: cannot be made: {error.strerror}") from None
             named = True
 
         self._store.transact(change)
+
+
+def _write(path: StorePath, source: BinaryIO) -> str:
+    """Write a new file, which is on the disk when this returns; return its SHA-256."""
+    if isinstance(path, ObjectPath):
+        data = source.read()
+        path.write_bytes(data)
+        return sha256(data)
+    digest = hashlib.sha256()
+    with path.open("xb") as target:
+        while piece := source.read(PIECE):
+            digest.update(piece)
+            target.write(piece)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _rename(folder: StorePath, final: StorePath) -> None:
+    """Give a folder of files its name; objects are renamed one after another."""
+    if isinstance(folder, ObjectPath):
+        for path in list(folder.glob("*/*")):
+            path.replace(ObjectPath(str(final / path.parent.name / path.name)))
+        return
+    os.rename(folder, str(final))
+    sync_folder(final.parent)
 
 
 def _remove_if_dead(folder: Path) -> None:

@@ -13,7 +13,7 @@ import optuna
 
 from moenas.errors import InputError
 from moenas.grammar import user_parts
-from moenas.predict.level_effects import MIN_CANDIDATES, Rows, drawn_holes, hole_effects
+from moenas.predict.level_effects import MIN_CANDIDATES, EvaluatedDraws, drawn_holes, hole_effects
 from moenas.predict.rank_agreement import rank_agreements
 from moenas.records import Evaluation, FrontPoint, Plain
 from moenas.report.seed_noise_text import seed_report
@@ -102,11 +102,11 @@ def _rungs(study: Study) -> list[Plain]:
 
 def _growth(history: Sequence[FrontPoint]) -> list[Plain]:
     """Return the hypervolume after parts of the complete candidates."""
-    found = []
+    rows = []
     for share in GROWTH if history else ():
         at = history[math.ceil(share * len(history)) - 1]
         last = history[-1].hypervolume
-        found.append(
+        rows.append(
             {
                 "complete": math.ceil(share * len(history)),
                 "members": at.size,
@@ -114,22 +114,22 @@ def _growth(history: Sequence[FrontPoint]) -> list[Plain]:
                 "share": at.hypervolume / last if last else None,
             }
         )
-    return found
+    return rows
 
 
 # --- importances -------------------------------------------------------------------------------
 
 
 def _importances(
-    study: Study, rows: Rows, objective: str, by_surrogate: Mapping[str, float]
+    study: Study, rows: EvaluatedDraws, objective: str, by_surrogate: Mapping[str, float]
 ) -> list[Plain]:
     """Return the importances of all holes for an objective, the largest of the surrogate first."""
     by_optuna = _ped_anova(study, objective)
-    found: list[Plain] = [
+    importances: list[Plain] = [
         {"hole": hole, "ped_anova": by_optuna.get(hole), "surrogate": by_surrogate.get(hole)}
         for hole in drawn_holes(rows)
     ]
-    return sorted(found, key=lambda row: -(row["surrogate"] or row["ped_anova"] or 0.0))
+    return sorted(importances, key=lambda row: -(row["surrogate"] or row["ped_anova"] or 0.0))
 
 
 def _ped_anova(study: Study, objective: str) -> dict[str, float]:
@@ -140,6 +140,8 @@ def _ped_anova(study: Study, objective: str) -> dict[str, float]:
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of each target, for it cannot see a direction
-        found = evaluator.evaluate(study.optuna, target=lambda trial: sign * trial.values[index])
-    total = sum(found.values())
-    return {name: value / total for name, value in found.items()} if total else found
+        importances = evaluator.evaluate(
+            study.optuna, target=lambda trial: sign * trial.values[index]
+        )
+    total = sum(importances.values())
+    return {name: value / total for name, value in importances.items()} if total else importances

@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas.errors import InputError, StorageLostError
-from moenas.records import StudyRecord
+from moenas.errors import InputError, NotFoundError
+from moenas.grammar import user_parts
+from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
+from moenas.report.seed_noise_text import seed_report
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
+from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
+from moenas.study import repairs
 from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
 from moenas.study.driver import Driver
+from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
+from moenas.study.front import Front, Member, seed_fields
 from moenas.study.jobs import Jobs
 from moenas.study.progress import Progress
 from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
-from moenas.study.replication import Replication
+from moenas.study.replication import Replication, missing_replicates
 from moenas.study.session import Session
-from moenas.study.stored_study import Front, Member, Study, load_study
-from moenas.workers.pool import Pool, Workers, open_pool
+from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
+    import pandas
+
     from moenas.data.corpus import Corpus
+    from moenas.model.architecture import Architecture, Model
     from moenas.space.space import Space
     from moenas.study.estimate import Estimate
 
@@ -50,8 +56,160 @@ __all__ = [
     "run",
 ]
 
-RESEND_S = 0.05
-"""Seconds after which a signal is sent again whose exception was swallowed."""
+
+class Study:
+    """One study in a store; everything is read when it is asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"Study({self.name!r}, {self.store.place!r})"
+
+    def _repr_html_(self) -> str:
+        done, total = self.store.count(self.name), self.record.trials
+        return f"<h4>{self.name}: {done} of {total} trials</h4>{self.front()._repr_html_()}"
+
+    @property
+    def record(self) -> StudyRecord:
+        """What was stored when the study began."""
+        return self.store.study(self.name)
+
+    @property
+    def changes(self) -> list[Plain]:
+        """What was accepted after the start, in order: {changed_at, what, before, after}."""
+        return self.store.read(self.name, lambda c: repairs.changes(c, self.name))
+
+    @property
+    def view(self) -> View:
+        """Everything of the study at once."""
+        return self.store.view(self.name)
+
+    @property
+    def finished(self) -> EndReason | None:
+        """Why the study is over; None if it is not.
+
+        `trials`: all are evaluated; `exhausted`: every point of a finite space was drawn;
+        `sampler`: the sampler stopped it; `draws`: too many draws in a row gave no new candidate;
+        `wall_time`, `train_flops`, `train_tokens` and `plateau`: that rule of `search.stop`.
+        """
+        ended = self.store.ended(self.name)
+        if ended is None and attempts.evaluated(self.store, self.name) >= self.record.trials:
+            return "trials"  # it ended under a version that did not store the reason
+        return ended
+
+    @property
+    def optuna(self) -> optuna.Study:
+        """The Optuna study behind it."""
+        return optuna.load_study(study_name=self.name, storage=self.store.optuna_storage())
+
+    def evaluation(self, trial: int) -> Evaluation:
+        """Return the evaluation of a trial.
+
+        Raises:
+            NotFoundError: if the trial does not exist or is not finished.
+        """
+        evaluation = self.store.evaluation(self.name, trial)
+        if evaluation is None:
+            raise NotFoundError(f"study '{self.name}' has no finished trial {trial}")
+        return evaluation
+
+    def architecture(self, trial: int, *, allow_code: bool = False) -> Architecture:
+        """Return the architecture of a trial.
+
+        With `allow_code` the Python files that the database holds for the study are run.
+
+        Raises:
+            InputError: if the architecture needs such a file, which is neither allowed nor here.
+        """
+        from moenas.model.architecture import Architecture
+
+        user_parts.load_stored(self.record.space, allow_code=allow_code)
+        return Architecture.parse(self.store.architecture(self.name, trial))
+
+    def export(
+        self,
+        trial: int,
+        out: str | os.PathLike[str],
+        *,
+        format: str = "folder",
+        allow_code: bool = False,
+    ) -> Path:
+        """Write a trained trial into the new folder `out`; see `moenas export`.
+
+        Raises:
+            NotFoundError: if there is no such trial, or its weights are gone.
+            InputError: if the trial has no trained weights, the format is unknown or cannot hold
+                its architecture, or `out` is in use.
+        """
+        from moenas.export.formats import export
+
+        path = Path(out)
+        return export(self.store, self.name, trial, path, format=format, allow_code=allow_code)
+
+    def load_model(self, trial: int, *, allow_code: bool = False) -> Model:
+        """Return the trained model of a trial on the CPU in float32, in evaluation mode.
+
+        Raises:
+            NotFoundError: if there is no such trial, or its weights are gone.
+            InputError: if the trial has no trained weights.
+        """
+        from moenas.export.trained_trial import trained_trial
+
+        return trained_trial(self.store, self.name, trial, allow_code=allow_code).model()
+
+    def front(self) -> Front:
+        """Return the Pareto front."""
+        view = self.store.front_view(self.name)
+        names = view.study.directions
+        report = seed_report(self.store, self.name) or {"members": []}
+        replicated = {member["trial"]: member for member in report["members"]}
+        members = tuple(
+            Member(
+                e.trial,
+                {name: e.values[name] for name in names},
+                view.architectures[e.trial],
+                **seed_fields(replicated.get(e.trial)),
+            )
+            for e in view.members
+        )
+        return Front(members, names, view.summary.hypervolume, view.study.reference_point)
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Return a row for each finished trial: state, values, parameters, cost, failure, seconds.
+
+        Columns of the values are the objectives' names; drawn parameters have the prefix
+        `params.`, exact costs `cost.`.
+        """
+        import pandas
+
+        names = self.record.directions
+        drawn = {t.number: t.params for t in self.optuna.get_trials(deepcopy=False)}
+        rows = [
+            {
+                "trial": e.trial,
+                "state": e.status,
+                **{name: e.values.get(name) for name in names},
+                **{f"cost.{name}": value for name, value in e.cost.items()},
+                "failure": e.failure.kind if e.failure else None,
+                "seconds": e.seconds.get("total"),
+                **{f"params.{name}": value for name, value in drawn.get(e.trial, {}).items()},
+            }
+            for e in self.store.evaluations(self.name)
+        ]
+        return pandas.DataFrame(rows)
+
+
+def load_study(name: str, storage: str | None = None) -> Study:
+    """Return a stored study.
+
+    Raises:
+        NotFoundError: if there is none of that name.
+    """
+    store = Store.open(storage)
+    store.study(name)
+    return Study(store, name)
 
 
 # --- launch or resume --------------------------------------------------------------------------
@@ -93,26 +251,27 @@ def run(
     known = Store.known(storage, space.name)
     space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
-    sigterm = _Sigterm()
-    with _plain_endings(sigterm), sigterm.heeded(), ExitStack() as stack:
+    signals = EndingSignals()
+    with plain_endings(signals), signals.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         open_once = _PoolOpener(stack, space, workers, address, pool)
+        elsewhere = not open_once.is_local
         if known is None:
             open_once()
         store = Store.open(storage, create=True)
         if known is None:
             _create(store, space, corpus, trials)
         if changed:
-            Remeasurer(store, space, corpus.sha256).run(open_once(), changed)
+            Remeasurer(store, space, corpus, elsewhere=elsewhere).run(open_once(), changed)
         lease = stack.enter_context(StudyLease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
         session = Session.open(store, space, total, listeners)
         session.trials.enqueue(first)
-        replication = Replication(session, Jobs(session.store, space, corpus.sha256))
-        if session.over is None or replication.missing():
+        if session.over is None or missing_replicates(session):
             _warn_of_versions(session, known)
-            _drive(session, replication, open_once, lease, fresh)
+            jobs = Jobs(session.store, space, corpus, elsewhere=elsewhere)
+            _drive(session, jobs, open_once, lease, fresh)
         store.verify()
         session.finish()
         return Study(store, space.name)
@@ -154,6 +313,7 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
     """
     from moenas.evaluate.matching import open_corpus
 
+    check_wanted_root()
     samplers.check(space.search.sampler)
     points.check_grid(space)
     space.require_feasible()
@@ -163,11 +323,7 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
 
 
 def _drive(
-    session: Session,
-    replication: Replication,
-    open_once: _PoolOpener,
-    lease: StudyLease,
-    fresh: bool,
+    session: Session, jobs: Jobs, open_once: _PoolOpener, lease: StudyLease, fresh: bool
 ) -> None:
     """Bring a study to its end, then train the replicates of its front.
 
@@ -180,8 +336,8 @@ def _drive(
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
     session.events.add(publisher)
     try:
-        Driver(session, replication.jobs, pool, lease).run()
-        replication.run(pool, lease)
+        Driver(session, jobs, pool, lease).run()
+        Replication(session, jobs).run(pool, lease)
     finally:
         session.budget.report(last=True)
     publisher.publish()
@@ -191,21 +347,6 @@ def _warn_of_versions(session: Session, known: StudyRecord | None) -> None:
     """Warn if the study began with other versions than those here."""
     if known is not None and (text := version_changes(known, _versions())):
         session.events.warn(f"the study began with other versions: {text}")
-
-
-@contextmanager
-def _plain_endings(sigterm: _Sigterm) -> Iterator[None]:
-    """Keep Optuna quiet, and turn what may end a run from outside into errors of moenas."""
-    quiet = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    except optuna.exceptions.StorageInternalError as error:
-        raise StorageLostError(f"the database: {error.__cause__ or error}") from error
-    except KeyboardInterrupt:
-        raise Interrupted(*sigterm.reason) from None
-    finally:
-        optuna.logging.set_verbosity(quiet)
 
 
 def _versions() -> dict[str, str]:
@@ -247,7 +388,7 @@ class _PoolOpener:
         pool: Pool | None,
     ) -> None:
         self._stack, self._pool = stack, pool
-        self.is_local = pool is None and address is None and "RAY_ADDRESS" not in os.environ
+        self.is_local = pool is None and not names_cluster(address)
         self._open = partial(open_pool, workers, space.search, address=address)
 
     def __call__(self) -> Pool:
@@ -256,59 +397,6 @@ class _PoolOpener:
             self._pool = self._open()
             self._stack.callback(self._pool.close)
         return self._pool
-
-
-class _Sigterm:
-    """Lets SIGTERM and SIGHUP end a run as Ctrl-C does, and loses none of the three."""
-
-    HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.reason = ("Ctrl-C", 130)
-        """What ended the run, and the exit code for it."""
-        self._number: int | None = None
-        """The latest signal."""
-        self._hook = sys.unraisablehook
-
-    @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Heed the signals meanwhile.
-
-        A signal that is ignored, as SIGHUP is under nohup, stays ignored. A caller's own handler of
-        SIGINT stays, too.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.getsignal(s) for s in self.HEEDED}
-        before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
-        if before.get(signal.SIGINT) is not signal.default_int_handler:
-            before.pop(signal.SIGINT, None)
-        for number in before:
-            signal.signal(number, self._stop)
-        hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        self._hook = hook
-        try:
-            yield
-        finally:
-            sys.unraisablehook = hook
-            for number, handler in before.items():
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def _stop(self, number: int, frame: object) -> None:
-        """Raise what no `except Exception` swallows, and what Ray's waiting lets through."""
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.reason, self._number = (name, 128 + number), number
-        raise KeyboardInterrupt
-
-    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Send a signal again whose exception a finalizer or a weak reference has swallowed."""
-        if self._number is None or not issubclass(lost.exc_type, KeyboardInterrupt):
-            self._hook(lost)
-            return
-        again = threading.Timer(RESEND_S, os.kill, (os.getpid(), self._number))
-        again.daemon = True
-        again.start()
 
 
 def _total(known: StudyRecord, space: Space, trials: int | None) -> int:

@@ -23,7 +23,7 @@ from moenas.study.launch import Study, run
 from moenas.study.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
 from moenas.study.stop_rules import FINAL
 from moenas.study.uncommitted import UncommittedResults
-from moenas.workers.pool import Pool, Workers, open_pool
+from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
     from moenas.space.space import Space
@@ -133,10 +133,10 @@ def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> li
     """
     store = Store.open(storage)
     space = stored_space(store.study(name))
-    found = start_points(space, refs, lambda: store)
+    points = start_points(space, refs, lambda: store)
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
-    known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in found}
-    new = [point for point in found if known[point.fingerprint] is None]
+    known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in points}
+    new = [point for point in points if known[point.fingerprint] is None]
     numbers, before = enqueue_points(study, new)
     trials = known | {p.fingerprint: number for p, number in zip(new, numbers, strict=True)}
     return [
@@ -146,7 +146,7 @@ def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> li
             "source": point.source,
             "fingerprint": point.fingerprint,
         }
-        for point in found
+        for point in points
     ]
 
 
@@ -179,7 +179,8 @@ def remeasure(
     chosen = chosen_objectives(record, space, objective, trial)
     corpus = load(space.data)
     refuse_changes(record, space, corpus, accept=True)
-    remeasurer = Remeasurer(store, space, corpus.sha256)
+    elsewhere = pool is not None or names_cluster(address)
+    remeasurer = Remeasurer(store, space, corpus, elsewhere=elsewhere)
     if pool is not None:
         return remeasurer.run(pool, chosen, trial, progress)
     with closing(open_pool(workers, space.search, address=address)) as opened:

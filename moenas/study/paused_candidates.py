@@ -13,13 +13,15 @@ from moenas.search.rungs import Rule, Rungs, trust
 from moenas.space.early_stopping import Predictive, SuccessiveHalving
 from moenas.store import rungs as rung_rows
 from moenas.store.checkpoints import (
+    checkpoint_at,
     read_checkpoint,
-    remove,
     remove_checkpoints,
     unused_checkpoints,
 )
+from moenas.store.files import remove_file
 from moenas.store.rungs import Pause
 from moenas.store.study_store import StudyStore
+from moenas.store.weights import is_shared
 from moenas.study.candidate import Candidate
 from moenas.study.events import EventEmitter
 
@@ -68,10 +70,10 @@ class PausedCandidates:
         self.pauses.update(rung_rows.pauses(self._store.store, self._store.name))
         used = {trial: pause.result.rung for trial, pause in self.pauses.items()}
         for path in unused_checkpoints(self._store.runs, self._store.name, used):
-            remove(path)
-        found = rung_rows.results(self._store.store, self._store.name)
-        plains = self._store.store.architectures(self._store.name) if found else {}
-        for result in found:
+            remove_file(path)
+        results = rung_rows.results(self._store.store, self._store.name)
+        plains = self._store.store.architectures(self._store.name) if results else {}
+        for result in results:
             plain = plains[result.trial]
             self._rungs.add(result, plain, self._cost(plain))
         for evaluation in stored.values():
@@ -110,14 +112,19 @@ class PausedCandidates:
         pause = self.pauses.get(number)
         if pause is None:
             return fields
-        place = self._store.runs, self._store.name, number
+        place = self._store.runs, self._store.name, number, pause.result.rung
+        digest = pause.evaluation.weights_sha256
+        fields_of_pause: Plain = {"paused": pause.evaluation.plain()}
         try:
-            data = read_checkpoint(*place, pause.result.rung, pause.evaluation.weights_sha256)
+            if is_shared(self._store.runs):
+                fields_of_pause["checkpoint_at"] = checkpoint_at(*place, digest)
+            else:
+                fields_of_pause["checkpoint"] = read_checkpoint(*place, digest)
         except InputError as error:
             self._events.warn(f"it is trained again from its start: {error}", number)
             self._forget(number)
             return fields
-        return fields | {"paused": pause.evaluation.plain(), "checkpoint": data}
+        return fields | fields_of_pause
 
     def _forget(self, trial: int) -> None:
         """Remove the rungs of a trial that is trained again from its start."""
@@ -165,15 +172,15 @@ class PausedCandidates:
     def _tell_trust(self) -> None:
         """Tell once when the cut of a rung widens, and when it is as before."""
         least = getattr(self._space.search.early_stopping, "min_correlation", 0.0)
-        for rung, found in self._rungs.agreements().items():
-            low = trust(least, found) < 1
+        for rung, agreement in self._rungs.agreements().items():
+            low = trust(least, agreement) < 1
             if low == (rung in self._distrusted):
                 continue
             self._distrusted ^= {rung}
             effect = "its cut is widened" if low else "its cut is no longer widened"
             self._events.warn(
                 f"rung {rung}: the rank correlation with the final losses is"
-                f" {found.correlation:.2f} over {found.pairs} candidates; {effect}"
+                f" {agreement.correlation:.2f} over {agreement.pairs} candidates; {effect}"
             )
 
     # --- decisions -----------------------------------------------------------------------------
@@ -206,9 +213,9 @@ class PausedCandidates:
 
     def rest(self) -> list[Candidate]:
         """Return all candidates that wait; they wait no more."""
-        found = list(self._waiting.values())
+        candidates = list(self._waiting.values())
         self._waiting.clear()
-        return found
+        return candidates
 
     def stopped(self, candidate: Candidate) -> Evaluation:
         """Return the last evaluation of a candidate that is stopped at its rung."""

@@ -44,24 +44,24 @@ def differences(
     `stored` are our evaluations, `asked` the trials that have an architecture of ours, `names` the
     objectives in order.
     """
-    found = []
+    differing = []
     told = {frozen.number: frozen for frozen in trials}
     last = max([*stored, *asked, *told], default=-1)
     for number in range(last + 1):
         ours, theirs = stored.get(number), told.get(number)
         if theirs is None:
-            found.append(Difference(number, "missing", "Optuna's tables lack it"))
+            differing.append(Difference(number, "missing", "Optuna's tables lack it"))
         elif ours is None:
             if not theirs.state.is_finished():
                 continue  # the next run evaluates it
             if number in asked:
                 text = f"Optuna's is {theirs.state.name}, and it was not evaluated"
-                found.append(Difference(number, "taken", text))
+                differing.append(Difference(number, "taken", text))
             else:
                 text = f"{theirs.state.name}, made by another program"
-                found.append(Difference(number, "foreign", text))
+                differing.append(Difference(number, "foreign", text))
         elif not theirs.state.is_finished():
-            found.append(Difference(number, "untold", "evaluated, and not told to Optuna"))
+            differing.append(Difference(number, "untold", "evaluated, and not told to Optuna"))
         elif ours.failure is None or ours.failure.kind != "foreign":
             state, values = outcome(ours, names)
             if (theirs.state, theirs.values) != (state, values):
@@ -69,14 +69,14 @@ def differences(
                     f"Optuna's is {theirs.state.name} with {theirs.values}, ours"
                     f" {state.name} with {values}"
                 )
-                found.append(Difference(number, "different", text))
-    return found
+                differing.append(Difference(number, "different", text))
+    return differing
 
 
 def repair(
     store: Store,
     study: optuna.Study,
-    found: Sequence[Difference],
+    differing: Sequence[Difference],
     stored: Mapping[int, Evaluation],
     names: Sequence[str],
 ) -> None:
@@ -89,7 +89,7 @@ def repair(
     """
     name = study.study_name
     # 1. Trials that are gone come back first, in order: Optuna numbers them by itself.
-    for difference in found:
+    for difference in differing:
         if difference.kind == "missing":
             ours = stored.get(difference.trial)
             state, values = outcome(ours, names) if ours else (TrialState.FAIL, None)
@@ -97,7 +97,7 @@ def repair(
             if ours is None:
                 _record_foreign(store, name, difference.trial)
     # 2. The rest is a correction of one row of Optuna's, or a row of ours.
-    for difference in found:
+    for difference in differing:
         number = difference.trial
         if difference.kind == "different":
             state, values = outcome(stored[number], names)

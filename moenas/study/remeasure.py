@@ -18,7 +18,7 @@ from moenas.store import replicates, rungs
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
-from moenas.store.weights import read_weights
+from moenas.store.weights import find_weights, is_shared, read_weights, stored_at
 from moenas.study import repairs
 from moenas.study.changes import changed_objectives
 from moenas.study.jobs import Jobs
@@ -28,6 +28,7 @@ from moenas.study.uncommitted import UncommittedResults
 from moenas.workers.pool import Pool, Result
 
 if TYPE_CHECKING:
+    from moenas.data.corpus import Corpus
     from moenas.space.space import Space
 
 Progress = Callable[[int, int, Evaluation], None]
@@ -58,31 +59,34 @@ def chosen_objectives(
     """
     changed = changed_objectives(record, space)
     if ref is None:
-        found = list(space.objectives) if trial is not None else changed
+        chosen = list(space.objectives) if trial is not None else changed
     else:
-        found = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
-    if not found:
+        chosen = [o for o in space.objectives if ref in (o.name, o.path)] or [load_objective(ref)]
+    if not chosen:
         raise InputError(
             f"study '{record.name}': no objective's file has changed; name one by --objective, or"
             " a trial"
         )
-    mixed = [o.name for o in found if o in changed]
+    mixed = [o.name for o in chosen if o in changed]
     if mixed and trial is not None:
         raise InputError(
             f"study '{record.name}': the file of '{mixed[0]}' has changed, so all trials must be"
             " measured again, that one front does not mix two measurements; leave the trial out"
         )
-    return found
+    return chosen
 
 
 class Remeasurer:
     """Measures objectives of the finished trials of one study."""
 
-    def __init__(self, store: Store, space: Space, data_sha256: str) -> None:
+    def __init__(
+        self, store: Store, space: Space, corpus: Corpus, *, elsewhere: bool = False
+    ) -> None:
+        """Take the study and its corpus; `elsewhere` is that of `Jobs`."""
         self._store, self._space = store, space
         self._record = store.study(space.name)
         study = StudyStore(store, space.name)
-        self._jobs = Jobs(study, space, data_sha256)
+        self._jobs = Jobs(study, space, corpus, elsewhere=elsewhere)
         self._results = ResultProcessor(study, space)
 
     def run(
@@ -120,11 +124,11 @@ class Remeasurer:
                         crashes[known.trial] += 1
                         waiting.append(known)
                         continue
-                    found = self._merged(known, result, objectives)
-                    self._results.add(found)
-                    done.append(found)
+                    merged = self._merged(known, result, objectives)
+                    self._results.add(merged)
+                    done.append(merged)
                     if progress is not None:
-                        progress(len(done), len(todo), found)
+                        progress(len(done), len(todo), merged)
                 lease.check()
             done += self._copies(done)
             self._store_all(done + self._outdated(objectives), objectives)
@@ -136,14 +140,14 @@ class Remeasurer:
     def _todo(self, trial: int | None) -> list[Evaluation]:
         """Return the evaluations to measure: complete ones, and those with stored weights."""
         stored = self._store.evaluations(self._space.name)
-        found = [
+        evaluations = [
             e
             for e in stored
             if not e.is_copy
             and (e.status == "complete" or e.weights_sha256 is not None)
             and (trial is None or e.trial == trial)
         ]
-        if not found and trial is not None:
+        if not evaluations and trial is not None:
             raise InputError(
                 f"study '{self._space.name}': trial {trial} is not complete and has no stored"
                 " weights; there is nothing to measure again"
@@ -151,15 +155,19 @@ class Remeasurer:
         for other in stored if trial is not None else ():
             if other.trial != trial:  # latencies of one device stay those of one device
                 self._results.add(other)
-        return found
+        return evaluations
 
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
-        name, weights = self._space.name, None
-        if known.weights_sha256 and any(o.needs == "training" for o in objectives):
-            weights = read_weights(self._store.runs, name, known.trial, known.weights_sha256)
+        name, runs, digest = self._space.name, self._store.runs, known.weights_sha256
+        more: Plain = {"known": known.plain()}
+        if digest and any(o.needs == "training" for o in objectives):
+            if is_shared(runs):
+                path = find_weights(runs, name, known.trial, digest)
+                more["weights_at"] = stored_at(path, digest)
+            else:
+                more["weights"] = read_weights(runs, name, known.trial, digest)
         architecture = self._store.architecture(name, known.trial)
-        more: Plain = {"known": known.plain(), "weights": weights}
         more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
 
@@ -167,8 +175,8 @@ class Remeasurer:
         self, known: Evaluation, result: Result, objectives: Sequence[Objective]
     ) -> Evaluation:
         """Return the stored evaluation with the new values."""
-        found = result.outcome
-        failure = found if isinstance(found, Failure) else found.failure
+        outcome = result.outcome
+        failure = outcome if isinstance(outcome, Failure) else outcome.failure
         if failure is not None and failure.kind == "environment":
             raise MoenasError(
                 f"study '{known.study}', trial {known.trial}: {failure.message}; nothing is stored"
@@ -176,12 +184,12 @@ class Remeasurer:
         own = {o.name for o in self._space.objectives}
         if failure is not None and own & {o.name for o in objectives}:
             return replace(known, status="failed", failure=failure)
-        if isinstance(found, Failure):
+        if isinstance(outcome, Failure):
             return known
         merged = replace(
             known,
-            values=known.values | found.values,
-            measurements=known.measurements | found.measurements,
+            values=known.values | outcome.values,
+            measurements=known.measurements | outcome.measurements,
         )
         if not own <= merged.values.keys():
             return merged

@@ -35,10 +35,10 @@ def reopen(connection: Connection, study: str, trials: Sequence[int]) -> None:
 def replace_evaluations(
     connection: Connection,
     record: StudyRecord,
-    found: Sequence[tuple[Evaluation, TrialState, list[float] | None]],
+    replacements: Sequence[tuple[Evaluation, TrialState, list[float] | None]],
 ) -> None:
     """Store evaluations in place of those of the same attempts, and measure the front again."""
-    for evaluation, state, values in found:
+    for evaluation, state, values in replacements:
         evaluated = tables.evaluation.c
         when = connection.execute(
             select(evaluated.recorded_at).where(
@@ -51,7 +51,7 @@ def replace_evaluations(
                 connection.execute(insert(table), entries)
         optuna_rows.set_outcome(connection, record.name, evaluation.trial, state, values)
     rebuild_front(connection, record)
-    measured = [evaluation.trial for evaluation, _, _ in found]
+    measured = [evaluation.trial for evaluation, _, _ in replacements]
     study_events.append(connection, record.name, "trials_remeasured", {"trials": measured})
 
 
@@ -77,8 +77,8 @@ def rebuild_front(connection: Connection, record: StudyRecord) -> None:
         this = (columns.study == name) & (columns.name == objective)
         connection.execute(update(tables.objective).where(this).values(changes))
     own = {trial: values for trial, values, copied in points if not copied}
-    found = pareto.history(list(own.values()), directions, corner, list(own)) if own else []
-    steps = {step.trial: step for step in found}
+    front_steps = pareto.history(list(own.values()), directions, corner, list(own)) if own else []
+    steps = {step.trial: step for step in front_steps}
     size, volume = 0, 0.0
     entered: dict[int, Plain] = {}
     history = []
@@ -107,7 +107,7 @@ def complete_points(
     row, value = tables.evaluation.c, tables.value.c
     seq = tables.hypervolume.c
     same = (seq.study == row.study) & (seq.trial == row.trial)
-    found = connection.execute(
+    rows = connection.execute(
         select(row.trial, row.metrics)
         .outerjoin(tables.hypervolume, same)
         .where(row.study == name, row.status == "complete")
@@ -119,7 +119,7 @@ def complete_points(
     ):
         values.setdefault(entry.trial, {})[entry.objective] = entry.value
     return [
-        (r.trial, [values[r.trial][n] for n in names], "copied_from" in r.metrics) for r in found
+        (r.trial, [values[r.trial][n] for n in names], "copied_from" in r.metrics) for r in rows
     ]
 
 
@@ -150,8 +150,8 @@ def accept(
 def changes(connection: Connection, name: str) -> list[Plain]:
     """Return what a user accepted after the start: {changed_at, what, before, after}, in order."""
     wanted = select(tables.change).where(tables.change.c.study == name)
-    found = connection.execute(wanted.order_by(tables.change.c.position)).mappings()
-    return [{key: row[key] for key in row if key not in ("study", "position")} for row in found]
+    rows = connection.execute(wanted.order_by(tables.change.c.position)).mappings()
+    return [{key: row[key] for key in row if key not in ("study", "position")} for row in rows]
 
 
 def _log(connection: Connection, name: str, what: str, before: str, after: str) -> None:

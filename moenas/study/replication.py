@@ -25,6 +25,17 @@ Replicate = tuple[int, int]
 """A trial and a seed."""
 
 
+def missing_replicates(session: Session) -> list[Replicate]:
+    """Return what is to be trained: every member of the front with one seed, then with the next."""
+    search, store, name = session.space.search, session.store.store, session.name
+    if search.replicates < 2:
+        return []
+    known = {(row.trial, row.seed) for row in replicates.rows(store, name)}
+    seeds = range(search.seed + 1, search.seed + search.replicates)
+    front = store.front(name)
+    return [(trial, seed) for seed in seeds for trial in front if (trial, seed) not in known]
+
+
 class Replication:
     """Trains each member of the front of a finished search with `search.replicates` - 1 seeds.
 
@@ -35,20 +46,10 @@ class Replication:
     """
 
     def __init__(self, session: Session, jobs: Jobs) -> None:
-        self._session, self.jobs = session, jobs
+        self._session, self._jobs = session, jobs
         self._store, self._space = session.store, session.space
         self._faults: Counter[Replicate] = Counter()
         self._crashes: Counter[Replicate] = Counter()
-
-    def missing(self) -> list[Replicate]:
-        """Return what is to be trained: every member with one seed, then with the next."""
-        first, count = self._space.search.seed, self._space.search.replicates
-        if count < 2:
-            return []
-        known = {(e.trial, e.seed) for e in replicates.rows(self._store.store, self._store.name)}
-        front = self._store.store.front(self._store.name)
-        seeds = range(first + 1, first + count)
-        return [(t, seed) for seed in seeds for t in front if (t, seed) not in known]
 
     def run(self, pool: Pool, lease: StudyLease) -> None:
         """Train what is missing.
@@ -56,7 +57,7 @@ class Replication:
         Raises:
             EnvironmentFaultError: if the machine fails one replicate again and again.
         """
-        waiting = deque(self.missing())
+        waiting = deque(missing_replicates(self._session))
         total, running = len(waiting), 0
         if waiting:
             text = f"{total} replicates of the front are trained with further seeds"
@@ -79,7 +80,7 @@ class Replication:
     def _job(self, pool: Pool, one: Replicate) -> Job:
         """Return the job of a replicate, whose weights are not kept."""
         trial, seed = one
-        job = self.jobs.job(
+        job = self._jobs.job(
             trial,
             self._store.attempts(trial),
             self._store.architecture(trial),

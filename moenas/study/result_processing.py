@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moenas.errors import FailureKind, InputError, StorageLostError
 from moenas.pareto import unusable
 from moenas.records import Evaluation, Failure, WeightsFile
-from moenas.space.objective import rebase
+from moenas.space.objective import apply_reference_times
 from moenas.store.checkpoints import write_checkpoint
 from moenas.store.study_store import StudyStore
 from moenas.store.weights import (
@@ -78,7 +78,7 @@ class ResultProcessor:
         It is failed if a latency was timed on another device than those of the study, or if there
         is no checkpoint.
         """
-        evaluation = self._on_one_reference(evaluation)
+        evaluation = self._rescale_latency(evaluation)
         rung = evaluation.metrics.get("rung", 0.0)
         losses = [row["val_loss"] for row in evaluation.curve[-1:] if "val_loss" in row]
         if evaluation.status == "paused" and (result.weights is None or rung < 1 or not losses):
@@ -107,7 +107,7 @@ class ResultProcessor:
         why = unusable({name: evaluation.values.get(name, math.nan) for name in self._names})
         if why is not None:
             return failed(evaluation, "error", why)
-        return self._as_required(architecture, self._on_one_reference(evaluation))
+        return self._apply_trained_requirements(architecture, self._rescale_latency(evaluation))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
         """Return the evaluation of an earlier trial of the same model as that of a candidate.
@@ -145,7 +145,7 @@ class ResultProcessor:
                     copy_weights(*place, source.weights_sha256, of=source.study)
             except InputError:
                 return None
-        found = replace(
+        reused = replace(
             source,
             study=self._study,
             trial=candidate.number,
@@ -157,7 +157,7 @@ class ResultProcessor:
             seconds={},
             reused_from={"study": source.study, "trial": source.trial},
         )
-        judged = self.judged(candidate.architecture, found)
+        judged = self.judged(candidate.architecture, reused)
         return None if judged.status == "failed" else judged
 
     @contextmanager
@@ -170,7 +170,7 @@ class ResultProcessor:
                 f"{error.filename or self._store.runs}: cannot be written: {error.strerror}"
             ) from error
 
-    def _on_one_reference(self, evaluation: Evaluation) -> Evaluation:
+    def _rescale_latency(self, evaluation: Evaluation) -> Evaluation:
         """Express latencies by the study's reference times; refuse those of another device."""
         keys = {
             name: (details["reference_key"], details["reference_ms"])
@@ -182,9 +182,11 @@ class ResultProcessor:
                 text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
                 return failed(evaluation, "refused", text)
         fixed = {key: self._store.set_reference_ms(key, ms) for key, ms in keys.values()}
-        return rebase(evaluation, fixed)
+        return apply_reference_times(evaluation, fixed)
 
-    def _as_required(self, architecture: Architecture | None, evaluation: Evaluation) -> Evaluation:
+    def _apply_trained_requirements(
+        self, architecture: Architecture | None, evaluation: Evaluation
+    ) -> Evaluation:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
             return evaluation

@@ -79,7 +79,7 @@ class Session:
         # 1. Results that an earlier run computed and could not commit.
         session.uncommitted.commit(store)
         # 2. Optuna's rows are made to agree with ours.
-        found, stored = session._reconcile()
+        differing, stored = session._reconcile()
         # 3. The front and the weights that the run relies on.
         for text in check_start(store, space.name, stored):
             session.events.warn(text)
@@ -93,26 +93,28 @@ class Session:
         session.budget.start()
         if session.over is None:
             session.store.set_ended(None)
-        session._report_differences(found)
+        session._report_differences(differing)
         return session
 
     def _reconcile(self) -> tuple[list[Difference], dict[int, Evaluation]]:
         """Make Optuna's rows agree with ours; return what differed, and our rows by trial."""
         stored = {e.trial: e for e in self.store.evaluations()}
-        found = differences(stored, self.store.candidates(), self.trials.frozen(), self._objectives)
-        if found:
-            repair(self.store.store, self.trials.study, found, stored, self._objectives)
+        differing = differences(
+            stored, self.store.candidates(), self.trials.frozen(), self._objectives
+        )
+        if differing:
+            repair(self.store.store, self.trials.study, differing, stored, self._objectives)
             self.trials.open()  # Optuna caches finished trials
             stored = {e.trial: e for e in self.store.evaluations()}
-            for difference in found:
+            for difference in differing:
                 if difference.kind == "untold":
                     self._tell(None, stored[difference.trial])
-        return found, stored
+        return differing, stored
 
-    def _report_differences(self, found: Sequence[Difference]) -> None:
+    def _report_differences(self, differing: Sequence[Difference]) -> None:
         """Warn of what another program has changed in Optuna's tables."""
-        for kind, times in Counter(d.kind for d in found if d.kind != "untold").items():
-            first = next(d for d in found if d.kind == kind)
+        for kind, times in Counter(d.kind for d in differing if d.kind != "untold").items():
+            first = next(d for d in differing if d.kind == kind)
             self.events.warn(
                 f"Optuna's tables differed in {times} trials, such as {first.trial}: {first.text};"
                 " both agree now"

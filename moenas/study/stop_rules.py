@@ -41,13 +41,13 @@ DRAWS = 1000
 """Draws in a row that give nothing to evaluate before a study ends."""
 
 
-def reason(found: Evaluation) -> str:
+def reason(evaluation: Evaluation) -> str:
     """Say in one line why a trial has no values."""
-    if found.failure:
-        return str(found.failure)
-    if found.status == "stopped":
+    if evaluation.failure:
+        return str(evaluation.failure)
+    if evaluation.status == "stopped":
         return "stopped early"
-    return "breaks " + ", ".join(found.violations)
+    return "breaks " + ", ".join(evaluation.violations)
 
 
 class EnvironmentFaults:
@@ -176,13 +176,13 @@ class RepeatedFailures:
         self._last: Failure | None = None
         self._times = 0
 
-    def add(self, found: Evaluation, any_complete: bool) -> None:
+    def add(self, evaluation: Evaluation, any_complete: bool) -> None:
         """Take in a finished trial.
 
         Raises:
             StudyStoppedError: at SAME_FAILURES in a row.
         """
-        failure = found.failure
+        failure = evaluation.failure
         if failure is not None and failure.kind == "crashed":  # see `CrashedCandidates`
             return
         if failure is None or (any_complete and failure.kind in OF_THE_CANDIDATE):
@@ -195,7 +195,7 @@ class RepeatedFailures:
             which = "candidates in a row" if any_complete else "first candidates"
             raise StudyStoppedError(
                 f"study '{self._study}': the {self._times} {which} all failed for one reason:"
-                f" {reason(found)}; put that right, then `moenas retry` runs them again"
+                f" {reason(evaluation)}; put that right, then `moenas retry` runs them again"
             )
 
 

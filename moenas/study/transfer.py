@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, update
@@ -11,10 +10,12 @@ from sqlalchemy import Connection, update
 from moenas.errors import ConflictError, InputError, StudyBusyError
 from moenas.records import Plain
 from moenas.store import audit, leases, study_events, study_rows, submissions, tables
+from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_rows import STUDY, StudyRows
-from moenas.study.incoming import IncomingStudy, named_files, study_folder
+from moenas.store.weights import study_folder
+from moenas.study.incoming import IncomingStudy, named_files
 from moenas.study.uncommitted import UncommittedResults
 
 
@@ -55,7 +56,9 @@ def idle_rows(store: Store, name: str) -> StudyRows:
         return study_rows.read(connection, name)
 
     rows = store.read(name, read)
-    if any(found is not None for _, found in UncommittedResults(store.runs, name).results()):
+    if any(
+        evaluation is not None for _, evaluation in UncommittedResults(store.runs, name).results()
+    ):
         raise ConflictError(
             f"study '{name}' has results that are not in the database yet; `moenas doctor --repair`"
             " stores them"
@@ -74,13 +77,13 @@ def copy_study(source: Store, name: str, target: Store, new: str | None = None) 
         InputError: if a file of weights is missing or damaged.
     """
     rows = idle_rows(source, name)
-    found = study_rows.renamed(rows, new or name)
+    renamed = study_rows.renamed(rows, new or name)
     with IncomingStudy(target, new or name) as incoming:
         for file in named_files(rows):
             with file.find(source, name).open("rb") as opened:
                 incoming.add(file, opened)
-        incoming.commit(lambda connection: study_rows.write(connection, found))
-    return Transferred.of(found)
+        incoming.commit(lambda connection: study_rows.write(connection, renamed))
+    return Transferred.of(renamed)
 
 
 # --- another name --------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferr
             for file in named_files(stored):
                 incoming.link(file, file.find(store, name))
             incoming.commit(lambda connection: _rename(connection, name, rows, user_name))
-    shutil.rmtree(study_folder(store.runs, name), ignore_errors=True)
+    remove_tree(study_folder(store.runs, name))
     return Transferred.of(rows)
 
 

@@ -6,13 +6,14 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moenas.errors import StorageError, StorageLostError
 from moenas.records import Evaluation
+from moenas.store.files import matching, remove_file, write_whole
 from moenas.store.mapping import storable
-from moenas.store.weights import weights_path, write_whole
+from moenas.store.object_path import StorePath
+from moenas.store.weights import study_folder
 
 if TYPE_CHECKING:
     from moenas.store.store import Store
@@ -26,28 +27,26 @@ FOLDER = "uncommitted"
 class UncommittedResults:
     """Files of one study's results that are not known to be committed."""
 
-    def __init__(self, runs: Path, study: str) -> None:
+    def __init__(self, runs: StorePath, study: str) -> None:
         self._study = study
-        self._folder = weights_path(runs, study, 0).parents[1] / FOLDER
+        self._folder = study_folder(runs, study) / FOLDER
 
     @contextlib.contextmanager
-    def holding(self, found: Evaluation) -> Iterator[None]:
+    def holding(self, evaluation: Evaluation) -> Iterator[None]:
         """Keep a result in a file until the block has ended without an exception.
 
         A file that cannot be written, as on a full disk, is no reason not to try the commit; nor
         is a result that is not JSON, which the commit will refuse.
         """
-        path = self._folder / f"{found.trial}-{found.attempt}.json"
+        path = self._folder / f"{evaluation.trial}-{evaluation.attempt}.json"
         with contextlib.suppress(OSError, TypeError, ValueError):
-            write_whole(path, json.dumps(storable(found.plain())).encode())
+            write_whole(path, json.dumps(storable(evaluation.plain())).encode())
         yield
         self.drop(path)
 
-    def drop(self, path: Path) -> None:
+    def drop(self, path: StorePath) -> None:
         """Remove the file of a result, and the folder if it was the last one."""
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-            self._folder.rmdir()
+        remove_file(path)
 
     def commit(self, store: Store) -> None:
         """Record the results of earlier runs, and remove their files; the study must be claimed.
@@ -58,24 +57,24 @@ class UncommittedResults:
         Raises:
             StorageLostError: if the database cannot be reached; the files stay.
         """
-        for path, found in self.results():
-            if found is not None and store.attempts(self._study, found.trial) > 0:
+        for path, evaluation in self.results():
+            if evaluation is not None and store.attempts(self._study, evaluation.trial) > 0:
                 try:
-                    store.record(found)
+                    store.record(evaluation)
                 except (StorageLostError, StorageError):
                     raise
                 except Exception as error:
                     log.warning("%s: not recorded: %s: %s", path, type(error).__name__, error)
             self.drop(path)
-        for draft in self._folder.glob(".*"):
+        for draft in matching(self._folder, ".*"):
             self.drop(draft)
 
-    def results(self) -> Iterator[tuple[Path, Evaluation | None]]:
+    def results(self) -> Iterator[tuple[StorePath, Evaluation | None]]:
         """Yield each file and its result; None for a file that holds no result of the study."""
-        for path in sorted(self._folder.glob("*.json")):
+        for path in matching(self._folder, "*.json"):
             try:
-                found = Evaluation.parse(json.loads(path.read_text(encoding="utf-8")))
+                evaluation = Evaluation.parse(json.loads(path.read_bytes()))
             except (OSError, ValueError, TypeError, KeyError, AttributeError):
                 yield path, None
                 continue
-            yield path, found if found.study == self._study else None
+            yield path, evaluation if evaluation.study == self._study else None

@@ -81,14 +81,14 @@ def _draw(family: type[Component], rng: random.Random, kind: type[Component] | N
     """Draw fields of a family that go together, as plain data; no other kind looks ahead."""
     reason = "it looks at later tokens"
     for _ in range(TRIES):
-        found = _draw_once(family, rng, kind)
+        plain = _draw_once(family, rng, kind)
         try:
-            component = tree.parse(family, found)
+            component = tree.parse(family, plain)
         except SpaceError as error:
             reason = str(error)
             continue
         if getattr(component, "causal", True) or not getattr(kind, "causal", True):
-            return found
+            return plain
     raise InputError(f"{kind or family}: no random fields are valid; the last: {reason}")
 
 
@@ -99,29 +99,29 @@ def _draw_once(family: type[Component], rng: random.Random, kind: type[Component
         wanted = kind if kind is not None and issubclass(kind, family) else _part_with(kind)
         fixed = wanted is not None and issubclass(wanted, family)
         cls = wanted if fixed and wanted else rng.choice(list(family.kinds.values()))
-    found: Plain = {} if cls.kind is None else {"kind": cls.kind}
+    plain: Plain = {} if cls.kind is None else {"kind": cls.kind}
     for name, field in fields(cls).items():
-        if field.component is not None and field.optional and _left_out(field, rng, kind, found):
-            found[name] = None
+        if field.component is not None and field.optional and _left_out(field, rng, kind, plain):
+            plain[name] = None
         elif field.component is not None and field.is_list:
-            found[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
+            plain[name] = [_draw(field.component, rng, kind) for _ in range(rng.randint(1, 2))]
         elif field.component is not None:
-            found[name] = _draw(field.component, rng, kind)
+            plain[name] = _draw(field.component, rng, kind)
         else:
-            found[name] = _draw_scalar(field, rng)
-    return found
+            plain[name] = _draw_scalar(field, rng)
+    return plain
 
 
 def _part_with(kind: type[Component] | None) -> type[Component] | None:
-    """Return the kind of part that a kind of any family stands in."""
+    """Return the kind of part that can hold a kind of any family."""
     return MoEFFN if kind is not None and issubclass(kind, Score | Selection) else kind
 
 
-def _left_out(field: Field, rng: random.Random, kind: type[Component] | None, found: Plain) -> bool:
+def _left_out(field: Field, rng: random.Random, kind: type[Component] | None, plain: Plain) -> bool:
     """Whether a component that may be null is: a pattern always, the first of the kind never."""
     kind = _part_with(kind)
     wanted = kind is not None and field.component is not None and issubclass(kind, field.component)
-    drawn = [part.get("kind") for part in found.values() if isinstance(part, dict)]
+    drawn = [part.get("kind") for part in plain.values() if isinstance(part, dict)]
     first = wanted and kind is not None and kind.kind not in drawn
     return field.is_list or (not first and rng.random() < 0.2)
 
@@ -252,8 +252,8 @@ def _forward_problem(model: Model, twin: Model, causal: bool) -> str | None:
     return None
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+def _close(actual: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(actual, wanted, rtol=1e-3, atol=1e-4)
 
 
 def _gradient_problem(model: Model) -> str | None:
@@ -353,11 +353,11 @@ def _view(trials: int) -> View:
         reference_point={"val_loss": 4.0, "decode_ms": 20.0} if trials else {},
     )
     architectures = [random_architecture(i, vocab_size=256).canonical() for i in range(trials)]
-    found = [_evaluation(i, architecture) for i, architecture in enumerate(architectures)]
-    complete = [e.trial for e in found if e.status == "complete"]
+    evaluations = [_evaluation(i, architecture) for i, architecture in enumerate(architectures)]
+    complete = [e.trial for e in evaluations if e.status == "complete"]
     history = [FrontPoint(t, 1.0 + t, True, [], i + 1) for i, t in enumerate(complete)]
     plains = {i: architecture.plain() for i, architecture in enumerate(architectures)}
-    return View(study, found, plains, complete, history)
+    return View(study, evaluations, plains, complete, history)
 
 
 def _evaluation(trial: int, architecture: Architecture) -> Evaluation:
@@ -426,8 +426,8 @@ def check_source(section: Plain) -> None:
         "validation gives no windows, or too many": not 1 <= sum(map(len, windows)) <= 4,
         "the digest is another one when loaded again": data.load(section).sha256 != corpus.sha256,
     }
-    for problem, found in problems.items():
-        if found:
+    for problem, values in problems.items():
+        if values:
             raise InputError(f"data '{corpus.name}': {problem}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -50,6 +51,11 @@ def open_pool(
     if workers == "inline":
         return Inline(evaluate, _inline_device(search))
     return RayPool(evaluate, search, workers or search.workers, address)
+
+
+def names_cluster(address: str | None) -> bool:
+    """Say whether an address, or RAY_ADDRESS in its place, names a cluster of other machines."""
+    return address is not None or "RAY_ADDRESS" in os.environ
 
 
 def _inline_device(search: Search) -> str:

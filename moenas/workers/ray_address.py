@@ -68,14 +68,16 @@ def probe(address: str) -> None:
 
 def _greet(address: str) -> None:
     """Connect to an address and see whether it speaks HTTP/2, which gRPC is made of."""
-    found = re.fullmatch(r"(?:ray://)?(?:\[([^\]]+)\]|([^:/\s]+)):(\d{1,5})", address)
-    if found is None or not 0 < int(found[3]) < 65536:
+    matched = re.fullmatch(r"(?:ray://)?(?:\[([^\]]+)\]|([^:/\s]+)):(\d{1,5})", address)
+    if matched is None or not 0 < int(matched[3]) < 65536:
         raise InputError(
             f"--address {address}: not an address of a Ray cluster; write HOST:PORT, as"
             " `ray start --head` prints it, or auto"
         )
     try:
-        with socket.create_connection((found[1] or found[2], int(found[3])), ANSWER_S) as server:
+        with socket.create_connection(
+            (matched[1] or matched[2], int(matched[3])), ANSWER_S
+        ) as server:
             server.settimeout(ANSWER_S)
             server.sendall(_PREFACE)
             frame = b""
@@ -217,7 +219,7 @@ def require_version(ray: Any) -> None:
     # The task asks for no CPU: all of them may be in use.
     task = ray.remote(num_cpus=0, max_retries=0)(_version)
     try:
-        found = ray.get(task.remote(), timeout=VERSION_S)
+        versions = ray.get(task.remote(), timeout=VERSION_S)
     except ray.exceptions.GetTimeoutError:
         raise InputError(
             f"the Ray cluster has started no worker process within {VERSION_S:.0f} s; see the logs"
@@ -227,9 +229,9 @@ def require_version(ray: Any) -> None:
         raise InputError(
             f"the Ray cluster's workers cannot import moenas ({error_line(error)}); {here}"
         ) from error
-    if found != __version__:
+    if versions != __version__:
         raise InputError(
-            f"the Ray cluster's workers have moenas {found}, and this is {__version__}; {here}"
+            f"the Ray cluster's workers have moenas {versions}, and this is {__version__}; {here}"
         )
 
 

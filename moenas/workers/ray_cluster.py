@@ -369,15 +369,15 @@ class Head:
 
 def _line(pipe: IO[bytes], timeout: float) -> bytes:
     """Read a line from a pipe. It is empty after the timeout or at the end of the pipe."""
-    end, found = time.monotonic() + timeout, b""
-    while not found.endswith(b"\n") and (left := end - time.monotonic()) > 0:
+    end, received = time.monotonic() + timeout, b""
+    while not received.endswith(b"\n") and (left := end - time.monotonic()) > 0:
         if not select.select([pipe], [], [], left)[0]:
             break
         part = os.read(pipe.fileno(), 65536)
         if not part:
             break
-        found += part
-    return found if found.endswith(b"\n") else b""
+        received += part
+    return received if received.endswith(b"\n") else b""
 
 
 def _token(folder: Path) -> dict[str, str]:

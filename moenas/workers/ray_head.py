@@ -76,10 +76,10 @@ def _start(settings: dict[str, Any]) -> dict[str, Any]:
         )
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error)[:1000]}"}
-    found = context.address_info
+    address_info = context.address_info
     return {
-        "address": found["gcs_address"],
-        "session": found["session_dir"],
+        "address": address_info["gcs_address"],
+        "session": address_info["session_dir"],
         "pids": {n: pid for pid in children(os.getpid()) if (n := _program(pid)) in VITAL},
     }
 

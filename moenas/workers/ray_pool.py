@@ -343,8 +343,8 @@ def _result(job: Job, said: Any) -> Result:
     if printed:
         for line in printed.splitlines():
             print(f"trial {job.trial}: {line}", file=sys.stderr)
-    if isinstance(found := said.get("failure"), dict):
-        return Result(job, Failure.parse(found))
+    if isinstance(failure := said.get("failure"), dict):
+        return Result(job, Failure.parse(failure))
     try:
         sent = json.loads(said["evaluation"])
     except (KeyError, TypeError, ValueError) as error:

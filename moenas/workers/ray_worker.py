@@ -101,13 +101,13 @@ class Worker:
 
 def _failure_in(reply: Plain) -> Failure | None:
     """Return the failure that a reply tells of: that of the job, or of its evaluation."""
-    found = reply.get("failure")
-    if found is None and "evaluation" in reply:
+    failure = reply.get("failure")
+    if failure is None and "evaluation" in reply:
         evaluation = json.loads(reply["evaluation"])
-        found = evaluation.get("failure") if isinstance(evaluation, dict) else None
-    if not isinstance(found, dict):
+        failure = evaluation.get("failure") if isinstance(evaluation, dict) else None
+    if not isinstance(failure, dict):
         return None
-    return Failure.parse(found)
+    return Failure.parse(failure)
 
 
 def _left(before: set[threading.Thread]) -> str | None:

@@ -66,14 +66,14 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
     try:
         if isinstance(sent, Evaluation):
             sent = sent.plain()
-        found = checked_evaluation(sent, job)
-        taken = _checked_weights(weights, job, found.weights_sha256)
+        evaluation = checked_evaluation(sent, job)
+        taken = _checked_weights(weights, job, evaluation.weights_sha256)
     except Exception as error:
         text = clean(str(error) if type(error) is ValueError else error_line(error), MESSAGE)
         return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
-    if found.failure is not None and found.failure.kind == "environment":
-        return Result(job, found.failure)
-    return Result(job, found, taken)
+    if evaluation.failure is not None and evaluation.failure.kind == "environment":
+        return Result(job, evaluation.failure)
+    return Result(job, evaluation, taken)
 
 
 def _checked_weights(weights: object, job: Job, digest: str | None) -> Weights | None:

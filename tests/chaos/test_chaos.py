@@ -28,6 +28,7 @@ def test_driver_kills() -> None:
     assert_survived(faults.driver_kills(Random(1), 4))
 
 
+@pytest.mark.slow
 def test_driver_kills_with_early_stopping() -> None:
     assert_survived(faults.driver_kills(Random(11), 2, stopping="successive_halving"))
 

@@ -412,7 +412,7 @@ def test_a_whole_study_is_listed_copied_packed_compared_renamed_and_deleted(moen
         == moenas("front", "small", "-o", "json").out
     )
     again = moenas("copy", "small", "--to", "sqlite:///other.db", "--name", "big")
-    assert (again.code, "there already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
     missing = moenas("copy", "smal", "--to", "sqlite:///third.db")
     assert (missing.code, Path("third.db").exists()) == (2, False)
 

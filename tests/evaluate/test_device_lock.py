@@ -151,13 +151,13 @@ def test_an_error_inside_lets_go(folder: Path, role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ["shared", "exclusive"])
-def test_the_device_settles_before_others_come_in(folder: Path, role: str) -> None:
+def test_the_device_is_synchronized_before_others_use_it(folder: Path, role: str) -> None:
     seen = []
 
-    def settle() -> None:
+    def synchronize() -> None:
         seen.append(is_free(folder, "cuda-1.main", fcntl.LOCK_EX))
 
-    with closing(DeviceLock("cuda:1", settle)) as lease:
+    with closing(DeviceLock("cuda:1", synchronize)) as lease:
         with getattr(lease, role)():
             assert seen == []
         assert seen == [False]

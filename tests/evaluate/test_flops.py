@@ -263,6 +263,7 @@ def test_no_operator_has_two_rules() -> None:
     assert not NO_PRODUCTS & set(HANDLERS)
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_no_machine_is_counted_by_its_shapes() -> None:
     space = Space.load("zoo/mixtral_8x22b")
     architecture = space.architecture(space.draw(RandomSuggest(0)))

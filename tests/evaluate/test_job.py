@@ -208,6 +208,16 @@ def test_another_corpus_is_a_fault_of_the_machine(make_job: MakeJob) -> None:
     assert found.values == {}
 
 
+def test_a_node_without_the_corpus_is_named_with_file_and_digest(make_job: MakeJob) -> None:
+    job = make_job("total_params", data_sha256="ab" * 32)
+    job = replace(job, data={"kind": "files", "files": ["/nowhere/corpus.txt"]})
+    message = failure(evaluate(job)[0]).message
+    assert failure(evaluate(job)[0]).kind == "environment"
+    assert f"node {os.uname().nodename}: the corpus {'ab' * 6} cannot be read here" in message
+    assert "/nowhere/corpus.txt" in message
+    assert "MOENAS_RUNS=URL" in message
+
+
 @pytest.mark.parametrize(("limit", "needs"), [(1e-6, "cost"), (0.5, "training")])
 def test_a_candidate_out_of_time_is_stopped(make_job: MakeJob, limit: float, needs: str) -> None:
     long = replace(RECIPE, tokens=10**9)

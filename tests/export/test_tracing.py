@@ -59,7 +59,10 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(64, (batch, length), generator=generator)
 
 
-@pytest.mark.parametrize("name", FFNS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "shared" else pytest.param(name, marks=pytest.mark.slow) for name in FFNS],
+)
 @torch.no_grad()
 def test_a_module_exports_with_open_batch_and_length(name: str, tmp_path: Path) -> None:
     model = exported(name, tmp_path)

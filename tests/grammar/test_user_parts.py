@@ -13,7 +13,7 @@ import torch
 
 from moenas import resources
 from moenas.errors import InputError, PartError, SpaceError
-from moenas.export.folder import export
+from moenas.export.formats import export
 from moenas.grammar import user_parts
 from moenas.model import Mixer, Score, Selection
 from moenas.space.space import Space
@@ -48,7 +48,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "kind"), [*zip(FILES, KINDS, strict=True)])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (FILES[0], KINDS[0]),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in zip(FILES[1:], KINDS[1:], strict=True)),
+    ],
+)
 def test_the_examples_keep_the_contract(desk: Path, name: str, kind: str) -> None:
     (line,) = parts.check_file(desk / name)
     assert f"the component '{kind}' passes the contract test" in line

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from moenas.cli.commands import app
 from moenas.errors import InputError
 from moenas.service.settings import ServerSettings
 
@@ -46,33 +47,23 @@ def test_hosts_are_names_without_a_port() -> None:
     assert "0.0.0.0" not in ServerSettings().hosts
 
 
-def moenas(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "moenas", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def moenas(*words: str) -> Result:
+    return CliRunner().invoke(app, words)
 
 
-def test_tokens_are_made_listed_and_revoked_by_commands(tmp_path: Path) -> None:
-    made = moenas(tmp_path, "token", "create", "ann", "--role", "viewer", "--expires", "30d")
-    assert made.returncode == 0, made.stderr
+def test_tokens_are_made_listed_and_revoked_by_commands(study_folder: Path) -> None:
+    made = moenas("token", "create", "ann", "--role", "viewer", "--expires", "30d")
+    assert made.exit_code == 0, made.stderr
     text = made.stdout.strip()
     assert text.startswith("moenas_")
     assert text not in made.stderr
-    listed = moenas(tmp_path, "token", "list", "-o", "json")
+    listed = moenas("token", "list", "-o", "json")
     (row,) = json.loads(listed.stdout)
     assert (row["name"], row["role"], row["state"]) == ("ann", "viewer", "active")
     assert text not in listed.stdout
-    assert moenas(tmp_path, "token", "revoke", "ann").stderr == "revoked: 1\n"
-    assert (
-        json.loads(moenas(tmp_path, "token", "list", "-o", "json").stdout)[0]["state"] == "revoked"
-    )
-    wrong = moenas(tmp_path, "token", "create", "ann", "--role", "root")
-    assert wrong.returncode == 2
-    assert "viewer, submitter, admin" in wrong.stderr
-    refused = moenas(tmp_path, "serve", "--host", "0.0.0.0", "--port", "0")
-    assert refused.returncode == 2
-    assert "moenas token create" in refused.stderr
+    assert moenas("token", "revoke", "ann").stderr == "revoked: 1\n"
+    assert json.loads(moenas("token", "list", "-o", "json").stdout)[0]["state"] == "revoked"
+    with pytest.raises(InputError, match="viewer, submitter, admin"):
+        raise moenas("token", "create", "ann", "--role", "root").exception
+    with pytest.raises(InputError, match="moenas token create"):
+        raise moenas("serve", "--host", "0.0.0.0", "--port", "0").exception

@@ -9,7 +9,13 @@ import pytest
 
 from moenas.errors import CandidateError, InputError, NotFoundError
 from moenas.records import Evaluation
-from moenas.space.objective import Measurement, load_objective, meaning, rebase, shipped_objective
+from moenas.space.objective import (
+    Measurement,
+    apply_reference_times,
+    load_objective,
+    meaning,
+    shipped_objective,
+)
 
 GOOD = '''"""Layers of the model.
 
@@ -147,10 +153,10 @@ def test_latencies_are_expressed_by_the_reference_that_the_study_fixed() -> None
         values={"decode_ms": 3.0, "val_loss": 2.0},
         measurements={"decode_ms": details, "val_loss": {"unit": "nats/token"}},
     )
-    moved = rebase(evaluation, {"a": 4.0, "b": 9.0})
+    moved = apply_reference_times(evaluation, {"a": 4.0, "b": 9.0})
     assert moved.values == {"decode_ms": 6.0, "val_loss": 2.0}
     assert moved.measurements["decode_ms"] == details | {"reference_ms": 4.0}
-    assert rebase(evaluation, {"b": 9.0}) == evaluation
+    assert apply_reference_times(evaluation, {"b": 9.0}) == evaluation
     assert (
         dataclasses.replace(moved, values=evaluation.values, measurements=evaluation.measurements)
         == evaluation

@@ -55,7 +55,7 @@ def test_a_repeat_with_the_same_key_submits_nothing(store: Store) -> None:
     assert kinds(store, "x") == ["submitted"]
     with pytest.raises(ConflictError, match="was used for study 'x'"):
         submit(store, "y", key="k", sha256="b" * 64)
-    with pytest.raises(ConflictError, match="is there already"):
+    with pytest.raises(ConflictError, match="already exists"):
         submit(store, "x", key="other")
     # The key of another user is another key.
     submit(store, "z", user="bob", key="k")
@@ -223,7 +223,7 @@ def test_unknown_studies_and_those_of_commands(store: Store) -> None:
         store.transact(lambda c: submissions.pause(c, "mine", "ann"))
     with pytest.raises(NotFoundError, match="Did you mean 'theirs'"):
         store.transact(lambda c: submissions.pause(c, "theirz", "ann"))
-    with pytest.raises(ConflictError, match="is there already"):
+    with pytest.raises(ConflictError, match="already exists"):
         submit(store, "mine")
 
 

@@ -89,7 +89,7 @@ def test_the_members_are_readable_without_moenas(source: Store) -> None:
 def test_what_exists_and_what_runs_is_refused(source: Store, database_url: str) -> None:
     target = Store.open(database_url, create=True)
     unpack_study(FILE, target)
-    with pytest.raises(ConflictError, match="there already"):
+    with pytest.raises(ConflictError, match="already exists"):
         unpack_study(FILE, target)
     before = FILE.read_bytes()
     with pytest.raises(InputError, match=r"s\.zip: exists already"):

@@ -50,9 +50,10 @@ from moenas.space.space import Space, digest
 from moenas.store import heartbeat
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path
-from moenas.study import candidate, launch, result_processing
+from moenas.study import candidate, result_processing
 from moenas.study import launch as study
 from moenas.study import stop_rules as stops
+from moenas.study.ending_signals import EndingSignals
 from moenas.study.launch import Event, Interrupted, Study, load_study, run
 from moenas.workers.pool import Inline
 
@@ -745,7 +746,7 @@ def test_a_signal_that_a_finalizer_swallows_still_ends_the_run(
             time.sleep(0.01)
 
     before = signal.getsignal(number), sys.unraisablehook
-    endings = launch._Sigterm()
+    endings = EndingSignals()
 
     def work() -> None:
         Finalized()

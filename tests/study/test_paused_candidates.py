@@ -215,8 +215,27 @@ def killed_run(of: Space, owner: Any, name: str, number: int) -> int:
 
 
 PREDICTIVE = "{kind: predictive, min_complete: 3, min_correlation: 0, min_chance: 0.5}"
-KILLS = [(HALVING, point, number) for point in POINTS for number in (1, 4)]
-KILLS += [(PREDICTIVE, point, 9) for point in list(POINTS)[:3]]
+KILLS = [
+    *((HALVING, point, 1) for point in POINTS),
+    (PREDICTIVE, "the checkpoint is there, and its row is not", 9),
+    *(pytest.param(HALVING, point, 4, marks=pytest.mark.slow) for point in POINTS),
+    *(
+        pytest.param(PREDICTIVE, point, 9, marks=pytest.mark.slow)
+        for point in ("the row is there, and the former checkpoint too", "a job runs")
+    ),
+]
+UNINTERRUPTED: dict[str, tuple[Counter[tuple[int, int]], dict[int, str]]] = {}
+"""Early stopping -> what an uninterrupted run trained, and the status of each trial."""
+
+
+def uninterrupted(stopping: str) -> tuple[Counter[tuple[int, int]], dict[int, str]]:
+    """Return what a run without a kill gives; it is run once."""
+    if stopping not in UNINTERRUPTED:
+        whole = run(halving(stopping), pool=Inline(stand_in), storage="sqlite:///whole.db")
+        statuses = {e.trial: e.status for e in whole.view.evaluations}
+        UNINTERRUPTED[stopping] = trained(), dict(statuses)
+        Path("trained").unlink()
+    return UNINTERRUPTED[stopping]
 
 
 @pytest.mark.parametrize(("stopping", "point", "number"), KILLS)
@@ -224,10 +243,8 @@ def test_a_killed_study_trains_no_rung_twice_but_the_one_in_hand(
     stopping: str, point: str, number: int
 ) -> None:
     of = halving(stopping)
-    whole = run(of, pool=Inline(stand_in), storage="sqlite:///whole.db")
-    wanted, statuses = trained(), {e.trial: e.status for e in whole.view.evaluations}
+    wanted, statuses = uninterrupted(stopping)
     assert {"complete", "stopped"} <= set(statuses.values())
-    Path("trained").unlink()
     assert killed_run(of, *POINTS[point], number) == signal.SIGKILL
     found = run(of, pool=Inline(stand_in))
     assert_sound(found, 14)

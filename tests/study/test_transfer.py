@@ -18,10 +18,10 @@ from moenas.store import study_events, study_rows, submissions, tables
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
-from moenas.store.weights import read_weights
+from moenas.store.weights import read_weights, study_folder
 from moenas.study import doctor
 from moenas.study.events import Event, Interrupted
-from moenas.study.incoming import DRAFT, named_files, study_folder
+from moenas.study.incoming import DRAFT, named_files
 from moenas.study.launch import Study, run
 from moenas.study.transfer import copy_study, rename_study
 
@@ -117,7 +117,7 @@ def test_a_name_that_is_taken_and_a_study_that_is_busy_are_refused(
     target = Store.open(database_url, create=True)
     copy_study(source.store, "s", target)
     before = rows_of(target, "s")
-    with pytest.raises(ConflictError, match="there already"):
+    with pytest.raises(ConflictError, match="already exists"):
         copy_study(source.store, "s", target)
     with pytest.raises(NotFoundError):
         copy_study(source.store, "nowhere", target)

@@ -1,4 +1,4 @@
-"""What stands between the up and the down projection of a feed-forward network."""
+"""Activations between the up and the down projection of a feed-forward network."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ class Activated:
 
     def build_activation(self) -> Activation:
         """Build the activation; what has no effect is left out."""
-        found = self.canonical_activation()
+        activation = self.canonical_activation()
         return Activation(
-            self.activation, found["gate_limit"], found["gate_alpha"], found["up_shift"]
+            self.activation,
+            activation["gate_limit"],
+            activation["gate_alpha"],
+            activation["up_shift"],
         )

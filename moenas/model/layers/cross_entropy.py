@@ -77,9 +77,9 @@ class _ByPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = [None if x is None else (x * grad).to(x.dtype) for x in ctx.gradients]
+        gradients = [None if x is None else (x * grad).to(x.dtype) for x in ctx.gradients]
         ctx.gradients = None  # as torch frees what a node has saved
-        return *found, None, None
+        return *gradients, None, None
 
 
 def _log_shares(products: Tensor, shape: Shape) -> tuple[Tensor, Tensor | float]:

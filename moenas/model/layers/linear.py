@@ -26,15 +26,15 @@ def output_projections(part: Any) -> list[nn.Parameter]:
     found from the part on by the names in WRITES, or in the attribute `writes` of a module that has
     others; a module with none of them writes by its `weight`.
     """
-    found: list[nn.Parameter] = []
+    weights: list[nn.Parameter] = []
     for name in getattr(part, "writes", WRITES):
         child = getattr(part, name, None)
         if isinstance(child, nn.Parameter):
-            found.append(child)
+            weights.append(child)
         elif isinstance(child, nn.Module):
-            found += output_projections(child)
+            weights += output_projections(child)
     weight = getattr(part, "weight", None)
-    return [weight] if not found and isinstance(weight, nn.Parameter) else found
+    return [weight] if not weights and isinstance(weight, nn.Parameter) else weights
 
 
 def size(length: Any) -> Any:
@@ -59,9 +59,9 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether a tensor lies on CUDA, where a part has a form of its own that is faster or exact.
+    """Whether a tensor is on CUDA, where a part has its own faster or exact implementation.
 
-    It stands alone, as the condition of an `if` that returns. An export leaves such code out.
+    Use it alone, as the condition of an `if` that returns. An export leaves such code out.
     """
     return x.is_cuda
 

