@@ -52,7 +52,7 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
     """Return what should be known of a space file and its corpus before a study trains on it."""
     messages, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
-    if trains and recipe.tokens > len(corpus.train):
+    if trains and recipe.budget is None and recipe.tokens > len(corpus.train):
         messages.append(
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"

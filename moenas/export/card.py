@@ -43,6 +43,7 @@ def trial_data(trial: TrainedTrial) -> Plain:
         "cost": evaluation.cost,
         "training": {
             **record.space["train"],
+            "tokens": _trained_tokens(trial),
             "lr": evaluation.metrics.get("lr"),
             "seed": evaluation.seed,
         },
@@ -51,6 +52,14 @@ def trial_data(trial: TrainedTrial) -> Plain:
         "versions": {**evaluation.versions, "exported_by": moenas.__version__},
         "weights": {"file": FILE, "sha256": evaluation.weights_sha256},
     }
+
+
+def _trained_tokens(trial: TrainedTrial) -> int:
+    """Return the tokens that a trial was trained on; with a budget each has its own number."""
+    tokens: int = trial.record.space["train"]["tokens"]
+    if trial.record.space["train"].get("budget") and trial.evaluation.curve:
+        return trial.evaluation.curve[-1]["tokens"]
+    return tokens
 
 
 def _words(text: object) -> str:

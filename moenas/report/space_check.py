@@ -11,6 +11,7 @@ from moenas.records import Plain
 from moenas.report.summary import table
 
 if TYPE_CHECKING:
+    from moenas.data.corpus import Corpus
     from moenas.space.space import Space
 
 DRAWS, DRAWN_LAYERS = 200, 20_000
@@ -70,7 +71,12 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
     found["corpus"] = description.report(space.data, corpus)
     found["bigram_loss"] = corpus.bigram_loss
     found["tokens_per_parameter"] = _tokens_per_parameter(space, costs)
-    found["notes"] = [*without_effect(space.tree), *notes(space, corpus), *room(space, shown)]
+    found["notes"] = [
+        *_epochs(space, corpus, costs),
+        *without_effect(space.tree),
+        *notes(space, corpus),
+        *room(space, shown),
+    ]
     found["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
@@ -95,8 +101,26 @@ def _tokens_per_parameter(space: Space, costs: list[dict[str, int]]) -> Plain | 
     """Return training tokens over active parameters, the range over some costs."""
     if all(objective.needs != "training" for objective in space.objectives):
         return None
-    ratios = [space.train.tokens / max(1, cost["active_params"]) for cost in costs]
+    recipe = space.train
+    ratios = [
+        recipe.for_candidate(cost["flops_per_token"]).tokens / max(1, cost["active_params"])
+        for cost in costs
+    ]
     return {"min": min(ratios), "max": max(ratios)}
+
+
+def _epochs(space: Space, corpus: Corpus, costs: list[dict[str, int]]) -> list[str]:
+    """Say how often training reads the corpus at most, if a budget decides it."""
+    recipe = space.train
+    if recipe.budget is None:
+        return []
+    most = max(recipe.for_candidate(cost["flops_per_token"]).tokens for cost in costs)
+    if most <= len(corpus.train):
+        return []
+    return [
+        f"data: up to {most:,} tokens of training are drawn from {len(corpus.train):,}: each is"
+        f" seen up to {most / len(corpus.train):.1f} times"
+    ]
 
 
 def check_text(found: Plain) -> str:
