@@ -406,15 +406,25 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     storage: Storage = None,
     allow_code: AllowCode = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="folder: PyTorch source; transformers: the layout of a family of Hugging Face.",
+        ),
+    ] = "folder",
 ) -> None:
     """Write a trial's trained model to a folder that runs without moenas."""
-    from moenas.export.folder import export as export_trial
+    from moenas.export.formats import NOTES
+    from moenas.export.formats import export as export_trial
     from moenas.store.store import Store
 
-    folder = export_trial(Store.open(storage), study, trial, out, allow_code=allow_code)
+    store = Store.open(storage)
+    folder = export_trial(store, study, trial, out, format=format, allow_code=allow_code)
     emit(str(folder))
-    say(f"checked: {folder} gives the same logits to the last bit without moenas")
-    say(f"next: python {folder / 'model.py'}")
+    for line in NOTES[format]:
+        say(line.format(folder=folder))
 
 
 @app.command()

@@ -1,36 +1,26 @@
-"""A trained trial becomes a folder that runs with torch alone, and proves it before it is left."""
+"""The format `folder`: PyTorch source, weights and a README, which need torch alone."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import safetensors.torch
 import torch
 
-import moenas
-from moenas.errors import InputError, MoenasError, NotFoundError
+from moenas.errors import InputError, MoenasError
 from moenas.evaluate.threads import cpu_threads
 from moenas.export import source
-from moenas.grammar import user_parts
-from moenas.model.architecture import Architecture, Model, initialise
+from moenas.export.card import readme, trial_data
+from moenas.export.trained_trial import TrainedTrial, model_with
+from moenas.model.architecture import Architecture, initialise
 from moenas.model.moe.experts import MoE
-from moenas.records import Evaluation, Plain, StudyRecord
-from moenas.store.object_path import StorePath
-from moenas.store.weights import FILE, read_weights
-from moenas.terminal import command
+from moenas.store.weights import FILE
 
-FORMAT = 1
-"""Version of the layout of config.json."""
 ENTRY = ("forward", "loss", "generate", "new_cache")
 """Methods of a model that an export keeps; further methods stay if these mention them."""
 ROUTED = ("auxiliary_loss", "after_step")
@@ -39,90 +29,42 @@ CHECK_BATCH, CHECK_TOKENS = 2, 48
 """Size of the batch whose logits must agree."""
 
 
-class Archive(Protocol):
-    """What an export reads from the store."""
+def write(trial: TrainedTrial, folder: Path) -> None:
+    """Write model.py, config.json, model.safetensors and README.md into an empty folder.
 
-    @property
-    def runs(self) -> StorePath:
-        """The folder that the weights lie in."""
-
-    def study(self, name: str) -> StudyRecord:
-        """Return a study; raise NotFoundError if there is none of this name."""
-
-    def evaluation(self, name: str, trial: int) -> Evaluation | None:
-        """Return the result of a trial, or None if there is none yet."""
-
-    def architecture(self, name: str, trial: int) -> Plain:
-        """Return the canonical architecture of a trial."""
-
-
-def export(store: Archive, study: str, trial: int, out: Path, *, allow_code: bool = False) -> Path:
-    """Write model.py, config.json, model.safetensors and README.md into the folder `out`.
-
-    A process in which moenas cannot be imported loads the folder before it gets its name: it must
-    compute the same logits to the last bit. On any error `out` is as it was.
-    With `allow_code` the Python files that the database holds for the study are run; see
-    `user_parts.load_stored`.
+    A process in which moenas cannot be imported loads the folder: it must compute the same logits
+    to the last bit.
 
     Raises:
-        NotFoundError: if there is no such study or trial, or its weights are gone.
-        InputError: if the trial has no trained weights, or `out` is in use or cannot be written.
         MoenasError: if the logits differ.
     """
-    record = store.study(study)
-    evaluation = _trained(store, study, trial)
-    _check_free(out)
-    user_parts.load_stored(record.space, allow_code=allow_code)
-    architecture = Architecture.parse(store.architecture(study, trial))
-    weights = read_weights(store.runs, study, trial, str(evaluation.weights_sha256))
-    config = _config(record, evaluation, architecture)
+    data = trial_data(trial)
     texts = {
-        "model.py": model_source(architecture, is_bytes=_is_bytes(record)),
-        "config.json": json.dumps(config, indent=2, allow_nan=False) + "\n",
-        "README.md": _readme(config, architecture),
+        "model.py": model_source(trial.architecture, is_bytes=trial.is_bytes),
+        "config.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
+        "README.md": readme(data, trial.architecture, intro=_INTRO, use=_USE, files=_FILES),
     }
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
-            folder = Path(draft, "export")
-            folder.mkdir()
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            (folder / FILE).write_bytes(weights)
-            check(folder, architecture, weights)
-            os.rename(folder, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
-    return out
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / FILE).write_bytes(trial.weights)
+    check(folder, trial.architecture, trial.weights)
 
 
-def _trained(store: Archive, study: str, trial: int) -> Evaluation:
-    """Return the evaluation of a complete trial with weights."""
-    evaluation, listed = store.evaluation(study, trial), command(["front", study])
-    if evaluation is None:
-        raise NotFoundError(
-            f"study '{study}' has no result for trial {trial}; `{listed}` lists trials"
-            " that have one"
-        )
-    if evaluation.status != "complete":
-        raise InputError(
-            f"study '{study}', trial {trial}: is {evaluation.status} and has no trained model;"
-            f" `{listed}` lists trials that have one"
-        )
-    if evaluation.weights_sha256 is None:
-        raise InputError(
-            f"study '{study}', trial {trial}: was not trained, because no objective of the study"
-            " needs training; add val_loss to its objectives"
-        )
-    return evaluation
+_INTRO = (
+    "A language model with its trained weights. It needs PyTorch 2.13 or newer, and nothing else."
+)
+_USE = """\
+    import torch, model        # run Python in this folder
 
+    net = model.load()
+    logits = net(torch.tensor([[72, 105]]))  # (batch, tokens) -> (batch, tokens, vocabulary)
+    tokens = net.generate(torch.tensor([[72, 105]]), 100)
 
-def _check_free(out: Path) -> None:
-    """Refuse a target that holds anything."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out}: is not a folder; name one that does not exist yet")
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out}: is not empty; name another folder, or remove this one first")
+`python model.py` prints a sample."""
+_FILES = """\
+- `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
+- `model.safetensors`: the weights in float32.
+- `config.json`: the architecture as data, every number above, the recipe and the data."""
 
 
 # --- model.py ----------------------------------------------------------------------------------
@@ -269,7 +211,7 @@ def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
     size = CHECK_BATCH, CHECK_TOKENS
     tokens = (torch.arange(size[0] * size[1]) * 7919 % architecture.vocab_size).view(size)
     with cpu_threads(1), torch.no_grad():
-        ours = _model(architecture, weights)(tokens).numpy()
+        ours = model_with(architecture, weights)(tokens).numpy()
     done = subprocess.run(
         [sys.executable, "-P", "-B", "-c", _CHECK_SCRIPT, str(folder.resolve())],
         input=json.dumps(tokens.tolist()).encode(),
@@ -285,136 +227,3 @@ def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
     raise MoenasError(
         f"the exported model computes other logits, off by up to {np.abs(theirs - ours).max():.3g}"
     )
-
-
-def _model(architecture: Architecture, weights: bytes) -> Model:
-    """Build the model and give it trained weights.
-
-    Raises:
-        MoenasError: if the weights belong to another set of parameters.
-    """
-    model = architecture.build()
-    try:
-        model.load_state_dict(safetensors.torch.load(weights))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise MoenasError(
-            f"the stored weights do not fit moenas {moenas.__version__}: {reason}"
-        ) from None
-    return model.eval()
-
-
-# --- config.json and README.md -----------------------------------------------------------------
-
-
-def _is_bytes(record: StudyRecord) -> bool:
-    return bool(record.data.get("is_bytes", False))
-
-
-def _config(record: StudyRecord, evaluation: Evaluation, architecture: Architecture) -> Plain:
-    """Gather all that is known of the trial; every number says its unit."""
-    data = {key: value for key, value in record.data.items() if key != "files"}
-    meaning = "token i is the byte i" if _is_bytes(record) else "ids of the given token arrays"
-    values = {
-        info["name"]: {
-            "value": evaluation.values[info["name"]],
-            **{key: info[key] for key in ("unit", "direction", "doc")},
-            **evaluation.measurements.get(info["name"], {}),
-        }
-        for info in record.objectives
-    }
-    return {
-        "format": FORMAT,
-        "study": record.name,
-        "trial": evaluation.trial,
-        "fingerprint": architecture.fingerprint,
-        "vocab_size": architecture.vocab_size,
-        "architecture": architecture.plain(),
-        "values": values,
-        "metrics": evaluation.metrics,
-        "cost": evaluation.cost,
-        "training": {
-            **record.space["train"],
-            "lr": evaluation.metrics.get("lr"),
-            "seed": evaluation.seed,
-        },
-        "data": {**data, "section": record.space["data"], "tokens": meaning},
-        "device": evaluation.device,
-        "versions": {**evaluation.versions, "exported_by": moenas.__version__},
-        "weights": {"file": FILE, "sha256": evaluation.weights_sha256},
-    }
-
-
-def _words(text: object) -> str:
-    """Put a text from outside on one line, as code that Markdown leaves alone."""
-    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
-
-
-def _table(title: str, rows: Mapping[str, object]) -> str:
-    lines = [
-        "| {} | {} |".format(*(str(x).replace("|", "\\|") for x in row)) for row in rows.items()
-    ]
-    return "\n".join([f"| {title} | |", "|---|---|", *lines])
-
-
-def _readme(config: Plain, architecture: Architecture) -> str:
-    """Write the card of the model."""
-    training, data, device = config["training"], config["data"], config["device"]
-    values = {
-        _words(name): f"{x['value']:.6g} {x['unit']} ({x['direction']}): {x['doc']}"
-        for name, x in config["values"].items()
-    }
-    cost, bigram = config["cost"], data.get("bigram_loss")
-    facts = {
-        "architecture": architecture.describe(),
-        "fingerprint": _words(config["fingerprint"]),
-        "parameters": f"{cost['params']:,}, of which {cost['active_params']:,} act on a token",
-        "trained on": f"{training['tokens']:,} tokens of {_words(data['name'])},"
-        f" seed {training['seed']}",
-        "tokens": f"{data['tokens']}; a vocabulary of {config['vocab_size']:,}",
-        "held-out bigram loss": "not known"
-        if bigram is None
-        else f"{bigram:.4g} nats/token, reached by knowing the previous token alone",
-        "data digest": _words(data["sha256"]),
-        "device": _words(device.get("name", "unknown")),
-        "versions": _words(", ".join(f"{k} {v}" for k, v in config["versions"].items())),
-    }
-    return _CARD.format(
-        trial=config["trial"],
-        study=_words(config["study"]),
-        values=_table("objective", values),
-        facts=_table("what", facts),
-    )
-
-
-_CARD = """\
-# Trial {trial} of the study {study}
-
-A language model with its trained weights. It needs PyTorch 2.13 or newer, and nothing else.
-
-## Use
-
-    import torch, model        # run Python in this folder
-
-    net = model.load()
-    logits = net(torch.tensor([[72, 105]]))  # (batch, tokens) -> (batch, tokens, vocabulary)
-    tokens = net.generate(torch.tensor([[72, 105]]), 100)
-
-`python model.py` prints a sample.
-
-## Numbers
-
-Measured by moenas when the trial ran, on the device named below.
-
-{values}
-
-## Origin
-
-{facts}
-
-## Files
-
-- `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
-- `model.safetensors`: the weights in float32.
-- `config.json`: the architecture as data, every number above, the recipe and the data.
-"""

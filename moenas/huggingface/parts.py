@@ -49,6 +49,7 @@ def rope(c: Config, kind: str | None = None) -> Plain:
         raise c.error("rope_theta", f"{theta!r} is not a number")
     plain: Plain = {"theta": float(theta)}
     partial = c.get("partial_rotary_factor") if "partial_rotary_factor" in c.fields else None
+    section.read.add("partial_rotary_factor")
     share = section.number("partial_rotary_factor", 1.0) if partial is None else partial
     if share != 1:
         plain["partial_rotary_factor"] = float(share)

@@ -456,11 +456,12 @@ class RemoteStudy:
         with contextlib.suppress(NotFoundError):  # the answer to the first of two was lost
             self.server.request("DELETE", self._path, params=params)
 
-    def export(self, trial: int, out: str | os.PathLike[str]) -> Path:
+    def export(self, trial: int, out: str | os.PathLike[str], *, format: str = "folder") -> Path:
         """Write a trial's trained model into the new folder `out`; see `moenas export`.
 
         Raises:
-            InputError: if `out` is in use, or the trial has no trained weights.
+            InputError: if `out` is in use, the trial has no trained weights, or the format is
+                unknown or cannot hold its architecture.
         """
         target = Path(out)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -468,7 +469,8 @@ class RemoteStudy:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as draft:
             archive = Path(draft, "export.zip")
-            self._download(f"{self._path}/trials/{int(trial)}/export", archive)
+            path = f"{self._path}/trials/{int(trial)}/export?format={quote(format)}"
+            self._download(path, archive)
             with zipfile.ZipFile(archive) as zipped:
                 zipped.extractall(Path(draft, "export"))
             (folder,) = Path(draft, "export").iterdir()

@@ -177,13 +177,16 @@ def get_events(
     "/studies/{name}/trials/{trial}/export", response_class=StreamingResponse, responses=ZIP
 )
 async def export_trial(
-    service: Service, name: str, trial: schemas.TrialNumber
+    service: Service,
+    name: str,
+    trial: schemas.TrialNumber,
+    format: schemas.ExportFormat = "folder",
 ) -> StreamingResponse:
-    """Return a trained model as a zip: PyTorch source, weights, config and README."""
-    return await service.wait(_export, service, name, trial)
+    """Return a trained model as a zip of the folder that `moenas export` writes in a format."""
+    return await service.wait(_export, service, name, trial, format)
 
 
-def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
+def _export(service: ServiceState, name: str, trial: int, format: str) -> StreamingResponse:
     """Let the process of the jobs export a trial; the answer zips the folder and removes it."""
     service.store.study(name)
     folder = Path(tempfile.mkdtemp(prefix="moenas-export-"))
@@ -194,6 +197,7 @@ def _export(service: ServiceState, name: str, trial: int) -> StreamingResponse:
             name,
             trial,
             str(folder / "export"),
+            format,
             storage=service.store.url,
             allow_code=service.settings.allow_code,
             timeout=EXPORT_S,

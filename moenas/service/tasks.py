@@ -93,12 +93,15 @@ def study_figures(study: str, *, storage: str) -> dict[str, Plain]:
     return {name: json.loads(figure.to_json()) for name, figure in drawn.items()}
 
 
-def export_trial(study: str, trial: int, out: str, *, storage: str, allow_code: bool) -> str:
-    """Export a trained trial into a new folder."""
-    from moenas.export.folder import export
+def export_trial(
+    study: str, trial: int, out: str, format: str, *, storage: str, allow_code: bool
+) -> str:
+    """Export a trained trial in a format into a new folder."""
+    from moenas.export.formats import export
     from moenas.store.store import Store
 
-    return str(export(Store.open(storage), study, trial, Path(out), allow_code=allow_code))
+    store, folder = Store.open(storage), Path(out)
+    return str(export(store, study, trial, folder, format=format, allow_code=allow_code))
 
 
 def enqueue(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 
 from moenas.errors import InputError, NotFoundError
 from moenas.grammar import user_parts
-from moenas.grammar.summary import one_line
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
@@ -26,6 +26,7 @@ from moenas.study.changes import refuse_changes, version_changes, with_stored_sa
 from moenas.study.driver import Driver
 from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
+from moenas.study.front import Front, Member
 from moenas.study.jobs import Jobs
 from moenas.study.progress import Progress
 from moenas.study.publishing import DashboardPublisher
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import pandas
 
     from moenas.data.corpus import Corpus
-    from moenas.model.architecture import Architecture
+    from moenas.model.architecture import Architecture, Model
     from moenas.space.space import Space
     from moenas.study.estimate import Estimate
 
@@ -52,60 +53,6 @@ __all__ = [
     "load_study",
     "run",
 ]
-
-SHOWN_MEMBERS = 8
-"""Trials that the text of a front names."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One candidate that no other one beats in every objective."""
-
-    trial: int
-    values: dict[str, float]
-    architecture: Plain
-
-
-@dataclass(frozen=True)
-class Front:
-    """The non-dominated candidates of a study, best first by the first objective."""
-
-    members: tuple[Member, ...]
-    directions: dict[str, str]
-    hypervolume: float | None
-    """Volume of objective space that the front dominates, up to the reference point."""
-    reference_point: dict[str, float]
-
-    def __iter__(self) -> Iterator[Member]:
-        return iter(self.members)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> Member:
-        return self.members[index]
-
-    def __repr__(self) -> str:
-        volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
-        trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
-        more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
-        return (
-            f"Front({len(self.members)} members: {', '.join(map(str, trials))}{more};"
-            f" {', '.join(self.directions)}; hypervolume {volume})"
-        )
-
-    def dataframe(self) -> pandas.DataFrame:
-        """Return a row for each member: trial, values, the architecture in one line."""
-        import pandas
-
-        rows = [
-            {"trial": m.trial, **m.values, "architecture": one_line(m.architecture)}
-            for m in self.members
-        ]
-        return pandas.DataFrame(rows, columns=["trial", *self.directions, "architecture"])
-
-    def _repr_html_(self) -> str:
-        return str(self.dataframe().to_html(index=False))
 
 
 class Study:
@@ -178,6 +125,37 @@ class Study:
 
         user_parts.load_stored(self.record.space, allow_code=allow_code)
         return Architecture.parse(self.store.architecture(self.name, trial))
+
+    def export(
+        self,
+        trial: int,
+        out: str | os.PathLike[str],
+        *,
+        format: str = "folder",
+        allow_code: bool = False,
+    ) -> Path:
+        """Write a trained trial into the new folder `out`; see `moenas export`.
+
+        Raises:
+            NotFoundError: if there is no such trial, or its weights are gone.
+            InputError: if the trial has no trained weights, the format is unknown or cannot hold
+                its architecture, or `out` is in use.
+        """
+        from moenas.export.formats import export
+
+        path = Path(out)
+        return export(self.store, self.name, trial, path, format=format, allow_code=allow_code)
+
+    def load_model(self, trial: int, *, allow_code: bool = False) -> Model:
+        """Return the trained model of a trial on the CPU in float32, in evaluation mode.
+
+        Raises:
+            NotFoundError: if there is no such trial, or its weights are gone.
+            InputError: if the trial has no trained weights.
+        """
+        from moenas.export.trained_trial import trained_trial
+
+        return trained_trial(self.store, self.name, trial, allow_code=allow_code).model()
 
     def front(self) -> Front:
         """Return the Pareto front."""

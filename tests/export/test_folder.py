@@ -8,21 +8,23 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from trained_shelf import Shelf
 
 from moenas.data import loading as data
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.evaluate.job import evaluate
 from moenas.export import folder as exporting
-from moenas.export.folder import export, model_source
+from moenas.export.folder import model_source
+from moenas.export.formats import export
 from moenas.model.architecture import Architecture
-from moenas.records import Evaluation, Job, ObjectiveInfo, Plain, StudyRecord
+from moenas.records import Job, Plain
 from moenas.resources import load_module
 from moenas.space.sections import Protocol, Recipe
 from moenas.store.store import Store
@@ -30,7 +32,6 @@ from moenas.store.weights import weights_path, write_weights
 from moenas.testing.parts import random_architecture
 
 FILES = ["README.md", "config.json", "model.py", "model.safetensors"]
-VAL_LOSS = ObjectiveInfo("val_loss", "minimize", "nats/token", "Validation loss.", "0" * 64)
 
 STRANGER = """
 import hashlib, importlib.util, json, sys
@@ -59,64 +60,6 @@ for place in json.load(sys.stdin):
 assert "moenas" not in sys.modules and "safetensors" not in sys.modules
 print(json.dumps(found))
 """
-
-
-@dataclass
-class Shelf:
-    """A store of one study, in memory, with weights on the disk."""
-
-    runs: Path
-    name: str = "tiny"
-    found: dict[int, Evaluation] = field(default_factory=dict)
-    architectures: dict[int, Plain] = field(default_factory=dict)
-    data: Plain = field(default_factory=lambda: {"name": "pydoc", "sha256": "5" * 64})
-
-    def study(self, name: str) -> StudyRecord:
-        if name != self.name:
-            raise NotFoundError(f"no study '{name}'")
-        return StudyRecord(
-            name=name,
-            space_text="",
-            overrides=[],
-            space={"train": {"tokens": 4096, "context": 64}, "data": {"kind": "pydoc"}},
-            space_sha256="",
-            objectives=[VAL_LOSS.plain()],
-            data={"is_bytes": True, "files": [{"path": "a"}], **self.data},
-            versions={},
-            trials=9,
-        )
-
-    def evaluation(self, name: str, trial: int) -> Evaluation | None:
-        return self.found.get(trial)
-
-    def architecture(self, name: str, trial: int) -> Plain:
-        return self.architectures[trial]
-
-    def add(self, trial: int, architecture: Architecture, **changes: Any) -> torch.nn.Module:
-        """Add a complete trial whose weights, buffers too, are random."""
-        model = architecture.build(seed=trial)
-        generator = torch.Generator().manual_seed(trial)
-        for tensor in model.state_dict().values():
-            noise = torch.empty(tensor.shape).normal_(0, 0.2, generator=generator)
-            tensor.copy_(tensor * 5 + noise)
-        data = safetensors.torch.save(model.state_dict())
-        evaluation = Evaluation(
-            study=self.name,
-            trial=trial,
-            attempt=1,
-            status="complete",
-            fingerprint=architecture.fingerprint,
-            values={"val_loss": 2.5},
-            measurements={"val_loss": {"val_tokens": 1024}},
-            metrics={"lr": 0.003},
-            cost=architecture.cost(64).plain(),
-            device={"key": "cpu", "name": "A CPU"},
-            versions={"torch": "2"},
-            weights_sha256=write_weights(self.runs, self.name, trial, data),
-        )
-        self.found[trial] = replace(evaluation, **changes)
-        self.architectures[trial] = architecture.canonical().plain()
-        return model.eval()
 
 
 @pytest.fixture

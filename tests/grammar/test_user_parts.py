@@ -13,7 +13,7 @@ import torch
 
 from moenas import resources
 from moenas.errors import InputError, PartError, SpaceError
-from moenas.export.folder import export
+from moenas.export.formats import export
 from moenas.grammar import user_parts
 from moenas.model import Mixer, Score, Selection
 from moenas.space.space import Space

@@ -25,13 +25,20 @@ MODELS = FAMILIES | VARIANTS | OTHERS
 
 
 def ours_of(family: Family) -> Model:
+    return written_architecture(family).build().eval()  # layer by layer as in the file
+
+
+def architecture_of(name: str) -> Architecture:
+    return written_architecture(MODELS[name])
+
+
+def written_architecture(family: Family) -> Architecture:
     overrides = [f"{name}={value}" for name, value in family.overrides.items()]
     if "\n" in family.zoo:
         space = Space.parse(family.zoo, "space.yaml")
     else:
         space = Space.load(ZOO / f"{family.zoo}.yaml", overrides)
-    written = Architecture.parse(space.draw(RandomSuggest(0)))  # layer by layer as in the file
-    return written.build().eval()
+    return Architecture.parse(space.draw(RandomSuggest(0)))
 
 
 def theirs_of(family: Family) -> Any:

@@ -1,0 +1,67 @@
+"""The Pareto front of a study, as it was when it was read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moenas.grammar.summary import one_line
+from moenas.records import Plain
+
+if TYPE_CHECKING:
+    import pandas
+
+SHOWN_MEMBERS = 8
+"""Trials that the text of a front names."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One candidate that no other one beats in every objective."""
+
+    trial: int
+    values: dict[str, float]
+    architecture: Plain
+
+
+@dataclass(frozen=True)
+class Front:
+    """The non-dominated candidates of a study, best first by the first objective."""
+
+    members: tuple[Member, ...]
+    directions: dict[str, str]
+    hypervolume: float | None
+    """Volume of objective space that the front dominates, up to the reference point."""
+    reference_point: dict[str, float]
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Member:
+        return self.members[index]
+
+    def __repr__(self) -> str:
+        volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
+        trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
+        more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
+        return (
+            f"Front({len(self.members)} members: {', '.join(map(str, trials))}{more};"
+            f" {', '.join(self.directions)}; hypervolume {volume})"
+        )
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Return a row for each member: trial, values, the architecture in one line."""
+        import pandas
+
+        rows = [
+            {"trial": m.trial, **m.values, "architecture": one_line(m.architecture)}
+            for m in self.members
+        ]
+        return pandas.DataFrame(rows, columns=["trial", *self.directions, "architecture"])
+
+    def _repr_html_(self) -> str:
+        return str(self.dataframe().to_html(index=False))
