@@ -15,7 +15,7 @@ import torch
 from moenas.errors import InputError, MoenasError
 from moenas.evaluate.threads import cpu_threads
 from moenas.export import source
-from moenas.export.card import readme, trial_data
+from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial, model_with
 from moenas.model.architecture import Architecture, initialise
 from moenas.model.moe.experts import MoE
@@ -39,11 +39,14 @@ def write(trial: TrainedTrial, folder: Path) -> None:
         MoenasError: if the logits differ.
     """
     data = trial_data(trial)
+    files = _FILES + (_TOKENIZER_FILE if trial.tokenizer is not None else "")
     texts = {
         "model.py": model_source(trial.architecture, is_bytes=trial.is_bytes),
         "config.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
-        "README.md": readme(data, trial.architecture, intro=_INTRO, use=_USE, files=_FILES),
+        "README.md": readme(data, trial.architecture, intro=_INTRO, use=_USE, files=files),
     }
+    if trial.tokenizer is not None:
+        texts[TOKENIZER] = trial.tokenizer
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / FILE).write_bytes(trial.weights)
@@ -65,6 +68,9 @@ _FILES = """\
 - `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
 - `model.safetensors`: the weights in float32.
 - `config.json`: the architecture as data, every number above, the recipe and the data."""
+_TOKENIZER_FILE = """
+- `tokenizer.json`: the tokenizer, for the library tokenizers:
+  `tokenizers.Tokenizer.from_file("tokenizer.json").encode("a text").ids`."""
 
 
 # --- model.py ----------------------------------------------------------------------------------
