@@ -2,7 +2,7 @@
 
     python benchmarks/page.py [--quick] > docs/benchmarks.md
 
-It takes about 8 minutes, in which nothing else should run: with two threads on two cores that
+It takes about 9 minutes, in which nothing else should run: with two threads on two cores that
 other work uses, the threads wait for each other.
 """
 
@@ -27,6 +27,7 @@ RUNS = {
         "step.py --threads 1 --rounds 6 --keep",
     ],
     "Batched decoding": ["decode.py --threads 1 --rounds 11"],
+    "Batches from memory-mapped shards": ["streaming.py"],
     "Reading a large study": ["readers.py"],
 }
 """Heading -> the runs below it."""

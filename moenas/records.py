@@ -12,6 +12,9 @@ from moenas.errors import FAILURE_KINDS, FailureKind
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
+TRAINING = 3
+"""Operations of a training step over those of its forward pass."""
+
 Status = Literal["complete", "failed", "infeasible", "stopped", "paused"]
 """`stopped`: early stopping ended the training at a rung. `paused`: the training may continue from
 a checkpoint; such an evaluation is stored with its rung and is not the last one of its trial."""
@@ -154,6 +157,8 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    keeps_weights: bool = True
+    """Whether the trained weights come back with the evaluation."""
     data_at: Plain | None = None
     """Where the corpus is published for nodes that lack its files: see `data.published`."""
     weights_at: Plain | None = None

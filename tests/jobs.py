@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from moenas.data import loading as data
+from moenas.data.section import parse
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Job
 from moenas.resources import Node
@@ -53,7 +54,7 @@ def job_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJob:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i} green bottles, then {i - 1}.\n" for i in range(999, 0, -1)))
-    section = data.parse(Node.wrap({"files": [str(text)]}))
+    section = parse(Node.wrap({"files": [str(text)]}))
 
     def make(*objectives: str, guests: dict[str, str] | None = None, **changes: Any) -> Job:
         wanted: dict[str, str | None] = dict.fromkeys(objectives)

@@ -47,6 +47,7 @@ LIBRARIES = {
     "optuna": "search store study dashboard",
     "optuna_dashboard": "dashboard",
     "pandas": "study service",
+    "pyarrow": "data",
     "plotly": "report dashboard dashboards service",
     "prometheus_client": "service",
     "pydantic": "service",
@@ -56,6 +57,7 @@ LIBRARIES = {
     "scipy": "predict search",
     "sqlalchemy": "store study service",
     "starlette": "service",
+    "tokenizers": "data",
     "torch": "model data predict evaluate export testing",
     "typer": "cli",
     "uvicorn": "service",
@@ -212,7 +214,8 @@ def test_the_command_line_starts_light() -> None:
 def test_dependencies_name_their_packages() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
-    listed += text.partition("\nservice = [")[2].partition("\n]")[0]
+    for extra in ("data", "service"):
+        listed += text.partition(f"\n{extra} = [")[2].partition("\n]")[0]
     named = dict(re.findall(r'^\s*"([a-z0-9-]+)[^"]*",\s*# ([^;\n]*)', listed, re.MULTILINE))
     library_of = {
         "pyyaml": "yaml",

@@ -46,6 +46,7 @@ from moenas.terminal import emit, say, to_json
 if TYPE_CHECKING:
     from moenas.space.space import Space
     from moenas.store.row_readers import FrontView
+    from moenas.store.store import Store
     from moenas.study.estimate import Estimate
 
 app = typer.Typer(
@@ -193,7 +194,7 @@ def check(
         for line in check_file(Path(space)):
             emit(line)
         return
-    from moenas.report.summary import check_report, check_text
+    from moenas.report.space_check import check_report, check_text
     from moenas.space.space import Space
     from moenas.study.estimate import estimate
 
@@ -266,9 +267,8 @@ def run(
         say(f"moenas: {error}")
         say(f"Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(error.exit_code) from None
-    view = study.store.front_view(study.name)
-    write_front(view, output)
-    _next_steps(view, storage)
+    write_front(study.store, study.name, output)
+    _next_steps(study.store.front_view(study.name), storage)
 
 
 def _write_estimate(estimate: Estimate, output: Output) -> None:
@@ -330,7 +330,7 @@ def front(study: StudyName, storage: Storage = None, output: Format = Output.tab
     """Print the Pareto front of a study."""
     from moenas.store.store import Store
 
-    write_front(Store.open(storage).front_view(study), output)
+    write_front(Store.open(storage), study, output)
 
 
 @app.command()
@@ -436,14 +436,17 @@ def schema() -> None:
     emit(to_json(file_schema(), indent=1))
 
 
-def write_front(view: FrontView, output: Output) -> None:
+def write_front(store: Store, name: str, output: Output) -> None:
     """Write the front to stdout; what it is measured on goes to stderr."""
+    from moenas.report import seed_noise_text
     from moenas.report.summary import front_caption, front_rows
 
-    rows = front_rows(view, short_form=output is Output.table)
-    write_rows(rows, output)
-    if output is Output.table:
-        for line in front_caption(view):
+    view, is_short = store.front_view(name), output is Output.table
+    seeds = seed_noise_text.seed_report(store, name)
+    rows = front_rows(view, short_form=is_short)
+    write_rows(seed_noise_text.with_seeds(rows, seeds, short_form=is_short), output)
+    if is_short:
+        for line in [*front_caption(view), *seed_noise_text.caption(seeds)]:
             say(line)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moenas.data.entropy import CHUNK, Tokens
+from moenas.data.entropy import CHUNK
+from moenas.data.shards import TokenArray, Tokens
 
 MOST_TRAIN, MOST_VAL = 1 << 23, 1 << 21
 """Tokens from the start of each split that are read; a longer one is cut there."""
@@ -15,7 +16,7 @@ STRENGTHS = 2.0 ** np.arange(-6, 15)
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
-def bigram_loss(train: Tokens, val: Tokens, vocab_size: int) -> float | None:
+def bigram_loss(train: TokenArray, val: TokenArray, vocab_size: int) -> float | None:
     """Return the cross entropy of a smoothed bigram on the validation split, nats per token.
 
     Counted on `train`: p(w | v) = (c(v w) + a p(w)) / (c(v) + a), where p(w) = (c(w) + 1) / (N + V)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 
 from moenas.data import loading
 from moenas.data.corpus import Corpus
 from moenas.data.published import fetch
+from moenas.data.section import paths
 from moenas.errors import DataError, InputError
 from moenas.records import Plain
 
@@ -68,10 +67,4 @@ def _key(section: Plain, digest: str) -> str:
 
     Nobody can set back the time of change of an inode (ctime).
     """
-    stamps: list[object] = []
-    for path in section.get("files", []):
-        with suppress(OSError):
-            file_stat = os.stat(path)
-            inode = file_stat.st_dev, file_stat.st_ino, file_stat.st_size
-            stamps.append([path, *inode, file_stat.st_mtime_ns, file_stat.st_ctime_ns])
-    return json.dumps([section, digest, stamps], sort_keys=True)
+    return json.dumps([section, digest, loading.stamps(paths(section))], sort_keys=True)

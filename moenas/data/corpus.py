@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moenas.data.domains import Domains
-from moenas.data.entropy import Tokens
+from moenas.data.shards import TokenArray, Tokens
 from moenas.errors import DataError
 from moenas.records import Plain
 
@@ -19,9 +19,9 @@ class Corpus:
     """Tokens to train on, tokens to validate on, and what is known of them."""
 
     name: str
-    train: Tokens
-    """1-D, unsigned; may be memory-mapped."""
-    val: Tokens
+    train: TokenArray
+    """1-D, unsigned; may be memory-mapped, and may be several files."""
+    val: TokenArray
     vocab_size: int
     is_bytes: bool
     """Tokens are the bytes of text, so a loss has a meaning in bits per byte."""
@@ -119,7 +119,9 @@ class Corpus:
         return torch.from_numpy(self.domains.at(split, starts[:, None] + np.arange(context)))
 
     @staticmethod
-    def _crops(split: Tokens, starts: Tokens, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _crops(
+        split: TokenArray, starts: Tokens, context: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         crops = split[starts[:, None] + np.arange(context + 1)].astype(np.int64)
         both = torch.from_numpy(crops)
         return both[:, :-1], both[:, 1:]

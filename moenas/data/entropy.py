@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
 
+from moenas.data.shards import ShardedTokens, TokenArray, Tokens
 from moenas.errors import DataError
 
 MAX_ORDER_1 = 4096
 """Largest vocabulary whose table of pairs is counted."""
 CHUNK = 1 << 20
-
-Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
 class Counts:
@@ -31,8 +29,8 @@ class Counts:
         """Digest of all that was added."""
         return self.digest.hexdigest()
 
-    def add(self, tokens: Tokens, path: str = "", start: int = 0) -> None:
-        """Count one split, which begins at token `start` of what lies at `path`.
+    def add(self, tokens: TokenArray, path: str = "", start: int = 0) -> None:
+        """Count one split, which begins at token `start` of the file `path`; shards know theirs.
 
         Raises:
             DataError: at the first token that is not below `vocab_size`.
@@ -44,9 +42,12 @@ class Counts:
             self.digest.update(part.data)
             wide = part.astype(np.int64)
             if len(strange := np.flatnonzero(wide >= self.vocab_size)):
-                at = int(strange[0])
+                first = i + int(strange[0])
+                file, at = path, start + first
+                if isinstance(tokens, ShardedTokens):
+                    file, at = tokens.place(first)
                 raise DataError(
-                    f"{path}: token {wide[at]} at position {start + i + at} is not below vocab_size"
+                    f"{file}: token {wide[first - i]} at position {at} is not below vocab_size"
                     f" {self.vocab_size}; give the tokenizer's vocab_size, or the right dtype",
                     path="data",
                 )

@@ -5,195 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 
-from moenas import formats
 from moenas.data import text as texts
+from moenas.data import token_files, tokenizer_file
 from moenas.data.bigram import bigram_loss
 from moenas.data.corpus import Corpus
 from moenas.data.domains import Domains, table
-from moenas.data.entropy import CHUNK, MAX_ORDER_1, Counts, Tokens
+from moenas.data.entropy import CHUNK, MAX_ORDER_1, Counts
+from moenas.data.section import paths
+from moenas.data.shards import Shard, TokenArray, Tokens, divided, joined
 from moenas.data.text import Text
-from moenas.errors import DataError, suggestion
+from moenas.data.tokenizer_file import TokenizerFile
+from moenas.errors import DataError
 from moenas.records import Plain
-from moenas.resources import Node, sha256
+from moenas.resources import sha256
 
-DTYPES = ("uint8", "uint16", "uint32")
-KEYS = {
-    "stdlib": ("kind",),
-    "pydoc": ("kind",),
-    "files": ("kind", "files"),
-    "tokens": ("kind", "tokens", "val", "vocab_size", "dtype"),
-}
-WANTED = (
-    "give stdlib, pydoc, {files: [paths or patterns]} or {tokens: path, vocab_size: n}"
-    " with an optional {val: path, dtype: uint16 or uint32}"
-)
 TAIL = 0.05
 """Share of one array of tokens, at its end, that validates."""
-
-
-# --- the data section --------------------------------------------------------------------------
-
-
-def parse(node: Node) -> Plain:
-    """Read the `data` section of a space file; what comes back reads as itself again.
-
-    `stdlib` and `pydoc` become {"kind": ...}; paths become absolute (relative ones start from
-    the folder where moenas runs), patterns the sorted files that they match.
-
-    Raises:
-        SpaceError: `file:line:column: data: what is wrong; what would be right`.
-    """
-    value = node.value
-    if isinstance(value, str):
-        value = {"kind": node}
-    if not isinstance(value, dict):
-        raise node.error("data", f"{node.plain!r} is no corpus; {WANTED}")
-    kind = _kind(node, value)
-    for key, inner in value.items():
-        if key not in KEYS[kind]:
-            near, known = suggestion(key, KEYS[kind]), ", ".join(KEYS[kind])
-            raise inner.error(
-                f"data.{key}", f"no key of '{kind}' data.{near} It takes {known}.", key=True
-            )
-    if kind == "files":
-        return {"kind": kind, "files": _parse_files(_need(node, value, "files", "a list of paths"))}
-    if kind == "tokens":
-        return _parse_tokens(node, value)
-    return {"kind": kind}
-
-
-def _kind(node: Node, value: dict[str, Node]) -> str:
-    """Return which of the four kinds of corpus is meant."""
-    if "kind" in value:
-        kind = value["kind"]
-        if not isinstance(kind.value, str) or kind.value not in KEYS:
-            near = suggestion(str(kind.plain), KEYS)
-            raise kind.error("data", f"no corpus {kind.plain!r}.{near} Right would be: {WANTED}")
-        return kind.value
-    named_kind = next((kind for kind in ("files", "tokens") if kind in value), None)
-    if named_kind is None:
-        keys = ", ".join(value) or "nothing"
-        near = next(filter(None, (suggestion(key, KEYS) for key in value)), "")
-        raise node.error("data", f"names no corpus ({keys}).{near} Right would be: {WANTED}")
-    return named_kind
-
-
-def _need(node: Node, value: dict[str, Node], key: str, wanted: str) -> Node:
-    if key not in value:
-        raise node.error("data", f"'{key}' is missing; give {wanted}")
-    return value[key]
-
-
-def _parse_files(node: Node) -> list[str]:
-    """Return the absolute paths of every file named or matched, each once, sorted."""
-    items = node.value if isinstance(node.value, list) else [node]
-    patterns: set[str] = set()
-    for item in items:
-        if not isinstance(item.value, str) or not item.value:
-            raise item.error("data.files", f"{item.plain!r} is not a path or a pattern")
-        text = os.path.abspath(os.path.expanduser(item.value))
-        matched = [text] if os.path.exists(text) else sorted(glob(text, recursive=True))
-        paths = [path for path in matched if not os.path.isdir(path)]
-        if not paths:
-            reason = f"is a folder; give '{item.value}/*'" if matched else "matches no file"
-            raise item.error("data.files", f"'{item.value}' {reason}")
-        for path in paths:
-            _check_readable(item, "data.files", path)
-        patterns.update(paths)
-    if not patterns:
-        raise node.error("data.files", "is empty; give at least one path or pattern")
-    return sorted(patterns)
-
-
-def _check_readable(node: Node, key: str, path: str) -> None:
-    if not os.path.isfile(path):
-        raise node.error(key, f"'{path}' is not a plain file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise node.error(key, f"'{path}' cannot be read: {error.strerror}") from None
-    if not head:
-        raise node.error(key, f"'{path}' is empty")
-    if (what := formats.container(head)) is not None and not path.endswith(".npy"):
-        raise node.error(key, f"'{path}' is {what}")
-
-
-def _parse_tokens(node: Node, value: dict[str, Node]) -> Plain:
-    """Read {tokens, val, vocab_size, dtype}: one array, two arrays, or a folder with both."""
-    size = _need(node, value, "vocab_size", "the number of different tokens")
-    number = size.value if isinstance(size.value, int | float) else 0
-    if number < 2 or not float(number).is_integer():
-        raise size.error("data.vocab_size", f"{size.plain!r} is not a whole number of at least 2")
-    vocab_size = int(number)
-    tokens = _need(node, value, "tokens", "the path of an array of tokens (.npy, or raw)")
-    train = _token_path(tokens, "data.tokens")
-    val_node = value.get("val")
-    val = None
-    if val_node is not None and val_node.value is not None:
-        val = _token_path(val_node, "data.val")
-    if os.path.isdir(train):
-        train, val = _token_pair(tokens, train)
-    named = value.get("dtype")
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    if named is not None:
-        if named.value not in DTYPES:
-            near, known = suggestion(str(named.plain), DTYPES), ", ".join(DTYPES)
-            raise named.error("data.dtype", f"{named.plain!r} is not one of {known}.{near}")
-        dtype = str(named.value)
-    dtype = _check_tokens(tokens, train, dtype, given=named is not None)
-    if val is not None:
-        _check_tokens(val_node or tokens, val, dtype, given=True)
-    section = {"kind": "tokens", "tokens": train, "vocab_size": vocab_size, "dtype": dtype}
-    return section if val is None else {**section, "val": val}
-
-
-def _token_path(node: Node, key: str) -> str:
-    if not isinstance(node.value, str) or not node.value:
-        raise node.error(key, f"{node.plain!r} is not a path")
-    path = os.path.abspath(os.path.expanduser(node.value))
-    if not os.path.exists(path):
-        raise node.error(key, f"'{node.value}' does not exist (looked at {path})")
-    return path
-
-
-def _token_pair(node: Node, folder: str) -> tuple[str, str]:
-    """Find train.bin and val.bin, or train.npy and val.npy, in a folder."""
-    for suffix in ("bin", "npy"):
-        pair = [os.path.join(folder, f"{split}.{suffix}") for split in ("train", "val")]
-        if all(map(os.path.isfile, pair)):
-            return pair[0], pair[1]
-    raise node.error(
-        "data.tokens", f"'{folder}' has no train.bin and val.bin (or .npy); give the array's path"
-    )
-
-
-def _check_tokens(node: Node, path: str, dtype: str, *, given: bool) -> str:
-    """Check the form of an array of tokens and return its dtype: that of a .npy is in it."""
-    _check_readable(node, "data.tokens", path)
-    if not path.endswith(".npy"):
-        if os.path.getsize(path) % np.dtype(dtype).itemsize:
-            size = os.path.getsize(path)
-            raise node.error("data.tokens", f"'{path}' has {size} bytes, not whole {dtype} numbers")
-        return dtype
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise node.error("data.tokens", f"'{path}' is no .npy array: {error}") from None
-    if array.ndim != 1 or array.dtype.name not in DTYPES or (given and array.dtype.name != dtype):
-        wanted = dtype if given else " or ".join(DTYPES)
-        raise node.error(
-            "data.tokens",
-            f"'{path}' holds {array.dtype.name} in shape {array.shape}; give one row of {wanted}",
-        )
-    return str(array.dtype.name)
 
 
 # --- loading -----------------------------------------------------------------------------------
@@ -208,9 +42,21 @@ def load(section: Plain) -> Corpus:
     kind = section["kind"]
     if kind == "tokens":
         return _load_tokens(section)
-    if kind == "files":
-        return _text_corpus(texts.files(section["files"]))
-    return _load_stdlib() if kind == "stdlib" else _text_corpus(texts.pydoc())
+    if section.get("tokenizer"):
+        return _load_encoded(section)
+    return _load_stdlib() if kind == "stdlib" else _text_corpus(_text(section))
+
+
+def _text(section: Plain, *, is_utf8: bool = False) -> Text:
+    """Read the text of a section."""
+    if section["kind"] == "stdlib":
+        return texts.stdlib(texts.stdlib_sources())
+    if section["kind"] == "pydoc":
+        return texts.pydoc()
+    files, val = section["files"], section.get("val")
+    if section.get("text_column"):
+        return texts.columns(files, section["text_column"], val)
+    return texts.files(files, val, is_utf8=is_utf8)
 
 
 def _load_stdlib() -> Corpus:
@@ -228,7 +74,24 @@ def _text_corpus(text: Text) -> Corpus:
     """Assemble a corpus of bytes."""
     train = np.frombuffer(b"".join(text.train), dtype=np.uint8)
     val = np.frombuffer(b"".join(text.val), dtype=np.uint8)
-    counts = Counts(256)
+    lengths = {"train": [len(x) for x in text.train], "val": [len(x) for x in text.val]}
+    return _counted(text, train, val, lengths)
+
+
+def _counted(
+    text: Text,
+    train: Tokens,
+    val: Tokens,
+    lengths: Mapping[str, list[int]],
+    tokenizer: TokenizerFile | None = None,
+) -> Corpus:
+    """Count the tokens of text; `lengths` are those of its parts in tokens."""
+    vocab_size, more = 256, dict(text.details)
+    if tokenizer is not None:
+        vocab_size = tokenizer.vocab_size
+        more |= {"dtype": train.dtype.name, "tokenizer": tokenizer.manifest()}
+        more |= _entropy_note(vocab_size)
+    counts = Counts(vocab_size)
     for split in (train, val):
         counts.add(split)
     manifest = {
@@ -238,15 +101,15 @@ def _text_corpus(text: Text) -> Corpus:
         "split": text.rule,
         "train_tokens": len(train),
         "val_tokens": len(val),
-        "vocab_size": 256,
-        "is_bytes": True,
+        "vocab_size": vocab_size,
+        "is_bytes": tokenizer is None,
         "entropy": counts.entropy(),
-        "bigram_loss": bigram_loss(train, val, 256),
-        **text.details,
+        "bigram_loss": bigram_loss(train, val, vocab_size),
+        **more,
         "domains": table(
             {
-                split: list(zip(text.domains[split], map(len, parts), strict=True))
-                for split, parts in (("train", text.train), ("val", text.val))
+                split: list(zip(text.domains[split], lengths[split], strict=True))
+                for split in ("train", "val")
             }
         ),
         "files": text.files,
@@ -254,7 +117,40 @@ def _text_corpus(text: Text) -> Corpus:
     return from_manifest(manifest, train, val)
 
 
-def from_manifest(manifest: Plain, train: Tokens, val: Tokens) -> Corpus:
+def _load_encoded(section: Plain) -> Corpus:
+    """Return text as the tokens of its tokenizer; from the cache if the files are as they were.
+
+    Raises:
+        DataError: if a text is not UTF-8, or the tokenizer is another one than was checked.
+    """
+    end = section["end_of_text"]
+    tokenizer = tokenizer_file.read(section["tokenizer"], end, ends=False)
+    if tokenizer.vocab_size != section["vocab_size"]:
+        raise DataError(
+            f"'{tokenizer.path}' has {tokenizer.vocab_size} tokens, and had"
+            f" {section['vocab_size']} when the space was checked",
+            path="data",
+        )
+    version = platform.python_version(), tokenizer_file.version()
+    state = [texts.RULES, version, section, tokenizer.sha256, stamps(paths(section))]
+    key = sha256(json.dumps(state, sort_keys=True).encode())
+    place = cache_folder() / f"encoded-{key[:32]}"
+    corpus = _read_cache(place)
+    if corpus is None:
+        corpus = _encoded(_text(section, is_utf8=True), tokenizer)
+        _write_cache(place, corpus)
+    return corpus
+
+
+def _encoded(text: Text, tokenizer: TokenizerFile) -> Corpus:
+    """Assemble a corpus of the tokens of text."""
+    (train, train_lengths), (val, val_lengths) = (
+        tokenizer.encode(part.decode() for part in parts) for parts in (text.train, text.val)
+    )
+    return _counted(text, train, val, {"train": train_lengths, "val": val_lengths}, tokenizer)
+
+
+def from_manifest(manifest: Plain, train: TokenArray, val: TokenArray) -> Corpus:
     """Return a corpus of two splits that a manifest describes."""
     return Corpus(
         name=manifest["name"],
@@ -279,73 +175,116 @@ def _load_tokens(section: Plain) -> Corpus:
     They are read whole, so that their digest is that of what is in them now; what was counted is
     kept under that digest.
     """
-    dtype, vocab_size = section["dtype"], section["vocab_size"]
-    paths = [section["tokens"]] + ([section["val"]] if section.get("val") else [])
+    vocab_size = section["vocab_size"]
+    listed = [_listed(section.get(key)) for key in ("tokens", "val")]
+    paths = [path for split in listed for path in split]
     try:
-        arrays = [_map(path, dtype) for path in paths]
+        splits = [[_map(path, section["dtype"]) for path in split] for split in listed]
         files = [{"path": p, "bytes": os.path.getsize(p)} for p in paths]
     except (OSError, ValueError) as error:
         raise DataError(
             f"{error}; it was readable when the space was checked", path="data"
         ) from None
-    cut = 0
-    if len(arrays) == 1:
-        cut = len(arrays[0]) - int(len(arrays[0]) * TAIL)
-        arrays = [arrays[0][:cut], arrays[0][cut:]]
-    stamps = [os.stat(path) for path in paths]
-    now = tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stamps)
-    if now not in _DIGESTS:
-        _DIGESTS[now] = digest_of(arrays)
-    key = json.dumps([texts.RULES, section, files, _DIGESTS[now]], sort_keys=True)
+    train, cut = joined(splits[0]), 0
+    if splits[1]:
+        val = joined(splits[1])
+    else:
+        cut = len(train) - int(len(train) * TAIL)
+        train, val = divided(train, cut)
+    tokenizer = tokenizer_file.read(section["tokenizer"]) if section.get("tokenizer") else None
+    digest = _known_digest(paths, [train, val])
+    told = {} if tokenizer is None else {"tokenizer": tokenizer.manifest()}
+    key = json.dumps([texts.RULES, section, files, digest, *told], sort_keys=True)
     place = cache_folder() / f"tokens-{sha256(key.encode())[:32]}.json"
     try:
-        return from_manifest(json.loads(place.read_text()), arrays[0], arrays[1])
+        return from_manifest({**json.loads(place.read_text()), **told}, train, val)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     counts = Counts(vocab_size)
-    counts.add(arrays[0], paths[0])
-    counts.add(arrays[1], paths[-1], start=cut)
+    counts.add(train, paths[0])
+    counts.add(val, paths[-1], start=cut)
+    given = "two arrays" if len(paths) == 2 else "two lists of arrays"
     manifest = {
-        "name": Path(section["tokens"]).name,
+        "name": _name_of(listed[0]),
         "sha256": counts.sha256,
         "rules": texts.RULES,
-        "split": "two arrays" if len(paths) == 2 else f"the last {TAIL:.0%} is val",
-        "train_tokens": len(arrays[0]),
-        "val_tokens": len(arrays[1]),
+        "split": given if splits[1] else f"the last {TAIL:.0%} is val",
+        "train_tokens": len(train),
+        "val_tokens": len(val),
         "vocab_size": vocab_size,
         "is_bytes": False,
-        "dtype": dtype,
+        "dtype": section["dtype"],
         "entropy": counts.entropy(),
-        "bigram_loss": bigram_loss(arrays[0], arrays[1], vocab_size),
+        "bigram_loss": bigram_loss(train, val, vocab_size),
         "domains": None,
         "files": files,
+        **_entropy_note(vocab_size),
     }
-    if vocab_size > MAX_ORDER_1:
-        manifest["entropy_note"] = f"order 1 is not counted above {MAX_ORDER_1} different tokens"
     _write_file(place, json.dumps(manifest).encode())
-    return from_manifest(manifest, arrays[0], arrays[1])
+    return from_manifest({**manifest, **told}, train, val)
 
 
-_DIGESTS: dict[tuple[tuple[int, ...], ...], str] = {}
-"""Digests that this process has made, by inode and times; nobody can set back the time of change
-of an inode (ctime)."""
+def _entropy_note(vocab_size: int) -> Plain:
+    """Say why the entropy of a token given the one before it is missing, where it is."""
+    if vocab_size <= MAX_ORDER_1:
+        return {}
+    return {"entropy_note": f"order 1 is not counted above {MAX_ORDER_1} different tokens"}
 
 
-def digest_of(arrays: list[Tokens]) -> str:
+def _listed(value: str | list[str] | None) -> list[str]:
+    """Return the paths of a field, which holds one, several or none."""
+    return [value] if isinstance(value, str) else value or []
+
+
+def _name_of(paths: list[str]) -> str:
+    """Return the name of an array, or of the folder of the first of several."""
+    return Path(paths[0]).name if len(paths) == 1 else Path(paths[0]).parent.name
+
+
+def _map(path: str, dtype: str) -> Shard:
+    """Map one file of tokens.
+
+    Raises:
+        ValueError: if it is of another type than when the space was checked.
+    """
+    found = token_files.inspect(path, dtype)
+    if found.dtype != dtype:
+        raise ValueError(f"'{path}' holds {found.dtype}, not {dtype}")
+    return found.map()
+
+
+_DIGESTS: dict[str, str] = {}
+"""Digests that this process has made, by lengths, inodes and times of files; nobody can set back
+the time of change of an inode (ctime)."""
+
+
+def _known_digest(paths: list[str], splits: list[TokenArray]) -> str:
+    """Return the digest of two splits, which is computed once in a process for each state."""
+    key = json.dumps([[len(split) for split in splits], stamps(paths)])
+    if key not in _DIGESTS:
+        _DIGESTS[key] = digest_of(splits)
+    return _DIGESTS[key]
+
+
+def stamps(paths: list[str]) -> list[list[object]]:
+    """Return what changes of each file with its content: place, size and times."""
+    found: list[list[object]] = []
+    for path in paths:
+        with suppress(OSError):
+            stat = os.stat(path)
+            inode = stat.st_dev, stat.st_ino, stat.st_size
+            found.append([path, *inode, stat.st_mtime_ns, stat.st_ctime_ns])
+    return found
+
+
+def digest_of(splits: Sequence[TokenArray]) -> str:
     """Return the digest of the splits of a corpus: dtype, length and bytes of each."""
     hasher = hashlib.sha256()
-    for tokens in arrays:
+    for tokens in splits:
         hasher.update(f"{tokens.dtype.name}:{len(tokens)}\n".encode())
         for i in range(0, len(tokens), CHUNK):
             hasher.update(np.ascontiguousarray(tokens[i : i + CHUNK]).data)
     return hasher.hexdigest()
-
-
-def _map(path: str, dtype: str) -> Tokens:
-    if path.endswith(".npy"):
-        array: Tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 # --- the cache ---------------------------------------------------------------------------------
@@ -382,25 +321,28 @@ def _write_file(place: Path, data: bytes) -> None:
 
 
 def _write_cache(place: Path, corpus: Corpus) -> None:
-    """Keep a corpus of bytes as one file: a line of manifest, then train and val."""
+    """Keep a corpus as one file: a line of manifest, then train and val."""
     head = json.dumps(corpus.manifest).encode()
-    _write_file(place, head + b"\n" + corpus.train.tobytes() + corpus.val.tobytes())
+    body = b"".join(np.asarray(split).tobytes() for split in (corpus.train, corpus.val))
+    _write_file(place, head + b"\n" + body)
 
 
 def _read_cache(place: Path) -> Corpus | None:
-    """Return the corpus kept at `place`; None if there is none or its digest is wrong."""
+    """Return the corpus kept at `place`; None if there is none or its digest is wrong.
+
+    Tokens of a tokenizer are mapped into memory, bytes are read.
+    """
     try:
-        head, _, body = place.read_bytes().partition(b"\n")
-        manifest = json.loads(head)
-        tokens = np.frombuffer(body, dtype=np.uint8)
+        with place.open("rb") as file:
+            head = file.readline()
+            manifest = json.loads(head)
+            is_bytes = manifest["is_bytes"]
+            body = file.read() if is_bytes else b""
+        tokens: Tokens = np.frombuffer(body, dtype=np.uint8)
+        if not is_bytes:
+            tokens = np.memmap(place, dtype=manifest["dtype"], mode="r", offset=len(head))
         train, val = np.split(tokens, [manifest["train_tokens"]])
-        digest = hashlib.sha256()
-        for split in (train, val):
-            digest.update(f"uint8:{len(split)}\n".encode() + split.tobytes())
-        return (
-            from_manifest(manifest, train, val)
-            if digest.hexdigest() == manifest["sha256"]
-            else None
-        )
+        digest = _known_digest([str(place)], [train, val])
+        return from_manifest(manifest, train, val) if digest == manifest["sha256"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

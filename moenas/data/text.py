@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moenas.data import domains
+from moenas.data import domains, text_columns
 from moenas.errors import DataError
 from moenas.records import Plain
 from moenas.resources import sha256
@@ -36,6 +36,7 @@ VAL_SHARE = 0.1
 """Share of the built-in files (by hash of their name) that validate: 5 to 10 % of the bytes."""
 TAIL = 0.05
 """Share of validation text among anyone's files."""
+GIVEN = "val is given"
 
 
 Named = tuple[str, bytes]
@@ -141,22 +142,89 @@ def pydoc() -> Text:
     return _split_by_name(Text("pydoc", {"python": platform.python_version()}), kept, topic)
 
 
-def files(paths: list[str]) -> Text:
+def files(paths: list[str], val: list[str] | None = None, *, is_utf8: bool = False) -> Text:
     """Return anyone's text, byte for byte; of files with equal content only the first counts.
 
-    Content is equal, too, if only the line ends differ.
+    Content is equal, too, if only the line ends differ. The files `val` are the validation split;
+    without them it is a part of the text. With `is_utf8` no character is cut in two.
 
     Raises:
-        DataError: naming a file that cannot be read.
+        DataError: naming a file that cannot be read, or that is not UTF-8 where it must be.
     """
-    distinct: dict[bytes, Named] = {}
+    train = _different(paths, is_utf8)
+    if not val:
+        return _split_by_size(Text("files"), train, is_utf8)
+    text, held_out = Text("files", rule=GIVEN), _different(val, is_utf8)
+    domain = domains.of_files([name for name, _ in [*train, *held_out]])
+    for split, sources in (("train", train), ("val", held_out)):
+        for name, part in sources:
+            text.add(name, part, split, domain[name])
+    return text
+
+
+def _different(paths: list[str], is_utf8: bool) -> list[Named]:
+    """Return the files of different content."""
+    found: dict[bytes, Named] = {}
     for path in paths:
         try:
             text = Path(path).read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}", path="data") from None
-        distinct.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
-    return _split_by_size(Text("files"), list(distinct.values()))
+        if is_utf8:
+            require_utf8(path, text)
+        found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
+    return list(found.values())
+
+
+def require_utf8(name: str, text: bytes) -> None:
+    """Check that a text can be encoded with a tokenizer.
+
+    Raises:
+        DataError: naming the place of the first byte that is not UTF-8.
+    """
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: byte {error.start} is not UTF-8, which a tokenizer reads; convert the file",
+            path="data",
+        ) from None
+
+
+def columns(paths: list[str], column: str, val: list[str] | None = None) -> Text:
+    """Return the texts of a column of JSON Lines, Parquet or Arrow files; each row is a document.
+
+    The files `val` are the validation split; without them a row validates by the digest of its
+    text, so that equal rows are in one split.
+
+    Raises:
+        DataError: naming file and row of what cannot be read.
+    """
+    rule = GIVEN if val else f"val if sha256(row) is in the lowest {TAIL:.0%}"
+    found = Text("files", {"text_column": column}, rule)
+    domain = domains.of_files([*paths, *(val or [])])
+    for path, split in [
+        *((path, "train") for path in paths),
+        *((path, "val") for path in val or ()),
+    ]:
+        digest, size, count = hashlib.sha256(), 0, 0
+        for row in text_columns.rows(path, column):
+            text = row.encode("utf-8", "replace")
+            low = split == "val" or (not val and text_columns.is_low(text, TAIL))
+            (found.val if low else found.train).append(text.rstrip(b"\r\n") + b"\n")
+            found.domains["val" if low else "train"].append(domain[path])
+            digest.update(text + b"\n")
+            size, count = size + len(text), count + 1
+        found.files.append(
+            {
+                "path": path,
+                "bytes": size,
+                "rows": count,
+                "sha256": digest.hexdigest(),
+                "split": split if val else "both",
+            }
+        )
+    return found
 
 
 def without_licence(text: bytes) -> bytes:
@@ -209,7 +277,7 @@ def _split_by_name(text: Text, sources: list[Named], domain: Mapping[str, str]) 
     return text
 
 
-def _split_by_size(text: Text, sources: list[Named]) -> Text:
+def _split_by_size(text: Text, sources: list[Named], is_utf8: bool = False) -> Text:
     """Split by file where that comes out at 5 to 20 % of the bytes, else by the tails of files."""
     total = sum(len(part) for _, part in sources)
     domain = domains.of_files([name for name, _ in sources])
@@ -226,6 +294,8 @@ def _split_by_size(text: Text, sources: list[Named]) -> Text:
     text.rule = f"the last {TAIL:.0%} of each file is val"
     for name, part in sources:
         cut = len(part) - int(len(part) * TAIL)
+        while is_utf8 and cut < len(part) and part[cut] & 0xC0 == 0x80:  # inside a character
+            cut -= 1
         text.note(name, part, "both")
         text.train.append(part[:cut])
         text.val.append(part[cut:])

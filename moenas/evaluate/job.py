@@ -143,8 +143,9 @@ class _Run:
         user_parts.load_all(job.use)
         architecture = Architecture.parse(job.architecture)
         recipe = tree.parse(Recipe, job.train)
-        recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         cost = architecture.cost(recipe.context)
+        recipe = recipe.for_candidate(cost.flops_per_token)
+        recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         self.fields["fingerprint"] = architecture.fingerprint
         self.fields["cost"] = cost.plain()
         self.fields["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
@@ -219,7 +220,8 @@ class _Run:
         self.train(subject)
         if self.paused:
             return
-        self.weights = _weights(subject, self.job)  # now: they are those of the stored loss
+        if self.job.keeps_weights:  # now: they are those of the stored loss
+            self.weights = _weights(subject, self.job)
         self.measure(subject, [o for o in objectives if o.needs == "training"])
 
     def measure_again(self, subject: Subject, objectives: list[Objective]) -> None:

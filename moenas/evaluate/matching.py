@@ -9,7 +9,9 @@ import numpy as np
 
 from moenas.data import loading
 from moenas.data.corpus import Corpus
-from moenas.data.entropy import CHUNK, Tokens
+from moenas.data.entropy import CHUNK
+from moenas.data.shards import Tokens
+from moenas.data.text_columns import json_lines_keys
 from moenas.errors import DataError
 from moenas.evaluate import devices
 from moenas.evaluate.footprint import fit
@@ -50,7 +52,7 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
     """Return what should be known of a space file and its corpus before a study trains on it."""
     messages, recipe = space.former_names, space.train
     trains = any(objective.needs == "training" for objective in space.objectives)
-    if trains and recipe.tokens > len(corpus.train):
+    if trains and recipe.budget is None and recipe.tokens > len(corpus.train):
         messages.append(
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"
@@ -60,6 +62,13 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
             f" train.val_tokens ({recipe.val_tokens:,})"
         )
+    if space.data["kind"] == "files" and not space.data.get("text_column"):
+        first = space.data["files"][0]
+        if keys := json_lines_keys(first):
+            messages.append(
+                f"data: '{first}' is JSON Lines and is read as bytes with its keys;"
+                f" text_column: {keys[0]} reads a column ({', '.join(keys)})"
+            )
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
         messages.append(
@@ -107,6 +116,7 @@ def leaked(corpus: Corpus) -> float:
     """
     train, val = corpus.train[:MOST], corpus.val
     if corpus.is_bytes:
+        val = np.asarray(val)
         train, val = train[train != 13], val[val != 13]
     if len(val) < WINDOW or len(train) < WINDOW:
         return 0.0

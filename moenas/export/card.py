@@ -10,6 +10,8 @@ from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.store.weights import FILE
 
+TOKENIZER = "tokenizer.json"
+"""The tokenizer of the corpus, for the library tokenizers; there if the study has one."""
 FORMAT = 1
 """Version of the layout of the data."""
 
@@ -17,8 +19,10 @@ FORMAT = 1
 def trial_data(trial: TrainedTrial) -> Plain:
     """Return all that is known of a trial, as plain data; every number says its unit."""
     record, evaluation, architecture = trial.record, trial.evaluation, trial.architecture
-    data = {key: value for key, value in record.data.items() if key != "files"}
+    data = {key: value for key, value in record.data.items() if key not in ("files", "tokenizer")}
     meaning = "token i is the byte i" if trial.is_bytes else "ids of the given token arrays"
+    if trial.tokenizer is not None:
+        meaning = f"ids of {TOKENIZER}"
     values = {
         info["name"]: {
             "value": evaluation.values[info["name"]],
@@ -39,6 +43,7 @@ def trial_data(trial: TrainedTrial) -> Plain:
         "cost": evaluation.cost,
         "training": {
             **record.space["train"],
+            "tokens": _trained_tokens(trial),
             "lr": evaluation.metrics.get("lr"),
             "seed": evaluation.seed,
         },
@@ -47,6 +52,14 @@ def trial_data(trial: TrainedTrial) -> Plain:
         "versions": {**evaluation.versions, "exported_by": moenas.__version__},
         "weights": {"file": FILE, "sha256": evaluation.weights_sha256},
     }
+
+
+def _trained_tokens(trial: TrainedTrial) -> int:
+    """Return the tokens that a trial was trained on; with a budget each has its own number."""
+    tokens: int = trial.record.space["train"]["tokens"]
+    if trial.record.space["train"].get("budget") and trial.evaluation.curve:
+        return trial.evaluation.curve[-1]["tokens"]
+    return tokens
 
 
 def _words(text: object) -> str:

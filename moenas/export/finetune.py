@@ -27,7 +27,7 @@ DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 def arguments(training: dict[str, Any]) -> argparse.Namespace:
     """Read the command line; defaults come from the training of the model."""
     parser = argparse.ArgumentParser(description="Train an exported model further.")
-    parser.add_argument("data", type=Path, help="text for a model of bytes; else ids, a .npy file")
+    parser.add_argument("data", type=Path, help="a text, or token ids in a .npy file")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=training["batch"], help="sequences a step")
@@ -49,6 +49,10 @@ def read_tokens(path: Path, vocab_size: int, is_bytes: bool) -> Tensor:
         refuse(f"{path}: no such file")
     if is_bytes:
         tokens = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long()
+    elif path.suffix != ".npy" and (HERE / "tokenizer.json").is_file():
+        tokenizers: Any = importlib.import_module("tokenizers")
+        tokenizer = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer.json"))
+        tokens = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")).ids)
     else:
         numpy: Any = importlib.import_module("numpy")
         tokens = torch.from_numpy(numpy.load(path).astype("int64")).flatten()

@@ -16,7 +16,7 @@ import torch
 from moenas.errors import InputError, MoenasError
 from moenas.evaluate.threads import cpu_threads
 from moenas.export import source
-from moenas.export.card import readme, trial_data
+from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial, model_with
 from moenas.model.architecture import Architecture, initialise
 from moenas.model.moe.routed_layer import RoutedLayer
@@ -44,12 +44,16 @@ def write(trial: TrainedTrial, folder: Path) -> None:
     data = trial_data(trial)
     source_text = model_source(trial.architecture, is_bytes=trial.is_bytes)
     loop = _ROUTED_LOOP if "def auxiliary_loss(" in source_text else _PLAIN_LOOP
-    use = _USE.format(data=_BYTE_DATA if trial.is_bytes else _ID_DATA, loop=loop)
+    about = _BYTE_DATA if trial.is_bytes else _TEXT_DATA if trial.tokenizer else _ID_DATA
+    use = _USE.format(data=about, loop=loop)
+    files = _FILES + (_TOKENIZER_FILE if trial.tokenizer is not None else "")
     texts = {
         "model.py": source_text,
         "config.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
-        "README.md": readme(data, trial.architecture, intro=_INTRO, use=use, files=_FILES),
+        "README.md": readme(data, trial.architecture, intro=_INTRO, use=use, files=files),
     }
+    if trial.tokenizer is not None:
+        texts[TOKENIZER] = trial.tokenizer
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / FILE).write_bytes(trial.weights)
@@ -92,12 +96,16 @@ _PLAIN_LOOP = """
     loss.backward()
     optimizer.step()"""
 _BYTE_DATA = "The data are a text file, whose bytes are the tokens."
+_TEXT_DATA = "The data are a text, which takes the library tokenizers, or token ids in a .npy file."
 _ID_DATA = "The data are token ids in a .npy file, which takes numpy."
 _FILES = """\
 - `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
 - `model.safetensors`: the weights in float32.
 - `finetune.py`: trains the model further.
 - `config.json`: the architecture as data, every number above, the recipe and the data."""
+_TOKENIZER_FILE = """
+- `tokenizer.json`: the tokenizer, for the library tokenizers:
+  `tokenizers.Tokenizer.from_file("tokenizer.json").encode("a text").ids`."""
 
 
 # --- model.py ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Protocol
 import safetensors.torch
 
 import moenas
+from moenas.data import tokenizer_file
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.grammar import user_parts
 from moenas.model.architecture import Architecture, Model
@@ -48,6 +49,11 @@ class TrainedTrial:
     def is_bytes(self) -> bool:
         """Whether token i is the byte i."""
         return bool(self.record.data.get("is_bytes", False))
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The text of the tokenizer.json that the study has; None without one."""
+        return tokenizer_file.stored(self.record.data)
 
     @property
     def name(self) -> str:

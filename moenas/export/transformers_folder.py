@@ -22,8 +22,8 @@ from moenas.store.weights import FILE
 def write(trial: TrainedTrial, folder: Path) -> None:
     """Write config.json, model.safetensors, moenas.json and README.md into an empty folder.
 
-    The configuration is read back: its architecture must give equal logits. A byte corpus has a
-    tokenizer, too.
+    The configuration is read back: its architecture must give equal logits. A byte corpus and a
+    study with a tokenizer have a tokenizer, too.
 
     Raises:
         InputError: if no family has the architecture; it names the nearest and what differs.
@@ -39,21 +39,43 @@ def write(trial: TrainedTrial, folder: Path) -> None:
     named = published_weights(config["model_type"], layers.whole, layers.blocks, state)
     data = trial_data(trial)
     files = {"config.json": config, "moenas.json": data}
-    if trial.is_bytes:
-        files |= byte_tokenizer(trial.record.space["train"]["context"])
+    tokenizer = _tokenizer(trial)
+    files |= tokenizer
     for name, content in files.items():
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
     (folder / FILE).write_bytes(safetensors.torch.save(named, {"format": "pt"}))
-    family, sample = config["model_type"], _BYTE_SAMPLE if trial.is_bytes else _ID_SAMPLE
+    family, sample = config["model_type"], _TEXT_SAMPLE if tokenizer else _ID_SAMPLE
+    about = _BYTES if trial.is_bytes else _STORED_TOKENIZER if tokenizer else _NO_TOKENIZER
     card = readme(
         data,
         trial.architecture,
         intro=_INTRO.format(family=family),
-        use=f"{_LOAD}\n{sample}\n\n{_BYTES if trial.is_bytes else _NO_TOKENIZER}\n{_LENGTH}",
-        files=_FILES + (_TOKENIZER_FILES if trial.is_bytes else ""),
+        use=f"{_LOAD}\n{sample}\n\n{about}\n{_LENGTH}",
+        files=_FILES + (_TOKENIZER_FILES if tokenizer else ""),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _tokenizer(trial: TrainedTrial) -> dict[str, Plain]:
+    """Return the files of the tokenizer of a trial; none for arrays without one."""
+    context = trial.record.space["train"]["context"]
+    if trial.is_bytes:
+        return byte_tokenizer(context)
+    if trial.tokenizer is None:
+        return {}
+    return {
+        "tokenizer.json": json.loads(trial.tokenizer),
+        "tokenizer_config.json": _tokenizer_settings(context),
+    }
+
+
+def _tokenizer_settings(context: int) -> Plain:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def byte_tokenizer(context: int) -> dict[str, Plain]:
@@ -83,12 +105,7 @@ def byte_tokenizer(context: int) -> dict[str, Plain]:
             "merges": [],
         },
     }
-    settings: Plain = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": _tokenizer_settings(context)}
 
 
 def byte_letters() -> list[str]:
@@ -108,7 +125,7 @@ _LOAD = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer   # run Python in this folder
 
     model = AutoModelForCausalLM.from_pretrained(".")"""
-_BYTE_SAMPLE = """\
+_TEXT_SAMPLE = """\
     tokenizer = AutoTokenizer.from_pretrained(".")
     tokens = tokenizer("def ", return_tensors="pt").input_ids
     print(tokenizer.decode(model.generate(tokens, max_new_tokens=100, do_sample=False)[0]))"""
@@ -119,6 +136,9 @@ _BYTES = "The model was trained on bytes: token i is the byte i, and no token en
 _NO_TOKENIZER = """\
 The study was given token arrays without a tokenizer, so there is none here: copy yours into this
 folder. No token ends a text in config.json; set `eos_token_id` to that of your tokenizer."""
+_STORED_TOKENIZER = """\
+`tokenizer.json` is the tokenizer of the study. No token ends a text in config.json; set
+`eos_token_id` to that of the tokenizer."""
 _LENGTH = """\
 `max_position_embeddings` is the length that the model was trained at."""
 _FILES = """\
@@ -126,4 +146,4 @@ _FILES = """\
 - `model.safetensors`: the weights in float32, under the names of the family.
 - `moenas.json`: the architecture as a space file has it, every number above, recipe, data."""
 _TOKENIZER_FILES = """
-- `tokenizer.json`, `tokenizer_config.json`: the tokenizer of bytes."""
+- `tokenizer.json`, `tokenizer_config.json`: the tokenizer of the corpus."""

@@ -21,6 +21,8 @@ C = TypeVar("C", bound="Component")
 
 MAX_NUMBER = 10**15
 """Fits into every database's integers; infinities and nan are refused with it."""
+FINGERPRINT_DATA = "_fingerprint_data_kept"
+"""Key under which a component keeps the data of its fingerprint."""
 
 
 def setting(
@@ -218,8 +220,15 @@ class Component:
     def fingerprint_data(self) -> Plain:
         """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
 
-        Fields that had another place in an earlier version have their former names.
+        Fields that had another place in an earlier version have their former names. It is kept,
+        because a search meets the same parts in thousands of architectures: do not change it.
         """
+        kept: Plain | None = self.__dict__.get(FINGERPRINT_DATA)
+        if kept is None:
+            kept = self.__dict__[FINGERPRINT_DATA] = self._fingerprint_data()
+        return kept
+
+    def _fingerprint_data(self) -> Plain:
         data: Plain = {} if self.kind is None else {"kind": self.kind}
         former = {place: name for name, place in self.former.items()}
         flat = {place.partition(".")[0] for place in former if "." in place}
@@ -231,7 +240,7 @@ class Component:
             elif name not in flat:
                 data[name] = value.fingerprint_data()
             else:
-                inner = value.fingerprint_data()
+                inner = dict(value.fingerprint_data())
                 default = fields(type(self))[name].default
                 if value.kind is not None and value.kind == default.kind:
                     del inner["kind"]

@@ -8,6 +8,7 @@ from typing import Any
 from moenas.grammar.summary import compact
 from moenas.predict.level_effects import MIN_CANDIDATES
 from moenas.records import Plain
+from moenas.report.seed_noise_text import seed_lines
 from moenas.report.summary import table
 
 
@@ -26,6 +27,8 @@ def _lines(report: Plain) -> Iterator[str]:
         yield from ("", "Agreement of the losses at each rung with the final ones")
         yield "correlation: Spearman's, over the pairs of candidates that have both losses"
         yield table(report["rungs"])
+    if report["seeds"] is not None:
+        yield from ("", "Noise between seeds", *seed_lines(report["seeds"]))
     for name, objective in report["objectives"].items():
         yield from ("", f"Importance of each hole for {name}")
         yield "ped_anova: Optuna's, as shares; surrogate: deviation while the hole alone varies"

@@ -1,10 +1,9 @@
-"""What the command line prints: rows and texts of a space, a study, a front and a trial."""
+"""What the command line prints: rows and texts of a study, a front and a trial."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,15 +21,8 @@ from moenas.store.row_readers import FrontView, Summary, as_front
 from moenas.store.spending import spending
 
 if TYPE_CHECKING:
-    from moenas.space.space import Space
     from moenas.store.store import Store
 
-DRAWS, DRAWN_LAYERS = 200, 20_000
-"""Random architectures that `check` looks at, and how many layers they have in all."""
-SHOWN_DRAWS = 3
-SHOWN_POINTS = 10**40
-"""From this many points on, their number is told by its digits."""
-COSTS = ("params", "active_params", "flops_per_token")
 SHOWN_EXPERTS = 32
 """Experts of a layer whose loads are printed."""
 LAST_COLUMN = 40
@@ -76,108 +68,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return compact(value)
     return str(value)
-
-
-# --- a space -----------------------------------------------------------------------------------
-
-
-def check_report(space: Space, n_draws: int | None = None) -> Plain:
-    """Describe a space by exact counts and by `n_draws` random architectures.
-
-    None draws DRAWS, or fewer where they have more than DRAWN_LAYERS layers in all.
-
-    A space of one point gives its exact costs as plain integers; others give {min, max} over the
-    drawn architectures that meet every requirement.
-
-    Raises:
-        SpaceError: if none of 1000 drawn architectures is valid and meets the requirements.
-        DataError: if the corpus cannot be read, or the space cannot be trained on it.
-    """
-    from moenas.evaluate.matching import notes, open_corpus, room
-    from moenas.grammar.counting import most_layers
-    from moenas.space.effects import without_effect
-    from moenas.space.feasibility import RARE
-
-    if n_draws is None:
-        n_draws = max(1, min(DRAWS, DRAWN_LAYERS // max(1, most_layers(space.tree))))
-    corpus = open_corpus(space)
-    single = space.size == 1 and space.continuous == 0
-    tries = list(space.feasible(1 if single else n_draws))
-    drawn = [report for report in tries if not isinstance(report, str)]
-    refused = Counter(report for report in tries if isinstance(report, str))
-    shown = drawn or [space.require_feasible()]
-    report: Plain = {
-        "name": space.name,
-        "valid": True,
-        "points": space.size if space.size < SHOWN_POINTS else about(space.size),
-        "continuous": space.continuous,
-        "holes": [hole.name for hole in space.holes],
-        "objectives": [o.name for o in space.objectives],
-        "context": space.train.context,
-        "drawn": 1 if single else n_draws,
-        "feasible": len(drawn),
-        "refused": dict(refused.most_common()),
-        "binding": None if len(drawn) >= RARE * len(tries) else _binding(space, n_draws),
-    }
-    costs = [space.cost(architecture).plain() for architecture in shown]
-    for name in costs[0]:
-        values = [cost[name] for cost in costs]
-        report[name] = values[0] if single else {"min": min(values), "max": max(values)}
-    report["bigram_loss"] = corpus.bigram_loss
-    report["notes"] = [*without_effect(space.tree), *notes(space, corpus), *room(space, shown)]
-    report["draws"] = [
-        {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
-        for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
-    ]
-    return report
-
-
-def _binding(space: Space, n_draws: int) -> str | None:
-    """Say which requirement binds, where nearly all draws are infeasible."""
-    from moenas.space.feasibility import binding
-
-    binding_requirement = binding(space, n_draws)
-    return None if binding_requirement is None else str(binding_requirement)
-
-
-def about(count: int) -> str:
-    """Say how many digits a number has: about 10^384."""
-    return f"about 10^{int(math.log10(count))}"
-
-
-def check_text(report: Plain) -> str:
-    """Lay out what `check_report` found."""
-    points = report["points"]
-    if isinstance(points, int):
-        more = f" ({about(points)})" if points >= 10**9 else ""
-        points = f"{points:,} points{more}"
-    else:
-        points = f"{points} points"
-    if report["continuous"]:
-        points += f" times {report['continuous']} continuous ranges"
-    lines = [f"{report['name']}: valid; {points}, {len(report['holes'])} holes"]
-    lines.append(f"objectives: {', '.join(report['objectives'])}")
-    context = f"FLOPs at a context of {report['context']} tokens"
-    if not isinstance(report["params"], dict):
-        lines += [f"{name}: {report[name]:,}" for name in COSTS]
-        lines[-1] += f" ({context})"
-    else:
-        lines.append(f"{report['feasible']} of {report['drawn']} random draws are feasible")
-        lines += [f"  refused {n} times: {text}" for text, n in list(report["refused"].items())[:5]]
-        lines += [f"  {report['binding']}"] if report["binding"] else []
-        if report["feasible"]:
-            lines.append(f"over the feasible draws ({context}):")
-        else:
-            lines.append(f"of the first feasible one that further draws gave ({context}):")
-        for name in COSTS:
-            low, high = report[name]["min"], report[name]["max"]
-            lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")
-    if report["bigram_loss"] is not None:
-        loss = report["bigram_loss"]
-        lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
-    lines += report["notes"]
-    lines += ["for example:", table(report["draws"])]
-    return "\n".join(lines)
 
 
 # --- studies -----------------------------------------------------------------------------------

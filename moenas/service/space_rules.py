@@ -96,7 +96,7 @@ def _paths(data: Node) -> Iterator[tuple[str, Node]]:
     """Yield the field and the node of each path of the section `data`."""
     if not isinstance(data.value, dict):
         return
-    for key in ("files", "tokens", "val"):
+    for key in ("files", "tokens", "val", "tokenizer"):
         for node in _items(data.value.get(key)):
             if isinstance(node.value, str) and node.value:
                 yield f"data.{key}", node
@@ -125,10 +125,13 @@ def require_data_below(data: Plain, rules: SpaceRules) -> None:
     Raises:
         SpaceError: if one of them is outside of the folders.
     """
-    paths = [data[key] for key in ("tokens", "val") if data.get(key)]
-    for path in [*data.get("files", ()), *paths]:
-        if not is_below(path, rules.data_roots):
-            raise SpaceError(f"'{path}' is outside of --data-root", path="data")
+    from moenas.data.section import paths
+
+    for path in paths(data):
+        index = f"{os.path.splitext(path)[0]}.idx"  # of a Megatron data set
+        for one in [path, *([index] if os.path.exists(index) else [])]:
+            if not is_below(one, rules.data_roots):
+                raise SpaceError(f"'{one}' is outside of --data-root", path="data")
 
 
 def require_study_name(name: str) -> None:

@@ -43,7 +43,7 @@ def check_space(
     Raises:
         InputError: if the space is not valid or not allowed.
     """
-    from moenas.report.summary import check_report
+    from moenas.report.space_check import check_report
     from moenas.space.space import Space
     from moenas.study.estimate import estimate
 

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from moenas import resources as refs
+from moenas.data.tokenizer_file import END_OF_TEXT
 from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
 from moenas.grammar.conditions import Values
@@ -171,15 +172,35 @@ DATA_FORMS = {
     "`stdlib`": "the sources of the running Python's standard library, as bytes, split by file;"
     " tests, near-duplicates and licence headers are left out",
     "`pydoc`": "the topics of Python's language reference, as bytes",
-    "`{files: [PATH, ...]}`": "your own text, as bytes; patterns like `texts/*.md` are expanded",
-    "`{tokens: PATH, vocab_size: N}`": "a memory-mapped array of tokens: `.npy`, or raw with"
-    " `dtype: uint8`, `uint16` or `uint32`; or a folder with `train.bin` and `val.bin`."
-    " `val: PATH` names an array to validate on; without it the last 5% are held back",
+    "`{files: [PATH, ...]}`": "your own text: files, folders and patterns such as `texts/*.md`."
+    " Text files are read as bytes. Of Parquet and Arrow tables, data sets of Hugging Face that"
+    " `save_to_disk` wrote, and JSON Lines one column of text is read, each row as a document",
+    "`{tokens: [PATH, ...], vocab_size: N}`": "memory-mapped arrays of tokens, in order: `.npy`,"
+    " raw as nanoGPT writes them, llm.c with its header, and Megatron (`.bin` beside `.idx`)."
+    " Patterns and folders are sorted by name, numbers by value. In a folder, the words train and"
+    " val in the names tell the split",
+}
+
+DATA_KEYS = {
+    "`val`": "files, folders or patterns of the validation split. Without it 5% are held back: of"
+    " text some files or the ends of files, of a column the rows with the lowest digests, of"
+    " tokens the end",
+    "`text_column`": "the column of text of tables and JSON Lines; default: `text`, or the only"
+    " column of text. JSON Lines are read as bytes without it",
+    "`tokenizer`": "a `tokenizer.json` of the library tokenizers. Text is encoded with it, and it"
+    " is stored with the study and its exports",
+    "`end_of_text`": "the token after each document, or null; default: the first of"
+    f" {', '.join(f'`{token}`' for token in END_OF_TEXT)} that the tokenizer has",
+    "`vocab_size`": "the number of different tokens; a tokenizer gives it",
+    "`dtype`": "the type of raw tokens: `uint8`, `uint16` or `uint32`; default: the smallest of the"
+    " last two that holds the vocabulary",
 }
 
 AFTER_DATA = """\
 A relative path starts from the current directory. `architecture.vocab_size` must be at least that
-of the data; it is 256 for bytes.
+of the data; it is 256 for bytes. The first bytes of a file tell its format, and `moenas check` says
+what each is. Tables and tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the
+cache of the user, `~/.cache/moenas`.
 """
 
 OVERRIDES = """\
@@ -216,6 +237,7 @@ def _pages() -> Iterator[str]:
     yield from _objectives()
     yield "## `data`\n"
     yield _table(("corpus", "is"), DATA_FORMS.items())
+    yield _table(("field of `data`", "is"), DATA_KEYS.items())
     yield AFTER_DATA
     for name, cls in (("train", Recipe), ("measure", Protocol), ("search", Search)):
         yield from _family(name, cls, "##", set())

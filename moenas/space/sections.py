@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
+from moenas.records import TRAINING
 from moenas.resources import Node
 from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
@@ -31,10 +32,26 @@ SAMPLERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainBudget(Component):
+    """What every candidate spends on its training in place of equal tokens."""
+
+    train_flops: float = setting(
+        "training FLOPs of every candidate: 3 times its forward FLOPs of each token. A candidate"
+        " trains for the whole steps that fit; one of fewer than one step is infeasible",
+        low=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(Component):
     """`train`: the run that every candidate gets, equal in tokens, data and order of data."""
 
     tokens: int = setting("training tokens of every candidate", default=500_000, low=1)
+    budget: TrainBudget | None = setting(
+        "equal compute in place of equal tokens, so that a cheaper candidate trains for longer;"
+        " `tokens` is then not given",
+        default=None,
+    )
     context: int = setting("length of a training sequence in tokens", default=128, low=2)
     batch: int = setting("sequences in a step", default=16, low=1)
     lr: float | None = setting(
@@ -81,7 +98,7 @@ class Recipe(Component):
 
     def invalid(self) -> str | None:
         """Refuse schedules and budgets that cannot be met."""
-        if self.tokens < self.batch * self.context:
+        if self.budget is None and self.tokens < self.batch * self.context:
             step = self.batch * self.context
             return f"tokens ({self.tokens}) is less than one step: batch * context = {step}"
         if self.warmup + self.decay > 1:
@@ -92,6 +109,23 @@ class Recipe(Component):
     def steps(self) -> int:
         """Optimizer steps in the run; the last incomplete step is left out."""
         return self.tokens // (self.batch * self.context)
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the whole steps of the run."""
+        return self.steps * self.batch * self.context
+
+    def for_candidate(self, flops_per_token: int) -> Self:
+        """Return the recipe of a candidate by its forward FLOPs: a budget becomes its tokens."""
+        if self.budget is None:
+            return self
+        step = self.step_flops(flops_per_token)
+        steps = int(self.budget.train_flops // step) if step else 0
+        return replace(self, tokens=steps * self.batch * self.context)
+
+    def step_flops(self, flops_per_token: int) -> int:
+        """Return the training FLOPs of one step of a candidate."""
+        return TRAINING * flops_per_token * self.batch * self.context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +229,14 @@ class Search(Component):
         high=1_000_000,
     )
     seed: int = setting("seed of sampling, initial weights and order of data", default=0, low=0)
+    replicates: int = setting(
+        "seeds that each member of the front is trained with, that of the search included. The"
+        " others are trained after the search and count towards no budget of `stop`. They give"
+        " intervals, and for each member the probability that it is non-dominated",
+        default=1,
+        low=1,
+        high=100,
+    )
     start_from: tuple[str, ...] = setting(
         "architectures that are evaluated first: a name such as `zoo/olmoe_1b_7b`, the path of a"
         " space file without holes or of an export, or `study:NAME` for the front of a study in the"

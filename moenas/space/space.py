@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self, cast
 
-from moenas.data import loading as data
+from moenas.data import section as data
 from moenas.errors import (
     MoenasError,
     PartError,
@@ -55,10 +55,12 @@ KEYS = (
     "search",
 )  # fmt: skip
 RESOURCES = (
-    "trials", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
+    "trials", "replicates", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
     "candidates_per_worker",
 )  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
+ONE_STEP = "train.budget holds one training step"
+"""The requirement of a budget of training FLOPs."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 
 
@@ -156,7 +158,18 @@ class Space:
         check_options(self.tree)
         if not any(True for _ in self.holes):
             sampling.drawn(self.tree, sampling.RandomSuggest(0))
+        if self.train.budget is not None and _names(keys.get("train"), "tokens"):
+            raise keys["train"].error(
+                "train.tokens", "a budget decides the tokens of each candidate; give one of the two"
+            )
         untrained = all(objective.needs != "training" for objective in self.objectives)
+        if untrained and self.search.replicates > 1:
+            raise SpaceError(
+                "replicates differ in their training, and no objective trains the model; add"
+                " val_loss to the objectives",
+                location=keys["search"].mark,
+                path="search.replicates",
+            )
         for requirement in self.requirements if untrained else ():
             if requirement.trained:
                 raise SpaceError(
@@ -184,7 +197,7 @@ class Space:
         if not early_stopping.stops:
             return self
         reason = early_stopping.unsuitable(self.objectives)
-        if reason is None and self.train.steps < 2:
+        if reason is None and self.train.budget is None and self.train.steps < 2:
             reason = f"training has {self.train.steps} step, and a rung needs one before the last"
         if reason is not None:
             section = keys["search"]
@@ -277,6 +290,9 @@ class Space:
         wanted = [r for r in self.requirements if not r.trained]
         layers = self._names(architecture) if wanted else []
         violations = {r.text: r.violation(layers) for r in wanted}
+        if self.train.budget is not None:
+            step = self.train.step_flops(self.cost(architecture).flops_per_token)
+            violations[ONE_STEP] = step / self.train.budget.train_flops - 1.0
         if self.fit is not None:
             violations[self.fit.text] = self.fit.violation(
                 fit_cost(self.fit, self.cost(architecture))

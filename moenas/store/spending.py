@@ -7,15 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from moenas.records import Evaluation, Plain
+from moenas.records import TRAINING, Evaluation, Plain
 from moenas.store import front_rows, mapping, row_readers, statements, tables
 from moenas.store.counting import is_evaluated
 from moenas.store.reader import StoreReader
 from moenas.store.retry import RELEASE_S
 from moenas.store.store import Store
-
-TRAINING = 3
-"""Operations of a training step over those of its forward pass."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ OWN: tuple[Table, ...] = (
     tables.evaluation,
     tables.reuse,
     tables.rung,
+    tables.replicate,
     tables.value,
     tables.curve,
     tables.routing,
@@ -151,7 +152,7 @@ def renamed(rows: StudyRows, name: str) -> StudyRows:
         if own is None and table in tables.metadata.tables:
             own = "study"
         rows_by_table[table] = [{**row, own: name} if own else dict(row) for row in entries]
-    for row in rows_by_table[tables.rung.name]:
+    for row in [*rows_by_table[tables.rung.name], *rows_by_table[tables.replicate.name]]:
         if row["evaluation"] is not None:  # an Evaluation names its study
             row["evaluation"] = {**row["evaluation"], "study": name}
     return rows_by_table

@@ -229,6 +229,18 @@ rung = Table(
     Column("checkpoint_sha256", String(64)),
 )
 
+replicate = Table(
+    "moenas_replicate",
+    metadata,
+    *_of_trial(),
+    # Seed of the initial weights and of the order of the data; not that of the study.
+    Column("seed", BigInteger, primary_key=True, autoincrement=False),
+    Column("recorded_at", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    # The evaluation with this seed, without curve, routing and weights.
+    Column("evaluation", Json, nullable=False),
+)
+
 value = Table(
     "moenas_value",
     metadata,

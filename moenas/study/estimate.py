@@ -18,9 +18,8 @@ from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.training import train
 from moenas.grammar.counting import most_layers
 from moenas.grammar.summary import short
-from moenas.records import Plain
+from moenas.records import TRAINING, Plain
 from moenas.store import spending
-from moenas.store.spending import TRAINING
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
@@ -127,9 +126,12 @@ def estimate(
     drawn = sorted(drawn or [space.require_feasible()], key=lambda a: space.cost(a).flops_per_token)
     recipe, count = space.train, space.search.trials if trials is None else trials
     trains = any(objective.needs == "training" for objective in space.objectives)
-    tokens = float(recipe.steps * recipe.batch * recipe.context) if trains else 0.0
-    each = [TRAINING * space.cost(architecture).flops_per_token * tokens for architecture in drawn]
-    mean = statistics.fmean(each)
+    flops = [space.cost(architecture).flops_per_token for architecture in drawn]
+    lengths = [float(recipe.for_candidate(one).run_tokens) if trains else 0.0 for one in flops]
+    tokens = statistics.fmean(lengths)
+    mean = statistics.fmean(
+        TRAINING * one * length for one, length in zip(flops, lengths, strict=True)
+    )
     device = _device(space)
     workers = workers or space.search.workers or _default_workers(space, device)
     rate: _Rate | str = "no objective trains the candidates"
@@ -196,7 +198,8 @@ def _probed(
     space: Space, corpus: Corpus, architecture: Architecture, device: torch.device
 ) -> _Rate | str:
     """Train an architecture for some steps; return its throughput, or why there is none."""
-    recipe = replace(space.train, lr=learning_rate(architecture, space.train))
+    recipe = space.train.for_candidate(space.cost(architecture).flops_per_token)
+    recipe = replace(recipe, lr=learning_rate(architecture, recipe))
     steps = max(2, min(PROBE_STEPS, recipe.steps))
     short_run = replace(recipe, tokens=steps * recipe.batch * recipe.context)
     began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, select
@@ -11,7 +12,7 @@ from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.job import versions
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.space.space import with_current_defaults
-from moenas.store import tables
+from moenas.store import replicates, tables
 from moenas.store.study_store import StudyStore
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class EvaluationCache:
 
     def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space = store, space
-        self._studies: list[str] = []
-        """Other studies whose evaluations mean the same."""
+        self._studies: dict[str, int] = {}
+        """Other studies whose evaluations mean the same but for the seed -> their seed."""
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
@@ -47,12 +48,30 @@ class EvaluationCache:
             digests = {info["name"]: info["sha256"] for info in other.objectives}
             same = _meaning(other, with_current_defaults(other.space)) == meaning
             if other.name != own.name and same and objectives.items() <= digests.items():
-                self._studies.append(other.name)
+                self._studies[other.name] = other.space["search"]["seed"]
 
-    def find(self, fingerprint: str) -> Evaluation | None:
-        """Return an evaluation of this architecture that can be reused, or None."""
-        if not self._studies or not fingerprint:
+    def find(self, fingerprint: str, seed: int | None = None) -> Evaluation | None:
+        """Return an evaluation of this architecture that can be reused, or None.
+
+        With a `seed` it is one of a replicate: an evaluation of a study of that seed, or a
+        replicate. Without one it is of a study with the seed of this one, and has its weights.
+        """
+        own = self._space.search.seed if seed is None else seed
+        studies = [name for name, theirs in self._studies.items() if theirs == own]
+        found = self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
+        for evaluation in found:
+            if self._is_same(evaluation, own):
+                return evaluation
+        if seed is None or not self._studies:
             return None
+        others = list(self._studies)
+        rows = self._store.store.query(
+            lambda connection: replicates.of_model(connection, others, fingerprint, seed)
+        )
+        return next((row for row in rows if self._is_same(row, own)), None)
+
+    def _evaluations(self, studies: list[str], fingerprint: str) -> Iterator[Evaluation]:
+        """Yield the complete evaluations of an architecture in some studies."""
         candidate, evaluation = tables.candidate.c, tables.evaluation.c
         same = (candidate.study == evaluation.study) & (candidate.trial == evaluation.trial)
         wanted = (
@@ -60,7 +79,7 @@ class EvaluationCache:
             .join(tables.candidate, same)
             .where(
                 candidate.fingerprint == fingerprint,
-                candidate.study.in_(self._studies),
+                candidate.study.in_(studies),
                 evaluation.status == "complete",
             )
             .order_by(evaluation.recorded_at)
@@ -71,26 +90,25 @@ class EvaluationCache:
 
         store = self._store.store
         for study, trial in store.query(read):
-            cached = store.evaluation(study, trial)
-            if cached is not None and self._is_same(cached):
-                return cached
-        return None
+            found = store.evaluation(study, trial)
+            if found is not None:
+                yield found
 
-    def _is_same(self, evaluation: Evaluation) -> bool:
+    def _is_same(self, found: Evaluation, seed: int) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""
         here = versions()
         return (
-            not evaluation.is_copy
-            and evaluation.reused_from is None
-            and evaluation.seed == self._space.search.seed
-            and all(evaluation.device.get(key) == self._device[key] for key in SAME_DEVICE)
-            and all(evaluation.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
-            and evaluation.values.keys() >= {objective.name for objective in self._space.objectives}
+            not found.is_copy
+            and found.reused_from is None
+            and found.seed == seed
+            and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
+            and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
+            and found.values.keys() >= {objective.name for objective in self._space.objectives}
         )
 
 
 def _meaning(record: StudyRecord, plain: Plain) -> Plain:
-    """Return all of a study that the value of an architecture depends on."""
+    """Return all of a study but its seed that the value of an architecture depends on."""
     files = [file["sha256"] for file in plain.get("use", [])]
     recipe = {name: plain.get(name) for name in ("train", "measure")}
-    return {**recipe, "data": record.data["sha256"], "use": files, "seed": plain["search"]["seed"]}
+    return {**recipe, "data": record.data["sha256"], "use": files}

@@ -21,6 +21,8 @@ Kind = Literal[
     "copied",
     "reused",
     "retried",
+    "replicating",
+    "replicated",
     "warning",
     "done",
 ]

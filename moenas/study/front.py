@@ -23,6 +23,27 @@ class Member:
     trial: int
     values: dict[str, float]
     architecture: Plain
+    seeds: int = 1
+    """Seeds that it was trained with; see `search.replicates`."""
+    means: dict[str, float] | None = None
+    """Objective -> mean over the seeds; None if no member has replicates."""
+    half_widths: dict[str, float] | None = None
+    """Objective -> half of the 95 % interval of the mean."""
+    probability: float | None = None
+    """That no other trial dominates it; see `predict.seed_noise`."""
+
+
+def seed_fields(report: Plain | None) -> Plain:
+    """Return the fields of a member of the front that its replicates give."""
+    if report is None:
+        return {}
+    values = report["values"].items()
+    return {
+        "seeds": report["seeds"],
+        "means": {name: value["mean"] for name, value in values},
+        "half_widths": {name: value["half_width"] for name, value in values},
+        "probability": report["probability"],
+    }
 
 
 @dataclass(frozen=True)

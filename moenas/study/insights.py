@@ -16,6 +16,7 @@ from moenas.grammar import user_parts
 from moenas.predict.level_effects import MIN_CANDIDATES, EvaluatedDraws, drawn_holes, hole_effects
 from moenas.predict.rank_agreement import rank_agreements
 from moenas.records import Evaluation, FrontPoint, Plain
+from moenas.report.seed_noise_text import seed_report
 from moenas.search.importance import surrogate_importances
 from moenas.store import rungs
 from moenas.study.maintenance import stored_space
@@ -37,7 +38,8 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
     averaged over candidates, in the objective's unit. An effect compares models of equal active
     parameters; see `predict.level_effects`. Objectives that equal a cost have no effects. `rungs`
     has the rank correlation of the losses at each rung with the final ones; see
-    `predict.rank_agreement`.
+    `predict.rank_agreement`. `seeds` has the noise between seeds, if finalists were replicated;
+    see `predict.seed_noise`.
 
     Raises:
         InputError: if the study needs Python files that are neither allowed nor here.
@@ -58,6 +60,7 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
         "space": _coverage(space, [params.get(e.trial, {}) for e in view.evaluations]),
         "requirements": _requirements(view.evaluations),
         "rungs": _rungs(study),
+        "seeds": seed_report(study.store, study.name),
         "front": _growth([point for point in view.history if point.trial in trained]),
         "objectives": {
             name: {

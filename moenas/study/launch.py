@@ -15,6 +15,7 @@ import optuna
 from moenas.errors import InputError, NotFoundError
 from moenas.grammar import user_parts
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
+from moenas.report.seed_noise_text import seed_report
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts
@@ -26,11 +27,12 @@ from moenas.study.changes import refuse_changes, version_changes, with_stored_sa
 from moenas.study.driver import Driver
 from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
-from moenas.study.front import Front, Member
+from moenas.study.front import Front, Member, seed_fields
 from moenas.study.jobs import Jobs
 from moenas.study.progress import Progress
 from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
+from moenas.study.replication import Replication, missing_replicates
 from moenas.study.session import Session
 from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
@@ -161,8 +163,15 @@ class Study:
         """Return the Pareto front."""
         view = self.store.front_view(self.name)
         names = view.study.directions
+        report = seed_report(self.store, self.name) or {"members": []}
+        replicated = {member["trial"]: member for member in report["members"]}
         members = tuple(
-            Member(e.trial, {name: e.values[name] for name in names}, view.architectures[e.trial])
+            Member(
+                e.trial,
+                {name: e.values[name] for name in names},
+                view.architectures[e.trial],
+                **seed_fields(replicated.get(e.trial)),
+            )
             for e in view.members
         )
         return Front(members, names, view.summary.hypervolume, view.study.reference_point)
@@ -246,22 +255,22 @@ def run(
     with plain_endings(signals), signals.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         open_once = _PoolOpener(stack, space, workers, address, pool)
+        elsewhere = not open_once.is_local
         if known is None:
             open_once()
         store = Store.open(storage, create=True)
         if known is None:
             _create(store, space, corpus, trials)
         if changed:
-            remeasurer = Remeasurer(store, space, corpus, elsewhere=not open_once.is_local)
-            remeasurer.run(open_once(), changed)
+            Remeasurer(store, space, corpus, elsewhere=elsewhere).run(open_once(), changed)
         lease = stack.enter_context(StudyLease(store, space.name))
         refuse_changes(store.study(space.name), space, corpus)  # accepted by another run meanwhile
         total = _total(store.study(space.name), space, trials)
         session = Session.open(store, space, total, listeners)
         session.trials.enqueue(first)
-        if session.over is None:
+        if session.over is None or missing_replicates(session):
             _warn_of_versions(session, known)
-            jobs = Jobs(session.store, space, corpus, elsewhere=not open_once.is_local)
+            jobs = Jobs(session.store, space, corpus, elsewhere=elsewhere)
             _drive(session, jobs, open_once, lease, fresh)
         store.verify()
         session.finish()
@@ -316,9 +325,10 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
 def _drive(
     session: Session, jobs: Jobs, open_once: _PoolOpener, lease: StudyLease, fresh: bool
 ) -> None:
-    """Bring a study to its end, and keep the figures of the dashboard up to date meanwhile.
+    """Bring a study to its end, then train the replicates of its front.
 
-    Only where the pool is one of this machine is the device of its workers known beforehand.
+    The figures of the dashboard are kept up to date meanwhile. Only where the pool is one of this
+    machine is the device of its workers known beforehand.
     """
     pool = open_once()
     if open_once.is_local and not fresh:
@@ -327,6 +337,7 @@ def _drive(
     session.events.add(publisher)
     try:
         Driver(session, jobs, pool, lease).run()
+        Replication(session, jobs).run(pool, lease)
     finally:
         session.budget.report(last=True)
     publisher.publish()

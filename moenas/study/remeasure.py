@@ -14,7 +14,7 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.search.trials import outcome
 from moenas.space.objective import Objective, load_objective
-from moenas.store import rungs
+from moenas.store import replicates, rungs
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
@@ -246,6 +246,7 @@ class Remeasurer:
             changed = {o.name for o in objectives if o in changed_objectives(record, space)}
             if changed:
                 rungs.drop(connection, record.name, changed)
+                replicates.drop(connection, record.name)
             if all_current:
                 repairs.accept(connection, record.name, space.plain(), space.sha256, infos)
 

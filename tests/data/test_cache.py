@@ -9,6 +9,7 @@ import pytest
 
 from moenas.data import cache as corpus_cache
 from moenas.data import loading
+from moenas.data.section import parse
 from moenas.records import Plain
 from moenas.resources import Node
 
@@ -20,7 +21,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text(path: Path, word: str) -> Plain:
     path.write_text(f"{word} of a text\n" * 400)
-    return loading.parse(Node.wrap({"files": [str(path)]}))
+    return parse(Node.wrap({"files": [str(path)]}))
 
 
 def test_text_with_the_digest_asked_for_is_loaded_once(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_few_are_kept_and_the_last_used_ones(tmp_path: Path) -> None:
 def test_arrays_of_tokens_are_looked_at_each_time(tmp_path: Path) -> None:
     path = tmp_path / "t.bin"
     np.array([1, 2, 3] * 30, dtype="uint16").tofile(path)
-    section = loading.parse(Node.wrap({"tokens": str(path), "vocab_size": 9}))
+    section = parse(Node.wrap({"tokens": str(path), "vocab_size": 9}))
     digest = loading.load(section).sha256
     assert corpus_cache.load(section, digest).sha256 == digest
     np.array([3, 2, 1] * 30, dtype="uint16").tofile(path)

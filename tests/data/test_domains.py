@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moenas.data import domains, loading
 from moenas.data.domains import NAMED, OTHER, Domains
+from moenas.data.section import parse
 from moenas.resources import Node
 
 PIECES = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), st.integers(1, 9)), max_size=30)
@@ -72,7 +73,7 @@ def test_the_tokens_of_a_batch_have_the_domains_of_their_files(
     for letter, size in zip("xyz", sizes, strict=True):
         (tmp_path / letter).mkdir()
         (tmp_path / letter / "text.txt").write_text(letter * size)
-    corpus = loading.load(loading.parse(Node.wrap({"files": [f"{tmp_path}/*/*.txt"]})))
+    corpus = loading.load(parse(Node.wrap({"files": [f"{tmp_path}/*/*.txt"]})))
     assert corpus.domains is not None
     letters = {i: ord(name[0]) for i, name in enumerate(corpus.domains.names)}
     assert set(letters.values()) == set(map(ord, "xyz"))
@@ -101,7 +102,7 @@ def test_one_text_and_token_arrays_have_no_domains(tmp_path: Path) -> None:
         {"files": [str(tmp_path / "one.txt")]},
         {"tokens": str(tmp_path / "tokens.npy"), "vocab_size": 7},
     ):
-        corpus = loading.load(loading.parse(Node.wrap(section)))
+        corpus = loading.load(parse(Node.wrap(section)))
         assert corpus.domains is None
         assert corpus.batch_domains(0, 2, 8, 0) is None
         assert set(corpus.val_domains(8, 2, 64)) == {None}

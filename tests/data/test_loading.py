@@ -1,7 +1,8 @@
-"""The data section, the corpora, their batches, their entropies and their cache."""
+"""The corpora, their batches, their entropies and their cache."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections import Counter
@@ -10,20 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from pyarrow import feather, parquet
 
 from moenas.data import entropy as counts
 from moenas.data import loading
 from moenas.data import text as texts
 from moenas.data.corpus import Corpus
-from moenas.data.loading import load, parse
-from moenas.errors import DataError, SpaceError
+from moenas.data.loading import load
+from moenas.data.section import parse
+from moenas.data.tokenizer_file import stored
+from moenas.errors import DataError
 from moenas.records import Plain
-from moenas.resources import Node, parse_yaml
+from moenas.resources import parse_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -46,103 +52,6 @@ def corpus_of(tmp_path: Path, n: int, vocab_size: int = 500) -> Corpus:
     """An array in which every token says where it stands, as far as the vocabulary goes."""
     path = write_tokens(tmp_path / "t.bin", np.arange(n) % vocab_size)
     return load(section(f"{{tokens: {path}, vocab_size: {vocab_size}}}"))
-
-
-# --- the section -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("text", "kind"), [("stdlib", "stdlib"), ("{kind: pydoc}", "pydoc")])
-def test_built_in_corpora_go_by_name(text: str, kind: str) -> None:
-    assert section(text) == {"kind": kind}
-
-
-def test_files_become_absolute_and_patterns_the_files_they_match(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("b.txt", "a.txt", "c.md"):
-        (tmp_path / name).write_text(name)
-    (tmp_path / "sub.txt").mkdir()
-    monkeypatch.chdir(tmp_path)
-    wanted = [str(tmp_path / name) for name in ("a.txt", "b.txt", "c.md")]
-    assert section("{files: ['*.txt', a.txt, c.md]}") == {"kind": "files", "files": wanted}
-    assert section("{files: c.md}") == {"kind": "files", "files": wanted[2:]}
-
-
-@pytest.mark.parametrize("suffix", ["bin", "npy"])
-def test_a_folder_of_tokens_is_its_two_splits(tmp_path: Path, suffix: str) -> None:
-    for split in ("train", "val"):
-        write_tokens(tmp_path / f"{split}.{suffix}", range(9))
-    found = section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
-    assert Path(found["tokens"]).name == f"train.{suffix}"
-    assert Path(found["val"]).name == f"val.{suffix}"
-
-
-@pytest.mark.parametrize(("size", "dtype"), [("65536", "uint16"), ("65537", "uint32")])
-def test_raw_tokens_are_as_wide_as_the_vocabulary_asks(
-    tmp_path: Path, size: str, dtype: str
-) -> None:
-    path = write_tokens(tmp_path / "t.bin", range(8), "uint32")
-    assert section(f"{{tokens: {path}, vocab_size: {size}}}")["dtype"] == dtype
-
-
-def test_a_npy_file_says_its_own_type(tmp_path: Path) -> None:
-    path = write_tokens(tmp_path / "t.npy", range(8), "uint32")
-    assert section(f"{{tokens: {path}, vocab_size: 9}}")["dtype"] == "uint32"
-
-
-def test_what_parse_gives_reads_as_itself(tmp_path: Path) -> None:
-    for name in ("t", "v"):
-        write_tokens(tmp_path / f"{name}.npy", range(8), "uint32")
-    text = f"{{tokens: {tmp_path}/t.npy, val: {tmp_path}/v.npy, vocab_size: 1e3}}"
-    for found in (section("stdlib"), section(f"{{files: {tmp_path}/*}}"), section(text)):
-        assert parse(Node.wrap(found)) == found
-
-
-BAD = [
-    ("stdlb", "2:3: data: no corpus 'stdlb'. Did you mean 'stdlib'?"),
-    ("3", "2:3: data: 3 is no corpus; give stdlib, pydoc"),
-    ("[stdlib]", "2:3: data: ['stdlib'] is no corpus"),
-    ("{}", "2:3: data: names no corpus (nothing)"),
-    ("{file: x}", "2:3: data: names no corpus (file). Did you mean 'files'?"),
-    ("{kind: stdlib, shuffle: true}", "2:18: data.shuffle: no key of 'stdlib' data."),
-    ("{kind: tokens}", "2:3: data: 'vocab_size' is missing"),
-    ("{files: []}", "2:11: data.files: is empty"),
-    ("{files: [GONE]}", "2:12: data.files: 'GONE' matches no file"),
-    ("{files: 'DIR/*.tex'}", "2:11: data.files: 'DIR/*.tex' matches no file"),
-    ("{files: DIR}", "2:11: data.files: 'DIR' is a folder; give 'DIR/*'"),
-    ("{files: [3]}", "2:12: data.files: 3 is not a path"),
-    ("{files: DIR/empty}", "2:11: data.files: 'DIR/empty' is empty"),
-    ("{files: /dev/null}", "2:11: data.files: '/dev/null' is not a plain file"),
-    ("{tokens: DIR/t.bin}", "2:3: data: 'vocab_size' is missing"),
-    ("{tokens: DIR/t.bin, vocab_size: .5}", "data.vocab_size: 0.5 is not a whole number"),
-    ("{tokens: DIR/t.bin, vocab_size: 1e999}", "data.vocab_size: inf is not a whole number"),
-    ("{tokens: DIR/t.bin, vocab_size: yes}", "data.vocab_size: 'yes' is not a whole number"),
-    ("{tokens: DIR/t.bin, vocab_size: 9, dtype: int8}", "data.dtype: 'int8' is not one of uint8"),
-    ("{tokens: DIR/t.bin, vocab_size: 9, vocab: 3}", "no key of 'tokens' data. Did you mean"),
-    ("{tokens: DIR/odd, vocab_size: 9}", "'DIR/odd' has 3 bytes, not whole uint16 numbers"),
-    ("{tokens: DIR/t.bin, val: GONE, vocab_size: 9}", "data.val: 'GONE' does not exist"),
-    ("{tokens: DIR, vocab_size: 9}", "data.tokens: 'DIR' has no train.bin and val.bin"),
-    ("{tokens: DIR/fake.npy, vocab_size: 9}", "'DIR/fake.npy' is no .npy array"),
-    ("{tokens: DIR/square.npy, vocab_size: 9}", "holds uint16 in shape (2, 2); give one row"),
-    ("{tokens: DIR/float.npy, vocab_size: 9}", "holds float64 in shape (4,)"),
-    ("{tokens: DIR/t.npy, dtype: uint32, vocab_size: 9}", "holds uint16 in shape (4,); give one row of uint32"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "message"), BAD, ids=[text for text, _ in BAD])
-def test_a_bad_section_is_refused_at_its_place(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "empty").touch()
-    (tmp_path / "odd").write_bytes(b"odd")
-    (tmp_path / "fake.npy").write_bytes(b"not an array")
-    np.save(tmp_path / "square.npy", np.zeros((2, 2), dtype=np.uint16))
-    np.save(tmp_path / "float.npy", np.zeros(4))
-    for name in ("t.bin", "t.npy"):
-        write_tokens(tmp_path / name, range(4))
-    with pytest.raises(SpaceError) as error:
-        section(text.replace("DIR", str(tmp_path)))
-    assert str(error.value).startswith("x.yaml:2:")
-    assert message.replace("DIR", str(tmp_path)) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 # --- the corpora -------------------------------------------------------------------------------
@@ -415,3 +324,166 @@ def test_tokens_replaced_by_others_of_the_same_size_and_time_are_noticed(tmp_pat
         file.write(b"\x05\x00")
     os.utime(path, ns=(10**18, 10**18))
     assert load(found).sha256 not in (first.sha256, second.sha256)
+
+
+# --- text with a tokenizer, columns, shards ------------------------------------------------------
+
+
+def test_digests_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Pinned: evaluations of stored studies are found by them."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_bytes(f"text {i} \u00fcber\r\n".encode() * 40)
+    write_tokens(tmp_path / "t.bin", np.arange(900) % 300)
+    files, tokens = (
+        f"{{files: '{tmp_path}/*.txt'}}",
+        f"{{tokens: {tmp_path}/t.bin, vocab_size: 300}}",
+    )
+    assert load(section(files)).sha256[:16] == "62f222de51a02198"
+    assert load(section(tokens)).sha256[:16] == "bd1c839d5395ebbb"
+
+
+@pytest.mark.parametrize("suffix", ["npy", "bin"])
+def test_shards_are_the_corpus_of_their_concatenation(tmp_path: Path, suffix: str) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, 5000)
+    for name, part in (("2", tokens[:1700]), ("10", tokens[1700:1701]), ("9", tokens[1701:])):
+        write_tokens(tmp_path / f"shard_{name}.{suffix}", part)
+    ordered = np.concatenate([tokens[:1700], tokens[1701:], tokens[1700:1701]])
+    whole = write_tokens(tmp_path / f"whole.{suffix}", ordered)
+    shards = load(section(f"{{tokens: '{tmp_path}/shard_*.{suffix}', vocab_size: 300}}"))
+    one = load(section(f"{{tokens: {whole}, vocab_size: 300}}"))
+    assert shards.sha256 == one.sha256
+    assert shards.entropy == one.entropy
+    assert shards.bigram_loss == one.bigram_loss
+    for step in range(20):
+        both = [corpus.batch(step, 8, 32, seed=1) for corpus in (shards, one)]
+        assert torch.equal(both[0][0], both[1][0])
+        assert torch.equal(both[0][1], both[1][1])
+    assert np.array_equal(shards.crops([0, 5], 4, 16, 0), one.crops([0, 5], 4, 16, 0))
+    windows = [list(corpus.val_batches(16, 4, 200)) for corpus in (shards, one)]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(*windows, strict=True))
+
+
+def test_a_token_outside_the_vocabulary_is_found_in_its_shard(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a.bin", range(40))
+    write_tokens(tmp_path / "b.bin", [1, 2, 99, 3])
+    with pytest.raises(DataError, match=r"b\.bin: token 99 at position 2 is not below"):
+        load(section(f"{{tokens: [{tmp_path}/a.bin, {tmp_path}/b.bin], vocab_size: 40}}"))
+
+
+def test_val_of_ones_own_validates_and_nothing_else_does(tmp_path: Path) -> None:
+    for name in ("a", "b", "v"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text\n" * 50)
+    found = load(
+        section(f"{{files: ['{tmp_path}/a.txt', '{tmp_path}/b.txt'], val: '{tmp_path}/v.txt'}}")
+    )
+    assert found.val.tobytes() == (tmp_path / "v.txt").read_bytes()
+    assert found.train.tobytes() == b"a text\n" * 50 + b"b text\n" * 50
+    assert found.domain_names
+
+
+def trained_tokenizer(path: Path, size: int = 300) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the cat and the dog \u00fcber the hill"] * 20, trainer)
+    made.save(str(path))
+    return made
+
+
+def test_text_with_a_tokenizer_is_the_tokens_of_that_library(tmp_path: Path) -> None:
+    made = trained_tokenizer(tmp_path / "tokenizer.json")
+    texts = {name: f"{name}: the cat \u00fcber the dog\n" * 30 for name in "abcdef"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "val.md").write_text("the hill and the cat\n" * 9)
+    found = section(
+        f"{{files: '{tmp_path}/*.txt', val: {tmp_path}/val.md, tokenizer: {tmp_path}/tokenizer.json}}"
+    )
+    corpus = load(found)
+    end = made.token_to_id("<|endoftext|>")
+    wanted = [i for text in texts.values() for i in [*made.encode(text).ids, end]]
+    assert np.asarray(corpus.train).tolist() == wanted
+    assert made.decode(np.asarray(corpus.val).tolist()) == (tmp_path / "val.md").read_text()
+    assert (corpus.vocab_size, corpus.is_bytes) == (made.get_vocab_size(), False)
+    again = load(found)
+    assert isinstance(again.train, np.memmap)
+    assert again.sha256 == corpus.sha256
+    assert again.manifest == corpus.manifest
+    assert stored(again.manifest) == (tmp_path / "tokenizer.json").read_text()
+
+
+def test_a_split_cuts_no_character_in_two(tmp_path: Path) -> None:
+    made = trained_tokenizer(tmp_path / "tokenizer.json")
+    for length in range(100, 108):
+        (tmp_path / "a.txt").write_text("\u00fc\u4e2d" * length)
+        corpus = load(
+            section(f"{{files: {tmp_path}/a.txt, tokenizer: {tmp_path}, end_of_text: null}}")
+        )
+        parts = [made.decode(np.asarray(split).tolist()) for split in (corpus.train, corpus.val)]
+        assert "".join(parts) == "\u00fc\u4e2d" * length
+
+
+def test_a_changed_text_is_encoded_again(tmp_path: Path) -> None:
+    trained_tokenizer(tmp_path / "tokenizer.json")
+    path = tmp_path / "a.txt"
+    path.write_text("the cat " * 99)
+    found = section(f"{{files: {path}, tokenizer: {tmp_path}}}")
+    before = path.stat()
+    first = load(found).sha256
+    path.write_text("the dog " * 99)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load(found).sha256 != first
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path) -> None:
+    trained_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 9)
+    with pytest.raises(DataError, match=r"a\.txt: byte 3 is not UTF-8"):
+        load(section(f"{{files: {tmp_path}/a.txt, tokenizer: {tmp_path}}}"))
+
+
+@pytest.mark.parametrize("has_val", [False, True])
+def test_a_column_is_its_rows_and_equal_rows_are_in_one_split(
+    tmp_path: Path, has_val: bool
+) -> None:
+    rows = [f"row {i % 700} of text" for i in range(1400)]
+    parquet.write_table(pyarrow.table({"id": range(1400), "text": rows}), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"text": ["held out", None]}), tmp_path / "v.parquet")
+    val = f", val: {tmp_path}/v.parquet" if has_val else ""
+    corpus = load(section(f"{{files: {tmp_path}/a.parquet{val}}}"))
+    train, held_out = (
+        split.tobytes().decode().splitlines() for split in (corpus.train, corpus.val)
+    )
+    if has_val:
+        assert (train, held_out) == (rows, ["held out"])
+        return
+    assert Counter(train) + Counter(held_out) == Counter(rows)
+    assert not set(train) & set(held_out)
+    assert 0.03 < len(held_out) / len(rows) < 0.07
+
+
+def test_one_column_is_one_corpus_in_every_format(tmp_path: Path) -> None:
+    table = pyarrow.table({"n": range(500), "words": [f"row {i}\nof text" for i in range(500)]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, str(tmp_path / "a.arrow"), compression="uncompressed")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.stream"), table.schema) as stream:
+        stream.write_table(table, max_chunksize=64)
+    rows = table.to_pylist()
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    digests = {
+        load(section(f"{{files: {tmp_path}/a.{suffix}, text_column: words}}")).sha256
+        for suffix in ("parquet", "arrow", "stream", "jsonl")
+    }
+    assert len(digests) == 1
+
+
+def test_a_bad_line_of_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: is no JSON"):
+        load(section(f"{{files: {tmp_path}/a.jsonl, text_column: text}}"))

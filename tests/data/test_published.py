@@ -10,6 +10,7 @@ import pytest
 from moenas.data import cache, loading
 from moenas.data.corpus import Corpus
 from moenas.data.published import FOLDER, fetch, publish
+from moenas.data.section import parse
 from moenas.errors import DataError
 from moenas.records import Plain
 from moenas.resources import Node
@@ -36,10 +37,10 @@ def section_of(kind: str, folder: Path) -> Plain:
     if kind == "files":
         for name in ("a", "b"):
             (folder / f"{name}.txt").write_text(f"a line of {name}\n" * 400)
-        return loading.parse(Node.wrap({"files": [f"{folder}/*.txt"]}))
+        return parse(Node.wrap({"files": [f"{folder}/*.txt"]}))
     values = np.random.default_rng(1).integers(0, 70_000, 4001)
     values.astype("uint32").tofile(folder / "t.bin")
-    return loading.parse(Node.wrap({"tokens": f"{folder}/t.bin", "vocab_size": 70_000}))
+    return parse(Node.wrap({"tokens": f"{folder}/t.bin", "vocab_size": 70_000}))
 
 
 def assert_equal(found: Corpus, corpus: Corpus) -> None:

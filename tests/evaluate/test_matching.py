@@ -11,7 +11,7 @@ import pytest
 from moenas.data import loading as data
 from moenas.errors import DataError, SpaceError
 from moenas.evaluate import matching
-from moenas.report.summary import check_report, check_text
+from moenas.report.space_check import check_report, check_text
 from moenas.space.space import Space
 
 SPACE = """
@@ -55,8 +55,40 @@ def test_a_wrapped_file_is_refused_at_its_place(tmp_path: Path) -> None:
     table = tmp_path / "t.parquet"
     table.write_bytes(b"PAR1" + bytes(4000))
     for section in ({"files": [str(table)]}, {"tokens": str(table), "vocab_size": 300}):
-        with pytest.raises(SpaceError, match=r"s.yaml:7:\d+: data\.\w+: .* is a Parquet table"):
+        with pytest.raises(SpaceError, match=r"s\.yaml:7:\d+: data\.\w+: .* Parquet"):
             space(section)
+
+
+def test_check_says_what_the_files_are(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, 4000).astype("<u2")
+    header = np.zeros(256, dtype="<i4")
+    for i in range(3):
+        header[:3] = 20240520, 1, len(tokens)
+        (tmp_path / f"{i}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    report = check_report(space({"tokens": str(tmp_path), "vocab_size": 300}), 2)
+    assert report["corpus"]["formats"] == {"llm.c": 3}
+    text = check_text(report)
+    assert (
+        "corpus: 3 files of llm.c (uint16); 11,400 tokens to train on, 600 to validate on" in text
+    )
+    assert "vocabulary 300" in text
+    assert report["tokens_per_parameter"]["max"] < 20
+    assert "compute-optimal training of dense models takes 20 (Hoffmann et al., 2022)" in text
+    many = check_report(space({"tokens": str(tmp_path), "vocab_size": 300}, 10**6), 2)
+    assert many["tokens_per_parameter"]["min"] == 10**6 / many["active_params"] > 20
+    assert "compute-optimal" not in check_text(many)
+
+
+def test_json_lines_that_are_read_as_bytes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"body": "words of row {i}"}}\n' for i in range(400)))
+    notes = check_report(space({"files": [str(path)]}), 2)["notes"]
+    assert any(
+        "is JSON Lines and is read as bytes" in n and "text_column: body" in n for n in notes
+    )
+    found = check_report(space({"files": [str(path)], "text_column": "body"}), 2)
+    assert not any("JSON Lines" in note for note in found["notes"])
+    assert found["corpus"]["formats"] == {"JSON Lines": 1}
 
 
 def test_how_often_training_reads_the_corpus_is_told(tmp_path: Path) -> None:

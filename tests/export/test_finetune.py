@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from trained_shelf import Shelf
 
+from moenas.data import tokenizer_file
 from moenas.export import finetune
 from moenas.export import folder as exporting
 from moenas.export.formats import export
@@ -154,6 +155,26 @@ def test_token_ids_come_from_an_array(
     with pytest.raises(SystemExit, match="2"):
         finetune.read_tokens(tmp_path / "ids.npy", 64, is_bytes=False)
     assert "the vocabulary has 64" in capsys.readouterr().err
+
+
+def test_a_text_is_encoded_by_the_tokenizer_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setattr(exporting, "check", lambda *_: None)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    stored = tokenizer_file.read(str(tmp_path / "tokenizer.json")).manifest()
+    folder = exported(tmp_path, {"is_bytes": False, "tokenizer": stored})
+    assert "takes the library tokenizers" in (folder / "README.md").read_text()
+    (tmp_path / "data.txt").write_text("a b b a c " * 200)
+    words = ("--steps", "2", "--batch", "2", "--out", str(tmp_path / "tuned"))
+    done = run(folder, str(tmp_path / "data.txt"), *words)
+    assert done.returncode == 0, done.stderr
+    script = load_module(folder / "finetune.py")
+    ids = script.read_tokens(tmp_path / "data.txt", 256, False)
+    assert ids.tolist() == [0, 1, 1, 0, 2] * 200
 
 
 def test_weights_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:

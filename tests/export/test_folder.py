@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 from trained_shelf import Shelf
 
 from moenas.data import loading as data
+from moenas.data import tokenizer_file
 from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.evaluate.job import evaluate
 from moenas.export import folder as exporting
@@ -191,6 +193,24 @@ def test_the_folder_is_whole(shelf: Shelf, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{architecture.cost(1).params:,} parameters, a sample:\ndef ")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_tokenizer_of_the_study_is_in_the_folder(shelf: Shelf, tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    shelf.data |= {
+        "is_bytes": False,
+        "tokenizer": tokenizer_file.read(str(tmp_path / "tokenizer.json")).manifest(),
+    }
+    shelf.add(3, small())
+    out = export(shelf, "tiny", 3, tmp_path / "out")
+    again = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert again.get_vocab() == made.get_vocab()
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["tokens"] == "ids of tokenizer.json"
+    assert "tokenizer" not in config["data"]
+    assert "tokenizer.json" in (out / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -17,7 +17,7 @@ from moenas.grammar.spellings import former_hole_name
 from moenas.model import AttentionMixer, BlockGroup, LatentAttentionMixer, Router, ShortConvMixer
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
-from moenas.report.summary import check_report, check_text
+from moenas.report.space_check import check_report, check_text
 from moenas.resources import Node
 from moenas.search.points import Points
 from moenas.space.space import Space

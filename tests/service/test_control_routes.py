@@ -78,7 +78,13 @@ def test_an_error_has_its_place_as_fields(
 
 
 @pytest.mark.parametrize(
-    "override", ["use=[/etc/evil.py]", "data.files=[/etc/passwd]", "search.sampler='x.py:X'"]
+    "override",
+    [
+        "use=[/etc/evil.py]",
+        "data.files=[/etc/passwd]",
+        "data.tokenizer=/etc/passwd",
+        "search.sampler='x.py:X'",
+    ],
 )
 def test_an_override_is_held_to_the_same_rules(one: Served, override: str) -> None:
     text = SMALL.replace("data: pydoc", "data: {kind: pydoc}")
@@ -90,8 +96,8 @@ def test_an_override_is_held_to_the_same_rules(one: Served, override: str) -> No
 def test_a_link_out_of_the_data_root_is_not_followed(one: Served) -> None:
     (root,) = one.service.settings.data_roots
     (root / "link.txt").symlink_to("/etc/passwd")
-    for name in ("link.txt", "*.txt"):
-        text = SMALL.replace("data: pydoc", f"data: {{files: ['{root}/{name}']}}")
+    for name in ("/link.txt", "/*.txt", ""):
+        text = SMALL.replace("data: pydoc", f"data: {{files: ['{root}{name}']}}")
         found = one.send("POST", "/v1/spaces/check", json={"space": text, "draws": 2})
         assert found.status_code == 422, name
         assert "--data-root" in found.json()["detail"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from moenas.grammar.sampling import RandomSuggest
-from moenas.report.summary import check_report, check_text
+from moenas.report.space_check import check_report, check_text
 from moenas.space.feasibility import binding
 from moenas.space.space import Space
 

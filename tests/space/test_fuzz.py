@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 from fuzz import mutated, outcome
 
-from moenas.report.summary import check_report
+from moenas.report.space_check import check_report
 from moenas.space.space import Space
 
 

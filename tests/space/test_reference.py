@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moenas.data import loading
+from moenas.data import section
 from moenas.grammar.hole_reading import HOLES
 from moenas.model import Router
 from moenas.space import reference, space
@@ -37,9 +37,10 @@ def test_every_hole_and_its_keys_are_described() -> None:
 
 
 def test_every_corpus_is_described() -> None:
-    described = " ".join(form + text for form, text in reference.DATA_FORMS.items())
-    keys = {key for keys in loading.KEYS.values() for key in keys} - {"kind"}
-    assert all(word in described for word in keys | set(loading.KEYS))
+    forms = [*reference.DATA_FORMS.items(), *reference.DATA_KEYS.items()]
+    described = " ".join(form + text for form, text in forms)
+    keys = {key for keys in section.KEYS.values() for key in keys} - {"kind"}
+    assert all(word in described for word in keys | set(section.KEYS))
 
 
 def test_every_name_of_a_requirement_is_listed(text: str) -> None:

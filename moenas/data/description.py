@@ -1,0 +1,65 @@
+"""What a corpus is, as `moenas check` says it: the formats of its files, its tokens, its words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from moenas.data import text_columns, token_files
+from moenas.data.corpus import Corpus
+from moenas.data.section import paths
+from moenas.records import Plain
+
+TEXT = "text"
+
+
+def formats(section: Plain) -> dict[str, int]:
+    """Return how many files of each format a section names; {} where it names none."""
+    found = Counter[str]()
+    for path in paths({**section, "tokenizer": None}):
+        if section["kind"] == "tokens":
+            found[token_files.inspect(path, section["dtype"]).format] += 1
+        else:
+            default = text_columns.JSON_LINES if section.get("text_column") else TEXT
+            found[text_columns.text_format(path) or default] += 1
+    return dict(found)
+
+
+def report(section: Plain, corpus: Corpus) -> Plain:
+    """Describe a corpus as a JSON object."""
+    tokenizer = corpus.manifest.get("tokenizer")
+    return {
+        "name": corpus.name,
+        "kind": section["kind"],
+        "formats": formats(section),
+        "text_column": section.get("text_column"),
+        "dtype": corpus.train.dtype.name,
+        "train_tokens": len(corpus.train),
+        "val_tokens": len(corpus.val),
+        "vocab_size": corpus.vocab_size,
+        "split": corpus.manifest.get("split"),
+        "tokenizer": tokenizer
+        and {key: tokenizer[key] for key in ("path", "sha256", "vocab_size", "end_of_text")},
+        "sha256": corpus.sha256,
+    }
+
+
+def line(found: Plain) -> str:
+    """Lay out what `report` found in one line."""
+    counted = found["formats"].items()
+    files = ", ".join(f"{n} file{'s' if n > 1 else ''} of {name}" for name, n in counted)
+    told = f"corpus: {files or found['name']}"
+    if found["text_column"]:
+        told += f", column '{found['text_column']}'"
+    tokenizer = found["tokenizer"]
+    if tokenizer:
+        end = tokenizer["end_of_text"]
+        told += f", with {tokenizer['path']}"
+        told += f" and {end} after each document" if end and found["kind"] != "tokens" else ""
+    elif found["kind"] == "tokens":
+        told += f" ({found['dtype']})"
+    else:
+        told += ", as bytes"
+    return (
+        f"{told}; {found['train_tokens']:,} tokens to train on, {found['val_tokens']:,} to validate"
+        f" on ({found['split']}), vocabulary {found['vocab_size']:,}"
+    )

@@ -1,0 +1,79 @@
+"""Rows of the replicates: trials that were trained again with other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, delete, insert, select
+
+from moenas.records import Evaluation, Plain
+from moenas.store import mapping, statements, study_events, tables
+from moenas.store.reader import StoreReader
+from moenas.store.store import Store
+
+
+def add(store: Store, found: Evaluation) -> None:
+    """Store a replicate, without its curve and its routing; its seed names it.
+
+    A row of the same seed is replaced.
+    """
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    plain = replace(found, curve=[], routing=[]).plain()
+    plain["failure"] = mapping.failure_json(found.failure)
+    row: Plain = {"study": found.study, "trial": found.trial, "seed": found.seed}
+    row |= {"recorded_at": now, "status": found.status, "evaluation": mapping.storable(plain)}
+    table = tables.replicate
+    same = statements.of_trial(table, found.study, found.trial) & (table.c.seed == found.seed)
+
+    def change(connection: Connection) -> None:
+        if connection.scalar(select(table.c.recorded_at).where(same)) == now:
+            return  # this transaction was committed before its answer was lost
+        connection.execute(delete(table).where(same))
+        connection.execute(insert(table), row)
+        told: Plain = {"trial": found.trial, "seed": found.seed, "status": found.status}
+        told["values"] = statements.finite(found.values)
+        study_events.append(connection, found.study, "trial_replicated", told)
+
+    store.apply(found.study, change)
+
+
+def rows(store: StoreReader, study: str) -> list[Evaluation]:
+    """Return the replicates of a study in order of trials and seeds."""
+    return store.read(study, lambda connection: read(connection, study))
+
+
+def read(connection: Connection, study: str) -> list[Evaluation]:
+    """Return the replicates of a study in order of trials and seeds."""
+    table = tables.replicate
+    if not statements.exists(connection, table):
+        return []  # a reader does not change a database of an older schema
+    wanted = select(table.c.evaluation).where(table.c.study == study)
+    found = connection.scalars(wanted.order_by(table.c.trial, table.c.seed))
+    return [Evaluation.parse(plain) for plain in found]
+
+
+def drop(connection: Connection, study: str) -> None:
+    """Remove the replicates of a study whose objectives have changed."""
+    connection.execute(delete(tables.replicate).where(tables.replicate.c.study == study))
+
+
+def of_model(
+    connection: Connection, studies: Collection[str], fingerprint: str, seed: int
+) -> list[Evaluation]:
+    """Return complete replicates of a model with a seed in some studies."""
+    table, candidate = tables.replicate, tables.candidate.c
+    same = (candidate.study == table.c.study) & (candidate.trial == table.c.trial)
+    wanted = (
+        select(table.c.evaluation)
+        .join(tables.candidate, same)
+        .where(
+            candidate.fingerprint == fingerprint,
+            table.c.study.in_(studies),
+            table.c.seed == seed,
+            table.c.status == "complete",
+        )
+        .order_by(table.c.recorded_at)
+    )
+    return [Evaluation.parse(plain) for plain in connection.scalars(wanted)]

@@ -1,0 +1,99 @@
+"""The noise between seeds, against scipy's tests and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moenas.predict.seed_noise import SeedNoise, seed_noise
+
+LOSS = {"loss": "minimize"}
+
+
+def noise_of(groups: list[list[float]]) -> SeedNoise:
+    values = {i: {"loss": group[0]} for i, group in enumerate(groups)}
+    more = {i: [{"loss": x} for x in group[1:]] for i, group in enumerate(groups)}
+    found = seed_noise(values, more, ["loss"])
+    assert found is not None
+    return found
+
+
+def test_the_deviation_is_that_of_an_analysis_of_variance() -> None:
+    """F of a one-way layout is the mean square between groups over the pooled variance."""
+    rng = np.random.default_rng(0)
+    groups = [list(rng.normal(i, 0.3, 4)) for i in range(5)]
+    found = noise_of(groups).objectives["loss"]
+    assert found.degrees == 15
+    means = np.array([np.mean(group) for group in groups])
+    between = 4 * means.var(ddof=1)
+    f = stats.f_oneway(*groups).statistic
+    assert found.deviation**2 == pytest.approx(between / f)
+
+
+def test_the_noise_of_a_difference_is_that_of_a_t_test() -> None:
+    a, b = [1.0, 1.3, 0.9], [1.2, 1.5, 1.1, 1.4]
+    found = noise_of([a, b])
+    interval = stats.ttest_ind(a, b).confidence_interval(0.95)
+    width = found.objectives["loss"].half_width(3, 4)
+    assert width == pytest.approx((interval.high - interval.low) / 2)
+    alone = noise_of([a]).objectives["loss"].half_width(3)
+    low, high = stats.t.interval(0.95, 2, np.mean(a), stats.sem(a))
+    assert alone == pytest.approx((high - low) / 2)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.1, 0.4])
+def test_the_probability_of_two_is_that_of_students_t(gap: float) -> None:
+    """P(mean of a < mean of b) is the t distribution at the difference over its error."""
+    a = [1.0, 1.2, 0.9]
+    b = [x + gap for x in (0.95, 1.15, 1.0)]
+    found = noise_of([a, b])
+    noise = found.objectives["loss"]
+    error = noise.deviation * math.sqrt(1 / 3 + 1 / 3)
+    wanted = stats.t.cdf((found.means[1]["loss"] - found.means[0]["loss"]) / error, noise.degrees)
+    chance = found.probabilities([0, 1], LOSS)
+    assert chance[0] == pytest.approx(wanted, abs=0.03)
+    assert chance[0] + chance[1] == pytest.approx(1.0)
+    turned = found.probabilities([0, 1], {"loss": "maximize"})
+    assert turned[0] == pytest.approx(1 - wanted, abs=0.03)
+
+
+def test_a_trial_of_one_seed_is_less_certain() -> None:
+    """Replicates of one model give the noise; the other one has it without the root of three."""
+    found = seed_noise(
+        {0: {"loss": 1.0}, 1: {"loss": 1.2}}, {0: [{"loss": 1.1}, {"loss": 0.9}]}, ["loss"]
+    )
+    assert found is not None
+    noise = found.objectives["loss"]
+    error = noise.deviation * math.sqrt(1 / 3 + 1)
+    wanted = stats.t.cdf(0.2 / error, 2)
+    assert found.probabilities([0], LOSS)[0] == pytest.approx(wanted, abs=0.03)
+
+
+def test_a_cost_has_no_noise_and_decides_alone() -> None:
+    values = {i: {"loss": 1.0, "flops": float(i)} for i in range(3)}
+    more = {i: [{"loss": 1.0 + j / 100, "flops": float(i)} for j in (1, 2)] for i in range(3)}
+    found = seed_noise(values, more, ["loss", "flops"])
+    assert found is not None
+    assert not found.is_noisy("flops")
+    assert found.objectives["flops"].half_width(3) == 0.0
+    chance = found.probabilities([0, 1, 2], {"loss": "minimize", "flops": "minimize"})
+    assert chance[0] == 1.0, "nothing is cheaper"
+    assert chance[1] == pytest.approx(1 / 2, abs=0.03), "its loss is below that of one other"
+    assert chance[2] == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_trials_that_are_far_away_change_nothing() -> None:
+    near = {0: {"loss": 1.0, "flops": 5.0}}
+    far = {i: {"loss": 90.0, "flops": 1.0} for i in range(1, 40)}
+    more = {0: [{"loss": 1.1, "flops": 5.0}, {"loss": 0.9, "flops": 5.0}]}
+    directions = {"loss": "minimize", "flops": "minimize"}
+    found = seed_noise(near | far, more, list(directions))
+    assert found is not None
+    assert found.probabilities([0], directions) == {0: 1.0}
+
+
+def test_without_replicates_nothing_is_known() -> None:
+    assert seed_noise({0: {"loss": 1.0}, 1: {"loss": 2.0}}, {}, ["loss"]) is None
