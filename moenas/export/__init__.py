@@ -1,1 +1,1 @@
-"""A trained candidate as a folder of PyTorch source, weights and a README, free of moenas."""
+"""A trained candidate as PyTorch source, as a Hugging Face model, or as a traced program."""
