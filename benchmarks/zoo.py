@@ -28,6 +28,9 @@ PAGE = """\
 
 Published models as spaces of one point, in `spaces/zoo/`: `moenas check zoo/mixtral_8x7b` counts
 one without building it, and a copy with a hole in it is a search around that model.
+`moenas init my.yaml --from zoo/olmoe_1b_7b` writes that copy. `--from config.json` writes the
+architecture of a Hugging Face model. `--shrink d_model=128` makes either smaller at constant
+proportions.
 
 Of the active parameters all are counted that one token passes through, of an input embedding with
 a table of its own one row. FLOPs are for a token of the forward pass at a context of 4,096, two for

@@ -45,6 +45,8 @@ class Node:
     """Where the key stands, if the node is the value of one."""
     path: str | None = None
     """The path of the definition that stands here in place of a name."""
+    hole: str | None = None
+    """The path that names the hole here, if other places have the same hole."""
 
     @property
     def plain(self) -> Any:

@@ -24,8 +24,9 @@ class Shelf:
 
     runs: Path
     name: str = "tiny"
-    found: dict[int, Evaluation] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
     architectures: dict[int, Plain] = field(default_factory=dict)
+    model: Any = None
     data: Plain = field(default_factory=lambda: {"name": "pydoc", "sha256": "5" * 64})
 
     def study(self, name: str) -> StudyRecord:
@@ -44,7 +45,7 @@ class Shelf:
         )
 
     def evaluation(self, name: str, trial: int) -> Evaluation | None:
-        return self.found.get(trial)
+        return self.evaluations.get(trial)
 
     def architecture(self, name: str, trial: int) -> Plain:
         return self.architectures[trial]
@@ -79,6 +80,6 @@ class Shelf:
             versions={"torch": "2"},
             weights_sha256=write_weights(self.runs, self.name, trial, data),
         )
-        self.found[trial] = replace(evaluation, **changes)
+        self.evaluations[trial] = replace(evaluation, **changes)
         self.architectures[trial] = architecture.canonical().plain()
         return model.eval()

@@ -411,7 +411,8 @@ def export(
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="folder: PyTorch source; transformers: the layout of a family of Hugging Face.",
+            help="folder: PyTorch source; transformers: the layout of a family of Hugging Face;"
+            " torch_export: a traced program; onnx: the same in ONNX.",
         ),
     ] = "folder",
 ) -> None:

@@ -101,7 +101,8 @@ _NO_PRODUCTS = """
     layer_norm rms_norm linalg_vector_norm softmax log_softmax logsumexp cumsum sum mean amax amin
     silu gelu sigmoid tanh exp log sqrt rsqrt softplus sin cos neg abs sign pow square
     add sub rsub mul div minimum maximum outer clamp_min clamp_max
-    __rshift__ __xor__ ne lt le gt ge logical_and logical_or logical_not where isfinite
+    __rshift__ __xor__ __or__ ne lt le gt ge logical_and logical_or logical_not where
+    isfinite
     topk sort argsort argmax bincount one_hot searchsorted repeat_interleave
     embedding index_select index_add scatter scatter_add scatter_reduce tril triu
     pad unflatten numpy_T view_as expand_as repeat numel

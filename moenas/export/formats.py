@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moenas.errors import InputError
-from moenas.export import folder, transformers_folder
+from moenas.export import folder, programs, transformers_folder
 from moenas.export.trained_trial import Archive, TrainedTrial, trained_trial
 
 WRITERS: dict[str, Callable[[TrainedTrial, Path], None]] = {
     "folder": folder.write,
     "transformers": transformers_folder.write,
+    "torch_export": programs.write_torch_export,
+    "onnx": programs.write_onnx,
 }
 """Format -> the function that writes a trained trial into an empty folder and checks it."""
 NOTES = {
@@ -24,6 +26,14 @@ NOTES = {
     "transformers": (
         "checked: {folder}/config.json describes the architecture of the trial",
         "next: AutoModelForCausalLM.from_pretrained('{folder}')",
+    ),
+    "torch_export": (
+        "checked: {folder}/model.pt2 gives the same logits without moenas",
+        "next: torch.export.load('{folder}/model.pt2').module()",
+    ),
+    "onnx": (
+        "checked: {folder}/model.onnx gives the same logits in onnxruntime",
+        "next: onnxruntime.InferenceSession('{folder}/model.onnx')",
     ),
 }
 """Format -> what a person is told of a finished export."""

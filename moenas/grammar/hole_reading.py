@@ -13,6 +13,8 @@ from moenas.resources import Node
 
 MAX_OPTIONS = 1000
 HOLES = {"choice": {"choice"}, "int": {"int", "step", "log"}, "float": {"float", "step", "log"}}
+SAME_AS = "same_as"
+"""The key of a value that is tied to one elsewhere in the architecture."""
 FIT = "fit"
 """The key of a width that is solved after each draw."""
 FIT_COSTS = ("active_params", "params", "total_params", "flops_per_token", "weight_bytes")
@@ -60,9 +62,13 @@ def option_labels(options: list[Node]) -> list[Scalar]:
     return labels
 
 
-def shared_name(path: str) -> str:
-    """Return the name of a hole in a named layer, or an empty string."""
-    return path if path.startswith(f"{LAYERS}.") else ""
+def shared_name(node: Node, path: str) -> str:
+    """Return the name of a hole that several places share, or an empty string.
+
+    These are the holes of named layers, and those that a value is tied to.
+    """
+    name = (node.hole or path).removeprefix("architecture.")
+    return name if node.hole or path.startswith(f"{LAYERS}.") else ""
 
 
 def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
@@ -94,7 +100,7 @@ def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         raise ends.error(
             path, f"from {low:g} to {high:g} is not a whole number of steps of {step:g}"
         )
-    return Range(low, high, step, log, whole, node.mark, shared_name(path))
+    return Range(low, high, step, log, whole, node.mark, shared_name(node, path))
 
 
 def read_fit(field: Field, node: Node, path: str) -> Fit:

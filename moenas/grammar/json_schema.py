@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from moenas.grammar.component import Component, Field, fields
-from moenas.grammar.hole_reading import FIT, FIT_COSTS
+from moenas.grammar.hole_reading import FIT, FIT_COSTS, SAME_AS
 from moenas.records import Plain
 
 _LAYER: Plain = {"type": "string", "description": "the name of a layer of `layers`"}
+_SAME_AS: Plain = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": [SAME_AS],
+    "properties": {SAME_AS: {"type": "string", "description": "the path of a value"}},
+}
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
@@ -73,7 +79,7 @@ class SchemaWriter:
             return {"type": "array", "items": value}
         if not holes:
             return value
-        options = [value, _choice(value)]
+        options = [value, _choice(value), _SAME_AS]
         if int in field.scalars or float in field.scalars:
             options.append(_range("int"))
         if float in field.scalars:

@@ -35,7 +35,7 @@ class Choice:
     options: tuple[Tree, ...]
     mark: SourceLocation
     shared: str = ""
-    """The name of a hole in a named layer: all uses of the layer have this one hole."""
+    """The name of a hole that several places share: of a named layer, or of tied values."""
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _read_choice(read_option: Any, node: Node, path: str) -> Choice:
         if (type(value), value) in seen:
             raise option.error(path, f"duplicate option {value!r}")
         seen.add((type(value), value))
-    return Choice(tuple(labels), tuple(trees), node.mark, shared_name(path))
+    return Choice(tuple(labels), tuple(trees), node.mark, shared_name(node, path))
 
 
 def make(record: Record, values: Mapping[str, Any]) -> Component:

@@ -58,8 +58,8 @@ class Layers:
     @property
     def router(self) -> Plain:
         """The router of the first mixture of experts."""
-        found: Plain = self.experts.get("router", {})
-        return found
+        router: Plain = self.experts.get("router", {})
+        return router
 
     @property
     def sparse(self) -> list[bool]:
@@ -101,16 +101,16 @@ def rope_fields(mixer: Plain, *, partial: bool = False) -> Plain:
     kind = scaling.pop("kind", "default")
     if kind == "yarn" and mixer["kind"] == "latent_attention" and mixer["scale"]:
         scaling |= latent_yarn(mixer, scaling["factor"])
-    found: Plain = {
+    fields: Plain = {
         "rope_theta": theta,
         "rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling},
     }
     if scaling:
-        found["rope_scaling"] = {"rope_type": kind, **scaling}
+        fields["rope_scaling"] = {"rope_type": kind, **scaling}
     if partial:
-        found["partial_rotary_factor"] = share
-        found["rope_parameters"]["partial_rotary_factor"] = share
-    return found
+        fields["partial_rotary_factor"] = share
+        fields["rope_parameters"]["partial_rotary_factor"] = share
+    return fields
 
 
 def latent_yarn(mixer: Plain, factor: float) -> Plain:
@@ -133,8 +133,8 @@ def head_fields(m: Layers, *, partial: bool = False) -> Plain:
         "num_key_value_heads": "n_kv_heads",
         "head_dim": "head_dim",
     }
-    found = {theirs: mixer.get(ours) for theirs, ours in names.items()}
-    return found | rope_fields(mixer, partial=partial)
+    fields = {theirs: mixer.get(ours) for theirs, ours in names.items()}
+    return fields | rope_fields(mixer, partial=partial)
 
 
 def latent_fields(m: Layers) -> Plain:
@@ -149,8 +149,8 @@ def latent_fields(m: Layers) -> Plain:
         "v_head_dim": "v_dim",
         "head_dim": "rope_dim",
     }
-    found = {theirs: mixer.get(ours) for theirs, ours in names.items()} | rope_fields(mixer)
-    return found | ({"q_lora_rank": mixer["q_rank"]} if mixer else {})
+    fields = {theirs: mixer.get(ours) for theirs, ours in names.items()} | rope_fields(mixer)
+    return fields | ({"q_lora_rank": mixer["q_rank"]} if mixer else {})
 
 
 def one_window(m: Layers, **more: Any) -> Plain:

@@ -14,7 +14,7 @@ Overrides = Annotated[
 ]
 SpaceText = Annotated[str, Field(max_length=MAX_SPACE, description="A space file, in YAML.")]
 TrialNumber = Annotated[int, Field(ge=0, le=2**31 - 1)]
-ExportFormat = Literal["folder", "transformers"]
+ExportFormat = Literal["folder", "transformers", "torch_export", "onnx"]
 StudyState = Literal["queued", "running", "paused", "finished", "failed", "cancelled", "stopped"]
 EXAMPLE_SPACE = """\
 name: small

@@ -14,6 +14,7 @@ from moenas.model.architecture import Architecture
 from moenas.resources import find, parse_yaml, read_text
 from moenas.space.named_layers import expand
 from moenas.space.section_reading import read_use
+from moenas.space.tied_values import with_tied_values
 
 CONFIG = "config.json"
 """The file of an export that holds its architecture."""
@@ -47,7 +48,7 @@ def read_architecture(ref: str) -> ArchitectureFile:
     if not isinstance(root.value, dict) or "architecture" not in root.value:
         raise root.error("", "the section 'architecture' is missing")
     tuple(read_use(root.value.get("use")))  # loads the files of parts
-    written = expand(root.value["architecture"], root.value.get("layers"))
+    written = with_tied_values(expand(root.value["architecture"], root.value.get("layers")))
     tree = grammar.read(Architecture, written, "architecture")
     for hole in sampling.holes(tree):
         raise SpaceError(

@@ -128,6 +128,25 @@ it has no such field and another cost. A space has one fit. One in a named layer
 same width.
 """
 
+SAME_AS = """\
+## `same_as`
+
+`same_as` ties a value to one that is chosen elsewhere in the architecture:
+
+```yaml
+blocks:
+  - mixer: {kind: attention, head_dim: 64, n_kv_heads: {choice: [1, 2, 4]}}
+    ffn: {kind: dense, d_ff: {int: [256, 1024], step: 64}}
+  - mixer: {kind: attention, head_dim: 64, n_kv_heads: {same_as: blocks.0.mixer.n_kv_heads}}
+    ffn: {kind: dense, d_ff: {same_as: blocks.0.ffn.d_ff}}
+```
+
+The path begins at `architecture` and names a value, a hole of single values, or a fit. A tied value
+is no hole: samplers, sizes and the list of holes have the named one. Fingerprints and stored
+architectures have plain numbers. The value must be written, in every architecture of the space: not
+below a choice, and not in a group with `vary: true`. The section `layers` shares whole parts.
+"""
+
 REQUIRE = """\
 ## `require`
 
@@ -213,6 +232,7 @@ def _pages() -> Iterator[str]:
     yield NAMED_LAYERS
     yield from _family("architecture", Architecture, "##", set())
     yield FIT
+    yield SAME_AS
     yield from _require()
     yield from _objectives()
     yield "## `data`\n"

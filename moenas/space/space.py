@@ -48,6 +48,7 @@ from moenas.space.section_reading import (
     read_use,
 )
 from moenas.space.sections import Protocol, Recipe, Search, start_marks
+from moenas.space.tied_values import check_tied_ranges, with_tied_values
 
 KEYS = (
     "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
@@ -127,8 +128,9 @@ class Space:
             if key not in keys:
                 raise root.error("", f"the section '{key}' is missing")
         use = tuple(read_use(keys.get("use")))
-        written = expand(keys["architecture"], keys.get("layers"))
+        written = with_tied_values(expand(keys["architecture"], keys.get("layers")))
         tree = grammar.read(Architecture, written, "architecture")
+        check_tied_ranges(tree)
         space = cls(
             name=read_name(keys.get("name"), source),
             text=text,

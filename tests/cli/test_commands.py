@@ -112,6 +112,31 @@ def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> 
     assert "small" in moenas("status").out
 
 
+def test_a_model_is_exported_in_the_layout_of_a_family(moenas: Run) -> None:
+    """LayerNorm has no family, which the error says; RMSNorm has one."""
+    for norm in ("rmsnorm", "layernorm"):
+        text = SMALL.split("      ffn:")[0].replace("{choice: [32, 48]}", f"32\n  norm: {norm}")
+        ffn = "      ffn: {kind: moe, n_experts: 4, d_expert: 32, router: {top_k: 2}}\n"
+        rest = "objectives" + SMALL.split("objectives")[1]
+        Path(f"{norm}.yaml").write_text(text + ffn + rest.replace("trials: 4", "trials: 1"))
+        assert moenas("run", f"{norm}.yaml", "--workers", "inline").code == 0
+    exported = moenas("export", "rmsnorm", "0", "out", "--format", "transformers")
+    assert exported.code == 0, exported.err
+    assert exported.out == "out\n"
+    assert "AutoModelForCausalLM.from_pretrained('out')" in exported.err
+    assert json.loads(Path("out/config.json").read_text())["model_type"] == "mixtral"
+    refused = moenas("export", "layernorm", "0", "other", "--format", "transformers")
+    assert refused.code == 2
+    assert refused.err.startswith("moenas: study 'layernorm', trial 0: no family of Hugging Face")
+    assert "The nearest is mixtral: norm is layernorm, the family has rmsnorm." in refused.err
+    unknown = moenas("export", "rmsnorm", "0", "other", "--format", "gguf")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert (
+        "'gguf' is unknown; moenas writes folder, transformers, torch_export, onnx" in unknown.err
+    )
+    assert not Path("other").exists()
+
+
 def test_architectures_are_enqueued_by_file(moenas: Run) -> None:
     Path("small.yaml").write_text(SMALL)
     one = SMALL.split("objectives")[0].replace("{choice: [32, 48]}", "48")

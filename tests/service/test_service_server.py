@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,9 +110,16 @@ def test_a_driver_survives_its_server_and_is_found_again(tmp_path: Path) -> None
         assert "restarted" not in kinds
         front = api.get("/v1/studies/small/front").json()
         assert len(front["members"]) >= 1
-        exported = api.get(f"/v1/studies/small/trials/{front['members'][0]['trial']}/export")
+        path = f"/v1/studies/small/trials/{front['members'][0]['trial']}/export"
+        exported = api.get(path)
         assert exported.status_code == 200
         assert exported.content[:2] == b"PK"
+        traced = api.get(path, params={"format": "torch_export"})
+        assert traced.status_code == 200, traced.text
+        with zipfile.ZipFile(io.BytesIO(traced.content)) as archive:
+            names = {Path(name).name for name in archive.namelist()}
+        assert names == {"README.md", "model.pt2", "moenas.json"}
+        assert api.get(path, params={"format": "gguf"}).status_code == 422
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
 

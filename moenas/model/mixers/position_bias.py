@@ -195,7 +195,11 @@ class BucketBias(nn.Module):
 
         `table` (buckets, H) is that of another layer, for a shared one.
         """
-        buckets = torch.searchsorted(self.firsts.on(far.device), far, right=True)
+        firsts = self.firsts.on(far.device)
+        if torch.compiler.is_compiling():  # ONNX has no search
+            buckets = (far.unsqueeze(-1) >= firsts).sum(dim=-1)
+        else:
+            buckets = torch.searchsorted(firsts, far, right=True)
         weight = table if self.weight is None else self.weight
         if weight is None:
             raise ValueError("a shared position bias needs the table of an earlier layer")

@@ -50,7 +50,12 @@ class AttentionSpan(nn.Module):
         return 0 if self.window is None else max(0, start - self.window + 1)
 
     def is_limited(self, start: int, length: int) -> bool:
-        """Whether the spans of `length` queries from `start` on begin at different keys."""
+        """Whether the spans of `length` queries from `start` on begin at different keys.
+
+        While a pass is traced, a length can be open; then any limit counts.
+        """
+        if torch.compiler.is_compiling():
+            return self.window is not None or self.chunk is not None
         return self.first_seen(start + length - 1) > self.first_seen(start)
 
     def seen(self, start: int, length: int, first: int, device: torch.device) -> Tensor:
@@ -154,15 +159,16 @@ class SoftmaxAttention(nn.Module):
         if first:
             k, v = k[:, :, first:], v[:, :, first:]
         length = size(q.shape[2])  # a tensor while the model is traced
+        single = length == 1 and not torch.compiler.is_compiling()  # a traced length is open
         # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
         plain = self.softcap is None and self.sinks is None and self.bias is None
-        causal = plain and length > 1 and start == first and not reach.is_limited(start, length)
-        mask = None if causal or length == 1 else reach.seen(start, length, first, q.device)
+        causal = plain and not single and start == first and not reach.is_limited(start, length)
+        mask = None if causal or single else reach.seen(start, length, first, q.device)
         if self.bias is not None:
             far = distances(start, length, first, q.device)
             mask = masked(self.bias(far, table), mask).to(q.dtype)
         # 4. Explicit products, for what no fused kernel computes.
-        if self.softcap is not None or (self.sinks is not None and (length == 1 or not self.scale)):
+        if self.softcap is not None or (self.sinks is not None and (single or not self.scale)):
             return self.explicit_attention(q, k, v, mask).to(dtype)
         # 5. A fused kernel, with the sink as the first key.
         width = size(v.shape[-1])
@@ -172,7 +178,7 @@ class SoftmaxAttention(nn.Module):
         if on_cuda(q):
             # No kernel shares key-value heads whose keys and values differ in width.
             differs = size(k.shape[-1]) != width and size(k.shape[1]) < self.n_heads
-            if length == 1 and differs:
+            if single and differs:
                 return self.explicit_attention(q, k, v, mask).to(dtype)
             return attended_on_cuda(q, k, v, mask, causal, self.scale)[..., :width].to(dtype)
         grouped = size(k.shape[1]) < self.n_heads

@@ -83,23 +83,22 @@ def row_multiple(x: Tensor, experts: Tensor, n_experts: int) -> int:
     return 1 << max(0, (experts.numel() // (8 * n_experts)).bit_length() - 1)
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a compiler or an exporter traces a pass whose type has no grouped product there.
+
+    torch's grouped product has shapes for bfloat16 alone while it is traced.
+    """
+    return torch.compiler.is_compiling() and x.dtype != torch.bfloat16
+
+
 def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Return each of `rows` (N, D) times the matrix of its group, (N, F).
 
-    Group e of `stack` (E, D, F) has the rows from the end of the one before to `ends[e]`. While a
-    compiler or an exporter traces, torch's grouped product has shapes for bfloat16 alone; any other
-    type then takes E products of all rows.
+    Group e of `stack` (E, D, F) has the rows from the end of the one before to `ends[e]`.
     """
-    if not torch.compiler.is_compiling() or rows.dtype == torch.bfloat16:
-        if on_cuda(rows):
-            return grouped_on_cuda(rows, stack, ends)
-        return F.grouped_mm(rows, stack, offs=ends)
-    place = torch.arange(rows.shape[0], device=rows.device)
-    y = rows.new_zeros(rows.shape[0], stack.shape[-1])
-    for e in range(stack.shape[0]):
-        inside = place < ends[e] if e == 0 else (place >= ends[e - 1]) & (place < ends[e])
-        y = torch.where(inside.unsqueeze(-1), rows @ stack[e], y)
-    return y
+    if on_cuda(rows):
+        return grouped_on_cuda(rows, stack, ends)
+    return F.grouped_mm(rows, stack, offs=ends)
 
 
 def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:

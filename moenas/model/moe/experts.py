@@ -24,6 +24,7 @@ from moenas.model.moe.dispatch import (
     rows_of,
     sort_slots,
     sums_of,
+    traced,
 )
 from moenas.model.moe.gating import Gating, RoutingDecision
 from moenas.model.moe.routed_layer import RoutedLayer
@@ -271,6 +272,8 @@ class Experts(nn.Module):
         Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
         from number E on must not be kept.
         """
+        if traced(x):
+            return self.all_experts(x, choice, kept)
         if on_cuda(x):
             return self.on_cuda(x, choice, kept)
         # 1. Rows of slots, sorted by expert: `slot`, `token` and `expert` (N,), `weights` (N, 1).
@@ -301,6 +304,32 @@ class Experts(nn.Module):
             y = y * weights
         # 4. Combine: each token gets the sum of its rows, (T, D).
         return torch.zeros_like(x).index_add(0, token, y)
+
+    def all_experts(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
+        """Return what `forward` does, from the products of all tokens with all experts.
+
+        A tracer sees two products of fixed form, without a sort, at E / K times the operations.
+        """
+        # 1. The weight of each expert on each token, (T, E), 0 where it is not chosen or not kept.
+        weights = choice.weights
+        weights = weights if kept is None else weights.masked_fill(~kept, 0)
+        factor = choice._replace(weights=weights).table()[:, : self.n_experts].to(x.dtype)
+        rows = x.unsqueeze(0)
+        if self.weight_on == "input":
+            rows = rows * factor.T.unsqueeze(-1)  # (E, T, D)
+            ones = torch.ones_like(weights)
+            ones = ones if kept is None else ones.masked_fill(~kept, 0)
+            factor = choice._replace(weights=ones).table()[:, : self.n_experts].to(x.dtype)
+        # 2. The hidden layers of all experts, (E, T, F), each times its factor.
+        h = rows @ self.up.to(x.dtype)
+        if self.up_bias is not None:
+            h = h + self.up_bias.weight.to(x.dtype).unsqueeze(1)
+        h = self.activation(h) * factor.T.unsqueeze(-1)
+        # 3. One product down adds up the experts, (T, D): the projection is linear.
+        y: Tensor = h.transpose(0, 1).flatten(1) @ self.down.to(x.dtype).flatten(0, 1)
+        if self.down_bias is not None:
+            y = y + factor @ self.down_bias.weight.to(x.dtype)
+        return y
 
     def on_cuda(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
         """Return what `forward` does, with sums in one order.

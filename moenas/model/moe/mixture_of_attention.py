@@ -23,6 +23,7 @@ from moenas.model.moe.dispatch import (
     rows_of,
     sort_slots,
     sums_of,
+    traced,
 )
 from moenas.model.moe.gating import Gating, RoutingDecision
 from moenas.model.moe.routed_layer import RoutedLayer
@@ -169,6 +170,33 @@ class HeadExperts(nn.Module):
             z = z * self.weights(choice, rows, y.dtype)
         return z.new_zeros(n_tokens, self.d_model).index_add(0, rows.slot // top_k, z)
 
+    def chosen(self, choice: RoutingDecision, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return (T, N, E), 1 where a slot that is kept goes to an expert."""
+        experts = torch.arange(self.n_experts, device=choice.experts.device)
+        goes = choice.experts.unsqueeze(-1) == experts
+        return (goes if kept is None else goes & kept.unsqueeze(-1)).to(dtype)
+
+    def all_queries(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
+        """Return what `queries` does, from the products of all tokens with all experts.
+
+        A tracer sees products of fixed form, without a sort, at E / N times the operations.
+        """
+        chosen = self.chosen(choice, kept, x.dtype)
+        queries = x @ self.query.to(x.dtype).transpose(0, 1).flatten(1)  # (T, E W)
+        y: Tensor = chosen @ queries.unflatten(-1, (self.n_experts, self.width))  # (T, N, W)
+        if self.weight_on == "input":
+            y = y * choice.weights.unsqueeze(-1).to(x.dtype)
+        return y.flatten(0, 1)
+
+    def all_outputs(self, y: Tensor, choice: RoutingDecision, kept: Tensor | None) -> Tensor:
+        """Return what `outputs` does; see `all_queries`."""
+        chosen = self.chosen(choice, kept, y.dtype)
+        if self.weight_on == "output":
+            chosen = chosen * choice.weights.unsqueeze(-1).to(y.dtype)
+        by_expert = chosen.transpose(1, 2) @ y.unflatten(0, choice.experts.shape)  # (T, E, W)
+        z: Tensor = by_expert.flatten(1) @ self.out.to(y.dtype).flatten(0, 1)
+        return z
+
     def queries_on_cuda(self, x: Tensor, choice: RoutingDecision, rows: ExpertRows) -> Tensor:
         """Return the queries with sums in one order."""
         at = rows_by_token(rows, *choice.experts.shape)
@@ -261,9 +289,14 @@ class MoA(RoutedLayer):
         tokens = x.flatten(0, 1)
         choice: RoutingDecision = self.router(tokens, self.balance.bias)
         kept, dropped = self.apply_capacity(choice, x.shape[0])
-        rows = self.experts.rows(tokens, choice, kept)
-        heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
-        y: Tensor = self.experts.outputs(heads, choice, rows).view_as(x)
+        y: Tensor
+        if traced(x):
+            heads = self.attention(x, self.experts.all_queries(tokens, choice, kept), cache)
+            y = self.experts.all_outputs(heads, choice, kept).view_as(x)
+        else:
+            rows = self.experts.rows(tokens, choice, kept)
+            heads = self.attention(x, self.experts.queries(tokens, choice, rows), cache)
+            y = self.experts.outputs(heads, choice, rows).view_as(x)
         self.routing = self.balance(choice, dropped, x.shape[0])
         return y if self.bias is None else y + self.bias.to(x.dtype)
 

@@ -355,7 +355,8 @@ class Threshold(ExpertSelection):
         best = ranked.topk(min(2 * self.top_k, n_experts), dim=-1)
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
-        kept = torch.where(self.known > 0, best.values > cutoff, place < self.top_k)
+        known = self.known > 0
+        kept = (known & (best.values > cutoff)) | (~known & (place < self.top_k))
         return SelectedSlots(best.indices, kept=kept)
 
     @torch.no_grad()

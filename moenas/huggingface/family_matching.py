@@ -56,16 +56,16 @@ def family_config(architecture: Architecture, context: int) -> Plain:
     nearest: tuple[int, str, list[Difference]] | None = None
     for family in WRITERS:
         config = written_config(family, layers, context)
-        found = differences(layers, family, config)
-        if not found:
+        unequal = differences(layers, family, config)
+        if not unequal:
             return config
-        distance = sum(d.weight for d in found)
+        distance = sum(d.weight for d in unequal)
         if nearest is None or distance < nearest[0]:
-            nearest = distance, family, found
+            nearest = distance, family, unequal
     assert nearest is not None
-    _, family, found = nearest
-    listed = "; ".join(map(str, found[:SHOWN]))
-    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    _, family, unequal = nearest
+    listed = "; ".join(map(str, unequal[:SHOWN]))
+    more = f"; and {len(unequal) - SHOWN} more" if len(unequal) > SHOWN else ""
     raise InputError(
         "no family of Hugging Face that moenas writes has this architecture. The nearest is"
         f" {family}: {listed}{more}. It writes: {', '.join(WRITERS)}"
@@ -104,7 +104,7 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
         theirs = layers_of_architecture(Architecture.parse({**whole, "blocks": groups_of(blocks)}))
     except LocatedError as error:
         return [Difference(error.path or family, "as it is", error.message, weight=REFUSED_WEIGHT)]
-    found = [Difference(*x) for x in _unequal("", layers.whole, theirs.whole)]
+    unequal = [Difference(*x) for x in _unequal("", layers.whole, theirs.whole)]
     places: dict[tuple[str, str, str], tuple[Difference, list[int]]] = {}
     for i, (ours, other) in enumerate(zip(layers.blocks, theirs.blocks, strict=True)):
         for path, a, b in _unequal("", _evaluated(ours), _evaluated(other)):
@@ -113,21 +113,21 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
             key = path, repr(a), repr(b)
             weight = KIND_WEIGHT if path.endswith(".kind") else 1
             places.setdefault(key, (Difference(path, a, b, weight=weight), []))[1].append(i)
-    return found + [replace(difference, layers=tuple(at)) for difference, at in places.values()]
+    return unequal + [replace(difference, layers=tuple(at)) for difference, at in places.values()]
 
 
 def _evaluated(block: Plain) -> Plain:
     """Return a block with what changes logits in evaluation alone."""
-    found = dict(block)
+    evaluated = dict(block)
     for part in ("mixer", "ffn", "shortcut"):
-        if found[part] and "router" in found[part]:
-            router = dict(found[part]["router"])
+        if evaluated[part] and "router" in evaluated[part]:
+            router = dict(evaluated[part]["router"])
             router["bias"] = router["balance"]["kind"] in BIASED
             router["logits"] = {k: v for k, v in router["logits"].items() if k != "jitter"}
             for name in TRAINING_FIELDS:
                 del router[name]
-            found[part] = {**found[part], "router": router}
-    return found
+            evaluated[part] = {**evaluated[part], "router": router}
+    return evaluated
 
 
 def _unequal(path: str, ours: object, theirs: object) -> Iterator[tuple[str, object, object]]:

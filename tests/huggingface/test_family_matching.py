@@ -1,0 +1,45 @@
+"""Families that equal an architecture; tests/parity/test_exports.py compares logits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moenas.errors import InputError
+from moenas.huggingface.config import families
+from moenas.huggingface.config_writers import WRITERS
+from moenas.huggingface.families import FAMILIES
+from moenas.huggingface.family_matching import family_config
+from moenas.model.architecture import Architecture
+from moenas.records import Plain
+
+PAGE = (Path(__file__).parents[2] / "docs" / "exports.md").read_text(encoding="utf-8")
+
+
+def test_the_page_lists_every_family() -> None:
+    table = PAGE[
+        PAGE.index("| layers | families |") : PAGE.index("An architecture without a family")
+    ]
+    assert set(re.findall(r"`(\w+)`", table)) == set(WRITERS)
+
+
+def test_every_family_that_is_written_is_read() -> None:
+    assert set(WRITERS) <= set(FAMILIES)
+    assert set(WRITERS) <= set(families())
+
+
+def test_the_refusal_of_the_page_is_the_one_of_its_model() -> None:
+    """The candidate that README.md shows: 2 layers, 16 experts, LayerNorm."""
+    router = {"preset": "deepseek_v3", "top_k": 2}
+    block: Plain = {
+        "repeat": 2,
+        "mixer": {"kind": "attention", "head_dim": 16, "n_kv_heads": 2},
+        "ffn": {"kind": "moe", "n_experts": 16, "d_expert": 256, "router": router},
+    }
+    whole: Plain = {"vocab_size": 256, "d_model": 128, "norm": "layernorm", "blocks": [block]}
+    with pytest.raises(InputError) as refused:
+        family_config(Architecture.parse(whole), 128)
+    (shown,) = re.findall(r"trial 18: (no family.*?) \.\.\.\n", PAGE, re.DOTALL)
+    assert str(refused.value).startswith(" ".join(shown.split()))
