@@ -36,7 +36,7 @@ class Shelf:
             name=name,
             space_text="",
             overrides=[],
-            space={"train": {"tokens": 4096, "context": 64}, "data": {"kind": "pydoc"}},
+            space={"train": {"tokens": 4096, "context": 64, "batch": 8}, "data": {"kind": "pydoc"}},
             space_sha256="",
             objectives=[VAL_LOSS.plain()],
             data={"is_bytes": True, "files": [{"path": "a"}], **self.data},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,10 +19,12 @@ from moenas.export import source
 from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial, model_with
 from moenas.model.architecture import Architecture, initialise
-from moenas.model.moe.experts import MoE
+from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.store.weights import FILE
 
-ENTRY = ("forward", "loss", "generate", "new_cache")
+FINETUNE = "finetune.py"
+"""The script that trains an exported model further; it is copied as it is."""
+ENTRY = ("forward", "loss", "generate", "stream", "new_cache")
 """Methods of a model that an export keeps; further methods stay if these mention them."""
 ROUTED = ("auxiliary_loss", "after_step")
 """Methods that training a model with experts needs as well."""
@@ -30,7 +33,7 @@ CHECK_BATCH, CHECK_TOKENS = 2, 48
 
 
 def write(trial: TrainedTrial, folder: Path) -> None:
-    """Write model.py, config.json, model.safetensors and README.md into an empty folder.
+    """Write model.py, finetune.py, config.json, model.safetensors and README.md into a folder.
 
     A process in which moenas cannot be imported loads the folder: it must compute the same logits
     to the last bit.
@@ -39,17 +42,22 @@ def write(trial: TrainedTrial, folder: Path) -> None:
         MoenasError: if the logits differ.
     """
     data = trial_data(trial)
+    source_text = model_source(trial.architecture, is_bytes=trial.is_bytes)
+    loop = _ROUTED_LOOP if "def auxiliary_loss(" in source_text else _PLAIN_LOOP
+    about = _BYTE_DATA if trial.is_bytes else _TEXT_DATA if trial.tokenizer else _ID_DATA
+    use = _USE.format(data=about, loop=loop)
     files = _FILES + (_TOKENIZER_FILE if trial.tokenizer is not None else "")
     texts = {
-        "model.py": model_source(trial.architecture, is_bytes=trial.is_bytes),
+        "model.py": source_text,
         "config.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
-        "README.md": readme(data, trial.architecture, intro=_INTRO, use=_USE, files=files),
+        "README.md": readme(data, trial.architecture, intro=_INTRO, use=use, files=files),
     }
     if trial.tokenizer is not None:
         texts[TOKENIZER] = trial.tokenizer
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / FILE).write_bytes(trial.weights)
+    shutil.copyfile(Path(__file__).with_name(FINETUNE), folder / FINETUNE)
     check(folder, trial.architecture, trial.weights)
 
 
@@ -63,10 +71,37 @@ _USE = """\
     logits = net(torch.tensor([[72, 105]]))  # (batch, tokens) -> (batch, tokens, vocabulary)
     tokens = net.generate(torch.tensor([[72, 105]]), 100)
 
-`python model.py` prints a sample."""
+`python model.py` prints a sample. `generate` takes the most likely token each time, or draws:
+
+    prompt = torch.tensor([[72, 105]])
+    tokens = net.generate(prompt, 100, temperature=0.8, top_p=0.95, stop=[10], seed=0)
+    for token in net.stream(prompt, 100, temperature=0.8):   # (batch, 1) as soon as it is known
+        print(token.item(), end=" ", flush=True)
+
+`top_p` draws from the nucleus alone. A token of `stop` ends a sequence.
+
+## Fine-tune
+
+`python finetune.py data.txt --out tuned --steps 200` trains the model further and writes a folder
+like this one. {data} Its default learning rate is a tenth of that of the training. A step of your
+own training loop does this:
+
+    net.train()
+    loss = net.loss(inputs, targets)           # (batch, tokens) each; nats a token{loop}"""
+_ROUTED_LOOP = """
+    (loss + net.auxiliary_loss()).backward()   # with the balance losses of the routers
+    optimizer.step()
+    net.after_step()                           # moves selection biases by the load of this step"""
+_PLAIN_LOOP = """
+    loss.backward()
+    optimizer.step()"""
+_BYTE_DATA = "The data are a text file, whose bytes are the tokens."
+_TEXT_DATA = "The data are a text, which takes the library tokenizers, or token ids in a .npy file."
+_ID_DATA = "The data are token ids in a .npy file, which takes numpy."
 _FILES = """\
 - `model.py`: the architecture, a reader of the weights, `build()` and `load()`.
 - `model.safetensors`: the weights in float32.
+- `finetune.py`: trains the model further.
 - `config.json`: the architecture as data, every number above, the recipe and the data."""
 _TOKENIZER_FILE = """
 - `tokenizer.json`: the tokenizer, for the library tokenizers:
@@ -79,7 +114,7 @@ _TOKENIZER_FILE = """
 def model_source(architecture: Architecture, *, is_bytes: bool = True) -> str:
     """Return the text of model.py: what this architecture uses, `build`, `load` and a sample."""
     expression, classes = source.record(architecture.build)
-    methods = [*ENTRY, *(ROUTED if MoE in classes else ())]
+    methods = [*ENTRY, *(ROUTED if any(issubclass(x, RoutedLayer) for x in classes) else ())]
     closure = source.SourceClosure.of([*classes, initialise], methods)
     taken = sorted(set(closure.keys) & {"DTYPES", "build", "load", "read_safetensors"})
     if taken:

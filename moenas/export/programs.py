@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from moenas.errors import InputError, MoenasError
 from moenas.evaluate.threads import cpu_threads
-from moenas.export.card import readme, trial_data
+from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial
 from moenas.model.architecture import Architecture
 
@@ -229,10 +229,13 @@ def example_tokens(size: tuple[int, int], architecture: Architecture) -> Tensor:
 
 
 def write_texts(trial: TrainedTrial, folder: Path, *, intro: str, use: str, files: str) -> None:
-    """Write moenas.json and README.md."""
+    """Write moenas.json, README.md, and the tokenizer of the study if it has one."""
     data = trial_data(trial)
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
     (folder / "moenas.json").write_text(text, encoding="utf-8")
+    if trial.tokenizer is not None:
+        (folder / TOKENIZER).write_text(trial.tokenizer, encoding="utf-8")
+        files += f"\n- `{TOKENIZER}`: the tokenizer, for the library tokenizers."
     card = readme(data, trial.architecture, intro=intro, use=use, files=files)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -26,6 +26,7 @@ from moenas.model.blocks import (
     ResidualConfig,
     merge_half_blocks,
 )
+from moenas.model.decoding import TokenSampler
 from moenas.model.head import Head
 from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
 from moenas.model.layers.linear import matrices, output_projections, size
@@ -438,28 +439,53 @@ class Model(nn.Module):
         for _, moe in self.moe_layers():
             moe.after_step()
 
-    @torch.no_grad()
-    def generate(self, tokens: Tensor, n: int) -> Tensor:
-        """Return `tokens` (B, S) followed by the `n` most likely next tokens, one after another.
+    def generate(self, tokens: Tensor, n: int, **options: Any) -> Tensor:
+        """Return `tokens` (B, S) followed by up to `n` new tokens; the options are of `stream`."""
+        return torch.cat((tokens, *self.stream(tokens, n, **options)), dim=1)
 
-        In evaluation mode, whatever mode the model is in; that is left as it was.
+    def stream(
+        self,
+        tokens: Tensor,
+        n: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield up to `n` next tokens (B, 1) of `tokens` (B, S), each as soon as it is known.
+
+        Temperature 0 takes the most likely token. Else a token is drawn from
+        softmax(logits / temperature), with `top_p` from the nucleus alone. A sequence with a new
+        token of `stop` repeats it; the stream ends when all have one. A `seed` repeats its draws.
+        The model is in evaluation mode meanwhile, and in its own mode afterwards.
 
         Raises:
-            ValueError: if there is no token to begin with, or n is below 0.
+            ValueError: if there is no token to begin with, or an option is out of range.
         """
         if tokens.dim() != 2 or not tokens.numel():
             shape = tuple(tokens.shape)
             raise ValueError(f"tokens are (B, S) with B and S at least 1, not {shape}")
         if n < 0:
             raise ValueError(f"n is the number of new tokens, at least 0, not {n}")
+        return self._stream(tokens, n, TokenSampler(tokens.device, temperature, top_p, seed), stop)
+
+    @torch.no_grad()
+    def _stream(
+        self, tokens: Tensor, n: int, sampler: TokenSampler, stop: Sequence[int]
+    ) -> Iterator[Tensor]:
         was_training = self.training
         self.eval()
         try:
-            cache = self.new_cache(len(tokens), tokens.shape[1] + n)
-            new = tokens
+            cache, new = self.new_cache(len(tokens), tokens.shape[1] + n), tokens
+            ended = torch.zeros_like(tokens[:, :1], dtype=torch.bool)
             for _ in range(n):
-                new = self(new, cache)[:, -1:].argmax(dim=-1)
-                tokens = torch.cat((tokens, new), dim=1)
+                sampled = sampler.next_tokens(self(new, cache)[:, -1])
+                new = torch.where(ended, new[:, -1:], sampled)
+                yield new
+                if stop:
+                    ended = ended | torch.isin(new, torch.tensor(list(stop), device=new.device))
+                    if bool(ended.all()):
+                        return
         finally:
             self.train(was_training)
-        return tokens

@@ -33,7 +33,7 @@ from moenas.store.store import Store
 from moenas.store.weights import weights_path, write_weights
 from moenas.testing.parts import random_architecture
 
-FILES = ["README.md", "config.json", "model.py", "model.safetensors"]
+FILES = ["README.md", "config.json", "finetune.py", "model.py", "model.safetensors"]
 
 STRANGER = """
 import hashlib, importlib.util, json, sys
