@@ -150,8 +150,19 @@ class Server:
                 return rows
 
     def devices(self) -> list[Plain]:
-        """Return the devices of the server's machine."""
+        """Return the devices of the server's machine; `nodes` gives those of its Ray cluster."""
         return list(self.request("GET", "/v1/devices")["devices"])
+
+    def nodes(self) -> list[Plain]:
+        """Return the nodes of the server's Ray cluster; none if it has no cluster.
+
+        Raises:
+            InputError: if the cluster cannot be asked.
+        """
+        answer = self.request("GET", "/v1/devices")
+        if answer["nodes_error"] is not None:
+            raise InputError(answer["nodes_error"])
+        return list(answer["nodes"])
 
     # --- requests --------------------------------------------------------------------------------
 

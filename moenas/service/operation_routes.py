@@ -11,12 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
+from moenas.errors import InputError
 from moenas.service import schemas, tasks
 from moenas.service.page_routes import html
 from moenas.service.problems import Problem
 from moenas.service.sessions import LINK_S, Identity, cookie_value
 from moenas.service.state import Service, User
 from moenas.store import access_tokens, audit, study_events, submissions
+from moenas.workers.ray_nodes import cluster_nodes
 
 router = APIRouter()
 
@@ -58,9 +60,19 @@ def get_metrics(service: Service) -> Response:
 
 @router.get("/v1/devices", tags=["operation"])
 async def get_devices(service: Service) -> schemas.Devices:
-    """Return the devices of the server's machine."""
+    """Return the devices of the server's machine, and the nodes of its Ray cluster."""
     devices = await service.wait(service.checks.call, tasks.devices)
-    return schemas.Devices(devices=[schemas.Device(**row) for row in devices])
+    address, nodes, error = service.settings.address, [], None
+    if address is not None:
+        try:
+            nodes = await service.wait(cluster_nodes, address)
+        except InputError as caught:
+            error = str(caught)
+    return schemas.Devices(
+        devices=[schemas.Device(**row) for row in devices],
+        nodes=[schemas.RayNode(**row) for row in nodes],
+        nodes_error=error,
+    )
 
 
 @router.get("/v1/audit", tags=["operation"])

@@ -341,10 +341,23 @@ class Device(Model):
     name: str
 
 
+class RayNode(Model):
+    """A node of the Ray cluster that the drivers of the server use."""
+
+    id: str
+    address: str
+    host: str
+    alive: bool
+    resources: dict[str, float]
+
+
 class Devices(Model):
-    """The devices of the server's machine."""
+    """The devices of the server's machine, and the nodes of its Ray cluster."""
 
     devices: list[Device]
+    nodes: list[RayNode] = []
+    nodes_error: str | None = None
+    """Why the cluster could not be asked."""
 
 
 class AuditRow(Model):

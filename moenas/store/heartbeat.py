@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Self
 
 from moenas.errors import MoenasError, StudyBusyError
+from moenas.store import submissions
 from moenas.store.identity import ReplacedError
 from moenas.store.leases import STALE_S
 from moenas.store.store import Store
@@ -24,6 +25,8 @@ class StudyLease:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="moenas-lease", daemon=True)
         self._error: Exception | None = None
+        self.wanted_end: submissions.State | None = None
+        """`paused` or `cancelled` if a user of a server has asked for the end of the run."""
 
     def __enter__(self) -> Self:
         """Claim the study, or raise StudyBusyError."""
@@ -47,7 +50,7 @@ class StudyLease:
         while not self._end.wait(BEAT):
             began = time.monotonic()
             try:
-                self._store.beat(self._name)
+                self.wanted_end = self._store.beat(self._name)
                 good = began
             except Exception as error:
                 gone = isinstance(error, StudyBusyError | ReplacedError)

@@ -30,6 +30,7 @@ from moenas.store import (
     row_readers,
     statements,
     study_events,
+    submissions,
     tables,
 )
 from moenas.store.database import Database
@@ -230,8 +231,10 @@ class Store(StoreReader):
             raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
         sweep(self.runs, name)
 
-    def beat(self, name: str) -> None:
+    def beat(self, name: str) -> submissions.State | None:
         """Say that this driver lives; one that fails is not tried again.
+
+        Returns `paused` or `cancelled` if a user of a server has asked for the end of this driver.
 
         Raises:
             StorageLostError: if the database was moved or replaced.
@@ -241,6 +244,7 @@ class Store(StoreReader):
         with self._changing(name) as connection:
             self._database.check_identity(connection)
             leases.beat(connection, name, self._owner)
+            return submissions.wanted_end(connection, name)
 
     def release(self, name: str) -> None:
         """Stop being the driver of a study; nothing happens if this store is not.

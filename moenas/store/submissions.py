@@ -289,6 +289,19 @@ def set_driver(connection: Connection, name: str, machine: str, pid: int, born: 
     _set(connection, name, changes)
 
 
+def wanted_end(connection: Connection, name: str) -> State | None:
+    """Return `paused` or `cancelled` if the driver of a study is to end; None if it may go on.
+
+    A study without a driver of a server is run by a command, which no state of the queue stops.
+    """
+    if not statements.exists(connection, submission):
+        return None
+    this = (submission.c.study == name) & submission.c.runner.is_not(None)
+    ending = submission.c.state.in_(("paused", "cancelled"))
+    state: State | None = connection.scalar(select(submission.c.state).where(this & ending))
+    return state
+
+
 def held(connection: Connection, runner: str) -> list[Submission]:
     """Return the studies whose drivers a server looks after."""
     wanted = select(submission).where(submission.c.runner == runner).order_by(submission.c.study)

@@ -14,7 +14,7 @@ from moenas.search.start_points import SOURCE
 from moenas.search.trials import ParametersError, SamplerFailedError
 from moenas.store.weights import place
 from moenas.study.candidate import Candidate
-from moenas.study.events import Kind
+from moenas.study.events import Interrupted, Kind
 from moenas.study.jobs import Jobs
 from moenas.study.session import ENDS_A_RUN, Session
 from moenas.study.stop_rules import (
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SLOW_ASKS = ("gray_box",)
 """Samplers whose asks take seconds."""
+SIGINT_CODE = 130
+"""Exit code of a run that ends as after Ctrl-C."""
 POLL_S = 0.5
 """Seconds between looks at the lease of the study."""
 
@@ -77,9 +79,18 @@ class Driver:
                 self._handle_results(self.pool.wait(timeout))
             else:
                 time.sleep(min(timeout, self.faults.pause))
-            self.lease.check()
+            self._check_lease()
             self.session.budget.report()
             self.events.raise_error()
+
+    def _check_lease(self) -> None:
+        """Raise what went wrong with the lease, or Interrupted if a user of a server ends the run.
+
+        The server signals a driver of its own host; only this reaches one of another host.
+        """
+        self.lease.check()
+        if (state := self.lease.wanted_end) is not None:
+            raise Interrupted(f"study '{self.session.name}' is {state} in the queue", SIGINT_CODE)
 
     # --- from a trial to a running candidate ---------------------------------------------------
 

@@ -180,24 +180,26 @@ def require_free(ray: Any, search: Search, where: str) -> None:
     Raises:
         InputError: saying what is in use.
     """
-    asked = _asked(search)
     end = time.monotonic() + BUSY_S
-    while True:
-        free = ray.available_resources()
-        short = [name for name, need in asked.items() if free.get(name, 0.0) < need]
-        if not short:
-            return
+    while (text := in_use(ray, search, where)) is not None:
         if time.monotonic() >= end:
-            break
+            raise InputError(f"{text}; wait until they are free, or use another cluster")
         time.sleep(0.5)
-    name, total = short[0], ray.cluster_resources()
-    if total.get(name, 0.0) < asked[name]:
-        return  # `fit` says so
-    raise InputError(
-        f"all {name}s of the Ray cluster {where} are in use: {free.get(name, 0.0):g} of"
-        f" {total[name]:g} are free, and a candidate asks for {asked[name]:g}; wait until they are"
-        " free, or use another cluster"
-    )
+
+
+def in_use(ray: Any, search: Search, where: str) -> str | None:
+    """Say that others use all that a candidate needs; None if they do not.
+
+    It is None too if the whole cluster has less than a candidate needs: `fit` says so.
+    """
+    free, total = ray.available_resources(), ray.cluster_resources()
+    for name, need in _asked(search).items():
+        if free.get(name, 0.0) < need <= total.get(name, 0.0):
+            return (
+                f"all {name}s of the Ray cluster {where} are in use: {free.get(name, 0.0):g} of"
+                f" {total[name]:g} are free, and a candidate asks for {need:g}"
+            )
+    return None
 
 
 def _version() -> str:

@@ -25,7 +25,13 @@ from moenas.errors import InputError, MoenasError, StorageLostError
 from moenas.failures import clean, error_line
 from moenas.processes import children, kill, kill_descendants, kill_marked, process_start, state
 from moenas.space.sections import Search
-from moenas.workers.ray_address import probe, require_free, require_version, with_share
+from moenas.workers.ray_address import (
+    in_use,
+    probe,
+    require_free,
+    require_version,
+    with_share,
+)
 
 PREFIX = "moenas-r"
 LONGEST = 39
@@ -182,7 +188,9 @@ def _connect(search: Search, workers: int | None, address: str | None) -> Cluste
         cluster = Cluster(ray, address, None, ours=True)
         try:
             require_version(ray)
-            require_free(ray, with_share(ray, search, workers), f"at {address}")
+            text = in_use(ray, with_share(ray, search, workers), f"at {address}")
+            if text is not None:
+                print(f"moenas: {text}; the candidates wait for their turn", file=sys.stderr)
         except BaseException:
             cluster.close()
             raise

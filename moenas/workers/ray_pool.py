@@ -244,7 +244,7 @@ class RayPool:
         self._tasks.remove(task)
         if task.process is not None:
             task.process.pid, task.process.process_start = task.pid, task.process_start
-        if not self._processes.keep(task.process, said):
+        if not self._processes.keep(task.process, said, is_full=self._is_full()):
             task.deadline = time.monotonic() + LEAVE_S
             self._leaving.append(task)
         return [_result(task.job, said)]
@@ -281,6 +281,10 @@ class RayPool:
             all(free.get(name, 0.0) >= need for name, need in asked.items())
             for free in self._cluster.available
         )
+
+    def _is_full(self) -> bool:
+        """Whether jobs of other studies may wait for a process of this one to end."""
+        return self._cluster.head is None and not self._has_room()
 
     def _has_ended(self, task: _Task, timeout: float) -> bool:
         """Wait for the end of a killed task's process; say whether it came."""

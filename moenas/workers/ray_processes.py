@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moenas.processes import process_start
@@ -15,6 +15,9 @@ from moenas.workers.results import Evaluate
 
 ON_CPU, IN_TURN = 1, 50
 """Jobs of a process if the space names no number: on a CPU, and where a start costs too much."""
+TURN_S = 300.0
+"""Seconds after which a process of a full cluster ends between two jobs, so that the jobs of other
+studies, which wait in Ray's queue, get its place."""
 IDLE_S = 60.0
 """Seconds without a job after which a process ends, as it holds its part of the cluster."""
 
@@ -30,6 +33,7 @@ class WorkerProcess:
     process_start: str | None = None
     """Ticks from the boot to its start; None until its first result, or on another machine."""
     idle_since: float = 0.0
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def is_dead(self) -> bool:
@@ -50,8 +54,11 @@ class Processes(Protocol):
     def stop(self, stream: Any, process: WorkerProcess | None) -> None:
         """End the process of a job that is not done."""
 
-    def keep(self, process: WorkerProcess | None, said: Any) -> bool:
-        """Take a process back whose job is done; False if it ends."""
+    def keep(self, process: WorkerProcess | None, said: Any, *, is_full: bool) -> bool:
+        """Take a process back whose job is done; False if it ends.
+
+        `is_full` says that no other process of this size fits into the cluster.
+        """
 
     def tend(self) -> None:
         """End what has waited for a job for long."""
@@ -90,7 +97,7 @@ class FreshProcesses:
         """End the process."""
         self._ray.cancel(stream, force=True)
 
-    def keep(self, process: WorkerProcess | None, said: Any) -> bool:
+    def keep(self, process: WorkerProcess | None, said: Any, *, is_full: bool) -> bool:
         """Say that the process ends by itself."""
         return False
 
@@ -132,11 +139,16 @@ class ReusedProcesses:
         if process is not None:
             self._end(process)
 
-    def keep(self, process: WorkerProcess | None, said: Any) -> bool:
-        """Keep a process for the next job, unless it has done its number, or is not fit for one."""
+    def keep(self, process: WorkerProcess | None, said: Any, *, is_full: bool) -> bool:
+        """Keep a process for the next job, unless it has done its number, or is not fit for one.
+
+        In a full cluster it is kept for TURN_S.
+        """
         if process is None:
             return False
-        if process.jobs >= self._most or not isinstance(said, dict) or said.get("unfit"):
+        unfit = not isinstance(said, dict) or said.get("unfit")
+        turn_over = is_full and time.monotonic() >= process.began + TURN_S
+        if process.jobs >= self._most or unfit or turn_over:
             self._end(process)
             return False
         process.idle_since = time.monotonic()

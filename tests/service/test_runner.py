@@ -174,3 +174,30 @@ def test_a_study_is_paused_resumed_extended_and_finished(
     assert [event.id for event in events] == list(range(1, len(events) + 1))
     told = [event.data["trial"] for event in events if event.kind == "trial_finished"]
     assert sorted(told) == store.finished("small")
+
+
+@pytest.mark.parametrize("state", ["paused", "cancelled"])
+def test_a_driver_on_another_host_ends_by_itself(
+    store: Store, make: Callable[[], Runner], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    text = SMALL.replace("d_ff: {int: [64, 128], step: 32}", "d_ff: {int: [64, 2000]}")
+    submit(store, space_text=text, trials=500)
+    runner = make()
+    tick_until(runner, lambda: "trial_finished" in kinds(store))
+    submission = found(store)
+    process = runner_module.process_of(submission)
+    assert process is not None
+    elsewhere = ("another host", process.pid, process.born)
+    store.transact(lambda c: submissions.set_driver(c, "small", *elsewhere))
+    monkeypatch.setattr(runner.drivers, "interrupt", lambda _: pytest.fail("signalled"))
+    change = submissions.pause if state == "paused" else submissions.cancel
+    store.transact(lambda c: change(c, "small", "ann"))
+    tick_until(runner, lambda: found(store).runner is None)
+    assert found(store).state == state
+    deadline = time.monotonic() + 10
+    while runner.drivers.is_alive(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert runner.drivers.exit_code("small") == 130
+    assert f"study 'small' is {state} in the queue" in runner.drivers.log_tail("small")
+    assert len(store.finished("small")) < 500

@@ -14,7 +14,7 @@ from test_paused_candidates import halving
 
 from moenas.errors import InputError
 from moenas.evaluate.job import evaluate
-from moenas.export.folder import export
+from moenas.export.formats import export
 from moenas.records import Evaluation, Job, WeightsFile
 from moenas.store import study_rows
 from moenas.store.files import matching, root_at

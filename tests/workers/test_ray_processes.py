@@ -131,6 +131,18 @@ def test_a_process_without_a_job_ends_after_a_while(
     wait_until(lambda: kept.wait(0.1) == [] and not runs(pid(first)))
 
 
+def test_a_process_of_a_full_cluster_ends_after_its_turn(
+    kept: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "_is_full", lambda: True)
+    first, second = worked(kept, job(1, "fine"), job(2, "fine"))
+    assert pid(first) == pid(second)
+    monkeypatch.setattr(ray_processes, "TURN_S", 0.0)
+    third, fourth = worked(kept, job(3, "fine"), job(4, "fine"))
+    assert pid(third) == pid(first)
+    assert pid(fourth) != pid(third)
+
+
 CHANGES = '''"""An objective that changes its process, and says what it found there."""
 import os, random, sys, threading, warnings
 import numpy, torch

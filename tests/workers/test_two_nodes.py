@@ -8,20 +8,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import pytest
 from object_store import empty_root
 from postgres import Server, empty_schema, server_programs
 from ray_nodes import TwoNodes, can_hide
+from served import served
 from studies import assert_sound
 
+from moenas.errors import InputError
 from moenas.space.space import Space
-from moenas.store import attempts
+from moenas.store import attempts, study_events
 from moenas.store.store import Store
 from moenas.store.weights import read_weights
 from moenas.study import doctor
 from moenas.study.launch import Study, run
+from moenas.workers.ray_nodes import cluster_nodes
 
 pytestmark = pytest.mark.cluster
 
@@ -75,9 +79,12 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 class Driver:
     """The command of the study; what it says is in a file."""
 
+    name = "two_nodes"
+
     def __init__(self, folder: Path, corpus: Path, cluster: TwoNodes, url: str, root: str) -> None:
         self.folder, self.url, self.root = folder, url, root
         (folder / "s.yaml").write_text(f"{SPACE}data: {{files: [{corpus}/c.txt]}}\n")
+        self.said_in = folder / f"{self.name}.said"
         own = {"MOENAS_STORAGE": url, "MOENAS_RUNS": root, "MOENAS_RETRY_S": "120"}
         self.environment = {**os.environ, **cluster.environment, **own}
         self.command = [sys.executable, "-m", "moenas", "run", "s.yaml", "--address"]
@@ -85,7 +92,7 @@ class Driver:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with (self.folder / "said").open("ab") as said:
+        with self.said_in.open("ab") as said:
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -98,7 +105,7 @@ class Driver:
 
     @property
     def said(self) -> str:
-        return (self.folder / "said").read_text()
+        return self.said_in.read_text()
 
     def until_evaluated(self, count: int) -> None:
         """Start, and wait until the database holds some evaluations, while others are being made."""
@@ -107,8 +114,8 @@ class Driver:
         while time.monotonic() < deadline:
             assert self.process is not None
             assert self.process.poll() is None, self.said
-            store = Store.known(self.url, "two_nodes") and Store.open(self.url)
-            if store and store.count("two_nodes") >= count:
+            store = Store.known(self.url, self.name) and Store.open(self.url)
+            if store and store.count(self.name) >= count:
                 return
             time.sleep(0.3)
         raise AssertionError(f"no {count} evaluations:\n{self.said}")
@@ -118,7 +125,7 @@ class Driver:
             self.start()
         assert self.process is not None
         assert self.process.wait(timeout=300) == 0, self.said
-        return Study(Store.open(self.url), "two_nodes")
+        return Study(Store.open(self.url), self.name)
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -162,6 +169,45 @@ def test_two_nodes_give_the_front_of_one_process(
         (kept,) = cluster.cache("two").rglob("*.corpus")
         assert kept.stem == found.record.data["sha256"]
     assert not list(cluster.cache("one").rglob("*.corpus"))
+
+
+def test_the_nodes_are_listed_with_their_resources(
+    cluster: TwoNodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    with served(tmp_path, address=cluster.address) as service:
+        answer = service.send("GET", "/v1/devices").json()
+    assert answer["nodes_error"] is None
+    assert [(node["alive"], node["resources"]["CPU"]) for node in answer["nodes"]] == [
+        (True, 1)
+    ] * 2
+    own = [name for node in answer["nodes"] for name in node["resources"] if name in ("one", "two")]
+    assert sorted(own) == ["one", "two"]
+    assert len({node["id"] for node in answer["nodes"]}) == 2
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(InputError, match=f"the Ray cluster at {cluster.address}"):
+        cluster_nodes(cluster.address)
+
+
+def test_studies_share_the_nodes_and_none_starves(driver: Driver) -> None:
+    driver.until_evaluated(1)
+    second = copy(driver)
+    second.name, second.said_in = "second", driver.folder / "second.said"
+    second.command = [*driver.command, "name=second"]
+    second.start()
+    try:
+        studies = [driver.finish(), second.finish()]
+    finally:
+        second.kill()
+    evaluated = []
+    for study in studies:
+        assert_sound(study, TRIALS)
+        kinds = study.store.query(lambda c, name=study.name: study_events.after(c, name, 0))
+        evaluated.append([e.at for e in kinds if e.kind == "trial_finished"])
+    # The second study, which began while all CPUs were in use, did not wait for the first one.
+    assert min(evaluated[1]) < max(evaluated[0])
+    assert studies[0].front().hypervolume == studies[1].front().hypervolume
 
 
 def test_a_stranger_without_the_token_is_turned_away(driver: Driver, cluster: TwoNodes) -> None:
