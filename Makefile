@@ -53,7 +53,7 @@ format: $(VENV)/.installed-dev ## put the code into the house format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test ## run the benchmarks whose figures the documents quote
-	for file in $(filter-out %/peers.py %/page.py %/record.py %/search.py %/service_page.py, $(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out %/peers.py %/page.py %/recipes.py %/record.py %/search.py %/service_page.py, $(wildcard benchmarks/*.py)); do \
 		$(BIN)/python "$$file" || exit 1; done
 
 docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
@@ -68,6 +68,7 @@ docs: $(VENV)/.installed ## write the pages of docs/ that come from the code
 
 transcripts: $(VENV)/.installed-test ## run the demo, then write its outputs and picture into the documents
 	$(BIN)/python benchmarks/transcripts.py
+	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/service_page.py
 
 dist: $(VENV)/.installed-dev ## build the sdist and the wheel into dist/

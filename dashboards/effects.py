@@ -6,7 +6,7 @@ import math
 
 from plotly import graph_objects as go
 
-from moenas.predict.level_effects import MIN_CANDIDATES, HoleEffect, Rows, hole_effects
+from moenas.predict.level_effects import MIN_CANDIDATES, EvaluatedDraws, HoleEffect, hole_effects
 from moenas.records import ObjectiveInfo, View
 from moenas.report import figures
 
@@ -22,7 +22,7 @@ def figure(view: View) -> go.Figure:
     """Draw the effect of each value of the most important holes, with 95 % intervals."""
     info = next((o for o in figures.objectives(view) if o.name == "val_loss"), None)
     info = info or next(iter(figures.objectives(view)))
-    rows: Rows = [
+    rows: EvaluatedDraws = [
         (e, view.params[e.trial])
         for e in figures.complete(view)
         if not e.is_copy and view.params.get(e.trial)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from moenas.processes import kill_marked
+from moenas.processes import descendants, kill_marked
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
 
@@ -75,10 +75,18 @@ class TwoNodes:
                 raise RuntimeError(f"node {node} of Ray did not start:\n{text}")
             time.sleep(0.2)
 
+    def works(self, node: str) -> bool:
+        """Whether a process of a node evaluates a candidate now."""
+        for pid in descendants(self.nodes[node].pid):
+            try:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::_work"):
+                    return True
+            except OSError:
+                continue
+        return False
+
     def kill(self, node: str) -> None:
         """Kill all processes of a node at once, as when its machine loses its power."""
-        from moenas.processes import descendants
-
         process = self.nodes.pop(node)
         below = descendants(process.pid)
         for pid in (process.pid, *below):

@@ -118,6 +118,8 @@ def test_examples_in_yaml_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         if "use: [" in block:
             continue  # tests/grammar/test_user_parts.py runs it
+        if page.name == "recipes.md":
+            continue  # tests/test_recipes.py runs it
         if "architecture:" in block and "objectives:" in block:
             Space.parse(block, name_of(page))
         else:
@@ -137,6 +139,7 @@ RUN = {
     "docs/getting_started.md": "test_the_example_of_the_python_interface_runs, here",
     "docs/objectives.md": "test_the_example_of_an_objective_measures, here",
     "docs/service.md": "tests/service/test_service_page.py",
+    "docs/recipes.md": "tests/test_recipes.py",
     "docs/parts.md": "tests/grammar/test_user_parts.py",
     "docs/tracing.md": "tests/export/test_tracing.py",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 from moenas.data import text_columns, token_files
@@ -53,7 +54,7 @@ def line(found: Plain) -> str:
     tokenizer = found["tokenizer"]
     if tokenizer:
         end = tokenizer["end_of_text"]
-        told += f", with {tokenizer['path']}"
+        told += f", with {os.path.basename(tokenizer['path'])}"
         told += f" and {end} after each document" if end and found["kind"] != "tokens" else ""
     elif found["kind"] == "tokens":
         told += f" ({found['dtype']})"

@@ -14,7 +14,7 @@ from moenas.errors import InputError
 from moenas.export.card import readme, trial_data
 from moenas.export.published_weights import published_weights
 from moenas.export.trained_trial import TrainedTrial
-from moenas.huggingface.matching import family_config, layers_of_architecture
+from moenas.huggingface.family_matching import family_config, layers_of_architecture
 from moenas.records import Plain
 from moenas.store.weights import FILE
 

@@ -130,7 +130,8 @@ def _with_seeds(
     for key, value in values:
         if key in noisy:
             rest[key] = f"{compact(value['mean'])} +- {compact(value['half_width'])}"
-    return rest | {"seeds": found["seeds"], "P(front)": found["probability"]} | last
+    chance = None if found["probability"] is None else f"{found['probability']:.2f}"
+    return rest | {"seeds": found["seeds"], "P(front)": chance} | last
 
 
 def caption(found: Plain | None) -> list[str]:

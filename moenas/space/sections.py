@@ -32,7 +32,7 @@ SAMPLERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBudget(Component):
+class Budget(Component):
     """What every candidate spends on its training in place of equal tokens."""
 
     train_flops: float = setting(
@@ -47,7 +47,7 @@ class Recipe(Component):
     """`train`: the run that every candidate gets, equal in tokens, data and order of data."""
 
     tokens: int = setting("training tokens of every candidate", default=500_000, low=1)
-    budget: TrainBudget | None = setting(
+    budget: Budget | None = setting(
         "equal compute in place of equal tokens, so that a cheaper candidate trains for longer;"
         " `tokens` is then not given",
         default=None,

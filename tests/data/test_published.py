@@ -39,6 +39,11 @@ def section_of(kind: str, folder: Path) -> Plain:
             (folder / f"{name}.txt").write_text(f"a line of {name}\n" * 400)
         return parse(Node.wrap({"files": [f"{folder}/*.txt"]}))
     values = np.random.default_rng(1).integers(0, 70_000, 4001)
+    if kind == "shards":
+        for number in range(3):
+            part = values[number * 1500 : (number + 1) * 1500]
+            part.astype("uint32").tofile(folder / f"t{number}.bin")
+        return parse(Node.wrap({"tokens": f"{folder}/*.bin", "vocab_size": 70_000}))
     values.astype("uint32").tofile(folder / "t.bin")
     return parse(Node.wrap({"tokens": f"{folder}/t.bin", "vocab_size": 70_000}))
 
@@ -56,7 +61,7 @@ def assert_equal(found: Corpus, corpus: Corpus) -> None:
     assert all((x == y).all() for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["files", "tokens"])
+@pytest.mark.parametrize("kind", ["files", "tokens", "shards"])
 def test_a_node_without_the_files_has_the_same_corpus(
     root: StorePath, tmp_path: Path, kind: str
 ) -> None:

@@ -20,7 +20,7 @@ from moenas.errors import InputError
 from moenas.export.formats import export
 from moenas.export.published_weights import LAYOUTS
 from moenas.huggingface.config_writers import WRITERS
-from moenas.huggingface.matching import family_config
+from moenas.huggingface.family_matching import family_config
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 

@@ -9,7 +9,7 @@ from studies import SMALL, space
 
 from moenas.errors import InputError, SpaceError
 from moenas.report.space_check import check_report
-from moenas.space.sections import Recipe, TrainBudget
+from moenas.space.sections import Budget, Recipe
 from moenas.space.space import Space
 from moenas.study.estimate import estimate
 from moenas.study.launch import run
@@ -28,7 +28,7 @@ def small(name: str = "s", budget: float = BUDGET) -> Space:
 
 @given(st.integers(1, 10**13), st.floats(1, 1e18))
 def test_the_steps_are_those_that_fit(flops: int, budget: float) -> None:
-    recipe = Recipe(batch=4, context=16, budget=TrainBudget(train_flops=budget))
+    recipe = Recipe(batch=4, context=16, budget=Budget(train_flops=budget))
     found = recipe.for_candidate(flops)
     step = 3 * flops * 4 * 16
     assert found.steps * step <= budget < (found.steps + 1) * step * (1 + 1e-9)

@@ -11,7 +11,7 @@ from moenas.errors import InputError
 from moenas.huggingface.config import families
 from moenas.huggingface.config_writers import WRITERS
 from moenas.huggingface.families import FAMILIES
-from moenas.huggingface.matching import family_config
+from moenas.huggingface.family_matching import family_config
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 

@@ -1,0 +1,39 @@
+"""Every recipe of docs/recipes.md runs, and its commands print what the page shows."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECIPES = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
+TEXTS = RECIPES["recipes"](RECIPES["PAGE"].read_text(encoding="utf-8"))
+UNSURE = re.compile(r"^(trials # and # differ|next:|  moenas |\[#/#\]|  trials # and)")
+"""Lines that depend on which candidate is better, or on the time left."""
+
+
+def without_numbers(line: str) -> str:
+    """Return a line whose numbers, spaces and rules are one sign each."""
+    line = re.sub(r"[0-9][0-9.,e]*[kMGT]?(e[+-]?[0-9]+)?", "#", line)
+    return re.sub(r" +", " ", re.sub(r"-{3,}", "---", line)).rstrip()
+
+
+@pytest.mark.parametrize("title", TEXTS)
+def test_a_recipe_prints_what_the_page_shows(title: str, tmp_path: Path) -> None:
+    RECIPES["write_files"](TEXTS[title], tmp_path)
+    shown = list(RECIPES["commands"](TEXTS[title]))
+    assert shown
+    for command, lines in shown:
+        new = [without_numbers(line) for line in RECIPES["printed"](command, tmp_path)]
+        wanted = [without_numbers(line) for line in lines]
+        missing = [line for line in wanted if line not in new and not UNSURE.match(line)]
+        assert missing == [], f"{command}: python benchmarks/recipes.py\n" + "\n".join(new)
+
+
+def test_the_page_has_outputs() -> None:
+    for title, recipe in TEXTS.items():
+        outputs = [lines for command, lines in RECIPES["commands"](recipe) if "moenas" in command]
+        assert all(outputs), f"{title}: python benchmarks/recipes.py"
