@@ -109,7 +109,7 @@ def test_validation_text_that_stands_in_training_is_told(tmp_path: Path) -> None
         shares[name] = matching.leaked(data.load(space(section).data))
     assert shares == {"equal": 1.0, "inside": 1.0, "other": 0.0}
     text = check_text(check_report(space({"tokens": train, "val": train, "vocab_size": 300}), 2))
-    assert "100% of the validation text stands in the training text word for word" in text
+    assert "100% of the validation text is in the training text word for word" in text
 
 
 def test_windows_are_found_across_the_parts_of_a_long_split(

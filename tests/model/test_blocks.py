@@ -157,7 +157,7 @@ def test_spellings_of_one_block_share_a_fingerprint() -> None:
 @pytest.mark.parametrize(
     ("group", "reason"),
     [
-        ({"mixer": ATTENTION, "shortcut": MOE}, "a shortcut stands beside an ffn"),
+        ({"mixer": ATTENTION, "shortcut": MOE}, "a shortcut needs an ffn beside it"),
         ({"ffn": MOE, "shortcut": MOE}, "a block has one mixture of experts"),
         ({"shortcut": MOE, "blocks": [PLAIN]}, "either 'blocks' or 'mixer' and 'ffn'"),
         ({"ffn": DENSE, "shortcut": MOE | {"router": {"top_k": 9}}}, "top_k (9) must be at most"),
