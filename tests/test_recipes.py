@@ -21,7 +21,13 @@ def without_numbers(line: str) -> str:
     return re.sub(r" +", " ", re.sub(r"-{3,}", "---", line)).rstrip()
 
 
-@pytest.mark.parametrize("title", TEXTS)
+@pytest.mark.parametrize(
+    "title",
+    [
+        title if title.startswith("Is this") else pytest.param(title, marks=pytest.mark.slow)
+        for title in TEXTS
+    ],
+)
 def test_a_recipe_prints_what_the_page_shows(title: str, tmp_path: Path) -> None:
     RECIPES["write_files"](TEXTS[title], tmp_path)
     shown = list(RECIPES["commands"](TEXTS[title]))
