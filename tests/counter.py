@@ -31,7 +31,7 @@ COUNTED = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linalg_solve_triangu
 
 _FREE = """
     __rshift__ _safe_softmax _softmax _to_copy _unsafe_view abs add add_ alias arange argmax
-    bitwise_and bitwise_not bitwise_xor cat clamp clamp_min clone constant_pad_nd copy_ cos
+    bitwise_and bitwise_not bitwise_or bitwise_xor cat clamp clamp_min clone constant_pad_nd copy_ cos
     cumsum detach div embedding eq exp expand floor_divide full gather ge gelu gt index
     index_add index_select le linalg_vector_norm log lt masked_fill maximum mean mul
     native_layer_norm neg new_zeros ones ones_like permute pow relu remainder rsqrt

@@ -10,8 +10,8 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 to=${1:-$root/.gpu}
 python=${PYTHON:-python3}
 
-# Dependencies that images with torch have; typer's and Ray's own needs are there, too.
-AT_HAND="torch numpy pandas scipy pyyaml safetensors typer rich"
+# Dependencies that images with torch have, as fsspec, which torch needs; so are those of typer and Ray.
+AT_HAND="torch fsspec numpy pandas scipy pyyaml safetensors typer rich"
 # The others, and what they need. greenlet is for SQLAlchemy; colorlog, mako, alembic, sqlalchemy for
 # Optuna; bottle for its dashboard; termcolor, yacs, iopath for fvcore; cffi, pycparser and
 # platformdirs for moocore; the last four for Ray.

@@ -87,7 +87,7 @@ assert "moenas" not in sys.modules and "torch" not in sys.modules
 FILE = {"torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ["torch_export", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_program_gives_the_same_logits_at_any_batch_and_length(
     format: str, tmp_path: Path
 ) -> None:
