@@ -32,7 +32,8 @@ until ray health-check --address "$address" >/dev/null 2>&1; do
 done
 others=$((SLURM_JOB_NUM_NODES - 1))
 if [ "$others" -gt 0 ]; then
-    srun --nodes="$others" --ntasks="$others" --exclude="$(hostname --short)" \
+    # srun does not inherit --cpus-per-task of the job.
+    srun --nodes="$others" --ntasks="$others" --cpus-per-task="$SLURM_CPUS_PER_TASK" --exclude="$(hostname --short)" \
         ray start --address="$address" --num-cpus="$SLURM_CPUS_PER_TASK" --block &
 fi
 

@@ -93,7 +93,7 @@ def test_the_options_of_moenas_and_ray_exist() -> None:
     text = (DEPLOY / "compose.yaml").read_text() + (DEPLOY / "kuberay.yaml").read_text()
     scripts = "".join(path.read_text() for path in sorted(DEPLOY.glob("*.sh")))
     used = set(re.findall(r"--[a-z][a-z-]+", re.sub(r"(?m)^\s*#.*$", "", text + scripts)))
-    of_slurm = {"--nodes", "--ntasks", "--exclude", "--ip-address", "--short"}
+    of_slurm = {"--nodes", "--ntasks", "--cpus-per-task", "--exclude", "--ip-address", "--short"}
     known = options("moenas", "serve") | options("moenas", "run")
     known |= options("ray.scripts.scripts", "start") | options(
         "ray.scripts.scripts", "health-check"

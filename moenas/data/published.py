@@ -78,7 +78,7 @@ def fetch(address: Plain, digest: str) -> Corpus:
             try:
                 return _opened(kept, digest)
             except DataError:  # a file that was changed is fetched again
-                kept.unlink()
+                kept.unlink(missing_ok=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".draft-") as folder:
             draft = Path(folder, path.name)

@@ -23,6 +23,8 @@ LINE = 1 << 20
 """Bytes of a first line that are looked at."""
 ROWS = 1024
 """Rows that are read at a time."""
+UNREADABLE = (OSError, ValueError, KeyError, MemoryError)
+"""Errors of pyarrow for a file that it cannot read; its own ones derive from these."""
 VAL_SPLITS = ("validation", "valid", "val", "dev", "test")
 """Splits of a data set of Hugging Face that validate; the first that there is."""
 
@@ -70,12 +72,12 @@ def rows(path: str, column: str) -> Iterator[str]:
         yield from _json_rows(path, column)
         return
     schema, batches = _opened(path, column)
-    if column not in schema.names:
-        raise DataError(f"{path}: has no column {column!r} any more", path="data")
+    if schema.names.count(column) != 1:
+        raise DataError(f"{path}: has no single column {column!r} any more", path="data")
     try:
         for batch in batches:
             yield from filter(None, batch.column(column).to_pylist())
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from ValueError
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: cannot be read: {reason}", path="data") from None
 
@@ -95,7 +97,7 @@ def _json_text(path: str, number: int, line: bytes, column: str) -> str | None:
     place = f"{path}:{number}:"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error).partition(":")[0]
         raise DataError(f"{place} is no JSON ({reason}); give JSON Lines", path="data") from None
     if not isinstance(row, dict) or column not in row:
@@ -123,7 +125,7 @@ def json_lines_keys(path: str) -> list[str]:
         line = file.readline(LINE)
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return list(row) if isinstance(row, dict) else []
 
@@ -162,7 +164,7 @@ def _opened(
             return stream.schema, iter(stream)
         table = ipc.open_file(source)
         return table.schema, map(table.get_batch, range(table.num_record_batches))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"'{path}' cannot be read as {name}: {reason}", path="data") from None
 

@@ -81,9 +81,10 @@ def _inspect_npy(path: str) -> TokenFile:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"'{path}' is no .npy array: {error}") from None
-    if array.ndim != 1 or array.dtype.name not in DTYPES:
+    if array.ndim != 1 or array.dtype.name not in DTYPES or not array.dtype.isnative:
+        order = "" if array.dtype.isnative else "in the byte order of another machine, "
         raise ValueError(
-            f"'{path}' holds {array.dtype.name} in shape {array.shape}; give one row of"
+            f"'{path}' holds {order}{array.dtype.name} in shape {array.shape}; give one row of"
             f" {' or '.join(DTYPES)}"
         )
     return TokenFile(path, formats.NPY, array.dtype.name, 0, len(array))

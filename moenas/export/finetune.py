@@ -52,10 +52,15 @@ def read_tokens(path: Path, vocab_size: int, is_bytes: bool) -> Tensor:
     elif path.suffix != ".npy" and (HERE / "tokenizer.json").is_file():
         tokenizers: Any = importlib.import_module("tokenizers")
         tokenizer = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer.json"))
-        tokens = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8")).ids)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        text = path.read_text(encoding="utf-8")
+        tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
     else:
         numpy: Any = importlib.import_module("numpy")
         tokens = torch.from_numpy(numpy.load(path).astype("int64")).flatten()
+    if len(tokens) and int(tokens.min()) < 0:
+        refuse(f"{path}: token {int(tokens.min())}; tokens are at least 0")
     if len(tokens) and int(tokens.max()) >= vocab_size:
         refuse(f"{path}: token {int(tokens.max())}; the vocabulary has {vocab_size}")
     return tokens

@@ -206,7 +206,7 @@ def config_of(root: Node, source: str, prefix: str = "") -> Config:
             path=f"{prefix}model_type",
         )
     family = root.value["model_type"].plain
-    if family not in families():
+    if not isinstance(family, str) or family not in families():
         for name in WRAPPERS:
             if name in root.value:
                 return config_of(root.value[name], source, f"{prefix}{name}.")

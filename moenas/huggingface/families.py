@@ -24,7 +24,11 @@ def model_of(config: Config) -> Model:
     Raises:
         SpaceError: naming the field of the configuration that has no counterpart.
     """
-    whole, layers = FAMILIES[config.family](config)
+    try:
+        whole, layers = FAMILIES[config.family](config)
+    except (ArithmeticError, TypeError, ValueError) as error:  # such as a count of 0
+        message = f"a field has a value that the family cannot have: {error}"
+        raise config.error("model_type", message) from None
     config.check_all_read()
     try:
         Architecture.parse({**whole, "blocks": groups_of(layers)})

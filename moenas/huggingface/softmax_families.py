@@ -34,6 +34,8 @@ def windows(c: Config, n_layers: int) -> list[int | None]:
     types = c.kinds("layer_types", n_layers, SLIDING)
     used = c.flag("use_sliding_window", True)
     window = c.whole_or_none("sliding_window") if used else None
+    if not used:  # released files give sizes that have no effect
+        c.read |= {"sliding_window", "max_window_layers"}
     if types is not None:
         return [window if sliding else None for sliding in types]
     if c.family in ("qwen2", "qwen3", "qwen2_moe", "dots1"):  # only late layers have a window

@@ -19,6 +19,8 @@ DRAWS, CHUNK = 4000, 250
 """Draws of the values of all trials, and how many are compared at a time."""
 FAR = 10.0
 """Standard deviations beyond which a value counts as impossible."""
+RARE = 1e-4
+"""Probability of a larger true deviation than the one that FAR counts with."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,18 @@ class ObjectiveNoise:
     """Standard deviation between seeds, pooled over the models."""
     degrees: int
     """Degrees of freedom: seeds minus models."""
+
+    @property
+    def far(self) -> float:
+        """Distance from a mean beyond which a value counts as impossible.
+
+        With few degrees of freedom the true deviation may be many times the measured one.
+        """
+        from scipy.stats import chi2
+
+        return (
+            FAR * self.deviation * max(1.0, math.sqrt(self.degrees / chi2.ppf(RARE, self.degrees)))
+        )
 
     def half_width(self, *seeds: int) -> float:
         """Return the half width of the 95 % interval of a mean over seeds.
@@ -90,7 +104,7 @@ class SeedNoise:
 
     def _near(self, trials: Sequence[int], names: Sequence[str], sign: Numbers) -> list[int]:
         """Return the trials, and all others that could dominate one of them."""
-        reach = np.array([FAR * self.objectives[name].deviation for name in names])
+        reach = np.array([self.objectives[name].far for name in names])
         mean = {i: np.array([row[name] for name in names]) * sign for i, row in self.means.items()}
         worst = np.array([mean[trial] for trial in trials]) + reach
         own = set(trials)
@@ -119,10 +133,18 @@ def seed_noise(
         squares = 0.0
         for found in groups:
             numbers = np.array([row[name] for row in found])
-            squares += float(((numbers - numbers.mean()) ** 2).sum())
+            if numbers.min() < numbers.max():  # the mean of equal numbers rounds
+                squares += float(((numbers - numbers.mean()) ** 2).sum())
         noise[name] = ObjectiveNoise(math.sqrt(squares / degrees), degrees)
     means = {
-        trial: {name: math.fsum(row[name] for row in found) / len(found) for name in objectives}
+        trial: {name: _mean([row[name] for row in found]) for name in objectives}
         for trial, found in rows.items()
     }
     return SeedNoise(noise, means, {trial: len(found) for trial, found in rows.items()})
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    """Return the mean; that of equal numbers is the number itself, without rounding."""
+    if min(numbers) == max(numbers):
+        return numbers[0]
+    return math.fsum(numbers) / len(numbers)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moenas.processes import kill_descendants, machine, process_start
 from moenas.service.settings import ServerSettings
-from moenas.store.submissions import Submission
+from moenas.store.submissions import STUDY_NAME, Submission, require_study_name
 from moenas.store.urls import clean
 
 CODE_FILE = "exit_code"
@@ -58,7 +58,12 @@ class Drivers:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def folder(self, study: str) -> Path:
-        """Return the folder of a study's space file and log; the name was checked before."""
+        """Return the folder of a study's space file and log.
+
+        Raises:
+            InputError: if the name of the study cannot be the name of a folder.
+        """
+        require_study_name(study)
         return self._settings.work_dir.absolute() / study
 
     def start(self, submission: Submission) -> DriverProcess:
@@ -136,5 +141,6 @@ class Drivers:
         return clean("\n".join(lines[-TAIL_LINES:]))
 
     def forget(self, study: str) -> None:
-        """Delete the files of a study."""
-        shutil.rmtree(self.folder(study), ignore_errors=True)
+        """Delete the files of a study; one whose name names no folder was never submitted."""
+        if STUDY_NAME.match(study):
+            shutil.rmtree(self.folder(study), ignore_errors=True)

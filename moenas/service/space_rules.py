@@ -18,8 +18,6 @@ MAGIC = re.compile(r"[*?\[]")
 NO_CODE = "the server was started without --allow-code, so a space cannot name Python files"
 NO_START = "'{}' is no shipped space, such as zoo/olmoe_1b_7b, and no study:NAME"
 STUDY = "study:"
-STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-"""Names of submitted studies: they are parts of URLs and names of folders."""
 
 
 @dataclass(frozen=True)
@@ -130,18 +128,5 @@ def require_data_below(data: Plain, rules: SpaceRules) -> None:
     for path in paths(data):
         index = f"{os.path.splitext(path)[0]}.idx"  # of a Megatron data set
         for one in [path, *([index] if os.path.exists(index) else [])]:
-            if not is_below(one, rules.data_roots):
+            if "\0" in one or not is_below(one, rules.data_roots):
                 raise SpaceError(f"'{one}' is outside of --data-root", path="data")
-
-
-def require_study_name(name: str) -> None:
-    """Check the name of a study that is submitted.
-
-    Raises:
-        InputError: if it cannot be part of a URL or the name of a folder.
-    """
-    if not STUDY_NAME.match(name):
-        raise InputError(
-            f"study name {name[:40]!r}: 1 to 100 letters, digits, '.', '_' or '-', the first one a"
-            " letter or a digit; give the space another `name`"
-        )

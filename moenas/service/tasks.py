@@ -13,8 +13,8 @@ from moenas.service.space_rules import (
     require_allowed,
     require_data_below,
     require_start_names,
-    require_study_name,
 )
+from moenas.store.submissions import require_study_name
 
 SOURCE = "space.yaml"
 """What errors call the text of a space."""

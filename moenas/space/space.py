@@ -60,7 +60,7 @@ RESOURCES = (
 )  # fmt: skip
 """Fields of `search` that a resumed study may change: they do not touch what a value means."""
 ONE_STEP = "train.budget holds one training step"
-"""The requirement of a budget of training FLOPs."""
+"""The requirement of a budget of training FLOPs; a step for each rung and the end if these stop."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
 
 
@@ -292,7 +292,9 @@ class Space:
         violations = {r.text: r.violation(layers) for r in wanted}
         if self.train.budget is not None:
             step = self.train.step_flops(self.cost(architecture).flops_per_token)
-            violations[ONE_STEP] = step / self.train.budget.train_flops - 1.0
+            # With early stopping, each rung and the end need a step of their own.
+            least = 1 + self.train.rungs if self.search.early_stopping.stops else 1
+            violations[ONE_STEP] = least * step / self.train.budget.train_flops - 1.0
         if self.fit is not None:
             violations[self.fit.text] = self.fit.violation(
                 fit_cost(self.fit, self.cost(architecture))

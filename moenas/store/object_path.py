@@ -197,6 +197,8 @@ def check_url(url: str, setting: str) -> None:
     Raises:
         InputError: saying what is wrong with the URL, the installation or the store.
     """
+    if "::" in url:
+        raise InputError(f"{setting}: a chain of URLs; give one URL, PROTOCOL://PLACE")
     try:
         parts = urlsplit(url)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select, update
 
-from moenas.errors import ConflictError, NotFoundError, suggestion
+from moenas.errors import ConflictError, InputError, NotFoundError, suggestion
 from moenas.records import Plain
 from moenas.store import audit, statements, study_events
 from moenas.store.tables import evaluation, study, submission
@@ -19,6 +20,22 @@ STATES: tuple[State, ...] = get_args(State)
 """`running` lasts from the choice of a server to the end of the driver. The driver of a study that
 is paused or cancelled may still be ending."""
 OVER: tuple[State, ...] = ("finished", "failed", "cancelled")
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+"""Names of submitted studies: they are parts of URLs and names of folders."""
+
+
+def require_study_name(name: str) -> None:
+    """Check the name of a study that is submitted.
+
+    Raises:
+        InputError: if it cannot be part of a URL or the name of a folder.
+    """
+    if not STUDY_NAME.match(name):
+        raise InputError(
+            f"study name {name[:40]!r}: 1 to 100 letters, digits, '.', '_' or '-', the first one a"
+            " letter or a digit; give the space another `name`"
+        )
 
 
 @dataclass(frozen=True)

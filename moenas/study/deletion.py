@@ -32,9 +32,17 @@ def delete_study(store: Store, name: str, user_name: str) -> int:
         if store.holds_optuna_study(name):
             with suppress(KeyError):
                 optuna.delete_study(study_name=name, storage=store.optuna_storage())
+        # Files go while the name is taken: a new study of this name must not lose its own.
+        store.transact(lambda connection: _require_no_driver(connection, name))
+        remove_tree(study_folder(store.runs, name))
         store.transact(lambda connection: _forget(connection, name, user_name, trials))
-    remove_tree(study_folder(store.runs, name))
     return trials
+
+
+def _require_no_driver(connection: Connection, name: str) -> None:
+    submission = submissions.find(connection, name, lock=True)
+    if submission is not None and submission.driver_running:
+        raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
 
 
 def _forget(connection: Connection, name: str, user_name: str, trials: int) -> None:
@@ -43,8 +51,7 @@ def _forget(connection: Connection, name: str, user_name: str, trials: int) -> N
     known = connection.execute(select(tables.study.c.name).where(tables.study.c.name == name))
     if submission is None and known.first() is None:
         return  # the transaction is repeated, as the answer of its commit was lost
-    if submission is not None and submission.driver_running:
-        raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
+    _require_no_driver(connection, name)
     connection.execute(delete(tables.study).where(tables.study.c.name == name))
     submissions.forget(connection, name)
     study_events.forget(connection, name)

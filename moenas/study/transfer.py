@@ -120,6 +120,7 @@ def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) 
             raise ConflictError(
                 f"study '{name}' is {submitted.state} on a server; pause or cancel it there first"
             )
+        submissions.require_study_name(new)
         # The driver of a study runs its space file, which says the former name.
         overrides = [*submitted.overrides, f"name={json.dumps(new)}"]
         submissions.rename(connection, name, new, overrides)

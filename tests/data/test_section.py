@@ -57,6 +57,15 @@ def test_a_folder_of_tokens_is_its_two_splits(tmp_path: Path, suffix: str) -> No
     assert Path(found["val"]).name == f"val.{suffix}"
 
 
+def test_the_validation_split_of_a_folder_is_taken_from_val(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_tokens(tmp_path / f"{split}.bin", range(9))
+    found = section(f"{{tokens: {tmp_path}/train.bin, val: {tmp_path}, vocab_size: 9}}")
+    assert Path(found["val"]).name == "val.bin"
+    with pytest.raises(SpaceError, match=r"train\.bin' is in data\.tokens, too"):
+        section(f"{{tokens: {tmp_path}/train.bin, val: {tmp_path}/train.bin, vocab_size: 9}}")
+
+
 @pytest.mark.parametrize(("size", "dtype"), [("65536", "uint16"), ("65537", "uint32")])
 def test_raw_tokens_are_as_wide_as_the_vocabulary_asks(
     tmp_path: Path, size: str, dtype: str

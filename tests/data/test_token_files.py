@@ -92,3 +92,9 @@ def test_a_damaged_megatron_data_set_is_refused(tmp_path: Path) -> None:
         inspect(str(write_megatron(tmp_path / "b.bin", [[1]], "int64")), "uint16")
     with pytest.raises(ValueError, match="version 2 and type 8"):
         inspect(str(write_megatron(tmp_path / "c.bin", [[1]], version=2)), "uint16")
+
+
+def test_a_npy_array_of_another_byte_order_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "swapped.npy", TOKENS.astype(">u2"))
+    with pytest.raises(ValueError, match="byte order of another machine"):
+        inspect(str(tmp_path / "swapped.npy"), "uint16")

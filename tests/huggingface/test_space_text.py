@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from moenas.errors import SpaceError
 from moenas.grammar.sampling import RandomSuggest
+from moenas.huggingface.families import read_model
 from moenas.huggingface.layer_groups import groups_of, layers_of
 from moenas.huggingface.space_text import space_text
 from moenas.space.architecture_file import read_architecture
@@ -39,3 +42,30 @@ def test_groups_are_the_layers_that_they_were_written_from() -> None:
     groups = groups_of(layers)
     assert len(groups) < 5
     assert layers_of(groups) == layers
+
+
+QWEN = {
+    "model_type": "qwen2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def read(folder: Path, **more: object) -> str:
+    (folder / "config.json").write_text(json.dumps(QWEN | more))
+    family, _ = read_model(folder)
+    return family
+
+
+def test_a_window_that_is_not_used_is_no_difference(tmp_path: Path) -> None:
+    unused = {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28}
+    assert read(tmp_path, **unused) == "qwen2"
+
+
+@pytest.mark.parametrize(
+    "more", [{"model_type": []}, {"hidden_act": []}, {"num_attention_heads": 0}]
+)
+def test_values_that_no_model_has_are_errors_of_the_file(
+    tmp_path: Path, more: dict[str, object]
+) -> None:
+    with pytest.raises(SpaceError, match=r"config\.json"):
+        read(tmp_path, **more)

@@ -97,3 +97,18 @@ def test_trials_that_are_far_away_change_nothing() -> None:
 
 def test_without_replicates_nothing_is_known() -> None:
     assert seed_noise({0: {"loss": 1.0}, 1: {"loss": 2.0}}, {}, ["loss"]) is None
+
+
+def test_equal_values_of_all_seeds_have_no_noise_and_no_rounding() -> None:
+    values = {i: {"share": 0.1 + i / 7, "flops": 1.0} for i in range(20)}
+    found = seed_noise(values, {i: [row, row] for i, row in values.items()}, ["share", "flops"])
+    assert found is not None
+    assert not found.is_noisy("share")
+    assert found.means == values
+
+
+def test_with_few_degrees_of_freedom_far_trials_count_too() -> None:
+    values = {0: {"loss": 1.0}, 1: {"loss": 1.0 - 12 * 0.1}}
+    found = seed_noise(values, {0: [{"loss": 1.0 + 0.1 * 2**0.5}]}, ["loss"])
+    assert found is not None
+    assert found.probabilities([0], {"loss": "minimize"})[0] > 0.0

@@ -228,7 +228,10 @@ def test_a_submitted_study_is_renamed_only_where_no_driver_may_start(
     with pytest.raises(ConflictError, match="is queued on a server"):
         rename_study(store, "t", "u", "somebody")
     store.transact(lambda c: submissions.cancel(c, "t", "ann"))
-    rename_study(store, "t", 'u "1"', "somebody")
+    for name in ("..", 'u "1"', "a/b"):
+        with pytest.raises(InputError, match="1 to 100 letters"):
+            rename_study(store, "t", name, "somebody")
+    rename_study(store, "t", "u-1", "somebody")
     (found,) = store.query(submissions.every)
-    assert (found.study, found.state) == ('u "1"', "cancelled")
-    assert Space.parse(found.space_text, "u.yaml", found.overrides).name == 'u "1"'
+    assert (found.study, found.state) == ("u-1", "cancelled")
+    assert Space.parse(found.space_text, "u.yaml", found.overrides).name == "u-1"
