@@ -297,10 +297,6 @@ def _parse_tokens(node: Node, value: dict[str, Node]) -> Plain:
     if val_node is not None:
         listed, more = _token_paths(val_node, "data.val")
         val = more or listed
-        if both := sorted(set(train) & set(val)):
-            raise val_node.error(
-                "data.val", f"'{both[0]}' is in data.tokens, too; give other files"
-            )
     named = _given(value, "dtype")
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     if named is not None:
