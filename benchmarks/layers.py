@@ -107,7 +107,7 @@ def table(cells: Iterator[Cell], names: list[str]) -> Iterator[str]:
         by_rows[cell.rows].append(cell.ratios())
         yield cell.line()
     groups = {f"m = {m}": group_ratios for m, group_ratios in sorted(by_rows.items())}
-    groups["all"] = [ratios for group_ratios in by_rows.values() for ratios in group_ratios]
+    groups["all"] = [ratios for every in by_rows.values() for ratios in every]
     for name, group_ratios in groups.items():
         means = (f"{mean(list(column)):.2f}" for column in zip(*group_ratios, strict=True))
         yield f"| {name} | | | | {' | '.join(means)} |"

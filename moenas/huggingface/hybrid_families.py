@@ -24,6 +24,7 @@ from moenas.huggingface.softmax_families import (
     biased_experts,
     every_layer,
     is_sparse,
+    mixed_layers,
 )
 from moenas.records import Plain
 
@@ -60,10 +61,7 @@ def llama4_text(c: Config) -> Model:
     network = dense(c, "intermediate_size_mlp")
     route = router(c, normalize=False, score="sigmoid", weight_on="input")
     experts = moe(c, "num_local_experts", "intermediate_size", route, n_shared_experts=1)
-    return whole_model(c), [
-        {"mixer": mixer, "ffn": experts if i in sparse else network}
-        for i, mixer in enumerate(mixers)
-    ]
+    return whole_model(c), mixed_layers(mixers, [i in sparse for i in range(n)], experts, network)
 
 
 def mimo_v2_flash(c: Config) -> Model:
@@ -81,10 +79,8 @@ def mimo_v2_flash(c: Config) -> Model:
     c.read.add("attention_value_scale")
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))
     network = dense(c)
-    return whole_model(c), [
-        {"mixer": near if sliding else full, "ffn": experts if sparse else network}
-        for sliding, sparse in zip(types, is_sparse(c, n), strict=True)
-    ]
+    mixers = [near if sliding else full for sliding in types]
+    return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, network)
 
 
 def afmoe(c: Config) -> Model:
@@ -107,10 +103,8 @@ def afmoe(c: Config) -> Model:
     whole = whole_model(c, norm_position="sandwich")
     if c.flag("mup_enabled"):
         whole["embedding_multiplier"] = math.sqrt(whole["d_model"])
-    return whole, [
-        {"mixer": local if sliding else full, "ffn": experts if i >= first else network}
-        for i, sliding in enumerate(types)
-    ]
+    mixers = [local if sliding else full for sliding in types]
+    return whole, mixed_layers(mixers, [i >= first for i in range(n)], experts, network)
 
 
 def qwen3_next(c: Config) -> Model:
@@ -164,10 +158,9 @@ def lfm2_moe(c: Config) -> Model:
     route = biased_router(c, normalize=normalize, scale=scale)
     experts = moe(c, "num_experts", "moe_intermediate_size", route)
     network, first = dense(c), c.whole("num_dense_layers")
-    return whole_model(c, norm_eps="norm_eps"), [
-        {"mixer": conv if is_conv else full, "ffn": experts if i >= first else network}
-        for i, is_conv in enumerate(types)
-    ]
+    mixers = [conv if is_conv else full for is_conv in types]
+    sparse = [i >= first for i in range(len(types))]
+    return whole_model(c, norm_eps="norm_eps"), mixed_layers(mixers, sparse, experts, network)
 
 
 def minimax(c: Config) -> Model:
@@ -233,10 +226,8 @@ def kimi_linear(c: Config) -> Model:
     shared = c.whole("num_shared_experts")
     experts = moe(c, "num_experts", "moe_intermediate_size", route, n_shared_experts=shared)
     network = dense(c)
-    return whole_model(c), [
-        {"mixer": linear if is_linear else full, "ffn": experts if sparse else network}
-        for is_linear, sparse in zip(types, is_sparse(c, n), strict=True)
-    ]
+    mixers = [linear if is_linear else full for is_linear in types]
+    return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, network)
 
 
 def dbrx(c: Config) -> Model:
@@ -338,10 +329,8 @@ def bailing_hybrid(c: Config) -> Model:
     shared = c.whole_or_none("num_shared_experts") or 0
     experts = moe(c, "num_experts", "moe_intermediate_size", route, n_shared_experts=shared)
     network = dense(c)
-    return whole_model(c), [
-        {"mixer": linear if is_linear else full, "ffn": experts if sparse else network}
-        for is_linear, sparse in zip(types, is_sparse(c, n), strict=True)
-    ]
+    mixers = [linear if is_linear else full for is_linear in types]
+    return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, network)
 
 
 def cohere2_moe(c: Config) -> Model:

@@ -5,7 +5,7 @@ Each function reads the fields of one family by the meaning that transformers gi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from moenas.huggingface.config import Config
@@ -55,6 +55,16 @@ def is_sparse(c: Config, n_layers: int) -> list[bool]:
     first = c.whole("first_k_dense_replace", 1)
     c.expect("moe_layer_freq", 1)
     return [i >= first for i in range(n_layers)]
+
+
+def mixed_layers(
+    mixers: Iterable[Plain], sparse: Iterable[bool], experts: Plain, network: Plain
+) -> list[Plain]:
+    """Return a block for each mixer: with the experts where it is sparse, else with the network."""
+    return [
+        {"mixer": mixer, "ffn": experts if one else network}
+        for mixer, one in zip(mixers, sparse, strict=True)
+    ]
 
 
 def every_layer(c: Config, mixers: list[Plain], ffn: Plain, **block: object) -> list[Plain]:
@@ -112,9 +122,7 @@ def qwen3_moe(c: Config) -> Model:
     network = dense(c)
     mixers = _qwen3_mixers(c, n)
     sparse = qwen_sparse(c, n)
-    return whole_model(c), [
-        {"mixer": m, "ffn": experts if s else network} for m, s in zip(mixers, sparse, strict=True)
-    ]
+    return whole_model(c), mixed_layers(mixers, sparse, experts, network)
 
 
 def qwen2_moe(c: Config) -> Model:
@@ -127,10 +135,7 @@ def qwen2_moe(c: Config) -> Model:
     experts = moe(c, "num_experts", "moe_intermediate_size", route, d_shared=d_shared, **shared)
     network = dense(c)
     mixers = [attention(c, rope(c), qkv_bias=bias, window=w) for w in windows(c, n)]
-    return whole_model(c), [
-        {"mixer": m, "ffn": experts if s else network}
-        for m, s in zip(mixers, qwen_sparse(c, n), strict=True)
-    ]
+    return whole_model(c), mixed_layers(mixers, qwen_sparse(c, n), experts, network)
 
 
 def mixtral(c: Config) -> Model:
@@ -240,9 +245,7 @@ def with_first_dense(c: Config, mixers: list[Plain], experts: Plain) -> Model:
     sparse = is_sparse(c, len(mixers))
     network = dense(c) if not all(sparse) else experts
     c.read.add("intermediate_size")
-    return whole_model(c), [
-        {"mixer": m, "ffn": experts if s else network} for m, s in zip(mixers, sparse, strict=True)
-    ]
+    return whole_model(c), mixed_layers(mixers, sparse, experts, network)
 
 
 def glm4_moe(c: Config) -> Model:

@@ -96,7 +96,7 @@ def listed_studies(store: Store) -> list[Plain]:
     A study that a server runs has the state of its queue. The state of another one is running,
     finished or stopped. Queued studies without rows of their own come last.
     """
-    submitted = {summary.study: summary for summary in store.query(submissions.every)}
+    submitted = {each.study: each for each in store.query(submissions.every)}
     newest = store.query(last_activity)
     rows = []
     for record in store.studies():

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moenas.errors import InputError
 from moenas.processes import kill_descendants, machine, process_start
 from moenas.service.settings import ServerSettings
-from moenas.store.submissions import STUDY_NAME, Submission, require_study_name
+from moenas.store.submissions import Submission, require_study_name
 from moenas.store.urls import clean
 
 CODE_FILE = "exit_code"
@@ -142,5 +143,5 @@ class Drivers:
 
     def forget(self, study: str) -> None:
         """Delete the files of a study; one whose name names no folder was never submitted."""
-        if STUDY_NAME.match(study):
+        with suppress(InputError):
             shutil.rmtree(self.folder(study), ignore_errors=True)

@@ -12,6 +12,7 @@ from moenas.store import audit, study_events, submissions, tables
 from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
+from moenas.store.submissions import Submission
 from moenas.store.weights import study_folder
 
 
@@ -33,25 +34,26 @@ def delete_study(store: Store, name: str, user_name: str) -> int:
             with suppress(KeyError):
                 optuna.delete_study(study_name=name, storage=store.optuna_storage())
         # Files go while the name is taken: a new study of this name must not lose its own.
-        store.transact(lambda connection: _require_no_driver(connection, name))
+        store.transact(lambda connection: _undriven(connection, name))
         remove_tree(study_folder(store.runs, name))
         store.transact(lambda connection: _forget(connection, name, user_name, trials))
     return trials
 
 
-def _require_no_driver(connection: Connection, name: str) -> None:
+def _undriven(connection: Connection, name: str) -> Submission | None:
+    """Return the submission of a study, if it has one; a driver of it raises ConflictError."""
     submission = submissions.find(connection, name, lock=True)
     if submission is not None and submission.driver_running:
         raise ConflictError(f"study '{name}' has a driver; cancel it, and wait for its end")
+    return submission
 
 
 def _forget(connection: Connection, name: str, user_name: str, trials: int) -> None:
     """Delete our rows; the last event tells those who watch."""
-    submission = submissions.find(connection, name, lock=True)
+    submission = _undriven(connection, name)
     known = connection.execute(select(tables.study.c.name).where(tables.study.c.name == name))
     if submission is None and known.first() is None:
         return  # the transaction is repeated, as the answer of its commit was lost
-    _require_no_driver(connection, name)
     connection.execute(delete(tables.study).where(tables.study.c.name == name))
     submissions.forget(connection, name)
     study_events.forget(connection, name)

@@ -15,6 +15,7 @@ import pyarrow
 import pytest
 import tokenizers
 import torch
+from corpora import section, write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -25,27 +26,14 @@ from moenas.data import loading
 from moenas.data import text as texts
 from moenas.data.corpus import Corpus
 from moenas.data.loading import load
-from moenas.data.section import parse
 from moenas.data.tokenizer_file import stored
 from moenas.errors import DataError
-from moenas.records import Plain
-from moenas.resources import parse_yaml
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "moenas"
-
-
-def section(text: str) -> Plain:
-    return parse(parse_yaml(f"data:\n  {text}\n", "x.yaml").value["data"])  # type: ignore
-
-
-def write_tokens(path: Path, tokens: Any, dtype: str = "uint16") -> Path:
-    array = np.asarray(tokens, dtype=dtype)
-    np.save(path, array) if path.suffix == ".npy" else array.tofile(path)
-    return path
 
 
 def corpus_of(tmp_path: Path, n: int, vocab_size: int = 500) -> Corpus:

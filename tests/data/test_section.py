@@ -10,23 +10,12 @@ import numpy as np
 import pyarrow
 import pytest
 import tokenizers
+from corpora import section, write_tokens
 from pyarrow import parquet
 
 from moenas.data.section import parse, paths
 from moenas.errors import SpaceError
-from moenas.records import Plain
-from moenas.resources import Node, parse_yaml
-
-
-def section(text: str) -> Plain:
-    return parse(parse_yaml(f"data:\n  {text}\n", "x.yaml").value["data"])  # type: ignore
-
-
-def write_tokens(path: Path, tokens: Any, dtype: str = "uint16") -> Path:
-    array = np.asarray(tokens, dtype=dtype)
-    np.save(path, array) if path.suffix == ".npy" else array.tofile(path)
-    return path
-
+from moenas.resources import Node
 
 # --- the section -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import shelf
 import views
 from served import SMALL, Served, served
 
+from moenas.service.space_rules import is_below
 from moenas.store import audit, study_events, submissions
 from moenas.store.submissions import Submission
 from moenas.store.weights import weights_path
@@ -91,6 +92,11 @@ def test_an_override_is_held_to_the_same_rules(one: Served, override: str) -> No
     found = one.send("POST", "/v1/studies", json={"space": text, "overrides": [override]})
     assert found.status_code == 422, found.text
     assert "server" in found.json()["detail"] or "--data-root" in found.json()["detail"]
+
+
+def test_a_path_with_a_null_byte_is_below_no_folder(tmp_path: Path) -> None:
+    assert is_below(str(tmp_path / "a"), (str(tmp_path),))
+    assert not is_below(f"{tmp_path}/a\0b", (str(tmp_path),))
 
 
 def test_a_link_out_of_the_data_root_is_not_followed(one: Served) -> None:

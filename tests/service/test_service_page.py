@@ -29,3 +29,11 @@ def test_the_commands_of_the_page_print_what_it_shows(tmp_path: Path) -> None:
     block = re.search(r"^```\n(\$ .*?)\n```$", PAGE, re.MULTILINE | re.DOTALL)
     assert block is not None
     assert masked(page["transcript"](PAGE, tmp_path)) == masked(block[1].splitlines())
+
+
+def test_the_readme_shows_lines_of_the_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^## As a service\n\n```\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = [line.partition("  #")[0].rstrip() for line in block[1].splitlines()]
+    assert set(lines) - {"..."} <= set(PAGE.splitlines())

@@ -158,19 +158,23 @@ def test_only_like_is_compared_with_like(evaluated: list[Job]) -> None:
     assert set(counted.values()) <= {3}
 
 
-def test_a_replicate_that_fails_is_a_row_with_a_reason(
-    evaluated: list[Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail_seeds(monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, ...], failure: Failure) -> None:
+    """Let the evaluations with some seeds fail."""
     works = measure.evaluate
 
-    def fail_some(job: Job) -> Any:
+    def evaluate(job: Job) -> Any:
         found, weights = works(job)
-        if job.seed == 5:
-            failure = Failure("diverged", "the loss is not finite")
+        if job.seed in seeds:
             found = dataclasses.replace(found, status="failed", values={}, failure=failure)
         return found, weights
 
-    monkeypatch.setattr(measure, "evaluate", fail_some)
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+
+
+def test_a_replicate_that_fails_is_a_row_with_a_reason(
+    evaluated: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_seeds(monkeypatch, (5,), Failure("diverged", "the loss is not finite"))
     study = run(small(), workers="inline")
     rows = replicates.rows(study.store, "s")
     assert {row.status for row in rows if row.seed == 5} == {"failed"}
@@ -185,15 +189,7 @@ def test_a_machine_that_fails_ends_the_run_and_not_the_replicate(
     evaluated: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     works = measure.evaluate
-
-    def fail_some(job: Job) -> Any:
-        found, weights = works(job)
-        if job.seed != 3:
-            failure = Failure("environment", "no space left on device")
-            found = dataclasses.replace(found, status="failed", values={}, failure=failure)
-        return found, weights
-
-    monkeypatch.setattr(measure, "evaluate", fail_some)
+    fail_seeds(monkeypatch, (4, 5), Failure("environment", "no space left on device"))
     with pytest.raises(EnvironmentFaultError, match="with seed 4: no space left on device"):
         run(small(), workers="inline")
     monkeypatch.setattr(measure, "evaluate", works)
