@@ -2,8 +2,9 @@
 
     python benchmarks/recipes.py [WORD]
 
-With a word only recipes whose title has it are run. Each recipe is run in a folder of its own, with the files that the page shows. `make transcripts`
-runs this file; tests/test_recipes.py compares the page with new outputs.
+With a word only recipes whose title has it are run. Each recipe is run in a folder of its own, with
+the files that the page shows. `make transcripts` runs this file; tests/test_recipes.py compares the
+page with new outputs.
 """
 
 from __future__ import annotations
