@@ -34,10 +34,10 @@ RUNS = {
 NOTES = {
     "Reading a large study": """\
 Former commands read the whole study. On the same database and machine they took, imports included:
-status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB, `Study.front()` 10.5 s and
-682 MB, the first publishing 30.2 s and a later one 13.8 s, with 688 MB. Other work ran on the two cores
-meanwhile, so CPU seconds say more than seconds. The first publishing writes a note for each of the 352
-members of the front. A later one writes the notes that changed.
+status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB, `Study.front()` 10.5 s
+and 682 MB, the first publishing 30.2 s and a later one 13.8 s, with 688 MB. Other work ran on the
+two cores meanwhile, so CPU seconds say more than seconds. The first publishing writes a note for
+each of the 352 members of the front. A later one writes the notes that changed.
 """,
 }
 """Heading -> what is said before its runs."""
@@ -45,20 +45,21 @@ PAGE = """\
 # Benchmarks of speed
 
 Each ratio compares times of two sides that run alternately in one process, so it holds on other
-machines of the same kind. Below 1 is faster. Milliseconds are those of this machine. The first lines
-of each file in `benchmarks/` say how it measures. `python benchmarks/page.py` writes this page{how}.
-Other work on the machine changes the ratios: two runs of one command differed by up to 0.1.
+machines of the same kind. Below 1 is faster. Milliseconds are those of this machine. The first
+lines of each file in `benchmarks/` say how it measures. `python benchmarks/page.py` writes this
+page{how}. Other work on the machine changes the ratios: two runs of one command differed by up to
+0.1.
 
-Matrix products and the activation take most of the time; sorting, gathering and adding up rows take a
-few percent. A layer with many experts is slower than a dense one for two reasons. Products of few rows
-are slower, and the gradient of every expert is written in each step. So the ratio depends on m, the
-mean number of rows of an expert. Implementations that call the same product differ little, such as
-`grouped_mm` of transformers and moenas. moenas stores a weight as (in, out), which a CPU reads faster
-for few rows.
+Matrix products and the activation take most of the time; sorting, gathering and adding up rows
+take a few percent. A layer with many experts is slower than a dense one for two reasons. Products
+of few rows are slower, and the gradient of every expert is written in each step. So the ratio
+depends on m, the mean number of rows of an expert. Implementations that call the same product
+differ little, such as `grouped_mm` of transformers and moenas. moenas stores a weight as (in,
+out), which a CPU reads faster for few rows.
 
 With bfloat16, moenas keeps float32 weights and casts them in each step. transformers has bfloat16
-weights, gradients and routers. A processor without bfloat16 instructions emulates them, so its ratios
-for bfloat16 mean little.
+weights, gradients and routers. A processor without bfloat16 instructions emulates them, so its
+ratios for bfloat16 mean little.
 """
 
 
