@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -61,10 +60,12 @@ def test_head_uses_up_no_link(one: Served) -> None:
 
 def test_a_stream_ends_and_its_connection_serves_the_next_request(one: Served) -> None:
     headers = {"Authorization": f"Bearer {one.tokens['viewer']}"}
-    with listening(one.service) as address:
-        with httpx.Client(base_url=address, headers=headers, timeout=10) as http:
-            for _ in range(3):
-                head = http.head("/v1/studies/made_up/events")
-                assert head.status_code == 200
-                assert head.headers["content-type"].startswith("text/event-stream")
-                assert http.get("/v1/studies").json()["studies"]
+    with (
+        listening(one.service) as address,
+        httpx.Client(base_url=address, headers=headers, timeout=10) as http,
+    ):
+        for _ in range(3):
+            head = http.head("/v1/studies/made_up/events")
+            assert head.status_code == 200
+            assert head.headers["content-type"].startswith("text/event-stream")
+            assert http.get("/v1/studies").json()["studies"]
