@@ -22,6 +22,8 @@ from moenas.cli.options import (
     DryRun,
     Format,
     Fresh,
+    Log,
+    OnEnd,
     Output,
     Storage,
     StudyName,
@@ -231,10 +233,12 @@ def run(
     accept_changes: AcceptChanges = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    log: Log = None,
+    on_end: OnEnd = None,
     output: Format = Output.table,
 ) -> None:
     """Launch a study, or resume it; prints its front at the end."""
-    from moenas.cli.progress import listener
+    from moenas.cli.watching import listeners
     from moenas.space.space import Space
     from moenas.study import launch
 
@@ -245,18 +249,18 @@ def run(
     if dry_run:
         estimate = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
         return _write_estimate(estimate, output)
-    options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
-    words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
-    hint = command_line(words, options)
+    where = {"storage": storage, "trials": trials, "workers": workers, "address": address}
+    options = {**where, "fresh": fresh, "log": log, "on_end": on_end}
+    hint = command_line(["run", space, *(overrides or ())], options)
     try:
-        with listener(loaded) as listen:
+        with listeners(loaded, log=log or (), on_end=on_end, storage=storage) as listening:
             study = launch.run(
                 loaded,
                 storage=storage,
                 trials=trials,
                 workers=count,
                 address=address,
-                listeners=[listen],
+                listeners=listening,
                 accept_changes=accept_changes,
                 fresh=fresh,
             )
