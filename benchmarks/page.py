@@ -33,32 +33,33 @@ RUNS = {
 """Heading -> the runs below it."""
 NOTES = {
     "Reading a large study": """\
-When every command read the whole study, the same database took on the same machine, imports
-included: status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB, `Study.front()`
-10.5 s and 682 MB, publishing 30.2 s at first and 13.8 s again, 688 MB. Other work ran on its two
-cores meanwhile: seconds of the processor say more than those of the clock. The first publishing
-writes a note for each of 352 members of the front; later ones write what changed.
+Former commands read the whole study. On the same database and machine they took, imports included:
+status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB, `Study.front()` 10.5 s
+and 682 MB, the first publishing 30.2 s and a later one 13.8 s, with 688 MB. Other work ran on the
+two cores meanwhile, so CPU seconds say more than seconds. The first publishing writes a note for
+each of the 352 members of the front. A later one writes the notes that changed.
 """,
 }
 """Heading -> what is said before its runs."""
 PAGE = """\
 # Benchmarks of speed
 
-Ratios of times that were taken in turns in one process, so that they hold on another machine of the
-same kind; milliseconds say what this one was. Below 1 is faster. How each is measured stands at the
-top of its file. `python benchmarks/page.py` writes this page{how}.
-Other work on the machine moves even ratios: two runs of one command have differed by 0.1.
+Each ratio compares times of two sides that run alternately in one process, so it holds on other
+machines of the same kind. Below 1 is faster. Milliseconds are those of this machine. The first
+lines of each file in `benchmarks/` say how it measures. `python benchmarks/page.py` writes this
+page{how}. Other work on the machine changes the ratios: two runs of one command differed by up to
+0.1.
 
-Nearly all of the time goes to matrix products and the activation; to sort, gather and add up takes
-a few parts in a hundred. What a layer of many experts adds to a dense one is the lower speed of
-products of few rows, and the gradient of weights that few tokens touch, which is written whole in
-every step. So the ratio follows m, the rows of a mean expert, and implementations that call the
-same product, as grouped_mm and ours, differ by little. Our matrices lie the other way round, (in,
-out), which a CPU reads faster when an expert has few rows.
+Matrix products and the activation take most of the time; sorting, gathering and adding up rows
+take a few percent. A layer with many experts is slower than a dense one for two reasons. Products
+of few rows are slower, and the gradient of every expert is written in each step. So the ratio
+depends on m, the mean number of rows of an expert. Implementations that call the same product
+differ little, such as `grouped_mm` of transformers and moenas. moenas stores a weight as (in,
+out), which a CPU reads faster for few rows.
 
-With bfloat16 our layers keep float32 weights and cast them in each step; those of transformers are
-bfloat16 throughout, their router and gradients, too. On a processor without instructions for
-bfloat16 it is emulated, and those ratios mean little.
+With bfloat16, moenas keeps float32 weights and casts them in each step. transformers has bfloat16
+weights, gradients and routers. A processor without bfloat16 instructions emulates them, so its
+ratios for bfloat16 mean little.
 """
 
 

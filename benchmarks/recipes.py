@@ -1,9 +1,10 @@
 """Run the recipes of docs/recipes.md, and write what their commands print into the page.
 
-    python benchmarks/recipes.py
+    python benchmarks/recipes.py [WORD]
 
-Each recipe is run in a folder of its own, with the files that the page shows. `make transcripts`
-runs this file; tests/test_recipes.py compares the page with new outputs.
+With a word only recipes whose title has it are run. Each recipe is run in a folder of its own, with
+the files that the page shows. `make transcripts` runs this file; tests/test_recipes.py compares the
+page with new outputs.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def printed(command: str, folder: Path) -> list[str]:
 def main() -> None:
     """Write the page with new outputs."""
     text = PAGE.read_text(encoding="utf-8")
-    for recipe in recipes(text).values():
+    for title, recipe in recipes(text).items():
+        if len(sys.argv) > 1 and sys.argv[1] not in title:
+            continue
         new = recipe
         with tempfile.TemporaryDirectory() as folder:
             write_files(recipe, Path(folder))

@@ -53,8 +53,11 @@ Published figures are rounded, and often leave out embeddings.
   Linear (tests/parity/test_models.py).
 
 What a file leaves out of its model is said in its first lines. Further families agree with
-transformers in their logits as small models and have no file: Command A (parallel blocks),
-FlexOlmo, Ling hybrid. So do the attention of Gemma 4, and the routers of Gemma 4 and Laguna alone.
+transformers in their logits as small models and have no file: A.X K1 (norms of mixtures alone),
+Beam (gates with a bias, depth-scaled residuals), Command A (parallel blocks), FlexOlmo, Flint,
+Granite MoE with a shared network or with windows, Hunyuan 3, K-EXAONE, Kolibri 1 (a selection bias
+on the logits), Laguna (softplus gates), Ling hybrid, Mellum, Mistral Small 4 (a temperature of late
+positions). So do the attention and the router of Gemma 4 alone.
 
 ## What has no point
 
@@ -64,9 +67,9 @@ Of published mixtures these have parts that the space has no field for:
   pair (LongRoPE: Phi-3.5-MoE's file gives the model before it);
 - sparse attention with an indexer (DeepSeek-V3.2, GLM-5), compressed keys and values (DeepSeek-V4,
   ZAYA1), a norm of its own for the keys that a layer reads of another (Hunyuan-Large: its file
-  reads them as normed), a temperature of late positions in latent attention (Mistral Small 4);
-- norms of the outputs of some parts only (A.X K1), a network and a mixture beside each other under
-  a norm of their sum, and a factor of a block (Gemma 4);
+  reads them as normed);
+- a factor of a block (Gemma 4), norms with a gate of their own and gates made of the latent of the
+  queries (A.X K2), masks that a learned score of the values makes (Doge);
 - experts drawn in training and the estimator of their gradient (SparseMixer: Phi-3.5-MoE's file has
   its weights), routers that read the one of the layer before (ZAYA1), penalties that adapt to the
   load (ReMoE, Skywork-MoE);

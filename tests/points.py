@@ -220,6 +220,7 @@ def trail(model: Model, length: int, steps: int = 2) -> dict[str, Tensor]:
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
         tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
+        tokens = tokens.to(model.embedding.device)
         with torch.no_grad():
             found[f"{step} logits"] = model.eval()(tokens)
         torch.manual_seed(step)

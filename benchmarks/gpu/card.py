@@ -97,13 +97,16 @@ def seconds(work: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
-def captured(work: Callable[[], T], warm_up: int = 2) -> tuple[Callable[[], None], T]:
+def captured(
+    work: Callable[[], T], warm_up: int = 2, stream: torch.cuda.Stream | None = None
+) -> tuple[Callable[[], None], T]:
     """Capture a call in a CUDA graph; return its replay, and the output that replays write into.
 
-    Warm-up and capture run on one stream of their own, which waits for what was queued before.
+    Warm-up and capture run on one stream, which waits for what was queued before. Autograd keeps
+    the stream of the first use with a parameter: what ran on a side stream names it.
     """
     before = torch.cuda.current_stream()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(warm_up):

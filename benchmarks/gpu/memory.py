@@ -97,7 +97,9 @@ def whole_candidate(report: Report) -> None:
     if GPU:
         free, whole = torch.cuda.mem_get_info()
         report.figure("left of a candidate", torch.cuda.memory_allocated() / MIB, "MiB")
-        report.figure("taken of the card", (whole - free) / GIB, "GiB", "context and libraries")
+        report.figure("taken of the card", (whole - free) / GIB, "GiB")
+        context = (whole - free - torch.cuda.memory_reserved()) / MIB
+        report.figure("context", context, "MiB", "of CUDA and its libraries, beside tensors")
 
 
 def surroundings(report: Report) -> None:

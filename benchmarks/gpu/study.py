@@ -55,7 +55,8 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     kept: list[float] = []
     began = time.perf_counter()
     before = taken()
-    listen = listener(report, began, kept if workers == "inline" else None)
+    ends: list[float] = []
+    listen = listener(report, began, ends, kept if workers == "inline" else None)
     try:
         run(space, storage=STORAGE, workers=workers, listeners=[listen])
     except Interrupted:  # the limit of the group came; what is stored counts
@@ -65,6 +66,10 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     rows = study.store.evaluations(study.name)
     complete = [r for r in rows if r.status == "complete" and "copied_from" not in r.metrics]
     report.figure("candidates an hour", 3600 * len(complete) / took, "", f"{took:.0f} s in all")
+    if len(ends) > 1:
+        steady = 3600 * (len(ends) - 1) / (ends[-1] - ends[0])
+        text = f"from the end of the first, after {ends[0]:.0f} s, to that of the last"
+        report.figure("candidates an hour after the first", steady, "", text)
     report.figure("complete", len(complete), "candidates", f"of {space.search.trials}")
     failed = sum(row.status == "failed" for row in rows)
     report.figure("failed", failed, "candidates", reasons(rows))
@@ -94,8 +99,8 @@ def taken() -> float:
     return float(whole - free)
 
 
-def listener(report: Report, began: float, kept: list[float] | None) -> Listener:
-    """Return what prints a line for each trial, and notes what memory torch still has in use."""
+def listener(report: Report, began: float, ends: list[float], kept: list[float] | None) -> Listener:
+    """Return what prints a line for each trial, and notes its end and the memory that it leaves."""
 
     def listen(event: Event) -> None:
         if event.kind not in ("finished", "warning"):
@@ -104,6 +109,8 @@ def listener(report: Report, began: float, kept: list[float] | None) -> Listener
         if kept is not None and event.kind == "finished":
             kept.append(held)
         when = time.perf_counter() - began
+        if event.kind == "finished":
+            ends.append(when)
         report.note(f"{when:6.1f} s {event.kind} {event.trial} {held:.0f} MiB {event.text[:100]}")
 
     return listen

@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moenas.cli import progress
@@ -20,36 +21,42 @@ LIMIT_S = 600.0
 """Seconds after which the command at the end of a run is stopped."""
 
 
-@contextmanager
-def listeners(
-    space: Space, *, log: Sequence[str], on_end: str | None, storage: str | None
-) -> Iterator[list[Listener]]:
-    """Yield the listeners of a run; loggers and the command end with the run.
+@dataclass(frozen=True)
+class Watchers:
+    """Who is told of a run beside the terminal."""
 
-    `log` has the texts of `--log`, `on_end` is a command of the shell.
+    log: Sequence[str]
+    """Texts of `--log`."""
+    on_end: str | None
+    """A command of the shell."""
 
-    Raises:
-        InputError: if a text of `log` names no logger.
-    """
-    loggers = [open_logger(text) for text in log]
-    end = RunEnd(space.name, storage)
-    state, message = "failed", ""
-    try:
-        with progress.listener(space) as listen:
-            yield [listen, *loggers, end.on_event]
-        state, message = "finished", end.message
-    except Interrupted as stop:
-        state, message = "interrupted", str(stop)
-        raise
-    except Exception as error:
-        message = str(error)
-        raise
-    finally:
-        for logger in loggers:
-            if (problem := logger.close()) is not None:
-                say(f"warning: {problem}")
-        if on_end is not None:
-            end.run(on_end, state, message)
+    @contextmanager
+    def listeners(self, space: Space, storage: str | None) -> Iterator[list[Listener]]:
+        """Yield the listeners of a run; loggers and the command end with the run.
+
+        Raises:
+            InputError: if a text of `log` names no logger.
+        """
+        loggers = [open_logger(text) for text in self.log]
+        end = RunEnd(space.name, storage)
+        units = {o.name: o.unit for o in space.objectives}
+        state, message = "failed", ""
+        try:
+            with progress.listener(space.name, units) as listen:
+                yield [listen, *loggers, end.on_event]
+            state, message = "finished", end.message
+        except Interrupted as stop:
+            state, message = "interrupted", str(stop)
+            raise
+        except Exception as error:
+            message = str(error)
+            raise
+        finally:
+            for logger in loggers:
+                if (problem := logger.close()) is not None:
+                    say(f"warning: {problem}")
+            if self.on_end is not None:
+                end.run(self.on_end, state, message)
 
 
 class RunEnd:

@@ -15,6 +15,8 @@ from moenas.errors import DataError, suggestion
 from moenas.records import Plain
 from moenas.resources import Node
 
+MAX_VOCAB_SIZE = 2**31
+"""Token ids are 32-bit whole numbers."""
 TOKENIZER = ("tokenizer", "end_of_text", "vocab_size")
 KEYS = {
     "stdlib": ("kind", *TOKENIZER),
@@ -353,6 +355,10 @@ def _vocab_size(size: Node) -> int:
     number = size.value if isinstance(size.value, int | float) else 0
     if number < 2 or not float(number).is_integer():
         raise size.error("data.vocab_size", f"{size.plain!r} is not a whole number of at least 2")
+    if number > MAX_VOCAB_SIZE:
+        raise size.error(
+            "data.vocab_size", f"{size.plain!r} is too large; the maximum is {MAX_VOCAB_SIZE}"
+        )
     return int(number)
 
 

@@ -15,8 +15,11 @@ from moenas.failures import error_line
 from moenas.model.mixers.softmax_attention import avoid_cudnn_attention
 from moenas.records import Plain
 
-CONTEXT_BYTES = 640 * 2**20
-"""Bytes of a GPU that each process needs beside torch's tensors: CUDA's context and libraries."""
+CONTEXT_BYTES = 896 * 2**20
+"""Bytes of a GPU that each process needs beside torch's tensors: CUDA's context and libraries.
+
+An H100 had 827 MiB with CUDA 13.0 and torch 2.11 after a candidate (docs/gpu.md).
+"""
 
 
 def has_gpu() -> bool:

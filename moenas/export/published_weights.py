@@ -42,6 +42,8 @@ class Layout:
     """Writes the experts as stacked matrices; None: a matrix for each expert."""
     neighbours: bool = False
     """Whether rotary positions turn pairs of neighbours; ours turn pairs of halves."""
+    norm_bias: bool = False
+    """Whether every norm has a bias; without one of ours it is 0."""
     writes_no_shared: bool = False
     """Whether a mixture without shared experts still has their matrices, of width 0."""
 
@@ -67,7 +69,8 @@ MIXTRAL = Layout(experts="block_sparse_moe.", expert=("w1", "w3", "w2"))
 LAYOUTS = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmoe"), Layout()),
     "mixtral": MIXTRAL,
-    "phimoe": MIXTRAL,
+    "phimoe": replace(MIXTRAL, norm_bias=True),
+    "stablelm": Layout(norm_bias=True),
     "qwen2_moe": Layout(shared="shared_expert."),
     "flex_olmo": Layout(norms=("post_attention_layernorm", "post_feedforward_layernorm")),
     "granitemoe": Layout(experts="block_sparse_moe.", router="router.layer", stacks=linear_stacks),
@@ -101,6 +104,8 @@ def published_weights(family: str, whole: Plain, blocks: list[Plain], state: Wei
             if (tensor := rest.pop(f"{name}.{suffix}", None)) is not None:
                 theirs = "model.norm" if name == "norm" else "lm_head"
                 named[f"{theirs}.{suffix}"] = tensor
+    if layout.norm_bias:
+        named.setdefault("model.norm.bias", torch.zeros_like(named["model.norm.weight"]))
     for i, block in enumerate(blocks):
         prefix = f"blocks.{i}."
         layer = {n.removeprefix(prefix): rest.pop(n) for n in list(rest) if n.startswith(prefix)}
@@ -117,7 +122,10 @@ def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
     for ours, theirs in zip(("norm1", "norm2"), layout.norms, strict=True):
         for suffix in ("weight", "bias"):
             if f"{ours}.{suffix}" in layer:
-                yield f"{theirs}.{suffix}", layer.pop(f"{ours}.{suffix}")
+                tensor = layer.pop(f"{ours}.{suffix}")
+                yield f"{theirs}.{suffix}", tensor
+            elif layout.norm_bias and not (ours == "norm2" and block["parallel"]):
+                yield f"{theirs}.{suffix}", torch.zeros_like(tensor)
     mixer, ffn = _part(layer, "mixer."), _part(layer, "ffn.")
     write = latent_attention if block["mixer"]["kind"] == "latent_attention" else attention
     for name, tensor in write(layout, block["mixer"], mixer):

@@ -223,6 +223,18 @@ def mistral(m: Layers) -> Plain:
     }
 
 
+def stablelm(m: Layers) -> Plain:
+    """StableLM 2."""
+    return {
+        **whole_fields(m, "layer_norm_eps"),
+        **{k: v for k, v in head_fields(m, partial=True).items() if k != "head_dim"},
+        "intermediate_size": m.dense.get("d_ff"),
+        "use_qkv_bias": m.attention.get("qkv_bias", False),
+        "use_parallel_residual": m.blocks[0]["parallel"],
+        "qk_layernorm": False,
+    }
+
+
 def qwen2(m: Layers) -> Plain:
     """Qwen2."""
     return {
@@ -432,6 +444,7 @@ def hunyuan_v1_moe(m: Layers) -> Plain:
 WRITERS: dict[str, tuple[str, Callable[[Layers], Plain]]] = {
     "llama": ("LlamaForCausalLM", llama),
     "mistral": ("MistralForCausalLM", mistral),
+    "stablelm": ("StableLmForCausalLM", stablelm),
     "qwen3": ("Qwen3ForCausalLM", qwen3),
     "qwen2": ("Qwen2ForCausalLM", qwen2),
     "mixtral": ("MixtralForCausalLM", mixtral),

@@ -6,14 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moenas.errors import LocatedError
-from moenas.huggingface import hybrid_families, softmax_families, state_space_families
+from moenas.huggingface import (
+    hybrid_families,
+    latent_families,
+    softmax_families,
+    state_space_families,
+    windowed_families,
+)
 from moenas.huggingface.config import Config, read_config
 from moenas.huggingface.layer_groups import groups_of
 from moenas.huggingface.softmax_families import Model
 from moenas.model.architecture import Architecture
 
 FAMILIES: dict[str, Callable[[Config], Model]] = (
-    softmax_families.FAMILIES | hybrid_families.FAMILIES | state_space_families.FAMILIES
+    softmax_families.FAMILIES
+    | windowed_families.FAMILIES
+    | latent_families.FAMILIES
+    | hybrid_families.FAMILIES
+    | state_space_families.FAMILIES
 )
 """`model_type` -> the function that reads a configuration of this family."""
 

@@ -104,7 +104,11 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
         theirs = layers_of_architecture(Architecture.parse({**whole, "blocks": groups_of(blocks)}))
     except LocatedError as error:
         return [Difference(error.path or family, "as it is", error.message, weight=REFUSED_WEIGHT)]
-    unequal = [Difference(*x) for x in _unequal("", layers.whole, theirs.whole)]
+    unequal = [
+        Difference(*x)
+        for x in _unequal("", layers.whole, theirs.whole)
+        if x != ("norm", "layernorm", "layernorm_bias")  # a bias of 0 is written
+    ]
     places: dict[tuple[str, str, str], tuple[Difference, list[int]]] = {}
     for i, (ours, other) in enumerate(zip(layers.blocks, theirs.blocks, strict=True)):
         for path, a, b in _unequal("", _evaluated(ours), _evaluated(other)):

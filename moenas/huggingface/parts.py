@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from moenas.huggingface.config import Config
@@ -30,32 +31,42 @@ def whole_model(c: Config, *, norm_eps: str = "rms_norm_eps", **fields: Any) -> 
     }
 
 
-def rope(c: Config, kind: str | None = None) -> Plain:
-    """Return the rotary positions of layers of a kind.
+def rope_section(c: Config, kind: str | None = None) -> Config:
+    """Return the fields of rotary positions, of layers of a kind where these have their own.
 
-    Both forms are read: `rope_parameters`, and `rope_theta` with `rope_scaling`.
+    A `rope_scaling` goes before `rope_parameters`, as in transformers.
     """
     section = c.section("rope_parameters")
+    if c.get("rope_scaling"):
+        defaults, section = section.defaults, c.section("rope_scaling")
+        section.defaults = defaults
     if kind is not None and kind in (section.fields or section.defaults):
         section = section.section(kind)
-    scaling = section
-    if not section.fields and c.get("rope_scaling") is not None:
-        scaling = c.section("rope_scaling")
+    if section.fields:  # the file replaces the scaling that the family has
+        kept = ("rope_theta", "partial_rotary_factor")
+        section.defaults = {k: v for k, v in section.defaults.items() if k in kept}
+    return section
+
+
+def rope(c: Config, kind: str | None = None, elsewhere: Iterable[str] = ()) -> Plain:
+    """Return the rotary positions of layers of a kind.
+
+    Both forms are read: `rope_parameters`, and `rope_theta` with `rope_scaling`. A value inside of
+    these goes before the same field beside them. The family reads the fields `elsewhere` by itself.
+    """
+    scaling = rope_section(c, kind)
     c.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor"}
-    theta = c.get("rope_theta") if "rope_theta" in c.fields else None
-    if theta is None:
-        theta = section.get("rope_theta", 10000.0)
-    elif type(theta) not in (int, float):
-        raise c.error("rope_theta", f"{theta!r} is not a number")
-    plain: Plain = {"theta": float(theta)}
-    partial = c.get("partial_rotary_factor") if "partial_rotary_factor" in c.fields else None
-    section.read.add("partial_rotary_factor")
-    share = section.number("partial_rotary_factor", 1.0) if partial is None else partial
-    if share != 1:
-        plain["partial_rotary_factor"] = float(share)
+    values: dict[str, Any] = {}
+    for name, usual in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        holder = c if name in c.fields and name not in scaling.fields else scaling
+        values[name] = holder.number(name, usual)
+        scaling.read.add(name)
+    plain: Plain = {"theta": values["rope_theta"]}
+    if values["partial_rotary_factor"] != 1:
+        plain["partial_rotary_factor"] = values["partial_rotary_factor"]
     kinds = {"default": None, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
     name = scaling.get("rope_type") or scaling.get("type") or "default"
-    scaling.read |= {"rope_theta", "type", "mrope_section", "mrope_interleaved"}
+    scaling.read |= {"type", "mrope_section", "mrope_interleaved", *elsewhere}
     if name == "mrope":  # positions of text alone are those of "default"
         name = "default"
     if name not in kinds:
@@ -137,14 +148,19 @@ def head_dim(c: Config) -> int:
 
 _FIXED_HEADS = """
     gpt_oss llama4_text minimax_m2 mimo_v2_flash qwen3 qwen3_next qwen3_5_moe_text afmoe
-    solar_open cohere2_moe nemotron_h
+    solar_open cohere2_moe nemotron_h hy_v3 mellum flint laguna kolibri1 beam
 """
 FIXED_HEADS = frozenset(_FIXED_HEADS.split())
 """Families whose width of a head has a default that does not follow hidden_size."""
 
 
-def latent_attention(c: Config, positions: Plain, **fields: Any) -> Plain:
-    """Return multi-head latent attention; `mscale_all_dim` of YaRN scales the scores."""
+def latent_attention(
+    c: Config, positions: Plain, *, kind: str | None = None, **fields: Any
+) -> Plain:
+    """Return multi-head latent attention; `mscale_all_dim` of YaRN scales the scores.
+
+    `kind` names the layers whose positions these are; see `rope_section`.
+    """
     nope, turned = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim")
     c.read |= {"qk_head_dim", "head_dim", "num_key_value_heads", "rope_interleave"}
     plain: Plain = {
@@ -158,8 +174,8 @@ def latent_attention(c: Config, positions: Plain, **fields: Any) -> Plain:
         "rope": positions,
         **fields,
     }
-    scaled = "rope_parameters" if c.section("rope_parameters").fields else "rope_scaling"
-    all_dim = c.section(scaled).number("mscale_all_dim") if positions.get("scaling") else 0.0
+    scaling = rope_section(c, kind)
+    all_dim = scaling.number("mscale_all_dim") if positions.get("scaling") else 0.0
     if all_dim:
         factor = _mscale(positions["scaling"]["factor"], all_dim)
         plain["scale"] = factor**2 / math.sqrt(nope + turned)

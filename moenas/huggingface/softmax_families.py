@@ -84,6 +84,15 @@ def llama(c: Config) -> Model:
     return whole_model(c), every_layer(c, mixers, dense(c))
 
 
+def stablelm(c: Config) -> Model:
+    """StableLM 2: LayerNorm with a bias, and positions in a part of each head."""
+    c.expect("qk_layernorm", False)
+    mixer = attention(c, rope(c), qkv_bias=c.flag("use_qkv_bias") or None)
+    parallel = {"parallel": True} if c.flag("use_parallel_residual") else {}
+    whole = whole_model(c, norm_eps="layer_norm_eps", norm="layernorm_bias")
+    return whole, every_layer(c, [mixer] * c.whole("num_hidden_layers"), dense(c), **parallel)
+
+
 def qwen2(c: Config) -> Model:
     """Qwen2: queries, keys and values have a bias."""
     n = c.whole("num_hidden_layers")
@@ -413,6 +422,7 @@ def aria_text(c: Config) -> Model:
 FAMILIES: dict[str, Callable[[Config], Model]] = {
     "llama": llama,
     "mistral": llama,
+    "stablelm": stablelm,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "mixtral": mixtral,

@@ -22,8 +22,6 @@ from moenas.model.blocks import (
     KEPT,
     Block,
     BlockGroup,
-    NormPosition,
-    ResidualConfig,
     merge_half_blocks,
 )
 from moenas.model.decoding import TokenSampler
@@ -35,6 +33,7 @@ from moenas.model.mixers.shared_kv import kv_source_error, link_layers
 from moenas.model.moe.balance import total_auxiliary_loss
 from moenas.model.moe.dispatch import grouped_waits
 from moenas.model.moe.routed_layer import RoutedLayer
+from moenas.model.residual import NormPosition, ResidualConfig
 from moenas.records import Cost
 from moenas.resources import sha256
 
@@ -80,6 +79,11 @@ class Architecture(Component):
     skip_multiplier: float = setting(
         "factor of the stream that a part is added to (DeepNorm, arXiv 2203.00555)", default=1.0
     )
+    depth_scale: bool = setting(
+        "part i of the model, from 1, joins the stream x as sqrt(i / (i + 1)) x + part / sqrt(i +"
+        " 1), with the multipliers (Beam)",
+        default=False,
+    )
     logit_multiplier: float = setting("factor of the logits", default=1.0)
     logit_softcap: float | None = setting(
         "logits become c tanh(logit / c) (Gemma 2, arXiv 2408.00118)", default=None, low=0.1
@@ -120,7 +124,7 @@ class Architecture(Component):
         layers = [layer for group in self.blocks for layer in group.layers]
         for i, layer in enumerate(reversed(layers)):
             if layer.shortcut_delay > i:
-                layers[-1 - i] = changed(layer, shortcut_delay=i)
+                layers[-1 - i] = changed(layer, shortcut_delay=i, sum_norm=False)
         distinct = {id(layer): layer for layer in layers}
         known = dict[tuple[object, ...], BlockGroup]()
         first = {n: known.setdefault(layer.identity, layer) for n, layer in distinct.items()}
@@ -136,6 +140,7 @@ class Architecture(Component):
             self.norm_position,
             self.residual_multiplier,
             self.skip_multiplier,
+            self.depth_scale,
         )
 
     def canonical(self) -> Self:
@@ -223,11 +228,15 @@ class Architecture(Component):
 
     def outline(self, device: torch.device | str = "meta") -> Model:
         """Build the model without drawing weights; on the meta device it takes no memory."""
-        rows = self.max_positions if self.positions == "learned" else None
+        rows, layers = self.max_positions if self.positions == "learned" else None, self.layers
+        first_parts = itertools.accumulate((layer.n_joins for layer in layers), initial=1)
         with torch.device(device):
             return Model(
                 self._build_stem(rows),
-                [layer.build_block(self.stream) for layer in self.layers],
+                [
+                    layer.build_block(self.stream, part)
+                    for layer, part in zip(layers, first_parts, strict=False)
+                ],
                 None if self.norm_position == "post" else self.stream.build_norm(),
                 self._build_head(),
                 sum(len(layer.parts) for layer in self.canonical().layers),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,67 +11,17 @@ from typing import Any, Literal, Self
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, Conflict, Part, changed, setting
-from moenas.grammar.conditions import one_of
-from moenas.model.feedforward.dense import FFN, DenseFFN
+from moenas.grammar.conditions import none_of, one_of
+from moenas.model.feedforward.dense import FFN
+from moenas.model.ffn_merging import merge_ffns, merge_order
 from moenas.model.layer_inputs import LayerInputs, run_ffn, run_mixer
-from moenas.model.layers.norms import NormKind, build_norm, norm_params
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
-from moenas.model.residual import PrePostNorm, ResidualAdd
+from moenas.model.residual import NormPosition, ResidualAdd, ResidualConfig
 from moenas.records import Cost
-
-NormPosition = Literal["pre", "post", "output", "sandwich"]
-
 
 KEPT = "_canonical"
 """Where a layer keeps its canonical form; it is no field, so it does not count in comparisons."""
-
-
-@dataclass(frozen=True)
-class ResidualConfig:
-    """What every layer of a model shares: the residual stream and how parts are joined to it."""
-
-    d_model: int
-    norm: NormKind
-    norm_eps: float
-    norm_position: NormPosition
-    multiplier: float
-    """Of what a part adds to the stream."""
-    skip: float = 1.0
-    """Of the stream that a part is added to."""
-
-    def norm_cost(self) -> Cost:
-        """Return the cost of one norm of the stream."""
-        params = norm_params(self.norm, self.d_model)
-        return Cost(params=params, active_params=params)
-
-    def build_norm(self) -> nn.Module:
-        """Build one norm of the stream."""
-        return build_norm(self.norm, self.d_model, self.norm_eps)
-
-    def join_cost(self) -> Cost:
-        """Return the cost of the norms around one part."""
-        return self.norm_cost() * (2 if self.norm_position == "sandwich" else 1)
-
-    def build_norms(self) -> nn.Module:
-        """Build the norm around one part, or the two norms."""
-        if self.norm_position == "sandwich":
-            return PrePostNorm(self.build_norm(), self.build_norm())
-        return self.build_norm()
-
-    def build_join(self) -> ResidualAdd:
-        """Build what adds a part to the stream."""
-        return ResidualAdd(self.norm_position, self.multiplier, self.skip)
-
-    @property
-    def norms_outputs(self) -> bool:
-        """Whether each part's output has a norm of its own before it is added."""
-        return self.norm_position in ("output", "sandwich")
-
-    def shortcut_norms(self, source: str) -> tuple[bool, bool]:
-        """Return whether a shortcut that reads `source` has a norm before and one after it."""
-        before = source == "block" and self.norm_position in ("pre", "sandwich")
-        return before, self.norms_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +50,9 @@ class BlockGroup(Component):
         " arXiv 2404.05019; LongCat-Flash) or of a dense-MoE hybrid (Snowflake Arctic)",
         default=None,
     )
-    shortcut_input: Literal["ffn", "block"] = setting(
+    shortcut_input: Literal["ffn", "block", "stream"] = setting(
         "what the shortcut reads: the normed input of ffn (LongCat-Flash), or the stream before"
-        " the block through a norm of its own (Arctic)",
+        " the block (Arctic) or before ffn (Gemma 4) through a norm of its own",
         default="ffn",
         without_effect={"shortcut": one_of(None)},
     )
@@ -114,6 +63,29 @@ class BlockGroup(Component):
         low=0,
         high=1000,
         without_effect={"shortcut": one_of(None)},
+    )
+    mixer_norm: NormPosition | None = setting(
+        "where the norms of the mixer are; null: as norm_position of the model says",
+        default=None,
+        without_effect={"mixer": one_of(None)},
+    )
+    ffn_norm: NormPosition | None = setting(
+        "where the norms of ffn and shortcut are; null: as norm_position of the model says (A.X"
+        " K1: sandwich around its mixtures alone). A parallel block has those of mixer_norm",
+        default=None,
+        without_effect=(
+            {"ffn": one_of(None)},
+            {"parallel": one_of(True), "mixer": none_of(None)},
+        ),
+    )
+    sum_norm: bool = setting(
+        "a norm of the sum of ffn and shortcut before it joins the stream (Gemma 4)",
+        default=False,
+        without_effect=(
+            {"shortcut": one_of(None)},
+            {"shortcut_delay": none_of(0)},
+            {"parallel": one_of(True), "mixer": none_of(None)},
+        ),
     )
     blocks: tuple[BlockGroup, ...] | None = setting(
         "a pattern of blocks; then this group has no mixer and ffn of its own", default=None
@@ -153,7 +125,8 @@ class BlockGroup(Component):
         """What two groups have in common if they are made of the same objects, `repeat` aside."""
         parts = (self.mixer, self.ffn, self.shortcut, self.blocks)
         rest = (self.vary, self.parallel, self.shortcut_input, self.shortcut_delay)
-        return (*map(id, parts), *rest)
+        norms = (self.mixer_norm, self.ffn_norm, self.sum_norm)
+        return (*map(id, parts), *rest, *norms)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -180,6 +153,26 @@ class BlockGroup(Component):
         """Whether the block has two parts that read the same."""
         return self.parallel and self.mixer is not None and self.ffn is not None
 
+    @property
+    def has_sum_norm(self) -> bool:
+        """Whether the sum of ffn and shortcut has a norm."""
+        return (
+            self.sum_norm
+            and self.shortcut is not None
+            and not self.shortcut_delay
+            and not self.is_parallel
+        )
+
+    @property
+    def n_joins(self) -> int:
+        """How often one layer adds to the stream; a shortcut is added with another part."""
+        return sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
+
+    def norm_positions(self, stream: ResidualConfig) -> tuple[ResidualConfig, ResidualConfig]:
+        """Return what the mixer and the ffn share with the model, by where their norms are."""
+        mixer = stream.at(self.mixer_norm)
+        return mixer, mixer if self.is_parallel else stream.at(self.ffn_norm)
+
     def canonical_at(self, d_model: int) -> Self:
         """Return the canonical form of one layer at a model width."""
         mixer = None if self.mixer is None else self.mixer.canonical_at(d_model)
@@ -193,6 +186,7 @@ class BlockGroup(Component):
             shortcut=shortcut,
             shortcut_input=self.shortcut_input if shortcut else "ffn",
             shortcut_delay=self.shortcut_delay if shortcut else 0,
+            sum_norm=self.has_sum_norm,
         )
 
     def canonical_in(self, stream: ResidualConfig) -> Self:
@@ -208,12 +202,23 @@ class BlockGroup(Component):
 
     def _canonical_in(self, stream: ResidualConfig) -> Self:
         canonical = self.canonical_at(stream.d_model)
+        _, ffn = canonical.norm_positions(stream)
         # The ffn reads the stream before the block, too, if nothing was added to it before.
-        same_input = canonical.mixer is None or canonical.parallel
-        own_norm = stream.shortcut_norms("block")[0] and stream.norm_cost().params
-        if same_input and not own_norm:
+        same_input, source = canonical.mixer is None or canonical.parallel, canonical.shortcut_input
+        own_norm = ffn.shortcut_norms("block")[0] and stream.norm_cost().params
+        if not own_norm and (same_input or source == "stream"):
             canonical = changed(canonical, shortcut_input="ffn")
-        return canonical._with_sources(stream)._side_by_side(stream)
+        elif same_input and source == "stream":
+            canonical = changed(canonical, shortcut_input="block")
+        moved = stream.norm_position  # a place that is written where it differs
+        norms = canonical.mixer_norm, None if canonical.parallel else canonical.ffn_norm
+        parts = canonical.mixer, canonical.ffn
+        written = [
+            None if part is None or norm == moved else norm
+            for part, norm in zip(parts, norms, strict=True)
+        ]
+        canonical = changed(canonical, mixer_norm=written[0], ffn_norm=written[1])
+        return canonical._with_sources(ffn)._side_by_side(ffn)
 
     def _with_sources(self, stream: ResidualConfig) -> Self:
         """Write what routers read as `ffn`, else as `stream`, where these are the same."""
@@ -240,10 +245,10 @@ class BlockGroup(Component):
         They stay two if their outputs have norms, and in a parallel block: there one norm covers
         the sum of mixer and ffn.
         """
-        late = self.shortcut_delay > 0 or self.shortcut_input == "block"
+        late = self.shortcut_delay > 0 or self.shortcut_input != "ffn"
         if self.ffn is None or self.shortcut is None or late:
             return self
-        if stream.norms_outputs:
+        if stream.norms_outputs or self.has_sum_norm:
             if self.parallel:
                 return self
             whole = None
@@ -251,7 +256,7 @@ class BlockGroup(Component):
             whole = merge_ffns(self.ffn, self.shortcut) or merge_ffns(self.shortcut, self.ffn)
         if whole is not None:
             return changed(self, ffn=whole, shortcut=None)
-        first, second = sorted((self.ffn, self.shortcut), key=_order)
+        first, second = sorted((self.ffn, self.shortcut), key=merge_order)
         return changed(self, ffn=first, shortcut=second)
 
     def cost(self, stream: ResidualConfig, context: int) -> Cost:
@@ -260,21 +265,32 @@ class BlockGroup(Component):
         one = sum((group.cost(stream, context) * group.repeat for group in groups), start=Cost())
         for part in self.parts.values():
             one = one + part.cost(stream.d_model, context)
-        joins = sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
-        one = one + stream.join_cost() * joins
+        of_mixer, of_ffn = self.norm_positions(stream)
+        if self.mixer is not None:
+            one = one + of_mixer.join_cost()
+        if self.ffn is not None and not self.is_parallel:
+            one = one + of_ffn.join_cost()
         if self.shortcut is not None:
-            one = one + stream.norm_cost() * sum(stream.shortcut_norms(self.shortcut_input))
+            norms = sum(of_ffn.shortcut_norms(self.shortcut_input)) + self.has_sum_norm
+            one = one + stream.norm_cost() * norms
         return one
 
-    def build_block(self, stream: ResidualConfig) -> Block:
-        """Build the one layer of a group of one."""
+    def build_block(self, stream: ResidualConfig, first_part: int = 1) -> Block:
+        """Build the one layer of a group of one; its first part has this number in the model."""
+        of_mixer, of_ffn = self.norm_positions(stream)
         mixer = None if self.mixer is None else self.mixer.build(stream.d_model)
         ffn = None if self.ffn is None else self.ffn.build(stream.d_model)
-        norms = [None if part is None else stream.build_norms() for part in (mixer, ffn)]
-        shortcut = self._build_shortcut(stream)
+        norm1 = None if mixer is None else of_mixer.build_norms()
+        shortcut = self._build_shortcut(of_ffn)
+        join = (of_ffn if mixer is None else of_mixer).build_join(first_part)
         if self.is_parallel:
-            return ParallelBlock(norms[0], mixer, None, ffn, stream.build_join(), shortcut)
-        return Block(norms[0], mixer, norms[1], ffn, stream.build_join(), shortcut)
+            return ParallelBlock(norm1, mixer, None, ffn, join, shortcut)
+        norm2 = None if ffn is None else of_ffn.build_norms()
+        ffn_join = None
+        if mixer is not None and ffn is not None and (of_mixer != of_ffn or stream.depth_scale):
+            ffn_join = of_ffn.build_join(first_part + 1)
+        sum_norm = stream.build_norm() if self.has_sum_norm else None
+        return Block(norm1, mixer, norm2, ffn, join, shortcut, ffn_join=ffn_join, sum_norm=sum_norm)
 
     def _build_shortcut(self, stream: ResidualConfig) -> Shortcut | None:
         if self.shortcut is None:
@@ -282,38 +298,12 @@ class BlockGroup(Component):
         norms = stream.shortcut_norms(self.shortcut_input)
         before, after = (stream.build_norm() if norm else None for norm in norms)
         ffn = self.shortcut.build(stream.d_model)
-        return Shortcut(before, ffn, after, self.shortcut_input == "block", self.shortcut_delay)
+        return Shortcut(before, ffn, after, self.shortcut_input, self.shortcut_delay)
 
 
 def is_mixture(part: Part | None) -> bool:
     """Whether a part has a router, whose load is watched layer by layer."""
     return part is not None and part.router is not None
-
-
-def _order(ffn: FFN) -> tuple[bool, str]:
-    """Return what two feed-forward layers side by side are ordered by: a mixture comes first."""
-    return ffn.kind != "moe", json.dumps(ffn.plain(), sort_keys=True)
-
-
-def merge_ffns(ffn: FFN, beside: FFN) -> FFN | None:
-    """Return the one layer that is the sum of two canonical ones of the same input, or None.
-
-    A network without biases beside another is a wider one, and beside a mixture it is a shared
-    expert. The weights of the two, laid end to end, are those of the one.
-    """
-    if type(beside) is not DenseFFN or type(ffn) not in (DenseFFN, MoEFFN) or beside.bias:
-        return None
-    if _activation(ffn) != _activation(beside):
-        return None
-    if isinstance(ffn, DenseFFN) and not ffn.bias:
-        return changed(ffn, d_ff=ffn.d_ff + beside.d_ff)
-    if isinstance(ffn, MoEFFN) and not ffn.shared_gate and not ffn.out_bias:
-        return changed(ffn, n_shared_experts=1, d_shared=ffn.shared_width + beside.d_ff)
-    return None
-
-
-def _activation(ffn: Any) -> tuple[Any, ...]:
-    return ffn.activation, ffn.gate_limit, ffn.gate_alpha, ffn.up_shift
 
 
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
@@ -336,18 +326,21 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     } - joined
     number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
     groups = list[BlockGroup]()
-    known = dict[tuple[int, int, int], BlockGroup]()  # equal layers stay one object
+    known = dict[
+        tuple[int, int, int, NormPosition | None], BlockGroup
+    ]()  # equal layers stay one object
     for i, layer in enumerate(layers):
         if i in halves:
             continue
         mixer = layers[i - 1].mixer if i - 1 in halves else layer.mixer
+        norm = layers[i - 1].mixer_norm if i - 1 in halves else layer.mixer_norm
         delay = number[i + layer.shortcut_delay] - number[i]
         if mixer is layer.mixer and delay == layer.shortcut_delay:
             groups.append(layer)
             continue
-        key = id(layer), id(mixer), delay
+        key = id(layer), id(mixer), delay, norm
         if key not in known:
-            known[key] = changed(layer, mixer=mixer, shortcut_delay=delay)
+            known[key] = changed(layer, mixer=mixer, shortcut_delay=delay, mixer_norm=norm)
         groups.append(known[key])
     return tuple(groups)
 
@@ -368,6 +361,9 @@ class Block(nn.Module):
         ffn: nn.Module | None,
         join: ResidualAdd,
         shortcut: Any = None,  # Shortcut or None
+        *,
+        ffn_join: ResidualAdd | None = None,
+        sum_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = norm1
@@ -376,6 +372,8 @@ class Block(nn.Module):
         self.ffn = ffn
         self.join = join
         self.shortcut = shortcut
+        self.ffn_join = ffn_join
+        self.sum_norm = sum_norm
 
     def forward(self, x: Tensor, inputs: LayerInputs | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache in `inputs`, `x` continues the tokens in it."""
@@ -390,10 +388,25 @@ class Block(nn.Module):
             return x
         # 2. The ffn, and the shortcuts that are due at the end of this block.
         inputs.stream = x
-        normed = self.join.entering(x, self.norm2)
+        join = self.join if self.ffn_join is None else self.ffn_join
+        normed = join.entering(x, self.norm2)
         y = run_ffn(self.ffn, normed, inputs)
-        x = self.join(x, y, self.norm2, self.due_shortcuts(normed, inputs))
+        if self.sum_norm is not None:
+            return self.add_normed_sum(x, y, normed, inputs)
+        x = join(x, y, self.norm2, self.due_shortcuts(normed, inputs))
         return x
+
+    def add_normed_sum(self, x: Tensor, y: Tensor, normed: Tensor, inputs: LayerInputs) -> Tensor:
+        """Return the stream with the norm of `y` of the ffn plus the shortcut added (Gemma 4).
+
+        The shortcut of an earlier block that is due here is added beside the norm.
+        """
+        assert self.sum_norm is not None
+        join = self.join if self.ffn_join is None else self.ffn_join
+        earlier = inputs.pending_shortcuts.pop(0) if inputs.pending_shortcuts else None
+        y = join.normed_output(y, self.norm2) + self.shortcut(normed, inputs)
+        y = join.scaled(self.sum_norm(y))
+        return join.add(x, y if earlier is None else y + earlier, self.norm2)
 
     def due_shortcuts(self, ffn_input: Tensor, inputs: LayerInputs) -> Tensor | None:
         """Return what shortcuts add to the stream at the end of this block.
@@ -405,7 +418,8 @@ class Block(nn.Module):
         due = pending.pop(0) if pending else None
         if self.shortcut is None:
             return due
-        y = self.join.scaled(self.shortcut(ffn_input, inputs))
+        join = self.join if self.ffn_join is None else self.ffn_join
+        y = join.scaled(self.shortcut(ffn_input, inputs))
         delay = self.shortcut.delay
         if pending is None or delay == 0:
             return y if due is None else due + y
@@ -433,8 +447,8 @@ class ParallelBlock(Block):
 class Shortcut(nn.Module):
     """A feed-forward layer beside another, with norms of its own where it has any.
 
-    It reads what the other reads, or the stream before the block (`of_block`). Its output is added
-    `delay` blocks later.
+    It reads what the other reads ("ffn"), or the stream before the block ("block") or before the
+    other ("stream"). Its output is added `delay` blocks later.
     """
 
     def __init__(
@@ -442,21 +456,24 @@ class Shortcut(nn.Module):
         before: nn.Module | None,
         ffn: nn.Module,
         after: nn.Module | None,
-        of_block: bool,
+        source: str,
         delay: int,
     ) -> None:
         super().__init__()
         self.before = before
         self.ffn = ffn
         self.after = after
-        self.of_block = of_block
+        self.source = source
         self.delay = delay
 
     def forward(self, ffn_input: Tensor, inputs: LayerInputs) -> Tensor:
         """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
         x = ffn_input
-        if self.of_block:
+        if self.source == "block":
             assert inputs.block_input is not None
             x = inputs.stream = inputs.block_input
+        elif self.source == "stream":
+            assert inputs.stream is not None
+            x = inputs.stream
         y = run_ffn(self.ffn, x if self.before is None else self.before(x), inputs)
         return y if self.after is None else self.after(y)

@@ -25,6 +25,7 @@ Kind = Literal[
     "retried",
     "replicating",
     "replicated",
+    "state",  # a study of a server has another state of its queue
     "warning",
     "done",
 ]

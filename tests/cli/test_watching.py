@@ -28,6 +28,7 @@ data: {files: [corpus.txt]}
 train: {tokens: 1024, context: 16, batch: 4, val_tokens: 256}
 search: {trials: 2, sampler: random}
 """
+INLINE = ("--workers", "inline")
 TELL = "env | grep ^MOENAS_ > told-$MOENAS_STATE; echo told"
 
 
@@ -42,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def moenas(*words: str) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "moenas", "run", "watched.yaml", "--workers", "inline", *words]
+    whole = [sys.executable, "-m", "moenas", "run", "watched.yaml", *words]
     return subprocess.run(whole, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -51,7 +52,7 @@ def told(path: Path) -> dict[str, str]:
 
 
 def test_the_end_of_a_run_is_told_once_with_its_counts(folder: Path) -> None:
-    done = moenas("--on-end", TELL, "-o", "json")
+    done = moenas(*INLINE, "--on-end", TELL, "-o", "json")
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)  # the output of the command goes to stderr
@@ -68,7 +69,7 @@ def test_the_end_of_a_run_is_told_once_with_its_counts(folder: Path) -> None:
 
 
 def test_a_failing_command_is_a_warning(folder: Path) -> None:
-    done = moenas("--on-end", "exit 3")
+    done = moenas(*INLINE, "--on-end", "exit 3")
     assert done.returncode == 0
     assert "warning: the command of --on-end failed: exit code 3" in done.stderr
 
@@ -108,7 +109,7 @@ def test_a_run_logs_to_tensorboard(folder: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra moenas[tensorboard] is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = moenas("--log", "tensorboard:board", "-o", "json")
+    done = moenas(*INLINE, "--log", "tensorboard:board", "-o", "json")
 
     assert done.returncode == 0, done.stderr
     member = json.loads(done.stdout)[0]
@@ -116,3 +117,10 @@ def test_a_run_logs_to_tensorboard(folder: Path) -> None:
     read.Reload()
     (logged,) = read.Scalars("value/val_loss")
     assert logged.value == pytest.approx(member["val_loss"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--log", "wandb"), ("--on-end", "true")])
+def test_a_server_decides_what_is_told(option: str, value: str, folder: Path) -> None:
+    done = moenas(option, value, "--server", "http://127.0.0.1:9")
+    assert done.returncode == 2
+    assert "a server decides this for its studies; leave it out" in done.stderr

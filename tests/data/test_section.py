@@ -95,6 +95,7 @@ BAD = [
     ("{tokens: DIR/t.bin}", "2:3: data: 'vocab_size' is missing"),
     ("{tokens: DIR/t.bin, vocab_size: .5}", "data.vocab_size: 0.5 is not a whole number"),
     ("{tokens: DIR/t.bin, vocab_size: 1e999}", "data.vocab_size: inf is not a whole number"),
+    ("{tokens: DIR/t.bin, vocab_size: 1e300}", "data.vocab_size: 1e+300 is too large; the maximum is"),
     ("{tokens: DIR/t.bin, vocab_size: yes}", "data.vocab_size: 'yes' is not a whole number"),
     ("{tokens: DIR/t.bin, vocab_size: 9, dtype: int8}", "data.dtype: 'int8' is not one of uint8"),
     ("{tokens: DIR/t.bin, vocab_size: 9, vocab: 3}", "no key of 'tokens' data. Did you mean"),

@@ -97,6 +97,18 @@ def test_a_run_that_pauses_at_each_rung_ends_as_one_that_does_not(
     assert_same((found, weights), whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("router", ROUTERS[:1] + ROUTERS[2:])
+def test_a_run_on_a_gpu_continues_to_the_last_bit(make_job: MakeJob, router: Plain) -> None:
+    """Steps before a pause and after it are replayed from graphs of their own."""
+    train = replace(RECIPE, rungs=1, tokens=120 * 64, max_dead=0.99, dtype="bfloat16").plain()
+    job = make_job("val_loss", architecture=architecture(router), train=train, device="cuda")
+    whole = evaluate(job)
+    assert whole[0].failure is None
+    found, weights = evaluate(replace(job, rung_limits=[None]))
+    assert_same(evaluate(continued(job, found, weights)), whole)
+
+
 def test_another_process_continues_to_the_last_bit(make_job: MakeJob, tmp_path: Path) -> None:
     plain = architecture(ROUTERS[1])
     clock = {"clock": guest("__import__('time').time()", "model")}

@@ -451,6 +451,26 @@ def test_a_job_runs_on_a_gpu(make_job: MakeJob, dtype: str) -> None:
     assert weights is not None
 
 
+@pytest.mark.gpu
+def test_a_gpu_without_room_fails_the_candidate_alone(make_job: MakeJob) -> None:
+    """The estimate refuses a model that is too large; one that it lets pass fails in training."""
+    huge = {**PLAIN, "d_model": 65_536}
+    job = make_job("val_loss", architecture=Architecture.parse(huge).plain(), device="cuda")
+    refused = failure(evaluate(job)[0])
+    assert (refused.kind, "GiB free" in refused.message) == ("out_of_memory", True)
+    share = 48 * 2**20 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share, 0)
+    try:
+        wide = {**PLAIN, "d_model": 1024}
+        job = make_job("val_loss", architecture=Architecture.parse(wide).plain(), device="cuda")
+        assert failure(evaluate(job)[0]).kind == "out_of_memory"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+    found, _ = evaluate(make_job("val_loss", device="cuda"))
+    assert found.failure is None
+
+
 def test_a_candidate_that_cannot_fit_is_not_built(
     make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

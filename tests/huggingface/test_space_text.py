@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,38 @@ def test_values_that_no_model_has_are_errors_of_the_file(
 ) -> None:
     with pytest.raises(SpaceError, match=r"config\.json"):
         read(tmp_path, **more)
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "factor"),
+    [
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 5e5, 2.0),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            5e5,
+            2.0,
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+            },
+            100.0,
+            4.0,
+        ),
+    ],
+)
+def test_rope_scaling_goes_before_rope_parameters_as_in_transformers(
+    fields: dict[str, Any], theta: float, factor: float, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | fields))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert (theirs["rope_theta"], theirs["factor"]) == (theta, factor)
+    _, (_, layers) = read_model(tmp_path)
+    rope = layers[0]["mixer"]["rope"]
+    assert (rope["theta"], rope["scaling"]["factor"]) == (theta, factor)

@@ -58,6 +58,8 @@ def test_every_kind_counts_what_fvcore_counts(context: int) -> None:
             "out_bias": True,
         },
         {**WHOLE, "qkv_clip": 0.1, "qk_norm": "head", "qk_norm_after_rope": True},
+        {**WHOLE, "output_gate": "head", "gate_activation": "softplus", "gate_bias": True}
+        | {"floor_scale": 9, "scale_growth": "power"},
         {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5, "nope_dim": 8}
         | {"rope_dim": 4, "v_dim": 16, "output_gate": "head"},
         {**STATE, "n_state_groups": 2},

@@ -78,6 +78,13 @@ def layers(mixer: Plain, *ffns: Plain, **whole: Any) -> Architecture:
 OWN = {
     "llama": layers(ATTENTION | {"rope": {"scaling": LLAMA3}}, DENSE, DENSE),
     "mistral": layers(ATTENTION | {"window": 5, "rope": {"theta": 500.0}}, DENSE, DENSE),
+    # A LayerNorm without a bias: biases of 0 are written.
+    "stablelm": layers(
+        ATTENTION | {"n_heads": 2, "qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
+        DENSE,
+        DENSE,
+        norm="layernorm",
+    ),
     "qwen2": layers(ATTENTION | {"qkv_bias": True}, DENSE, DENSE, tie_embeddings=False),
     "qwen3": layers(ATTENTION | {"qk_norm": "head", "rope": {"scaling": YARN}}, DENSE, DENSE),
     # The capacity and the loss act in training alone.
@@ -152,6 +159,14 @@ def test_published_families_load_with_the_same_logits(name: str, tmp_path: Path)
 def test_new_architectures_load_with_the_same_logits(family: str, tmp_path: Path) -> None:
     out, model = written(tmp_path, OWN[family])
     assert family_of(out) == family
+    check_with_transformers(out, model)
+
+
+def test_a_parallel_stablelm_loads_with_the_same_logits(tmp_path: Path) -> None:
+    block = {"mixer": ATTENTION | {"n_heads": 2}, "ffn": DENSE, "parallel": True}
+    plain = {"vocab_size": 256, "d_model": 32, "norm": "layernorm_bias", "blocks": [block, block]}
+    out, model = written(tmp_path, Architecture.parse(plain))
+    assert family_of(out) == "stablelm"
     check_with_transformers(out, model)
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from families import FAMILIES, VOCABULARY, Family
 from others import OTHERS
+from recent import RECENT
 from variants import VARIANTS
 from weights import Weights, from_one, rows_of, to_ours, to_theirs
 
@@ -21,7 +22,7 @@ from moenas.model.architecture import Architecture, Model
 from moenas.space.space import Space
 
 ZOO = Path(__file__).parents[2] / "spaces" / "zoo"
-MODELS = FAMILIES | VARIANTS | OTHERS
+MODELS = FAMILIES | VARIANTS | OTHERS | RECENT
 
 
 def ours_of(family: Family) -> Model:

@@ -67,16 +67,23 @@ class Activation(nn.Module):
 
     With a `limit` L the gate is cut to at most L and up to -L..L before that. `alpha` sharpens
     the gate of swiglu: gate * sigmoid(alpha * gate). gpt-oss has L 7, alpha 1.702 and shift 1.
+    A `activated_limit` L cuts act(gate) to at most L, and up to -L..L (Step-3.5).
     """
 
     def __init__(
-        self, name: str, limit: float | None = None, alpha: float = 1.0, shift: float = 0.0
+        self,
+        name: str,
+        limit: float | None = None,
+        alpha: float = 1.0,
+        shift: float = 0.0,
+        activated_limit: float | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.limit = limit
         self.alpha = alpha
         self.shift = shift
+        self.activated_limit = activated_limit
 
     def forward(self, h: Tensor) -> Tensor:
         """Map (..., up_width) to (..., width)."""
@@ -86,11 +93,17 @@ class Activation(nn.Module):
         if self.limit is not None:
             gate = gate.clamp(max=self.limit)
             up = up.clamp(min=-self.limit, max=self.limit)
+        if self.activated_limit is not None:
+            up = up.clamp(min=-self.activated_limit, max=self.activated_limit)
         if self.shift:
             up = up + self.shift
         if self.alpha != 1.0:
-            return gate * torch.sigmoid(self.alpha * gate) * up
-        return GATED[self.name](gate) * up
+            activated = gate * torch.sigmoid(self.alpha * gate)
+        else:
+            activated = GATED[self.name](gate)
+        if self.activated_limit is not None:
+            activated = activated.clamp(max=self.activated_limit)
+        return activated * up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +133,14 @@ class Activated:
         without_effect={"activation": UNGATED},
     )
 
+    activated_limit: float | None = setting(
+        "L: an activated gate is cut to at most L, the value beside it to -L..L (Step-3.5); null:"
+        " no cut",
+        default=None,
+        low=1e-3,
+        without_effect={"activation": UNGATED},
+    )
+
     def canonical_activation(self) -> dict[str, Any]:
         """Return the fields of the activation, those without effect reset."""
         gated = self.activation in GATED
@@ -127,6 +148,7 @@ class Activated:
             "gate_limit": self.gate_limit if gated else None,
             "gate_alpha": self.gate_alpha if self.activation == "swiglu" else 1.0,
             "up_shift": self.up_shift if gated else 0.0,
+            "activated_limit": self.activated_limit if gated else None,
         }
 
     def build_activation(self) -> Activation:
@@ -137,4 +159,5 @@ class Activated:
             activation["gate_limit"],
             activation["gate_alpha"],
             activation["up_shift"],
+            activation["activated_limit"],
         )

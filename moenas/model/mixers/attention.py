@@ -14,6 +14,13 @@ from moenas.grammar.conditions import none_of, one_of
 from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear
 from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.gate import (
+    GateActivation,
+    GatedBy,
+    OutputGate,
+    build_gate,
+    gate_width,
+)
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.position_bias import PositionBias
 from moenas.model.mixers.qkv import QKV, LowRankProjection, LowRankQKV, NormedValues, QKNorm
@@ -23,9 +30,12 @@ from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryPr
 from moenas.model.mixers.softmax_attention import (
     SINK_WIDTH,
     AttentionSpan,
-    PositionTemperature,
     SoftmaxAttention,
-    gated,
+)
+from moenas.model.mixers.temperature import (
+    ScaleGrowth,
+    build_temperature,
+    canonical_temperature,
 )
 from moenas.records import Cost
 
@@ -119,9 +129,19 @@ class AttentionMixer(Mixer, kind="attention"):
         default=None,
         low=0.1,
     )
-    output_gate: Literal["none", "head", "element"] = setting(
+    output_gate: GatedBy = setting(
         "the heads' output times sigmoid(W x), one gate a head or an element (arXiv 2505.06708)",
         default="none",
+    )
+    gate_activation: GateActivation = setting(
+        "the function of output_gate: sigmoid, or softplus, which has no upper bound (Laguna)",
+        default="sigmoid",
+        without_effect={"output_gate": one_of("none")},
+    )
+    gate_bias: bool = setting(
+        "output_gate adds a trained bias of each head to W x (Beam)",
+        default=False,
+        without_effect={"output_gate": one_of("none")},
     )
     scale: float | None = setting(
         "factor of the scores; null: 1 / sqrt(head_dim)", default=None, low=0.0
@@ -137,6 +157,19 @@ class AttentionMixer(Mixer, kind="attention"):
         "of floor_scale",
         default=0.1,
         low=0.0,
+        without_effect={"floor_scale": one_of(None)},
+    )
+    scale_growth: ScaleGrowth = setting(
+        "how floor_scale grows with the position: by the logarithm above, or as the power"
+        " (1 + (position + 1) / floor_scale)^attn_scale of every position (Beam)",
+        default="logarithm",
+        without_effect={"floor_scale": one_of(None)},
+    )
+    floor_offset: int = setting(
+        "added to the position in floor_scale and scale_growth: 1 (Llama 4) or 0 (Mistral)",
+        default=1,
+        low=0,
+        high=1,
         without_effect={"floor_scale": one_of(None)},
     )
     position_bias: PositionBias | None = setting(
@@ -213,7 +246,6 @@ class AttentionMixer(Mixer, kind="attention"):
         """Write out the numbers that follow from others and reset fields without effect."""
         n_heads, n_kv_heads = self.heads_at(d_model)
         one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
-        tempered = self.floor_scale is not None and self.attn_scale > 0
         own = self.kv_source is None
         normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
         bias = self.position_bias and self.position_bias.canonical_within(self.attention_span)
@@ -228,8 +260,11 @@ class AttentionMixer(Mixer, kind="attention"):
             inner_eps=self.inner_eps if normed else 1e-6,
             window=1 if self.chunk == 1 else self.window,
             chunk=None if self.chunk == 1 else self.chunk,
-            floor_scale=self.floor_scale if tempered else None,
-            attn_scale=self.attn_scale if tempered else 0.1,
+            **canonical_temperature(
+                self.floor_scale, self.attn_scale, self.floor_offset, self.scale_growth
+            ),
+            gate_activation=self.gate_activation if self.output_gate != "none" else "sigmoid",
+            gate_bias=self.gate_bias and self.output_gate != "none",
             position_bias=bias,
         )
         if canonical.window == 1 and not canonical.sinks:
@@ -246,8 +281,7 @@ class AttentionMixer(Mixer, kind="attention"):
             inner_eps=self.inner_eps if self.v_norm else 1e-6,
             softcap=None,
             scale=None,
-            floor_scale=None,
-            attn_scale=0.1,
+            **canonical_temperature(None, 0.1, 1, "logarithm"),
             position_bias=self.position_bias if self.bias_shared is not None else None,
         )
 
@@ -278,7 +312,7 @@ class AttentionMixer(Mixer, kind="attention"):
         widths = n_heads * self.head_dim, n_kv_heads * self.head_dim * own
         out_width, kept = n_heads * self.v_dim, n_kv_heads * (self.head_dim + self.v_dim) * own
         kv_width = widths[1] if self.k_eq_v else kept
-        gates = {"none": 0, "head": n_heads, "element": out_width}[self.output_gate]
+        gates = gate_width(self.output_gate, n_heads, self.v_dim)
         q_rank = self.q_rank or 0
         products = (d_model + widths[0]) * q_rank if q_rank else d_model * widths[0]
         products += d_model * (kv_width + gates) + out_width * d_model
@@ -286,6 +320,7 @@ class AttentionMixer(Mixer, kind="attention"):
         params += self.position_bias.params(n_heads) if self.position_bias else 0
         params += {"head": (1 + own) * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
         params += (widths[0] + kv_width) * self.qkv_bias + d_model * self.out_bias
+        params += n_heads * (self.gate_bias and gates > 0)
         return Cost(
             params=params,
             active_params=params,
@@ -306,9 +341,14 @@ class AttentionMixer(Mixer, kind="attention"):
         """Build the attention at a model width."""
         n_heads, n_kv_heads = self.heads_at(d_model)
         width = n_heads * self.v_dim
-        gates = {"none": 0, "head": n_heads, "element": width}[self.output_gate]
         rotary, attend = self.rope.build(self.head_dim), self._build_attend(n_heads)
-        gate = Linear(d_model, gates) if gates else None
+        gate = build_gate(
+            d_model,
+            (n_heads, self.v_dim),
+            self.output_gate,
+            activation=self.gate_activation,
+            bias=self.gate_bias,
+        )
         out = Linear(width, d_model, self.out_bias)
         if self.kv_source is not None:
             query = self._build_query(d_model)
@@ -351,9 +391,9 @@ class AttentionMixer(Mixer, kind="attention"):
             AttentionSpan(self.window, self.chunk, bias),
             self.softcap,
             self.sinks,
-            None
-            if self.floor_scale is None
-            else PositionTemperature(self.floor_scale, self.attn_scale),
+            build_temperature(
+                self.floor_scale, self.attn_scale, self.floor_offset, self.scale_growth
+            ),
         )
 
     def _build_norm(self, n_heads: int) -> RMSNorm:
@@ -370,7 +410,7 @@ class Attention(SharesKV):
         rotary: nn.Module | None,
         norm: nn.Module | None,
         attend: SoftmaxAttention,
-        gate: Linear | None,
+        gate: OutputGate | None,
         out: Linear,
     ) -> None:
         super().__init__(None, attend.bias_shared)
@@ -403,7 +443,7 @@ class Attention(SharesKV):
         self.publish_kv(k, v, shared)
         y = self.attend(q, k, v, start, self.table(self.attend.table, shared)).transpose(1, 2)
         if self.gate is not None:
-            y = gated(y, self.gate(x))
+            y = self.gate.gated(x, y)
         out: Tensor = self.out(y.flatten(-2))
         return out
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from moenas.grammar.component import setting
+from moenas.grammar.conditions import one_of
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.gate import GatedBy, OutputGate, build_gate, gate_width
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.qkv import LowRankProjection
 from moenas.model.mixers.rotary import FORMER, Rope
-from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, gated
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
+from moenas.model.mixers.temperature import build_temperature, canonical_temperature
 from moenas.records import Cost
 
 
@@ -49,7 +52,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         "a normed latent of width r is multiplied by sqrt(d_model / r) (LongCat-Flash)",
         default=False,
     )
-    output_gate: Literal["none", "head", "element"] = setting(
+    output_gate: GatedBy = setting(
         "the heads' output times sigmoid(W x), one gate a head (Ling hybrid) or an element (arXiv"
         " 2505.06708)",
         default="none",
@@ -57,15 +60,30 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
     scale: float | None = setting(
         "factor of the scores; null: 1 / sqrt(nope_dim + rope_dim)", default=None, low=0.0
     )
+    floor_scale: int | None = setting(
+        "queries are multiplied by 1 + attn_scale ln(1 + floor((position + floor_offset) /"
+        " floor_scale)) (arXiv 2501.19399; Mistral Small 4: 8192, with floor_offset 0); null: none"
+        " is",
+        default=None,
+        low=1,
+    )
+    attn_scale: float = setting(
+        "of floor_scale", default=0.1, low=0.0, without_effect={"floor_scale": one_of(None)}
+    )
+    floor_offset: int = setting(
+        "added to the position in floor_scale: 1 (Llama 4) or 0 (Mistral Small 4)",
+        default=1,
+        low=0,
+        high=1,
+        without_effect={"floor_scale": one_of(None)},
+    )
 
     former: ClassVar[Mapping[str, str]] = FORMER
 
     @property
     def gates(self) -> int:
         """Gates of a token."""
-        return {"none": 0, "head": self.n_heads, "element": self.n_heads * self.v_dim}[
-            self.output_gate
-        ]
+        return gate_width(self.output_gate, self.n_heads, self.v_dim)
 
     @property
     def factor(self) -> float:
@@ -77,8 +95,13 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         usual = (self.nope_dim + self.rope_dim) ** -0.5
         rope = self.rope.canonical_for(self.rope_dim)
         narrow = self.kv_rank != d_model or self.q_rank not in (None, d_model)
+        tempered = canonical_temperature(
+            self.floor_scale, self.attn_scale, self.floor_offset, "logarithm"
+        )
+        del tempered["scale_growth"]
         return replace(
             self,
+            **tempered,
             # Fingerprints of earlier versions know NoPE of this mixer as a theta of null.
             rope=rope if rope.partial_rotary_factor else Rope(theta=None),
             rank_scale=self.rank_scale and narrow,
@@ -113,8 +136,15 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             query,
             self._build_bottleneck(d_model, self.kv_rank, self.rope_dim, kv_width),
             self.rope.build(self.rope_dim),
-            SoftmaxAttention(self.n_heads, self.factor, AttentionSpan()),
-            Linear(d_model, self.gates) if self.gates else None,
+            SoftmaxAttention(
+                self.n_heads,
+                self.factor,
+                AttentionSpan(),
+                temperature=build_temperature(
+                    self.floor_scale, self.attn_scale, self.floor_offset, "logarithm"
+                ),
+            ),
+            build_gate(d_model, (self.n_heads, self.v_dim), self.output_gate),
             Linear(self.n_heads * self.v_dim, d_model),
         )
 
@@ -138,7 +168,7 @@ class LatentAttention(nn.Module):
         keys: LowRankProjection,
         rotary: nn.Module | None,
         attend: SoftmaxAttention,
-        gate: Linear | None,
+        gate: OutputGate | None,
         out: Linear,
     ) -> None:
         super().__init__()
@@ -170,7 +200,7 @@ class LatentAttention(nn.Module):
             q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
             y = self.attend(q, k, v, start)
         y = y.transpose(1, 2)
-        out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))
+        out: Tensor = self.out((y if self.gate is None else self.gate.gated(x, y)).flatten(-2))
         return out
 
     def on_latent(

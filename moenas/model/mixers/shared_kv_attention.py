@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from moenas.model.layer_inputs import SharedKV
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.gate import OutputGate
 from moenas.model.mixers.qkv import normed
 from moenas.model.mixers.shared_kv import SharesKV
-from moenas.model.mixers.softmax_attention import SoftmaxAttention, gated
+from moenas.model.mixers.softmax_attention import SoftmaxAttention
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, C width of a head.
 
@@ -56,7 +57,7 @@ class CrossLayerAttention(SharesKV):
         kv_source: int,
         queries: QueryProjection,
         attend: SoftmaxAttention,
-        gate: Linear | None,
+        gate: OutputGate | None,
         out: Linear,
     ) -> None:
         super().__init__(kv_source, attend.bias_shared)
@@ -71,7 +72,7 @@ class CrossLayerAttention(SharesKV):
         start = size(k.shape[2]) - size(x.shape[1])  # tensors while the model is traced
         table = self.table(self.attend.table, shared)
         y = self.attend(self.queries(x, start), k, v, start, table).transpose(1, 2)
-        out: Tensor = self.out((y if self.gate is None else gated(y, self.gate(x))).flatten(-2))
+        out: Tensor = self.out((y if self.gate is None else self.gate.gated(x, y)).flatten(-2))
         return out
 
     def new_cache(self, batch: int, context: int) -> None:

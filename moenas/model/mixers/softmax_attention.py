@@ -15,12 +15,6 @@ from moenas.model.layers.linear import on_cuda, size
 from moenas.model.mixers.position_bias import distances
 
 
-def gated(y: Tensor, gate: Tensor) -> Tensor:
-    """Return (B, S, H, C) times the sigmoid of `gate`, (B, S, H) or (B, S, H C)."""
-    factors: Tensor = gate.unflatten(-1, (y.shape[2], -1)).float().sigmoid()
-    return y * factors.to(y.dtype)
-
-
 def masked(bias: Tensor, seen: Tensor | None) -> Tensor:
     """Return biases (H, S, L) with -inf at keys that `seen` (S, L) excludes; None excludes none."""
     return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
@@ -68,28 +62,6 @@ class AttentionSpan(nn.Module):
         if self.chunk is not None:
             seen = seen & (key >= query - query % self.chunk)
         return seen
-
-
-class PositionTemperature(nn.Module):
-    """Temperature of the scores by position (scalable softmax, arXiv 2501.19399, as in Llama 4).
-
-    It multiplies the query at position p, from 0, by
-    1 + attn_scale ln(1 + floor((p + 1) / floor_scale)).
-    """
-
-    def __init__(self, floor_scale: int, attn_scale: float) -> None:
-        super().__init__()
-        self.floor_scale = floor_scale
-        self.attn_scale = attn_scale
-
-    def forward(self, q: Tensor, start: int) -> Tensor:
-        """Scale (B, H, S, C) queries at positions start, start + 1, ..."""
-        end = start + size(q.shape[2])
-        if not torch.compiler.is_compiling() and end < self.floor_scale:
-            return q  # all factors are 1
-        steps = torch.arange(start + 1, end + 1, device=q.device) // self.floor_scale
-        factors = 1 + self.attn_scale * (1.0 + steps).log()
-        return (q * factors.unsqueeze(-1)).to(q.dtype)
 
 
 SINK_WIDTH = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from moenas.model.layers.linear import on_cuda
 from moenas.model.moe.logits import RouterInput
 from moenas.model.moe.selection import ExpertSelection, SelectedSlots
+
+BiasOn = Literal["score", "logits"]
 
 # Shapes: T tokens, D model width, E experts, K experts chosen for a token, N slots (N = T K where
 # every token chooses K).
@@ -168,9 +170,9 @@ class Gating(nn.Module):
     """Scores, selection and weights of the experts of each token, all in float32.
 
     s = score(z), with noise z + noise(x) * normal in training. The `selection` chooses by s + bias,
-    and `weights` are made of s without the bias (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). A
-    softmax over all experts that is normalised over the chosen is the softmax over the chosen
-    (Mixtral, arXiv 2401.04088).
+    or by z + bias with `bias_on` "logits" (Kolibri 1). The `weights` are made of s without the bias
+    (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). A softmax over all experts that is normalised
+    over the chosen is the softmax over the chosen (Mixtral, arXiv 2401.04088).
     """
 
     def __init__(
@@ -180,7 +182,9 @@ class Gating(nn.Module):
         noise: nn.Module | None,
         selection: ExpertSelection,
         score: nn.Module,
+        *,
         weights: Weights,
+        bias_on: str = "score",
     ) -> None:
         super().__init__()
         self.enter = enter
@@ -190,6 +194,7 @@ class Gating(nn.Module):
         self.top_k = selection.top_k
         self.score = score
         self.weights = weights
+        self.bias_on = bias_on
 
     def forward(
         self, x: Tensor, bias: Tensor | None = None, tokens: Tensor | None = None
@@ -209,7 +214,9 @@ class Gating(nn.Module):
                 chance = chance_over_noise(clean, spread, logits, self.top_k)
         # 2. Scores s (T, E); the bias acts on the selection alone (DeepSeek-V3, eq. 16).
         scores: Tensor = self.score(logits)
-        ranked = scores if bias is None else scores + bias.float()
+        ranked = scores
+        if bias is not None:
+            ranked = (logits if self.bias_on == "logits" else scores) + bias.float()
         slots: SelectedSlots = self.selection(ranked, logits, tokens)
         # 3. The weights of the selected slots, from scores without the bias.
         weights, kept = self.weights(scores, logits, slots)

@@ -17,7 +17,7 @@ from moenas.model.moe.balance import (
     NoBalance,
     Reduce,
 )
-from moenas.model.moe.gating import Gating, Weights
+from moenas.model.moe.gating import BiasOn, Gating, Weights
 from moenas.model.moe.logits import LinearLogits, Logits, Noise, NoLogits, RouterInput
 from moenas.model.moe.presets import FORMER, PRESETS
 from moenas.model.moe.scores import Score, SoftmaxScore
@@ -79,6 +79,12 @@ class Router(Component):
         without_effect={"selection": one_of("expert_choice")},
     )
     balance: Balance = setting("how the load of the experts is balanced", default=AuxLossBalance())
+    bias_on: BiasOn = setting(
+        "what the bias of `balance` is added to for the selection: the score (DeepSeek-V3), or the"
+        " logit (Kolibri 1)",
+        default="score",
+        without_effect={"balance": one_of("none", "aux_loss", "importance_load")},
+    )
     loss_reduce: Reduce = setting(
         "how the losses of all layers join: added up; their mean (MegaBlocks); or aux_loss of the"
         " slots of all layers together, top_k for an even load (a router_aux_loss_coef of"
@@ -190,6 +196,7 @@ class Router(Component):
             allow_acausal=not self.causal,
             capacity_factor=None if self.selection.expert_choice else self.capacity_factor,
             balance=balance,
+            bias_on=self.bias_on if balance.has_bias else "score",
             loss_reduce=self._canonical_reduce(balance),
             z_coef=self.z_coef if learned else 0.0,
             entropy_coef=self.entropy_coef if learned else 0.0,
@@ -275,13 +282,14 @@ class Router(Component):
             Noise(d_model, n_experts) if self.selection.noisy else None,
             self.selection.build(self.top_k, n_experts),
             self.score.build(),
-            Weights(
+            weights=Weights(
                 normalize=self.normalizes,
                 scale=self.scale,
                 n_scales=n_experts if self.expert_scale else None,
                 top_p=self.top_p,
                 eps=self.sparsemixer_eps,
             ),
+            bias_on=self.bias_on,
         )
 
     def build_balancer(self, n_experts: int) -> LoadBalancer:

@@ -263,6 +263,8 @@ DIFFERENT: list[Plain] = [
     {"rope": {"scaling": YARN | {"attention_factor": 1.0}, "partial_rotary_factor": 0.5}},
     {"floor_scale": 4},
     {"floor_scale": 4, "attn_scale": 0.2},
+    {"floor_scale": 4, "floor_offset": 0},
+    {"floor_scale": 4, "scale_growth": "power"},
     {"window": 1, "sinks": True},
     {"window": 1, "sinks": True, "scale": 2.0},
     {"window": 1},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -337,21 +338,23 @@ def test_a_step_captured_in_a_cuda_graph_is_the_step(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "noise"])
-def test_a_gpu_gives_what_a_cpu_gives_in_bfloat16(name: str) -> None:
-    """Token by token: of two experts that nearly tie, each device may take another."""
-    layers = [MoEFFN(n_experts=8, d_expert=32, router=ROUTERS[name]).build(64) for _ in range(2)]
+def test_a_gpu_is_as_close_to_float32_in_bfloat16_as_a_cpu(name: str) -> None:
+    """Of nine tokens in ten: of two experts that nearly tie, each device may take another."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in layers[0].parameters():
+    moe = MoEFFN(n_experts=8, d_expert=32, router=ROUTERS[name]).build(64)
+    for parameter in moe.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
-    layers[1].load_state_dict(layers[0].state_dict())
     tokens = torch.randn(2, 64, 64, generator=generator).bfloat16()
-    found = []
-    for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
-        x = tokens.to(device, copy=True).requires_grad_()
-        y = one_step(layer.to(device), x)
+
+    def outputs(device: str, dtype: torch.dtype) -> list[Tensor]:
+        x = tokens.to(device, dtype, copy=True).requires_grad_()
+        y = one_step(copy.deepcopy(moe).to(device), x)
         assert x.grad is not None
-        found.append([part.detach().cpu().float() for part in (y, x.grad)])
-    for right, there in zip(*found, strict=True):
-        size = right.norm(dim=-1).median()
-        errors = ((there - right).norm(dim=-1) / size).flatten()
-        assert errors.quantile(0.9) < 0.02, errors.sort().values[-20:]
+        return [part.detach().cpu().float() for part in (y, x.grad)]
+
+    exact = outputs("cpu", torch.float32)
+    rounded = [outputs(device, torch.bfloat16) for device in ("cpu", "cuda")]
+    for right, on_cpu, on_gpu in zip(exact, *rounded, strict=True):
+        errors = [(y - right).norm(dim=-1).flatten().quantile(0.9) for y in (on_cpu, on_gpu)]
+        assert errors[1] < 1.5 * errors[0]
+        assert errors[0] < 0.05 * right.norm(dim=-1).mean()

@@ -61,9 +61,13 @@ def act(h: Tensor, activation: Activation) -> Tensor:
         up = torch.maximum(
             torch.minimum(up, torch.tensor(activation.limit)), -torch.tensor(activation.limit)
         )
+    late = torch.tensor(activation.activated_limit or torch.inf)
+    up = torch.maximum(torch.minimum(up, late), -late)
     if activation.alpha != 1:
-        return gate / (1 + torch.exp(-activation.alpha * gate)) * (up + activation.shift)
-    return SLOPES[activation.name](gate) * (up + activation.shift)
+        activated = gate / (1 + torch.exp(-activation.alpha * gate))
+    else:
+        activated = SLOPES[activation.name](gate)
+    return torch.minimum(activated, late) * (up + activation.shift)
 
 
 def all_on_all(moe: MoE, x: Tensor) -> Tensor:
@@ -322,6 +326,8 @@ DIFFERENT: list[dict[str, Any]] = [
     {"gate_limit": 7.0},
     {"gate_alpha": 1.5},
     {"up_shift": 1.0},
+    {"activated_limit": 7.0},
+    {"activated_limit": 7.0, "gate_limit": 7.0},
     {"activation": "geglu"},
     {"activation": "geglu_tanh"},
 ]
