@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from moenas.service.settings import ServerSettings
 from moenas.service.state import ServiceState
 from moenas.store import access_tokens, runners
 from moenas.store.access_tokens import Role
+from moenas.store.store import Store
 
 HOST = "http://127.0.0.1:8321"
 SMALL = """\
@@ -110,3 +115,47 @@ def listening(service: ServiceState, port: int = 0) -> Iterator[str]:
         running.should_exit = True
         thread.join()
         found.close()
+
+
+@contextlib.contextmanager
+def moenas_serve(
+    folder: Path, *words: str, port: int = 0
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `moenas serve` in a folder; yield the process and its address."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MOENAS_STORAGE", None)
+    environment["MOENAS_SERVER"] = "http://127.0.0.1:9"  # no driver may take it for its server
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "moenas",
+            "serve",
+            "--port",
+            str(port),
+            "--workers",
+            "inline",
+            *words,
+        ],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        first = process.stderr.readline()
+        assert " at http" in first, first + process.stderr.read()
+        yield process, first.partition(" at ")[2].split()[0]
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=90)
+        process.stderr.close()
+
+
+def token(folder: Path, role: access_tokens.Role = "submitter") -> str:
+    store = Store.open(f"sqlite:///{folder}/moenas.db", create=True)
+    text = store.transact(lambda c: access_tokens.create(c, "ann", role, None))
+    store.engine.dispose()
+    return text

@@ -8,13 +8,18 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import moenas
 from moenas import terminal
-from moenas.cli import lifecycle_commands, maintenance_commands, service_commands
+from moenas.cli import (
+    lifecycle_commands,
+    maintenance_commands,
+    server_commands,
+    service_commands,
+)
 from moenas.cli.options import (
     AcceptChanges,
     Address,
@@ -22,10 +27,15 @@ from moenas.cli.options import (
     DryRun,
     Format,
     Fresh,
+    Log,
+    NoServer,
+    OnEnd,
     Output,
+    Server,
     Storage,
     StudyName,
     TrialNumber,
+    Trials,
     Workers,
     command_line,
     is_json_wanted,
@@ -34,6 +44,8 @@ from moenas.cli.options import (
     write_csv,
     write_rows,
 )
+from moenas.cli.results import say_next_steps, write_estimate, write_front
+from moenas.cli.study_sources import connections, open_server, open_source, server_url
 from moenas.errors import (
     EnvironmentFaultError,
     InputError,
@@ -44,10 +56,10 @@ from moenas.errors import (
 from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
+    from moenas.cli.watching import Watchers
+    from moenas.records import Plain
     from moenas.space.space import Space
-    from moenas.store.row_readers import FrontView
-    from moenas.store.store import Store
-    from moenas.study.estimate import Estimate
+    from moenas.study.launch import Study
 
 app = typer.Typer(
     name="moenas",
@@ -66,6 +78,7 @@ def main() -> None:
         try:
             app()
         finally:
+            connections.close()
             terminal.flush()
     except MoenasError as error:
         _write_error(error)
@@ -184,30 +197,43 @@ def check(
         ),
     ] = None,
     storage: Storage = None,
+    server: Server = None,
     output: Format = Output.table,
 ) -> None:
     """Check a space: is it valid, how many points, what do they cost, what do they look like."""
     _say_what_is_taken()
+    url = server_url(storage, server)
     if space.endswith(".py"):
+        if server is not None:
+            raise InputError(f"{space}: a server checks space files; leave --server out")
         from moenas.testing.parts import check_file
 
         for line in check_file(Path(space)):
             emit(line)
         return
-    from moenas.report.space_check import check_report, check_text
-    from moenas.space.space import Space
-    from moenas.study.estimate import estimate
-
-    loaded = Space.load(space, overrides or ())
-    report = check_report(loaded, draws)
-    estimated = estimate(loaded, storage=storage)
-    report["estimate"] = estimated.plain()
+    if url is not None:
+        report = open_server(url).check(space, overrides or (), draws=draws)
+    else:
+        report = _checked(space, overrides or [], draws, storage)
     if output is Output.json:
         emit(to_json(report))
     elif output is Output.csv:
         write_csv(report["draws"])
     else:
-        emit("\n".join([check_text(report), *estimated.lines()]))
+        from moenas.report.space_check import check_text
+        from moenas.study.estimate import Estimate
+
+        emit("\n".join([check_text(report), *Estimate(**report["estimate"]).lines()]))
+
+
+def _checked(space: str, overrides: list[str], draws: int | None, storage: str | None) -> Plain:
+    """Return the report on a space, and what a study of it will take."""
+    from moenas.report.space_check import check_report
+    from moenas.space.space import Space
+    from moenas.study.estimate import estimate
+
+    loaded = Space.load(space, overrides)
+    return check_report(loaded, draws) | {"estimate": estimate(loaded, storage=storage).plain()}
 
 
 @app.command()
@@ -218,48 +244,69 @@ def run(
         typer.Argument(metavar="[FIELD=VALUE]...", help="e.g. train.tokens=2e6"),
     ] = None,
     storage: Storage = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1_000_000,
-            help="Candidates that the study evaluates in total; resumes up to it.",
-        ),
-    ] = None,
+    trials: Trials = None,
     workers: Workers = None,
     address: Address = None,
     accept_changes: AcceptChanges = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    log: Log = None,
+    on_end: OnEnd = None,
+    server: Server = None,
     output: Format = Output.table,
 ) -> None:
     """Launch a study, or resume it; prints its front at the end."""
-    from moenas.cli.progress import listener
+    _say_what_is_taken()
+    url = server_url(storage, server)
+    options: dict[str, object] = {"storage": storage, "trials": trials, "workers": workers}
+    options |= {"address": address, "server": server, "fresh": fresh}
+    options |= {"log": log, "on_end": on_end}
+    hint = command_line(["run", space, *(overrides or ())], options)
+    if url is not None:
+        from moenas.cli import server_run
+
+        local = {"workers": workers, "address": address, "accept-changes": accept_changes}
+        server_run.refuse_local_options(local | {"fresh": fresh, "log": log, "on-end": on_end})
+        wanted = server_run.ServerRun(space, overrides or [], trials, hint, server)
+        connected = open_server(url)
+        return wanted.estimate(connected, output) if dry_run else wanted.run(connected, output)
+    from moenas.cli.watching import Watchers
     from moenas.space.space import Space
     from moenas.study import launch
 
-    _say_what_is_taken()
     loaded = Space.load(space, overrides or ())
     _say_notes(loaded)
     count = worker_count(workers)
     if dry_run:
         estimate = launch.dry_run(loaded, storage=storage, trials=trials, workers=count)
-        return _write_estimate(estimate, output)
-    options = {"storage": storage, "trials": trials, "workers": workers, "address": address}
-    words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
-    hint = command_line(words, options)
+        return write_estimate(estimate.plain(), output)
+    study = _run_here(
+        loaded,
+        hint,
+        Watchers(log or (), on_end),
+        storage=storage,
+        trials=trials,
+        workers=count,
+        address=address,
+        accept_changes=accept_changes,
+        fresh=fresh,
+    )
+    front = open_source(study.store.url, None).front(study.name)
+    write_front(front, output)
+    say_next_steps(front, {"storage": without_password(storage) if storage else None})
+
+
+def _run_here(space: Space, hint: str, watchers: Watchers, **options: Any) -> Study:
+    """Run a study in this process; `hint` is the command that resumes it.
+
+    Raises:
+        typer.Exit: if the run is interrupted, or ends before the study does.
+    """
+    from moenas.study import launch
+
     try:
-        with listener(loaded) as listen:
-            study = launch.run(
-                loaded,
-                storage=storage,
-                trials=trials,
-                workers=count,
-                address=address,
-                listeners=[listen],
-                accept_changes=accept_changes,
-                fresh=fresh,
-            )
+        with watchers.listeners(space, options["storage"]) as listeners:
+            return launch.run(space, listeners=listeners, **options)
     except launch.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(stop.exit_code) from None
@@ -267,16 +314,6 @@ def run(
         say(f"moenas: {error}")
         say(f"Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(error.exit_code) from None
-    write_front(study.store, study.name, output)
-    _next_steps(study.store.front_view(study.name), storage)
-
-
-def _write_estimate(estimate: Estimate, output: Output) -> None:
-    """Write what a study will take to stdout."""
-    if output is Output.table:
-        emit("\n".join(estimate.lines()))
-    else:
-        write_rows([estimate.plain()], output, single=True)
 
 
 def _say_notes(space: Space) -> None:
@@ -287,38 +324,21 @@ def _say_notes(space: Space) -> None:
         say(note)
 
 
-def _next_steps(view: FrontView, storage: str | None) -> None:
-    """Say what to type next."""
-    if not view.members:
-        return
-    name, best = view.study.name, view.members[0].trial
-    steps = [
-        (["show", name, str(best)], "one candidate, whole"),
-        (["dashboard"], "the Optuna dashboard with the figures"),
-    ]
-    if view.members[0].weights_sha256 is not None:
-        steps.append((["export", name, str(best), "out/"], "the trained PyTorch module"))
-    where = {"storage": without_password(storage) if storage else None}
-    say("next:")
-    for words, what in steps:
-        say(f"  {terminal.command(words, where):<36} # {what}")
-
-
 @app.command()
 def status(
     study: Annotated[str | None, typer.Argument(metavar="[STUDY]")] = None,
     storage: Storage = None,
+    server: Server = None,
     output: Format = Output.table,
 ) -> None:
     """Say how far a study is and how it does; without a name, list the studies."""
-    from moenas.report.summary import status_report, status_text, studies_report
-    from moenas.store.store import Store
+    from moenas.report.summary import counted_studies, status_text
 
-    store = Store.open(storage)
+    source = open_source(storage, server)
     if study is None:
-        write_rows(studies_report(store), output)
+        write_rows(counted_studies(source.studies()), output)
         return
-    report = status_report(store, study)
+    report = source.status(study)
     if output is Output.table:
         emit(status_text(report))
     else:
@@ -326,11 +346,14 @@ def status(
 
 
 @app.command()
-def front(study: StudyName, storage: Storage = None, output: Format = Output.table) -> None:
+def front(
+    study: StudyName,
+    storage: Storage = None,
+    server: Server = None,
+    output: Format = Output.table,
+) -> None:
     """Print the Pareto front of a study."""
-    from moenas.store.store import Store
-
-    write_front(Store.open(storage), study, output)
+    write_front(open_source(storage, server).front(study), output)
 
 
 @app.command()
@@ -338,16 +361,16 @@ def show(
     study: StudyName,
     trial: TrialNumber,
     storage: Storage = None,
+    server: Server = None,
     output: Format = Output.table,
     full: Annotated[
         bool, typer.Option("--full", help="Print fields that have their defaults, too.")
     ] = False,
 ) -> None:
     """Print one trial: its architecture, its numbers and how they were measured."""
-    from moenas.report.summary import trial_report, trial_text
-    from moenas.store.store import Store
+    from moenas.report.summary import trial_text
 
-    report = trial_report(Store.open(storage), study, trial)
+    report = open_source(storage, server).trial(study, trial)
     if output is Output.table:
         emit(trial_text(report, full=full))
     else:
@@ -358,15 +381,14 @@ def show(
 def report(
     study: StudyName,
     storage: Storage = None,
+    server: Server = None,
     allow_code: AllowCode = False,
     output: Format = Output.table,
 ) -> None:
     """Say what a study shows of its space: importance of holes, effects of their values."""
     from moenas.report.insights_text import insights_text
-    from moenas.study.insights import insights
-    from moenas.study.launch import load_study
 
-    insights_report = insights(load_study(study, storage), allow_code=allow_code)
+    insights_report = open_source(storage, server).report(study, allow_code=allow_code)
     if output is Output.csv:
         write_csv(
             [
@@ -384,16 +406,17 @@ def dashboard(
     storage: Storage = None,
     host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    server: NoServer = None,
 ) -> None:
     """Open the Optuna dashboard with the notes and figures of every study."""
     from moenas.dashboard.server import serve
     from moenas.store.store import Store
 
     _say_what_is_taken()
-    server = serve(Store.open(storage), host, port)
-    say(f"dashboard at {server.url} (Ctrl-C stops it)")
+    listening = serve(Store.open(storage), host, port)
+    say(f"dashboard at {listening.url} (Ctrl-C stops it)")
     try:
-        server.serve_forever()
+        listening.serve_forever()
     except KeyboardInterrupt:
         say("stopped")
         raise typer.Exit(130) from None
@@ -405,6 +428,7 @@ def export(
     trial: TrialNumber,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     storage: Storage = None,
+    server: Server = None,
     allow_code: AllowCode = False,
     format: Annotated[
         str,
@@ -418,11 +442,9 @@ def export(
 ) -> None:
     """Write a trial's trained model to a folder that runs without moenas."""
     from moenas.export.formats import NOTES
-    from moenas.export.formats import export as export_trial
-    from moenas.store.store import Store
 
-    store = Store.open(storage)
-    folder = export_trial(store, study, trial, out, format=format, allow_code=allow_code)
+    source = open_source(storage, server)
+    folder = source.export(study, trial, out, format=format, allow_code=allow_code)
     emit(str(folder))
     for line in NOTES[format]:
         say(line.format(folder=folder))
@@ -436,21 +458,8 @@ def schema() -> None:
     emit(to_json(file_schema(), indent=1))
 
 
-def write_front(store: Store, name: str, output: Output) -> None:
-    """Write the front to stdout; what it is measured on goes to stderr."""
-    from moenas.report import seed_noise_text
-    from moenas.report.summary import front_caption, front_rows
-
-    view, is_short = store.front_view(name), output is Output.table
-    seeds = seed_noise_text.seed_report(store, name)
-    rows = front_rows(view, short_form=is_short)
-    write_rows(seed_noise_text.with_seeds(rows, seeds, short_form=is_short), output)
-    if is_short:
-        for line in [*front_caption(view), *seed_noise_text.caption(seeds)]:
-            say(line)
-
-
 app.add_typer(maintenance_commands.commands)
 app.add_typer(lifecycle_commands.commands)
+app.add_typer(server_commands.commands)
 app.add_typer(service_commands.commands)
 app.add_typer(service_commands.token)

@@ -11,7 +11,9 @@ import typer
 from moenas import terminal
 from moenas.cli.options import (
     Format,
+    NoServer,
     Output,
+    Server,
     Storage,
     StudyName,
     operator,
@@ -19,6 +21,7 @@ from moenas.cli.options import (
     write_csv,
     write_rows,
 )
+from moenas.cli.study_sources import open_server, open_source, server_url
 from moenas.errors import InputError
 from moenas.terminal import emit, say, to_json
 
@@ -43,12 +46,12 @@ def _open_to_change(storage: str | None) -> Store:
 
 
 @commands.command("list")
-def list_studies(storage: Storage = None, output: Format = Output.table) -> None:
+def list_studies(
+    storage: Storage = None, server: Server = None, output: Format = Output.table
+) -> None:
     """List the studies: state, trials, front, hypervolume and last activity."""
-    from moenas.report.summary import listed_studies
-    from moenas.store.store import Store
-
-    rows = listed_studies(Store.open(storage))
+    listed = open_source(storage, server).studies()
+    rows = [{key: value for key, value in row.items() if key != "created"} for row in listed]
     if output is not Output.json:
         rows = [{**row, "objectives": ", ".join(row["objectives"])} for row in rows]
     if output is Output.table:
@@ -61,6 +64,7 @@ def rename(
     study: StudyName,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],
     storage: Storage = None,
+    server: NoServer = None,
 ) -> None:
     """Give a study another name; its weights and Optuna's rows follow."""
     from moenas.study.transfer import rename_study
@@ -75,25 +79,41 @@ def rename(
 def delete(
     study: StudyName,
     storage: Storage = None,
+    server: Server = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study with its trials, weights, checkpoints and Optuna's rows."""
     from moenas.store import submissions
     from moenas.study.deletion import delete_study
 
+    if (url := server_url(storage, server)) is not None:
+        remote = open_server(url).study(study)
+        if not yes:
+            _confirm_deletion(study, remote.detail()["evaluations"])
+        say(f"deleted: '{study}' with {remote.delete()} finished trials")
+        return
     store = _open_to_change(storage)
     if store.query(lambda connection: submissions.find(connection, study)) is None:
         store.study(study)  # raises NotFoundError with a suggestion
     if not yes:
-        if sys.stdin is None or not sys.stdin.isatty():
-            raise InputError(f"study '{study}': --yes deletes it without a question")
-        done = store.count(study) if store.knows(study) else 0
-        question = f"Delete study '{study}' with {done} finished trials and all of their weights?"
-        if not typer.confirm(question, err=True):
-            say("nothing is deleted")
-            raise typer.Exit(1)
+        _confirm_deletion(study, store.count(study) if store.knows(study) else 0)
     trials = delete_study(store, study, operator())
     say(f"deleted: '{study}' with {trials} finished trials")
+
+
+def _confirm_deletion(study: str, trials: int) -> None:
+    """Ask whether a study is to be deleted.
+
+    Raises:
+        InputError: if no terminal can answer.
+        typer.Exit: if the answer is no.
+    """
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise InputError(f"study '{study}': --yes deletes it without a question")
+    question = f"Delete study '{study}' with {trials} finished trials and all of their weights?"
+    if not typer.confirm(question, err=True):
+        say("nothing is deleted")
+        raise typer.Exit(1)
 
 
 @commands.command()
@@ -104,6 +124,7 @@ def copy(
     ],
     name: NewName = None,
     storage: Storage = None,
+    server: NoServer = None,
     output: Format = Output.table,
 ) -> None:
     """Copy a study with its weights to another database, or under another name."""
@@ -121,6 +142,7 @@ def pack(
     study: StudyName,
     out: Annotated[Path, typer.Argument(metavar="FILE.zip", help="The file to write.")],
     storage: Storage = None,
+    server: NoServer = None,
     output: Format = Output.table,
 ) -> None:
     """Write a study with its rows, space file, corpus digest and weights to one zip file."""
@@ -136,6 +158,7 @@ def unpack(
     path: Annotated[Path, typer.Argument(metavar="FILE.zip", help="A packed study.")],
     name: NewName = None,
     storage: Storage = None,
+    server: NoServer = None,
     output: Format = Output.table,
 ) -> None:
     """Put a packed study into a database; its Python files are not run."""
@@ -152,6 +175,7 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="Name of a study.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Name of another study.")],
     storage: Storage = None,
+    server: NoServer = None,
     output: Format = Output.table,
 ) -> None:
     """Compare two fronts: hypervolumes, coverage, and which members dominate which."""

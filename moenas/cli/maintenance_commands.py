@@ -10,7 +10,9 @@ from moenas import terminal
 from moenas.cli.options import (
     Address,
     Format,
+    NoServer,
     Output,
+    Server,
     Storage,
     StudyName,
     Workers,
@@ -19,6 +21,7 @@ from moenas.cli.options import (
     worker_count,
     write_rows,
 )
+from moenas.cli.study_sources import open_source
 from moenas.terminal import emit, say
 
 if TYPE_CHECKING:
@@ -42,13 +45,14 @@ def retry(
         ),
     ] = None,
     storage: Storage = None,
+    server: NoServer = None,
     workers: Workers = None,
     address: Address = None,
     output: Format = Output.table,
 ) -> None:
     """Run failed trials again under their numbers, then the rest of the study."""
     from moenas.cli.progress import listener
-    from moenas.report.summary import front_rows
+    from moenas.report.front_report import front_report, front_rows
     from moenas.store.store import Store
     from moenas.study import maintenance
     from moenas.study.launch import Interrupted
@@ -56,7 +60,7 @@ def retry(
     space = maintenance.stored_space(Store.open(storage).study(study))
     options = {"storage": storage, "workers": workers, "address": address}
     try:
-        with listener(space) as listen:
+        with listener(space.name, {o.name: o.unit for o in space.objectives}) as listen:
             retried = maintenance.retry(
                 study,
                 kinds=failed or (),
@@ -70,8 +74,8 @@ def retry(
         say(f"stopped: {stop}. What is not evaluated yet is evaluated by the next `moenas run`:")
         say(f"  {terminal.command(['status', study], where)}  # how far it is")
         raise typer.Exit(stop.exit_code) from None
-    view = retried.store.front_view(retried.name)
-    write_rows(front_rows(view, short_form=output is Output.table), output)
+    front = front_report(retried.store, retried.name)
+    write_rows(front_rows(front, short_form=output is Output.table), output)
     say(f"next: {command_line(['status', study], {**options, 'workers': None, 'address': None})}")
 
 
@@ -87,12 +91,11 @@ def enqueue(
         ),
     ],
     storage: Storage = None,
+    server: Server = None,
     output: Format = Output.table,
 ) -> None:
     """Let a study evaluate architectures of your own next, also while it runs."""
-    from moenas.study import maintenance
-
-    write_rows(maintenance.enqueue(study, files, storage=storage), output)
+    write_rows(open_source(storage, server).enqueue(study, files), output)
 
 
 @commands.command()
@@ -110,6 +113,7 @@ def remeasure(
         ),
     ] = None,
     storage: Storage = None,
+    server: NoServer = None,
     workers: Workers = None,
     address: Address = None,
     output: Format = Output.table,
@@ -147,6 +151,7 @@ def doctor(
         bool, typer.Option("--repair", help="Back up the database, then repair what is possible.")
     ] = False,
     storage: Storage = None,
+    server: NoServer = None,
     output: Format = Output.table,
 ) -> None:
     """Compare a study's rows with Optuna's, the front, the weights and the files.

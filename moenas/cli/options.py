@@ -33,6 +33,33 @@ Storage = Annotated[
         metavar="URL",
     ),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        help="URL of a server, in place of a database. Default: $MOENAS_SERVER; its token is "
+        "$MOENAS_TOKEN",
+        metavar="URL",
+    ),
+]
+
+
+def _refuse_server(context: typer.Context, server: str | None) -> None:
+    """Refuse a server for a command that needs the database itself."""
+    # Options of the command line are read before those that are left out.
+    by_variable = context.params.get("storage") is None and os.environ.get("MOENAS_SERVER")
+    if server is None and not by_variable:
+        return
+    url = server or by_variable
+    verb = str(context.info_name)
+    hint = f"; the server has its dashboard at {url}/dashboard" if verb == "dashboard" else ""
+    raise InputError(
+        f"{verb} needs a database, not the server {url}: give --storage URL of the database, or run"
+        f" it on the machine of the server without MOENAS_SERVER{hint}"
+    )
+
+
+NoServer = Annotated[str | None, typer.Option("--server", hidden=True, callback=_refuse_server)]
+"""The option of a command that has no form for a server: it says what to do."""
 _wanted: set[Output] = set()
 """The form of the data that the command line asks for."""
 
@@ -77,6 +104,31 @@ Fresh = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Estimate tokens, FLOPs and hours; nothing is written.")
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1_000_000,
+        help="Candidates that the study evaluates in total; resumes up to it.",
+    ),
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TOOL[:WHERE]",
+        help="Log each trial: tensorboard[:DIR], mlflow[:URI] or wandb[:PROJECT]; repeatable.",
+    ),
+]
+OnEnd = Annotated[
+    str | None,
+    typer.Option(
+        "--on-end",
+        metavar="CMD",
+        help="Run this shell command once when the run ends, also when it is interrupted. It gets "
+        "MOENAS_STUDY, MOENAS_STATE (finished, interrupted or failed) and counts.",
+    ),
 ]
 AllowCode = Annotated[
     bool,

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
@@ -17,8 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moenas.grammar.summary import compact
-from moenas.space.space import Space
+from moenas.grammar.summary import compact, duration
 from moenas.study.events import Event, Listener
 from moenas.study.progress import Progress
 from moenas.terminal import plain, say
@@ -28,12 +27,15 @@ LAST = 6
 
 
 @contextmanager
-def listener(space: Space) -> Iterator[Listener]:
-    """Yield the listener of a run: a live table on a terminal, else lines on stderr."""
+def listener(name: str, units: Mapping[str, str]) -> Iterator[Listener]:
+    """Yield the listener of a run: a live table on a terminal, else lines on stderr.
+
+    `name` is that of the study. `units` gives the unit of each objective.
+    """
     if sys.stderr is None:
         yield lambda _: None
     elif sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb":
-        board = LiveProgress(space)
+        board = LiveProgress(name, units)
         live = Live(board, console=Console(stderr=True), refresh_per_second=4)
         # A closed terminal does not end the run.
         with contextlib.suppress(OSError):
@@ -87,22 +89,11 @@ def left(progress: Progress) -> str:
     return "time left unknown" if progress.eta_s is None else f"{duration(progress.eta_s)} left"
 
 
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
 class LiveProgress:
     """The live table of a run on a terminal."""
 
-    def __init__(self, space: Space) -> None:
-        self.name = space.name
-        self.units = {o.name: o.unit for o in space.objectives}
+    def __init__(self, name: str, units: Mapping[str, str]) -> None:
+        self.name, self.units = name, units
         self.progress: Progress | None = None
         self.running: dict[int, tuple[str, float]] = {}
         """Trial -> its architecture in one line, and its start in seconds of `time.monotonic`."""
@@ -139,7 +130,7 @@ class LiveProgress:
         rows: list[RenderableType] = [head]
         if progress.best:
             best = ", ".join(
-                f"{name} {compact(value)} {self.units[name]}".rstrip()
+                f"{name} {compact(value)} {self.units.get(name, '')}".rstrip()
                 for name, value in progress.best.items()
             )
             rows.append(Text(f"front of {progress.front}; best {best}", style="green"))

@@ -10,6 +10,7 @@ import typer
 from moenas.cli.options import (
     Address,
     Format,
+    NoServer,
     Output,
     Storage,
     Workers,
@@ -112,6 +113,7 @@ def create(
         str | None, typer.Option(metavar="DURATION", help="Such as 30d or 12h. Default: never.")
     ] = None,
     storage: Storage = None,
+    server: NoServer = None,
 ) -> None:
     """Print a new token; only its digest is stored, so it cannot be printed again."""
     from moenas.store import access_tokens, audit
@@ -134,7 +136,9 @@ def create(
 
 
 @token.command("list")
-def list_tokens(storage: Storage = None, output: Format = Output.table) -> None:
+def list_tokens(
+    storage: Storage = None, server: NoServer = None, output: Format = Output.table
+) -> None:
     """List the tokens: id, name, role, state and times."""
     from moenas.store import access_tokens
     from moenas.store.store import Store
@@ -158,6 +162,7 @@ def list_tokens(storage: Storage = None, output: Format = Output.table) -> None:
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Id of a token, or name of a user.")],
     storage: Storage = None,
+    server: NoServer = None,
 ) -> None:
     """Revoke a token, or all tokens of a user; it is refused from the next request on."""
     from moenas.store import access_tokens, audit

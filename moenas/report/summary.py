@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
-from moenas.grammar.summary import compact, one_line, short
+from moenas.grammar.summary import compact, duration, short
 from moenas.pareto import is_exact
 from moenas.predict.rank_agreement import RankAgreement, rank_agreements
-from moenas.records import Evaluation, Plain, View
+from moenas.records import Plain
 from moenas.resources import to_yaml
-from moenas.store import origins, rungs, submissions
+from moenas.store import origins, row_readers, rungs, submissions
 from moenas.store.activity import last_activity
-from moenas.store.row_readers import FrontView, Summary, as_front
+from moenas.store.pace import pace
+from moenas.store.row_readers import Summary
 from moenas.store.spending import spending
+from moenas.store.submissions import Submission
 
 if TYPE_CHECKING:
     from moenas.store.store import Store
@@ -39,7 +41,7 @@ def table(rows: list[dict[str, Any]], width: int | None = None) -> str:
     if not rows:
         return "(none)"
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    cells = [[cell(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     right = [all(isinstance(row.get(n), int | float | None) for row in rows) for n in names]
     before = sum(widths[:-1]) + 2 * len(widths[:-1])
@@ -60,7 +62,8 @@ def wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as the text of a table's cell."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -73,78 +76,96 @@ def _cell(value: Any) -> str:
 # --- studies -----------------------------------------------------------------------------------
 
 
-def studies_report(store: Store) -> list[Plain]:
-    """Return one row for each study of the database."""
-    rows = []
-    for record in store.studies():
-        summary = store.summary(record.name)
-        rows.append(
-            {
-                "study": record.name,
-                "trials": f"{summary.evaluated}/{record.trials}",
-                "front": summary.front,
-                "objectives": ", ".join(record.directions),
-                "created": record.created_at[:19],
-            }
-        )
-    return rows
+def counted_studies(studies: Sequence[Plain]) -> list[Plain]:
+    """Return one row for each study that has begun: its state and its counts."""
+    return [
+        {
+            "study": study["study"],
+            "state": study["state"],
+            "trials": f"{study['evaluated']}/{study['trials']}",
+            "front": study["front"],
+            "objectives": ", ".join(study["objectives"]),
+            "created": study["created"][:19],
+        }
+        for study in studies
+        if study["created"] is not None
+    ]
 
 
 def listed_studies(store: Store) -> list[Plain]:
     """Return one row for each study of the database, with its state and when it last changed.
 
     A study that a server runs has the state of its queue. The state of another one is running,
-    finished or stopped. Queued studies without rows of their own come last.
+    finished or stopped. Queued studies without rows of their own come last; they have the value
+    None in `created`.
     """
     submitted = {each.study: each for each in store.query(submissions.every)}
     newest = store.query(last_activity)
     rows = []
     for record in store.studies():
-        summary, own = store.summary(record.name), submitted.pop(record.name, None)
-        rows.append(
-            {
-                "study": record.name,
-                "state": own.state if own is not None else _state(store, summary),
-                "evaluated": summary.evaluated,
-                "trials": record.trials,
-                "failed": summary.counts.get("failed", 0),
-                "front": summary.front,
-                "hypervolume": summary.hypervolume,
-                "objectives": list(record.directions),
-                "last_activity": newest[record.name],
-            }
-        )
-    return rows + [
-        {
-            "study": own.study,
-            "state": own.state,
-            "evaluated": 0,
-            "trials": own.trials,
-            "failed": 0,
-            "front": 0,
-            "hypervolume": None,
-            "objectives": [],
-            "last_activity": own.submitted_at,
-        }
-        for own in submitted.values()
-    ]
+        own = submitted.pop(record.name, None)
+        state = own.state if own is not None else command_state(store, record.name)
+        rows.append(study_summary(store.summary(record.name), state, newest[record.name]))
+    return rows + [queued_summary(own) for own in submitted.values()]
 
 
-def _state(store: Store, summary: Summary) -> str:
-    """Return the state of a study that a command runs or ran."""
-    name = summary.study.name
+def study_summary(summary: Summary, state: str, last_activity: str) -> Plain:
+    """Return the row of a list for a study that has begun."""
+    record = summary.study
+    return {
+        "study": record.name,
+        "state": state,
+        "evaluated": summary.evaluated,
+        "trials": record.trials,
+        "failed": summary.counts.get("failed", 0),
+        "front": summary.front,
+        "hypervolume": summary.hypervolume,
+        "objectives": list(record.directions),
+        "last_activity": last_activity,
+        "created": record.created_at,
+    }
+
+
+def queued_summary(own: Submission) -> Plain:
+    """Return the row of a list for a study that waits in a queue and has not begun."""
+    return {
+        "study": own.study,
+        "state": own.state,
+        "evaluated": 0,
+        "trials": own.trials,
+        "failed": 0,
+        "front": 0,
+        "hypervolume": None,
+        "objectives": [],
+        "last_activity": own.submitted_at,
+        "created": None,
+    }
+
+
+def command_state(store: Store, name: str) -> Literal["running", "finished", "stopped"]:
+    """Return the state of a study that a command runs or ran.
+
+    A study whose trials are all evaluated is finished, also if its end was not stored.
+    """
     if store.driver(name) is not None:
         return "running"
-    is_over = store.ended(name) is not None or summary.evaluated >= summary.study.trials
-    return "finished" if is_over else "stopped"
+    if store.ended(name) is not None:
+        return "finished"
+    evaluated = store.read(name, lambda connection: row_readers.evaluated(connection, name))
+    return "finished" if evaluated >= store.study(name).trials else "stopped"
 
 
 def status_report(store: Store, name: str) -> Plain:
     """Say how far a study is: counts, best values, the front, failures and who runs it."""
     summary = store.summary(name)
     study = summary.study
+    own = store.query(lambda connection: submissions.submitted(connection, name))
+    driver, found = store.driver(name), store.read(name, lambda connection: pace(connection, name))
+    left = max(0, study.trials - summary.evaluated)
+    per_hour = found.candidates_per_hour
     return {
         "study": name,
+        "state": own.state if own is not None else command_state(store, name),
         "trials": study.trials,
         "evaluated": summary.evaluated,
         "complete": summary.counts.get("complete", 0),
@@ -153,8 +174,11 @@ def status_report(store: Store, name: str) -> Plain:
         "paused": len(rungs.pauses(store, name)),
         "infeasible": summary.counts.get("infeasible", 0),
         "repeated": summary.repeated,
-        "left": max(0, study.trials - summary.evaluated),
-        "running_in": store.driver(name),
+        "left": left,
+        "running_in": driver,
+        "running": found.running if driver is not None else [],
+        "candidates_per_hour": per_hour,
+        "seconds_left": None if driver is None or not per_hour else 3600 * left / per_hour,
         "ended": store.ended(name),
         "failures": summary.failures,
         "spent": spending(store, name).plain(),
@@ -162,7 +186,7 @@ def status_report(store: Store, name: str) -> Plain:
         "front": summary.front,
         "hypervolume": summary.hypervolume,
         "hypervolume_is_exact": is_exact(len(study.objectives)),
-        "bigram_loss": _bigram_loss(summary),
+        "bigram_loss": bigram_loss(summary),
         "devices": summary.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
         "rungs": [asdict(agreement) for agreement in _agreements(store, name)],
@@ -187,13 +211,15 @@ def _rung_line(rung: Plain) -> str:
     return f"{text}; rank correlation with the end {rung['correlation']:.2f} over {pairs}"
 
 
-def _bigram_loss(summary: Summary) -> float | None:
+def bigram_loss(summary: Summary) -> float | None:
     """Return the held-out bigram loss of the corpus, where a loss of the study is to compare."""
     return summary.study.data.get("bigram_loss") if summary.trained else None
 
 
 def _end(report: Plain) -> str:
     """Say whether a study that no process runs is over, and why."""
+    if report["state"] in ("queued", "paused", "failed", "cancelled"):
+        return str(report["state"])
     texts = {
         "trials": "done",
         "exhausted": "done, every point of the space was drawn",
@@ -205,6 +231,19 @@ def _end(report: Plain) -> str:
         "plateau": "done, the hypervolume has stopped growing",
     }
     return texts.get(report["ended"], "done" if not report["left"] else "stopped")
+
+
+def _pace_lines(report: Plain) -> list[str]:
+    """Say which trials run since when, and how long the rest takes at the pace of this run."""
+    lines = []
+    if report["running"]:
+        times = ", ".join(f"{r['trial']} since {r['started_at'][11:19]}" for r in report["running"])
+        lines.append(f"  running trials (UTC): {times}")
+    if report["candidates_per_hour"] is not None:
+        text = f"  pace of the latest run: {report['candidates_per_hour']:,.3g} candidates an hour"
+        seconds = report["seconds_left"]
+        lines.append(text if seconds is None else f"{text}; {duration(seconds)} left")
+    return lines
 
 
 def status_text(report: Plain) -> str:
@@ -219,11 +258,12 @@ def status_text(report: Plain) -> str:
     if report["rungs"]:
         lines.append(f"  stopped {report['stopped']}, paused {report['paused']}")
         lines += [_rung_line(rung) for rung in report["rungs"]]
+    lines += _pace_lines(report)
     if report["failures"]:
         reasons = ", ".join(f"{kind} {n}" for kind, n in report["failures"].items())
         lines.append(f"  failures: {reasons}")
     for name, value in report["best"].items():
-        lines.append(f"  best {name}: {_cell(value)}")
+        lines.append(f"  best {name}: {cell(value)}")
     if report["bigram_loss"] is not None:
         lines.append(
             f"  held-out bigram loss of the corpus: {report['bigram_loss']:.4g} nats a token"
@@ -233,64 +273,11 @@ def status_text(report: Plain) -> str:
         f"  spent: {spent['wall_seconds']:,.0f} s of wall time, {short(spent['train_tokens'])}"
         f" training tokens, {spent['train_flops']:.3g} training FLOPs"
     )
-    volume = _cell(report["hypervolume"])
+    volume = cell(report["hypervolume"])
     about = "" if report["hypervolume_is_exact"] else " (approximate)"
     lines.append(f"  front: {report['front']} members, hypervolume {volume}{about}")
     lines += [f"  device: {name}" for name in report["devices"]]
     return "\n".join(lines)
-
-
-def front_rows(view: View | FrontView, *, short_form: bool = False) -> list[Plain]:
-    """Return one row for each member of the front, best first objective first.
-
-    In the short form counts and the architecture take a few characters each.
-    """
-    view = as_front(view)
-    rows = []
-    for evaluation in view.members:
-        trial = evaluation.trial
-        row: Plain = {"trial": trial}
-        row |= {o["name"]: evaluation.values[o["name"]] for o in view.study.objectives}
-        if short_form:
-            row |= {"params": short(evaluation.cost["params"])}
-            row |= {"active": short(evaluation.cost["active_params"])}
-            row |= {"architecture": one_line(view.architectures[trial])}
-        else:
-            row |= {k: evaluation.cost[k] for k in ("params", "active_params")}
-            row |= {"fingerprint": evaluation.fingerprint}
-            row |= {"architecture": view.architectures[trial]}
-        rows.append(row)
-    return rows
-
-
-def front_caption(view: View | FrontView) -> list[str]:
-    """Say how the numbers of a front were measured."""
-    view = as_front(view)
-    done, name = view.summary.counts.get("complete", 0), view.study.name
-    lines = [f"{len(view.members)} of {done} complete trials are on the front of '{name}'"]
-    units = [f"{o['name']} in {o['unit']}" for o in view.study.objectives if o["unit"]]
-    lines += [", ".join(units)] if view.members and units else []
-    loss = _bigram_loss(view.summary)
-    if loss is not None and view.members:
-        lines.append(
-            f"a bigram, which knows only the previous token, has a held-out loss of {loss:.4g} nats"
-        )
-    if view.members and not is_exact(len(view.study.objectives)):
-        volume = _cell(view.summary.hypervolume)
-        lines.append(f"hypervolume {volume}, approximate as for all of more than 5 objectives")
-    ahead = [e.trial for e in view.members if looks_ahead(e)]
-    if ahead:
-        lines.append(
-            f"not causal (`allow_acausal`), so their losses are not comparable: {_spans(ahead)}"
-        )
-    if view.summary.devices:
-        lines.append(f"measured on {', '.join(view.summary.devices)}")
-    return lines
-
-
-def looks_ahead(evaluation: Evaluation) -> bool:
-    """Whether a model was given leave to look at later tokens, so that its loss means little."""
-    return evaluation.metrics.get("causal") == 0
 
 
 # --- a trial -----------------------------------------------------------------------------------
@@ -307,7 +294,7 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
         evaluation = pause.evaluation
     if evaluation is None:
         numbers = store.finished(study)
-        there = f"it has {_spans(numbers)}" if numbers else "it has none yet"
+        there = f"it has {spans(numbers)}" if numbers else "it has none yet"
         raise NotFoundError(f"study '{study}' has no finished trial {trial}; {there}")
     return {
         **evaluation.plain(),
@@ -318,7 +305,7 @@ def trial_report(store: Store, study: str, trial: int) -> Plain:
     }
 
 
-def _spans(numbers: Iterable[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Write numbers as spans: 0-5, 7, 9-12."""
     spans: list[list[int]] = []
     for number in sorted(numbers):

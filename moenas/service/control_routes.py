@@ -173,13 +173,17 @@ def _enqueue(
     service.store.query(lambda c: _require_own(c, name, user))
     if not study_views.begun(service.store, name):
         raise Problem(409, f"study '{name}' has not begun; enqueue once it runs")
-    if not request.references and request.architecture is None:
+    architectures: list[str | tuple[str, str]] = [
+        each if isinstance(each, str) else (each.name, each.text) for each in request.references
+    ]
+    if request.architecture is not None:
+        architectures.append((tasks.ARCHITECTURE_FILE, request.architecture))
+    if not architectures:
         raise Problem(422, "give `references`, or an `architecture`")
     rows = service.checks.call(
         tasks.enqueue,
         name,
-        tuple(request.references),
-        request.architecture,
+        tuple(architectures),
         service.rules,
         storage=service.store.url,
     )

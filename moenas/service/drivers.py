@@ -87,6 +87,7 @@ class Drivers:
         words += ["--", str(space), *submission.overrides]
         # The URL may hold a password, and every user of this machine can read a command line.
         environment = {**os.environ, "MOENAS_STORAGE": self._storage_url, "COLUMNS": "200"}
+        environment.pop("MOENAS_SERVER", None)  # a driver that submits to a server would not end
         module = [sys.executable, "-m", "moenas.service.driver_process"]
         with open(folder / LOG_FILE, "wb") as log:
             process = subprocess.Popen(

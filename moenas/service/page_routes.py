@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from importlib.resources import files
 from itertools import zip_longest
@@ -13,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import FileResponse, HTMLResponse, Response
 
 from moenas.grammar.brief import brief
+from moenas.grammar.summary import compact
 from moenas.resources import to_yaml
 from moenas.service import schemas, study_views
 from moenas.service.problems import Problem
@@ -40,7 +42,23 @@ FAILURES = 50
 @cache
 def _templates() -> Environment:
     loader = PackageLoader("moenas.service", "templates")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["compact"] = compact
+    environment.globals["asset"] = asset
+    return environment
+
+
+def asset_path(name: str) -> Path:
+    """Return the file of an asset, which lies in a package."""
+    package = "plotly.package_data" if name == "plotly.min.js" else "moenas.service.assets"
+    folder = files(package.rpartition(".")[0]) / package.rpartition(".")[2]
+    return Path(str(folder / name))
+
+
+@cache
+def asset(name: str) -> str:
+    """Return the address of an asset; it changes with the content, which browsers keep."""
+    return f"/assets/{name}?v={hashlib.sha256(asset_path(name).read_bytes()).hexdigest()[:12]}"
 
 
 def html(template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
@@ -61,10 +79,8 @@ def get_asset(name: str) -> Response:
     """Return a style sheet or a script; plotly.js is that of the installed package."""
     if name not in ASSETS:
         raise Problem(404, f"no asset {name!r}")
-    package = "plotly.package_data" if name == "plotly.min.js" else "moenas.service.assets"
-    folder = files(package.rpartition(".")[0]) / package.rpartition(".")[2]
     headers = {"Cache-Control": "max-age=3600"}
-    return FileResponse(Path(str(folder / name)), media_type=ASSETS[name], headers=headers)
+    return FileResponse(asset_path(name), media_type=ASSETS[name], headers=headers)
 
 
 @router.get("/")

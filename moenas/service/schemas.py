@@ -59,6 +59,22 @@ class Range(Model):
     max: int
 
 
+class Corpus(Model):
+    """The corpus that the candidates train on."""
+
+    name: str
+    kind: str
+    formats: dict[str, int] = Field(description="Format -> number of files.")
+    text_column: str | None
+    dtype: str
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+    split: str | None
+    tokenizer: dict[str, Any] | None
+    sha256: str
+
+
 class Draw(Model):
     """One random architecture of a space."""
 
@@ -100,7 +116,11 @@ class SpaceReport(Model):
     flops_per_token: int | Range
     kv_bytes_per_token: int | Range
     weight_bytes: int | Range
+    corpus: Corpus
     bigram_loss: float | None
+    tokens_per_parameter: dict[str, float] | None = Field(
+        description="The smallest and the largest number of training tokens per active parameter."
+    )
     notes: list[str]
     draws: list[Draw]
     estimate: Estimate
@@ -121,6 +141,21 @@ class SubmissionRequest(RequestModel):
     priority: int = Field(0, ge=-100, le=100, description="A larger one starts earlier.")
 
 
+class StudySummary(Model):
+    """How a study of a list does, as `moenas list -o json` writes it."""
+
+    study: str
+    state: StudyState
+    evaluated: int = Field(description="Candidates that count towards `trials`.")
+    trials: int
+    failed: int
+    front: int = Field(description="Members of the front.")
+    hypervolume: float | None
+    objectives: list[str]
+    last_activity: str
+    created: str | None = Field(description="Null before its driver has begun.")
+
+
 class Study(Model):
     """One study of a list."""
 
@@ -137,6 +172,7 @@ class Study(Model):
     reason: str | None = Field(description="Why it failed, or why its driver is restarted.")
     restarts: int
     driver_running: bool
+    summary: StudySummary | None = Field(None, description="In a list with `summary=true`.")
 
 
 class StudyPage(Model):
@@ -155,6 +191,25 @@ class Objective(Model):
     doc: str
 
 
+class RungAgreement(Model):
+    """The rank correlation of the losses at a rung with those at the end of training."""
+
+    rung: int
+    tokens: int
+    reached: int
+    promoted: int
+    pairs: int
+    correlation: float | None
+
+
+class RunningTrial(Model):
+    """A trial that a worker evaluates now."""
+
+    trial: int
+    attempt: int
+    started_at: str
+
+
 class Progress(Model):
     """How far a study is and how it does; zeros before its driver has begun."""
 
@@ -167,13 +222,22 @@ class Progress(Model):
     repeated: int = 0
     left: int = 0
     running_in: str | None = None
+    running: list[RunningTrial] = []
+    candidates_per_hour: float | None = Field(
+        None, description="Of the latest run; null before its first evaluated candidate."
+    )
+    seconds_left: float | None = Field(None, description="At that pace; null if nothing runs.")
     ended: str | None = None
     failures: dict[str, int] = {}
+    spent: dict[str, float] = {"wall_seconds": 0.0, "train_tokens": 0.0, "train_flops": 0.0}
     best: dict[str, float | None] = {}
     front: int = 0
     hypervolume: float | None = None
+    hypervolume_is_exact: bool = True
+    bigram_loss: float | None = Field(None, description="Held-out loss of a bigram, in nats.")
     devices: list[str] = []
-    spent: dict[str, float] = {}
+    data: dict[str, str | None] = {"name": None, "sha256": None}
+    rungs: list[RungAgreement] = []
 
 
 class StudyDetail(Study):
@@ -218,9 +282,7 @@ class Failure(Model):
 
 
 class Trial(Model):
-    """Everything that is stored of one trial."""
-
-    model_config = ConfigDict(extra="allow")
+    """Everything that is stored of one trial, as `moenas show -o json` writes it."""
 
     study: str
     trial: int
@@ -228,60 +290,25 @@ class Trial(Model):
     status: str
     fingerprint: str
     values: dict[str, float | None]
-    units: dict[str, str]
     measurements: dict[str, dict[str, Any]]
     metrics: dict[str, float | None]
     curve: list[dict[str, Any]]
     routing: list[dict[str, Any]]
-    cost: dict[str, float]
+    cost: dict[str, int]
     violations: dict[str, float | None]
     seconds: dict[str, float]
     device: dict[str, Any]
+    versions: dict[str, str]
+    data: dict[str, Any]
+    seed: int
     failure: Failure | None
     weights_sha256: str | None
-    on_front: bool
+    reused_from: dict[str, Any] | None
+    units: dict[str, str]
     enqueued_from: str | None
+    on_front: bool
     architecture: dict[str, Any]
     summary: str = Field(description="The architecture in one line.")
-
-
-class Member(Model):
-    """One candidate of a front."""
-
-    trial: int
-    values: dict[str, float]
-    params: int
-    active_params: int
-    fingerprint: str
-    has_weights: bool
-    summary: str = Field(description="The architecture in one line.")
-    architecture: dict[str, Any]
-
-
-class Front(Model):
-    """The non-dominated candidates, best first by the first objective."""
-
-    study: str
-    directions: dict[str, Literal["minimize", "maximize"]]
-    hypervolume: float | None
-    reference_point: dict[str, float]
-    members: list[Member]
-
-
-class HistoryPoint(Model):
-    """The front after one more complete trial."""
-
-    trial: int
-    hypervolume: float
-    entered: bool
-    left: list[int]
-    size: int
-
-
-class History(Model):
-    """The front after each complete trial, by one reference point."""
-
-    points: list[HistoryPoint]
 
 
 class Figures(Model):
@@ -306,13 +333,22 @@ class Extension(RequestModel):
     trials: int = Field(ge=1, le=1_000_000)
 
 
+class ArchitectureText(RequestModel):
+    """An architecture as text: a space file without holes, or the config.json of an export."""
+
+    name: str = Field(max_length=300, description="What errors and `source` call it.")
+    text: SpaceText
+
+
 class EnqueueRequest(RequestModel):
     """Architectures that a study evaluates next."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"references": ["study:other"]}]})
 
-    references: list[Annotated[str, Field(max_length=300)]] = Field(
-        [], max_length=100, description="Shipped spaces such as zoo/olmoe_1b_7b, or study:NAME."
+    references: list[Annotated[str, Field(max_length=300)] | ArchitectureText] = Field(
+        [],
+        max_length=100,
+        description="Shipped spaces such as zoo/olmoe_1b_7b, study:NAME, or texts.",
     )
     architecture: SpaceText | None = Field(None, description="A space file without holes.")
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
-from moenas.service import event_stream, schemas, study_views, tasks
+from moenas.service import event_stream, front_schemas, schemas, study_views, tasks
 from moenas.service.state import DRAWN, Service, ServiceState
 from moenas.store import study_events
 from moenas.store.submissions import State, StudyFilter
@@ -52,16 +52,20 @@ CSV: dict[int | str, dict[str, Any]] = {
 @router.get("/studies")
 def list_studies(
     service: Service,
+    *,
     state: State | None = None,
     user: Annotated[str | None, Query(max_length=100)] = None,
     contains: Annotated[str | None, Query(max_length=100)] = None,
     cursor: Annotated[str | None, Query(max_length=2000)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    summary: bool = False,
 ) -> schemas.StudyPage:
-    """List studies, newest first."""
+    """List studies, newest first; with `summary`, also the trials and the front of each."""
     wanted = StudyFilter(state, user, contains)
     after = study_views.read_cursor(cursor)
-    return study_views.study_page(service.store, wanted, after=after, limit=limit)
+    return study_views.study_page(
+        service.store, wanted, after=after, limit=limit, with_summary=summary
+    )
 
 
 @router.get("/studies/{name}")
@@ -88,10 +92,10 @@ def get_trial(service: Service, name: str, trial: schemas.TrialNumber) -> schema
     return study_views.trial(service.store, name, trial)
 
 
-@router.get("/studies/{name}/front", response_model=schemas.Front, responses=CSV)
+@router.get("/studies/{name}/front", response_model=front_schemas.Front, responses=CSV)
 def get_front(
     service: Service, name: str, format: Literal["json", "csv"] = "json"
-) -> schemas.Front | Response:
+) -> front_schemas.Front | Response:
     """Return the Pareto front, best first by the first objective."""
     front = study_views.front(service.store, name)
     if format == "json":
@@ -106,7 +110,7 @@ def get_front(
 
 
 @router.get("/studies/{name}/history")
-def get_history(service: Service, name: str) -> schemas.History:
+def get_history(service: Service, name: str) -> front_schemas.History:
     """Return the hypervolume and the front after each complete trial."""
     return study_views.history(service.store, name)
 

@@ -9,10 +9,17 @@ from collections.abc import Iterator
 from moenas.errors import InputError, NotFoundError
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
-from moenas.report.summary import status_report, trial_report
-from moenas.service import schemas
+from moenas.report.front_report import front_report
+from moenas.report.summary import (
+    command_state,
+    queued_summary,
+    status_report,
+    study_summary,
+    trial_report,
+)
+from moenas.service import front_schemas, schemas
 from moenas.store import row_readers, study_events, submissions
-from moenas.store.row_readers import FrontView
+from moenas.store.activity import last_activity
 from moenas.store.store import Store
 from moenas.store.submissions import ListedStudy, StudyFilter
 
@@ -39,19 +46,12 @@ def read_cursor(text: str | None) -> tuple[str, str] | None:
     return created, name
 
 
-def _state_of_command(store: Store, name: str) -> schemas.StudyState:
-    """Return the state of a study that a command runs or ran."""
-    if store.driver(name) is not None:
-        return "running"
-    return "finished" if store.ended(name) is not None else "stopped"
-
-
 def study_row(store: Store, study: ListedStudy) -> Plain:
     """Return the fields of `schemas.Study`."""
     own = study.submission
     return {
         "name": study.study,
-        "state": own.state if own is not None else _state_of_command(store, study.study),
+        "state": own.state if own is not None else command_state(store, study.study),
         "submitted": own is not None,
         "user": own.user_name if own is not None else None,
         "priority": own.priority if own is not None else None,
@@ -67,13 +67,31 @@ def study_row(store: Store, study: ListedStudy) -> Plain:
 
 
 def study_page(
-    store: Store, wanted: StudyFilter, *, after: tuple[str, str] | None, limit: int
+    store: Store,
+    wanted: StudyFilter,
+    *,
+    after: tuple[str, str] | None,
+    limit: int,
+    with_summary: bool = False,
 ) -> schemas.StudyPage:
     """Return a page of the list of studies."""
     studies = store.query(lambda c: submissions.page(c, wanted, after=after, limit=limit + 1))
-    rows = [schemas.Study(**study_row(store, each)) for each in studies[:limit]]
+    plain = [study_row(store, each) for each in studies[:limit]]
+    if with_summary:
+        newest = store.query(last_activity)
+        for row, each in zip(plain, studies, strict=False):
+            row["summary"] = _summary(store, each, row["state"], newest)
+    rows = [schemas.Study(**row) for row in plain]
     more = len(studies) > limit
     return schemas.StudyPage(studies=rows, next=cursor(studies[limit - 1]) if more else None)
+
+
+def _summary(store: Store, study: ListedStudy, state: str, newest: dict[str, str]) -> Plain:
+    """Return the fields of `schemas.StudySummary`."""
+    if study.study in newest:
+        return study_summary(store.summary(study.study), state, newest[study.study])
+    assert study.submission is not None
+    return queued_summary(study.submission)
 
 
 def listed(store: Store, name: str) -> ListedStudy:
@@ -189,39 +207,26 @@ def trial(store: Store, name: str, number: int) -> schemas.Trial:
     return schemas.Trial(**report, summary=one_line(report["architecture"]))
 
 
-def front(store: Store, name: str) -> schemas.Front:
+def front(store: Store, name: str) -> front_schemas.Front:
     """Return the front of a study; it is empty before a first complete trial."""
     if not begun(store, name):
-        return schemas.Front(
-            study=name, directions={}, hypervolume=None, reference_point={}, members=[]
+        caption = [f"study '{name}' has not begun"]
+        return front_schemas.Front(
+            study=name,
+            directions={},
+            hypervolume=None,
+            reference_point={},
+            members=[],
+            caption=caption,
+            seeds=None,
         )
-    return schemas.Front(**_front(store.front_view(name)))
+    report = front_report(store, name)
+    for member in report["members"]:
+        member["summary"] = one_line(member["architecture"])
+    return front_schemas.Front(**report)
 
 
-def _front(view: FrontView) -> Plain:
-    names = view.study.directions
-    return {
-        "study": view.study.name,
-        "directions": names,
-        "hypervolume": view.summary.hypervolume,
-        "reference_point": view.study.reference_point,
-        "members": [
-            {
-                "trial": e.trial,
-                "values": {name: e.values[name] for name in names},
-                "params": e.cost.get("params", 0),
-                "active_params": e.cost.get("active_params", 0),
-                "fingerprint": e.fingerprint,
-                "has_weights": e.weights_sha256 is not None,
-                "summary": one_line(view.architectures[e.trial]),
-                "architecture": view.architectures[e.trial],
-            }
-            for e in view.members
-        ],
-    }
-
-
-def front_csv(front: schemas.Front) -> Iterator[dict[str, object]]:
+def front_csv(front: front_schemas.Front) -> Iterator[dict[str, object]]:
     """Yield the rows of the front as a table: the architecture in one line."""
     for member in front.members:
         yield {
@@ -234,7 +239,9 @@ def front_csv(front: schemas.Front) -> Iterator[dict[str, object]]:
         }
 
 
-def history(store: Store, name: str) -> schemas.History:
+def history(store: Store, name: str) -> front_schemas.History:
     """Return the front after each complete trial."""
     points = store.history(name) if begun(store, name) else []
-    return schemas.History(points=[schemas.HistoryPoint(**point.plain()) for point in points])
+    return front_schemas.History(
+        points=[front_schemas.HistoryPoint(**point.plain()) for point in points]
+    )

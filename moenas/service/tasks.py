@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from moenas.errors import InputError, LocatedError, SourceLocation
@@ -105,37 +106,48 @@ def export_trial(
 
 
 def enqueue(
-    study: str, refs: tuple[str, ...], text: str | None, rules: SpaceRules, *, storage: str
+    study: str, architectures: tuple[str | tuple[str, str], ...], rules: SpaceRules, *, storage: str
 ) -> list[Plain]:
-    """Let a study evaluate architectures next: shipped names, `study:NAME`, or the text of one.
+    """Let a study evaluate architectures next: shipped names, `study:NAME`, or (name, text).
 
     Raises:
         InputError: if one is not in the space of the study.
     """
     from moenas.study import maintenance
 
-    require_start_names(refs)
-    if text is None:
-        return maintenance.enqueue(study, refs, storage=storage)
-    require_allowed(text, ARCHITECTURE_FILE, (), rules)
+    require_start_names([each for each in architectures if isinstance(each, str)])
+    references, name_of = [], dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, ARCHITECTURE_FILE)
-        path.write_text(text, encoding="utf-8")
+        for each in architectures:
+            if isinstance(each, str):
+                references.append(each)
+                continue
+            name, text = each
+            require_allowed(text, name, (), rules)
+            path = Path(folder, f"{len(references)}.yaml")
+            path.write_text(text, encoding="utf-8")
+            references.append(str(path))
+            name_of[str(path)] = name
         try:
-            rows = maintenance.enqueue(study, [*refs, str(path)], storage=storage)
+            rows = maintenance.enqueue(study, references, storage=storage)
         except InputError as error:
-            raise _without_folder(error, folder) from None
-    return [row | {"source": row["source"].replace(f"{folder}/", "")} for row in rows]
+            raise _with_names(error, name_of) from None
+    return [row | {"source": name_of.get(row["source"], row["source"])} for row in rows]
 
 
-def _without_folder(error: InputError, folder: str) -> InputError:
-    """Return the error without the temporary folder in what it says."""
+def _with_names(error: InputError, name_of: Mapping[str, str]) -> InputError:
+    """Return the error with the names of architectures in place of temporary paths."""
+
+    def named(text: str) -> str:
+        for path, name in name_of.items():
+            text = text.replace(path, name)
+        return text
+
     if not isinstance(error, LocatedError) or error.location is None:
-        return type(error)(str(error).replace(f"{folder}/", ""))
+        return type(error)(named(str(error)))
     place = error.location
-    location = SourceLocation(place.source.replace(f"{folder}/", ""), place.line, place.column)
-    message = error.message.replace(f"{folder}/", "")
-    return type(error)(message, location=location, path=error.path)
+    location = SourceLocation(named(place.source), place.line, place.column)
+    return type(error)(named(error.message), location=location, path=error.path)
 
 
 def devices() -> list[Plain]:

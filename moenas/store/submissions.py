@@ -106,6 +106,11 @@ def find(connection: Connection, name: str, *, lock: bool = False) -> Submission
     return _record(connection.execute(wanted.with_for_update() if lock else wanted).first())
 
 
+def submitted(connection: Connection, name: str) -> Submission | None:
+    """Return a submitted study, or None; a database of an older schema has none."""
+    return find(connection, name) if statements.exists(connection, submission) else None
+
+
 def every(connection: Connection) -> list[Submission]:
     """Return all submitted studies, oldest first; a database of an older schema has none."""
     if not statements.exists(connection, submission):

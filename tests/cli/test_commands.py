@@ -6,15 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jsonschema
 import pytest
+from command_line import Run, runner
 
 from moenas import resources as refs
-from moenas.cli import commands, options
+from moenas.cli import options
 
 SMALL = """\
 architecture:
@@ -33,37 +32,16 @@ search: {sampler: random, trials: 4}
 """
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def moenas(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Run:
     """Run the command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MOENAS_STORAGE", "OPTUNA_STORAGE", "MOENAS_RUNS"):
+    for name in ("MOENAS_STORAGE", "OPTUNA_STORAGE", "MOENAS_RUNS", "MOENAS_SERVER"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["moenas", *map(str, words)])
-        capfd.readouterr()
-        code = 0
-        try:
-            commands.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(bool(end.code))
-        out, err = capfd.readouterr()
-        return Result(code, out, err)
-
-    return run
+    return runner(monkeypatch, capfd)
 
 
 def test_from_a_space_file_to_an_exported_model(moenas: Run, tmp_path: Path) -> None:

@@ -9,20 +9,10 @@ from rich.console import Console
 
 from moenas.cli.progress import LiveProgress, duration, line, listener, write_line
 from moenas.records import Evaluation, Failure
-from moenas.space.space import Space
 from moenas.study.events import Event, Kind
 from moenas.study.progress import Progress
 
-SPACE = """
-name: study
-architecture:
-  vocab_size: 256
-  d_model: {choice: [16, 32]}
-  blocks:
-    - mixer: {kind: attention, head_dim: 8}
-      ffn: {kind: dense, activation: swiglu, d_ff: 16}
-objectives: [val_loss, flops_per_token]
-"""
+UNITS = {"val_loss": "nats/token", "flops_per_token": "FLOPs"}
 
 
 def event(kind: Kind, trial: int | None, text: str = "16d", **more: object) -> Event:
@@ -63,7 +53,7 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 
 def test_lines_go_to_stderr_and_starts_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    with listener(Space.parse(SPACE, "s.yaml")) as listen:  # pytest's stderr is no terminal
+    with listener("study", UNITS) as listen:  # pytest's stderr is no terminal
         listen(event("started", 8))
         listen(COMPLETE)
     out, err = capsys.readouterr()
@@ -86,7 +76,7 @@ def shown(board: LiveProgress) -> str:
 
 
 def test_the_board_shows_what_runs_and_what_came_of_it() -> None:
-    board = LiveProgress(Space.parse(SPACE, "s.yaml"))
+    board = LiveProgress("study", UNITS)
     assert "study: starting" in shown(board)
     board.on_event(event("started", 8, "the eighth"))
     board.on_event(event("started", 10, "the tenth"))

@@ -10,6 +10,7 @@ import views
 
 from moenas.records import View
 from moenas.report import summary
+from moenas.report.front_report import front_caption
 
 
 def one(**changes: object) -> View:
@@ -56,9 +57,9 @@ def test_a_loss_that_looks_ahead_is_marked_wherever_it_stands(tmp_path: Path) ->
     )
     text = shown(tmp_path, view)
     assert "(NOT CAUSAL: may look at later tokens, and did in training and evaluation)" in text
-    caption = summary.front_caption(view)
+    caption = front_caption(view)
     assert (
         f"not causal (`allow_acausal`), so their losses are not comparable: {view.front[0]}"
         in caption
     )
-    assert not any("later tokens" in line for line in summary.front_caption(one()))
+    assert not any("later tokens" in line for line in front_caption(one()))

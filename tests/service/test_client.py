@@ -15,7 +15,7 @@ from served import SMALL, Served, listening, served
 
 import moenas
 from moenas.errors import ConflictError, InputError, NotFoundError, SpaceError, StudyStoppedError
-from moenas.service import client
+from moenas.service import client, connection
 from moenas.service.event_stream import EventHub
 from moenas.service.state import ServiceState
 from moenas.store import leases, study_events, submissions
@@ -147,7 +147,7 @@ def test_wait_tells_why_a_study_failed(one: Served, remote: client.Server) -> No
 def test_events_go_on_after_the_server_was_gone(
     one: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr(connection, "FIRST_WAIT_S", 0.05)
     put(one, "lost")
     store = one.service.store
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -12,50 +11,18 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from served import SMALL
+from served import SMALL, moenas_serve, token
 
-from moenas.store import access_tokens
 from moenas.store.store import Store
 
 PATIENCE_S = 120.0
 TINY_SPACE = SMALL.replace("[32, 64]", "[16, 32]")
-
-
-@contextlib.contextmanager
-def moenas_serve(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run `moenas serve` in a folder; yield the process and its address."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("MOENAS_STORAGE", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moenas", "serve", "--port", "0", "--workers", "inline", *words],
-        cwd=folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        first = process.stderr.readline()
-        assert " at http" in first, first + process.stderr.read()
-        yield process, first.partition(" at ")[2].split()[0]
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=90)
-        process.stderr.close()
-
-
-def token(folder: Path, role: access_tokens.Role = "submitter") -> str:
-    store = Store.open(f"sqlite:///{folder}/moenas.db", create=True)
-    text = store.transact(lambda c: access_tokens.create(c, "ann", role, None))
-    store.engine.dispose()
-    return text
 
 
 def client(address: str, text: str, **more: Any) -> httpx.Client:

@@ -23,9 +23,25 @@ function element(tag, text, attributes = {}) {
 
 function say(text) { message.textContent = text; }
 
+// Numbers have the form of the commands: 1.23M from 10,000 on, else four digits.
 function short(value) {
-  return typeof value === "number" ? Number(value.toPrecision(5)).toString() : String(value ?? "");
+  if (typeof value !== "number") return String(value ?? "");
+  for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+    if (Math.abs(value) >= Math.max(size, 1e4)) return Number((value / size).toPrecision(3)) + unit;
+  }
+  return Number(value.toPrecision(4)).toString();
 }
+
+function duration(seconds) {
+  const whole = Math.max(1, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+// A touch screen has no hover, so the buttons of a plot would always cover its title.
+const narrow = () => window.innerWidth < 700;
+const plotting = () => ({ responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover" });
 
 // --- the list ---------------------------------------------------------------------------------
 
@@ -40,7 +56,8 @@ function watchStudies() {
       const state = row.querySelector(".state");
       state.textContent = study.state;
       state.className = `state ${study.state}`;
-      row.cells[2].textContent = `${study.evaluations} of ${study.trials}`;
+      row.cells[2].textContent = study.trials;
+      row.cells[3].textContent = study.evaluations;
     }
   }, 5000);
 }
@@ -61,8 +78,7 @@ function submission() {
 }
 
 function range(found) {
-  const number = (x) => Intl.NumberFormat("en", { notation: "compact" }).format(x);
-  return typeof found === "number" ? number(found) : `${number(found.min)} to ${number(found.max)}`;
+  return typeof found === "number" ? short(found) : `${short(found.min)} to ${short(found.max)}`;
 }
 
 function showCheck(found) {
@@ -74,7 +90,7 @@ function showCheck(found) {
     ["FLOPs per token", range(found.flops_per_token)],
     ["Training FLOPs", found.estimate.train_flops.toPrecision(3)],
     ["Duration", found.estimate.hours === null ? `unknown: ${found.estimate.basis}`
-      : `${short(found.estimate.hours)} hours with ${found.estimate.workers} workers`],
+      : `${duration(3600 * found.estimate.hours)} with ${found.estimate.workers} workers`],
   ];
   const table = element("table", "");
   for (const [name, value] of rows) {
@@ -146,7 +162,7 @@ async function drawFront() {
   ];
   const plot = document.getElementById("front-plot");
   await Plotly.react(plot, traces, { xaxis: axis(x), yaxis: axis(y), margin: { t: 20 },
-    legend: { orientation: "h", y: 1.12 }, hovermode: "closest" }, { responsive: true, displaylogo: false });
+    legend: { orientation: "h", y: 1.12 }, hovermode: "closest" }, plotting());
   plot.removeAllListeners("plotly_click");
   plot.on("plotly_click", (event) => { location.href = trialPage(event.points[0].customdata); });
   fillFront(front, names);
@@ -160,8 +176,7 @@ function fillFront(front, names) {
       "aria-label": `Compare trial ${member.trial}` });
     box.checked = checked.has(String(member.trial));
     const cells = [box, element("a", member.trial, { href: trialPage(member.trial) }),
-      ...names.map((name) => short(member.values[name])), member.params.toLocaleString("en"),
-      member.summary];
+      ...names.map((name) => short(member.values[name])), short(member.params), member.summary];
     for (const cell of cells) row.insertCell().append(cell);
     return row;
   });
@@ -184,7 +199,8 @@ async function drawFigures() {
       place = element("div", "", { id: `figure-${name}`, class: "plot" });
       box.append(place);
     }
-    await Plotly.react(place, figure.data, figure.layout, { responsive: true, displaylogo: false });
+    if (narrow()) figure.layout.legend = { orientation: "h", y: -0.2, yanchor: "top" };
+    await Plotly.react(place, figure.data, figure.layout, plotting());
   }
 }
 
@@ -205,9 +221,23 @@ async function refreshStudy() {
   state.className = `state ${found.state}`;
   document.getElementById("evaluated").textContent = found.progress.evaluated;
   document.getElementById("trials").textContent = found.trials;
+  showActions(found.state);
   await drawFront();
   fillFailures((await api("GET", `${study()}/trials?limit=1000`)).trials);
   await drawFigures();
+}
+
+// What the server does in each state; it refuses the rest.
+const ACTIONS = {
+  queued: ["pause", "cancel", "extend", "delete"], running: ["pause", "cancel", "extend"],
+  paused: ["resume", "cancel", "extend", "delete"], finished: ["extend", "delete"],
+  failed: ["resume", "extend", "delete"], cancelled: ["resume", "extend", "delete"],
+};
+
+function showActions(state) {
+  for (const button of document.querySelectorAll("#actions [data-action]")) {
+    button.disabled = !ACTIONS[state].includes(button.dataset.action);
+  }
 }
 
 function followStudy() {
@@ -265,7 +295,7 @@ async function drawCurve() {
     name: "training loss" };
   await Plotly.newPlot("curve-plot", [trace], { xaxis: axis("tokens"),
     yaxis: axis("training loss (nats/token)"), margin: { t: 20 } },
-  { responsive: true, displaylogo: false });
+  plotting());
 }
 
 const start = { studies: watchStudies, submit: liveCheck, study: followStudy, trial: drawCurve };
