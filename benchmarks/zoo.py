@@ -61,9 +61,9 @@ on the logits), Laguna (softplus gates), Ling hybrid, Mellum, Mistral Small 4 (a
 positions). So do the attention and the router of Gemma 4 alone.
 
 Of the 58 causal language models with experts in transformers 5.23, 47 are points of the space, and
-`moenas init --from` reads their configurations (GLM-5 without layers that share an indexer). Not so
-A.X K2, DeepSeek-V4, Doge, Gemma 4 (two classes), Hunyuan 4, Inkling, Inkling 2, MiniMax-M3, Qwen4-Exp
-and ZAYA1.
+`moenas init --from` reads their configurations (GLM-5 without layers that share an indexer). A.X
+K2, DeepSeek-V4, Doge, Gemma 4 (two classes), Hunyuan 4, Inkling, Inkling 2, MiniMax-M3, Qwen4-Exp
+and ZAYA1 are none.
 
 ## What has no point
 

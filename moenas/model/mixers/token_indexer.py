@@ -97,7 +97,7 @@ class IndexedSelection(nn.Module):
         `x` (B, S, D) is what the layer reads, `latent` (B, S, q_rank) its latent of the queries.
         """
         end = start + size(x.shape[1])
-        inert = end <= self.top_k and not torch.compiler.is_compiling() and not self.training
+        inert = not torch.compiler.is_compiling() and not self.training and end <= self.top_k
         if inert and cache is None:
             return None
         # 1. One key for all heads, (B, 1, L, d): the cache needs it whatever the length.
@@ -124,7 +124,7 @@ class IndexedSelection(nn.Module):
         """Return which keys are read, (B, S, L), of those that the span lets be `seen` (S, L)."""
         scores = scores.detach().masked_fill(~seen, -torch.inf)
         traced = torch.compiler.is_compiling()
-        if size(scores.shape[-1]) <= self.top_k and not traced:
+        if not traced and size(scores.shape[-1]) <= self.top_k:
             return seen.expand_as(scores)
         # Scores of 0 are equal where all heads are negative. A stable order takes the earlier token
         # then, whatever the length, so that decoding with a cache selects the same.
