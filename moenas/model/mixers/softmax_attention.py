@@ -141,8 +141,7 @@ class SoftmaxAttention(nn.Module):
         length = size(q.shape[2])  # a tensor while the model is traced
         single = length == 1 and not torch.compiler.is_compiling()  # a traced length is open
         # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
-        plain = self.softcap is None and self.sinks is None and self.bias is None
-        plain = plain and chosen is None
+        plain = chosen is None and self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and not single and start == first and not reach.is_limited(start, length)
         mask = None if causal or single else reach.seen(start, length, first, q.device)
         if self.bias is not None:
