@@ -67,6 +67,9 @@ def section(results: Results) -> list[str]:
     name = results.card or "No GPU"
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("card", "date"))
     parts = [f"## {name}\n", f"{machine.get('date', 'no date')}: {versions}.\n"]
+    judged = [met for _, _, met in results.judged() if met is not None]
+    if judged:
+        parts.append(f"{sum(judged)} of {len(judged)} goals are met.\n")
     parts += [*goals(results), ""]
     bad = [
         line

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 PROJECT = "moenas"
 """The project, where neither the caller nor $WANDB_PROJECT names one."""
+SERVICE_WAIT_S = 120.0
+"""Seconds for the start of W&B's process. Its default of 30 is too short on a busy machine."""
 
 
 class WandbLogger(Logger):
@@ -68,6 +70,7 @@ class WandbLogger(Logger):
                 save_code=False,
                 x_disable_meta=True,
                 x_disable_stats=True,
+                x_service_wait=SERVICE_WAIT_S,
             ),
         )
 

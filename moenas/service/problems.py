@@ -112,7 +112,8 @@ def _documented_methods(app: FastAPI, path: str) -> list[str]:
     for template, methods in app.openapi()["paths"].items():
         pattern = "[^/]+".join(map(re.escape, re.split(r"\{[^}]*\}", template)))
         if re.fullmatch(pattern, path):
-            return sorted(method.upper() for method in methods)
+            allowed = {method.upper() for method in methods}
+            return sorted(allowed | ({"HEAD"} if "GET" in allowed else set()))
     return []
 
 

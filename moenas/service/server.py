@@ -28,6 +28,7 @@ from moenas.service import (
 from moenas.service.dashboard_mount import WithDashboard
 from moenas.service.event_stream import EventHub
 from moenas.service.gate import Gate
+from moenas.service.head_requests import HeadRequests
 from moenas.service.problems import MEDIA_TYPE, handle_errors
 from moenas.service.runner import Runner
 from moenas.service.sessions import Identity, Sessions
@@ -108,7 +109,7 @@ def create_api(service: ServiceState) -> FastAPI:
 def create_app(service: ServiceState) -> ASGIApp:
     """Return the whole application, with the gate in front."""
     api = create_api(service)
-    whole = WithDashboard(api, service.store)
+    whole = WithDashboard(HeadRequests(api), service.store)
     return Gate(whole, store=service.store, settings=service.settings, sessions=service.sessions)
 
 

@@ -131,6 +131,16 @@ class ObjectPath:
             names = [str(each) for each in found if str(each).startswith(prefix)]
         yield from (name.removeprefix(prefix) for name in names)
 
+    def children(self) -> list[ObjectPath]:
+        """Return the objects and the prefixes directly below; what lies deeper is not listed."""
+        with self._open_system() as (system, path):
+            try:
+                found = system.ls(path, detail=False)
+            except FileNotFoundError:
+                found = []
+        names = {str(each).rstrip("/").rpartition("/")[2] for each in found}
+        return [self / name for name in sorted(names - {self.name, ""})]
+
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Yield the objects below whose parts match those of a pattern; `*` matches a dot too."""
         parts = pattern.split("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, inspect, select
@@ -32,6 +33,17 @@ def insert_rows(connection: Connection, rows_by_table: dict[Table, list[Plain]])
 def of_trial(table: Table, name: str, trial: int) -> ColumnElement[bool]:
     """Return the condition that a row belongs to a trial."""
     return (table.c.study == name) & (table.c.trial == trial)
+
+
+def normal_study_name(name: str) -> str:
+    """Return the name of a study in Unicode's form NFC, in which space files are read, too.
+
+    Raises:
+        InputError: if the text cannot be the name of a study.
+    """
+    normal = unicodedata.normalize("NFC", name)
+    check_study_name(normal)
+    return normal
 
 
 def check_study_name(name: str) -> None:

@@ -343,9 +343,17 @@ def _from_plain(kind: Any, value: Any) -> Any:
     return value
 
 
-def forget(connection: Connection, name: str) -> None:
-    """Delete our rows of a study inside the transaction of the caller."""
-    connection.execute(delete(tables.study).where(tables.study.c.name == name))
+def forget(connection: Connection, name: str) -> bool:
+    """Delete our rows of a study inside the transaction of the caller; say whether it had any."""
+    gone = connection.execute(delete(tables.study).where(tables.study.c.name == name))
+    return bool(gone.rowcount)
+
+
+def empty(connection: Connection, name: str) -> None:
+    """Delete our rows of a study but its own and its lease, so that its name stays taken."""
+    for table in reversed(OWN):
+        if table is not tables.study:
+            connection.execute(delete(table).where(table.c.study == name))
 
 
 # --- as text -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any
 import moenas
 from moenas.errors import InputError, MachineError
 from moenas.records import Plain
-from moenas.store import study_rows, tables
+from moenas.store import statements, study_rows, tables
 from moenas.store.store import Store
 from moenas.store.study_rows import StudyRows
 from moenas.study.incoming import IncomingStudy, StudyFile, named_files
@@ -131,9 +131,9 @@ def unpack_study(path: Path, store: Store, new: str | None = None) -> Transferre
     """
     with _opened(path) as archive:
         rows, members = _checked(archive)
-        name = study_rows.name_of(rows)
-        unpacked = rows if new is None else study_rows.renamed(rows, new)
-        with IncomingStudy(store, new or name) as incoming:
+        name = statements.normal_study_name(new or study_rows.name_of(rows))
+        unpacked = study_rows.renamed(rows, name)
+        with IncomingStudy(store, name) as incoming:
             for file in named_files(unpacked):
                 with archive.open(_member_of(file, members)) as opened:
                     incoming.add(file, opened)  # type: ignore[arg-type]
@@ -254,6 +254,10 @@ def _rows(archive: zipfile.ZipFile, members: dict[str, Plain]) -> StudyRows:
 
 def _entries(member: str, data: bytes) -> list[Any]:
     try:
-        return study_rows.from_lines(data)
+        entries = study_rows.from_lines(data)
+        json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return entries
+    except UnicodeEncodeError:
+        raise _ContentError(f"'{member}' has half of a surrogate pair, which is no text") from None
     except (ValueError, RecursionError):
         raise _ContentError(f"'{member}' is not JSON, one row a line") from None

@@ -3,7 +3,7 @@
 Its files are gathered in a folder of their own. One transaction then inserts the rows and gives the
 folder its name; while it lasts, no other process can make a study of that name. A process that is
 killed before the commit leaves a folder that the next one removes. An object store has no lock for
-that: there the objects stay below a prefix that begins with DRAFT.
+that: there the draft is removed by a later copy, LONGEST_COPY_S after its start.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,10 @@ from moenas.store.weights import find_weights, study_folder, weights_path
 
 DRAFT = ".incoming-"
 """How the name of a folder begins whose study is not there yet."""
+OBJECT_DRAFT = re.compile(re.escape(DRAFT) + r"([0-9a-f]{8,10})-[0-9a-f]{16}")
+"""The name of a draft in an object store: when it began, in seconds since 1970."""
+LONGEST_COPY_S = 7 * 24 * 3600.0
+"""Seconds after which a draft in an object store is that of a process that was killed."""
 PIECE = 1 << 20
 """Bytes that are read at a time."""
 
@@ -197,7 +203,8 @@ class IncomingStudy:
         """Make a folder that is locked while this process lives; remove those of dead ones."""
         root = self._store.runs
         if isinstance(root, ObjectPath):
-            return root / f"{DRAFT}{secrets.token_hex(8)}"
+            _sweep_objects(root)
+            return root / f"{DRAFT}{int(time.time()):x}-{secrets.token_hex(8)}"
         runs = Path(root)
         make_folder(runs)
         while True:
@@ -269,6 +276,15 @@ def _rename(folder: StorePath, final: StorePath) -> None:
         return
     os.rename(folder, str(final))
     sync_folder(final.parent)
+
+
+def _sweep_objects(root: ObjectPath) -> None:
+    """Remove the drafts of killed processes: those that began longer ago than any copy takes."""
+    with contextlib.suppress(OSError):  # the next one removes what is left
+        for draft in root.children():
+            began = OBJECT_DRAFT.fullmatch(draft.name)
+            if began is not None and int(began[1], 16) < time.time() - LONGEST_COPY_S:
+                draft.remove_tree()
 
 
 def _remove_if_dead(folder: Path) -> None:

@@ -9,7 +9,15 @@ from sqlalchemy import Connection, update
 
 from moenas.errors import ConflictError, InputError, StudyBusyError
 from moenas.records import Plain
-from moenas.store import audit, leases, study_events, study_rows, submissions, tables
+from moenas.store import (
+    audit,
+    leases,
+    statements,
+    study_events,
+    study_rows,
+    submissions,
+    tables,
+)
 from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -77,8 +85,9 @@ def copy_study(source: Store, name: str, target: Store, new: str | None = None) 
         InputError: if a file of weights is missing or damaged.
     """
     rows = idle_rows(source, name)
-    renamed = study_rows.renamed(rows, new or name)
-    with IncomingStudy(target, new or name) as incoming:
+    new = statements.normal_study_name(new or name)
+    renamed = study_rows.renamed(rows, new)
+    with IncomingStudy(target, new) as incoming:
         for file in named_files(rows):
             with file.find(source, name).open("rb") as opened:
                 incoming.add(file, opened)
@@ -96,6 +105,7 @@ def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferr
         StudyBusyError: if a process runs the study.
         ConflictError: if there is a study of the new name, or a server is to run this one.
     """
+    new = statements.normal_study_name(new)
     if new == name:
         raise InputError(f"study '{name}' has this name already; give another one")
     store.study(name)
@@ -107,12 +117,17 @@ def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferr
             for file in named_files(stored):
                 incoming.link(file, file.find(store, name))
             incoming.commit(lambda connection: _rename(connection, name, rows, user_name))
-    remove_tree(study_folder(store.runs, name))
+        # Files go while the name is taken: a new study of this name must not lose its own.
+        remove_tree(study_folder(store.runs, name))
+        store.transact(lambda connection: _free_name(connection, name, rows))
     return Transferred.of(rows)
 
 
 def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
-    """Put the rows of the new name in place of those of the old one."""
+    """Put the rows of the new name in place of those of the old one.
+
+    The row of the study stays under the old name, so that the name is taken until `_free_name`.
+    """
     new = study_rows.name_of(rows)
     submitted = submissions.find(connection, name, lock=True)
     if submitted is not None:
@@ -125,11 +140,18 @@ def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) 
         overrides = [*submitted.overrides, f"name={json.dumps(new)}"]
         submissions.rename(connection, name, new, overrides)
     study_rows.write_own(connection, rows)
-    study_rows.forget(connection, name)
+    study_rows.empty(connection, name)
     connection.execute(update(STUDY).where(STUDY.c.study_name == name).values(study_name=new))
     source = tables.reuse.c.from_study
     connection.execute(update(tables.reuse).where(source == name).values(from_study=new))
     study_events.move(connection, name, new)
-    study_events.append(connection, name, "deleted", {"renamed_to": new})
     study_events.append(connection, new, "renamed", {"from": name})
     audit.write(connection, user_name, "renamed", new, {"from": name})
+
+
+def _free_name(connection: Connection, name: str, rows: StudyRows) -> None:
+    """Let a new study have the old name; the last event tells those who watch."""
+    if not study_rows.forget(connection, name):
+        return  # the transaction is repeated, as the answer of its commit was lost
+    told = {"renamed_to": study_rows.name_of(rows)}
+    study_events.append(connection, name, "deleted", told)

@@ -187,6 +187,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         _edited("moenas_evaluation", lambda r: r.update(trial=77)),
         "rows cannot be stored",
     ),
+    "half a surrogate pair": (
+        _edited("moenas_study", lambda r: r.update(space_text="name: \ud800")),
+        "half of a surrogate pair",
+    ),
     "a space that is none": (_edited("moenas_study", lambda r: r.update(space=5)), "is no JSON"),
 }
 

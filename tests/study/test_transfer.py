@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -16,12 +19,15 @@ from moenas.errors import ConflictError, InputError, NotFoundError, StudyBusyErr
 from moenas.space.space import Space
 from moenas.store import study_events, study_rows, submissions, tables
 from moenas.store.heartbeat import StudyLease
+from moenas.store.object_path import ObjectPath, StorePath
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
 from moenas.store.weights import read_weights, study_folder
-from moenas.study import doctor
+from moenas.study import doctor, transfer
+from moenas.study.archive import pack_study, unpack_study
+from moenas.study.deletion import delete_study
 from moenas.study.events import Event, Interrupted
-from moenas.study.incoming import DRAFT, named_files
+from moenas.study.incoming import DRAFT, LONGEST_COPY_S, named_files
 from moenas.study.launch import Study, run
 from moenas.study.transfer import copy_study, rename_study
 
@@ -210,6 +216,69 @@ def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: lis
     assert (last.kind, last.data) == ("deleted", {"renamed_to": "new name"})
     begun = run(space(), trials=2, workers="inline", storage=database_url)  # the name is free
     assert_sound(begun, 2)
+
+
+def test_names_are_stored_in_the_form_of_space_files(source: Study, database_url: str) -> None:
+    """U+00E9 is one character in NFC, and a letter with an accent in NFD."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    target = Store.open(database_url, create=True)
+    assert copy_study(source.store, "s", target, decomposed).study == composed
+    with pytest.raises(ConflictError, match="already exists"):
+        copy_study(source.store, "s", target, composed)
+    with pytest.raises(InputError, match="has this name already"):
+        rename_study(target, composed, decomposed, "somebody")
+    assert rename_study(target, composed, f"{decomposed} 2", "somebody").study == f"{composed} 2"
+    pack_study(target, f"{composed} 2", Path("s.zip"))
+    assert unpack_study(Path("s.zip"), target, decomposed).study == composed
+
+
+def test_the_draft_of_a_killed_copy_is_removed_from_an_object_store(
+    source: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOENAS_RUNS", f"memory://{uuid.uuid4().hex}")
+    target = Store.open("sqlite:///objects.db", create=True)
+    target.ensure_identity()
+    root = target.runs
+    assert isinstance(root, ObjectPath)
+    now = int(time.time())
+    dead, live = now - int(LONGEST_COPY_S) - 60, now - int(LONGEST_COPY_S) + 60
+    for began in (dead, live):
+        (root / f"{DRAFT}{began:x}-{'0' * 16}" / "trial_0" / "w").write_bytes(b"x")
+    copy_study(source.store, "s", target)
+    assert [path.name for path in root.children() if path.name.startswith(DRAFT)] == [
+        f"{DRAFT}{live:x}-{'0' * 16}"
+    ]
+    assert len(list(root.glob("*/*/*"))) > 1
+
+
+def test_the_old_name_is_taken_until_its_files_are_gone(
+    source: Study, monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    target = Store.open(database_url, create=True)
+    copy_study(source.store, "s", target)
+    seen: list[str] = []
+
+    def killed(folder: StorePath) -> None:
+        if folder != study_folder(target.runs, "s"):
+            return
+        with pytest.raises(ConflictError, match="already exists"):
+            copy_study(source.store, "s", target)
+        with pytest.raises(StudyBusyError, match="is being run by"):
+            delete_study(Store.open(database_url), "s", "somebody")
+        seen.append("asked")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rename_study(target, "s", "t", "somebody")
+    assert seen == ["asked"]
+    assert rows_of(target, "t") == study_rows.renamed(rows_of(source.store, "s"), "t")
+    assert files_of(target, "t") == files_of(source.store, "s")
+    delete_study(target, "s", "somebody")  # what a killed process leaves
+    copy_study(source.store, "s", target)
+    assert files_of(target, "s") == files_of(source.store, "s")
+    assert files_of(target, "t") == files_of(source.store, "s")
 
 
 def reused_studies(connection: Connection) -> set[str]:
