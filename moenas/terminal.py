@@ -109,15 +109,18 @@ def _finite(data: Any) -> Any:
 def command(words: Iterable[str], options: Mapping[str, object] | None = None) -> str:
     """Return a command line of moenas that can be pasted: a verb, arguments, then options.
 
-    Arguments that begin with a hyphen come last, behind `--`.
+    Arguments that begin with a hyphen come last, behind `--`. An option that is True is a bare
+    flag, and a list repeats its option; None and False leave it out.
     """
     verb, *arguments = words
-    given = [
-        word
-        for flag, value in (options or {}).items()
-        if value is not None
-        for word in (f"--{flag}", str(value))
-    ]
+    given = []
+    for name, value in (options or {}).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            given.append(flag)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                given += [flag, str(one)]
     if any(word.startswith("-") for word in arguments):
         return shlex.join(["moenas", verb, *given, "--", *arguments])
     return shlex.join(["moenas", verb, *arguments, *given])

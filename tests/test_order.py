@@ -27,6 +27,7 @@ ORDER = """
     export report
     search workers dashboard testing
     study
+    loggers
     service
     cli
     __main__
@@ -42,6 +43,7 @@ LIBRARIES = {
     "fvcore": "evaluate",
     "httpx": "service",
     "jinja2": "service",
+    "mlflow": "loggers",
     "moocore": "pareto",
     "numpy": "pareto data predict evaluate export search",
     "optuna": "search store study dashboard",
@@ -58,9 +60,11 @@ LIBRARIES = {
     "sqlalchemy": "store study service",
     "starlette": "service",
     "tokenizers": "data",
-    "torch": "model data predict evaluate export testing",
+    "tensorboard": "loggers",
+    "torch": "model data predict evaluate export testing loggers",
     "typer": "cli",
     "uvicorn": "service",
+    "wandb": "loggers",
     "yaml": "resources",
 }
 LIGHT = "grammar store report dashboard"
@@ -214,11 +218,12 @@ def test_the_command_line_starts_light() -> None:
 def test_dependencies_name_their_packages() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
-    for extra in ("data", "service"):
+    for extra in ("data", "mlflow", "service", "tensorboard", "wandb"):
         listed += text.partition(f"\n{extra} = [")[2].partition("\n]")[0]
     named = dict(re.findall(r'^\s*"([a-z0-9-]+)[^"]*",\s*# ([^;\n]*)', listed, re.MULTILINE))
     library_of = {
         "pyyaml": "yaml",
+        "mlflow-skinny": "mlflow",
         "optuna-dashboard": "optuna_dashboard",
         "prometheus-client": "prometheus_client",
     }

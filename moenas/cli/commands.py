@@ -27,12 +27,15 @@ from moenas.cli.options import (
     DryRun,
     Format,
     Fresh,
+    Log,
     NoServer,
+    OnEnd,
     Output,
     Server,
     Storage,
     StudyName,
     TrialNumber,
+    Trials,
     Workers,
     command_line,
     is_json_wanted,
@@ -53,6 +56,7 @@ from moenas.errors import (
 from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
+    from moenas.cli.watching import Watchers
     from moenas.records import Plain
     from moenas.space.space import Space
     from moenas.study.launch import Study
@@ -240,19 +244,14 @@ def run(
         typer.Argument(metavar="[FIELD=VALUE]...", help="e.g. train.tokens=2e6"),
     ] = None,
     storage: Storage = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1_000_000,
-            help="Candidates that the study evaluates in total; resumes up to it.",
-        ),
-    ] = None,
+    trials: Trials = None,
     workers: Workers = None,
     address: Address = None,
     accept_changes: AcceptChanges = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
+    log: Log = None,
+    on_end: OnEnd = None,
     server: Server = None,
     output: Format = Output.table,
 ) -> None:
@@ -260,17 +259,18 @@ def run(
     _say_what_is_taken()
     url = server_url(storage, server)
     options: dict[str, object] = {"storage": storage, "trials": trials, "workers": workers}
-    options |= {"address": address, "server": server}
-    words = ["run", space, *(overrides or ()), *(["--fresh"] if fresh else [])]
-    hint = command_line(words, options)
+    options |= {"address": address, "server": server, "fresh": fresh}
+    options |= {"log": log, "on_end": on_end}
+    hint = command_line(["run", space, *(overrides or ())], options)
     if url is not None:
         from moenas.cli import server_run
 
         local = {"workers": workers, "address": address, "accept-changes": accept_changes}
-        server_run.refuse_local_options(local | {"fresh": fresh})
+        server_run.refuse_local_options(local | {"fresh": fresh, "log": log, "on-end": on_end})
         wanted = server_run.ServerRun(space, overrides or [], trials, hint, server)
         connected = open_server(url)
         return wanted.estimate(connected, output) if dry_run else wanted.run(connected, output)
+    from moenas.cli.watching import Watchers
     from moenas.space.space import Space
     from moenas.study import launch
 
@@ -283,6 +283,7 @@ def run(
     study = _run_here(
         loaded,
         hint,
+        Watchers(log or (), on_end),
         storage=storage,
         trials=trials,
         workers=count,
@@ -295,18 +296,17 @@ def run(
     say_next_steps(front, {"storage": without_password(storage) if storage else None})
 
 
-def _run_here(space: Space, hint: str, **options: Any) -> Study:
+def _run_here(space: Space, hint: str, watchers: Watchers, **options: Any) -> Study:
     """Run a study in this process; `hint` is the command that resumes it.
 
     Raises:
         typer.Exit: if the run is interrupted, or ends before the study does.
     """
-    from moenas.cli.progress import listener
     from moenas.study import launch
 
     try:
-        with listener(space.name, {o.name: o.unit for o in space.objectives}) as listen:
-            return launch.run(space, listeners=[listen], **options)
+        with watchers.listeners(space, options["storage"]) as listeners:
+            return launch.run(space, listeners=listeners, **options)
     except launch.Interrupted as stop:
         say(f"stopped: {stop}. Nothing is lost; resume with:\n  {hint}")
         raise typer.Exit(stop.exit_code) from None

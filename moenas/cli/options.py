@@ -105,6 +105,31 @@ Fresh = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Estimate tokens, FLOPs and hours; nothing is written.")
 ]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1_000_000,
+        help="Candidates that the study evaluates in total; resumes up to it.",
+    ),
+]
+Log = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log",
+        metavar="TOOL[:WHERE]",
+        help="Log each trial: tensorboard[:DIR], mlflow[:URI] or wandb[:PROJECT]; repeatable.",
+    ),
+]
+OnEnd = Annotated[
+    str | None,
+    typer.Option(
+        "--on-end",
+        metavar="CMD",
+        help="Run this shell command once when the run ends, also when it is interrupted. It gets "
+        "MOENAS_STUDY, MOENAS_STATE (finished, interrupted or failed) and counts.",
+    ),
+]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Run the study's Python files that the database stores."),

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moenas.grammar.summary import compact
+from moenas.grammar.summary import compact, duration
 from moenas.study.events import Event, Listener
 from moenas.study.progress import Progress
 from moenas.terminal import plain, say
@@ -87,16 +87,6 @@ def left(progress: Progress) -> str:
     if progress.evaluated >= progress.total:
         return "done"
     return "time left unknown" if progress.eta_s is None else f"{duration(progress.eta_s)} left"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 class LiveProgress:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
-from moenas.grammar.summary import compact, short
+from moenas.grammar.summary import compact, duration, short
 from moenas.pareto import is_exact
 from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Plain
 from moenas.resources import to_yaml
 from moenas.store import origins, row_readers, rungs, submissions
 from moenas.store.activity import last_activity
+from moenas.store.pace import pace
 from moenas.store.row_readers import Summary
 from moenas.store.spending import spending
 from moenas.store.submissions import Submission
@@ -76,10 +77,11 @@ def cell(value: Any) -> str:
 
 
 def counted_studies(studies: Sequence[Plain]) -> list[Plain]:
-    """Return one row for each study that has begun: its counts, without its state."""
+    """Return one row for each study that has begun: its state and its counts."""
     return [
         {
             "study": study["study"],
+            "state": study["state"],
             "trials": f"{study['evaluated']}/{study['trials']}",
             "front": study["front"],
             "objectives": ", ".join(study["objectives"]),
@@ -158,6 +160,9 @@ def status_report(store: Store, name: str) -> Plain:
     summary = store.summary(name)
     study = summary.study
     own = store.query(lambda connection: submissions.submitted(connection, name))
+    driver, found = store.driver(name), store.read(name, lambda connection: pace(connection, name))
+    left = max(0, study.trials - summary.evaluated)
+    per_hour = found.candidates_per_hour
     return {
         "study": name,
         "state": own.state if own is not None else command_state(store, name),
@@ -169,8 +174,11 @@ def status_report(store: Store, name: str) -> Plain:
         "paused": len(rungs.pauses(store, name)),
         "infeasible": summary.counts.get("infeasible", 0),
         "repeated": summary.repeated,
-        "left": max(0, study.trials - summary.evaluated),
-        "running_in": store.driver(name),
+        "left": left,
+        "running_in": driver,
+        "running": found.running if driver is not None else [],
+        "candidates_per_hour": per_hour,
+        "seconds_left": None if driver is None or not per_hour else 3600 * left / per_hour,
         "ended": store.ended(name),
         "failures": summary.failures,
         "spent": spending(store, name).plain(),
@@ -225,6 +233,19 @@ def _end(report: Plain) -> str:
     return texts.get(report["ended"], "done" if not report["left"] else "stopped")
 
 
+def _pace_lines(report: Plain) -> list[str]:
+    """Say which trials run since when, and how long the rest takes at the pace of this run."""
+    lines = []
+    if report["running"]:
+        times = ", ".join(f"{r['trial']} since {r['started_at'][11:19]}" for r in report["running"])
+        lines.append(f"  running trials (UTC): {times}")
+    if report["candidates_per_hour"] is not None:
+        text = f"  pace of the latest run: {report['candidates_per_hour']:,.3g} candidates an hour"
+        seconds = report["seconds_left"]
+        lines.append(text if seconds is None else f"{text}; {duration(seconds)} left")
+    return lines
+
+
 def status_text(report: Plain) -> str:
     """Lay out what `status_report` found."""
     driver = report["running_in"]
@@ -237,6 +258,7 @@ def status_text(report: Plain) -> str:
     if report["rungs"]:
         lines.append(f"  stopped {report['stopped']}, paused {report['paused']}")
         lines += [_rung_line(rung) for rung in report["rungs"]]
+    lines += _pace_lines(report)
     if report["failures"]:
         reasons = ", ".join(f"{kind} {n}" for kind, n in report["failures"].items())
         lines.append(f"  failures: {reasons}")

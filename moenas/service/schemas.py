@@ -202,6 +202,14 @@ class RungAgreement(Model):
     correlation: float | None
 
 
+class RunningTrial(Model):
+    """A trial that a worker evaluates now."""
+
+    trial: int
+    attempt: int
+    started_at: str
+
+
 class Progress(Model):
     """How far a study is and how it does; zeros before its driver has begun."""
 
@@ -214,6 +222,11 @@ class Progress(Model):
     repeated: int = 0
     left: int = 0
     running_in: str | None = None
+    running: list[RunningTrial] = []
+    candidates_per_hour: float | None = Field(
+        None, description="Of the latest run; null before its first evaluated candidate."
+    )
+    seconds_left: float | None = Field(None, description="At that pace; null if nothing runs.")
     ended: str | None = None
     failures: dict[str, int] = {}
     spent: dict[str, float] = {"wall_seconds": 0.0, "train_tokens": 0.0, "train_flops": 0.0}

@@ -41,6 +41,7 @@ class Budget:
         self._began = time.monotonic()
         self._began_at = datetime.now(UTC).isoformat(timespec="microseconds")
         self._load_volumes()
+        self.report(last=True)  # readers know the run by its row
 
     def add(self, evaluation: Evaluation) -> None:
         """Count an evaluation of this run, which is stored already."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from moenas.errors import MoenasError
-from moenas.records import Evaluation
+from moenas.failures import error_line
+from moenas.records import Evaluation, Plain
 from moenas.study.progress import Progress
 
 Kind = Literal[
@@ -47,15 +49,26 @@ class Event:
     """The architecture in one line, or what happened."""
     evaluation: Evaluation | None
     progress: Progress
+    params: Plain | None = None
+    """Hole -> drawn value, of a finished trial."""
 
 
 Listener = Callable[[Event], None]
 
 
+class ToleratedListener(ABC):
+    """A listener whose failure is one warning, after which it gets no further events."""
+
+    @abstractmethod
+    def __call__(self, event: Event) -> None:
+        """Take an event of the run."""
+
+
 class EventEmitter:
     """Sends events to the listeners of a run.
 
-    What a listener raises ends the run, but not between two writes: `raise_error` raises it.
+    What a listener raises ends the run, but not between two writes: `raise_error` raises it. A
+    `ToleratedListener` that raises is left out from then on, with a warning.
     """
 
     def __init__(self, listeners: Sequence[Listener], progress: Callable[[], Progress]) -> None:
@@ -67,15 +80,24 @@ class EventEmitter:
         self._listeners.append(listener)
 
     def emit(
-        self, kind: Kind, trial: int | None, text: str, evaluation: Evaluation | None = None
+        self,
+        kind: Kind,
+        trial: int | None,
+        text: str,
+        evaluation: Evaluation | None = None,
+        params: Plain | None = None,
     ) -> None:
         """Send an event with the progress of the study now."""
-        event = Event(kind, trial, text, evaluation, self._progress())
-        for listener in self._listeners:
+        event = Event(kind, trial, text, evaluation, self._progress(), params)
+        for listener in tuple(self._listeners):
             try:
                 listener(event)
             except Exception as error:
-                self._error = self._error or error
+                if isinstance(listener, ToleratedListener):
+                    self._listeners.remove(listener)
+                    self.warn(f"{listener} fails and gets no further events: {error_line(error)}")
+                else:
+                    self._error = self._error or error
 
     def warn(self, text: str, trial: int | None = None) -> None:
         """Send a warning."""

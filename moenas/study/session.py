@@ -211,7 +211,7 @@ class Session:
         self.budget.add(evaluation)
         self._tell(candidate, evaluation)
         self.paused.finished(evaluation)
-        self.events.emit(kind, candidate.number, text, evaluation)
+        self.events.emit(kind, candidate.number, text, evaluation, candidate.trial.params)
         return evaluation
 
     def _count(self, evaluation: Evaluation) -> None:

@@ -1,0 +1,1 @@
+"""Listeners that write the trials of a run to TensorBoard, MLflow and Weights & Biases."""

@@ -1,0 +1,94 @@
+"""The files of W&B's offline mode, read by its own messages, hold what a real study stored."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_studies import moe_study
+
+from moenas.loggers.wandb import WandbLogger
+from moenas.study.launch import run
+
+pytest.importorskip("wandb", reason="the extra moenas[wandb] is not installed")
+pytestmark = pytest.mark.usefixtures("study_folder")
+
+BLOCK, HEADER = 32_768, 7
+"""Bytes of a block of a LevelDB log, and of the header of a part of a record."""
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: a LevelDB log behind seven bytes of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), HEADER, b""
+    while at + HEADER <= len(data):
+        if BLOCK - at % BLOCK < HEADER:
+            at += BLOCK - at % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
+        parts += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def offline_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its group, its config, the rows of its history and its summary."""
+    runs = {}
+    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+        found: dict[str, Any] = {"history": [], "summary": {}, "config": {}}
+        for record in records(path):
+            if record.HasField("run"):
+                found |= {"name": record.run.display_name, "group": record.run.run_group}
+                found["project"] = record.run.project
+                found["config"] |= {
+                    item.key: json.loads(item.value_json) for item in record.run.config.update
+                }
+            elif record.HasField("history"):
+                row = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                found["history"].append(row)
+            elif record.HasField("summary"):
+                for item in record.summary.update:
+                    key = "/".join(item.nested_key) or item.key
+                    found["summary"][key] = json.loads(item.value_json)
+        runs[found["name"]] = found
+    return runs
+
+
+def test_curves_values_and_routing_are_in_the_offline_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    study = run(moe_study(), workers="inline", listeners=[WandbLogger("searches")])
+
+    runs = offline_runs(tmp_path)
+    assert runs.keys() == {"trial-0", "trial-1", "study"}
+    assert {(found["group"], found["project"]) for found in runs.values()} == {
+        (study.name, "searches")
+    }
+    drawn = {t.number: t.params for t in study.optuna.trials}
+    for trial in (0, 1):
+        evaluation, found = study.evaluation(trial), runs[f"trial-{trial}"]
+        losses = [(row["tokens"], row["train/train_loss"]) for row in found["history"]]
+        assert losses == [(point["tokens"], point["train_loss"]) for point in evaluation.curve]
+        summary = found["summary"]
+        assert summary["value/val_loss"] == evaluation.values["val_loss"]
+        vio = summary["validation_routing/layer_0/max_vio"]
+        assert vio == evaluation.routing[0]["max_vio"]
+        assert summary["validation_routing/layer_0/load"]["_type"] == "histogram"
+        assert found["config"]["params"] == drawn[trial]
+        assert found["config"]["fingerprint"] == evaluation.fingerprint
+    last = runs["study"]["history"][-1]
+    assert last["evaluated"] == 2
+    assert last["study/hypervolume"] == study.front().hypervolume
