@@ -2,7 +2,7 @@
 
     python benchmarks/page.py [--quick] > docs/benchmarks.md
 
-It takes about 9 minutes, in which nothing else should run: with two threads on two cores that
+It takes about 15 minutes, in which nothing else should run: with two threads on two cores that
 other work uses, the threads wait for each other.
 """
 
@@ -29,6 +29,7 @@ RUNS = {
     "Batched decoding": ["decode.py --threads 1 --rounds 11"],
     "Batches from memory-mapped shards": ["streaming.py"],
     "Reading a large study": ["readers.py"],
+    "The service under load": ["service.py"],
 }
 """Heading -> the runs below it."""
 NOTES = {

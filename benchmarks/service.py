@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import readers
+from sqlalchemy import update
 
 import moenas
 from moenas.records import Plain
-from moenas.store import access_tokens, study_events
+from moenas.space.space import Space
+from moenas.store import access_tokens, study_events, submissions, tables
 from moenas.store.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "service.json"
@@ -190,6 +192,9 @@ def measured(folder: Path, *, studies: int, watchers: int, steady_s: float) -> P
     """Run everything in a folder, and return the results."""
     store = Store.open(f"sqlite:///{folder}/moenas.db", create=True)
     readers.build(store.url, STORED_TRIALS, CURVE_ROWS)
+    # Drivers read the settings of every study for evaluations that they may reuse.
+    settings = Space.parse(SPACE, f"{readers.NAME}.yaml").plain()
+    store.transact(lambda c: c.execute(update(tables.study).values(space=settings)))
     tokens = [
         store.transact(lambda c, n=n: access_tokens.create(c, f"user-{n}", "admin", None))
         for n in range(8)
@@ -220,7 +225,7 @@ def measured(folder: Path, *, studies: int, watchers: int, steady_s: float) -> P
         seen = [row for w in watching for row in json.loads(w.communicate()[0])]
         after = resident_mib(process.pid)
         reading.stop()
-    newest = store.query(study_events.newest)
+    newest, states = store.query(study_events.newest), store.query(submissions.counts)
     store.engine.dispose()
     return {
         "studies": studies,
@@ -229,6 +234,7 @@ def measured(folder: Path, *, studies: int, watchers: int, steady_s: float) -> P
         "delivered": sum(len(row["ids"]) for row in seen),
         "lost": sum(len(set(range(1, row["ids"][-1] + 1)) - set(row["ids"])) for row in seen),
         "doubled": sum(len(row["ids"]) - len(set(row["ids"])) for row in seen),
+        "states": {state: count for state, count in states.items() if count},
         "submit_ms": quantiles(submitted),
         "reads": {part: quantiles(times) for part, times in reading.times.items()},
         "delay_ms": quantiles([1000 * delay for row in seen for delay in row["delays"]]),
@@ -284,8 +290,8 @@ def main() -> None:
     if not given.quick:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(text(found))
-    if found["lost"] or found["doubled"]:
-        raise SystemExit("events were lost or doubled")
+    if found["lost"] or found["doubled"] or "failed" in found["states"]:
+        raise SystemExit(f"events were lost or doubled, or studies failed: {found['states']}")
 
 
 if __name__ == "__main__":

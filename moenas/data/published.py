@@ -19,7 +19,7 @@ from moenas.data.corpus import Corpus
 from moenas.data.entropy import CHUNK
 from moenas.errors import DataError
 from moenas.records import Plain
-from moenas.store.files import make_folder, path_at, sync_folder
+from moenas.store.files import make_folder, path_at, remove_file, sync_folder
 from moenas.store.object_path import ObjectPath, StorePath
 
 FOLDER = "corpora"
@@ -52,6 +52,11 @@ def publish(root: StorePath, corpus: Corpus) -> Plain:
             os.replace(draft, path)
             sync_folder(path.parent)
     return address
+
+
+def remove(root: StorePath, digest: str) -> None:
+    """Remove a corpus that no study needs; nothing happens if it was not published."""
+    remove_file(root / FOLDER / f"{digest}.corpus")
 
 
 def _write(corpus: Corpus, file: BinaryIO) -> None:
