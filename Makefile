@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # many tests wait. Compiled files are kept: the tests start some hundred Python processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-.PHONY: help demo transcripts test test-slow test-cluster chaos test-gpu gpu gpu-prepare check format bench docs dist clean
+.PHONY: help demo transcripts test test-integration test-slow test-cluster chaos test-gpu gpu gpu-prepare check format bench docs dist clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment would trip over each other
 
@@ -24,6 +24,9 @@ demo: $(VENV)/.installed ## install, then search the space `tiny`: real training
 
 test: $(VENV)/.installed-test ## install with the test extras, then run the tests
 	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder
+
+test-integration: $(VENV)/.installed-test ## the tests of whole studies, servers, Ray, the pages and exported programs; 10 minutes
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m "integration and not slow and not gpu and not cluster"
 
 test-slow: $(VENV)/.installed-test ## the tests that take minutes
 	$(PYTEST) -m slow

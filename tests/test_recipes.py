@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 RECIPES = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
 TEXTS = RECIPES["recipes"](RECIPES["PAGE"].read_text(encoding="utf-8"))

@@ -12,6 +12,8 @@ import pytest
 
 from moenas.terminal import command, plain, to_json
 
+pytestmark = pytest.mark.integration
+
 
 def moenas(words: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     line = f"{shlex.quote(sys.executable)} -m moenas {words} {redirect}"

@@ -17,6 +17,8 @@ import scenarios as faults
 import sqlalchemy
 from arena import Arena, Outcome, end
 
+pytestmark = pytest.mark.integration
+
 
 def assert_survived(outcome: Outcome) -> None:
     assert outcome.problems == []

@@ -15,6 +15,8 @@ from command_line import Run, runner
 from moenas import resources as refs
 from moenas.cli import options
 
+pytestmark = pytest.mark.integration
+
 SMALL = """\
 architecture:
   vocab_size: 256

@@ -18,6 +18,8 @@ import pytest
 from command_line import Result, Run, runner
 from served import SMALL, moenas_serve, token
 
+pytestmark = pytest.mark.integration
+
 TRIALS = 5
 SPACE = SMALL.replace("[32, 64]", "[16, 32, 48]").replace("trials: 2", f"trials: {TRIALS}")
 SLOW = SPACE.replace("tokens: 2048", "tokens: 40_000")

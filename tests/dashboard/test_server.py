@@ -30,6 +30,8 @@ from moenas.report import figures, summary
 from moenas.resources import parse_yaml
 from moenas.store.store import Store
 
+pytestmark = pytest.mark.integration
+
 SHOWN = [name for name in figures.ORDER if name != "rungs"]
 """Figures of a study without early stopping, in the order of reading."""
 LOCAL = {"HTTP_HOST": "127.0.0.1:8080"}

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 STEPS = """
 import resource, sys, torch
 from moenas.evaluate.malloc import tune_malloc

@@ -17,6 +17,8 @@ from moenas.processes import resident_bytes
 from moenas.records import Job
 from moenas.space.sections import Recipe
 
+pytestmark = pytest.mark.integration
+
 RECIPE = Recipe(tokens=3 * 2 * 16, context=16, batch=2, val_tokens=64, dtype="float32")
 MIB = 2**20
 

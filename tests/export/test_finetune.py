@@ -22,6 +22,8 @@ from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.resources import load_module
 
+pytestmark = pytest.mark.integration
+
 TEXT = "".join(f"def add_{i}(x):\n    return x + {i}\n" for i in range(400))
 STRANGER = """
 import runpy, sys

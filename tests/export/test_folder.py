@@ -33,6 +33,8 @@ from moenas.store.store import Store
 from moenas.store.weights import weights_path, write_weights
 from moenas.testing.parts import random_architecture
 
+pytestmark = pytest.mark.integration
+
 FILES = ["README.md", "config.json", "finetune.py", "model.py", "model.safetensors"]
 
 STRANGER = """

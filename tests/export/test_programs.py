@@ -19,6 +19,8 @@ from moenas.export.formats import export
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
+pytestmark = pytest.mark.integration
+
 needs_onnx = pytest.mark.skipif(
     any(__import__("importlib").util.find_spec(name) is None for name in programs.ONNX_PACKAGES),
     reason="pip install 'moenas[onnx]'",

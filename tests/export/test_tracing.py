@@ -21,6 +21,8 @@ from moenas.export.folder import model_source
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
+pytestmark = pytest.mark.integration
+
 ATTENTION: Plain = {"kind": "attention", "head_dim": 16, "n_kv_heads": 1, "qk_norm": "head"}
 FFNS: dict[str, Plain] = {
     "dense": {"kind": "dense", "d_ff": 32},

@@ -20,6 +20,8 @@ from moenas.space.space import Space
 from moenas.study.launch import load_study, run
 from moenas.testing import parts
 
+pytestmark = pytest.mark.integration
+
 PAGE = (Path(__file__).parents[2] / "docs" / "parts.md").read_text(encoding="utf-8")
 FILES = ("sparsemax.py", "gumbel.py", "average.py")
 KINDS = ("sparsemax", "gumbel_top_k", "average")

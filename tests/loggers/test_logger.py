@@ -12,6 +12,8 @@ from moenas.loggers.logger import Logger
 from moenas.loggers.trial_log import TrialLog
 from moenas.study.launch import Event, run
 
+pytestmark = pytest.mark.integration
+
 
 class Recorder(Logger):
     tool = "a recorder"

@@ -12,6 +12,7 @@ from moenas.study.launch import run
 
 pytest.importorskip("mlflow", reason="the extra moenas[mlflow] is not installed")
 pytestmark = [
+    pytest.mark.integration,
     pytest.mark.usefixtures("study_folder"),
     # MLflow uses what SQLAlchemy 2.1 and pydantic deprecate.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

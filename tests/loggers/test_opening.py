@@ -13,6 +13,8 @@ from moenas.loggers.opening import open_logger
 from moenas.loggers.tensorboard import TensorBoardLogger
 from moenas.loggers.wandb import WandbLogger
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:

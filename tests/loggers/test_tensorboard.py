@@ -11,7 +11,7 @@ from moenas.loggers.tensorboard import TensorBoardLogger
 from moenas.study.launch import run
 
 pytest.importorskip("tensorboard", reason="the extra moenas[tensorboard] is not installed")
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 
 def test_curves_values_and_routing_are_read_back(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from moenas.loggers.wandb import WandbLogger
 from moenas.study.launch import run
 
 pytest.importorskip("wandb", reason="the extra moenas[wandb] is not installed")
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 BLOCK, HEADER = 32_768, 7
 """Bytes of a block of a LevelDB log, and of the header of a part of a record."""

@@ -23,6 +23,8 @@ from moenas.store.study_events import StudyEvent
 from moenas.store.submissions import Submission
 from moenas.study.launch import load_study
 
+pytestmark = pytest.mark.integration
+
 VIEW = views.view(9, 2)
 
 

@@ -11,6 +11,8 @@ import shelf
 import views
 from served import listening, served
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

@@ -20,6 +20,8 @@ from moenas.service.sessions import Identity
 from moenas.store import replicates, submissions
 from moenas.store.submissions import Submission
 
+pytestmark = pytest.mark.integration
+
 VIEW = views.view(12, 3, n_failed=2)
 EVIL = "<img src=x onerror=alert(1)>"
 ROOT = Path(__file__).parents[2]

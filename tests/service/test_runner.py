@@ -20,6 +20,8 @@ from moenas.store import runners, study_events, submissions
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
 
+pytestmark = pytest.mark.integration
+
 PATIENCE_S = 90.0
 NEW = Submission("small", "ann", SMALL, [], trials=2, priority=0, state="queued")
 

@@ -21,6 +21,8 @@ from served import SMALL, moenas_serve, token
 
 from moenas.store.store import Store
 
+pytestmark = pytest.mark.integration
+
 PATIENCE_S = 120.0
 TINY_SPACE = SMALL.replace("[32, 64]", "[16, 32]")
 

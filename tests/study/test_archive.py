@@ -22,7 +22,7 @@ from moenas.study.archive import check_packed, pack_study, unpack_study
 from moenas.study.incoming import named_files
 from moenas.study.launch import run
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 FILE = Path("s.zip")
 

@@ -23,7 +23,7 @@ from moenas.store.spending import spending
 from moenas.store.store import Store
 from moenas.study.launch import Event, Study, load_study, run
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 TOKENS = 512
 """Training tokens of a candidate of `studies`."""

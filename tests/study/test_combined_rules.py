@@ -14,7 +14,7 @@ from moenas.study import doctor
 from moenas.study.launch import Study, run
 from moenas.workers.pool import Result
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 BOTH = "[val_loss, flops_per_token]"
 

@@ -23,7 +23,7 @@ from moenas.store.weights import read_weights, weights_path
 from moenas.study import doctor
 from moenas.study.launch import Event, Study, load_study, run
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 Change = Callable[[Evaluation], Evaluation]
 

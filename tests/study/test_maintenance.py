@@ -21,7 +21,7 @@ from moenas.study.launch import Event, load_study, run
 from moenas.study.maintenance import enqueue, remeasure, reopen_failed, retry
 from moenas.study.uncommitted import UncommittedResults
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 OBJECTIVE = '''"""A number of the trained model."""
 direction = "minimize"

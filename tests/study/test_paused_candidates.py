@@ -33,7 +33,7 @@ from moenas.study.launch import Study, load_study, run
 from moenas.study.maintenance import retry
 from moenas.workers.pool import Inline
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 
 HALVING = "{kind: successive_halving, min_correlation: 0}"

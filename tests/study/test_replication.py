@@ -22,7 +22,7 @@ from moenas.store import replicates
 from moenas.study.insights import insights
 from moenas.study.launch import Event, Study, load_study, run
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 
 @pytest.fixture

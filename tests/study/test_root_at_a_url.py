@@ -30,7 +30,7 @@ from moenas.study.maintenance import remeasure
 from moenas.study.transfer import copy_study, rename_study
 from moenas.workers.pool import Inline
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from moenas.space.space import Space
 from moenas.study.estimate import estimate
 from moenas.study.launch import run
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 BUDGET = 60e6
 """Some 8 to 40 steps of the candidates of SMALL."""

@@ -31,7 +31,7 @@ from moenas.study.incoming import DRAFT, LONGEST_COPY_S, named_files
 from moenas.study.launch import Study, run
 from moenas.study.transfer import copy_study, rename_study
 
-pytestmark = pytest.mark.usefixtures("study_folder")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
 SOURCE = "sqlite:///source.db"
 

@@ -26,6 +26,8 @@ from moenas.space.sections import Search
 from moenas.workers import ray_cluster, ray_pool
 from moenas.workers.pool import Inline, Pool, Result, open_pool
 
+pytestmark = pytest.mark.integration
+
 
 class Unsendable(Exception):
     """An exception that cannot be rebuilt from its arguments in another process."""

@@ -19,6 +19,8 @@ from moenas.space.sections import Search
 from moenas.workers import ray_cluster
 from moenas.workers.pool import Pool, open_pool
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

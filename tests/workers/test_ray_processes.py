@@ -22,6 +22,8 @@ from moenas.space.sections import Search
 from moenas.workers import ray_pool, ray_processes
 from moenas.workers.pool import Pool, Result, open_pool
 
+pytestmark = pytest.mark.integration
+
 MANY = Search(candidates_per_worker=4)
 
 
