@@ -28,6 +28,7 @@ from points import (
 from moenas.evaluate.flops import count_flops
 from moenas.model import KVCache, MoE, MoEFFN, RoutedLayer, StateCache
 from moenas.model.architecture import Architecture, Model
+from moenas.model.mixers.token_indexer import IndexedCache, IndexedSelection
 from moenas.model.moe.scores import Relu
 from moenas.records import Plain
 from moenas.testing.parts import _nothing_uninitialised
@@ -84,7 +85,13 @@ def check_cache(architecture: Architecture, model: Model) -> None:
         cache = model.new_cache(1, tokens)
         model(torch.zeros(1, tokens, dtype=torch.int64), cache, dtype=torch.bfloat16)
         held = [c for c in cache if isinstance(c, KVCache)]
-        grown = sum(part.nbytes for c in held for part in (c.keys, c.values) if part is not None)
+        of_indexers = [c.index for c in held if isinstance(c, IndexedCache)]
+        grown = sum(
+            part.nbytes
+            for c in (*held, *of_indexers)
+            for part in (c.keys, c.values)
+            if part is not None
+        )
         assert grown == tokens * architecture.cost(tokens).kv_bytes_per_token
         rest = [c for c in cache if isinstance(c, StateCache)]
         keeping = [x.mixer for x in architecture.layers if x.mixer is not None]
@@ -127,6 +134,8 @@ def unreached(architecture: Architecture, model: Model) -> set[str]:
         if getattr(layer.mixer, "dt_floor", 0.0):
             found.add(f"blocks.{i}.mixer.dt_bias")
     for name, module in model.named_modules():
+        if isinstance(module, IndexedSelection):  # of the first token there is no other
+            found |= {f"{name}.{n}" for n, _ in module.named_parameters()}
         if not isinstance(module, RoutedLayer):
             continue
         load = module.routing.load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ WANTED = (
 )
 Found = TypeVar("Found")
 
-VAL_WORDS, TRAIN_WORDS = {"val", "valid", "validation"}, {"train"}
+VAL_WORDS, TRAIN_WORDS, TEST_WORDS = {"val", "valid", "validation"}, {"train"}, {"test"}
 """Words in the names of shards that tell their split."""
 
 
@@ -178,7 +178,10 @@ def _text_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
             if not listed:
                 reason = f"matches folders; give '{item.value}/*'" if matched else "matches no file"
                 raise item.error(key, f"'{item.value}' {reason}")
-        for path in listed:
+            if len(listed) > 1:
+                listed, more = _table_splits(listed)
+                val += more
+        for path in [*listed, *val]:
             _check_text(item, key, path)
         found.update(listed)
     if not found:
@@ -190,13 +193,35 @@ def _text_folder(item: Node, key: str, folder: str) -> tuple[list[str], list[str
     """Return the files of a folder, which may be a data set of Hugging Face, and those of val."""
     if text_columns.is_dataset(folder):
         listed, val = _checked(item, key, lambda: text_columns.dataset_files(folder))
-        for path in val:
-            _check_text(item, key, path)
     else:
-        listed, val = _files_below(folder), []
+        listed, val = _table_splits(_files_below(folder))
     if not listed:
         raise item.error(key, f"'{item.value}' is a folder without files")
     return listed, val
+
+
+def _table_splits(paths: list[str]) -> tuple[list[str], list[str]]:
+    """Return the tables to train on, and those that validate, by words in their names.
+
+    Tables of a test split are left out. Names tell nothing where one file is no table or says no
+    split, or where no table validates.
+    """
+    splits = _named_splits(paths)
+    tables = all(text_columns.text_format(path) is not None for path in paths)
+    if not tables or splits[""] or not (splits["train"] and splits["val"]):
+        return paths, []
+    return splits["train"], splits["val"]
+
+
+def _named_splits(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return train, val, test and "" -> the files whose names say that split, or none."""
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": [], "": []}
+    words_of = {"val": VAL_WORDS, "train": TRAIN_WORDS, "test": TEST_WORDS}
+    for path in paths:
+        words = set(re.split(r"[^a-z]+", os.path.basename(path).lower()))
+        split = next((name for name, known in words_of.items() if words & known), "")
+        splits[split].append(path)
+    return splits
 
 
 def _check_text(node: Node, key: str, path: str) -> None:
@@ -363,7 +388,10 @@ def _vocab_size(size: Node) -> int:
 
 
 def _token_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
-    """Return the files of tokens that are named, in order, and those of a folder that validate."""
+    """Return the files of tokens that are named, in order, and those that validate by their names.
+
+    Words in the names tell the splits of a folder or a pattern.
+    """
     train: list[str] = []
     val: list[str] = []
     for item, text in _items(node, key):
@@ -376,6 +404,10 @@ def _token_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
             listed = [text]
         else:
             listed = _matched(item, key, text)
+            splits = _named_splits(listed)
+            if splits["train"] and splits["val"] and not splits[""]:
+                listed = splits["train"]
+                val += splits["val"]
         for path in listed:
             stem, suffix = os.path.splitext(path)
             path = f"{stem}.bin" if suffix == ".idx" else path
@@ -416,11 +448,9 @@ def _token_folder(item: Node, key: str, folder: str) -> tuple[list[str], list[st
     inside = [path for path in _files_below(folder) if path.endswith((".bin", ".npy"))]
     if not inside:
         raise item.error(key, f"'{folder}' has no .bin and no .npy file; give the arrays' paths")
-    splits: dict[str, list[str]] = {"train": [], "val": [], "": []}
-    for path in sorted(inside, key=_natural):
-        words = set(re.split(r"[^a-z]+", os.path.basename(path).lower()))
-        split = "val" if words & VAL_WORDS else "train" if words & TRAIN_WORDS else ""
-        splits[split].append(path)
+    splits = _named_splits(sorted(inside, key=_natural))
+    if not splits["train"]:  # a test split is left out beside a train split alone
+        splits[""] += splits.pop("test")
     named = splits["train"] or splits["val"]
     if named and splits[""]:
         raise item.error(

@@ -76,9 +76,10 @@ def allows_acausal(architecture: Architecture) -> bool:
 
 
 def mask_boundaries(architecture: Architecture) -> set[int]:
-    """Return the window and chunk lengths of an architecture in tokens."""
-    parts = (part for layer in architecture.layers for part in layer.parts.values())
-    return {part.attention_span for part in parts if part.attention_span is not None}
+    """Return the lengths in tokens of windows and chunks, and the `top_k` of token indexers."""
+    parts = [part for layer in architecture.layers for part in layer.parts.values()]
+    spans = {part.attention_span for part in parts if part.attention_span is not None}
+    return spans | {x.top_k for x in (getattr(part, "indexer", None) for part in parts) if x}
 
 
 def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:

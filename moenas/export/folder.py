@@ -19,6 +19,7 @@ from moenas.export import source
 from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial, model_with
 from moenas.model.architecture import Architecture, initialise
+from moenas.model.mixers.token_indexer import IndexedSelection
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.store.weights import FILE
 
@@ -27,7 +28,7 @@ FINETUNE = "finetune.py"
 ENTRY = ("forward", "loss", "generate", "stream", "new_cache")
 """Methods of a model that an export keeps; further methods stay if these mention them."""
 ROUTED = ("auxiliary_loss", "after_step")
-"""Methods that training a model with experts needs as well."""
+"""Methods that training a model with experts or token indexers needs as well."""
 CHECK_BATCH, CHECK_TOKENS = 2, 48
 """Size of the batch whose logits must agree."""
 
@@ -114,7 +115,8 @@ _TOKENIZER_FILE = """
 def model_source(architecture: Architecture, *, is_bytes: bool = True) -> str:
     """Return the text of model.py: what this architecture uses, `build`, `load` and a sample."""
     expression, classes = source.record(architecture.build)
-    methods = [*ENTRY, *(ROUTED if any(issubclass(x, RoutedLayer) for x in classes) else ())]
+    further = any(issubclass(x, RoutedLayer | IndexedSelection) for x in classes)
+    methods = [*ENTRY, *(ROUTED if further else ())]
     closure = source.SourceClosure.of([*classes, initialise], methods)
     taken = sorted(set(closure.keys) & {"DTYPES", "build", "load", "read_safetensors"})
     if taken:

@@ -27,13 +27,15 @@ from moenas.model.blocks import (
 from moenas.model.decoding import TokenSampler
 from moenas.model.head import Head
 from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
-from moenas.model.layers.linear import matrices, output_projections, size
+from moenas.model.layers.linear import matrices, output_projections
 from moenas.model.layers.norms import NormKind
 from moenas.model.mixers.shared_kv import kv_source_error, link_layers
+from moenas.model.mixers.token_indexer import IndexedSelection, total_index_loss
 from moenas.model.moe.balance import total_auxiliary_loss
 from moenas.model.moe.dispatch import grouped_waits
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.model.residual import NormPosition, ResidualConfig
+from moenas.model.stem import Caches, EmbeddingStem
 from moenas.records import Cost
 from moenas.resources import sha256
 
@@ -304,45 +306,6 @@ def initialise(model: Model, seed: int, device: torch.device | str = "cpu") -> N
             parameter.data.copy_(drawn)
 
 
-class EmbeddingStem(nn.Module):
-    """The way into the stream: embedding times a multiplier, plus the position's vector, normed."""
-
-    matrices = ("positions",)
-
-    def __init__(
-        self,
-        d_model: int,
-        max_positions: int | None,
-        multiplier: float,
-        norm: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.d_model = d_model
-        self.max_positions = max_positions
-        self.multiplier = multiplier
-        self.norm = norm
-        empty = None if max_positions is None else torch.empty(max_positions, d_model)
-        self.positions = None if empty is None else nn.Parameter(empty)
-
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Map the embeddings (B, S, D) of tokens at start, start + 1, ... to the stream."""
-        x = x if self.multiplier == 1 else x * self.multiplier
-        if self.positions is not None:
-            end = start + size(x.shape[1])  # a tensor while the model is traced
-            if end > len(self.positions):
-                raise ValueError(f"{end} tokens; max_positions is {len(self.positions)}")
-            x = x + self.positions[start:end].to(x.dtype)
-        normed: Tensor = x if self.norm is None else self.norm(x)
-        return normed
-
-
-class Caches(list[Any]):
-    """The cache of each layer, None where it needs none."""
-
-    length = 0
-    """Tokens seen so far."""
-
-
 class Model(nn.Module):
     """A decoder-only language model: embedding, blocks, norm, head.
 
@@ -436,9 +399,14 @@ class Model(nn.Module):
         return all(getattr(part, "capturable", True) for part in parts)
 
     def auxiliary_loss(self) -> Tensor:
-        """Return the weighted balance and z losses of the last forward pass, over all layers."""
+        """Return the weighted losses of the last forward pass, over all layers.
+
+        They are the balance and z losses of routers, and the divergences of token indexers.
+        """
         layers = [(moe.balance, moe.routing) for _, moe in self.moe_layers()]
-        return total_auxiliary_loss(layers) if layers else self.embedding.new_zeros(())
+        loss = total_auxiliary_loss(layers) if layers else self.embedding.new_zeros(())
+        of_indexers = total_index_loss(self.modules())
+        return loss if of_indexers is None else loss + of_indexers
 
     def after_step(self) -> None:
         """Move selection biases by the loads of the last training pass; call it each step.
@@ -447,6 +415,9 @@ class Model(nn.Module):
         """
         for _, moe in self.moe_layers():
             moe.after_step()
+        for part in self.modules():
+            if isinstance(part, IndexedSelection):
+                part.index_loss = None
 
     def generate(self, tokens: Tensor, n: int, **options: Any) -> Tensor:
         """Return `tokens` (B, S) followed by up to `n` new tokens; the options are of `stream`."""

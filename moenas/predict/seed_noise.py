@@ -13,6 +13,8 @@ Values = Mapping[str, float]
 """Objective -> value."""
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
+UNSELECTED = 2
+"""Further seeds from which on a mean leaves out the seed that selected the trial."""
 LEVEL = 0.95
 """Of the intervals."""
 DRAWS, CHUNK = 4000, 250
@@ -61,9 +63,11 @@ class SeedNoise:
 
     objectives: dict[str, ObjectiveNoise]
     means: dict[int, dict[str, float]]
-    """Trial -> objective -> mean over its seeds."""
+    """Trial -> objective -> mean over the seeds that count; see `seed_noise`."""
     seeds: dict[int, int]
     """Trial -> seeds that it was trained with."""
+    mean_seeds: dict[int, int]
+    """Trial -> seeds in its mean."""
 
     def is_noisy(self, name: str) -> bool:
         """Whether an objective differs between seeds."""
@@ -76,7 +80,7 @@ class SeedNoise:
 
         All values are drawn together from their posterior: in each draw the variance of an
         objective is degrees * deviation^2 / chi-squared(degrees), and the value of a trial is
-        normal around its mean with the variance over its number of seeds. That is the posterior
+        normal around its mean with the variance over the seeds in it. That is the posterior
         of a one-way layout with equal variances under the prior 1 / variance (Gelman et al.,
         Bayesian Data Analysis, 3rd ed., section 3.2).
         """
@@ -84,7 +88,7 @@ class SeedNoise:
         sign = np.array([1.0 if directions[name] == "minimize" else -1.0 for name in names])
         kept = self._near(trials, names, sign)
         mean = np.array([[self.means[i][name] for name in names] for i in kept]) * sign
-        scale = 1 / np.sqrt(np.array([[self.seeds[i]] for i in kept], dtype=float))
+        scale = 1 / np.sqrt(np.array([[self.mean_seeds[i]] for i in kept], dtype=float))
         places = [kept.index(trial) for trial in trials]
         rng, hits = np.random.default_rng(seed), np.zeros(len(trials))
         for _ in range(DRAWS // CHUNK):
@@ -122,6 +126,9 @@ def seed_noise(
     """Return the noise between seeds; None if no trial has a replicate.
 
     `values` are those of the search, of every complete trial; `replicates` those of further seeds.
+    The value of the search has selected the trial for the front, so it is too good on average. From
+    UNSELECTED further seeds on, a mean is that of the further seeds alone, which is unbiased. The
+    deviation is pooled over all seeds, as degrees of freedom are few.
     """
     rows = {trial: [own, *replicates.get(trial, ())] for trial, own in values.items()}
     groups = [found for found in rows.values() if len(found) > 1]
@@ -136,11 +143,19 @@ def seed_noise(
             if numbers.min() < numbers.max():  # the mean of equal numbers rounds
                 squares += float(((numbers - numbers.mean()) ** 2).sum())
         noise[name] = ObjectiveNoise(math.sqrt(squares / degrees), degrees)
+    counted = {
+        trial: found[1:] if len(found) > UNSELECTED else found for trial, found in rows.items()
+    }
     means = {
         trial: {name: _mean([row[name] for row in found]) for name in objectives}
-        for trial, found in rows.items()
+        for trial, found in counted.items()
     }
-    return SeedNoise(noise, means, {trial: len(found) for trial, found in rows.items()})
+    return SeedNoise(
+        noise,
+        means,
+        seeds={trial: len(found) for trial, found in rows.items()},
+        mean_seeds={trial: len(found) for trial, found in counted.items()},
+    )
 
 
 def _mean(numbers: Sequence[float]) -> float:

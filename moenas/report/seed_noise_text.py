@@ -71,10 +71,11 @@ def _members(noise: SeedNoise, front: Sequence[int], directions: dict[str, str])
         {
             "trial": trial,
             "seeds": noise.seeds[trial],
+            "mean_seeds": noise.mean_seeds[trial],
             "values": {
                 key: {
                     "mean": noise.means[trial][key],
-                    "half_width": noise.objectives[key].half_width(noise.seeds[trial]),
+                    "half_width": noise.objectives[key].half_width(noise.mean_seeds[trial]),
                 }
                 for key in directions
             },
@@ -98,7 +99,7 @@ def _pairs(members: Sequence[Plain], noise: ObjectiveNoise, key: str) -> list[Pl
         {
             "trials": [a["trial"], b["trial"]],
             "difference": b["values"][key]["mean"] - a["values"][key]["mean"],
-            "noise": noise.half_width(a["seeds"], b["seeds"]),
+            "noise": noise.half_width(a["mean_seeds"], b["mean_seeds"]),
         }
         for a, b in pairwise(ordered)
     ]
@@ -139,10 +140,18 @@ def caption(found: Plain | None) -> list[str]:
     if found is None:
         return []
     noisy = ", ".join(found["noisy"])
-    return [
-        f"{noisy}: mean over the seeds of a trial +- half of its 95 % interval; P(front): the"
-        " probability that no other trial dominates it"
+    lines = [
+        f"{noisy}: mean over the further seeds of a trial +- half of its 95 % interval; P(front):"
+        " the probability that no other trial dominates it"
     ]
+    selected = [m["trial"] for m in found["members"] if m["mean_seeds"] == m["seeds"]]
+    if selected:
+        numbers = ", ".join(map(str, selected))
+        lines.append(
+            f"the means of trials {numbers} contain the seed that selected them, so they are too"
+            " good on average; two further seeds (search.replicates: 3) avoid that"
+        )
+    return lines
 
 
 def seed_lines(found: Plain) -> list[str]:

@@ -30,7 +30,7 @@ class ObjectiveNoise(Model):
 
 
 class SeedMean(Model):
-    """The mean of an objective over the seeds of a trial."""
+    """The mean of an objective over `mean_seeds` seeds of a trial."""
 
     mean: float
     half_width: float | None = Field(description="Half of its 95 % interval.")
@@ -40,7 +40,8 @@ class SeedMember(Model):
     """One candidate of a front, over all of its seeds."""
 
     trial: int
-    seeds: int
+    seeds: int = Field(description="Seeds that it was trained with.")
+    mean_seeds: int = Field(description="Seeds in its means: the further ones, if there are two.")
     values: dict[str, SeedMean]
     probability: float | None = Field(description="That no other trial dominates it.")
 

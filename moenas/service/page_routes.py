@@ -114,7 +114,8 @@ def study_page(service: Service, user: User, request: Request, name: str) -> Res
     study, front = study_views.study_detail(store, name), study_views.front(store, name)
     trials = study_views.trial_page(store, name, after=-1, limit=1000, with_params=False).trials
     failed = [row for row in trials if row.failure is not None][:FAILURES]
-    values = {"study": study, "front": front, "failed": failed}
+    seeds = {} if front.seeds is None else {each.trial: each for each in front.seeds.members}
+    values = {"study": study, "front": front, "failed": failed, "seeds": seeds}
     return _page("study.html", service, request, user, **values)
 
 

@@ -88,8 +88,9 @@ class Estimate(Model):
     """What a study takes; hours are null where no throughput is known."""
 
     candidates: int
+    replicates: int = Field(description="Expected trainings with further seeds.")
     workers: int
-    train_tokens: float
+    train_tokens: float = Field(description="Replicates included, as in the numbers below.")
     train_flops: float
     hours: float | None
     hours_low: float | None

@@ -199,8 +199,9 @@ DATA_KEYS = {
 AFTER_DATA = """\
 A relative path starts from the current directory. `architecture.vocab_size` must be at least that
 of the data; it is 256 for bytes. The first bytes of a file tell its format, and `moenas check` says
-what each is. Tables and tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the
-cache of the user, `~/.cache/moenas`.
+what each is. If the names of all tables or token files of a folder or a pattern say train, val
+(valid, validation) or test, they are these splits; test is left out. Tables and tokenizers need
+`pip install 'moenas[data]'`. Encoded text is kept in the cache of the user, `~/.cache/moenas`.
 """
 
 OVERRIDES = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -49,10 +50,13 @@ class Estimate:
     """What a study will take; hours are None where no throughput is known."""
 
     candidates: int
+    replicates: int
+    """Trainings with further seeds after the search; see `expected_replicates`."""
     workers: int
     train_tokens: float
+    """Replicates included, as in the numbers below."""
     train_flops: float
-    """Candidates times the mean over random feasible draws."""
+    """Trainings times the mean over random feasible draws."""
     hours: float | None
     hours_low: float | None
     """As if all candidates were as fast as the fastest quarter."""
@@ -67,9 +71,10 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """Return the estimate as text."""
+        more = f" and about {self.replicates:,} replicates" if self.replicates else ""
         lines = [
-            f"estimate for {self.candidates:,} candidates: {short(self.train_tokens)} training"
-            f" tokens, {self.train_flops:.3g} training FLOPs"
+            f"estimate for {self.candidates:,} candidates{more}:"
+            f" {short(self.train_tokens)} training tokens, {self.train_flops:.3g} training FLOPs"
         ]
         if self.hours is None:
             return [*lines, f"  time: unknown; {self.basis}"]
@@ -108,8 +113,11 @@ def estimate(
     storage: str | None = None,
     trials: int | None = None,
     workers: int | None = None,
+    replicates: int | None = None,
 ) -> Estimate:
-    """Estimate what the evaluation of `trials` candidates takes.
+    """Estimate what the evaluation of `trials` candidates and their `replicates` takes.
+
+    None takes the replicates that a new study of so many candidates is expected to have.
 
     The throughput is that of evaluations in the database on a device of this name. If there are
     fewer than FEW and a corpus is given, the candidate of median cost is trained for some steps.
@@ -139,20 +147,33 @@ def estimate(
         rate = _stored_rate(space, device, storage, mean) or UNKNOWN
         if rate == UNKNOWN and corpus is not None:
             rate = _probed(space, corpus, drawn[len(drawn) // 2], device)
+    more = expected_replicates(space, count) if replicates is None else replicates
+    runs = count + more
     hours: list[float | None] = [None, None, None]
     if isinstance(rate, _Rate):
         seconds = [mean / speed + rate.overhead for speed in rate.flops_per_second]
-        hours = [count / max(1, min(workers, count)) * one / 3600 for one in seconds]
+        hours = [runs / max(1, min(workers, runs)) * one / 3600 for one in seconds]
     return Estimate(
         candidates=count,
+        replicates=more,
         workers=workers,
-        train_tokens=count * tokens,
-        train_flops=count * mean,
+        train_tokens=runs * tokens,
+        train_flops=runs * mean,
         hours=hours[1],
         hours_low=hours[2],
         hours_high=hours[0],
         basis=rate if isinstance(rate, str) else rate.basis,
     )
+
+
+def expected_replicates(space: Space, trials: int, front: int = 0) -> int:
+    """Return how many replicates a study of `trials` candidates trains after its search.
+
+    The size of its last front is not known before. It is taken as twice the square root of the
+    candidates, or as the members that the `front` has already if they are more.
+    """
+    members = max(front, min(trials, math.isqrt(4 * trials)))
+    return (space.search.replicates - 1) * members
 
 
 def _device(space: Space) -> torch.device:

@@ -26,7 +26,8 @@ class Member:
     seeds: int = 1
     """Seeds that it was trained with; see `search.replicates`."""
     means: dict[str, float] | None = None
-    """Objective -> mean over the seeds; None if no member has replicates."""
+    """Objective -> mean over the further seeds, if there are two, else over all; None if no member
+    has replicates."""
     half_widths: dict[str, float] | None = None
     """Objective -> half of the 95 % interval of the mean."""
     probability: float | None = None

@@ -18,7 +18,7 @@ from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.report.seed_noise_text import seed_report
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
-from moenas.store import attempts
+from moenas.store import attempts, replicates
 from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -289,18 +289,29 @@ def dry_run(
     Raises:
         InputError: as `run`.
     """
-    from moenas.study.estimate import estimate
+    from moenas.study.estimate import estimate, expected_replicates
 
     corpus, _ = check_start(space, storage)
-    known, done = Store.known(storage, space.name), 0
+    known, done, front, replicated = Store.known(storage, space.name), 0, 0, 0
     space = with_stored_sampler(space, known)
     if known is not None:
         refuse_changes(known, space, corpus)
-        done = attempts.evaluated(Store.open(storage), space.name)
+        store = Store.open(storage)
+        done, front = attempts.evaluated(store, space.name), len(store.front(space.name))
+        replicated = len(replicates.rows(store, space.name))
     total = (trials or space.search.trials) if known is None else _total(known, space, trials)
     count = 1 if workers == "inline" else workers
     left = max(0, total - done)
-    return estimate(space, corpus, storage=storage, trials=left, workers=count)
+    # The front of a search that is over is known; that of another one grows.
+    expected = expected_replicates(space, total if left else 0, front)
+    return estimate(
+        space,
+        corpus,
+        storage=storage,
+        trials=left,
+        workers=count,
+        replicates=max(0, expected - replicated),
+    )
 
 
 def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:

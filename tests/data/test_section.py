@@ -290,3 +290,36 @@ def test_shards_have_one_type(tmp_path: Path) -> None:
         SpaceError, match=r"b\.npy' holds uint32 in shape \(9,\); give one row of uint16"
     ):
         section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
+
+
+def test_a_pattern_of_shards_has_the_splits_of_its_names(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        write_tokens(tmp_path / f"{name}.bin", range(9))
+    found = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
+    assert (found["tokens"], found["val"]) == (f"{tmp_path}/train.bin", f"{tmp_path}/val.bin")
+    assert parse(Node.wrap(found)) == found
+    (tmp_path / "train.bin").rename(tmp_path / "train_1.bin")
+    assert section(f"{{tokens: {tmp_path}, vocab_size: 9}}")["tokens"] == f"{tmp_path}/train_1.bin"
+    write_tokens(tmp_path / "other.bin", range(9))
+    found = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
+    assert len(found["tokens"]) == 4, "a file without a split: the names tell nothing"
+
+
+def test_tables_of_a_folder_have_the_splits_of_their_names(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-0", "test-0"):
+        parquet.write_table(pyarrow.table({"text": [name]}), tmp_path / f"{name}.parquet")
+    for files in (tmp_path, f"'{tmp_path}/*.parquet'"):
+        found = section(f"{{files: {files}}}")
+        assert [Path(path).name[:8] for path in found["files"]] == ["train-00", "train-00"]
+        assert [Path(path).stem for path in found["val"]] == ["validation-0"]
+        assert parse(Node.wrap(found)) == found
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "more.parquet")
+    found = section(f"{{files: {tmp_path}}}")
+    assert (len(found["files"]), found.get("val")) == (5, None)
+
+
+def test_names_of_text_files_are_no_splits(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("some text\n")
+    found = section(f"{{files: {tmp_path}}}")
+    assert (len(found["files"]), found.get("val")) == (2, None)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers as hf
 from families import (
     ATTENTION,
@@ -23,8 +24,9 @@ from families import (
     qkv,
     yarn,
 )
+from torch import Tensor
 from variants import SHARED
-from weights import Row, same
+from weights import Row, same, turned
 
 HEADER = """
 architecture:
@@ -327,6 +329,117 @@ MISTRAL_4 = Family(
     LATENT_TABLE,
 )
 
+# With many heads no two scores are 0, so no order among equal scores decides.
+INDEXER = "indexer: {n_heads: 16, head_dim: 16, top_k: 5}"
+INDEX_SIZES = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 5}
+
+
+def turned_first(n_heads: int) -> Callable[[Tensor], Tensor]:
+    """Rows of heads of 16 whose first 8 elements turn as pairs of neighbours, as pairs of halves."""
+
+    def form(x: Tensor) -> Tensor:
+        heads = x.unflatten(0, (n_heads, 16))
+        parts = heads[:, 0:8:2], heads[:, 1:8:2], heads[:, 8:]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    return form
+
+
+def index_rows(*, neighbours: bool) -> list[Row]:
+    one, heads = (turned_first(1), turned_first(16)) if neighbours else (same, same)
+    ours, theirs = "blocks.{}.mixer.indexer.", ATTENTION + "indexer."
+    return [
+        (ours + "query.weight", (theirs + "wq_b.weight",), heads),
+        (ours + "key.weight", (theirs + "wk.weight",), one),
+        (ours + "norm.weight", (theirs + "k_norm.weight",), one),
+        (ours + "norm.bias", (theirs + "k_norm.bias",), one),
+        (ours + "weigh.weight", (theirs + "weights_proj.weight",), same),
+    ]
+
+
+def indexed(n_groups: int) -> str:
+    grouped = (
+        f", selection: {{kind: top_k, n_groups: {n_groups}, top_groups: {n_groups // 2},"
+        " group_score: top2_sum}"
+        if n_groups > 1
+        else ""
+    )
+    return space(
+        block(f"{LATENT_HEADS}, {INDEXER}", DENSE),
+        block(
+            f"{LATENT_HEADS}, {INDEXER}",
+            moe(f"preset: deepseek_v3{grouped}", ONE_SHARED, 32),
+            ", repeat: 2",
+        ),
+    )
+
+
+DEEPSEEK_V32 = Family(
+    indexed(8),
+    {},
+    lambda: hf.DeepseekV32ForCausalLM(hf.DeepseekV32Config(**LATENT_SIZES, **INDEX_SIZES)),
+    [*LATENT_TABLE, *index_rows(neighbours=False)],
+)
+GLM_5 = Family(
+    indexed(1).replace("d_model: 32", "d_model: 32\n  norm_eps: 1e-5"),
+    {},
+    lambda: hf.GlmMoeDsaForCausalLM(hf.GlmMoeDsaConfig(**LATENT_SIZES, **INDEX_SIZES)),
+    [*LATENT_TABLE, *index_rows(neighbours=True)],
+)
+
+DOTS = (
+    "kind: latent_attention, q_rank: 24, kv_rank: 16, inner_eps: 1e-5, rank_scale: true,"
+    " output_gate: head, rope_norm: true, nope_dim: 16, rope_dim: 8"
+)
+DOTS_EXPERTS = moe("preset: deepseek_v3, scale: 1", ", n_shared_experts: 1, d_shared: 40", 32)
+DOTS_3 = Family(
+    space(
+        "norm_eps: 1e-5",
+        block(f"{DOTS}, n_heads: 4, v_dim: 8, rope: {{theta: 8e7}}, {INDEXER}", DENSE),
+        block(f"{DOTS}, n_heads: 2, v_dim: 16, rope: {{theta: 5e4}}, {LOCAL}", DOTS_EXPERTS),
+    ),
+    {},
+    lambda: hf.Dots3NoteForCausalLM(
+        hf.Dots3NoteTextConfig(
+            **{k: v for k, v in LATENT_SIZES.items() if k != "num_hidden_layers"},
+            **INDEX_SIZES,
+            num_hidden_layers=2,
+            layer_types=["indexed_attention", SLIDING],
+            sliding_window=5,
+            head_dim=24,
+            shared_experts_intermediate_size=40,
+            swa_num_attention_heads=2,
+            swa_num_key_value_heads=2,
+            swa_q_lora_rank=24,
+            swa_kv_lora_rank=16,
+            swa_head_dim=24,
+            swa_qk_nope_head_dim=16,
+            swa_v_head_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    [
+        *(row for row in LATENT_TABLE if "query.up" not in row[0]),
+        *(
+            (
+                f"blocks.{i}.mixer.query.up.weight",
+                (f"{ATTENTION.format(i)}q_b_proj.weight",),
+                turned(n_heads, 24, 8),
+            )
+            for i, n_heads in enumerate((4, 2))
+        ),
+        ("blocks.{}.mixer.gate.weight", (ATTENTION + "g_proj.weight",), same),
+        (
+            "blocks.{}.mixer.rope_norm.weight",
+            (ATTENTION + "k_rope_only_layernorm.weight",),
+            turned(1, 8, 8),
+        ),
+        *index_rows(neighbours=True),
+    ],
+)
+
 BEAM = Family(
     space(
         "norm_position: sandwich",
@@ -438,6 +551,9 @@ RECENT = {
     "axk1": A_X_K1,
     "mistral4": MISTRAL_4,
     "beam": BEAM,
+    "deepseek_v32": DEEPSEEK_V32,
+    "glm_moe_dsa": GLM_5,
+    "dots3_note": DOTS_3,
     "granitemoeshared": GRANITE_SHARED,
     "granitemoe_swa": GRANITE_WINDOWS,
 }

@@ -29,7 +29,7 @@ READ = [name for name in MODELS if name != "switch_base_8"]
 """Families with a reader: Switch is an encoder and a decoder."""
 DERIVED = {
     *("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "layers_block_type"),
-    *("layer_rope_theta", "num_attention_heads_per_layer"),
+    *("layer_rope_theta", "num_attention_heads_per_layer", "per_layer_config", "indexer_types"),
 }
 """Fields whose default follows from other fields."""
 

@@ -51,7 +51,7 @@ def test_the_probability_of_two_is_that_of_students_t(gap: float) -> None:
     b = [x + gap for x in (0.95, 1.15, 1.0)]
     found = noise_of([a, b])
     noise = found.objectives["loss"]
-    error = noise.deviation * math.sqrt(1 / 3 + 1 / 3)
+    error = noise.deviation * math.sqrt(1 / 2 + 1 / 2)
     wanted = stats.t.cdf((found.means[1]["loss"] - found.means[0]["loss"]) / error, noise.degrees)
     chance = found.probabilities([0, 1], LOSS)
     assert chance[0] == pytest.approx(wanted, abs=0.03)
@@ -61,13 +61,13 @@ def test_the_probability_of_two_is_that_of_students_t(gap: float) -> None:
 
 
 def test_a_trial_of_one_seed_is_less_certain() -> None:
-    """Replicates of one model give the noise; the other one has it without the root of three."""
+    """Replicates of one model give the noise; the other one has it without the root of two."""
     found = seed_noise(
         {0: {"loss": 1.0}, 1: {"loss": 1.2}}, {0: [{"loss": 1.1}, {"loss": 0.9}]}, ["loss"]
     )
     assert found is not None
     noise = found.objectives["loss"]
-    error = noise.deviation * math.sqrt(1 / 3 + 1)
+    error = noise.deviation * math.sqrt(1 / 2 + 1)
     wanted = stats.t.cdf(0.2 / error, 2)
     assert found.probabilities([0], LOSS)[0] == pytest.approx(wanted, abs=0.03)
 
@@ -112,3 +112,28 @@ def test_with_few_degrees_of_freedom_far_trials_count_too() -> None:
     found = seed_noise(values, {0: [{"loss": 1.0 + 0.1 * 2**0.5}]}, ["loss"])
     assert found is not None
     assert found.probabilities([0], {"loss": "minimize"})[0] > 0.0
+
+
+@pytest.mark.parametrize(("further", "is_biased"), [(1, True), (2, False), (4, False)])
+def test_two_further_seeds_make_the_mean_of_a_selected_trial_unbiased(
+    further: int, is_biased: bool
+) -> None:
+    """The best of 20 equal models is about 1.87 deviations too good, the mean of two half as much."""
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(400):
+        losses = rng.normal(3.0, 0.1, 20)
+        best = int(losses.argmin())
+        more = [{"loss": float(x)} for x in rng.normal(3.0, 0.1, further)]
+        found = seed_noise({best: {"loss": float(losses[best])}}, {best: more}, ["loss"])
+        assert found is not None
+        assert found.seeds[best] == 1 + further
+        assert found.mean_seeds[best] == (2 if further == 1 else further)
+        means.append(found.means[best]["loss"])
+    error = np.mean(means) - 3.0
+    if is_biased:
+        assert error == pytest.approx(
+            -0.1 * stats.norm.expect(lambda x: 20 * x * stats.norm.cdf(x) ** 19) / 2, abs=0.01
+        )
+    else:
+        assert abs(error) < 3 * np.std(means) / math.sqrt(len(means))

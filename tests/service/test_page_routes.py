@@ -15,8 +15,9 @@ import shelf
 import views
 from served import SMALL, Served, listening, served
 
+from moenas.report.front_report import front_report, front_rows
 from moenas.service.sessions import Identity
-from moenas.store import submissions
+from moenas.store import replicates, submissions
 from moenas.store.submissions import Submission
 
 VIEW = views.view(12, 3, n_failed=2)
@@ -66,6 +67,28 @@ def test_pages_hold_what_the_store_says_before_any_script(one: Served) -> None:
     assert one.send("GET", "/studies/nothing", "viewer").status_code == 404
     assert "waits" not in page(one, "/?contains=made")
     assert "made_up" not in page(one, "/?state=queued")
+
+
+def test_the_front_has_the_intervals_that_the_command_line_prints(tmp_path: Path) -> None:
+    """The front in a page against the rows of `moenas front`, with two further seeds of a member."""
+    store = shelf.shelve(tmp_path, VIEW)
+    first = VIEW.front[0]
+    own = next(e for e in VIEW.evaluations if e.trial == first)
+    for seed, more in ((own.seed + 1, 0.02), (own.seed + 2, 0.05)):
+        noisy = {name: value + more for name, value in own.values.items()}
+        replicates.add(store, replace(own, seed=seed, values=noisy))
+    with served(tmp_path, requests_per_s=1e6, burst=10**6) as found:
+        text = page(found, "/studies/made_up")
+    report = front_report(store, "made_up")
+    rows = front_rows(report, short_form=True)
+    row = next(r for r in rows if r["trial"] == first)
+    cells = re.findall("<td>([^<]*)</td>", text)
+    for name in store.study("made_up").directions:
+        assert "+-" in row[name]
+        assert row[name] in cells
+    assert '<th class="seeds">P(front)</th>' in text
+    assert f"<td>3</td><td>{row['P(front)']}</td>" in text
+    store.engine.dispose()
 
 
 def test_what_users_write_is_escaped(one: Served) -> None:

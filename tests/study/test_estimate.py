@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from studies import fake, scripted, space
+from studies import SMALL, fake, scripted, space
 
 from moenas.data.loading import load
 from moenas.errors import InputError
 from moenas.evaluate import devices
 from moenas.records import Evaluation, Job
 from moenas.space.space import Space
+from moenas.store import replicates
 from moenas.study.estimate import estimate
 from moenas.study.launch import dry_run, run
 
@@ -45,6 +46,27 @@ def test_tokens_and_operations_are_those_of_the_recipe() -> None:
     assert found.hours is None
     assert "run --dry-run" in found.basis
     assert found.lines()[0].startswith("estimate for 10 candidates: 5.12k training tokens")
+
+
+def test_replicates_are_counted() -> None:
+    wanted = Space.parse(one().text.replace("seed: 3", "seed: 3, replicates: 3"), "s.yaml")
+    found = estimate(wanted, trials=9)
+    assert found.replicates == 2 * 6, "a front of twice the root of 9"
+    assert found.train_tokens == (9 + 2 * 6) * 512
+    assert found.train_flops == (9 + 2 * 6) * 512 * 3 * flops(wanted)
+    assert found.lines()[0].startswith("estimate for 9 candidates and about 12 replicates: 10.8k")
+
+
+@pytest.mark.usefixtures("jobs")
+def test_a_finished_study_has_the_replicates_of_its_front_left() -> None:
+    text = space(SMALL, name="s").text
+    more = text.replace("seed: 3", "seed: 3, replicates: 3")
+    study = run(Space.parse(text, "s.yaml"), trials=5, workers="inline")
+    found = dry_run(Space.parse(more, "s.yaml"), trials=5)
+    assert (found.candidates, found.replicates) == (0, 2 * len(study.front()))
+    run(Space.parse(more, "s.yaml"), trials=5, workers="inline")
+    assert len(replicates.rows(study.store, "s")) == 2 * len(study.front())
+    assert dry_run(Space.parse(more, "s.yaml"), trials=5).replicates == 0
 
 
 def test_a_space_without_training_trains_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moenas.model.mixers.qkv import LowRankProjection
 from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
 from moenas.model.mixers.temperature import build_temperature, canonical_temperature
+from moenas.model.mixers.token_indexer import IndexedCache, IndexedSelection, TokenIndexer
 from moenas.records import Cost
 
 
@@ -77,6 +78,19 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         high=1,
         without_effect={"floor_scale": one_of(None)},
     )
+    window: int | None = setting(
+        "a token sees itself and the window - 1 tokens before (Longformer, arXiv 2004.05150; dots"
+        " 3); null: all",
+        default=None,
+        low=1,
+    )
+    rope_norm: bool = setting(
+        "RMSNorm of the rotary key before the positions (dots 3)", default=False
+    )
+    indexer: TokenIndexer | None = setting(
+        "which earlier tokens a token reads; it needs q_rank (DeepSeek-V3.2); null: all",
+        default=None,
+    )
 
     former: ClassVar[Mapping[str, str]] = FORMER
 
@@ -89,6 +103,16 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
     def factor(self) -> float:
         """What the scores are multiplied with."""
         return float((self.nope_dim + self.rope_dim) ** -0.5 if self.scale is None else self.scale)
+
+    def invalid(self) -> str | None:
+        """Return why the fields do not go together, or None."""
+        if self.indexer is None:
+            return None
+        if self.q_rank is None:
+            return "an indexer reads the latent of the queries; give q_rank, or no indexer"
+        if self.rope_dim > self.indexer.head_dim and self.rope.rotary_dim(self.rope_dim):
+            return "the head_dim of the indexer must be at least rope_dim"
+        return None
 
     def canonical_at(self, d_model: int) -> Self:
         """Reset fields without effect."""
@@ -117,12 +141,21 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         products += d_model * (self.kv_rank + self.rope_dim)
         products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
         products += (out_width + self.gates) * d_model
-        params = products + q_rank + self.kv_rank
-        return Cost(
+        params = products + q_rank + self.kv_rank + self.rope_dim * self.rope_norm
+        whole = Cost(
             params=params,
             active_params=params,
             flops_per_token=2 * products + 2 * context * (q_width + out_width),
             kv_bytes_per_token=2 * (self.kv_rank + self.rope_dim),
+        )
+        if self.indexer is None:
+            return whole
+        params = self.indexer.n_params(d_model, q_rank)
+        return whole + Cost(
+            params=params,
+            active_params=params,
+            flops_per_token=self.indexer.flops_per_token(d_model, q_rank, context),
+            kv_bytes_per_token=2 * self.indexer.head_dim,
         )
 
     def build(self, d_model: int) -> nn.Module:
@@ -139,14 +172,21 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             SoftmaxAttention(
                 self.n_heads,
                 self.factor,
-                AttentionSpan(),
+                AttentionSpan(self.window),
                 temperature=build_temperature(
                     self.floor_scale, self.attn_scale, self.floor_offset, "logarithm"
                 ),
             ),
             build_gate(d_model, (self.n_heads, self.v_dim), self.output_gate),
             Linear(self.n_heads * self.v_dim, d_model),
+            rope_norm=RMSNorm(self.rope_dim, self.inner_eps) if self.rope_norm else None,
+            indexer=self._build_indexer(d_model),
         )
+
+    def _build_indexer(self, d_model: int) -> IndexedSelection | None:
+        if self.indexer is None or self.q_rank is None:
+            return None
+        return self.indexer.build(d_model, self.q_rank, self.rope.build(self.rope_dim))
 
     def _build_bottleneck(
         self, d_model: int, rank: int, beside: int, width: int
@@ -164,12 +204,15 @@ class LatentAttention(nn.Module):
 
     def __init__(
         self,
-        query: nn.Module,
+        query: Any,  # Linear or LowRankProjection
         keys: LowRankProjection,
         rotary: nn.Module | None,
         attend: SoftmaxAttention,
         gate: OutputGate | None,
         out: Linear,
+        *,
+        rope_norm: RMSNorm | None = None,
+        indexer: IndexedSelection | None = None,
     ) -> None:
         super().__init__()
         self.query = query
@@ -178,33 +221,62 @@ class LatentAttention(nn.Module):
         self.attend = attend
         self.gate = gate
         self.out = out
+        self.rope_norm = rope_norm
+        self.indexer = indexer
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
-        q = self.query(x).unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2)
+        start = 0 if cache is None else cache.length
+        q, index = self.queries(x, start, cache)
         latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
         nope = size(q.shape[-1] - k_rope.shape[-1])  # tensors while the model is traced
         q_nope, q_rope = q.split((nope, k_rope.shape[-1]), dim=-1)
-        start = 0 if cache is None else cache.length
+        if self.rope_norm is not None:
+            k_rope = self.rope_norm(k_rope)
         if self.rotary is not None:
             q_rope, k_rope = self.rotary(q_rope, start), self.rotary(k_rope, start)
         if cache is not None:
             latent, k_rope = cache.extend(latent, k_rope)
+        reach: Any = self.attend.reach
+        indexer: Any = self.indexer
+        chosen: Tensor | None = None
+        if index is not None:
+            chosen = indexer.selected(index, reach.seen(start, size(x.shape[1]), 0, x.device))
         if start:
-            y = self.on_latent(q_nope, q_rope, latent, k_rope, start)
+            y = self.on_latent(q_nope, q_rope, latent, k_rope, start, chosen)
         else:
             kv = self.keys.up(latent.squeeze(1)).unflatten(-1, (self.attend.n_heads, -1))
             kv = kv.transpose(1, 2)
             k_nope, v = kv.split((nope, kv.shape[-1] - nope), dim=-1)
             k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
             q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
-            y = self.attend(q, k, v, start)
+            y = self.attend(q, k, v, start, chosen=chosen)
+            if chosen is not None and self.training:
+                indexer.learn(index, chosen, self.attend.mean_weights(q, k, start, chosen))
         y = y.transpose(1, 2)
         out: Tensor = self.out((y if self.gate is None else self.gate.gated(x, y)).flatten(-2))
         return out
 
+    def queries(self, x: Tensor, start: int, cache: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the queries (B, H, S, C), and the index scores (B, S, L) where an indexer acts."""
+        query, index = self.query, None
+        if self.indexer is None:
+            q = query(x)
+        else:
+            latent = query.latent(x)[0]
+            q = query.up(latent)
+            keys = None if cache is None else cache.index
+            index = self.indexer.scores(x, latent, start, keys)
+        return q.unflatten(-1, (self.attend.n_heads, -1)).transpose(1, 2), index
+
     def on_latent(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, start: int
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        start: int,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """Attend with the latent as key and value of every head, (B, H, S, C of the values)."""
         up = self.keys.up.weight.to(q_nope.dtype).unflatten(0, (self.attend.n_heads, -1))
@@ -212,9 +284,9 @@ class LatentAttention(nn.Module):
         up_k, up_v = up[:, :nope], up[:, nope:]  # (H, C, rank)
         q = torch.cat((q_nope @ up_k, q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1)
-        y: Tensor = self.attend(q, k, latent, start) @ up_v.transpose(-2, -1)
+        y: Tensor = self.attend(q, k, latent, start, chosen=chosen) @ up_v.transpose(-2, -1)
         return y
 
     def new_cache(self, batch: int, context: int) -> KVCache:
         """Return an empty cache."""
-        return KVCache(batch, context)
+        return KVCache(batch, context) if self.indexer is None else IndexedCache(batch, context)

@@ -110,12 +110,20 @@ class SoftmaxAttention(nn.Module):
         return getattr(self.bias, "weight", None)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: int, table: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: int,
+        table: Tensor | None = None,
+        *,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """Return (B, H, S, C of v) for q (B, H, S, C), and k and v (B, K, L, C) from position 0 on.
 
         The queries stand at positions start, start + 1, ... K divides H. `table` (buckets, H) is
-        the table of an earlier layer's bias, if this layer shares it.
+        the table of an earlier layer's bias, if this layer shares it. `chosen` (B, S, L) are the
+        keys that an indexer leaves to each query; such a layer has no position bias.
 
         On CPUs a bfloat16 gradient is computed in float32, which is up to 3 times faster.
         """
@@ -133,12 +141,15 @@ class SoftmaxAttention(nn.Module):
         length = size(q.shape[2])  # a tensor while the model is traced
         single = length == 1 and not torch.compiler.is_compiling()  # a traced length is open
         # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
-        plain = self.softcap is None and self.sinks is None and self.bias is None
+        plain = chosen is None and self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and not single and start == first and not reach.is_limited(start, length)
         mask = None if causal or single else reach.seen(start, length, first, q.device)
         if self.bias is not None:
             far = distances(start, length, first, q.device)
             mask = masked(self.bias(far, table), mask).to(q.dtype)
+        if chosen is not None:
+            chosen = chosen[..., first:].unsqueeze(1)  # (B, 1, S, L)
+            mask = chosen if mask is None else chosen & mask
         # 4. Explicit products, for what no fused kernel computes.
         if self.softcap is not None or (self.sinks is not None and (single or not self.scale)):
             return self.explicit_attention(q, k, v, mask).to(dtype)
@@ -158,6 +169,17 @@ class SoftmaxAttention(nn.Module):
             q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )
         return y[..., :width].to(dtype)
+
+    @torch.no_grad()
+    def mean_weights(self, q: Tensor, k: Tensor, start: int, chosen: Tensor) -> Tensor:
+        """Return the mean attention weights of the heads, (B, S, L), over the `chosen` keys.
+
+        q and k are (B, H, S, C) and (B, H, L, C), `chosen` is (B, S, L).
+        """
+        if self.temperature is not None:
+            q = self.temperature(q, start)
+        scores = (q @ k.transpose(-2, -1)).float() * self.scale
+        return scores.masked_fill(~chosen.unsqueeze(1), -torch.inf).softmax(dim=-1).mean(dim=1)
 
     def with_sinks(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor
@@ -180,7 +202,8 @@ class SoftmaxAttention(nn.Module):
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return (B, H, S, C) by explicit products; each of K key-value heads has H / K queries.
 
-        `mask` is a boolean mask (S, L), or with a position bias the biases (H, S, L).
+        `mask` is a boolean mask (S, L) or (B, 1, S, L), or with a position bias the biases
+        (H, S, L).
         """
         # 1. Scores in float32, (B, K, H / K, S, L), with the soft cap.
         kv_heads = k.shape[1]
@@ -190,6 +213,7 @@ class SoftmaxAttention(nn.Module):
             scores = (scores / self.softcap).tanh() * self.softcap
         # 2. Mask, or add the position biases.
         if mask is not None and self.bias is None:
+            mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
             scores = scores + mask.float().unflatten(0, (kv_heads, -1))

@@ -170,18 +170,37 @@ async function drawFront() {
 
 function fillFront(front, names) {
   const checked = new Set([...document.querySelectorAll("#front input:checked")].map((i) => i.value));
+  const seeds = new Map((front.seeds?.members ?? []).map((each) => [each.trial, each]));
+  const head = document.querySelector("#front thead tr");
+  if (seeds.size && !head.querySelector(".seeds")) {
+    for (const text of ["Seeds", "P(front)"]) {
+      head.insertBefore(element("th", text, { class: "seeds" }), head.cells[head.cells.length - 2]);
+    }
+  }
   const rows = front.members.map((member) => {
     const row = element("tr", "");
     const box = element("input", "", { type: "checkbox", name: "trial", value: member.trial,
       "aria-label": `Compare trial ${member.trial}` });
     box.checked = checked.has(String(member.trial));
     const cells = [box, element("a", member.trial, { href: trialPage(member.trial) }),
-      ...names.map((name) => short(member.values[name])), short(member.params), member.summary];
+      ...names.map((name) => withInterval(front, seeds.get(member.trial), member, name)),
+      ...seedCells(seeds, member), short(member.params), member.summary];
     for (const cell of cells) row.insertCell().append(cell);
     return row;
   });
   if (rows.length) document.querySelector("#front tbody").replaceChildren(...rows);
   allowCompare();
+}
+
+function withInterval(front, own, member, name) {
+  if (!own || !front.seeds.noisy.includes(name)) return short(member.values[name]);
+  return `${short(own.values[name].mean)} +- ${short(own.values[name].half_width)}`;
+}
+
+function seedCells(seeds, member) {
+  if (!seeds.size) return [];
+  const own = seeds.get(member.trial);
+  return [own?.seeds ?? 1, own?.probability?.toFixed(2) ?? "-"];
 }
 
 function allowCompare() {
