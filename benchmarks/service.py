@@ -193,8 +193,9 @@ def measured(folder: Path, *, studies: int, watchers: int, steady_s: float) -> P
     store = Store.open(f"sqlite:///{folder}/moenas.db", create=True)
     readers.build(store.url, STORED_TRIALS, CURVE_ROWS)
     # Drivers read the settings of every study for evaluations that they may reuse.
-    settings = Space.parse(SPACE, f"{readers.NAME}.yaml").plain()
-    store.transact(lambda c: c.execute(update(tables.study).values(space=settings)))
+    known: Plain = {"space": Space.parse(SPACE, f"{readers.NAME}.yaml").plain()}
+    known |= {"data": {"name": "stdlib", "sha256": "0" * 64}}
+    store.transact(lambda c: c.execute(update(tables.study).values(known)))
     tokens = [
         store.transact(lambda c, n=n: access_tokens.create(c, f"user-{n}", "admin", None))
         for n in range(8)
