@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from counter import count_on_meta
-from points import (
+from wide_space import (
     Noted,
     carry,
     changed,
@@ -265,11 +265,11 @@ def check_points(first: int, wanted: int) -> None:
     """Check so many valid points from a number on; all that fail are named."""
     failures, number = [], first
     while wanted:
-        found = point(number)
-        if found is not None:
+        drawn = point(number)
+        if drawn is not None:
             wanted -= 1
             try:
-                check_point(number, *found)
+                check_point(number, *drawn)
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 failures.append(f"point {number}: {place.name}: {place.line}: {error}")

@@ -62,8 +62,8 @@ def value_of(architecture: Plain) -> float:
 def fake(job: Job) -> tuple[Evaluation, bytes | None]:
     """A stand-in for an evaluation."""
     values = {"val_loss": value_of(job.architecture), "flops_per_token": float(len(str(job)))}
-    found = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
-    return found, f"weights of {job.trial}".encode()
+    evaluation = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
+    return evaluation, f"weights of {job.trial}".encode()
 
 
 Script = Callable[[Job], "Evaluation | Failure"]

@@ -59,22 +59,22 @@ def test_an_evaluation_passes_as_it_is() -> None:
 
 def test_numbers_of_libraries_become_floats() -> None:
     values = {"val_loss": np.float32(2.0), "decode_ms": torch.tensor(3.0)}
-    found = checked_evaluation(sent(values=values), JOB)
-    assert found == FOUND
-    assert [type(value) for value in found.values.values()] == [float, float]
+    evaluation = checked_evaluation(sent(values=values), JOB)
+    assert evaluation == FOUND
+    assert [type(value) for value in evaluation.values.values()] == [float, float]
     assert real(np.int64(5)) == 5.0
 
 
 def test_a_failed_one_may_lack_values_and_keeps_a_short_clean_reason() -> None:
     failure = {"kind": "error", "message": "\x1b[31mred\x07" + "x" * 10**6, "traceback": "t\0"}
-    found = checked_evaluation(
+    evaluation = checked_evaluation(
         sent(status="failed", values={"val_loss": None}, measurements={}, failure=failure), JOB
     )
-    assert found.values == {}
-    assert found.failure is not None
-    assert found.failure.message.startswith("redxxx")
-    assert len(found.failure.message) <= 4096
-    assert found.failure.traceback == "t"
+    assert evaluation.values == {}
+    assert evaluation.failure is not None
+    assert evaluation.failure.message.startswith("redxxx")
+    assert len(evaluation.failure.message) <= 4096
+    assert evaluation.failure.traceback == "t"
 
 
 DEEP: list[Any] = []
@@ -155,5 +155,5 @@ def test_texts_can_be_stored_by_every_database() -> None:
 
 
 def test_the_seed_and_unknown_fields_are_not_the_workers() -> None:
-    found = checked_evaluation(sent(seed=99, newer="field", violations={"a": 1.0}), JOB)
-    assert found == replace(FOUND, seed=7)
+    evaluation = checked_evaluation(sent(seed=99, newer="field", violations={"a": 1.0}), JOB)
+    assert evaluation == replace(FOUND, seed=7)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import made_up_views
 import plotly.io
 import pytest
-import views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -43,52 +43,53 @@ def without_moe(view):
 
 
 STRANGE = {
-    "empty": views.view(0, n_failed=0),
-    "failures only": views.view(0, n_failed=4),
-    "one trial": views.view(1, n_failed=0),
-    "one objective": views.view(12, 1),
-    "two objectives": views.view(12, 2),
-    "three objectives": views.view(12, 3),
-    "four objectives": views.view(12, 4),
-    "five objectives": views.view(12, 5),
-    "no MoE": without_moe(views.view(12)),
-    "no data known": views.view(12, data={}),
+    "empty": made_up_views.view(0, n_failed=0),
+    "failures only": made_up_views.view(0, n_failed=4),
+    "one trial": made_up_views.view(1, n_failed=0),
+    "one objective": made_up_views.view(12, 1),
+    "two objectives": made_up_views.view(12, 2),
+    "three objectives": made_up_views.view(12, 3),
+    "four objectives": made_up_views.view(12, 4),
+    "five objectives": made_up_views.view(12, 5),
+    "no MoE": without_moe(made_up_views.view(12)),
+    "no data known": made_up_views.view(12, data={}),
     "no curves": replace(
-        views.view(6), evaluations=[replace(e, curve=[]) for e in views.view(6).evaluations]
+        made_up_views.view(6),
+        evaluations=[replace(e, curve=[]) for e in made_up_views.view(6).evaluations],
     ),
     "a single point of a curve": replace(
-        views.view(6),
-        evaluations=[replace(e, curve=e.curve[:1]) for e in views.view(6).evaluations],
+        made_up_views.view(6),
+        evaluations=[replace(e, curve=e.curve[:1]) for e in made_up_views.view(6).evaluations],
     ),
     "nothing moves": replace(
-        views.view(6),
-        history=[replace(p, hypervolume=0.0) for p in views.view(6).history],
+        made_up_views.view(6),
+        history=[replace(p, hypervolume=0.0) for p in made_up_views.view(6).history],
     ),
     "routing of an older version": replace(
-        views.view(6),
+        made_up_views.view(6),
         evaluations=[
             replace(
                 e,
                 routing=[{"layer": r["layer"], "load": r["load"]} for r in e.routing],
                 curve=[{k: v for k, v in row.items() if k != "routing"} for row in e.curve],
             )
-            for e in views.view(6).evaluations
+            for e in made_up_views.view(6).evaluations
         ],
     ),
     "no load at all": replace(
-        views.view(6),
+        made_up_views.view(6),
         evaluations=[
             replace(
                 e,
                 routing=[{"layer": 0, "load": [0.0, 0.0], "domains": {}}],
                 curve=[{"tokens": 9, "routing": [{"layer": 0, "load": [0.0, 0.0]}]}],
             )
-            for e in views.view(6).evaluations
+            for e in made_up_views.view(6).evaluations
         ],
     ),
-    "no architectures": replace(views.view(6), architectures={}),
+    "no architectures": replace(made_up_views.view(6), architectures={}),
     "a guest's architecture": replace(
-        views.view(6), architectures={i: {"width": 3} for i in range(20)}
+        made_up_views.view(6), architectures={i: {"width": 3} for i in range(20)}
     ),
 }
 
@@ -105,14 +106,14 @@ def test_every_study_gives_all_figures_with_titles_that_plotly_accepts(view):
 
 @pytest.mark.parametrize("name", [*sorted(NAMES), "rungs"])
 def test_a_figure_of_an_empty_study_says_why_it_is_empty(name):
-    figure = drawn(name, views.view(0, n_failed=0))
+    figure = drawn(name, made_up_views.view(0, n_failed=0))
     assert not figure.data
     assert "yet" in figure.layout.annotations[0].text
 
 
 def test_figures_of_a_large_study_stay_small():
     for n_objectives in (2, 4):
-        for name, figure in figures.figures(views.view(800, n_objectives)).items():
+        for name, figure in figures.figures(made_up_views.view(800, n_objectives)).items():
             assert len(figure.to_json()) < MAX_BYTES, (name, n_objectives)
 
 
@@ -120,7 +121,7 @@ def test_figures_of_a_large_study_stay_small():
 
 
 def test_the_front_shows_each_pair_and_every_complete_candidate_once_in_each():
-    view = views.view(40, 3)
+    view = made_up_views.view(40, 3)
     figure = drawn("front", view)
     members, others = named(figure, "on the front"), named(figure, "dominated")
     assert len(members) == len(others) == 3
@@ -135,7 +136,7 @@ def test_the_front_shows_each_pair_and_every_complete_candidate_once_in_each():
 
 
 def test_failed_and_infeasible_candidates_are_not_on_the_front_figure():
-    view = views.view(5, 2, n_failed=3)
+    view = made_up_views.view(5, 2, n_failed=3)
     figure = drawn("front", view)
     members, others = named(figure, "on the front"), named(figure, "dominated")
     assert len(members[0].x) + len(others[0].x) == 5
@@ -147,7 +148,7 @@ def test_failed_and_infeasible_candidates_are_not_on_the_front_figure():
 
 
 def test_a_hover_on_the_front_has_the_trial_the_units_and_the_architecture():
-    view = views.view(20, 2)
+    view = made_up_views.view(20, 2)
     texts_ = named(drawn("front", view), "on the front")[0].hovertext
     assert len(texts_) == len(view.front)
     for trial, text in zip(view.front, texts_, strict=True):
@@ -158,7 +159,7 @@ def test_a_hover_on_the_front_has_the_trial_the_units_and_the_architecture():
 
 
 def test_a_hover_says_that_a_model_may_look_ahead():
-    view = views.view(20, 2)
+    view = made_up_views.view(20, 2)
     marked = [replace(e, metrics=e.metrics | {"causal": 0.0}) for e in view.evaluations[:1]]
     marked += [replace(e, metrics=e.metrics | {"causal": 1.0}) for e in view.evaluations[1:]]
     hovers = [figures.hover(view, e) for e in marked if e.status == "complete"]
@@ -166,7 +167,7 @@ def test_a_hover_says_that_a_model_may_look_ahead():
 
 
 def test_the_entropy_of_the_corpus_is_a_dashed_line_across_the_loss_alone():
-    view = views.view(40, 3)
+    view = made_up_views.view(40, 3)
     shapes = drawn("front", view).layout.shapes
     assert {shape.line.dash for shape in shapes} == {"dash"}
     assert [(shape.x0, shape.x1) for shape in shapes] == [(2.4, 2.4), (2.4, 2.4)]
@@ -175,13 +176,13 @@ def test_the_entropy_of_the_corpus_is_a_dashed_line_across_the_loss_alone():
 
 
 def test_an_entropy_far_from_the_losses_does_not_squeeze_them():
-    view = views.view(40, 2, data={"bigram_loss": 80.0})
+    view = made_up_views.view(40, 2, data={"bigram_loss": 80.0})
     assert not drawn("front", view).layout.shapes
     assert named(drawn("front", view), "held-out bigram loss, 80 nats")
 
 
 def test_wide_objectives_have_logarithmic_axes():
-    view = views.view(60, 2)
+    view = made_up_views.view(60, 2)
     wide = [replace(e, values={k: v**9 for k, v in e.values.items()}) for e in view.evaluations]
     assert drawn("front", view).layout.xaxis.type == "linear"
     assert drawn("front", replace(view, evaluations=wide)).layout.xaxis.type == "log"
@@ -194,7 +195,7 @@ POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, m
 @settings(deadline=None, max_examples=25)
 @given(POINTS, SIGNS)
 def test_the_envelope_is_the_border_of_what_the_members_dominate(points, directions):
-    view = views.view(0, 2, n_failed=0)
+    view = made_up_views.view(0, 2, n_failed=0)
     objectives = [
         {**o, "direction": d} for o, d in zip(view.study.objectives, directions, strict=True)
     ]
@@ -221,7 +222,7 @@ def test_the_envelope_is_the_border_of_what_the_members_dominate(points, directi
 
 def test_one_objective_gives_the_best_so_far_in_its_direction():
     for direction, best in (("minimize", min), ("maximize", max)):
-        view = views.view(15, 1)
+        view = made_up_views.view(15, 1)
         study = replace(
             view.study, objectives=[{**view.study.objectives[0], "direction": direction}]
         )
@@ -235,7 +236,7 @@ def test_one_objective_gives_the_best_so_far_in_its_direction():
 
 
 def test_the_hypervolume_ends_at_a_hundred_per_cent_and_shows_who_joined():
-    view = views.view(50)
+    view = made_up_views.view(50)
     volume, joined, size = drawn("hypervolume", view).data
     assert volume.y[-1] == 100
     assert list(volume.y) == sorted(volume.y)
@@ -246,7 +247,7 @@ def test_the_hypervolume_ends_at_a_hundred_per_cent_and_shows_who_joined():
 
 
 def test_a_member_s_curve_ends_at_its_validation_loss():
-    view = views.view(8, 2)
+    view = made_up_views.view(8, 2)
     figure = drawn("curves", view)
     found = {e.trial: e for e in view.evaluations}
     ends = [trace for trace in figure.data if trace.mode == "markers"]
@@ -258,7 +259,7 @@ def test_a_member_s_curve_ends_at_its_validation_loss():
 
 
 def test_a_curve_keeps_its_mean_and_drops_what_is_not_finite():
-    view = views.view(6, 2, n_failed=1)
+    view = made_up_views.view(6, 2, n_failed=1)
     level = [{"tokens": 100 * (i + 1), "train_loss": 3.0 + (-1) ** i} for i in range(2000)]
     level[7] = {"tokens": 800, "train_loss": math.inf}
     flat = [replace(e, curve=level) if e.status == "complete" else e for e in view.evaluations]
@@ -271,12 +272,12 @@ def test_a_curve_keeps_its_mean_and_drops_what_is_not_finite():
 
 
 def test_the_curves_have_the_entropy_of_the_corpus():
-    assert named(drawn("curves", views.view(8)), "held-out bigram loss: 2.4")
-    assert not named(drawn("curves", views.view(8, data={})), "held-out bigram loss")
+    assert named(drawn("curves", made_up_views.view(8)), "held-out bigram loss: 2.4")
+    assert not named(drawn("curves", made_up_views.view(8, data={})), "held-out bigram loss")
 
 
 def routed(loads):
-    view = views.view(1, 2, n_failed=0)
+    view = made_up_views.view(1, 2, n_failed=0)
     rows = [{"layer": layer, "load": load} for layer, load in loads.items()]
     return replace(view, evaluations=[replace(view.evaluations[0], routing=rows)])
 
@@ -300,7 +301,7 @@ def test_layers_with_other_numbers_of_experts_leave_gaps():
 
 
 def test_each_member_with_experts_has_a_map_under_its_number():
-    view = views.view(20, 2)
+    view = made_up_views.view(20, 2)
     figure = drawn("load", view)
     titles = [note.text for note in figure.layout.annotations]
     found = {e.trial: e for e in view.evaluations}
@@ -312,7 +313,7 @@ def test_each_member_with_experts_has_a_map_under_its_number():
 
 
 def test_the_load_over_training_is_by_layer_and_expert_with_a_gap_between_layers():
-    view = views.view(1, 2, n_failed=0)
+    view = made_up_views.view(1, 2, n_failed=0)
     curve = [
         {"tokens": 100, "routing": [{"layer": 2, "load": [3, 1]}, {"layer": 0, "load": [1, 1, 1]}]},
         {"tokens": 150, "train_loss": 3.0},
@@ -332,7 +333,7 @@ def test_the_load_over_training_is_by_layer_and_expert_with_a_gap_between_layers
 
 @pytest.mark.parametrize("name", ["routing", "domains", "load"])
 def test_maps_of_many_experts_stay_small(name):
-    view = views.view(12, 2, n_failed=0)
+    view = made_up_views.view(12, 2, n_failed=0)
     layers = [{"layer": i, "load": [1.37 ** (j % 7) for j in range(256)]} for i in range(6)]
     shares = {f"a package {i}": [1 / 256] * 256 for i in range(9)}
     changes = {
@@ -344,7 +345,7 @@ def test_maps_of_many_experts_stay_small(name):
 
 
 def test_domains_are_one_where_they_go_to_all_experts_alike():
-    view = views.view(1, 2, n_failed=0)
+    view = made_up_views.view(1, 2, n_failed=0)
     rows = [
         {"layer": 3, "load": [1], "domains": {"b": [0.25, 0.75], "a": [0.5, 0.5]}},
         {"layer": 1, "load": [1], "domains": {"a": [0.0, 1.0, 0.0]}},
@@ -365,7 +366,7 @@ def test_domains_are_one_where_they_go_to_all_experts_alike():
 
 
 def test_domains_of_many_experts_show_the_first_layers():
-    view = views.view(1, 2, n_failed=0)
+    view = made_up_views.view(1, 2, n_failed=0)
     rows = [{"layer": i, "load": [1], "domains": {"a": [1 / 60] * 60}} for i in range(9)]
     one = replace(view, evaluations=[replace(view.evaluations[0], routing=rows)])
     assert list(drawn("domains", one).layout.xaxis.ticktext) == ["0", "1"]
@@ -373,7 +374,7 @@ def test_domains_of_many_experts_show_the_first_layers():
 
 @pytest.mark.parametrize("name", ["routing", "domains"])
 def test_each_shown_member_with_experts_has_a_map(name):
-    view = views.view(20, 2)
+    view = made_up_views.view(20, 2)
     module = load_module(shipped("dashboards") / f"{name}.py")
     titles = [note.text for note in module.figure(view).layout.annotations]
     found = {e.trial: e for e in view.evaluations}
@@ -409,7 +410,7 @@ def test_a_figure_here_shadows_the_shipped_one_and_more_can_be_added(tmp_path, m
     (folder / "front.py").write_text(source + "blank('mine', 'hello')\n")
     (folder / "another.py").write_text(source + "blank('other', 'hello')\n")
     monkeypatch.chdir(tmp_path)
-    made = figures.figures(views.view(3))
+    made = figures.figures(made_up_views.view(3))
     shipped_ = ["front", "hypervolume", "effects", "curves", "load", "routing", "domains"]
     assert list(made) == [*shipped_, "another"]
     assert made["front"].layout.title.text == "mine"
@@ -429,14 +430,14 @@ def test_a_figure_that_fails_says_so_in_its_place(tmp_path, monkeypatch, source,
     (tmp_path / "dashboards" / "bad.py").write_text(source)
     monkeypatch.chdir(tmp_path)
     with pytest.warns(RuntimeWarning, match="bad.py"):
-        made = figures.figures(views.view(3))
+        made = figures.figures(made_up_views.view(3))
     assert set(made) == NAMES | {"bad"}
     assert reason in made["bad"].layout.annotations[0].text
 
 
 def test_the_page_has_every_figure_and_asks_no_other_machine(tmp_path):
     path = tmp_path / "page.html"
-    figures.write_html(views.view(5, name="a <study>"), path)
+    figures.write_html(made_up_views.view(5, name="a <study>"), path)
     page = path.read_text(encoding="utf-8")
     for name in NAMES:
         assert f'<section id="{name}">' in page
@@ -453,17 +454,17 @@ def untrained(view: View) -> View:
 
 
 def test_a_study_without_training_has_no_figures_of_training() -> None:
-    view = untrained(views.view(30, 4, n_failed=0))
+    view = untrained(made_up_views.view(30, 4, n_failed=0))
     assert list(figures.figures(view)) == ["front", "hypervolume"]
     assert figures.bigram_loss(view) is None
-    assert len(figures.figures(views.view(30, 4))) == 7
-    assert len(figures.figures(views.view(0))) == 7, "training may begin yet"
+    assert len(figures.figures(made_up_views.view(30, 4))) == 7
+    assert len(figures.figures(made_up_views.view(0))) == 7, "training may begin yet"
 
 
 def test_trial_numbers_of_points_close_together_do_not_overlap() -> None:
     points = [(0.0, 0.0), (0.05, 0.05), (0.5, 0.0), (0.05, 0.9)]
     assert figures.apart(points, (0.1, 0.1)) == [0, 2, 3]
-    for trace in drawn("front", views.view(12, 4)).data:
+    for trace in drawn("front", made_up_views.view(12, 4)).data:
         if trace.text is not None:
             assert any(trace.text)
             assert len(trace.text) == len(trace.x)
@@ -492,7 +493,7 @@ def test_a_long_subtitle_is_broken_into_lines_above_the_plot() -> None:
 
 def searched(n: int = 40) -> View:
     """A made-up study with parameters that say something, and three rungs that rank better."""
-    view, rng = views.view(n), random.Random(1)
+    view, rng = made_up_views.view(n), random.Random(1)
     params, evaluations, results = {}, [], []
     for e in view.evaluations:
         if e.status != "complete":

@@ -58,10 +58,10 @@ def test_the_command_writes_results_and_a_page_and_says_that_there_was_no_gpu(
     assert done.stdout.index("ceilings: done") < done.stdout.index("grouped: done")
     assert "\nceilings/copy  " in done.stdout.partition("grouped: done")[2]
     path = tmp_path / "benchmarks" / "results" / "gpu-none.json"
-    found = json.loads(path.read_text())
-    assert found["card"] is None
-    assert list(found["groups"]) == ["ceilings", "grouped"]
-    assert {group["status"] for group in found["groups"].values()} == {"done"}
+    parsed = json.loads(path.read_text())
+    assert parsed["card"] is None
+    assert list(parsed["groups"]) == ["ceilings", "grouped"]
+    assert {group["status"] for group in parsed["groups"].values()} == {"done"}
     text = (tmp_path / "docs" / "gpu.md").read_text()
     assert "dry run on a CPU without a GPU" in text
     assert "| ceilings/copy |" in text

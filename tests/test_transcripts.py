@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 
 from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, StudyRecord
@@ -60,15 +60,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         measurements={"decode_ms": {"ratio": 0.722, "spread": 0.069, "n": 60}},
         metrics={"val_loss": 2.1573},
         cost=cost,
-        device=dict(views.DEVICE),
+        device=dict(made_up_views.DEVICE),
         weights_sha256="ab" * 32,
     )
     record = StudyRecord(
-        **{key: value for key, value in vars(views.view(1).study).items() if key != "name"}
+        **{key: value for key, value in vars(made_up_views.view(1).study).items() if key != "name"}
         | {"name": "tiny", "objectives": [o.info().plain() for o in space.objectives]}
     )
-    view = views.view(0)
-    shelf.shelve(
+    view = made_up_views.view(0)
+    stored_studies.shelve(
         place,
         replace(
             view,
@@ -107,7 +107,7 @@ def test_a_transcript_is_what_its_command_prints(
 
 
 def test_the_picture_joins_the_best_losses_and_names_every_member() -> None:
-    view = views.view(40)
+    view = made_up_views.view(40)
     drawn = PICTURE["front_figure"](view)
     dominated, line, members = drawn.data
     assert len(members.text) == len(members.x) == len(set(view.front))

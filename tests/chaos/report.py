@@ -82,11 +82,11 @@ def attempt(name: str, options: dict[str, Any], seed: int) -> Outcome:
         programs = server_programs()
         assert programs is not None
         with Server(programs) as server:
-            found: Outcome = scenario(Random(seed), **{**options, "url": server.url})
+            outcome: Outcome = scenario(Random(seed), **{**options, "url": server.url})
     else:
-        found = scenario(Random(seed), **options)
-    found.seconds = time.monotonic() - began
-    return found
+        outcome = scenario(Random(seed), **options)
+    outcome.seconds = time.monotonic() - began
+    return outcome
 
 
 def joined(outcomes: list[Outcome]) -> list[Outcome]:

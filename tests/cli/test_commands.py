@@ -263,9 +263,9 @@ def test_a_mistake_in_the_file_is_one_line_and_nothing_is_created(
 def test_with_json_an_error_has_fields(moenas: Run, command: str) -> None:
     Path("bad.yaml").write_text(SMALL.replace("d_model: {choice: [32, 48]}", "d_model: wide"))
     result = moenas(command, "bad.yaml", "-o", "json")
-    found = json.loads(result.out)
-    message = found.pop("message")
-    assert found == {
+    parsed = json.loads(result.out)
+    message = parsed.pop("message")
+    assert parsed == {
         "error": "SpaceError",
         "path": "architecture.d_model",
         "file": "bad.yaml",
@@ -281,9 +281,9 @@ def test_with_json_every_error_of_input_has_a_message(moenas: Run) -> None:
     for words in (("status", "small"), ("show", "small", "3", "--storage", url)):
         result = moenas(*words, "-o", "json")
         assert result.code == 2
-        found = json.loads(result.out)
-        assert result.err == f"moenas: {found['message']}\n"
-        assert found["error"] == "StorageError"
+        parsed = json.loads(result.out)
+        assert result.err == f"moenas: {parsed['message']}\n"
+        assert parsed["error"] == "StorageError"
         assert "secret" not in result.out
 
 

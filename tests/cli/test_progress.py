@@ -21,8 +21,8 @@ def event(kind: Kind, trial: int | None, text: str = "16d", **more: object) -> E
     if not more:
         return Event(kind, trial, text, None, progress)
     assert trial is not None
-    found = Evaluation("study", trial, 1, fingerprint="f", **more)  # type: ignore[arg-type]
-    return Event(kind, trial, text, found, progress)
+    evaluation = Evaluation("study", trial, 1, fingerprint="f", **more)  # type: ignore[arg-type]
+    return Event(kind, trial, text, evaluation, progress)
 
 
 COMPLETE = event(

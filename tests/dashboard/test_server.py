@@ -14,13 +14,13 @@ from dataclasses import replace
 from wsgiref.util import setup_testing_defaults
 
 import browser
+import made_up_views
 import optuna
 import optuna_dashboard
 import pytest
-import views
 from optuna_dashboard import _app, _serializer
 from PIL import Image
-from shelf import add, shelve, study_of
+from stored_studies import add, shelve, study_of
 
 from moenas.dashboard import server as dashboard
 from moenas.dashboard.notes import trial_note
@@ -37,7 +37,7 @@ SHOWN = [name for name in figures.ORDER if name != "rungs"]
 LOCAL = {"HTTP_HOST": "127.0.0.1:8080"}
 
 
-VIEW = views.view(14, 3, n_failed=1)
+VIEW = made_up_views.view(14, 3, n_failed=1)
 """A study of 14 complete trials, one failed and one infeasible that would beat them all."""
 
 
@@ -248,7 +248,7 @@ def test_an_unknown_study_is_named(store):
 
 
 def test_an_empty_study_is_published_too(tmp_path):
-    store = shelve(tmp_path, views.view(0, n_failed=0))
+    store = shelve(tmp_path, made_up_views.view(0, n_failed=0))
     dashboard.publish(store, "made_up")
     assert "**On the front: 0** of 0 complete" in study_note(store)
     assert len(detail(dashboard.application(store))["plotly_graph_objects"]) == len(SHOWN)
@@ -258,18 +258,18 @@ def test_an_empty_study_is_published_too(tmp_path):
 
 
 def test_constraints_are_shown_and_the_best_are_optuna_s(store):
-    found = detail(dashboard.application(store))
+    page = detail(dashboard.application(store))
     study = study_of(store, "made_up")
-    assert [t["constraints"] for t in found["trials"]] == [
+    assert [t["constraints"] for t in page["trials"]] == [
         list(t.constraints.values()) for t in study.trials
     ]
-    assert found["trials"][-1]["constraints"] == [0.4]
-    best = {t["number"] for t in found["best_trials"]}
+    assert page["trials"][-1]["constraints"] == [0.4]
+    best = {t["number"] for t in page["best_trials"]}
     assert best == {t.number for t in study.best_trials} == set(store.front("made_up"))
 
 
 def test_the_best_of_one_objective_is_feasible(tmp_path):
-    store = shelve(tmp_path, views.view(6, 1, n_failed=0))
+    store = shelve(tmp_path, made_up_views.view(6, 1, n_failed=0))
     found = detail(dashboard.application(store))["best_trials"]
     assert [t["number"] for t in found] == store.front("made_up")
 
@@ -317,9 +317,9 @@ def test_a_poll_gathers_the_search_space_of_no_finished_trial_again(store, monke
     for _ in range(2):
         gathered.clear()
         app._app._inmemory_cache._trials_last_fetched_at.clear()
-        found = detail(app)
+        page = detail(app)
         assert set(gathered) == {running.number, running.number + 1}
-    assert [p["name"] for p in found["union_search_space"]] == ["d_model"]
+    assert [p["name"] for p in page["union_search_space"]] == ["d_model"]
 
 
 def test_the_stock_dashboard_still_needs_its_cure(store):

@@ -42,17 +42,17 @@ def test_the_loss_is_that_of_a_bigram_written_out() -> None:
 
 
 def test_it_is_near_what_the_chain_leaves_open_and_below_a_single_token() -> None:
-    found = bigram_loss(chain(20_000, 0), chain(5000, 1), 7)
+    loss = bigram_loss(chain(20_000, 0), chain(5000, 1), 7)
     p = 0.8 + 0.2 / 7
     left = -(p * math.log(p) + 6 * (0.2 / 7) * math.log(0.2 / 7))
-    assert found == pytest.approx(left, abs=0.03)
+    assert loss == pytest.approx(left, abs=0.03)
 
 
 def test_tokens_without_order_cost_no_more_than_those_alone_do() -> None:
     """The entropy of pairs within the sample is far lower: there every pair is known."""
     train, val = (RNG.integers(0, 2000, n).astype(np.uint16) for n in (60_000, 10_000))
-    found = bigram_loss(train, val, 2000)
-    assert found == pytest.approx(math.log(2000), abs=0.06)
+    loss = bigram_loss(train, val, 2000)
+    assert loss == pytest.approx(math.log(2000), abs=0.06)
 
 
 def test_a_large_vocabulary_and_parts_of_a_split_make_no_difference(

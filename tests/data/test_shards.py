@@ -20,24 +20,24 @@ def shards(lengths: list[int]) -> tuple[ShardedTokens, np.ndarray]:
 def test_slices_and_places_are_those_of_the_concatenation(
     lengths: list[int], data: st.DataObject
 ) -> None:
-    found, whole = shards(lengths)
+    parts, whole = shards(lengths)
     ends = st.one_of(st.none(), st.integers(-3, len(whole) + 3))
     cut = slice(data.draw(ends), data.draw(ends))
-    assert found[cut].tolist() == whole[cut].tolist()
+    assert parts[cut].tolist() == whole[cut].tolist()
     places = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1)))
-    assert found[places].tolist() == whole[places].tolist()
+    assert parts[places].tolist() == whole[places].tolist()
     square = np.stack([places, places[::-1]])
-    assert found[square].tolist() == whole[square].tolist()
-    assert found[square].dtype == whole.dtype
-    assert len(found) == len(whole)
-    assert np.asarray(found).tolist() == whole.tolist()
+    assert parts[square].tolist() == whole[square].tolist()
+    assert parts[square].dtype == whole.dtype
+    assert len(parts) == len(whole)
+    assert np.asarray(parts).tolist() == whole.tolist()
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.data())
 def test_a_split_keeps_the_places_in_the_files(lengths: list[int], data: st.DataObject) -> None:
-    found, whole = shards(lengths)
+    parts, whole = shards(lengths)
     at = data.draw(st.integers(0, len(whole)))
-    before, after = divided(found, at)
+    before, after = divided(parts, at)
     assert before[:].tolist() == whole[:at].tolist()
     assert after[:].tolist() == whole[at:].tolist()
     assert isinstance(after, ShardedTokens)

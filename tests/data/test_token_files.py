@@ -43,9 +43,9 @@ def write_megatron(
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_files_of_llm_c_begin_behind_their_header(tmp_path: Path, dtype: str) -> None:
     path = write_llm_c(tmp_path / "a.bin", TOKENS.astype(dtype))
-    found = inspect(path.as_posix(), "uint8")
-    assert (found.format, found.dtype, found.tokens) == ("llm.c", dtype, 8)
-    assert found.map().tokens.tolist() == TOKENS.tolist()
+    program = inspect(path.as_posix(), "uint8")
+    assert (program.format, program.dtype, program.tokens) == ("llm.c", dtype, 8)
+    assert program.map().tokens.tolist() == TOKENS.tolist()
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_files_of_llm_c_begin_behind_their_header(tmp_path: Path, dtype: str) ->
 )
 def test_megatron_says_its_type_in_the_index(tmp_path: Path, dtype: str, read_as: str) -> None:
     path = write_megatron(tmp_path / "a.bin", [[5, 0, 7], [3], [2, 2, 9, 1]], dtype)
-    found = inspect(str(path), "uint16")
-    assert (found.format, found.dtype, found.tokens) == ("Megatron", read_as, 8)
-    assert found.map().tokens.tolist() == TOKENS.tolist()
+    program = inspect(str(path), "uint16")
+    assert (program.format, program.dtype, program.tokens) == ("Megatron", read_as, 8)
+    assert program.map().tokens.tolist() == TOKENS.tolist()
 
 
 def test_a_file_without_a_header_is_raw_and_a_npy_array_says_its_type(tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def test_every_kind_of_part_passes(kind: Any) -> None:
 @pytest.mark.parametrize("router", SELECTIONS.values(), ids=SELECTIONS)
 def test_every_selection_passes_or_is_marked(router: Plain) -> None:
     causal = router_of(**router).causal
-    found = architecture(**router, allow_acausal=not causal)
-    assert allows_acausal(found) is not causal
-    model = found.build(seed=0)
+    parsed = architecture(**router, allow_acausal=not causal)
+    assert allows_acausal(parsed) is not causal
+    model = parsed.build(seed=0)
     for _ in range(2):
         leaks = find_leaks(model, text())
         assert (leaks == []) is causal

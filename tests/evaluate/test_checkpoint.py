@@ -83,18 +83,18 @@ def test_a_run_that_pauses_at_each_rung_ends_as_one_that_does_not(
     whole = evaluate(job)
     assert whole[0].failure is None
     job = replace(job, rung_limits=[None, None, None])
-    found, weights = evaluate(job)
+    evaluation, weights = evaluate(job)
     for rung in (1, 2, 3):
-        assert (found.status, found.metrics["rung"]) == ("paused", rung)
-        assert found.curve == [
-            {**row, "seconds": found.curve[i]["seconds"]}
+        assert (evaluation.status, evaluation.metrics["rung"]) == ("paused", rung)
+        assert evaluation.curve == [
+            {**row, "seconds": evaluation.curve[i]["seconds"]}
             for i, row in enumerate(whole[0].curve[: 2 * rung])
         ]
-        assert found.metrics["rung_loss"] == found.curve[-1]["val_loss"]
-        assert found.values.keys() == {"flops_per_token"}
+        assert evaluation.metrics["rung_loss"] == evaluation.curve[-1]["val_loss"]
+        assert evaluation.values.keys() == {"flops_per_token"}
         torch.manual_seed(rung)  # whatever else the process did meanwhile
-        found, weights = evaluate(continued(job, found, weights))
-    assert_same((found, weights), whole)
+        evaluation, weights = evaluate(continued(job, evaluation, weights))
+    assert_same((evaluation, weights), whole)
 
 
 @pytest.mark.gpu
@@ -105,8 +105,8 @@ def test_a_run_on_a_gpu_continues_to_the_last_bit(make_job: MakeJob, router: Pla
     job = make_job("val_loss", architecture=architecture(router), train=train, device="cuda")
     whole = evaluate(job)
     assert whole[0].failure is None
-    found, weights = evaluate(replace(job, rung_limits=[None]))
-    assert_same(evaluate(continued(job, found, weights)), whole)
+    evaluation, weights = evaluate(replace(job, rung_limits=[None]))
+    assert_same(evaluate(continued(job, evaluation, weights)), whole)
 
 
 def test_another_process_continues_to_the_last_bit(make_job: MakeJob, tmp_path: Path) -> None:
@@ -114,51 +114,53 @@ def test_another_process_continues_to_the_last_bit(make_job: MakeJob, tmp_path: 
     clock = {"clock": guest("__import__('time').time()", "model")}
     job = make_job("val_loss", guests=clock, architecture=plain, train=TRAIN)
     whole = evaluate(replace(job, objectives={"val_loss": None}))
-    found, weights = evaluate(replace(job, rung_limits=[None, None, None]))
-    assert found.metrics["rung"] == 1
-    assert found.values.keys() == {"clock"}
-    measured = found.values["clock"]
-    found, weights = in_another_process(continued(job, found, weights), tmp_path)
-    assert found.values.pop("clock") == measured  # it is not measured again
-    del found.measurements["clock"]
-    assert_same((found, weights), whole)
-    assert found.seconds["train"] > whole[0].seconds["train"] / 100
-    assert found.seconds["checkpoint"] > 0
+    evaluation, weights = evaluate(replace(job, rung_limits=[None, None, None]))
+    assert evaluation.metrics["rung"] == 1
+    assert evaluation.values.keys() == {"clock"}
+    measured = evaluation.values["clock"]
+    evaluation, weights = in_another_process(continued(job, evaluation, weights), tmp_path)
+    assert evaluation.values.pop("clock") == measured  # it is not measured again
+    del evaluation.measurements["clock"]
+    assert_same((evaluation, weights), whole)
+    assert evaluation.seconds["train"] > whole[0].seconds["train"] / 100
+    assert evaluation.seconds["checkpoint"] > 0
 
 
 def test_a_job_continues_by_itself_below_its_limit(make_job: MakeJob) -> None:
     job = make_job("val_loss", train=TRAIN)
     losses = [row["val_loss"] for row in evaluate(job)[0].curve if "val_loss" in row]
-    found, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1] - 1e-3, None]))
-    assert (found.status, found.metrics["rung"]) == ("paused", 2)
-    found, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1], losses[2]]))
-    assert found.status == "complete"
+    evaluation, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1] - 1e-3, None]))
+    assert (evaluation.status, evaluation.metrics["rung"]) == ("paused", 2)
+    evaluation, _ = evaluate(replace(job, rung_limits=[losses[0], losses[1], losses[2]]))
+    assert evaluation.status == "complete"
 
 
 def test_the_time_before_a_pause_counts_towards_the_limit(make_job: MakeJob) -> None:
     job = make_job("val_loss", train=TRAIN, rung_limits=[None] * 3, time_limit_s=60.0)
-    found, weights = evaluate(job)
-    late = {**found.plain(), "seconds": {**found.seconds, "total": 61.0}}
-    found, _ = evaluate(replace(job, paused=late, checkpoint=weights))
-    assert found.failure is not None
-    assert found.failure.kind == "timeout"
+    evaluation, weights = evaluate(job)
+    late = {**evaluation.plain(), "seconds": {**evaluation.seconds, "total": 61.0}}
+    evaluation, _ = evaluate(replace(job, paused=late, checkpoint=weights))
+    assert evaluation.failure is not None
+    assert evaluation.failure.kind == "timeout"
 
 
 def test_a_checkpoint_is_a_file_where_the_job_says(make_job: MakeJob, tmp_path: Path) -> None:
     to = place(tmp_path / "runs", "bottles", 3)
-    found, file = evaluate(make_job("val_loss", train=TRAIN, rung_limits=[None] * 3, weights_to=to))
+    evaluation, file = evaluate(
+        make_job("val_loss", train=TRAIN, rung_limits=[None] * 3, weights_to=to)
+    )
     assert isinstance(file, WeightsFile)
-    assert found.weights_sha256 == file.sha256
+    assert evaluation.weights_sha256 == file.sha256
     params = Architecture.parse(make_job("val_loss").architecture).cost(16).params
     assert 12 * params < file.size < 12 * params + 16_384  # three float32 numbers a parameter
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(make_job: MakeJob) -> None:
     job = make_job("val_loss", train=TRAIN, rung_limits=[None] * 3)
-    found, weights = evaluate(job)
+    evaluation, weights = evaluate(job)
     other = {**PLAIN, "d_model": 24}
     job = replace(job, architecture=Architecture.parse(other).canonical().plain())
-    failed, _ = evaluate(continued(job, found, weights))
+    failed, _ = evaluate(continued(job, evaluation, weights))
     assert failed.failure is not None
     assert "the checkpoint is not one of this candidate" in failed.failure.message
 

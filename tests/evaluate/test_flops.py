@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from points import point
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from wide_space import point
 
 from moenas.errors import CandidateError
 from moenas.evaluate import flops

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from points import point
+from wide_space import point
 
 from moenas.data import loading
 from moenas.errors import NoRoomError

@@ -38,57 +38,70 @@ def failure(evaluation: Evaluation) -> Failure:
 def test_a_job_gives_all_its_values_and_the_trained_weights(make_job: MakeJob) -> None:
     names = ["load_imbalance", "val_loss", "decode_ms", "flops_per_token", "active_params"]
     job = make_job(*names)
-    found, weights = evaluate(job)
-    assert found.failure is None
-    assert (found.study, found.trial, found.attempt, found.seed) == ("bottles", 3, 1, 0)
-    assert set(found.values) == set(found.measurements) == set(names)
+    evaluation, weights = evaluate(job)
+    assert evaluation.failure is None
+    assert (evaluation.study, evaluation.trial, evaluation.attempt, evaluation.seed) == (
+        "bottles",
+        3,
+        1,
+        0,
+    )
+    assert set(evaluation.values) == set(evaluation.measurements) == set(names)
     one = Architecture.parse(PLAIN)
-    assert found.fingerprint == one.fingerprint
-    assert found.cost == one.cost(16).plain()
-    assert found.values["active_params"] == found.cost["active_params"]
-    assert found.values["flops_per_token"] == found.cost["flops_per_token"]
-    assert found.measurements["decode_ms"]["unit"] == "ms/step"
-    assert found.measurements["decode_ms"]["n"] == 3
-    assert found.metrics["val_loss"] == found.values["val_loss"] == found.curve[-1]["val_loss"]
-    assert found.metrics["bits_per_byte"] == pytest.approx(found.values["val_loss"] / math.log(2))
-    assert {"train_loss", "lr", "tokens_per_second", "bigram_loss"} <= found.metrics.keys()
-    assert [row["tokens"] for row in found.curve] == [64 * step for step in range(1, 9)]
-    assert [row["layer"] for row in found.routing] == [1]
-    assert found.values["load_imbalance"] == found.routing[0]["max_vio"]
-    assert found.seconds.keys() == {
+    assert evaluation.fingerprint == one.fingerprint
+    assert evaluation.cost == one.cost(16).plain()
+    assert evaluation.values["active_params"] == evaluation.cost["active_params"]
+    assert evaluation.values["flops_per_token"] == evaluation.cost["flops_per_token"]
+    assert evaluation.measurements["decode_ms"]["unit"] == "ms/step"
+    assert evaluation.measurements["decode_ms"]["n"] == 3
+    assert (
+        evaluation.metrics["val_loss"]
+        == evaluation.values["val_loss"]
+        == evaluation.curve[-1]["val_loss"]
+    )
+    assert evaluation.metrics["bits_per_byte"] == pytest.approx(
+        evaluation.values["val_loss"] / math.log(2)
+    )
+    assert {"train_loss", "lr", "tokens_per_second", "bigram_loss"} <= evaluation.metrics.keys()
+    assert [row["tokens"] for row in evaluation.curve] == [64 * step for step in range(1, 9)]
+    assert [row["layer"] for row in evaluation.routing] == [1]
+    assert evaluation.values["load_imbalance"] == evaluation.routing[0]["max_vio"]
+    assert evaluation.seconds.keys() == {
         *("data", "build", "causality", "train", "validate", "measure", "total")
     }
-    assert found.data["sha256"] == job.data_sha256
-    assert {"python", "torch", "moenas", "cpu"} <= found.versions.keys()
-    assert found.device["dtype"] == "float32"
-    assert Evaluation.parse(json.loads(json.dumps(found.plain(), allow_nan=False))) == found
+    assert evaluation.data["sha256"] == job.data_sha256
+    assert {"python", "torch", "moenas", "cpu"} <= evaluation.versions.keys()
+    assert evaluation.device["dtype"] == "float32"
+    assert (
+        Evaluation.parse(json.loads(json.dumps(evaluation.plain(), allow_nan=False))) == evaluation
+    )
     assert weights is not None
-    assert found.weights_sha256 == sha256(weights)
+    assert evaluation.weights_sha256 == sha256(weights)
 
 
 def test_rungs_add_losses_to_the_curve_and_change_nothing_else(make_job: MakeJob) -> None:
     plain, weights = evaluate(make_job("val_loss"))
-    found, same = evaluate(make_job("val_loss", train=replace(RECIPE, rungs=3).plain()))
+    evaluation, same = evaluate(make_job("val_loss", train=replace(RECIPE, rungs=3).plain()))
     assert isinstance(weights, bytes)
     assert isinstance(same, bytes)
     assert safetensors.torch.load(same).keys() == safetensors.torch.load(weights).keys()
     for name, tensor in safetensors.torch.load(same).items():
         assert torch.equal(tensor, safetensors.torch.load(weights)[name])
-    assert found.values == plain.values
-    measured = [row["tokens"] for row in found.curve if "val_loss" in row]
+    assert evaluation.values == plain.values
+    measured = [row["tokens"] for row in evaluation.curve if "val_loss" in row]
     assert measured == [64 * step for step in (2, 4, 6, 8)]
-    assert found.curve[-1]["val_loss"] == found.values["val_loss"]
+    assert evaluation.curve[-1]["val_loss"] == evaluation.values["val_loss"]
 
 
 def test_the_weights_are_written_where_the_job_says(make_job: MakeJob, tmp_path: Path) -> None:
     to = place(tmp_path / "runs", "bottles", 3)
     job = make_job("val_loss", guests={"broken": guest("1 / 0", "training")}, weights_to=to)
-    found, file = evaluate(job)
-    assert found.failure is not None
+    evaluation, file = evaluate(job)
+    assert evaluation.failure is not None
     assert isinstance(file, WeightsFile)
-    assert found.weights_sha256 == file.sha256 == sha256(Path(file.path).read_bytes())
+    assert evaluation.weights_sha256 == file.sha256 == sha256(Path(file.path).read_bytes())
     with safetensors.safe_open(file.path, "pt") as opened:
-        assert opened.metadata()["fingerprint"] == found.fingerprint
+        assert opened.metadata()["fingerprint"] == evaluation.fingerprint
     interrupted = guest("(_ for _ in ()).throw(KeyboardInterrupt)", "training")
     with pytest.raises(KeyboardInterrupt):
         evaluate(make_job("val_loss", guests={"interrupted": interrupted}, weights_to=to))
@@ -97,19 +110,19 @@ def test_the_weights_are_written_where_the_job_says(make_job: MakeJob, tmp_path:
 
 def test_the_weights_give_the_stored_loss_again(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job("val_loss")
-    found, weights = evaluate(job)
+    evaluation, weights = evaluate(job)
     assert weights is not None
     path = tmp_path / "model.safetensors"
     path.write_bytes(weights)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["fingerprint"] == found.fingerprint
+    assert metadata["fingerprint"] == evaluation.fingerprint
     assert (metadata["study"], metadata["trial"]) == ("bottles", "3")
     model = Architecture.parse(job.architecture).build(seed=77)
     state = safetensors.torch.load(weights)
     assert "blocks.1.ffn.balance.bias" in state  # a buffer, not a parameter
     model.load_state_dict(state)
-    assert validate(model, data.load(job.data), RECIPE).loss == found.values["val_loss"]
+    assert validate(model, data.load(job.data), RECIPE).loss == evaluation.values["val_loss"]
 
 
 def test_a_job_repeats_to_the_last_bit_and_counting_does_not_disturb(make_job: MakeJob) -> None:
@@ -141,20 +154,20 @@ def test_nothing_is_built_or_trained_that_no_objective_needs(
 
     monkeypatch.setattr(Architecture, "build", counting)
     monkeypatch.setattr("moenas.evaluate.flops.SMALL_PARAMS", 0)  # counted on the meta device
-    found, weights = evaluate(make_job(objective))
-    assert found.status == "complete"
-    assert list(found.values) == [objective]
+    evaluation, weights = evaluate(make_job(objective))
+    assert evaluation.status == "complete"
+    assert list(evaluation.values) == [objective]
     assert len(calls) == built
     trained = objective == "val_loss"
-    assert (weights is not None) == bool(found.curve) == bool(found.metrics) == trained
+    assert (weights is not None) == bool(evaluation.curve) == bool(evaluation.metrics) == trained
 
 
 def test_cheap_objectives_are_measured_first(make_job: MakeJob) -> None:
     broken = guest("1 / 0", "model")
-    found, weights = evaluate(make_job("val_loss", "total_params", guests={"broken": broken}))
-    assert failure(found).kind == "error"
-    assert set(found.values) == {"total_params"}
-    assert found.curve == []
+    evaluation, weights = evaluate(make_job("val_loss", "total_params", guests={"broken": broken}))
+    assert failure(evaluation).kind == "error"
+    assert set(evaluation.values) == {"total_params"}
+    assert evaluation.curve == []
     assert weights is None
 
 
@@ -164,12 +177,12 @@ def test_a_guest_sees_what_it_needs(make_job: MakeJob) -> None:
         "numbers": guest("sum(p.numel() for p in subject.model.parameters())", "model"),
         "gap": guest("subject.training.val_loss - subject.training.train_loss", "training"),
     }
-    found, _ = evaluate(make_job(guests=guests))
-    assert found.values["layers"] == 2
-    assert found.values["numbers"] == found.cost["params"]
-    gap = found.metrics["val_loss"] - found.metrics["train_loss"]
-    assert found.values["gap"] == gap
-    assert found.measurements["layers"] == {"unit": "things"}
+    evaluation, _ = evaluate(make_job(guests=guests))
+    assert evaluation.values["layers"] == 2
+    assert evaluation.values["numbers"] == evaluation.cost["params"]
+    gap = evaluation.metrics["val_loss"] - evaluation.metrics["train_loss"]
+    assert evaluation.values["gap"] == gap
+    assert evaluation.measurements["layers"] == {"unit": "things"}
 
 
 @pytest.mark.parametrize(
@@ -183,29 +196,29 @@ def test_a_guest_sees_what_it_needs(make_job: MakeJob) -> None:
     ],
 )
 def test_a_failing_guest_is_a_row_with_a_reason(make_job: MakeJob, source: str, words: str) -> None:
-    found, weights = evaluate(make_job("total_params", guests={"x": source}))
-    reason = failure(found)
+    evaluation, weights = evaluate(make_job("total_params", guests={"x": source}))
+    reason = failure(evaluation)
     assert reason.kind == "error"
     assert words in reason.message
     assert "\n" not in reason.message
     assert ("ZeroDivisionError" in reason.traceback) == ("1 / 0" in source)
-    assert "x" not in found.values
-    assert found.values["total_params"] == found.cost["params"]
+    assert "x" not in evaluation.values
+    assert evaluation.values["total_params"] == evaluation.cost["params"]
     # What was trained can be measured again.
-    assert (weights is not None) == (found.metrics != {})
+    assert (weights is not None) == (evaluation.metrics != {})
 
 
 def test_a_broken_guest_file_refuses_the_job(make_job: MakeJob) -> None:
-    found, _ = evaluate(make_job(guests={"x": guest("0").replace("direction", "way")}))
-    assert failure(found).kind == "refused"
-    assert failure(found).message.startswith("x.py:1: direction is missing")
+    evaluation, _ = evaluate(make_job(guests={"x": guest("0").replace("direction", "way")}))
+    assert failure(evaluation).kind == "refused"
+    assert failure(evaluation).message.startswith("x.py:1: direction is missing")
 
 
 def test_another_corpus_is_a_fault_of_the_machine(make_job: MakeJob) -> None:
-    found, _ = evaluate(make_job("total_params", data_sha256="0" * 64))
-    assert failure(found).kind == "environment"
-    assert "another corpus than the study" in failure(found).message
-    assert found.values == {}
+    evaluation, _ = evaluate(make_job("total_params", data_sha256="0" * 64))
+    assert failure(evaluation).kind == "environment"
+    assert "another corpus than the study" in failure(evaluation).message
+    assert evaluation.values == {}
 
 
 def test_a_node_without_the_corpus_is_named_with_file_and_digest(make_job: MakeJob) -> None:
@@ -222,17 +235,17 @@ def test_a_node_without_the_corpus_is_named_with_file_and_digest(make_job: MakeJ
 def test_a_candidate_out_of_time_is_stopped(make_job: MakeJob, limit: float, needs: str) -> None:
     long = replace(RECIPE, tokens=10**9)
     job = make_job("val_loss", "total_params", time_limit_s=limit, train=long.plain())
-    found, weights = evaluate(job)
-    assert failure(found).kind == "timeout"
-    assert "time limit" in failure(found).message
-    assert ("total_params" in found.values) == (needs == "training")
+    evaluation, weights = evaluate(job)
+    assert failure(evaluation).kind == "timeout"
+    assert "time limit" in failure(evaluation).message
+    assert ("total_params" in evaluation.values) == (needs == "training")
     assert weights is None
 
 
 def test_a_diverged_candidate_says_so(make_job: MakeJob) -> None:
     hot = replace(RECIPE, lr=1e15, grad_clip=0.0, warmup=0.0)
-    found, _ = evaluate(make_job("val_loss", train=hot.plain()))
-    assert failure(found).kind == "diverged"
+    evaluation, _ = evaluate(make_job("val_loss", train=hot.plain()))
+    assert failure(evaluation).kind == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -252,8 +265,8 @@ def test_a_count_that_contradicts_the_closed_form_fails(
         "cost",
         lambda self, context: replace(cost(self, context), flops_per_token=1),
     )
-    found, _ = evaluate(make_job("flops_per_token"))
-    assert "the closed form says 16;" in failure(found).message
+    evaluation, _ = evaluate(make_job("flops_per_token"))
+    assert "the closed form says 16;" in failure(evaluation).message
 
 
 @pytest.mark.parametrize("context", [16, 67])
@@ -279,10 +292,10 @@ def test_rows_that_carry_nothing_are_foreseen_and_cost_nothing(
         "architecture": architecture.plain(),
         "train": {**RECIPE.plain(), "context": context},
     }
-    found, _ = evaluate(make_job("flops_per_token", **changes))
-    assert found.failure is None
-    assert found.values["flops_per_token"] == architecture.cost(context).flops_per_token
-    counted = 2 * found.measurements["flops_per_token"]["macs"]
+    evaluation, _ = evaluate(make_job("flops_per_token", **changes))
+    assert evaluation.failure is None
+    assert evaluation.values["flops_per_token"] == architecture.cost(context).flops_per_token
+    counted = 2 * evaluation.measurements["flops_per_token"]["macs"]
     assert counted == architecture.pass_flops(context)
 
 
@@ -316,8 +329,8 @@ def test_threads_are_set_for_the_job_and_put_back(make_job: MakeJob) -> None:
     torch.set_num_threads(2)
     try:
         source = guest("__import__('torch').get_num_threads()")
-        found, _ = evaluate(make_job(guests={"x": source}))
-        assert found.values["x"] == RECIPE.threads == 1
+        evaluation, _ = evaluate(make_job(guests={"x": source}))
+        assert evaluation.values["x"] == RECIPE.threads == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -358,16 +371,16 @@ def leak_when(
 
 def test_a_leak_costs_nothing(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
     leak_when(monkeypatch, lambda part: True)
-    found, weights = evaluate(make_job("val_loss", "total_params"))
-    reason = failure(found)
+    evaluation, weights = evaluate(make_job("val_loss", "total_params"))
+    reason = failure(evaluation)
     assert reason.kind == "acausal"
     assert reason.message.startswith(
         "with its first weights, in training, layer 0 (blocks.0.ffn) looks ahead"
     )
     assert weights is None
-    assert found.curve == []
-    assert "train" not in found.seconds
-    assert set(found.values) == {"total_params"}
+    assert evaluation.curve == []
+    assert "train" not in evaluation.seconds
+    assert set(evaluation.values) == {"total_params"}
 
 
 def test_a_leak_that_comes_with_training_is_found_before_the_loss(
@@ -375,13 +388,13 @@ def test_a_leak_that_comes_with_training_is_found_before_the_loss(
 ) -> None:
     start = Architecture.parse(PLAIN).build(seed=0).blocks[0].ffn.up.weight.clone()
     leak_when(monkeypatch, lambda p: not p.training and not torch.equal(p.up.weight, start))
-    found, _ = evaluate(make_job("val_loss"))
-    assert failure(found).kind == "acausal"
-    assert failure(found).message.startswith("trained, in evaluation, layer 0 (blocks.0.ffn)")
-    assert len(found.curve) == 8
-    assert "val_loss" not in found.values
-    assert "val_loss" not in found.metrics
-    assert "val_loss" not in found.curve[-1]
+    evaluation, _ = evaluate(make_job("val_loss"))
+    assert failure(evaluation).kind == "acausal"
+    assert failure(evaluation).message.startswith("trained, in evaluation, layer 0 (blocks.0.ffn)")
+    assert len(evaluation.curve) == 8
+    assert "val_loss" not in evaluation.values
+    assert "val_loss" not in evaluation.metrics
+    assert "val_loss" not in evaluation.curve[-1]
 
 
 def test_the_gate_changes_no_bit(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,10 +428,10 @@ def test_a_loss_with_leave_to_look_ahead_is_marked(
     router = {"selection": selection, "allow_acausal": True}
     blocks = [{"mixer": MIXER, "ffn": MOE | {"router": router}}]
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
-    found, _ = evaluate(make_job("val_loss", architecture=plain))
-    assert found.failure is None
-    assert found.metrics["causal"] == 0
-    assert found.measurements["val_loss"]["acausal"] == modes
+    evaluation, _ = evaluate(make_job("val_loss", architecture=plain))
+    assert evaluation.failure is None
+    assert evaluation.metrics["causal"] == 0
+    assert evaluation.measurements["val_loss"]["acausal"] == modes
     causal, _ = evaluate(make_job("val_loss"))
     assert causal.metrics["causal"] == 1
     assert "acausal" not in causal.measurements["val_loss"]
@@ -429,10 +442,10 @@ def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) ->
     blocks = [{"mixer": MIXER, "ffn": MOE | {"router": router}}]
     plain = Architecture.parse(PLAIN | {"blocks": blocks}).canonical().plain()
     recipe = replace(RECIPE, tokens=80 * 64, lr=0.5, max_dead=0.0, grad_clip=0.0)
-    found, weights = evaluate(make_job("val_loss", architecture=plain, train=recipe.plain()))
-    assert failure(found).kind == "collapsed"
-    assert "% of the experts of layer 0 were dead at step" in failure(found).message
-    assert found.curve[-1]["routing"][0]["layer"] == 0
+    evaluation, weights = evaluate(make_job("val_loss", architecture=plain, train=recipe.plain()))
+    assert failure(evaluation).kind == "collapsed"
+    assert "% of the experts of layer 0 were dead at step" in failure(evaluation).message
+    assert evaluation.curve[-1]["routing"][0]["layer"] == 0
     assert weights is None
 
 
@@ -441,13 +454,13 @@ def test_a_collapsed_candidate_says_so_and_keeps_its_curve(make_job: MakeJob) ->
 def test_a_job_runs_on_a_gpu(make_job: MakeJob, dtype: str) -> None:
     names = ("decode_ms", "prefill_ms", "peak_memory", "flops_per_token", "val_loss")
     recipe = replace(RECIPE, tokens=60 * 64, dtype=dtype)
-    found, weights = evaluate(make_job(*names, train=recipe.plain(), device="cuda"))
-    assert found.failure is None
-    assert found.device["kind"] == "cuda"
-    assert found.device["dtype"] == dtype
-    assert found.device["name"] in found.measurements["decode_ms"]["reference_key"]
-    assert found.measurements["peak_memory"]["device"] == "cuda"
-    assert found.curve[-1]["train_loss"] < found.curve[0]["train_loss"] - 0.5
+    evaluation, weights = evaluate(make_job(*names, train=recipe.plain(), device="cuda"))
+    assert evaluation.failure is None
+    assert evaluation.device["kind"] == "cuda"
+    assert evaluation.device["dtype"] == dtype
+    assert evaluation.device["name"] in evaluation.measurements["decode_ms"]["reference_key"]
+    assert evaluation.measurements["peak_memory"]["device"] == "cuda"
+    assert evaluation.curve[-1]["train_loss"] < evaluation.curve[0]["train_loss"] - 0.5
     assert weights is not None
 
 
@@ -467,8 +480,8 @@ def test_a_gpu_without_room_fails_the_candidate_alone(make_job: MakeJob) -> None
         assert failure(evaluate(job)[0]).kind == "out_of_memory"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
-    found, _ = evaluate(make_job("val_loss", device="cuda"))
-    assert found.failure is None
+    evaluation, _ = evaluate(make_job("val_loss", device="cuda"))
+    assert evaluation.failure is None
 
 
 def test_a_candidate_that_cannot_fit_is_not_built(
@@ -478,11 +491,13 @@ def test_a_candidate_that_cannot_fit_is_not_built(
     monkeypatch.setattr(Architecture, "build", None)
     monkeypatch.setattr("moenas.evaluate.flops.SMALL_PARAMS", 0)  # counted on the meta device
     for name in ("val_loss", "peak_memory"):
-        found, weights = evaluate(make_job("flops_per_token", name))
-        assert failure(found).kind == "out_of_memory"
-        assert re.search(r"needs at least .* of memory, .* has 0 MiB free", failure(found).message)
+        evaluation, weights = evaluate(make_job("flops_per_token", name))
+        assert failure(evaluation).kind == "out_of_memory"
+        assert re.search(
+            r"needs at least .* of memory, .* has 0 MiB free", failure(evaluation).message
+        )
         assert weights is None
-    assert "flops_per_token" in found.values
+    assert "flops_per_token" in evaluation.values
 
 
 HARM = '''"""Harms what it is shown."""
@@ -518,10 +533,12 @@ def test_an_objective_of_the_user_cannot_harm_the_others(
     before = dict(os.environ), os.getcwd()
     job = make_job(guests={"a_harm": source})
     job = replace(job, objectives={"a_harm": source, **dict.fromkeys(names), "z_harm": source})
-    found, same = evaluate(job)
-    assert found.failure is None
-    assert {name: found.values[name] for name in names} == clean.values
-    assert [row["train_loss"] for row in found.curve] == [row["train_loss"] for row in clean.curve]
+    evaluation, same = evaluate(job)
+    assert evaluation.failure is None
+    assert {name: evaluation.values[name] for name in names} == clean.values
+    assert [row["train_loss"] for row in evaluation.curve] == [
+        row["train_loss"] for row in clean.curve
+    ]
     assert weights is not None
     assert same is not None
     one, other = safetensors.torch.load(weights), safetensors.torch.load(same)
@@ -535,9 +552,9 @@ def test_an_objective_of_the_user_cannot_harm_the_others(
 def test_what_ends_an_interpreter_is_a_failure_of_the_candidate(
     make_job: MakeJob, call: str
 ) -> None:
-    found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
-    assert failure(found).kind == "error"
-    assert failure(found).message.startswith("objective 'x': x.py:10: ")
+    evaluation, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
+    assert failure(evaluation).kind == "error"
+    assert failure(evaluation).message.startswith("objective 'x': x.py:10: ")
 
 
 def test_names_of_a_timed_latency_are_kept_for_it(make_job: MakeJob) -> None:
@@ -553,9 +570,9 @@ def test_names_of_a_timed_latency_are_kept_for_it(make_job: MakeJob) -> None:
     guests = {
         name: HARM.format(needs="training", body=imports + body) for name, body in bodies.items()
     }
-    found, _ = evaluate(make_job(guests=guests))
-    assert found.failure is None
-    rows = found.measurements
+    evaluation, _ = evaluate(make_job(guests=guests))
+    assert evaluation.failure is None
+    rows = evaluation.measurements
     assert {name for name, row in rows.items() if "reference_key" in row} == {"timed", "same"}
     assert rows["own"]["own_reference_key"] == "cpu"
     assert rows["half"]["own_ratio"] > 0
@@ -568,15 +585,15 @@ def test_faults_of_the_machine_are_told_from_those_of_the_candidate(
         ("raise OSError(28, 'No space left on device', '/tmp/x')", "environment"),
         ("open('/no/such/file')", "error"),
     ]:
-        found, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
-        assert failure(found).kind == kind
+        evaluation, _ = evaluate(make_job(guests={"x": HARM.format(needs="cost", body=call)}))
+        assert failure(evaluation).kind == kind
     job = make_job("total_params")
     (tmp_path / "text.txt").write_text("another text\n" * 1000)
     assert failure(evaluate(job)[0]).kind == "environment"
     (tmp_path / "text.txt").unlink()
-    found, _ = evaluate(job)
-    assert failure(found).kind == "environment"
-    assert "text.txt" in failure(found).message
+    evaluation, _ = evaluate(job)
+    assert failure(evaluation).kind == "environment"
+    assert "text.txt" in failure(evaluation).message
 
 
 @pytest.mark.parametrize(
@@ -586,6 +603,8 @@ def test_faults_of_the_machine_are_told_from_those_of_the_candidate(
 def test_a_file_that_calls_a_former_method_measures_what_is_shipped(
     make_job: MakeJob, call: str, shipped: str
 ) -> None:
-    found, _ = evaluate(make_job(shipped, guests={"x": guest(f"subject.{call}", "model")}))
-    assert found.values["x"] == found.values[shipped]
-    assert found.measurements["x"] | {"unit": ""} == found.measurements[shipped] | {"unit": ""}
+    evaluation, _ = evaluate(make_job(shipped, guests={"x": guest(f"subject.{call}", "model")}))
+    assert evaluation.values["x"] == evaluation.values[shipped]
+    assert evaluation.measurements["x"] | {"unit": ""} == evaluation.measurements[shipped] | {
+        "unit": ""
+    }

@@ -44,9 +44,9 @@ def random_tokens(path: Path, count: int = 4000, high: int = 300, seed: int = 0)
 def test_what_a_corpus_lacks_is_told_at_its_place(
     tmp_path: Path, write: Callable[[Path], str], message: str
 ) -> None:
-    found = space({"tokens": write(tmp_path / "t.bin"), "vocab_size": 300})
+    parsed = space({"tokens": write(tmp_path / "t.bin"), "vocab_size": 300})
     with pytest.raises(DataError) as error:
-        check_report(found, 2)
+        check_report(parsed, 2)
     assert str(error.value).startswith("s.yaml:7:7: data")
     assert message in str(error.value)
 
@@ -86,9 +86,9 @@ def test_json_lines_that_are_read_as_bytes_are_told(tmp_path: Path) -> None:
     assert any(
         "is JSON Lines and is read as bytes" in n and "text_column: body" in n for n in notes
     )
-    found = check_report(space({"files": [str(path)], "text_column": "body"}), 2)
-    assert not any("JSON Lines" in note for note in found["notes"])
-    assert found["corpus"]["formats"] == {"JSON Lines": 1}
+    report = check_report(space({"files": [str(path)], "text_column": "body"}), 2)
+    assert not any("JSON Lines" in note for note in report["notes"])
+    assert report["corpus"]["formats"] == {"JSON Lines": 1}
 
 
 def test_how_often_training_reads_the_corpus_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import MakeJob, without_times
-from points import wide
+from wide_space import wide
 
 from moenas.evaluate.job import evaluate
 from moenas.model.architecture import Architecture
@@ -45,9 +45,11 @@ def assert_nothing_is_left(jobs: list[Job], first: int, growth: int) -> None:
     """From candidate `first` on no tensor more lives, and memory grows by `growth` at most."""
     tensors = memory = 0
     for number, job in enumerate(jobs):
-        found, _ = evaluate(job)
-        assert found.failure is None or found.failure.kind in ("diverged", "collapsed"), found
-        del found
+        evaluation, _ = evaluate(job)
+        assert evaluation.failure is None or evaluation.failure.kind in ("diverged", "collapsed"), (
+            evaluation
+        )
+        del evaluation
         if number == first:
             tensors, memory = live_tensors(), resident_bytes(os.getpid())
     assert live_tensors() <= tensors

@@ -353,10 +353,10 @@ def test_matrices_learn_slower_the_wider_and_inputs_do_not() -> None:
 
 
 def test_a_given_rate_is_taken_and_the_rule_is_scaled() -> None:
-    found = architecture()
-    assert learning_rate(found, replace(RECIPE, lr=0.123)) == 0.123
-    rule = learning_rate(found, replace(RECIPE, lr=None))
-    assert learning_rate(found, replace(RECIPE, lr=None, lr_scale=0.5)) == pytest.approx(rule / 2)
+    parsed = architecture()
+    assert learning_rate(parsed, replace(RECIPE, lr=0.123)) == 0.123
+    rule = learning_rate(parsed, replace(RECIPE, lr=None))
+    assert learning_rate(parsed, replace(RECIPE, lr=None, lr_scale=0.5)) == pytest.approx(rule / 2)
 
 
 # --- validation and routing --------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from points import wide
+from wide_space import wide
 
 from moenas.errors import SpaceError
 from moenas.grammar import sampling

@@ -32,9 +32,9 @@ def group(mixer: str, ffn: str) -> str:
 
 
 def broken(requirement: str, *groups: str) -> bool:
-    found = space(requirement, *groups)
-    plain = found.draw(lambda *_: None)  # there are no holes
-    return found.violations(found.architecture(plain))[requirement] > 0
+    parsed = space(requirement, *groups)
+    plain = parsed.draw(lambda *_: None)  # there are no holes
+    return parsed.violations(parsed.architecture(plain))[requirement] > 0
 
 
 @pytest.mark.parametrize("start", ["", "block."])

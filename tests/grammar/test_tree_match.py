@@ -6,7 +6,7 @@ from itertools import islice
 from typing import cast
 
 import pytest
-from points import wide
+from wide_space import wide
 
 from moenas.errors import SpaceError
 from moenas.grammar.sampling import RandomSuggest, drawn
@@ -57,9 +57,9 @@ def is_found(space: Space, architecture: Architecture) -> bool:
 def test_what_a_space_drew_is_its_own_point_without_a_mismatch() -> None:
     for space in (Space.load("tiny"), wide()):
         for one in draws(space, 60):
-            found = next(matches(space.tree, tree_of(one)))
-            assert found.mismatches == ()
-            assert fingerprint(space, found) == one.fingerprint
+            first = next(matches(space.tree, tree_of(one)))
+            assert first.mismatches == ()
+            assert fingerprint(space, first) == one.fingerprint
 
 
 def test_the_canonical_form_is_found_though_it_is_written_otherwise() -> None:
@@ -83,9 +83,9 @@ def test_a_pattern_is_found_however_its_layers_are_written(text: str) -> None:
         f"      blocks: [{{{LAYER} {{int: [32, 128], step: 32}}}}}},"
         f" {{{LAYER} {{choice: [96, 128]}}}}}}]\nobjectives: [total_params]\n"
     )
-    found = next(matches(space.tree, written(text)))
-    assert found.mismatches == ()
-    assert found.answers == {
+    first = next(matches(space.tree, written(text)))
+    assert first.mismatches == ()
+    assert first.answers == {
         "blocks.0.repeat": 2,
         "blocks.0.blocks.0.ffn.d_ff": 64,
         "blocks.0.blocks.1.ffn.d_ff": 128,
@@ -100,9 +100,9 @@ def test_layers_drawn_one_by_one_have_answers_of_their_own() -> None:
         "objectives: [total_params]\n"
     )
     text = "".join(f"- {{{LAYER} {width}}}}}\n" for width in (64, 32, 96, 96))
-    found = next(matches(space.tree, written(text)))
-    assert found.mismatches == ()
-    assert found.answers == {
+    first = next(matches(space.tree, written(text)))
+    assert first.mismatches == ()
+    assert first.answers == {
         "blocks.0.0.ffn.d_ff": 64,
         "blocks.0.1.ffn.d_ff": 32,
         "blocks.1.repeat": 2,
@@ -190,9 +190,9 @@ def test_the_error_names_the_value_that_is_outside_of_the_space(
 
 def test_plain_data_is_located_at_the_hole() -> None:
     plain: Plain = parse_yaml(MINE.replace("64", "128"), "mine.yaml").plain
-    found = next(matches(Space.parse(SPACE, "s.yaml").tree, read(Architecture, Node.wrap(plain))))
+    first = next(matches(Space.parse(SPACE, "s.yaml").tree, read(Architecture, Node.wrap(plain))))
     text = "s.yaml:3:12: architecture.d_model: 128 is not one of 64, 96 (s.yaml:3:12)"
-    assert str(found.error()) == text
+    assert str(first.error()) == text
 
 
 def test_a_named_layer_has_one_answer_for_all_its_uses() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from points import carry, stir
 from small_models import normed, parse, tokens
+from wide_space import carry, stir
 
 from moenas.model import FFN, Mixer, MoE
 from moenas.model.architecture import Architecture, Model

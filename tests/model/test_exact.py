@@ -25,11 +25,11 @@ from exact import (
     check_points,
     check_spellings,
 )
-from points import (
+from routers import router_of
+from wide_space import (
     point,
     wide,
 )
-from routers import router_of
 
 from moenas.errors import SpaceError
 from moenas.grammar.component import Component, Part, fields

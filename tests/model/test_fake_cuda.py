@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import NoCollisions, NoHostCopies, cuda_forms, fake_device
-from points import point
 from torch import Tensor, nn
+from wide_space import point
 
 from moenas.evaluate.latency import inference_copy, prepare
 from moenas.grammar import component
@@ -199,8 +199,8 @@ def test_every_kind_adds_up_in_one_order(name: str) -> None:
 
 
 def wide(number: int) -> Architecture | None:
-    found = point(number)
-    return None if found is None else Architecture.parse(found[0])
+    drawn = point(number)
+    return None if drawn is None else Architecture.parse(drawn[0])
 
 
 @pytest.mark.parametrize("number", [2])

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from points import difference, point, stir, trail
 from test_fake_cuda import CASES, case, small
 from torch import Tensor
+from wide_space import difference, point, stir, trail
 
 from moenas.data.corpus import Corpus
 from moenas.evaluate.device_steps import WARM_UP, DeviceSteps

@@ -45,8 +45,8 @@ def agree(module: nn.Module, wanted: Tensor, x: Tensor) -> None:
     """At once, and through a cache."""
     torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-5)
     cache = module.new_cache(len(x), x.shape[1])  # type: ignore[operator]
-    found = torch.cat([module(piece, cache) for piece in x.split([40, 1, x.shape[1] - 41], 1)], 1)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    joined = torch.cat([module(piece, cache) for piece in x.split([40, 1, x.shape[1] - 41], 1)], 1)
+    torch.testing.assert_close(joined, wanted, rtol=1e-4, atol=1e-5)
 
 
 def causal(length: int, window: int | None = None) -> Tensor:

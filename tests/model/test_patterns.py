@@ -230,8 +230,8 @@ def test_multipliers_soft_cap_bias_and_positions_do_what_they_say() -> None:
     wanted = 2 * torch.tanh(logits * 0.5 / 2)
     torch.testing.assert_close(model(tokens()), wanted)
     cache = model.new_cache(2, 12)
-    found = torch.cat([model(piece, cache) for piece in tokens().split([5, 1, 6], dim=1)], dim=1)
-    torch.testing.assert_close(found, wanted)
+    joined = torch.cat([model(piece, cache) for piece in tokens().split([5, 1, 6], dim=1)], dim=1)
+    torch.testing.assert_close(joined, wanted)
     with pytest.raises(ValueError, match="257 tokens; max_positions is 256"):
         model(tokens(257))
 

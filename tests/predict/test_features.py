@@ -24,20 +24,20 @@ MOE = {"kind": "moe", "n_experts": 8, "d_expert": 64}
 
 
 def test_a_number_is_the_mean_of_the_layers_that_have_it_and_a_word_their_share() -> None:
-    found = described(64, DENSE, MOE, MOE | {"n_experts": 4}, DENSE | {"d_ff": 256})
-    assert found["block.ffn.d_ff"] == 192
-    assert found["block.ffn.n_experts"] == 6
-    assert found["block.ffn=moe"] == found["block.ffn=dense"] == 0.5
-    assert found["architecture.n_layers"] == 4
-    assert found["architecture.d_model"] == 64
+    text = described(64, DENSE, MOE, MOE | {"n_experts": 4}, DENSE | {"d_ff": 256})
+    assert text["block.ffn.d_ff"] == 192
+    assert text["block.ffn.n_experts"] == 6
+    assert text["block.ffn=moe"] == text["block.ffn=dense"] == 0.5
+    assert text["architecture.n_layers"] == 4
+    assert text["architecture.d_model"] == 64
 
 
 def test_costs_are_logarithms() -> None:
-    found = described(64, DENSE)
+    text = described(64, DENSE)
     mixer = {"kind": "attention", "head_dim": 16}
     blocks = [{"mixer": mixer, "ffn": DENSE}]
     architecture = Architecture.parse({"vocab_size": 256, "d_model": 64, "blocks": blocks})
-    assert found["cost.params"] == pytest.approx(math.log2(1 + architecture.cost(64).params))
+    assert text["cost.params"] == pytest.approx(math.log2(1 + architecture.cost(64).params))
 
 
 def test_columns_are_from_0_to_1_and_leave_out_what_says_nothing_new() -> None:

@@ -16,9 +16,9 @@ LOSS = {"loss": "minimize"}
 def noise_of(groups: list[list[float]]) -> SeedNoise:
     values = {i: {"loss": group[0]} for i, group in enumerate(groups)}
     more = {i: [{"loss": x} for x in group[1:]] for i, group in enumerate(groups)}
-    found = seed_noise(values, more, ["loss"])
-    assert found is not None
-    return found
+    noise = seed_noise(values, more, ["loss"])
+    assert noise is not None
+    return noise
 
 
 def test_the_deviation_is_that_of_an_analysis_of_variance() -> None:
@@ -35,9 +35,9 @@ def test_the_deviation_is_that_of_an_analysis_of_variance() -> None:
 
 def test_the_noise_of_a_difference_is_that_of_a_t_test() -> None:
     a, b = [1.0, 1.3, 0.9], [1.2, 1.5, 1.1, 1.4]
-    found = noise_of([a, b])
+    noise = noise_of([a, b])
     interval = stats.ttest_ind(a, b).confidence_interval(0.95)
-    width = found.objectives["loss"].half_width(3, 4)
+    width = noise.objectives["loss"].half_width(3, 4)
     assert width == pytest.approx((interval.high - interval.low) / 2)
     alone = noise_of([a]).objectives["loss"].half_width(3)
     low, high = stats.t.interval(0.95, 2, np.mean(a), stats.sem(a))
@@ -75,11 +75,11 @@ def test_a_trial_of_one_seed_is_less_certain() -> None:
 def test_a_cost_has_no_noise_and_decides_alone() -> None:
     values = {i: {"loss": 1.0, "flops": float(i)} for i in range(3)}
     more = {i: [{"loss": 1.0 + j / 100, "flops": float(i)} for j in (1, 2)] for i in range(3)}
-    found = seed_noise(values, more, ["loss", "flops"])
-    assert found is not None
-    assert not found.is_noisy("flops")
-    assert found.objectives["flops"].half_width(3) == 0.0
-    chance = found.probabilities([0, 1, 2], {"loss": "minimize", "flops": "minimize"})
+    noise = seed_noise(values, more, ["loss", "flops"])
+    assert noise is not None
+    assert not noise.is_noisy("flops")
+    assert noise.objectives["flops"].half_width(3) == 0.0
+    chance = noise.probabilities([0, 1, 2], {"loss": "minimize", "flops": "minimize"})
     assert chance[0] == 1.0, "nothing is cheaper"
     assert chance[1] == pytest.approx(1 / 2, abs=0.03), "its loss is below that of one other"
     assert chance[2] == pytest.approx(1 / 3, abs=0.03)
@@ -90,9 +90,9 @@ def test_trials_that_are_far_away_change_nothing() -> None:
     far = {i: {"loss": 90.0, "flops": 1.0} for i in range(1, 40)}
     more = {0: [{"loss": 1.1, "flops": 5.0}, {"loss": 0.9, "flops": 5.0}]}
     directions = {"loss": "minimize", "flops": "minimize"}
-    found = seed_noise(near | far, more, list(directions))
-    assert found is not None
-    assert found.probabilities([0], directions) == {0: 1.0}
+    noise = seed_noise(near | far, more, list(directions))
+    assert noise is not None
+    assert noise.probabilities([0], directions) == {0: 1.0}
 
 
 def test_without_replicates_nothing_is_known() -> None:
@@ -101,17 +101,17 @@ def test_without_replicates_nothing_is_known() -> None:
 
 def test_equal_values_of_all_seeds_have_no_noise_and_no_rounding() -> None:
     values = {i: {"share": 0.1 + i / 7, "flops": 1.0} for i in range(20)}
-    found = seed_noise(values, {i: [row, row] for i, row in values.items()}, ["share", "flops"])
-    assert found is not None
-    assert not found.is_noisy("share")
-    assert found.means == values
+    noise = seed_noise(values, {i: [row, row] for i, row in values.items()}, ["share", "flops"])
+    assert noise is not None
+    assert not noise.is_noisy("share")
+    assert noise.means == values
 
 
 def test_with_few_degrees_of_freedom_far_trials_count_too() -> None:
     values = {0: {"loss": 1.0}, 1: {"loss": 1.0 - 12 * 0.1}}
-    found = seed_noise(values, {0: [{"loss": 1.0 + 0.1 * 2**0.5}]}, ["loss"])
-    assert found is not None
-    assert found.probabilities([0], {"loss": "minimize"})[0] > 0.0
+    noise = seed_noise(values, {0: [{"loss": 1.0 + 0.1 * 2**0.5}]}, ["loss"])
+    assert noise is not None
+    assert noise.probabilities([0], {"loss": "minimize"})[0] > 0.0
 
 
 @pytest.mark.parametrize(("further", "is_biased"), [(1, True), (2, False), (4, False)])
@@ -125,11 +125,11 @@ def test_two_further_seeds_make_the_mean_of_a_selected_trial_unbiased(
         losses = rng.normal(3.0, 0.1, 20)
         best = int(losses.argmin())
         more = [{"loss": float(x)} for x in rng.normal(3.0, 0.1, further)]
-        found = seed_noise({best: {"loss": float(losses[best])}}, {best: more}, ["loss"])
-        assert found is not None
-        assert found.seeds[best] == 1 + further
-        assert found.mean_seeds[best] == (2 if further == 1 else further)
-        means.append(found.means[best]["loss"])
+        noise = seed_noise({best: {"loss": float(losses[best])}}, {best: more}, ["loss"])
+        assert noise is not None
+        assert noise.seeds[best] == 1 + further
+        assert noise.mean_seeds[best] == (2 if further == 1 else further)
+        means.append(noise.means[best]["loss"])
     error = np.mean(means) - 3.0
     if is_biased:
         assert error == pytest.approx(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import made_up_views
 import moocore
 import numpy as np
 import pytest
-import views
-from shelf import shelve
+from stored_studies import shelve
 
 from moenas.errors import InputError
 from moenas.report.comparison import comparison_report, comparison_text
@@ -17,7 +17,7 @@ from moenas.store.row_readers import as_front
 
 
 def test_hypervolume_and_dominance_over_the_common_objectives() -> None:
-    a, b = as_front(views.view(30, 4)), as_front(views.view(20, 3))
+    a, b = as_front(made_up_views.view(30, 4)), as_front(made_up_views.view(20, 3))
     found = comparison_report(a, b)
     names = ["val_loss", "decode_ms", "flops_per_token"]
     assert list(found["objectives"]) == names
@@ -42,8 +42,8 @@ def test_hypervolume_and_dominance_over_the_common_objectives() -> None:
 
 
 def test_fronts_without_a_common_objective_or_a_member_are_refused(tmp_path: Path) -> None:
-    front = as_front(views.view(5, 2))
-    empty = shelve(tmp_path, views.view(0, 2, 0)).front_view("made_up")
+    front = as_front(made_up_views.view(5, 2))
+    empty = shelve(tmp_path, made_up_views.view(0, 2, 0)).front_view("made_up")
     with pytest.raises(InputError, match="its front is empty"):
         comparison_report(front, empty)
     for objective in empty.study.objectives:

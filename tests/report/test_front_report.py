@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import shelf
-import views
+import made_up_views
+import stored_studies
 
 from moenas.report.front_report import front_report, front_rows
 from moenas.report.summary import command_state, listed_studies
@@ -15,9 +15,9 @@ from moenas.store.submissions import StudyFilter
 
 
 def test_a_study_without_a_stored_end_has_one_state_everywhere(tmp_path: Path) -> None:
-    view = views.view(6, 2)
+    view = made_up_views.view(6, 2)
     done = replace(view, study=replace(view.study, trials=1))
-    store = shelf.shelve(tmp_path, done)
+    store = stored_studies.shelve(tmp_path, done)
     assert store.ended("made_up") is None
     assert command_state(store, "made_up") == "finished"
     assert [row["state"] for row in listed_studies(store)] == ["finished"]
@@ -28,8 +28,8 @@ def test_a_study_without_a_stored_end_has_one_state_everywhere(tmp_path: Path) -
 
 
 def test_the_rows_of_a_front_follow_from_its_report(tmp_path: Path) -> None:
-    view = views.view(6, 2)
-    store = shelf.shelve(tmp_path, view)
+    view = made_up_views.view(6, 2)
+    store = stored_studies.shelve(tmp_path, view)
     report = front_report(store, "made_up")
     assert [row["trial"] for row in front_rows(report)] == view.front
     assert all(

@@ -60,21 +60,21 @@ data: pydoc
 
 def checked(text: str, n_draws: int | None = None) -> tuple[dict[str, object], str]:
     """Return what `check` finds, through JSON and back, and its text."""
-    found = check_report(Space.parse(text, "s.yaml"), n_draws)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    return found, check_text(found)
+    report = check_report(Space.parse(text, "s.yaml"), n_draws)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    return report, check_text(report)
 
 
 def test_one_draw_is_enough() -> None:
-    found, text = checked(SPACE, 1)
-    assert (found["drawn"], found["feasible"]) == (1, 1)
+    value, text = checked(SPACE, 1)
+    assert (value["drawn"], value["feasible"]) == (1, 1)
     assert "1 of 1 random draws are feasible" in text
 
 
 def test_draws_without_a_feasible_one_are_told_and_more_are_looked_at() -> None:
-    found, text = checked(SPACE + "require: ['d_model < 200']", 20)
-    assert (found["drawn"], found["feasible"]) == (20, 0)
-    assert found["refused"] == {"d_model < 200": 20}
+    value, text = checked(SPACE + "require: ['d_model < 200']", 20)
+    assert (value["drawn"], value["feasible"]) == (20, 0)
+    assert value["refused"] == {"d_model < 200": 20}
     assert "refused 20 times: d_model < 200" in text
     assert "of the first feasible one that further draws gave" in text
     with pytest.raises(SpaceError, match="no architecture satisfies `require`"):
@@ -83,8 +83,8 @@ def test_draws_without_a_feasible_one_are_told_and_more_are_looked_at() -> None:
 
 def test_a_product_beyond_floats_is_the_largest_of_them() -> None:
     large = "*".join(["9" * 30] * 11)
-    found, _ = checked(SPACE + f"require: ['flops_per_token / 3 < {large}']", 5)
-    assert found["feasible"] == 5
+    value, _ = checked(SPACE + f"require: ['flops_per_token / 3 < {large}']", 5)
+    assert value["feasible"] == 5
     with pytest.raises(SpaceError, match="no architecture satisfies"):
         checked(SPACE + f"require: ['flops_per_token / 3 > {large}']", 5)
 
@@ -109,18 +109,18 @@ def varied(repeat: int) -> str:
 
 
 def test_more_points_than_can_be_printed_are_told_by_their_digits() -> None:
-    found, text = checked(varied(600), 2)
+    value, text = checked(varied(600), 2)
     layer = 32 * 64 * 500 * 100  # a head_dim is a multiple of 8
-    assert found["points"] == f"about 10^{int(600 * math.log10(layer))}"
-    assert str(found["points"]) in text.splitlines()[0]
-    assert len(json.dumps(found["points"])) < 20
+    assert value["points"] == f"about 10^{int(600 * math.log10(layer))}"
+    assert str(value["points"]) in text.splitlines()[0]
+    assert len(json.dumps(value["points"])) < 20
     few, _ = checked(varied(2), 2)
     assert few["points"] == layer**2
 
 
 def test_a_thousand_varied_layers_are_checked_in_seconds() -> None:
     began = time.process_time()
-    found, _ = checked(varied(1000))
-    assert found["drawn"] == found["feasible"] == 20
+    value, _ = checked(varied(1000))
+    assert value["drawn"] == value["feasible"] == 20
     assert time.process_time() - began < 8  # 2.5 s on a machine of its own
     assert checked(SPACE)[0]["drawn"] == 200

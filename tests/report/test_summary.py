@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import shelf
-import views
+import made_up_views
+import stored_studies
 
 from moenas.records import View
 from moenas.report import summary
@@ -14,7 +14,7 @@ from moenas.report.front_report import front_caption
 
 
 def one(**changes: object) -> View:
-    view = views.view(3, 2, n_failed=0)
+    view = made_up_views.view(3, 2, n_failed=0)
     trial = view.front[0]
     changed = [
         replace(e, **changes) if e.trial == trial else e  # type: ignore[arg-type]
@@ -24,7 +24,7 @@ def one(**changes: object) -> View:
 
 
 def shown(folder: Path, view: View) -> str:
-    store = shelf.shelve(folder, view)
+    store = stored_studies.shelve(folder, view)
     return summary.trial_text(summary.trial_report(store, "made_up", view.front[0]))
 
 

@@ -20,13 +20,13 @@ TINY = ["objectives=[val_loss, flops_per_token]"]
 
 
 def trial(space: Space, number: int, params: dict, *, state=TrialState.COMPLETE) -> FrozenTrial:
-    found = point(space, 0, params)
-    assert found is not None
+    drawn = point(space, 0, params)
+    assert drawn is not None
     made = create_trial(
         state=state,
         params=params,
         distributions={name: CategoricalDistribution([value]) for name, value in params.items()},
-        values=losses(space, found) if state == TrialState.COMPLETE else None,
+        values=losses(space, drawn) if state == TrialState.COMPLETE else None,
     )
     made.number = number
     made.datetime_complete = START + timedelta(seconds=number)

@@ -115,10 +115,10 @@ def test_any_number_of_objectives_may_be_exact(objectives: str) -> None:
     space = Space.load("tiny", [f"objectives={objectives}"])
     draw, trials = random.Random(1), list[FrozenTrial]()
     for number in range(INITIAL):
-        found = drawn(space, draw)
-        one = trial(space, number, found)
+        architecture = drawn(space, draw)
+        one = trial(space, number, architecture)
         known = {"val_loss": one.values[0], "decode_ms": 1e-6 * one.values[1]}
-        cost = space.cost(found.architecture)
+        cost = space.cost(architecture.architecture)
         one.values = [known.get(o.name, o.exact_value(cost)) for o in space.objectives]
         trials.append(one)
     params = GrayBox(space).propose(INITIAL, trials)
@@ -132,10 +132,10 @@ def test_a_point_keeps_its_own_parameters() -> None:
     asked, draw = GrayBox(space), random.Random(0)
     known: dict[str, Point] = {}
     for _ in range(300):
-        found = drawn(space, draw)
-        asked._describe(found)
-        known.setdefault(found.architecture.fingerprint, found)
-        assert asked._describe(found).point is found
+        architecture = drawn(space, draw)
+        asked._describe(architecture)
+        known.setdefault(architecture.architecture.fingerprint, architecture)
+        assert asked._describe(architecture).point is architecture
 
 
 def test_a_space_of_one_architecture_has_nothing_to_learn() -> None:

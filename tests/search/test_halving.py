@@ -31,8 +31,8 @@ def rungs_of(
 
 def ends(rungs: Rungs, losses: dict[int, float]) -> None:
     for trial, loss in losses.items():
-        found = Evaluation("s", trial, 1, "complete", "", metrics={"val_loss": loss})
-        rungs.complete[trial] = found
+        evaluation = Evaluation("s", trial, 1, "complete", "", metrics={"val_loss": loss})
+        rungs.complete[trial] = evaluation
 
 
 def by_hand(points: list[tuple[float, float]]) -> list[int]:

@@ -29,13 +29,13 @@ def test_a_neighbour_differs_in_one_hole_and_what_depends_on_it() -> None:
     parent = next(p for seed in range(9) if (p := point(space, seed)) is not None)
     changed = set()
     for seed in range(60):
-        found = neighbour(space, parent.params, seed)
-        assert found is not None
-        shared = parent.params.keys() & found.params.keys()
-        (name,) = [n for n in shared if parent.params[n] != found.params[n]]
+        moved = neighbour(space, parent.params, seed)
+        assert moved is not None
+        shared = parent.params.keys() & moved.params.keys()
+        (name,) = [n for n in shared if parent.params[n] != moved.params[n]]
         changed.add(name)
         # A hole that exists in one of the two alone stands under the one that changed.
-        for other in parent.params.keys() ^ found.params.keys():
+        for other in parent.params.keys() ^ moved.params.keys():
             assert other.startswith(name)
     assert changed == set(parent.params)
 

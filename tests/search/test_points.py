@@ -44,5 +44,5 @@ def test_a_stored_parameter_without_effect_is_no_neighbour() -> None:
     assert held is not None
     assert held.params == {HELD: 0}
     for seed in range(10):
-        found = neighbour(space, {HELD: 0, DEAD: 16}, seed)
-        assert found is None or found.params[HELD] == 1
+        moved = neighbour(space, {HELD: 0, DEAD: 16}, seed)
+        assert moved is None or moved.params[HELD] == 1

@@ -54,13 +54,13 @@ def architectures(found: Study) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_evaluates_them_first_and_once(sampler: str, jobs: list[Job]) -> None:
     small = space(SMALL).with_search(sampler=sampler, start_from=(mine(32, 2), mine(16, 1)))
-    found = run(small, trials=3, workers="inline")
-    assert architectures(found)[:2] == [(32, 2), (16, 1)]
-    assert sources(found) == {0: "./mine_32_2.yaml", 1: "./mine_16_1.yaml"}
-    found = run(small, trials=5, workers="inline")
-    assert_sound(found, 5)
-    assert sources(found) == {0: "./mine_32_2.yaml", 1: "./mine_16_1.yaml"}
-    text = trial_text(trial_report(found.store, "s", 1))
+    study = run(small, trials=3, workers="inline")
+    assert architectures(study)[:2] == [(32, 2), (16, 1)]
+    assert sources(study) == {0: "./mine_32_2.yaml", 1: "./mine_16_1.yaml"}
+    study = run(small, trials=5, workers="inline")
+    assert_sound(study, 5)
+    assert sources(study) == {0: "./mine_32_2.yaml", 1: "./mine_16_1.yaml"}
+    text = trial_text(trial_report(study.store, "s", 1))
     assert "enqueued from ./mine_16_1.yaml" in text
 
 
@@ -68,9 +68,9 @@ def test_the_list_may_grow_between_two_runs(jobs: list[Job]) -> None:
     first = space(SMALL).with_search(start_from=(mine(32, 2),))
     run(first, trials=1, workers="inline")
     more = space(SMALL).with_search(start_from=(mine(32, 2), mine(24, 1)))
-    found = run(more, trials=3, workers="inline")
-    assert architectures(found)[:2] == [(32, 2), (24, 1)]
-    assert_sound(found, 3)
+    study = run(more, trials=3, workers="inline")
+    assert architectures(study)[:2] == [(32, 2), (24, 1)]
+    assert_sound(study, 3)
 
 
 def test_a_killed_run_enqueues_none_twice() -> None:
@@ -83,10 +83,10 @@ def test_a_killed_run_enqueues_none_twice() -> None:
         run(wanted, trials=4, pool=scripted(stop))
     states = [t.state.name for t in load_study("s").optuna.trials]
     assert states == ["RUNNING", "RUNNING", "WAITING"]
-    found = run(wanted, trials=4, pool=scripted(lambda job: fake(job)[0]))
-    assert_sound(found, 4)
-    assert architectures(found)[:3] == [(32, 2), (16, 1), (24, 2)]
-    assert list(sources(found)) == [0, 1, 2]
+    study = run(wanted, trials=4, pool=scripted(lambda job: fake(job)[0]))
+    assert_sound(study, 4)
+    assert architectures(study)[:3] == [(32, 2), (16, 1), (24, 2)]
+    assert list(sources(study)) == [0, 1, 2]
 
 
 def test_a_model_of_the_zoo_is_a_point_of_a_space_around_it() -> None:
@@ -100,11 +100,11 @@ def test_a_model_of_the_zoo_is_a_point_of_a_space_around_it() -> None:
 def test_the_front_of_another_study_is_mapped_by_its_architectures(jobs: list[Job]) -> None:
     other = run(space(SMALL, name="other"), trials=6, workers="inline")
     members = [other.store.architecture("other", m.trial) for m in other.front()]
-    found = run(space().with_search(start_from=("study:other",)), trials=6, workers="inline")
-    plains = [found.store.architecture("s", i) for i in range(len(members))]
+    study = run(space().with_search(start_from=("study:other",)), trials=6, workers="inline")
+    plains = [study.store.architecture("s", i) for i in range(len(members))]
     assert plains == members
     wanted = {i: f"study:other trial {m.trial}" for i, m in enumerate(other.front())}
-    assert sources(found) == wanted
+    assert sources(study) == wanted
 
 
 def test_an_export_and_the_output_of_show_are_architectures(jobs: list[Job]) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import made_up_views
 import pandas
 import pytest
-import shelf
-import views
+import stored_studies
 from served import SMALL, Served, listening, served
 
 import moenas
@@ -25,13 +25,13 @@ from moenas.study.launch import load_study
 
 pytestmark = pytest.mark.integration
 
-VIEW = views.view(9, 2)
+VIEW = made_up_views.view(9, 2)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("client")
-    shelf.shelve(folder, VIEW)
+    stored_studies.shelve(folder, VIEW)
     with served(folder, requests_per_s=1e6, burst=10**6) as found:
         yield found
 

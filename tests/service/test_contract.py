@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 from served import listening, served
 
 pytestmark = pytest.mark.integration
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> Path:
     "phases", ["examples,coverage", pytest.param("fuzzing", marks=pytest.mark.slow)]
 )
 def test_every_answer_is_in_the_document(tmp_path: Path, config: Path, phases: str) -> None:
-    shelf.shelve(tmp_path, views.view(4, 2))
+    stored_studies.shelve(tmp_path, made_up_views.view(4, 2))
     with (
         served(tmp_path, requests_per_s=1e6, burst=10**6) as one,
         listening(one.service) as address,

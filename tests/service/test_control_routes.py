@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 from served import SMALL, Served, served
 
 from moenas.service.space_rules import is_below
@@ -23,7 +23,7 @@ NEW = Submission("x", "submitter", SMALL, [], trials=2, priority=0, state="queue
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("control")
-    shelf.shelve(folder, views.view(3, 2))
+    stored_studies.shelve(folder, made_up_views.view(3, 2))
     root = folder / "data"
     root.mkdir()
     (root / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(2000)))
@@ -40,9 +40,9 @@ def put(one: Served, name: str, user: str = "submitter", **changes: Any) -> None
 
 
 def test_a_valid_space_is_described(one: Served) -> None:
-    found = one.send("POST", "/v1/spaces/check", json={"space": SMALL, "draws": 5})
-    assert found.status_code == 200, found.text
-    body = found.json()
+    reply = one.send("POST", "/v1/spaces/check", json={"space": SMALL, "draws": 5})
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
     assert (body["name"], body["points"], body["drawn"]) == ("small", 6, 5)
     assert body["estimate"]["candidates"] == 2
     with_override = {"space": SMALL, "overrides": ["search.trials=7"], "draws": 5}
@@ -69,10 +69,10 @@ BROKEN = {
 def test_an_error_has_its_place_as_fields(
     one: Served, path: str, text: str, line: int, column: int, says: str
 ) -> None:
-    found = one.send("POST", path, json={"space": text})
-    assert found.status_code == 422, found.text
-    assert found.headers["content-type"] == "application/problem+json"
-    (error,) = found.json()["errors"]
+    reply = one.send("POST", path, json={"space": text})
+    assert reply.status_code == 422, reply.text
+    assert reply.headers["content-type"] == "application/problem+json"
+    (error,) = reply.json()["errors"]
     assert (error["line"], error["column"]) == (line, column), error
     assert says in error["message"]
     assert one.service.store.query(lambda c: submissions.find(c, "small")) is None
@@ -89,9 +89,9 @@ def test_an_error_has_its_place_as_fields(
 )
 def test_an_override_is_held_to_the_same_rules(one: Served, override: str) -> None:
     text = SMALL.replace("data: pydoc", "data: {kind: pydoc}")
-    found = one.send("POST", "/v1/studies", json={"space": text, "overrides": [override]})
-    assert found.status_code == 422, found.text
-    assert "server" in found.json()["detail"] or "--data-root" in found.json()["detail"]
+    reply = one.send("POST", "/v1/studies", json={"space": text, "overrides": [override]})
+    assert reply.status_code == 422, reply.text
+    assert "server" in reply.json()["detail"] or "--data-root" in reply.json()["detail"]
 
 
 def test_a_path_with_a_null_byte_is_below_no_folder(tmp_path: Path) -> None:
@@ -104,13 +104,13 @@ def test_a_link_out_of_the_data_root_is_not_followed(one: Served) -> None:
     (root / "link.txt").symlink_to("/etc/passwd")
     for name in ("/link.txt", "/*.txt", ""):
         text = SMALL.replace("data: pydoc", f"data: {{files: ['{root}{name}']}}")
-        found = one.send("POST", "/v1/spaces/check", json={"space": text, "draws": 2})
-        assert found.status_code == 422, name
-        assert "--data-root" in found.json()["detail"]
+        reply = one.send("POST", "/v1/spaces/check", json={"space": text, "draws": 2})
+        assert reply.status_code == 422, name
+        assert "--data-root" in reply.json()["detail"]
     (root / "link.txt").unlink()
     text = SMALL.replace("data: pydoc", f"data: {{files: ['{root}/*.txt']}}")
-    found = one.send("POST", "/v1/spaces/check", json={"space": text, "draws": 2})
-    assert found.status_code == 200, found.text
+    reply = one.send("POST", "/v1/spaces/check", json={"space": text, "draws": 2})
+    assert reply.status_code == 200, reply.text
 
 
 def test_a_study_is_submitted_once_for_each_key(one: Served) -> None:
@@ -162,7 +162,7 @@ def test_verbs_change_the_state(one: Served) -> None:
 def test_a_study_is_deleted_only_when_it_is_confirmed(one: Served) -> None:
     store = one.service.store
     put(one, "gone")
-    store.create_study(replace(views.view(0).study, name="gone", reference_point={}))
+    store.create_study(replace(made_up_views.view(0).study, name="gone", reference_point={}))
     weights = weights_path(store.runs, "gone", 0)
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"x")
@@ -210,8 +210,8 @@ def test_a_running_study_is_not_deleted(one: Served) -> None:
 
 def test_bodies_of_other_shapes_are_problems(one: Served, tmp_path: Path) -> None:
     for body in ({}, {"space": 3}, {"space": SMALL, "extra": 1}, [], {"space": SMALL, "draws": 0}):
-        found = one.send("POST", "/v1/spaces/check", json=body)
-        assert found.status_code == 422
-        assert found.json()["errors"][0]["path"].startswith("body")
-    found = one.send("POST", "/v1/spaces/check", content=b"\xff\xfe{")
-    assert found.status_code == 422
+        reply = one.send("POST", "/v1/spaces/check", json=body)
+        assert reply.status_code == 422
+        assert reply.json()["errors"][0]["path"].startswith("body")
+    reply = one.send("POST", "/v1/spaces/check", content=b"\xff\xfe{")
+    assert reply.status_code == 422

@@ -59,10 +59,10 @@ def assert_problem(response: Any, status: int) -> None:
 
 
 def test_the_routes_are_those_of_the_api(one: Served) -> None:
-    found = routes(one)
-    assert len(found) > 25
-    assert ("DELETE", "/v1/studies/x") in found
-    assert ("GET", "/v1/studies/x/trials/0/export") in found
+    paths = routes(one)
+    assert len(paths) > 25
+    assert ("DELETE", "/v1/studies/x") in paths
+    assert ("GET", "/v1/studies/x/trials/0/export") in paths
     typed = 0
     for route in routes_of(server.create_api(one.service)):
         if isinstance(route, APIRoute) and route.include_in_schema:
@@ -125,9 +125,9 @@ def test_every_route_refuses_a_page_of_another_origin(one: Served) -> None:
 
 
 def test_every_route_refuses_a_wrong_method(one: Served) -> None:
-    found = routes(one)
-    for path in sorted({path for _, path in found}):
-        allowed = {method for method, each in found if each == path} | {"HEAD", "OPTIONS"}
+    paths = routes(one)
+    for path in sorted({path for _, path in paths}):
+        allowed = {method for method, each in paths if each == path} | {"HEAD", "OPTIONS"}
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - allowed:
             if path.startswith(("/dashboard", "/api", "/static", "/assets")):
                 continue  # another application answers below these
@@ -167,9 +167,9 @@ def test_a_token_ends_when_it_is_revoked_or_expires(one: Served) -> None:
 
 
 def test_a_link_logs_a_browser_in_once(one: Served) -> None:
-    found = one.send("POST", "/v1/login-links", "submitter")
-    assert found.status_code == 201
-    path = found.json()["path"]
+    reply = one.send("POST", "/v1/login-links", "submitter")
+    assert reply.status_code == 201
+    path = reply.json()["path"]
     first = one.send("GET", path, None)
     assert first.status_code == 303
     cookie = first.headers["set-cookie"]
@@ -193,9 +193,9 @@ def test_a_link_logs_a_browser_in_once(one: Served) -> None:
 
 def test_a_session_ends_with_its_token(one: Served) -> None:
     text = one.token("kim", "submitter")
-    found = one.send("POST", "/login", None, data={"token": text}, headers={"Origin": HOST})
-    assert found.status_code == 303
-    value = {"Cookie": found.headers["set-cookie"].partition(";")[0]}
+    reply = one.send("POST", "/login", None, data={"token": text}, headers={"Origin": HOST})
+    assert reply.status_code == 303
+    value = {"Cookie": reply.headers["set-cookie"].partition(";")[0]}
     one.client.cookies.clear()
     assert one.send("GET", "/v1/studies", None, headers=value).status_code == 200
     one.client.cookies.clear()

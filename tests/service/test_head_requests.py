@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 from served import Served, listening, served
 
 from moenas.service.sessions import Identity
 
-VIEW = views.view(5, 2)
+VIEW = made_up_views.view(5, 2)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("head")
-    shelf.shelve(folder, VIEW)
+    stored_studies.shelve(folder, VIEW)
     with served(folder, requests_per_s=1e6, burst=10**6) as found:
         yield found
 

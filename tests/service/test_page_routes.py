@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import browser
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 from served import SMALL, Served, listening, served
 
 from moenas.report.front_report import front_report, front_rows
@@ -22,7 +22,7 @@ from moenas.store.submissions import Submission
 
 pytestmark = pytest.mark.integration
 
-VIEW = views.view(12, 3, n_failed=2)
+VIEW = made_up_views.view(12, 3, n_failed=2)
 EVIL = "<img src=x onerror=alert(1)>"
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("pages")
-    shelf.shelve(folder, VIEW)
+    stored_studies.shelve(folder, VIEW)
     with served(folder, requests_per_s=1e6, burst=10**6) as found:
         new = Submission("waits", "ann", SMALL, [], trials=2, priority=3, state="queued")
         found.service.store.transact(
@@ -73,7 +73,7 @@ def test_pages_hold_what_the_store_says_before_any_script(one: Served) -> None:
 
 def test_the_front_has_the_intervals_that_the_command_line_prints(tmp_path: Path) -> None:
     """The front in a page against the rows of `moenas front`, with two further seeds of a member."""
-    store = shelf.shelve(tmp_path, VIEW)
+    store = stored_studies.shelve(tmp_path, VIEW)
     first = VIEW.front[0]
     own = next(e for e in VIEW.evaluations if e.trial == first)
     for seed, more in ((own.seed + 1, 0.02), (own.seed + 2, 0.05)):
@@ -120,8 +120,8 @@ def test_assets_are_those_of_installed_packages(one: Served) -> None:
 
 def test_a_browser_without_a_login_is_sent_to_it(one: Served) -> None:
     asked = {"Accept": "text/html,application/xhtml+xml"}
-    found = one.send("GET", "/studies/made_up", None, headers=asked)
-    assert (found.status_code, found.headers["location"]) == (303, "/login")
+    reply = one.send("GET", "/studies/made_up", None, headers=asked)
+    assert (reply.status_code, reply.headers["location"]) == (303, "/login")
     assert "<form" in one.send("GET", "/login", None).text
 
 

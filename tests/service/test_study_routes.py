@@ -10,23 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_views
 import pytest
-import shelf
-import views
+import stored_studies
 from served import Served, served
 
 from moenas.records import Evaluation
 from moenas.store import study_events
 from moenas.store.store import Store
 
-VIEW = views.view(12, 3, n_failed=2)
+VIEW = made_up_views.view(12, 3, n_failed=2)
 NAME = "/v1/studies/made_up"
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("routes")
-    shelf.shelve(folder, VIEW)
+    stored_studies.shelve(folder, VIEW)
     with served(folder, requests_per_s=1e6, burst=10**6) as found:
         yield found
 
@@ -91,8 +91,8 @@ def test_trials_come_in_pages_that_hold_each_once(one: Served) -> None:
 
 
 def test_a_trial_has_no_number_that_json_does_not_have(one: Served) -> None:
-    found = one.send("GET", f"{NAME}/trials/12", "viewer")
-    body = json.loads(found.text, parse_constant=lambda word: pytest.fail(word))
+    reply = one.send("GET", f"{NAME}/trials/12", "viewer")
+    body = json.loads(reply.text, parse_constant=lambda word: pytest.fail(word))
     assert body["failure"]["message"] == "loss is nan"
     assert body["curve"][-1].get("train_loss") is None
     whole = get(one, f"{NAME}/trials/0")

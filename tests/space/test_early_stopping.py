@@ -30,10 +30,10 @@ def text(stopping: str, objectives: str = "[val_loss]") -> str:
 def test_a_bare_word_takes_the_defaults_and_gets_rungs(
     written: str, expected: object, rungs: int
 ) -> None:
-    found = Space.parse(text(written), "s.yaml")
-    assert found.search.early_stopping == expected
-    assert found.train.rungs == rungs
-    assert found.plain()["train"]["rungs"] == rungs
+    parsed = Space.parse(text(written), "s.yaml")
+    assert parsed.search.early_stopping == expected
+    assert parsed.train.rungs == rungs
+    assert parsed.plain()["train"]["rungs"] == rungs
     again = Space.parse(text(written), "s.yaml", ["train.rungs=5"])
     assert again.train.rungs == 5
 

@@ -81,10 +81,10 @@ def test_the_width_is_the_nearest_of_all(cost: str, seed: int, share: float, ste
         costs[width] = one.cost(1024).plain()[cost]
     target = max(1, int(costs[step] + share * (costs[384] - costs[step])))
     nearest = min(costs, key=lambda width: (abs(costs[width] - target), width))
-    found = space(f"{cost}: {target}, multiple_of: {step}", MOE + "train: {context: 1024}\n")
-    drawn = found.draw(RandomSuggest(seed))
+    parsed = space(f"{cost}: {target}, multiple_of: {step}", MOE + "train: {context: 1024}\n")
+    drawn = parsed.draw(RandomSuggest(seed))
     assert drawn["blocks"][0]["ffn"]["d_expert"] == nearest or share > 1
-    assert abs(found.cost(found.drawn(RandomSuggest(seed))).plain()[cost] - target) <= abs(
+    assert abs(parsed.cost(parsed.drawn(RandomSuggest(seed))).plain()[cost] - target) <= abs(
         costs[nearest] - target
     )
 

@@ -220,8 +220,8 @@ def test_check_counts_without_building_a_model(
     with pytest.raises(SystemExit) as end:
         app(["check", "zoo/kimi_k2", "-o", "json"])
     assert not end.value.code
-    found = json.loads(capsys.readouterr().out)
-    assert (found["params"], found["active_params"]) == COUNTS["kimi_k2"][:2]
+    parsed = json.loads(capsys.readouterr().out)
+    assert (parsed["params"], parsed["active_params"]) == COUNTS["kimi_k2"][:2]
 
 
 def test_the_page_of_the_zoo_is_what_its_command_prints() -> None:

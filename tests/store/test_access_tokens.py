@@ -23,8 +23,8 @@ def create(store: Store, name: str, until: str | None = None) -> str:
 
 
 def check(store: Store, text: str) -> str | None:
-    found = store.query(lambda c: access_tokens.checked(c, text))
-    return None if found is None else found.user_name
+    rows = store.query(lambda c: access_tokens.checked(c, text))
+    return None if rows is None else rows.user_name
 
 
 def test_a_token_is_known_by_all_of_its_text(store: Store) -> None:

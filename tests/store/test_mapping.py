@@ -66,15 +66,15 @@ def test_a_long_curve_keeps_its_ends(tmp_path: Path) -> None:
 def test_curves_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     known = replace(FULL, failure=None)
     store = stored(tmp_path, replace(known, fingerprint="f3"))
-    (found,) = store.evaluations("x")
-    assert "curve" not in found.__dict__
-    assert "routing" not in found.__dict__
-    assert found.curve == known.curve
-    assert "routing" not in found.__dict__
-    assert found == store.evaluation("x", 3)
-    assert store.evaluation("x", 3) == found
-    assert replace(found, trial=9).routing == known.routing
+    (rows,) = store.evaluations("x")
+    assert "curve" not in rows.__dict__
+    assert "routing" not in rows.__dict__
+    assert rows.curve == known.curve
+    assert "routing" not in rows.__dict__
+    assert rows == store.evaluation("x", 3)
+    assert store.evaluation("x", 3) == rows
+    assert replace(rows, trial=9).routing == known.routing
     view = store.view("x")
     assert "evaluations" not in view.__dict__
-    assert view.evaluations == [found]
+    assert view.evaluations == [rows]
     assert view.architectures == {3: {"d_model": 3}}

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy
+from concurrency import claim_and_record, open_empty, tell, together
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from together import claim_and_record, open_empty, tell, together
 
 from moenas import pareto
 from moenas.errors import (
@@ -151,11 +151,14 @@ def test_a_failure_is_stored_whatever_it_says(store):
         measurements={"speed": {"spread": -math.inf}},
     )
     assert store.record(bad)
-    found = store.evaluation("x", 0)
-    assert found.failure.message == "NUL \\x00, half a pair \\ud800"
-    assert found.failure.traceback == "\u00df"
-    assert (found.values, found.metrics) == ({"speed": 2.0}, {"train_loss": None})
-    assert (found.curve, found.measurements) == ([{"tokens": 1}], {"speed": {"spread": None}})
+    evaluation = store.evaluation("x", 0)
+    assert evaluation.failure.message == "NUL \\x00, half a pair \\ud800"
+    assert evaluation.failure.traceback == "\u00df"
+    assert (evaluation.values, evaluation.metrics) == ({"speed": 2.0}, {"train_loss": None})
+    assert (evaluation.curve, evaluation.measurements) == (
+        [{"tokens": 1}],
+        {"speed": {"spread": None}},
+    )
 
 
 @pytest.mark.parametrize("name", ["x", "gr\u00f6\u00dfe \u2713 'quoted\" -- ; DROP", "n" * 512])
@@ -269,12 +272,12 @@ def expected(values):
 def check_front(store, values, name="x"):
     corner, steps, on = expected(values)
     assert list(store.study(name).reference_point.values()) == corner
-    found = store.history(name)
-    assert [replace(s, hypervolume=0.0) for s in found] == [
+    points = store.history(name)
+    assert [replace(s, hypervolume=0.0) for s in points] == [
         replace(s, hypervolume=0.0) for s in steps
     ]
-    assert [s.hypervolume for s in found] == pytest.approx([s.hypervolume for s in steps])
-    assert store.front_summary(name) == FrontSummary(found[-1].size, found[-1].hypervolume)
+    assert [s.hypervolume for s in points] == pytest.approx([s.hypervolume for s in steps])
+    assert store.front_summary(name) == FrontSummary(points[-1].size, points[-1].hypervolume)
     best_first = [values[trial][0] for trial in store.front(name)]
     assert sorted(store.front(name)) == on
     assert best_first == sorted(best_first)
@@ -461,11 +464,11 @@ def test_of_two_that_claim_and_record_at_once_one_wins(store, url):
     (claimed, fixed), (claimed_too, fixed_too) = together(claim_and_record, url, 2, rounds)
     assert claimed == [not other for other in claimed_too]
     assert fixed == fixed_too
-    found = store.evaluations("x")
-    assert [e.trial for e in found] == list(range(rounds))
+    rows = store.evaluations("x")
+    assert [e.trial for e in rows] == list(range(rounds))
     order = [point.trial for point in store.history("x")]
     assert sorted(order) == list(range(rounds))
-    stored = {e.trial: [e.values["val_loss"], e.values["speed"]] for e in found}
+    stored = {e.trial: [e.values["val_loss"], e.values["speed"]] for e in rows}
     _, steps, on = expected([stored[trial] for trial in order])
     assert sorted(order[row] for row in on) == sorted(store.front("x"))
     volumes = [point.hypervolume for point in store.history("x")]

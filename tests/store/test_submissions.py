@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from together import append_events, claim_submissions, together
+from concurrency import append_events, claim_submissions, together
 
 from moenas.errors import ConflictError, InputError, NotFoundError
 from moenas.records import Evaluation, Failure, StudyRecord
@@ -26,13 +26,13 @@ def store(database_url: str) -> Store:
 def submit(store: Store, name: str, user: str = "ann", **more: Any) -> Submission:
     key, sha256 = more.pop("key", None), more.pop("sha256", "a" * 64)
     new = replace(NEW, study=name, user_name=user, **more)
-    found, _ = store.transact(lambda c: submissions.submit(c, new, key=key, request_sha256=sha256))
-    return found
+    row, _ = store.transact(lambda c: submissions.submit(c, new, key=key, request_sha256=sha256))
+    return row
 
 
 def claim(store: Store, runner: str) -> str | None:
-    found = store.transact(lambda c: submissions.claim_next(c, runner, leases.clock(c)))
-    return None if found is None else found.study
+    row = store.transact(lambda c: submissions.claim_next(c, runner, leases.clock(c)))
+    return None if row is None else row.study
 
 
 def end(store: Store, name: str, runner: str, **changes: Any) -> None:
@@ -44,9 +44,9 @@ def state(store: Store, name: str) -> str:
 
 
 def kinds(store: Store, name: str) -> list[str]:
-    found = store.query(lambda c: study_events.after(c, name, 0))
-    assert [event.id for event in found] == list(range(1, len(found) + 1))
-    return [event.kind for event in found]
+    rows = store.query(lambda c: study_events.after(c, name, 0))
+    assert [event.id for event in rows] == list(range(1, len(rows) + 1))
+    return [event.kind for event in rows]
 
 
 def test_a_repeat_with_the_same_key_submits_nothing(store: Store) -> None:
@@ -102,9 +102,9 @@ def test_of_servers_that_claim_at_once_each_study_goes_to_one(
 
 def test_events_of_many_writers_have_no_gap_and_none_twice(store: Store, database_url: str) -> None:
     together(append_events, database_url, 3, 15)
-    found = store.query(lambda c: study_events.after(c, "x", 0))
-    assert [event.id for event in found] == list(range(1, 46))
-    told = [tuple(event.data["of"]) for event in found]
+    rows = store.query(lambda c: study_events.after(c, "x", 0))
+    assert [event.id for event in rows] == list(range(1, 46))
+    told = [tuple(event.data["of"]) for event in rows]
     assert len(set(told)) == 45
     for writer in range(3):
         assert [i for w, i in told if w == writer] == list(range(15))
@@ -149,8 +149,8 @@ def test_a_driver_that_ends_after_a_pause_leaves_it_paused(store: Store) -> None
     assert claim(store, runner) == "x"
     store.transact(lambda c: submissions.pause(c, "x", "ann"))
     end(store, "x", runner, state="failed", reason="must not be asked")
-    found = store.query(lambda c: submissions.require(c, "x"))
-    assert (found.state, found.runner, found.reason) == ("paused", None, None)
+    rows = store.query(lambda c: submissions.require(c, "x"))
+    assert (rows.state, rows.runner, rows.reason) == ("paused", None, None)
     assert kinds(store, "x")[-1] == "driver_ended"
 
 
@@ -197,10 +197,10 @@ def test_pages_hold_each_study_once(store: Store) -> None:
     assert sorted(seen) == sorted(["by-command", *(f"s{i}" for i in range(7))])
 
     def filtered(**wanted: Any) -> set[str]:
-        found = store.query(
+        rows = store.query(
             lambda c: submissions.page(c, StudyFilter(**wanted), after=None, limit=50)
         )
-        return {each.study for each in found}
+        return {each.study for each in rows}
 
     assert filtered(user_name="ann") == {"s1", "s3", "s5"}
     assert filtered(contains="COMM") == {"by-command"}
@@ -231,9 +231,9 @@ def test_each_change_of_a_study_is_one_event(store: Store) -> None:
     store.create_study(record("x"))
     store.add_candidate("x", 0, "f0", {}, {})
     attempt = store.start_attempt("x", 0)
-    found = Evaluation("x", 0, attempt, "complete", "f0", values={"loss": 2.0})
-    store.record(found)
-    store.record(found)  # once more, as after a commit whose answer was lost
+    evaluation = Evaluation("x", 0, attempt, "complete", "f0", values={"loss": 2.0})
+    store.record(evaluation)
+    store.record(evaluation)  # once more, as after a commit whose answer was lost
     store.add_candidate("x", 1, "f1", {}, {})
     failed = Failure("diverged", "loss is nan")
     attempt = store.start_attempt("x", 1)

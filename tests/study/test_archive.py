@@ -67,8 +67,8 @@ def test_a_packed_study_comes_back_bit_for_bit(source: Store, database_url: str)
     assert Path("again.zip").read_bytes() == FILE.read_bytes()
     unpack_study(FILE, target, "t")
     assert rows_of(target, "t") == study_rows.renamed(rows_of(source, "s"), "t")
-    found = run(space(name="t"), trials=6, workers="inline", storage=database_url)
-    assert_sound(found, 6)
+    study = run(space(name="t"), trials=6, workers="inline", storage=database_url)
+    assert_sound(study, 6)
 
 
 def test_the_members_are_readable_without_moenas(source: Store) -> None:
@@ -122,14 +122,14 @@ def _edited(table: str, change: Callable[[dict[str, Any]], object]) -> Callable[
 
 
 def _without_weights() -> None:
-    found = members()
-    write_signed({n: data for n, data in found.items() if not n.startswith("weights/")})
+    rows = members()
+    write_signed({n: data for n, data in rows.items() if not n.startswith("weights/")})
 
 
 def _with_other_weights() -> None:
-    found = members()
-    name = next(n for n in found if n.startswith("weights/"))
-    write(found | {name: bytes(len(found[name]))})
+    rows = members()
+    name = next(n for n in rows if n.startswith("weights/"))
+    write(rows | {name: bytes(len(rows[name]))})
 
 
 def _flip_a_byte() -> None:

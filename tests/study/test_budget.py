@@ -30,8 +30,8 @@ TOKENS = 512
 
 
 def stopping(stop: str, architecture: str = ARCHITECTURE, name: str = "s") -> Space:
-    found = space(architecture, name=name)
-    text = found.text.replace("search: {", f"search: {{stop: {stop}, ").replace(
+    parsed = space(architecture, name=name)
+    text = parsed.text.replace("search: {", f"search: {{stop: {stop}, ").replace(
         "trials: 6", "trials: 40"
     )
     return Space.parse(text, "s.yaml")
@@ -60,19 +60,19 @@ def ended(found: Study) -> tuple[str, str]:
 def test_training_tokens_end_a_study_and_more_of_them_take_it_on() -> None:
     pool = scripted(trained)
     events: list[Event] = []
-    found = run(stopping("{train_tokens: 2_000}"), pool=pool, listeners=[events.append])
+    study = run(stopping("{train_tokens: 2_000}"), pool=pool, listeners=[events.append])
     # Two run at a time: the fourth reaches the budget, and the one that runs then is finished.
-    assert len(found.view.evaluations) == 5
-    assert found.finished == "train_tokens"
-    assert spending(found.store, "s").train_tokens == 5 * TOKENS
-    assert ended(found)[1] == (
+    assert len(study.view.evaluations) == 5
+    assert study.finished == "train_tokens"
+    assert spending(study.store, "s").train_tokens == 5 * TOKENS
+    assert ended(study)[1] == (
         "s: done, the training tokens of search.stop are used up; 5 of 40 trials evaluated"
     )
     assert events[-1].kind == "done"
     assert events[-1].text == (
         "study 's' ends: it spent 2.56e+03 training tokens, search.stop.train_tokens is 2e+03"
     )
-    assert all(t.state.name == "COMPLETE" for t in found.optuna.trials)
+    assert all(t.state.name == "COMPLETE" for t in study.optuna.trials)
     again = run(stopping("{train_tokens: 2_000}"), pool=pool)
     assert len(again.view.evaluations) == 5
     more = run(stopping("{train_tokens: 4_000}"), pool=pool)
@@ -97,16 +97,16 @@ def test_operations_of_failed_candidates_count_and_those_of_copies_do_not() -> N
             )
         return trained(job)
 
-    found = run(stopping("{train_flops: 2e8}", SMALL), pool=scripted(script))
-    spent = spending(found.store, "s").train_flops
-    assert spent == flops_of(found)
-    assert any(e.failure for e in found.view.evaluations)
-    if found.finished == "train_flops":
+    study = run(stopping("{train_flops: 2e8}", SMALL), pool=scripted(script))
+    spent = spending(study.store, "s").train_flops
+    assert spent == flops_of(study)
+    assert any(e.failure for e in study.view.evaluations)
+    if study.finished == "train_flops":
         assert spent >= 2e8
     else:
-        assert found.finished == "exhausted"
-    copies = sum(e.is_copy for e in found.view.evaluations)
-    assert len([e for e in found.view.evaluations if e.curve]) >= copies
+        assert study.finished == "exhausted"
+    copies = sum(e.is_copy for e in study.view.evaluations)
+    assert len([e for e in study.view.evaluations if e.curve]) >= copies
 
 
 def test_the_wall_time_counts_over_all_runs() -> None:
@@ -174,17 +174,17 @@ def constant_after(trial: int) -> Callable[[Job], Evaluation]:
 
 def test_a_front_that_stops_growing_ends_a_study() -> None:
     wanted = stopping("{plateau: {trials: 5, improvement: 0.01}}")
-    found = run(wanted, pool=scripted(constant_after(6)))
-    assert found.finished == "plateau"
+    study = run(wanted, pool=scripted(constant_after(6)))
+    assert study.finished == "plateau"
     # Trials 6 to 10 bring nothing, and one more runs beside the last of them.
-    assert len([e for e in found.view.evaluations if not e.is_copy and e.values]) in (11, 12)
-    assert "the hypervolume has stopped growing" in ended(found)[1]
-    values = [[e.values[n] for n in found.record.directions] for e in found.view.evaluations]
-    corner = list(found.record.reference_point.values())
+    assert len([e for e in study.view.evaluations if not e.is_copy and e.values]) in (11, 12)
+    assert "the hypervolume has stopped growing" in ended(study)[1]
+    values = [[e.values[n] for n in study.record.directions] for e in study.view.evaluations]
+    corner = list(study.record.reference_point.values())
     volumes = [hypervolume(values[: i + 1], corner, ["minimize"] * 2) for i in range(len(values))]
     assert volumes[-1] - volumes[-6] < 0.01 * volumes[-6]
     assert volumes[-2] - volumes[-8] >= 0.01 * volumes[-8]
-    count = len(found.view.evaluations)
+    count = len(study.view.evaluations)
     more = run(stopping("{plateau: {trials: 8, improvement: 0.01}}"), pool=scripted(fake_script))
     assert len(more.view.evaluations) > count
 

@@ -18,16 +18,16 @@ pytestmark = pytest.mark.usefixtures("study_folder")
 
 
 def test_a_study_of_a_former_shipped_objective_goes_on() -> None:
-    found = run(space(ARCHITECTURE), trials=1, pool=scripted(lambda job: fake(job)[0]))
+    study = run(space(ARCHITECTURE), trials=1, pool=scripted(lambda job: fake(job)[0]))
     (former,) = OBJECTIVE_DIGESTS["flops_per_token"]
     before = [
         {**info, "sha256": former} if info["name"] == "flops_per_token" else info
-        for info in found.record.objectives
+        for info in study.record.objectives
     ]
-    stored = {**found.record.space, "objectives": [
+    stored = {**study.record.space, "objectives": [
         {"name": info["name"], "sha256": info["sha256"]} for info in before
     ]}  # fmt: skip
-    known = replace(found.record, objectives=before, space=stored, space_sha256="of before")
+    known = replace(study.record, objectives=before, space=stored, space_sha256="of before")
     assert changed_objectives(known, space(ARCHITECTURE)) == []
     from moenas.evaluate.matching import open_corpus
 
@@ -45,9 +45,9 @@ def test_a_study_that_began_with_another_default_sampler_keeps_it() -> None:
     pool = scripted(lambda job: fake(job)[0])
     run(named, trials=3, pool=pool)
     assert dry_run(unnamed, trials=4).candidates == 1
-    found = run(unnamed, trials=4, pool=pool)
-    assert len([e for e in found.view.evaluations if not e.is_copy]) == 4
-    assert found.record.space["search"]["sampler"] == "tpe"
+    study = run(unnamed, trials=4, pool=pool)
+    assert len([e for e in study.view.evaluations if not e.is_copy]) == 4
+    assert study.record.space["search"]["sampler"] == "tpe"
     with pytest.raises(InputError, match=r'search\.sampler: "tpe" -> "random"'):
         run(named.with_search(sampler="random"), trials=5, pool=pool)
     # A new study has the default of today.
@@ -59,7 +59,7 @@ def test_a_study_that_began_with_another_default_sampler_keeps_it() -> None:
 def test_a_stored_study_without_a_named_sampler_is_read_with_its_own() -> None:
     named = space()
     unnamed = Space.parse(named.text.replace(", sampler: tpe", ""), "s.yaml")
-    found = run(unnamed, trials=2, pool=scripted(lambda job: fake(job)[0]))
-    before = {**found.record.space, "search": {**found.record.space["search"], "sampler": "tpe"}}
-    assert stored_space(replace(found.record, space=before)).search.sampler == "tpe"
-    assert stored_space(found.record).search.sampler == "gray_box"
+    study = run(unnamed, trials=2, pool=scripted(lambda job: fake(job)[0]))
+    before = {**study.record.space, "search": {**study.record.space["search"], "sampler": "tpe"}}
+    assert stored_space(replace(study.record, space=before)).search.sampler == "tpe"
+    assert stored_space(study.record).search.sampler == "gray_box"

@@ -60,16 +60,16 @@ def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(
     monkeypatch.setattr(gray_box, "INITIAL", 3)
     monkeypatch.setattr(gray_box, "DRAWN", 160)
     monkeypatch.setattr(gray_box, "MUTATIONS", 20)
-    found = run(of_tokens(5_000), pool=Trains())
-    assert found.finished == "train_tokens"
-    assert spending(found.store, "s").train_tokens == 256 * len(trained())
+    study = run(of_tokens(5_000), pool=Trains())
+    assert study.finished == "train_tokens"
+    assert spending(study.store, "s").train_tokens == 256 * len(trained())
     # Two that ran and one drawn ahead end at a rung after the budget is used up; then all paused
     # candidates are stopped.
     assert 5_000 <= 256 * len(trained()) <= 5_000 + 256 * 4
-    statuses = {e.status for e in found.view.evaluations}
+    statuses = {e.status for e in study.view.evaluations}
     assert statuses == {"complete", "stopped"}
-    assert_whole(found)
-    before = evaluated(found)
+    assert_whole(study)
+    before = evaluated(study)
     more = run(of_tokens(9_000), pool=Trains())
     assert more.finished == "train_tokens"
     assert evaluated(more) > before

@@ -104,12 +104,12 @@ def test_lost_and_changed_weights_are_named(study: Study) -> None:
     paths = [weights_path(study.store.runs, "s", trial) for trial in (0, 1)]
     paths[0].unlink()
     paths[1].write_bytes(b"others")
-    found = doctor.examine(study.store, "s")
-    assert [(f.area, f.trial, f.repair) for f in found] == [
+    findings = doctor.examine(study.store, "s")
+    assert [(f.area, f.trial, f.repair) for f in findings] == [
         ("weights", 0, None),
         ("weights", 1, None),
     ]
-    assert doctor.repair(study.store, "s", found) is None
+    assert doctor.repair(study.store, "s", findings) is None
 
 
 def test_the_start_of_a_run_examines_what_it_relies_on(study: Study) -> None:

@@ -50,14 +50,14 @@ def kinds(found: Study) -> dict[int, str]:
 
 def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job]) -> None:
     small = space(SMALL.replace("{choice: [1, 2]}", "{int: [1, 2]}"))
-    found = run(small, trials=1, workers="inline")
+    study = run(small, trials=1, workers="inline")
     for repeat in (1, 1.0, 2, 2.0):
-        found.optuna.enqueue_trial({"d_model": 16, "blocks.0.repeat": repeat})
-    found.optuna.enqueue_trial({"d_model": 16.0})
-    found = run(small, trials=50, workers="inline")
-    assert found.finished == "exhausted"
+        study.optuna.enqueue_trial({"d_model": 16, "blocks.0.repeat": repeat})
+    study.optuna.enqueue_trial({"d_model": 16.0})
+    study = run(small, trials=50, workers="inline")
+    assert study.finished == "exhausted"
     assert len(jobs) == 6
-    (failure,) = [e.failure for e in found.view.evaluations if e.failure]
+    (failure,) = [e.failure for e in study.view.evaluations if e.failure]
     assert failure.message == "ValueError: d_model = 16.0 is not one of 16, 24, 32"
 
 
@@ -83,11 +83,11 @@ def test_what_a_worker_wrote_is_named_or_removed() -> None:
         return fake(job)[0], file
 
     pool = Inline(evaluate)
-    found = run(space(), trials=3, pool=pool)
-    assert kinds(found) == {1: "error"}
-    runs = found.store.runs
+    study = run(space(), trials=3, pool=pool)
+    assert kinds(study) == {1: "error"}
+    runs = study.store.runs
     for trial in (0, 2):
-        digest = found.evaluation(trial).weights_sha256
+        digest = study.evaluation(trial).weights_sha256
         assert digest is not None
         assert read_weights(runs, "s", trial, digest) == str(trial).encode()
     folder = weights_path(runs, "s", 0).parents[1]
@@ -115,8 +115,8 @@ def test_the_dashboard_ends_no_study(monkeypatch: pytest.MonkeyPatch, jobs: list
     # Its libraries are not installed.
     monkeypatch.setitem(sys.modules, "moenas.dashboard.server", None)
     events: list[Event] = []
-    found = run(space(), trials=2, workers="inline", listeners=[events.append])
-    assert_sound(found, 2)
+    study = run(space(), trials=2, workers="inline", listeners=[events.append])
+    assert_sound(study, 2)
     said = [e.text for e in events if e.kind == "warning"]
     assert any("the dashboard's figures were not updated: ModuleNotFoundError" in t for t in said)
 
@@ -132,11 +132,11 @@ def test_the_front_is_read_once_for_a_whole_run(
 
     monkeypatch.setattr(Store, "front_summary", counting)
     events: list[Event] = []
-    found = run(space(), trials=6, workers="inline", listeners=[events.append])
+    study = run(space(), trials=6, workers="inline", listeners=[events.append])
     assert calls == ["s"], "each evaluation that is recorded tells the front after it"
     assert (events[-1].progress.front, events[-1].progress.hypervolume) == (
-        len(found.front()),
-        found.front().hypervolume,
+        len(study.front()),
+        study.front().hypervolume,
     )
 
 
@@ -161,21 +161,21 @@ UNUSABLE: list[dict[str, Any]] = [
 def test_an_enqueued_trial_that_is_no_point_of_the_space_fails(
     jobs: list[Job], values: dict[str, Any]
 ) -> None:
-    found = run(space(), trials=1, workers="inline")
-    found.optuna.enqueue_trial(values)
-    found = run(space(), trials=3, workers="inline")
-    assert_sound(found, 3)
-    assert kinds(found) == {1: "parameters"}
+    study = run(space(), trials=1, workers="inline")
+    study.optuna.enqueue_trial(values)
+    study = run(space(), trials=3, workers="inline")
+    assert_sound(study, 3)
+    assert kinds(study) == {1: "parameters"}
     assert len(jobs) == 3
     assert load_study("s").optuna.trials[1].state == TrialState.FAIL
 
 
 def test_an_enqueued_point_with_unknown_names_is_evaluated(jobs: list[Job]) -> None:
-    found = run(space(), trials=1, workers="inline")
-    found.optuna.enqueue_trial({"d_model": 16, "no.such": 3})
-    found = run(space(), trials=2, workers="inline")
-    assert_sound(found, 2)
-    assert found.view.architectures[1]["d_model"] == 16
+    study = run(space(), trials=1, workers="inline")
+    study.optuna.enqueue_trial({"d_model": 16, "no.such": 3})
+    study = run(space(), trials=2, workers="inline")
+    assert_sound(study, 2)
+    assert study.view.architectures[1]["d_model"] == 16
 
 
 # --- what a worker sends -----------------------------------------------------------------------
@@ -220,10 +220,10 @@ def test_what_cannot_be_used_of_a_result_fails_its_candidate(
     change: Callable[[Evaluation], Evaluation],
 ) -> None:
     pool = scripted(poisoned(change))
-    found = run(space(), trials=4, pool=pool)
-    assert_sound(found, 4)
-    assert set(kinds(found)) == {1}
-    assert all(math.isfinite(point.hypervolume) for point in found.view.history)
+    study = run(space(), trials=4, pool=pool)
+    assert_sound(study, 4)
+    assert set(kinds(study)) == {1}
+    assert all(math.isfinite(point.hypervolume) for point in study.view.history)
     assert_sound(run(space(), trials=5, pool=pool), 5)
 
 
@@ -267,19 +267,19 @@ def test_a_trial_told_between_two_runs_is_evaluated(jobs: list[Job], state: Tria
     values = [1.0, 2.0] if state == TrialState.COMPLETE else None
     load_study("s").optuna.tell(2, values, state=state)
     events: list[Event] = []
-    found = run(space(), trials=5, pool=pool, listeners=[events.append])
-    assert_sound(found, 5)
-    assert found.evaluation(2).attempt == 2
+    study = run(space(), trials=5, pool=pool, listeners=[events.append])
+    assert_sound(study, 5)
+    assert study.evaluation(2).attempt == 2
     assert "Optuna's tables" in next(e.text for e in events if e.kind == "warning")
 
 
 def test_a_deleted_study_is_restored_from_our_rows(jobs: list[Job]) -> None:
-    found = run(space(), trials=4, workers="inline")
-    front = [m.trial for m in found.front()]
-    optuna.delete_study(study_name="s", storage=found.store.url)
-    found = run(space(), trials=6, workers="inline")
-    assert_sound(found, 6)
-    assert set(front) <= {e.trial for e in found.view.evaluations}
+    study = run(space(), trials=4, workers="inline")
+    front = [m.trial for m in study.front()]
+    optuna.delete_study(study_name="s", storage=study.store.url)
+    study = run(space(), trials=6, workers="inline")
+    assert_sound(study, 6)
+    assert set(front) <= {e.trial for e in study.view.evaluations}
     assert len(jobs) == 6, "nothing is evaluated twice"
 
 
@@ -295,18 +295,18 @@ def test_a_study_deleted_in_mid_run_is_told_and_restored() -> None:
 
 
 def test_an_added_and_an_asked_trial_get_rows_of_ours(jobs: list[Job]) -> None:
-    found = run(space(), trials=2, workers="inline")
+    study = run(space(), trials=2, workers="inline")
     given = {"d_model": CategoricalDistribution([16, 24, 32])}
-    found.optuna.add_trial(
+    study.optuna.add_trial(
         create_trial(values=[0.5, 1.0], params={"d_model": 16}, distributions=given)
     )
-    found.optuna.ask()
-    found = run(space(), trials=4, workers="inline")
-    assert kinds(found) == {2: "foreign"}
-    told = found.optuna.get_trials()
-    assert [t.number for t in told] == [e.trial for e in found.view.evaluations]
+    study.optuna.ask()
+    study = run(space(), trials=4, workers="inline")
+    assert kinds(study) == {2: "foreign"}
+    told = study.optuna.get_trials()
+    assert [t.number for t in told] == [e.trial for e in study.view.evaluations]
     assert not [t for t in told if not t.state.is_finished()]
-    assert 2 not in [m.trial for m in found.front()]
+    assert 2 not in [m.trial for m in study.front()]
     assert told[2].values == [0.5, 1.0], "what another program added stays as it is"
     assert len(jobs) == 4
 
@@ -344,9 +344,9 @@ def test_a_fault_of_the_environment_stops_the_run_and_uses_up_no_trial(short_pau
     assert e.value.exit_code == 4
     assert Store.open().count("s") == 2
     broken = False
-    found = run(space(), trials=6, pool=pool)
-    assert_sound(found, 6)
-    assert kinds(found) == {}
+    study = run(space(), trials=6, pool=pool)
+    assert_sound(study, 6)
+    assert kinds(study) == {}
 
 
 def test_a_fault_that_passes_is_waited_for(short_pauses: None) -> None:
@@ -355,17 +355,17 @@ def test_a_fault_that_passes_is_waited_for(short_pauses: None) -> None:
 
     pool = scripted(script)
     events: list[Event] = []
-    found = run(space(), trials=4, pool=pool, listeners=[events.append])
-    assert_sound(found, 4)
-    assert kinds(found) == {}
+    study = run(space(), trials=4, pool=pool, listeners=[events.append])
+    assert_sound(study, 4)
+    assert kinds(study) == {}
     assert sum(e.kind == "retried" for e in events) == 2
 
 
 def test_one_candidate_that_always_meets_a_fault_fails_alone(short_pauses: None) -> None:
     pool = scripted(lambda job: full_disk() if job.trial == 1 else fake(job)[0])
-    found = run(space(), trials=6, pool=pool)
-    assert_sound(found, 6)
-    assert kinds(found) == {1: "environment"}
+    study = run(space(), trials=6, pool=pool)
+    assert_sound(study, 6)
+    assert kinds(study) == {1: "environment"}
 
 
 def test_the_last_candidate_that_always_meets_a_fault_fails_at_the_third_start(
@@ -376,9 +376,9 @@ def test_the_last_candidate_that_always_meets_a_fault_fails_at_the_third_start(
     for _ in range(2):
         with pytest.raises(EnvironmentFaultError):
             run(space(), trials=3, pool=pool)
-    found = run(space(), trials=3, pool=pool)
-    assert_sound(found, 3)
-    assert kinds(found) == {2: "environment"}
+    study = run(space(), trials=3, pool=pool)
+    assert_sound(study, 3)
+    assert kinds(study) == {2: "environment"}
 
 
 def test_the_same_failure_in_a_row_stops_a_run_at_any_time() -> None:
@@ -423,9 +423,9 @@ def test_a_part_that_counts_no_cost_fails_its_candidate(
         return cost(self, architecture)
 
     monkeypatch.setattr(Space, "cost", broken)
-    found = run(space(), trials=6, workers="inline")
-    assert list(kinds(found).values()) == ["error"]
-    assert_sound(found, 6)
+    study = run(space(), trials=6, workers="inline")
+    assert list(kinds(study).values()) == ["error"]
+    assert_sound(study, 6)
 
 
 def test_models_that_diverge_do_not_stop_a_study_that_has_candidates() -> None:
@@ -453,10 +453,10 @@ def test_a_sampler_that_stops_the_study_ends_it(jobs: list[Job]) -> None:
         "        if self.told == 3: study.stop()\n"
     )
     events: list[Event] = []
-    found = run(
+    study = run(
         space().with_search(sampler=name), trials=9, workers="inline", listeners=[events.append]
     )
-    assert found.finished == "sampler", "one instance serves the run"
+    assert study.finished == "sampler", "one instance serves the run"
     assert len(jobs) == 3
     assert "proposes nothing more" in events[-1].text
 
@@ -470,9 +470,9 @@ def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str, rai
         f"        if trial.number == 1: {raised}\n"
         f"        return super().{method}(study, trial, *rest)\n"
     )
-    found = run(space().with_search(sampler=name), trials=4, workers="inline")
-    assert_sound(found, 4)
-    assert kinds(found) == {1: "sampler"}
+    study = run(space().with_search(sampler=name), trials=4, workers="inline")
+    assert_sound(study, 4)
+    assert kinds(study) == {1: "sampler"}
 
 
 def test_a_sampler_that_always_raises_stops_the_run(jobs: list[Job]) -> None:
@@ -610,8 +610,8 @@ def test_a_slow_sampler_is_asked_while_all_workers_are_busy(
     pool = scripted(script)
     submit = pool.submit
     monkeypatch.setattr(pool, "submit", lambda job: (steps.append("submit"), submit(job)))
-    found = run(space().with_search(sampler=sampler), trials=8, pool=pool)
-    assert_sound(found, 8)
+    study = run(space().with_search(sampler=sampler), trials=8, pool=pool)
+    assert_sound(study, 8)
     assert max(counts) == drawn
     assert pool.most == 2
     after = [steps[i + 1] for i, step in enumerate(steps[:-1]) if step == "result"]
@@ -631,9 +631,9 @@ def test_what_was_drawn_ahead_is_evaluated_by_the_next_run() -> None:
         run(wanted, trials=5, pool=scripted(stop))
     before = [t.params for t in load_study("s").optuna.trials]
     assert [t.state for t in load_study("s").optuna.trials] == [TrialState.RUNNING] * 3
-    found = run(wanted, trials=5, pool=scripted(lambda job: fake(job)[0]))
-    assert_sound(found, 5)
-    assert [t.params for t in found.optuna.trials[:3]] == before
+    study = run(wanted, trials=5, pool=scripted(lambda job: fake(job)[0]))
+    assert_sound(study, 5)
+    assert [t.params for t in study.optuna.trials[:3]] == before
 
 
 def test_a_budget_that_is_used_up_leaves_no_trial_drawn_ahead() -> None:
@@ -643,7 +643,7 @@ def test_a_budget_that_is_used_up_leaves_no_trial_drawn_ahead() -> None:
 
     text = space().text.replace("search: {", "search: {stop: {train_tokens: 1024}, ")
     wanted = Space.parse(text, "s.yaml").with_search(sampler="gray_box", trials=20)
-    found = run(wanted, pool=scripted(script))
-    assert found.finished == "train_tokens"
-    assert {t.state for t in found.optuna.trials} == {TrialState.COMPLETE}
-    assert len(found.optuna.trials) == 4, "two that ran, one beside them, one drawn ahead"
+    study = run(wanted, pool=scripted(script))
+    assert study.finished == "train_tokens"
+    assert {t.state for t in study.optuna.trials} == {TrialState.COMPLETE}
+    assert len(study.optuna.trials) == 4, "two that ran, one beside them, one drawn ahead"

@@ -40,21 +40,23 @@ def flops(wanted: Space) -> int:
 
 
 def test_tokens_and_operations_are_those_of_the_recipe() -> None:
-    found = estimate(one(), trials=10)
-    assert found.train_tokens == 10 * 512
-    assert found.train_flops == 10 * 512 * 3 * flops(one())
-    assert found.hours is None
-    assert "run --dry-run" in found.basis
-    assert found.lines()[0].startswith("estimate for 10 candidates: 5.12k training tokens")
+    estimated = estimate(one(), trials=10)
+    assert estimated.train_tokens == 10 * 512
+    assert estimated.train_flops == 10 * 512 * 3 * flops(one())
+    assert estimated.hours is None
+    assert "run --dry-run" in estimated.basis
+    assert estimated.lines()[0].startswith("estimate for 10 candidates: 5.12k training tokens")
 
 
 def test_replicates_are_counted() -> None:
     wanted = Space.parse(one().text.replace("seed: 3", "seed: 3, replicates: 3"), "s.yaml")
-    found = estimate(wanted, trials=9)
-    assert found.replicates == 2 * 6, "a front of twice the root of 9"
-    assert found.train_tokens == (9 + 2 * 6) * 512
-    assert found.train_flops == (9 + 2 * 6) * 512 * 3 * flops(wanted)
-    assert found.lines()[0].startswith("estimate for 9 candidates and about 12 replicates: 10.8k")
+    estimated = estimate(wanted, trials=9)
+    assert estimated.replicates == 2 * 6, "a front of twice the root of 9"
+    assert estimated.train_tokens == (9 + 2 * 6) * 512
+    assert estimated.train_flops == (9 + 2 * 6) * 512 * 3 * flops(wanted)
+    assert estimated.lines()[0].startswith(
+        "estimate for 9 candidates and about 12 replicates: 10.8k"
+    )
 
 
 @pytest.mark.usefixtures("jobs")
@@ -71,9 +73,9 @@ def test_a_finished_study_has_the_replicates_of_its_front_left() -> None:
 
 def test_a_space_without_training_trains_nothing() -> None:
     text = one().text.replace("val_loss, flops_per_token", "flops_per_token")
-    found = estimate(Space.parse(text, "s.yaml"))
-    assert (found.train_tokens, found.train_flops, found.hours) == (0.0, 0.0, None)
-    assert found.basis == "no objective trains the candidates"
+    estimated = estimate(Space.parse(text, "s.yaml"))
+    assert (estimated.train_tokens, estimated.train_flops, estimated.hours) == (0.0, 0.0, None)
+    assert estimated.basis == "no objective trains the candidates"
 
 
 def trained(seconds: float) -> Evaluation:
@@ -145,6 +147,6 @@ def test_a_dry_run_refuses_what_a_run_refuses() -> None:
 def test_a_candidate_that_does_not_fit_has_no_time() -> None:
     huge = ONE.replace("d_model: 32", "d_model: 65536").replace("d_ff: 64", "d_ff: 1048576")
     wanted = space(huge.replace("head_dim: 8", "head_dim: 64"))
-    found = estimate(wanted.with_search(gpus=0.0), load(wanted.data))
-    assert found.hours is None
-    assert found.basis.startswith("the probe failed: ")
+    estimated = estimate(wanted.with_search(gpus=0.0), load(wanted.data))
+    assert estimated.hours is None
+    assert estimated.basis.startswith("the probe failed: ")

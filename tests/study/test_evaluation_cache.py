@@ -35,8 +35,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def evaluate(job: Job) -> Any:
         seen.append(job)
-        found, weights = fake(job)
-        return here(dataclasses.replace(found, seed=job.seed)), weights
+        device, weights = fake(job)
+        return here(dataclasses.replace(device, seed=job.seed)), weights
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
     return seen
@@ -53,8 +53,8 @@ def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
     """The space of 6 points in float32, drawn in the order of the grid."""
     text = space(SMALL, more, name).text.replace("train: {", "train: {dtype: float32, ")
     assert old in text
-    found = Space.parse(text.replace(old, new), "s.yaml")
-    return found.with_search(sampler="grid", trials=6)
+    parsed = Space.parse(text.replace(old, new), "s.yaml")
+    return parsed.with_search(sampler="grid", trials=6)
 
 
 def reused(found: Study) -> dict[int, tuple[str, int]]:
@@ -116,9 +116,9 @@ def test_what_means_something_else_is_evaluated(
     evaluate = measure.evaluate
 
     def with_params(job: Job) -> Any:
-        found, weights = evaluate(job)
-        values = {name: found.values.get(name, 1.0) for name in job.objectives}
-        return dataclasses.replace(found, values=values), weights
+        evaluation, weights = evaluate(job)
+        values = {name: evaluation.values.get(name, 1.0) for name in job.objectives}
+        return dataclasses.replace(evaluation, values=values), weights
 
     monkeypatch.setattr(measure, "evaluate", with_params)
     assert reused(run(small("two", old, new), trials=3, workers="inline")) == {}
@@ -139,8 +139,8 @@ def test_what_another_device_or_version_gave_is_evaluated(
     evaluate = measure.evaluate
 
     def elsewhere(job: Job) -> Any:
-        found, weights = evaluate(job)
-        return CHANGES[change](found), weights
+        evaluation, weights = evaluate(job)
+        return CHANGES[change](evaluation), weights
 
     monkeypatch.setattr(measure, "evaluate", elsewhere)
     run(small("one"), workers="inline")
@@ -170,12 +170,12 @@ def test_a_reused_latency_is_told_by_the_reference_of_the_study(
     evaluate = measure.evaluate
 
     def timed(job: Job) -> Any:
-        found, weights = evaluate(job)
+        evaluation, weights = evaluate(job)
         ms = 5.0 if job.study == "one" else 8.0
         details = {"ratio": 2.0, "reference_ms": ms, "reference_key": "cpu x"}
-        values = {**found.values, "val_loss": 2.0 * ms}
+        values = {**evaluation.values, "val_loss": 2.0 * ms}
         details = {"val_loss": details}
-        return dataclasses.replace(found, values=values, measurements=details), weights
+        return dataclasses.replace(evaluation, values=values, measurements=details), weights
 
     monkeypatch.setattr(measure, "evaluate", timed)
     run(small("one"), trials=3, workers="inline")
@@ -194,8 +194,8 @@ def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Jo
     store = Store.open()
     assert trial_report(store, "one", 0)["enqueued_from"] is None
     assert spending(store, "one").train_tokens == 2 * 512
-    found = run(small("one"), trials=3, workers="inline")
-    assert_sound(found, 3)
+    study = run(small("one"), trials=3, workers="inline")
+    assert_sound(study, 3)
     assert spending(load_study("one").store, "one").wall_seconds > 0
 
 

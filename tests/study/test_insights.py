@@ -135,8 +135,8 @@ def test_coverage_requirements_and_growth(found: dict[str, Any], study: Study) -
 
 
 def test_few_candidates_have_no_importances(tmp_path: Path) -> None:
-    found = insights(make(tmp_path, 5))
-    assert found["objectives"] == {}
+    report = insights(make(tmp_path, 5))
+    assert report["objectives"] == {}
 
 
 def test_the_command_writes_text_json_and_csv(study: Study, found: dict[str, Any]) -> None:

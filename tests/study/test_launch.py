@@ -210,12 +210,12 @@ architecture:
 
 def routed(job: Job) -> tuple[Evaluation, bytes | None]:
     """Wide models have the best loss, and a router in their last layer that prefers one expert."""
-    found, weights = fake(job)
+    device, weights = fake(job)
     layers = sum(group["repeat"] for group in job.architecture["blocks"])
     vio = {16: 0.1, 24: 0.5, 32: 0.9}[job.architecture["d_model"]]
     rows = [{"layer": i, "load": [0.5, 0.5], "max_vio": 0.0, "dead": 0} for i in range(1, layers)]
     rows[-1] |= {"max_vio": vio}
-    return dataclasses.replace(found, routing=rows), weights
+    return dataclasses.replace(device, routing=rows), weights
 
 
 def assert_routed(found: Study, limit: str, bound: float) -> None:

@@ -64,15 +64,15 @@ def test_failed_trials_run_again_under_their_numbers() -> None:
         return fake(job)[0]
 
     pool = scripted(good)
-    found = retry("s", kinds=["timeout"], pool=pool)
+    retried = retry("s", kinds=["timeout"], pool=pool)
     assert seen == [4]
-    found = retry("s", pool=pool)
+    retried = retry("s", pool=pool)
     assert sorted(seen) == [1, 4], "what diverged diverges again, unless it is named"
-    assert_sound(found, 6)
-    assert {e.trial for e in found.view.evaluations if e.status == "failed"} == {3}
-    assert [t.params for t in found.optuna.trials] == params
-    assert found.evaluation(1).attempt == 2
-    assert "failure" not in found.optuna.trials[1].user_attrs
+    assert_sound(retried, 6)
+    assert {e.trial for e in retried.view.evaluations if e.status == "failed"} == {3}
+    assert [t.params for t in retried.optuna.trials] == params
+    assert retried.evaluation(1).attempt == 2
+    assert "failure" not in retried.optuna.trials[1].user_attrs
     with pytest.raises(InputError, match="no failed trial may end otherwise"):
         retry("s", pool=pool)
     with pytest.raises(InputError, match=r"--failed erorr: study 's' has no such failure\."):
@@ -86,9 +86,9 @@ def test_what_stopped_a_run_is_retried() -> None:
     with pytest.raises(StudyStoppedError):
         run(space(), trials=8, pool=pool)
     pool = scripted(lambda job: fake(job)[0])
-    found = retry("s", pool=pool)
-    assert_sound(found, 8)
-    assert all(e.status == "complete" for e in found.view.evaluations)
+    retried = retry("s", pool=pool)
+    assert_sound(retried, 8)
+    assert all(e.status == "complete" for e in retried.view.evaluations)
 
 
 def test_a_trial_that_another_process_has_mended_is_not_opened_again(
@@ -156,11 +156,11 @@ def test_a_changed_objective_is_accepted_and_measured_again() -> None:
     with pytest.raises(InputError, match=r"'mine' have changed .* --accept-changes goes on"):
         run(changed, trials=4, workers="inline")
     assert mine() == {trial: 2 * loss for trial, loss in losses.items()}
-    found = run(changed, trials=4, workers="inline", accept_changes=True)
-    assert_sound(found, 4)
-    assert mine() == {e.trial: 3 * e.values["val_loss"] for e in found.view.evaluations}
-    assert {e.trial: e.seconds["train"] for e in found.view.evaluations[:3]} == seconds
-    (change,) = [c for c in found.changes if c["what"] != "space"]
+    study = run(changed, trials=4, workers="inline", accept_changes=True)
+    assert_sound(study, 4)
+    assert mine() == {e.trial: 3 * e.values["val_loss"] for e in study.view.evaluations}
+    assert {e.trial: e.seconds["train"] for e in study.view.evaluations[:3]} == seconds
+    (change,) = [c for c in study.changes if c["what"] != "space"]
     assert change["what"] == "objective mine"
     assert_sound(run(changed, trials=4, workers="inline"), 4)
     assert doctor.examine(Store.open(), "s") == []
@@ -190,14 +190,14 @@ def test_old_values_of_infeasible_models_go_where_they_cannot_be_measured_again(
         return Space.parse(file, "s.yaml", ["search.seed=1"])
 
     value = "subject.training.val_loss * 2"
-    found = run(limited(), trials=4, workers="inline")
-    trained = [e.trial for e in found.view.evaluations if e.status == "infeasible" and e.values]
+    study = run(limited(), trials=4, workers="inline")
+    trained = [e.trial for e in study.view.evaluations if e.status == "infeasible" and e.values]
     assert trained
     value = "subject.training.val_loss * 3"
-    found = run(limited(), trials=4, workers="inline", accept_changes=True)
-    values = {e.trial: e.values for e in found.view.evaluations}
+    study = run(limited(), trials=4, workers="inline", accept_changes=True)
+    values = {e.trial: e.values for e in study.view.evaluations}
     assert all("mine" not in values[t] and "val_loss" in values[t] for t in trained)
-    assert {found.optuna.trials[t].state for t in trained} == {TrialState.PRUNED}
+    assert {study.optuna.trials[t].state for t in trained} == {TrialState.PRUNED}
     assert [v["mine"] for v in values.values() if "mine" in v] == [
         3 * v["val_loss"] for v in values.values() if "mine" in v
     ]
@@ -301,15 +301,15 @@ def test_trials_whose_objective_raised_are_measured_from_their_weights() -> None
         "subject.training.val_loss if subject.architecture.d_model > 16 else 1/0"
     )
     events: list[Event] = []
-    found = run(raising, trials=5, workers="inline", listeners=[events.append])
-    broken = {e.trial for e in found.view.evaluations if e.status == "failed"}
+    study = run(raising, trials=5, workers="inline", listeners=[events.append])
+    broken = {e.trial for e in study.view.evaluations if e.status == "failed"}
     assert broken
-    assert all(found.evaluation(t).weights_sha256 for t in broken), "training is not thrown away"
+    assert all(study.evaluation(t).weights_sha256 for t in broken), "training is not thrown away"
     mended = with_objective("subject.training.val_loss")
     done = remeasure("s", workers="inline")
     assert (done.objectives, done.complete, done.failed) == (["mine"], 5, 0)
     assert_sound(run(mended, trials=5, workers="inline"), 5)
-    assert mine() == {e.trial: e.values["val_loss"] for e in found.view.evaluations}
+    assert mine() == {e.trial: e.values["val_loss"] for e in study.view.evaluations}
     assert {t.state for t in load_study("s").optuna.trials} == {TrialState.COMPLETE}
     assert doctor.examine(Store.open(), "s") == []
 
@@ -320,8 +320,8 @@ def test_an_objective_that_fails_now_fails_its_candidates() -> None:
     done = remeasure("s", workers="inline")
     assert done.failed > 0
     assert done.complete + done.failed == 3
-    found = load_study("s")
-    assert_sound(found, 3)
+    study = load_study("s")
+    assert_sound(study, 3)
     assert doctor.examine(Store.open(), "s") == []
 
 
@@ -386,10 +386,10 @@ def test_an_architecture_is_enqueued_once_and_evaluated_next() -> None:
     again = enqueue("s", [files[1], mine_file(there)])
     assert [row["trial"] for row in again] == [2, 0 if layers == 1 else 3]
     assert again[0]["status"] == "known"
-    found = run(small, trials=4, pool=scripted(lambda job: fake(job)[0]))
-    assert_sound(found, 4)
-    assert [found.store.architecture("s", i)["d_model"] for i in (1, 2)] == others
-    report = trial_report(found.store, "s", 1)
+    study = run(small, trials=4, pool=scripted(lambda job: fake(job)[0]))
+    assert_sound(study, 4)
+    assert [study.store.architecture("s", i)["d_model"] for i in (1, 2)] == others
+    report = trial_report(study.store, "s", 1)
     assert report["enqueued_from"] == files[0]
 
 
@@ -403,10 +403,10 @@ def test_a_study_that_runs_evaluates_what_is_enqueued_meanwhile() -> None:
             rows.extend(enqueue("s", [mine_file(min({16, 24, 32} - drawn))]))
         return fake(job)[0]
 
-    found = run(space(SMALL).with_search(seed=1), trials=5, pool=scripted(script))
-    assert_sound(found, 5)
+    study = run(space(SMALL).with_search(seed=1), trials=5, pool=scripted(script))
+    assert_sound(study, 5)
     assert rows[0]["status"] == "enqueued"
-    source = trial_report(found.store, "s", rows[0]["trial"])["enqueued_from"]
+    source = trial_report(study.store, "s", rows[0]["trial"])["enqueued_from"]
     assert source == rows[0]["source"]
 
 

@@ -107,9 +107,9 @@ def test_one_objective_and_one_worker_is_asha_exactly() -> None:
     done: list[tuple[int, int]] = []
 
     def noted(job: Job) -> object:
-        found = evaluate(job)
-        done.append((job.trial, int(found[0].metrics.get("rung", 3))))
-        return found
+        evaluation = evaluate(job)
+        done.append((job.trial, int(evaluation[0].metrics.get("rung", 3))))
+        return evaluation
 
     found = run(halving(), pool=Inline(noted))  # type: ignore[arg-type]
     assert_sound(found, 14)
@@ -246,15 +246,15 @@ def test_a_killed_study_trains_no_rung_twice_but_the_one_in_hand(
     wanted, statuses = uninterrupted(stopping)
     assert {"complete", "stopped"} <= set(statuses.values())
     assert killed_run(of, *POINTS[point], number) == signal.SIGKILL
-    found = run(of, pool=Inline(stand_in))
-    assert_sound(found, 14)
+    study = run(of, pool=Inline(stand_in))
+    assert_sound(study, 14)
     again = trained()
     assert again.keys() == wanted.keys()
     assert sorted(again.values())[-2:] in ([1, 1], [1, 2])
-    assert {e.trial: e.status for e in found.view.evaluations} == statuses
-    assert_no_leftovers(found)
-    assert not rung_rows.pauses(found.store, "s")
-    assert doctor.examine(found.store, "s") == []
+    assert {e.trial: e.status for e in study.view.evaluations} == statuses
+    assert_no_leftovers(study)
+    assert not rung_rows.pauses(study.store, "s")
+    assert doctor.examine(study.store, "s") == []
 
 
 def test_a_run_that_is_stopped_keeps_its_paused_candidates() -> None:
@@ -278,15 +278,15 @@ def test_a_run_that_is_stopped_keeps_its_paused_candidates() -> None:
 
 def test_a_copy_of_a_stopped_model_is_stopped() -> None:
     small = Space.parse(halving().text.replace(ARCHITECTURE, SMALL), "s.yaml")
-    found = run(small, trials=6, pool=Inline(stand_in))
-    assert_sound(found, 6)
-    rows = {e.trial: e for e in found.view.evaluations}
+    study = run(small, trials=6, pool=Inline(stand_in))
+    assert_sound(study, 6)
+    rows = {e.trial: e for e in study.view.evaluations}
     copies = [e for e in rows.values() if e.is_copy]
     sources = [rows[int(e.metrics["copied_from"])] for e in copies]
     assert [e.status for e in copies] == [e.status for e in sources]
     assert "stopped" in {e.status for e in copies}
     assert max(trained().values()) == 1
-    assert_no_leftovers(found)
+    assert_no_leftovers(study)
 
 
 def test_a_candidate_that_fails_after_a_rung_is_retried_from_the_start() -> None:
@@ -307,11 +307,11 @@ def test_a_candidate_that_fails_after_a_rung_is_retried_from_the_start() -> None
     assert [r.trial for r in rung_rows.results(store, "s") if r.promoted] == [failed]
     assert files_of(load_study("s")) == []
     broken = False
-    found = retry("s", pool=Inline(evaluate))
-    assert_sound(found, 3)
+    retried = retry("s", pool=Inline(evaluate))
+    assert_sound(retried, 3)
     assert (trained()[failed, 1], trained()[failed, 2]) == (2, 1)
-    assert found.evaluation(failed).status == "complete"
-    assert_no_leftovers(found)
+    assert retried.evaluation(failed).status == "complete"
+    assert_no_leftovers(retried)
 
 
 def test_a_lost_checkpoint_costs_the_training_and_no_trial() -> None:
@@ -326,12 +326,12 @@ def test_a_lost_checkpoint_costs_the_training_and_no_trial() -> None:
     assert len(texts) == 2
     assert all("the next run trains the candidate again from the start" in text for text in texts)
     events: list[Event] = []
-    found = run(halving(HALVING), pool=Inline(stand_in), listeners=[events.append])
-    assert_sound(found, 14)
+    study = run(halving(HALVING), pool=Inline(stand_in), listeners=[events.append])
+    assert_sound(study, 14)
     again = {trial for (trial, rung), times in trained().items() if times > 1}
     warned = {e.trial for e in events if e.kind == "warning"}
     assert again == warned <= {first, second}  # who is stopped needs no checkpoint
-    assert_no_leftovers(found)
+    assert_no_leftovers(study)
 
 
 def test_a_fault_of_the_machine_repeats_the_rung_in_hand_alone() -> None:
@@ -342,8 +342,8 @@ def test_a_fault_of_the_machine_repeats_the_rung_in_hand_alone() -> None:
             raise MachineError("no space left on device")
         return stand_in(job)
 
-    found = run(halving(), pool=Inline(evaluate))
-    assert_sound(found, 14)
+    study = run(halving(), pool=Inline(evaluate))
+    assert_sound(study, 14)
     assert set(trained().values()) == {1}
 
 
@@ -356,10 +356,10 @@ def test_checkpoints_on_the_disk_are_no_more_than_the_limit() -> None:
 
     store = Store.open("sqlite:///moenas.db", create=True)
     limited = halving("{kind: successive_halving, min_correlation: 0, max_paused: 2}")
-    found = run(limited, pool=Inline(evaluate))
-    assert_sound(found, 14)
+    study = run(limited, pool=Inline(evaluate))
+    assert_sound(study, 14)
     assert 2 <= max(seen) <= 3  # two wait, and one trains on from its own
-    assert_no_leftovers(found)
+    assert_no_leftovers(study)
 
 
 def test_status_and_show_know_rungs() -> None:
@@ -375,13 +375,13 @@ def test_status_and_show_know_rungs() -> None:
     assert (report["paused"], report["stopped"]) == (len(paused), 0)
     shown = trial_report(store, "s", trial)
     assert (shown["status"], shown["metrics"]["rung"]) == ("paused", pause.result.rung)
-    found = run(halving(), pool=Inline(stand_in), listeners=[lambda e: lines.append(line(e))])
+    study = run(halving(), pool=Inline(stand_in), listeners=[lambda e: lines.append(line(e))])
     report = status_report(store, "s")
-    statuses = Counter(e.status for e in found.view.evaluations)
+    statuses = Counter(e.status for e in study.view.evaluations)
     assert (
         report["stopped"]
         == statuses["stopped"]
-        == list(found.dataframe()["state"]).count("stopped")
+        == list(study.dataframe()["state"]).count("stopped")
     )
     assert report["paused"] == 0
     first = report["rungs"][0]
@@ -389,7 +389,7 @@ def test_status_and_show_know_rungs() -> None:
     text = status_text(report)
     assert f"  stopped {statuses['stopped']}, paused 0\n  rung 1 (256 tokens): " in text
     assert any("stopped: at rung 1, validation loss" in text for text in lines)
-    assert "stopped early" in study_note(found.view)
+    assert "stopped early" in study_note(study.view)
 
 
 def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
@@ -408,17 +408,17 @@ def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
         run(halving(objectives="[val_loss, ./size.py]"), pool=Inline(ctrl_c))
     objective("2")
     changed = halving(objectives="[val_loss, ./size.py]")
-    found = run(changed, pool=Inline(measured), accept_changes=True)
-    assert_sound(found, 14)
-    assert_no_leftovers(found)
+    study = run(changed, pool=Inline(measured), accept_changes=True)
+    assert_sound(study, 14)
+    assert_no_leftovers(study)
 
 
 def test_a_study_of_two_objectives_is_predicted() -> None:
     stopping = "{kind: predictive, min_complete: 3, min_correlation: 0}"
     of = halving(stopping, objectives="[val_loss, flops_per_token]")
-    found = run(of, pool=Inline(stand_in))
-    assert_sound(found, 14)
-    statuses = Counter(e.status for e in found.view.evaluations)
+    study = run(of, pool=Inline(stand_in))
+    assert_sound(study, 14)
+    statuses = Counter(e.status for e in study.view.evaluations)
     assert statuses["stopped"] > 0
     assert statuses["complete"] >= 3
-    assert_no_leftovers(found)
+    assert_no_leftovers(study)

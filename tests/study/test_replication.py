@@ -199,16 +199,16 @@ def test_a_machine_that_fails_ends_the_run_and_not_the_replicate(
 
 def test_the_report_says_in_words_which_differences_are_noise(evaluated: list[Job]) -> None:
     study = run(small(), workers="inline")
-    found = insights(study)
-    assert found["seeds"] == seed_report(study.store, "s")
-    text = insights_text(found)
+    report = insights(study)
+    assert report["seeds"] == seed_report(study.store, "s")
+    text = insights_text(report)
     assert "val_loss: seeds of one model differ by a standard deviation of" in text
-    (key,) = found["seeds"]["noisy"]
+    (key,) = report["seeds"]["noisy"]
     assert key == "val_loss"
-    for pair in found["seeds"]["pairs"][key]:
+    for pair in report["seeds"]["pairs"][key]:
         said = re.search(rf"trials {pair['trials'][0]} and {pair['trials'][1]} differ by", text)
         assert (said is not None) == (pair["difference"] < pair["noise"])
-    assert insights(load_study("s"))["seeds"] == found["seeds"]
+    assert insights(load_study("s"))["seeds"] == report["seeds"]
 
 
 def test_replicates_need_training() -> None:

@@ -75,10 +75,10 @@ def test_workers_write_and_read_by_themselves(
     def noted(job: Job) -> object:
         assert job.weights is None
         assert job.checkpoint is None
-        found: tuple[Evaluation, Any] = evaluate(job)
+        evaluation: tuple[Evaluation, Any] = evaluate(job)
         jobs.append(job)
-        sent.append(found[1])
-        return found
+        sent.append(evaluation[1])
+        return evaluation
 
     found = run(halving(), storage="sqlite:///a.db", pool=Inline(noted))  # type: ignore[arg-type]
     assert_sound(found, 14)
@@ -112,10 +112,10 @@ def test_a_worker_without_the_corpus_fetches_it(
     def elsewhere(job: Job) -> object:
         return evaluate(replace(job, data={"kind": "files", "files": ["/nowhere/corpus.txt"]}))
 
-    found = run(space(), trials=2, pool=Inline(elsewhere))  # type: ignore[arg-type]
-    assert [e.status for e in found.view.evaluations] == ["complete"] * 2
+    study = run(space(), trials=2, pool=Inline(elsewhere))  # type: ignore[arg-type]
+    assert [e.status for e in study.view.evaluations] == ["complete"] * 2
     (kept,) = (tmp_path / "cache").rglob("*.corpus")
-    assert kept.stem == found.record.data["sha256"]
+    assert kept.stem == study.record.data["sha256"]
 
 
 @pytest.mark.parametrize("root_url", ["s3"], indirect=True)
@@ -130,10 +130,10 @@ def test_an_interrupted_study_goes_on_from_its_checkpoints(shared: StorePath) ->
     (checkpoint,) = matching(study_folder(store.runs, "s"), "*/checkpoint-*")
     draft = checkpoint.parent / ".model.safetensors.0"
     draft.write_bytes(b"left by a killed worker")
-    found = run(halving(), workers="inline")
-    assert_sound(found, 14)
-    complete = [e.trial for e in found.view.evaluations if e.status == "complete"]
-    assert names_of(found) == sorted(f"{trial}/model.safetensors" for trial in complete)
+    study = run(halving(), workers="inline")
+    assert_sound(study, 14)
+    complete = [e.trial for e in study.view.evaluations if e.status == "complete"]
+    assert names_of(study) == sorted(f"{trial}/model.safetensors" for trial in complete)
 
 
 @pytest.mark.parametrize("root_url", ["memory"], indirect=True)
@@ -153,18 +153,18 @@ def test_a_checkpoint_that_is_lost_costs_its_candidate_alone(shared: StorePath) 
     for checkpoint in checkpoints:
         checkpoint.unlink()
     said: list[str] = []
-    found = run(halving(), workers="inline", listeners=[lambda event: said.append(event.text)])
+    study = run(halving(), workers="inline", listeners=[lambda event: said.append(event.text)])
     again = [text for text in said if "trained again from its start" in text]
     assert again
     assert all(any(str(checkpoint) in text for checkpoint in checkpoints) for text in again)
-    assert_sound(found, 14)
+    assert_sound(study, 14)
 
 
 def test_studies_are_copied_renamed_packed_and_deleted(
     shared: StorePath, jobs: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    found = run(space(), trials=6, workers="inline", storage="sqlite:///a.db")
-    source, files = found.store, names_of(found)
+    study = run(space(), trials=6, workers="inline", storage="sqlite:///a.db")
+    source, files = study.store, names_of(study)
     assert files
     # 1. From the URL to a folder and back.
     monkeypatch.setenv("MOENAS_RUNS", "local")
@@ -209,9 +209,9 @@ def test_an_unknown_root_makes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.parametrize("root_url", ["memory"], indirect=True)
 def test_lost_weights_are_named_at_the_start(shared: StorePath, jobs: list[Any]) -> None:
-    found = run(space(), trials=4, workers="inline")
-    trial = next(e.trial for e in found.view.evaluations if e.weights_sha256)
-    weights_path(found.store.runs, "s", trial).unlink()
+    study = run(space(), trials=4, workers="inline")
+    trial = next(e.trial for e in study.view.evaluations if e.weights_sha256)
+    weights_path(study.store.runs, "s", trial).unlink()
     said: list[str] = []
     run(space(), trials=5, workers="inline", listeners=[lambda event: said.append(event.text)])
     assert any(f"weights of 1 trials, such as {trial}, are not there" in text for text in said)

@@ -39,13 +39,13 @@ SOURCE = "sqlite:///source.db"
 @pytest.fixture
 def source(jobs: list[Any]) -> Study:
     """A finished study with weights, a failure, a note of a trial and of the study."""
-    found = run(space(), trials=6, workers="inline", storage=SOURCE)
-    storage = found.store.optuna_storage()
+    study = run(space(), trials=6, workers="inline", storage=SOURCE)
+    storage = study.store.optuna_storage()
     study_id = storage.get_study_id_from_name("s")
     trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, 2)
     storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:0", "a note")
-    found.optuna.set_user_attr("team", "search")
-    return found
+    study.optuna.set_user_attr("team", "search")
+    return study
 
 
 def rows_of(store: Store, name: str) -> study_rows.StudyRows:
@@ -113,8 +113,8 @@ def test_a_paused_candidate_is_copied_with_its_checkpoint(database_url: str) -> 
     assert [file for file in named_files(rows_of(target, "s")) if file.rung is not None]
     assert files_of(target, "s") == files_of(source, "s") != {}
     rename_study(target, "s", "renamed", "somebody")
-    found = run(halving(name="renamed"), trials=6, workers="inline", storage=database_url)
-    assert_sound(found, 6)
+    study = run(halving(name="renamed"), trials=6, workers="inline", storage=database_url)
+    assert_sound(study, 6)
 
 
 def test_a_name_that_is_taken_and_a_study_that_is_busy_are_refused(
@@ -301,6 +301,6 @@ def test_a_submitted_study_is_renamed_only_where_no_driver_may_start(
         with pytest.raises(InputError, match="1 to 100 letters"):
             rename_study(store, "t", name, "somebody")
     rename_study(store, "t", "u-1", "somebody")
-    (found,) = store.query(submissions.every)
-    assert (found.study, found.state) == ("u-1", "cancelled")
-    assert Space.parse(found.space_text, "u.yaml", found.overrides).name == "u-1"
+    (rows,) = store.query(submissions.every)
+    assert (rows.study, rows.state) == ("u-1", "cancelled")
+    assert Space.parse(rows.space_text, "u.yaml", rows.overrides).name == "u-1"

@@ -114,8 +114,8 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
     if how == "hang":
         ctypes.PyDLL(None).sleep(600)  # holds the interpreter's lock, like a hung C extension
     values = {"pid": float(os.getpid())}
-    found = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
-    return other_things(how, found)  # type: ignore[no-any-return]
+    evaluation = Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values)
+    return other_things(how, evaluation)  # type: ignore[no-any-return]
 
 
 def fork_twice(folder: str) -> None:

@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from points import point, tokens_of
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from wide_space import point, tokens_of
 
 from moenas.evaluate.optimizer import AdamW
 from moenas.model.architecture import Architecture

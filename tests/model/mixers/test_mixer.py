@@ -186,11 +186,11 @@ def test_a_sink_takes_its_share_of_the_softmax(fields: dict[str, Any], training:
     shares = weights / (weights.sum(-1, keepdim=True) + sinks.double().exp().view(1, -1, 1, 1))
     wanted = shares @ v64
     with torch.set_grad_enabled(training):
-        found = attend(q, k, v, 0)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+        output = attend(q, k, v, 0)
+    torch.testing.assert_close(output.double(), wanted, rtol=1e-5, atol=1e-5)
     if training:
         inputs = (sinks, q, k, v)
-        gradients = torch.autograd.grad(found.square().sum(), inputs)
+        gradients = torch.autograd.grad(output.square().sum(), inputs)
         oracle = torch.autograd.grad(wanted.square().sum(), inputs)
         for one, other in zip(gradients, oracle, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -221,10 +221,10 @@ def test_a_sink_is_as_exact_as_its_number_in_bfloat16() -> None:
     attend.sinks.data = torch.tensor([20.3, -2.77, 0.41, 10.17])
     q, k = torch.zeros(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
     with torch.no_grad():
-        found = attend(q.bfloat16(), k.bfloat16(), torch.ones_like(k).bfloat16(), 0)
+        output = attend(q.bfloat16(), k.bfloat16(), torch.ones_like(k).bfloat16(), 0)
     seen = torch.arange(1, 7)
     wanted = seen / (seen + attend.sinks.exp().unsqueeze(-1))
-    torch.testing.assert_close(found[0, ..., 0].float(), wanted, rtol=1e-2, atol=0)
+    torch.testing.assert_close(output[0, ..., 0].float(), wanted, rtol=1e-2, atol=0)
 
 
 def test_bfloat16_agrees_with_float32_in_value_and_gradient() -> None:

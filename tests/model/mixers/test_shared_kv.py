@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from exact import assert_same_function, check_cost, check_gradients
-from points import stir
 from torch import Tensor
+from wide_space import stir
 
 from moenas.errors import SpaceError
 from moenas.model import Attention, CrossLayerAttention, SharedKV
@@ -63,14 +63,14 @@ CASES: dict[str, tuple[Plain, ...]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_cost_gradients_and_spelling_are_exact(name: str) -> None:
-    found = architecture(*CASES[name])
+    parsed = architecture(*CASES[name])
     for length in (12, 31):
-        check_cost(found, length)
-    check_gradients(found, 31)
-    canonical = found.canonical()
+        check_cost(parsed, length)
+    check_gradients(parsed, 31)
+    canonical = parsed.canonical()
     assert canonical.canonical() == canonical
     assert Architecture.parse(canonical.plain()) == canonical
-    assert_same_function(found, canonical)
+    assert_same_function(parsed, canonical)
 
 
 def inputs_of(model: Model, tokens: Tensor) -> list[Tensor]:
@@ -125,16 +125,16 @@ def test_a_reader_with_its_sources_weights_doubles_it() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_a_cache_continues_and_readers_keep_nothing(name: str) -> None:
-    found = architecture(*CASES[name])
-    model = stirred(found)
+    parsed = architecture(*CASES[name])
+    model = stirred(parsed)
     tokens = torch.arange(40).view(2, 20) % 11
     cache = model.new_cache(2, 20)
     assert [c is None for c in cache] == ["kv_source" in mixer for mixer in CASES[name]]
     parts = [model(piece, cache) for piece in tokens.split([7, 1, 12], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
-    owners = sum(layer.mixer.cost(16, 20).kv_bytes_per_token for layer in found.layers)
-    assert found.cost(20).kv_bytes_per_token == owners
-    assert found.kv_cache_bytes(20) <= 20 * owners
+    owners = sum(layer.mixer.cost(16, 20).kv_bytes_per_token for layer in parsed.layers)
+    assert parsed.cost(20).kv_bytes_per_token == owners
+    assert parsed.kv_cache_bytes(20) <= 20 * owners
 
 
 def test_costs_by_pencil_and_paper() -> None:

@@ -65,9 +65,9 @@ def all_on_all(moe: MoE, x: Tensor, kept: Tensor | None = None) -> Tensor:
 def assert_same_gradients(moe: MoE, x: Tensor, y: Tensor, reference: Tensor) -> None:
     leaves = [x, *moe.parameters()]
     seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
-    found = torch.autograd.grad((y * seed).sum(), leaves, retain_graph=True)
+    gradients = torch.autograd.grad((y * seed).sum(), leaves, retain_graph=True)
     wanted = torch.autograd.grad((reference * seed).sum(), leaves)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from exact import check_cost, check_gradients, check_spellings
-from points import stir
 from routers import router_of
 from torch import Tensor
+from wide_space import stir
 
 from moenas.errors import SpaceError
 from moenas.evaluate.causality import find_leaks
@@ -145,12 +145,12 @@ def test_every_router_is_exact_and_causal(name: str) -> None:
         if name == "noise"
         else {"out_bias": True}
     )
-    found = architecture(HEADS | {"router": ROUTERS[name]} | fields)
+    parsed = architecture(HEADS | {"router": ROUTERS[name]} | fields)
     for length in (12, 31):
-        check_cost(found, length)
-    check_gradients(found, 31)
-    check_spellings(found.plain(), 1)
-    assert find_leaks(found.build(seed=0), text(9, 40), {5}) == []
+        check_cost(parsed, length)
+    check_gradients(parsed, 31)
+    check_spellings(parsed.plain(), 1)
+    assert find_leaks(parsed.build(seed=0), text(9, 40), {5}) == []
 
 
 def test_the_contract_of_parts_holds() -> None:

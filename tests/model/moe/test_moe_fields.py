@@ -135,9 +135,11 @@ def test_the_mixture_is_all_experts_on_all_tokens(seed: int, shape: tuple[int, i
     torch.testing.assert_close(y, reference, rtol=1e-3, atol=1e-3)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     leaves = [x, *moe.parameters()]
-    found = torch.autograd.grad((y * direction).sum(), leaves, allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(
+        (y * direction).sum(), leaves, allow_unused=True, retain_graph=True
+    )
     wanted = torch.autograd.grad((reference * direction).sum(), leaves, allow_unused=True)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         # A weight that the reference leaves out has gradient 0.
         a = torch.zeros(()) if a is None else a
         b = torch.zeros_like(a) if b is None else b

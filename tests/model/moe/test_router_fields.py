@@ -330,7 +330,7 @@ def test_the_smallest_set_that_reaches_the_share_is_kept(score: str, top_p: floa
     choice, sizes = module(x), set()
     for token, weights in enumerate(weights_of(choice)):
         scores = choice.scores[token].double().tolist()
-        found = next(
+        first = next(
             best
             for size in range(1, N_EXPERTS + 1)
             for best in [
@@ -338,8 +338,8 @@ def test_the_smallest_set_that_reaches_the_share_is_kept(score: str, top_p: floa
             ]
             if sum(scores[e] for e in best) >= top_p * sum(scores)
         )
-        assert weights == pytest.approx({e: scores[e] for e in found}, abs=1e-5)
-        sizes.add(len(found))
+        assert weights == pytest.approx({e: scores[e] for e in first}, abs=1e-5)
+        sizes.add(len(first))
     assert len(sizes) > 1
 
 

@@ -86,9 +86,9 @@ def claim_submissions(url, barrier, index):
     barrier.wait()
     names, misses = [], 0
     while misses < 3:
-        found = store.transact(lambda c: submissions.claim_next(c, runner, leases.clock(c)))
-        misses += found is None  # rows that the other one chooses from are skipped
-        names += [found.study] if found is not None else []
+        row = store.transact(lambda c: submissions.claim_next(c, runner, leases.clock(c)))
+        misses += row is None  # rows that the other one chooses from are skipped
+        names += [row.study] if row is not None else []
     return names
 
 
