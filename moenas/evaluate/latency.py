@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from moenas.evaluate.subject import Subject, excerpts
 from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.timing import DeviceClock, Run, WallClock, replayed, time_pairs
 from moenas.model.architecture import Architecture, Model, initialise
+from moenas.model.mixers.mixer import KVCache
 from moenas.model.moe.gating import Gating
 from moenas.records import Plain
 from moenas.space.objective import Measurement
@@ -160,7 +161,7 @@ def prepare(model: Model, tokens: Tensor, phase: str) -> Callable[[], object]:
         return lambda: model(tokens, model.new_cache(batch, length))
     cache = model.new_cache(batch, length)
     model(tokens[:, :-1], cache)
-    after_prompt = [(layer, dict(vars(layer))) for layer in cache if layer is not None]
+    after_prompt = [each for layer in cache if layer is not None for each in _cache_states(layer)]
 
     def step() -> object:
         cache.length = length - 1
@@ -169,6 +170,14 @@ def prepare(model: Model, tokens: Tensor, phase: str) -> Callable[[], object]:
         return model(tokens[:, -1:], cache)
 
     return step
+
+
+def _cache_states(cache: object) -> Iterator[tuple[object, dict[str, Any]]]:
+    """Yield a cache and the caches in it, such as an indexer's, each with its attributes."""
+    yield cache, dict(vars(cache))
+    for value in vars(cache).values():
+        if isinstance(value, KVCache):
+            yield from _cache_states(value)
 
 
 def _reference(workload: Workload) -> tuple[Model, Tensor]:

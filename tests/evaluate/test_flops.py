@@ -271,10 +271,10 @@ def test_a_model_that_fits_no_machine_is_counted_by_its_shapes() -> None:
     assert 2 * counted.macs == architecture.pass_flops(64)
 
 
-@pytest.mark.parametrize("numbers", [range(0, 20), range(20, 40)])
+@pytest.mark.parametrize("numbers", [range(0, 22), range(22, 44)])
 def test_parts_of_every_kind_are_counted_without_values(numbers: range) -> None:
     found = [Architecture.parse(p[0]) for p in map(point, numbers) if p is not None]
-    assert len(found) > 8
+    assert len(found) > 7
     for architecture in found:
         assert 2 * count_outline(architecture, 24).macs == architecture.pass_flops(24)
 
