@@ -153,11 +153,20 @@ def operator() -> str:
 
 
 def command_line(words: Sequence[str], options: Mapping[str, object]) -> str:
-    """Return a command to type, without the password of its database."""
+    """Return a command to type, without the passwords of its addresses."""
     given = dict(options)
-    if given.get("storage") is not None:
-        given["storage"] = without_password(str(given["storage"]))
+    for name in ("storage", "server"):
+        if given.get(name) is not None:
+            given[name] = without_password(str(given[name]))
+    if isinstance(logs := given.get("log"), list):
+        given["log"] = [_log_without_password(text) for text in logs]
     return terminal.command(words, given)
+
+
+def _log_without_password(text: str) -> str:
+    """Hide the password in a value of --log, such as `mlflow:https://NAME:PASSWORD@HOST`."""
+    tool, colon, place = text.partition(":")
+    return f"{tool}:{without_password(place)}" if colon and "@" in place else text
 
 
 def without_password(url: str) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moenas.cli import progress
+from moenas.cli.study_sources import SERVER_VARIABLE
 from moenas.loggers.opening import open_logger
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.terminal import say
@@ -84,20 +86,12 @@ class RunEnd:
             return
         problem = None
         try:
-            done = subprocess.run(
-                command,
-                shell=True,
-                env={**os.environ, **self.variables(state, message)},
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                timeout=LIMIT_S,
-                check=False,
-            )
+            code = _run_command(command, self.variables(state, message))
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             problem = str(error)
         else:
-            if done.returncode:
-                problem = f"exit code {done.returncode}"
+            if code:
+                problem = f"exit code {code}"
         if problem is not None:
             say(f"warning: the command of --on-end failed: {problem}")
 
@@ -122,3 +116,28 @@ class RunEnd:
             **{f"MOENAS_{name.upper()}": str(number) for name, number in counts.items()},
             **storage,
         }
+
+
+def _run_command(command: str, variables: dict[str, str]) -> int:
+    """Run a command of the user in a session of its own, and return its exit code.
+
+    The study lies in the database of this run, so the command is not sent to a server.
+
+    Raises:
+        subprocess.TimeoutExpired: after LIMIT_S seconds; all processes of the session are killed.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != SERVER_VARIABLE}
+    with subprocess.Popen(
+        command,
+        shell=True,
+        env={**inherited, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        start_new_session=True,
+    ) as process:
+        try:
+            return process.wait(LIMIT_S)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ from moenas.data.corpus import Corpus
 from moenas.data.entropy import CHUNK
 from moenas.errors import DataError
 from moenas.records import Plain
-from moenas.store.files import make_folder, path_at, remove_file, sync_folder
+from moenas.store.files import make_folder, path_at, sync_folder
 from moenas.store.object_path import ObjectPath, StorePath
 
 FOLDER = "corpora"
@@ -56,7 +57,8 @@ def publish(root: StorePath, corpus: Corpus) -> Plain:
 
 def remove(root: StorePath, digest: str) -> None:
     """Remove a corpus that no study needs; nothing happens if it was not published."""
-    remove_file(root / FOLDER / f"{digest}.corpus")
+    with suppress(OSError):  # its folder stays, for another process may publish there
+        (root / FOLDER / f"{digest}.corpus").unlink()
 
 
 def _write(corpus: Corpus, file: BinaryIO) -> None:

@@ -140,11 +140,12 @@ def caption(found: Plain | None) -> list[str]:
     if found is None:
         return []
     noisy = ", ".join(found["noisy"])
+    selected = [m["trial"] for m in found["members"] if m["mean_seeds"] == m["seeds"]]
+    seeds = "the seeds" if selected else "the further seeds"
     lines = [
-        f"{noisy}: mean over the further seeds of a trial +- half of its 95 % interval; P(front):"
+        f"{noisy}: mean over {seeds} of a trial +- half of its 95 % interval; P(front):"
         " the probability that no other trial dominates it"
     ]
-    selected = [m["trial"] for m in found["members"] if m["mean_seeds"] == m["seeds"]]
     if selected:
         numbers = ", ".join(map(str, selected))
         lines.append(

@@ -178,7 +178,8 @@ def status_report(store: Store, name: str) -> Plain:
         "running_in": driver,
         "running": found.running if driver is not None else [],
         "candidates_per_hour": per_hour,
-        "seconds_left": None if driver is None or not per_hour else 3600 * left / per_hour,
+        # The pace is that of the search: further seeds of the front are trained after it.
+        "seconds_left": 3600 * left / per_hour if driver and per_hour and left else None,
         "ended": store.ended(name),
         "failures": summary.failures,
         "spent": spending(store, name).plain(),

@@ -74,7 +74,7 @@ class ServerConnection:
                 waits.wait(f"{self.url}: status {response.status_code}", _retry_after(response))
                 continue
             if response.is_success or response.status_code in accepted:
-                return response.json()
+                return answer_of(response)
             raise error_of(response, source)
 
     @contextlib.contextmanager
@@ -130,12 +130,25 @@ class Waits:
         self._next = min(LONGEST_WAIT_S, 2 * self._next)
 
 
+def answer_of(response: httpx.Response) -> Any:
+    """Return the JSON of an answer.
+
+    Raises:
+        InputError: if it is none, as that of a login page is.
+    """
+    try:
+        return response.json()
+    except ValueError:
+        text = f"{response.url}: no moenas server answers there; check --server or MOENAS_SERVER"
+        raise InputError(text) from None
+
+
 def error_of(response: httpx.Response, source: str | None) -> MoenasError:
     """Return the error that a problem document tells."""
-    try:
-        problem: Mapping[str, Any] = response.json()
-    except ValueError:
-        problem = {}
+    problem: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        told = response.json()
+        problem = told if isinstance(told, dict) else {}
     detail = str(problem.get("detail", f"{response.url}: status {response.status_code}"))
     places = problem.get("errors") or [{}]
     if response.status_code == 422 and places[0].get("line"):

@@ -9,6 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ONE_TIME = "/login"
 """The path where a GET request uses up a link, which a preview by HEAD must not do."""
+EXPORT = "/export"
+"""The end of the paths where a GET request starts a job and writes files."""
 
 
 class HeadRequests:
@@ -19,7 +21,7 @@ class HeadRequests:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; the work on a body that HEAD leaves out is cancelled."""
-        if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"] == ONE_TIME:
+        if scope["type"] != "http" or scope["method"] != "HEAD" or _has_effect(scope["path"]):
             return await self._app(scope, receive, send)
         is_answered = asyncio.Event()
 
@@ -38,3 +40,8 @@ class HeadRequests:
             work.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
+
+
+def _has_effect(path: str) -> bool:
+    """Whether a GET request of a path does more than read; HEAD has no answer there."""
+    return path == ONE_TIME or path.endswith(EXPORT)

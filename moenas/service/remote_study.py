@@ -60,8 +60,11 @@ class RemoteStudy:
     @property
     def finished(self) -> str | None:
         """Why the study is over, as of a local study; None if it is not."""
-        reason = self.detail()["progress"]["ended"]
-        return None if reason is None else str(reason)
+        detail = self.detail()
+        reason = detail["progress"]["ended"]
+        if reason is None:  # a study that has all its trials, whose end was not stored
+            return "trials" if detail["state"] == "finished" else None
+        return str(reason)
 
     def status(self) -> Plain:
         """Return how far the study is; see `moenas status -o json`."""
@@ -299,7 +302,5 @@ def _reference(text: str) -> str | Plain:
 
 
 def _is_over(detail: Plain) -> bool:
-    """Whether a study has ended; one that a command runs has when its end is stored."""
-    if detail["submitted"]:
-        return detail["state"] in ("finished", "failed", "cancelled")
-    return detail["progress"]["ended"] is not None
+    """Whether a study has ended."""
+    return detail["state"] in ("finished", "failed", "cancelled")

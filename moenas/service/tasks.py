@@ -129,10 +129,9 @@ def enqueue(
             references.append(str(path))
             name_of[str(path)] = name
         try:
-            rows = maintenance.enqueue(study, references, storage=storage)
+            return maintenance.enqueue(study, references, storage=storage, names=name_of)
         except InputError as error:
             raise _with_names(error, name_of) from None
-    return [row | {"source": name_of.get(row["source"], row["source"])} for row in rows]
 
 
 def _with_names(error: InputError, name_of: Mapping[str, str]) -> InputError:

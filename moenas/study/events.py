@@ -89,15 +89,19 @@ class EventEmitter:
     ) -> None:
         """Send an event with the progress of the study now."""
         event = Event(kind, trial, text, evaluation, self._progress(), params)
+        warnings = []
         for listener in tuple(self._listeners):
             try:
                 listener(event)
             except Exception as error:
                 if isinstance(listener, ToleratedListener):
                     self._listeners.remove(listener)
-                    self.warn(f"{listener} fails and gets no further events: {error_line(error)}")
+                    reason = error_line(error)
+                    warnings.append(f"{listener} fails and gets no further events: {reason}")
                 else:
                     self._error = self._error or error
+        for warning in warnings:
+            self.warn(warning)
 
     def warn(self, text: str, trial: int | None = None) -> None:
         """Send a warning."""

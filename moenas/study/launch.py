@@ -23,7 +23,12 @@ from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
-from moenas.study.changes import refuse_changes, version_changes, with_stored_sampler
+from moenas.study.changes import (
+    refuse_changes,
+    refuse_reserved,
+    version_changes,
+    with_stored_sampler,
+)
 from moenas.study.driver import Driver
 from moenas.study.ending_signals import EndingSignals, plain_endings
 from moenas.study.events import Event, Interrupted, Listener
@@ -206,9 +211,10 @@ def load_study(name: str, storage: str | None = None) -> Study:
 
     Raises:
         NotFoundError: if there is none of that name.
+        ConflictError: if a rename of it is not finished.
     """
     store = Store.open(storage)
-    store.study(name)
+    refuse_reserved(store.study(name))
     return Study(store, name)
 
 

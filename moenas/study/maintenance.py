@@ -122,18 +122,29 @@ def retry(
     )
 
 
-def enqueue(name: str, refs: Sequence[str], *, storage: str | None = None) -> list[Plain]:
+def enqueue(
+    name: str,
+    refs: Sequence[str],
+    *,
+    storage: str | None = None,
+    names: Mapping[str, str] | None = None,
+) -> list[Plain]:
     """Let a stored study evaluate some architectures next, also while a process runs it.
 
-    `refs` are those of `search.start_from`. Returns a row for each architecture: source,
-    fingerprint, and the trial that evaluates it or has evaluated it.
+    `refs` are those of `search.start_from`; `names` says what to store for some of them. Returns a
+    row for each architecture: source, fingerprint, and the trial that evaluates it or has
+    evaluated it.
 
     Raises:
         InputError: if an architecture cannot be read or is not in the space; nothing is enqueued.
     """
     store = Store.open(storage)
     space = stored_space(store.study(name))
-    points = start_points(space, refs, lambda: store)
+    called = names or {}
+    points = [
+        replace(point, source=called.get(point.source, point.source))
+        for point in start_points(space, refs, lambda: store)
+    ]
     study = optuna.load_study(study_name=name, storage=store.optuna_storage())
     known = {p.fingerprint: attempts.trial_of(store, name, p.fingerprint) for p in points}
     new = [point for point in points if known[point.fingerprint] is None]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from moenas.cli import watching
+from moenas.cli.options import command_line
 from moenas.report.summary import status_report
 from moenas.store.store import Store
 
@@ -124,3 +126,35 @@ def test_a_server_decides_what_is_told(option: str, value: str, folder: Path) ->
     done = moenas(option, value, "--server", "http://127.0.0.1:9")
     assert done.returncode == 2
     assert "a server decides this for its studies; leave it out" in done.stderr
+
+
+def test_the_command_at_the_end_is_not_sent_to_a_server(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOENAS_SERVER", "http://127.0.0.1:9")
+    done = moenas(*INLINE, "--storage", "sqlite:///own.db", "--on-end", TELL)
+    assert done.returncode == 0, done.stderr
+    variables = told(folder / "told-finished")
+    assert "MOENAS_SERVER" not in variables
+    assert variables["MOENAS_STORAGE"] == "sqlite:///own.db"
+
+
+def test_a_command_that_takes_too_long_ends_with_what_it_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "LIMIT_S", 0.5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        watching._run_command("(sleep 3; touch survived); true", {})
+    time.sleep(4)
+    assert not (folder / "survived").exists()
+
+
+def test_hints_hide_passwords() -> None:
+    options = {
+        "storage": "postgresql://u:one@h/d",
+        "server": "https://u:two@h",
+        "log": ["mlflow:https://u:three@h", "tensorboard:logs"],
+    }
+    hint = command_line(["run", "tiny"], options)
+    assert not any(word in hint for word in ("one", "two", "three"))
+    assert "--log tensorboard:logs" in hint

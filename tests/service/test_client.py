@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import made_up_views
@@ -14,7 +15,14 @@ import stored_studies
 from served import SMALL, Served, listening, served
 
 import moenas
-from moenas.errors import ConflictError, InputError, NotFoundError, SpaceError, StudyStoppedError
+from moenas.errors import (
+    ConflictError,
+    InputError,
+    MoenasError,
+    NotFoundError,
+    SpaceError,
+    StudyStoppedError,
+)
 from moenas.service import client, connection
 from moenas.service.event_stream import EventHub
 from moenas.service.state import ServiceState
@@ -178,3 +186,22 @@ def test_events_go_on_after_the_server_was_gone(
         remote.close()
     assert [event.data["n"] for event in got] == [2, 3]
     assert answer == ["queued"]
+
+
+@pytest.mark.parametrize("body", ["<html>log in</html>", "[1]"])
+def test_another_server_is_no_moenas_server(body: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if body.startswith("<") else 500)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(MoenasError, match=r"no moenas server|status 500"):
+            moenas.connect(url, "token").studies()
+        server.shutdown()

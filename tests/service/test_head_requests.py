@@ -52,6 +52,11 @@ def test_head_of_a_path_without_get_names_the_methods(one: Served) -> None:
     assert one.send("PUT", "/v1/studies").headers["allow"] == "GET, HEAD, POST"
 
 
+def test_head_starts_no_export(one: Served) -> None:
+    refused = one.send("HEAD", "/v1/studies/made_up/trials/0/export")
+    assert (refused.status_code, refused.content) == (405, b"")
+
+
 def test_head_uses_up_no_link(one: Served) -> None:
     link = one.service.sessions.new_link(Identity("local", "admin", None))
     assert one.send("HEAD", link, None).status_code == 405

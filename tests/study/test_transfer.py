@@ -28,7 +28,7 @@ from moenas.study.archive import pack_study, unpack_study
 from moenas.study.deletion import delete_study
 from moenas.study.events import Event, Interrupted
 from moenas.study.incoming import DRAFT, LONGEST_COPY_S, named_files
-from moenas.study.launch import Study, run
+from moenas.study.launch import Study, load_study, run
 from moenas.study.transfer import copy_study, rename_study
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
@@ -275,6 +275,11 @@ def test_the_old_name_is_taken_until_its_files_are_gone(
     assert seen == ["asked"]
     assert rows_of(target, "t") == study_rows.renamed(rows_of(source.store, "s"), "t")
     assert files_of(target, "t") == files_of(source.store, "s")
+    assert target.front("s") == []
+    with pytest.raises(ConflictError, match="`moenas delete s` frees the name"):
+        load_study("s", database_url)
+    with pytest.raises(ConflictError, match="is being renamed"):
+        run(space(), trials=2, workers="inline", storage=database_url)
     delete_study(target, "s", "somebody")  # what a killed process leaves
     copy_study(source.store, "s", target)
     assert files_of(target, "s") == files_of(source.store, "s")

@@ -96,6 +96,7 @@ class IndexedSelection(nn.Module):
 
         `x` (B, S, D) is what the layer reads, `latent` (B, S, q_rank) its latent of the queries.
         """
+        self.index_loss = None  # of an earlier pass, whose graph may be gone
         end = start + size(x.shape[1])
         inert = not torch.compiler.is_compiling() and not self.training and end <= self.top_k
         if inert and cache is None:

@@ -117,6 +117,15 @@ def test_the_indexer_learns_by_the_divergence_alone() -> None:
     assert not model.auxiliary_loss().item()
 
 
+def test_a_pass_in_evaluation_leaves_no_loss_of_the_pass_before() -> None:
+    model = model_of(architecture(indexer=INDEXER)).train()
+    model.loss(tokens(12), tokens(12))
+    model.auxiliary_loss().backward()
+    model.eval()(tokens(4))
+    assert not model.auxiliary_loss().requires_grad
+    assert model.auxiliary_loss().item() == 0.0
+
+
 def test_the_divergence_is_that_of_torch() -> None:
     part = model_of(architecture(indexer=INDEXER)).blocks[0].mixer.indexer
     generator = torch.Generator().manual_seed(5)
