@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moenas.huggingface.config import Config
-from moenas.huggingface.parts import groups, latent_attention, rope, rope_section, router
+from moenas.huggingface.parts import (
+    check_positions,
+    groups,
+    latent_attention,
+    refuse_beside,
+    rope,
+    rope_section,
+    router,
+)
 from moenas.huggingface.parts import moe as mixture
-from moenas.huggingface.softmax_families import Model, biased_experts, with_first_dense
+from moenas.huggingface.softmax_families import (
+    SPARSE,
+    Model,
+    biased_experts,
+    with_first_dense,
+)
 from moenas.records import Plain
 
 
@@ -43,7 +56,13 @@ def mistral4(c: Config) -> Model:
     shared = c.whole_or_none("n_shared_experts") or 0
     width = "moe_intermediate_size"
     experts = mixture(c, "n_routed_experts", width, route, n_shared_experts=shared)
-    return with_first_dense(c, [mixer] * c.whole("num_hidden_layers"), experts)
+    n, first = c.whole("num_hidden_layers"), c.whole("first_k_dense_replace", 0)
+    types = c.kinds("mlp_layer_types", n, SPARSE)
+    if types is not None and types != [i >= first for i in range(n)]:
+        raise c.error(
+            "mlp_layer_types", "the family does not read this field; give first_k_dense_replace"
+        )
+    return with_first_dense(c, [mixer] * n, experts)
 
 
 def indexer(c: Config) -> Plain:
@@ -61,19 +80,36 @@ def deepseek_v32(c: Config) -> Model:
     c.expect("attention_bias", False)
     c.expect("mlp_bias", False)
     c.kinds("layer_types", n, {"indexed_attention": True})
-    mixer = latent_attention(c, rope(c), indexer=indexer(c))
+    positions = rope(c)
+    share = positions.pop("partial_rotary_factor", None)  # no default position has a share
+    if share is not None and "scaling" in positions:
+        raise c.no_counterpart("partial_rotary_factor", share, [1])
+    mixer = latent_attention(c, positions, indexer=indexer(c))
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))
     return with_first_dense(c, [mixer] * n, experts)
 
 
 def glm_moe_dsa(c: Config) -> Model:
     """GLM-5: DeepSeek-V3.2 with an indexer in every layer; layers that share one are refused."""
-    c.kinds("indexer_types", c.whole("num_hidden_layers"), {"full": True})
-    for name in ("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"):
-        if name in c.fields and "indexer_types" not in c.fields and c.get(name) not in (None, 1):
-            raise c.no_counterpart(name, c.get(name), [1])
-        c.read.add(name)
+    n = c.whole("num_hidden_layers")
+    c.read |= {"index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
+    if c.kinds("indexer_types", n, {"full": True}) is None:
+        _check_indexers(c, n)
     return deepseek_v32(c)
+
+
+def _check_indexers(c: Config, n_layers: int) -> None:
+    """Refuse a pattern, or a step with an offset, that gives a layer no indexer of its own."""
+    pattern = c.get("index_topk_pattern")
+    if pattern is not None:
+        is_full = len(pattern) == n_layers if isinstance(pattern, (str, list)) else False
+        if not is_full or any(one not in ("F", "full") for one in pattern):
+            raise c.no_counterpart("index_topk_pattern", pattern, ["F for each layer"])
+        return
+    step = max(c.whole("index_topk_freq", 1), 1)
+    offset = c.whole("index_skip_topk_offset", 2)
+    if any(max(i - offset + 1, 0) % step for i in range(n_layers)):
+        raise c.no_counterpart("index_topk_freq", step, [1])
 
 
 DOTS_KINDS = {
@@ -92,6 +128,27 @@ DOTS_SIZES = {
 """Field of latent attention -> field of dots 3 that `per_layer_config` can change."""
 
 
+def _layer_changes(c: Config, n_layers: int) -> dict[int, Plain] | None:
+    """Return the sizes that `per_layer_config` changes, by the number of the layer."""
+    given = c.get("per_layer_config")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
+    known = {*DOTS_SIZES.values(), "num_key_value_heads", "head_dim"}
+    for key, sizes in given.items():
+        if str(key) not in map(str, range(n_layers)):
+            raise c.error("per_layer_config", f"{key!r} is not the number of a layer")
+        if not isinstance(sizes, dict):
+            raise c.error("per_layer_config", f"layer {key}: give an object of sizes")
+        for name, size in sizes.items():
+            if name not in known:
+                raise c.error("per_layer_config", f"layer {key}: {name} has no counterpart")
+            if type(size) is not int or size < 1:
+                raise c.error("per_layer_config", f"layer {key}: {name} is not a whole number")
+    return {int(key): sizes for key, sizes in given.items()}
+
+
 def dots3_note(c: Config) -> Model:
     """dots 3 Note, the text model: indexed layers, and layers with a window of other sizes."""
     n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
@@ -100,21 +157,31 @@ def dots3_note(c: Config) -> Model:
     kinds = c.kinds("layer_types", n, DOTS_KINDS)
     if kinds is None:
         raise c.error("layer_types", "the field is missing; give a list of one word for each layer")
-    changes = c.get("per_layer_config") or {}
-    if not isinstance(changes, dict):
-        raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
+    names = {word: key for key, word in DOTS_KINDS.items()}
+    usual = c.defaults["rope_parameters"]  # the default model has no layer of full attention
+    usual = {**usual, "full_attention": usual["indexed_attention"]}
+    c.defaults = {**c.defaults, "rope_parameters": usual}
+    changes = _layer_changes(c, n)
+    if changes is None and set(kinds) != {"indexed"}:
+        raise c.error("per_layer_config", "the field is missing; give the sizes of these layers")
+    if c.get("use_dsa") is not None:
+        raise c.error("use_dsa", "the field changes layer_types; delete it and give layer_types")
+    refuse_beside(c, "rope_scaling")
+    if c.get("rope_parameters") is None or "rope_parameters" not in c.fields:
+        refuse_beside(c, "swa_rope_theta", "rope_theta")
+    check_positions(c, [names[kind] for kind in kinds], flat=True)
     c.read |= {"swa_rope_theta", "head_dim", "shared_experts_intermediate_size"}
     fields: Plain = {"inner_eps": eps, "rank_scale": True, "output_gate": "head", "rope_norm": True}
     mixers = []
     for i, kind in enumerate(kinds):
-        name = {word: key for key, word in DOTS_KINDS.items()}[kind]
+        name = names[kind]
         positions = rope(c, name, elsewhere=("partial_rotary_factor",))
         positions.pop("partial_rotary_factor", None)  # the share of qk_rope_head_dim in a head
         more: Plain = {"indexer": indexer(c)} if kind == "indexed" else {}
         if kind == "local":
             more = {"window": c.whole("sliding_window")}
         mixer = latent_attention(c, positions, kind=name, **fields, **more)
-        of_layer: Plain = next((x for key, x in changes.items() if int(key) == i), {})
+        of_layer = (changes or {}).get(i, {})
         for ours, theirs in DOTS_SIZES.items():
             if theirs in of_layer:
                 mixer[ours] = of_layer[theirs]

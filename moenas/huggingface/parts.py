@@ -31,10 +31,17 @@ def whole_model(c: Config, *, norm_eps: str = "rms_norm_eps", **fields: Any) -> 
     }
 
 
-def rope_section(c: Config, kind: str | None = None) -> Config:
+KEPT = ("rope_theta", "partial_rotary_factor")
+"""Fields of positions whose default of the family holds beside those of the file."""
+BESIDE = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+"""Fields of positions that older files have beside `rope_parameters`."""
+
+
+def rope_section(c: Config, kind: str | None = None, kept: Iterable[str] = KEPT) -> Config:
     """Return the fields of rotary positions, of layers of a kind where these have their own.
 
-    A `rope_scaling` goes before `rope_parameters`, as in transformers.
+    A `rope_scaling` goes before `rope_parameters`, as in transformers. Where the file has fields,
+    the family gives the missing ones of `kept` alone.
     """
     section = c.section("rope_parameters")
     if c.get("rope_scaling"):
@@ -42,23 +49,75 @@ def rope_section(c: Config, kind: str | None = None) -> Config:
         section.defaults = defaults
     if kind is not None and kind in (section.fields or section.defaults):
         section = section.section(kind)
+    elif kind is not None and _is_by_kind(section):
+        raise c.error("rope_parameters", f"the field has no object for the layers of {kind}")
     if section.fields:  # the file replaces the scaling that the family has
-        kept = ("rope_theta", "partial_rotary_factor")
         section.defaults = {k: v for k, v in section.defaults.items() if k in kept}
     return section
 
 
-def rope(c: Config, kind: str | None = None, elsewhere: Iterable[str] = ()) -> Plain:
+def _is_by_kind(section: Config) -> bool:
+    """Return whether the positions are objects by the kind of layers."""
+    if section.fields:
+        return any(isinstance(node.value, dict) for node in section.fields.values())
+    return any(isinstance(value, dict) for value in section.defaults.values())
+
+
+def check_positions(
+    c: Config, kinds: Iterable[str], *, flat: bool = False, null: bool = False
+) -> None:
+    """Refuse `rope_parameters` without a theta for each kind of layers.
+
+    Args:
+        c: The configuration.
+        kinds: The kinds of the layers that the model has.
+        flat: One object can serve all kinds.
+        null: A null can stand for layers without positions.
+    """
+    node = c.fields.get("rope_parameters")
+    if node is None or node.value is None:
+        return
+    section = c.section("rope_parameters")
+    if flat and not _is_by_kind(section):
+        if "rope_theta" not in section.fields:
+            raise c.error("rope_parameters", "the object has no rope_theta; give one")
+        return
+    for kind in sorted(set(kinds)):
+        if kind not in section.fields:
+            raise c.error("rope_parameters", f"the field has no object for the layers of {kind}")
+        if null and section.get(kind) is None:
+            continue
+        if section.section(kind).fields.get("rope_theta") is None:
+            raise c.error("rope_parameters", f"the object of {kind} has no rope_theta; give one")
+
+
+def refuse_beside(c: Config, *names: str) -> None:
+    """Refuse fields beside `rope_parameters` that the family does not read."""
+    for name in names:
+        if name in c.fields and c.get(name) is not None:
+            raise c.error(
+                name, "the family does not read this field; give rope_parameters by kind of layer"
+            )
+
+
+def rope(
+    c: Config,
+    kind: str | None = None,
+    elsewhere: Iterable[str] = (),
+    kept: Iterable[str] = KEPT,
+) -> Plain:
     """Return the rotary positions of layers of a kind.
 
     Both forms are read: `rope_parameters`, and `rope_theta` with `rope_scaling`. A value inside of
     these goes before the same field beside them. The family reads the fields `elsewhere` by itself.
+    See `rope_section` for `kept`.
     """
-    scaling = rope_section(c, kind)
+    scaling = rope_section(c, kind, kept)
     c.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor"}
     values: dict[str, Any] = {}
     for name, usual in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
-        holder = c if name in c.fields and name not in scaling.fields else scaling
+        beside = name in c.fields and c.get(name) is not None
+        holder = c if beside and name not in scaling.fields else scaling
         values[name] = holder.number(name, usual)
         scaling.read.add(name)
     plain: Plain = {"theta": values["rope_theta"]}

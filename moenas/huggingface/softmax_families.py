@@ -57,6 +57,26 @@ def is_sparse(c: Config, n_layers: int) -> list[bool]:
     return [i >= first for i in range(n_layers)]
 
 
+def check_first_dense(c: Config, sparse: list[bool]) -> None:
+    """Refuse a `first_k_dense_replace` that names other layers, if the family does not read it."""
+    if "first_k_dense_replace" not in c.fields:
+        return
+    first = c.whole_or_none("first_k_dense_replace")
+    if first is not None and [i >= first for i in range(len(sparse))] != sparse:
+        raise c.error(
+            "first_k_dense_replace",
+            "the family does not read this field; give mlp_layer_types",
+        )
+
+
+def listed_sparse(c: Config, n_layers: int) -> list[bool]:
+    """Return which layers have experts: by `mlp_layer_types`, or all but the first."""
+    given = c.kinds("mlp_layer_types", n_layers, SPARSE)
+    sparse = given or [i >= 1 for i in range(n_layers)]
+    check_first_dense(c, sparse)
+    return sparse
+
+
 def mixed_layers(
     mixers: Iterable[Plain], sparse: Iterable[bool], experts: Plain, network: Plain
 ) -> list[Plain]:
@@ -87,6 +107,10 @@ def llama(c: Config) -> Model:
 def stablelm(c: Config) -> Model:
     """StableLM 2: LayerNorm with a bias, and positions in a part of each head."""
     c.expect("qk_layernorm", False)
+    heads = c.whole("num_attention_heads")
+    width = c.whole("hidden_size") // heads  # of a head, whatever the file gives
+    if c.get("head_dim") not in (None, width):
+        raise c.no_counterpart("head_dim", c.get("head_dim"), [width])
     mixer = attention(c, rope(c), qkv_bias=c.flag("use_qkv_bias") or None)
     parallel = {"parallel": True} if c.flag("use_parallel_residual") else {}
     whole = whole_model(c, norm_eps="layer_norm_eps", norm="layernorm_bias")

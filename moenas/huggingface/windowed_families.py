@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from moenas.huggingface.config import Config
 from moenas.huggingface.parts import (
+    BESIDE,
     attention,
     biased_router,
+    check_positions,
     dense,
     groups,
     moe,
+    refuse_beside,
     rope,
     router,
     whole_model,
@@ -21,6 +24,7 @@ from moenas.huggingface.softmax_families import (
     every_layer,
     granite_factors,
     is_sparse,
+    listed_sparse,
     mixed_layers,
     qwen_sparse,
 )
@@ -34,6 +38,22 @@ GATES = {True: "head", False: "element", "per-head": "head", "per-element": "ele
 def sliding(c: Config, n_layers: int, default: Callable[[int], bool]) -> list[bool]:
     """Return which layers have a window: by `layer_types`, or by a rule of the family."""
     return c.kinds("layer_types", n_layers, SLIDING) or [default(i) for i in range(n_layers)]
+
+
+def mixers_by_kind(
+    c: Config, types: list[bool], mixer: Callable[[str, int | None], Plain], *, null: bool = False
+) -> list[Plain]:
+    """Return the mixer of each layer, built by the name of its kind and its window.
+
+    The positions of a kind are those of its object in `rope_parameters` alone.
+    """
+    names = {word: kind for kind, word in SLIDING.items()}
+    window = c.whole_or_none("sliding_window")
+    refuse_beside(c, *BESIDE)
+    check_positions(c, [names[one] for one in types], null=null)
+    c.read.add("rope_parameters")
+    built = {one: mixer(names[one], window if one else None) for one in set(types)}
+    return [built[one] for one in types]
 
 
 def normed_heads(c: Config, *, bias: bool = True) -> Plain:
@@ -95,21 +115,23 @@ def hy_v3(c: Config) -> Model:
     width = "moe_intermediate_size"
     experts = moe(c, "num_experts", width, route, n_shared_experts=shared)
     c.read.add("enable_moe_fp32_combine")
-    return whole_model(c), mixed_layers([mixer] * n, is_sparse(c, n), experts, dense(c))
+    return whole_model(c), mixed_layers([mixer] * n, listed_sparse(c, n), experts, dense(c))
 
 
 def mellum(c: Config) -> Model:
     """Mellum: layers with a window have positions of their own theta."""
     n = c.whole("num_hidden_layers")
     types = sliding(c, n, lambda i: False)
-    window, fields = c.whole_or_none("sliding_window"), normed_heads(c)
-    local = attention(c, rope(c, "sliding_attention"), window=window, **fields)
-    full = attention(c, rope(c, "full_attention"), **fields)
+    fields = normed_heads(c)
+
+    def mixer(kind: str, window: int | None) -> Plain:
+        return attention(c, rope(c, kind), window=window, **fields)
+
+    mixers = mixers_by_kind(c, types, mixer)
     route = router(c, normalize=c.flag("norm_topk_prob", True))
     experts = moe(c, "num_local_experts", "moe_intermediate_size", route)
     sparse = c.kinds("mlp_layer_types", n, {"dense": False, "sparse": True}) or [True] * n
     c.read |= {"num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"}
-    mixers = [local if one else full for one in types]
     return whole_model(c), mixed_layers(mixers, sparse, experts, dense(c))
 
 
@@ -143,11 +165,12 @@ def laguna(c: Config) -> Model:
     gating = c.get("gating", True)
     if gating not in GATES:
         raise c.no_counterpart("gating", gating, ["true", "per-head", "per-element"])
-    window = c.whole_or_none("sliding_window")
     gate: Plain = {"output_gate": GATES[gating], "gate_activation": "softplus"}
     fields = normed_heads(c) | gate
-    local = attention(c, rope(c, "sliding_attention"), window=window, **fields)
-    full = attention(c, rope(c, "full_attention"), **fields)
+
+    def mixer(kind: str, window: int | None) -> Plain:  # a missing share of the file is 1
+        return attention(c, rope(c, kind, kept=()), window=window, **fields)
+
     c.expect("moe_apply_router_weight_on_input", False)
     cap = c.number("moe_router_logit_softcapping") or None
     route = biased_router(
@@ -165,10 +188,10 @@ def laguna(c: Config) -> Model:
         d_shared=c.whole("shared_expert_intermediate_size"),
     )
     mixers = [
-        (local if one else full) | {"n_heads": n_heads}
-        for one, n_heads in zip(types, heads, strict=True)
+        one | {"n_heads": n_heads}
+        for one, n_heads in zip(mixers_by_kind(c, types, mixer), heads, strict=True)
     ]
-    return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, dense(c))
+    return whole_model(c), mixed_layers(mixers, listed_sparse(c, n), experts, dense(c))
 
 
 def beam(c: Config) -> Model:
@@ -183,10 +206,11 @@ def beam(c: Config) -> Model:
         still = not positions.get(kind)
         of_kind = tempered if still else {}
         where = NO_POSITIONS if still else rope(c, kind)
+        if not still and "partial_rotary_factor" in where:
+            raise c.error("rope_parameters", "the family has no partial_rotary_factor; delete it")
         return attention(c, where, window=window, **fields, **of_kind)
 
-    local = mixer("sliding_attention", c.whole_or_none("sliding_window"))
-    full = mixer("full_attention", None)
+    mixers = mixers_by_kind(c, types, mixer, null=True)
     normalize, scale = c.flag("norm_topk_prob", True), c.number("routed_scaling_factor")
     route = biased_router(c, normalize=normalize, scale=scale, **groups(c, "top2_sum"))
     experts = moe(c, "num_experts", "moe_intermediate_size", route)
@@ -198,7 +222,6 @@ def beam(c: Config) -> Model:
         depth_scale=True,
         logit_softcap=c.number("final_logit_softcapping") or None,
     )
-    mixers = [local if one else full for one in types]
     return whole, mixed_layers(mixers, sparse, experts, dense(c))
 
 
