@@ -113,12 +113,15 @@ def tables(results: Results) -> Iterator[str]:
         best = max(finals, key=finals.__getitem__) if finals else ""
         yield f"## {workers} workers, budget {results['budgets'][str(workers)]} mean candidates"
         yield ""
-        if finals:
-            yield f"The best rival at the end of the budget is {best}."
+        if not finals:
+            yield f"No rival has {LEAST} seeds yet, so no figures are shown."
             yield ""
+            continue
+        yield f"The best rival at the end of the budget is {best}."
+        yield ""
         missing = {run["method"] for run in results["runs"]} - by_method.keys()
         if missing:
-            names = ", ".join(sorted(missing))
+            names = "; ".join(sorted(missing))
             yield f"With fewer than {LEAST} seeds so far, and not shown: {names}."
             yield ""
         heads = [f"share at {percent} %" for percent in SHOWN]
@@ -170,8 +173,9 @@ def ranks(table: Table) -> Iterator[str]:
 
 
 def figure(results: Results) -> go.Figure:
-    """Return mean curves of all methods with their 95 % bands, a panel a number of workers."""
+    """Return mean curves of all methods, a panel for each number of workers with rivals."""
     numbers = sorted({run["workers"] for run in results["runs"]})
+    numbers = [number for number in numbers if rivals(curves(results, number))]
     names = sorted({name for number in numbers for name in curves(results, number)})
     titles = [f"{number} workers" for number in numbers]
     drawn = make_subplots(cols=len(numbers), subplot_titles=titles, shared_yaxes=True)
