@@ -30,7 +30,7 @@ from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
 from moenas.model.layers.linear import matrices, output_projections
 from moenas.model.layers.norms import NormKind
 from moenas.model.mixers.shared_kv import kv_source_error, link_layers
-from moenas.model.mixers.token_indexer import IndexedSelection, total_index_loss
+from moenas.model.mixers.token_indexer import total_index_loss
 from moenas.model.moe.balance import total_auxiliary_loss
 from moenas.model.moe.dispatch import grouped_waits
 from moenas.model.moe.routed_layer import RoutedLayer
@@ -415,9 +415,10 @@ class Model(nn.Module):
         """
         for _, moe in self.moe_layers():
             moe.after_step()
-        for part in self.modules():
-            if isinstance(part, IndexedSelection):
-                part.index_loss = None
+        modules: list[Any] = list(self.modules())
+        for module in modules:
+            if hasattr(module, "index_loss"):
+                module.index_loss = None
 
     def generate(self, tokens: Tensor, n: int, **options: Any) -> Tensor:
         """Return `tokens` (B, S) followed by up to `n` new tokens; the options are of `stream`."""

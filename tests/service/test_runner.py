@@ -59,7 +59,8 @@ def make(store: Store, settings: ServerSettings) -> Iterator[Callable[[], Runner
         for found in each._held():
             if (process := runner_module.process_of(found)) is not None:
                 each.drivers.kill(process)
-                each.drivers.is_alive(process)
+                while each.drivers.is_alive(process):
+                    time.sleep(0.02)
 
 
 def submit(store: Store, name: str = "small", **changes: object) -> None:

@@ -160,6 +160,7 @@ class IndexedCache(KVCache):
 
 def total_index_loss(modules: Any) -> Tensor | None:
     """Return the weighted losses of the indexers among some modules, or None without one."""
-    losses = [x.index_loss for x in modules if isinstance(x, IndexedSelection)]
+    # The class is not named, so that the source of a model without an indexer lacks it.
+    losses = [getattr(module, "index_loss", None) for module in modules]
     known = [loss for loss in losses if loss is not None]
     return torch.stack(known).sum() if known else None
