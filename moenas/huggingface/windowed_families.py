@@ -63,6 +63,12 @@ def normed_heads(c: Config, *, bias: bool = True) -> Plain:
     return {"qk_norm": "head", "inner_eps": eps, "qkv_bias": biased, "out_bias": biased}
 
 
+def beside_shared(c: Config, n_experts: str, route: Plain) -> Plain:
+    """Return a mixture with one shared expert of a width of its own."""
+    width = c.whole("shared_expert_intermediate_size")
+    return moe(c, n_experts, "moe_intermediate_size", route, n_shared_experts=1, d_shared=width)
+
+
 def local_positions(c: Config, types: list[bool], **fields: object) -> list[Plain]:
     """Return mixers of which those with a window alone have positions; without windows all have."""
     window = c.whole_or_none("sliding_window")
@@ -94,14 +100,7 @@ def kolibri1(c: Config) -> Model:
     types = sliding(c, n, lambda i: (i + 1) % 5 > 0)
     mixers = local_positions(c, types, **normed_heads(c, bias=False))
     route = biased_router(c, normalize=c.flag("norm_topk_prob"), bias_on="logits")
-    experts = moe(
-        c,
-        "num_local_experts",
-        "moe_intermediate_size",
-        route,
-        n_shared_experts=1,
-        d_shared=c.whole("shared_expert_intermediate_size"),
-    )
+    experts = beside_shared(c, "num_local_experts", route)
     return whole_model(c, norm_position="sandwich"), every_layer(c, mixers, experts)
 
 
@@ -143,14 +142,7 @@ def flint(c: Config) -> Model:
     local = attention(c, rope(c), window=c.whole("sliding_window"), **fields)
     full = attention(c, NO_POSITIONS, **fields)
     route = router(c, normalize=c.flag("norm_topk_prob", True), score="sigmoid")
-    experts = moe(
-        c,
-        "num_experts",
-        "moe_intermediate_size",
-        route,
-        n_shared_experts=1,
-        d_shared=c.whole("shared_expert_intermediate_size"),
-    )
+    experts = beside_shared(c, "num_experts", route)
     mixers = [local if one else full for one in types]
     return whole_model(c), mixed_layers(mixers, qwen_sparse(c, n), experts, dense(c))
 
@@ -179,14 +171,7 @@ def laguna(c: Config) -> Model:
         scale=c.number("moe_routed_scaling_factor", 1.0),
         **({"logits": {"kind": "linear", "cap": cap}} if cap else {}),
     )
-    experts = moe(
-        c,
-        "num_experts",
-        "moe_intermediate_size",
-        route,
-        n_shared_experts=1,
-        d_shared=c.whole("shared_expert_intermediate_size"),
-    )
+    experts = beside_shared(c, "num_experts", route)
     mixers = [
         one | {"n_heads": n_heads}
         for one, n_heads in zip(mixers_by_kind(c, types, mixer), heads, strict=True)
