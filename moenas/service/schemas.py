@@ -225,7 +225,9 @@ class Progress(Model):
     running_in: str | None = None
     running: list[RunningTrial] = []
     candidates_per_hour: float | None = Field(
-        None, description="Of the latest run; null before its first evaluated candidate."
+        None,
+        description="Of the latest run that evaluated a candidate, or of the run that is going on;"
+        " null before its first evaluated candidate.",
     )
     seconds_left: float | None = Field(None, description="At that pace; null if nothing runs.")
     ended: str | None = None
