@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moenas.service.settings import MAX_SPACE
+from moenas.store.submissions import Action
 
 Overrides = Annotated[
     list[Annotated[str, Field(max_length=2000)]],
@@ -246,6 +247,10 @@ class Progress(Model):
 class StudyDetail(Study):
     """One study, whole."""
 
+    actions: list[Action] = Field(
+        description="What the user of this request may do now: `POST` to the path of that name,"
+        " or `DELETE`."
+    )
     objectives: list[Objective]
     overrides: list[str]
     space: str = Field(description="The space file, verbatim.")
