@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moenas.errors import InputError
 from moenas.processes import kill_descendants, machine, process_start
+from moenas.resources import sha256
 from moenas.service.settings import ServerSettings
-from moenas.store.submissions import Submission, require_study_name
+from moenas.store.submissions import STUDY_NAME, Submission
 from moenas.store.urls import clean
 
 CODE_FILE = "exit_code"
@@ -59,13 +59,13 @@ class Drivers:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def folder(self, study: str) -> Path:
-        """Return the folder of a study's space file and log.
+        """Return the folder of a study's space file and log, directly below the work folder.
 
-        Raises:
-            InputError: if the name of the study cannot be the name of a folder.
+        Earlier versions renamed submitted studies to any text. A name that cannot be that of a
+        folder has the folder `_` and a digest; no name of a submission begins with `_`.
         """
-        require_study_name(study)
-        return self._settings.work_dir.absolute() / study
+        name = study if STUDY_NAME.match(study) else f"_{sha256(study.encode())[:16]}"
+        return self._settings.work_dir.absolute() / name
 
     def start(self, submission: Submission) -> DriverProcess:
         """Start the driver of a study in a session of its own.
@@ -76,7 +76,7 @@ class Drivers:
         folder = self.folder(submission.study)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_FILE).unlink(missing_ok=True)
-        space = folder / f"{submission.study}.yaml"
+        space = folder / f"{folder.name}.yaml"
         space.write_text(submission.space_text, encoding="utf-8")
         words = ["run", "--trials", str(submission.trials)]
         for flag, value in (
@@ -143,6 +143,5 @@ class Drivers:
         return clean("\n".join(lines[-TAIL_LINES:]))
 
     def forget(self, study: str) -> None:
-        """Delete the files of a study; one whose name names no folder was never submitted."""
-        with suppress(InputError):
-            shutil.rmtree(self.folder(study), ignore_errors=True)
+        """Delete the files of a study."""
+        shutil.rmtree(self.folder(study), ignore_errors=True)

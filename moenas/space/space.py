@@ -420,8 +420,9 @@ def digest(plain: Plain) -> str:
 def with_current_defaults(plain: Plain) -> Plain:
     """Return the stored plain form of a space with the fields that it lacks at their defaults.
 
-    A section that is missing is one without fields. What cannot be read is returned as it is. Resources of the search are left at their
-    defaults: they may change, and an earlier version took values that are refused now.
+    A section that is missing is one without fields. What cannot be read is returned as it is.
+    Resources of the search are left at their defaults: they may change, and an earlier version took
+    values that are refused now.
     """
     sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
     search = {k: v for k, v in plain.get("search", {}).items() if k not in RESOURCES}

@@ -217,7 +217,7 @@ def test_a_stored_study_that_lacks_a_part_stops_no_other_study(
 def test_a_study_whose_row_lacks_the_corpus_is_refused_in_a_sentence(evaluated: list[Job]) -> None:
     run(small("one"), trials=2, workers="inline")
     damage("one", "data = json_remove(data, '$.sha256')")
-    with pytest.raises(InputError, match="lacks the digest of its corpus, `data.sha256`"):
+    with pytest.raises(InputError, match=r"lacks the digest of its corpus, `data\.sha256`"):
         run(small("one"), trials=3, workers="inline")
     assert len(evaluated) == 2
 
