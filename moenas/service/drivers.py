@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from moenas.passwords import hide
 from moenas.processes import kill_descendants, machine, process_start
 from moenas.resources import sha256
+from moenas.service.driver_process import LOG_VARIABLE
 from moenas.service.settings import ServerSettings
 from moenas.store.submissions import STUDY_NAME, Submission
-from moenas.store.urls import clean
 
 CODE_FILE = "exit_code"
 LOG_FILE = "driver.log"
@@ -85,8 +87,9 @@ class Drivers:
         ):
             words += [flag, value] if value is not None else []
         words += ["--", str(space), *submission.overrides]
-        # The URL may hold a password, and every user of this machine can read a command line.
+        # These may hold passwords, and every user of this machine can read a command line.
         environment = {**os.environ, "MOENAS_STORAGE": self._storage_url, "COLUMNS": "200"}
+        environment[LOG_VARIABLE] = json.dumps(self._settings.log)
         environment.pop("MOENAS_SERVER", None)  # a driver that submits to a server would not end
         module = [sys.executable, "-m", "moenas.service.driver_process"]
         with open(folder / LOG_FILE, "wb") as log:
@@ -140,7 +143,7 @@ class Drivers:
         except OSError:
             return ""
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-        return clean("\n".join(lines[-TAIL_LINES:]))
+        return hide("\n".join(lines[-TAIL_LINES:]))
 
     def forget(self, study: str) -> None:
         """Delete the files of a study."""
