@@ -52,7 +52,7 @@ def _refuse_server(context: typer.Context, server: str | None) -> None:
         return
     url = server or by_variable
     verb = str(context.info_name)
-    url = shown_address(url)
+    url = shown_address(str(url))
     hint = f"; the server has its dashboard at {url}/dashboard" if verb == "dashboard" else ""
     raise InputError(
         f"{verb} needs a database, not the server {url}: give --storage URL of the database, or run"
