@@ -372,10 +372,9 @@ def test_one_driver_at_a_time(store, url):
     other = Store.open(url)
     with pytest.raises(StudyBusyError) as refused:
         other.claim("x")
-    host = os.uname().nodename
-    who = f"pid {os.getpid()} on host {host} (last seen 0 s ago)"
+    who = f"pid {os.getpid()} on host {os.uname().nodename} (last seen "
     assert str(refused.value).startswith(f"study 'x' is being run by {who}")
-    assert other.driver("x") == who
+    assert str(other.driver("x")).startswith(who)
     other.release("x")
     store.beat("x")
     store.release("x")

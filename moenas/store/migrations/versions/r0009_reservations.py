@@ -13,6 +13,7 @@ down_revision = "0008"
 
 study = sa.table("moenas_study", sa.column("name"), sa.column("created_at"))
 objective = sa.table("moenas_objective", sa.column("study"))
+candidate = sa.table("moenas_candidate", sa.column("study"))
 driver = sa.table("moenas_driver", sa.column("study"))
 event = sa.table("moenas_event", sa.column("study"), sa.column("kind"), sa.column("data", sa.Text))
 
@@ -20,7 +21,7 @@ event = sa.table("moenas_event", sa.column("study"), sa.column("kind"), sa.colum
 def upgrade() -> None:
     """Create the table; a killed rename of the eighth schema becomes a reservation.
 
-    It has left a study without objectives under the former name. The event of the study that was
+    It has left a study without objectives and trials under the former name. The event of the study that was
     renamed names it. Where that study was deleted, no study is left that has those files, and the
     name is free.
     """
@@ -31,7 +32,7 @@ def upgrade() -> None:
         sa.Column("reserved_at", sa.String(32), nullable=False),
     )
     connection = op.get_bind()
-    known = sa.select(objective.c.study)
+    known = sa.union(sa.select(objective.c.study), sa.select(candidate.c.study))
     left = connection.execute(sa.select(study).where(study.c.name.not_in(known))).all()
     if not left:
         return
