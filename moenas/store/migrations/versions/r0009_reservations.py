@@ -21,9 +21,9 @@ event = sa.table("moenas_event", sa.column("study"), sa.column("kind"), sa.colum
 def upgrade() -> None:
     """Create the table; a killed rename of the eighth schema becomes a reservation.
 
-    It has left a study without objectives and trials under the former name. The event of the study that was
-    renamed names it. Where that study was deleted, no study is left that has those files, and the
-    name is free.
+    It has left a study without objectives and trials under the former name. The event of the study
+    that was renamed names it. Where that study was deleted, no study is left that has those files,
+    and the name is free.
     """
     reservation = op.create_table(
         "moenas_reservation",
