@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from small_studies import moe_study
 
+from moenas.errors import InputError
+from moenas.loggers.opening import open_logger
 from moenas.loggers.wandb import WandbLogger
 from moenas.study.launch import run
 
@@ -67,6 +69,11 @@ def offline_runs(folder: Path) -> dict[str, dict[str, Any]]:
 def test_curves_values_and_routing_are_in_the_offline_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(InputError, match="has no API key"):
+        open_logger("wandb")  # the choice of offline comes after a refused login
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
 
