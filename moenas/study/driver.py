@@ -169,10 +169,11 @@ class Driver:
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
         number = candidate.number
+        # Optuna's rows come first: a trial of ours has its parameters there.
+        self.trials.set_constraints(candidate.trial, candidate.violations)
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
         if (source := candidate.trial.user_attrs.get(SOURCE)) is not None:
             self.store.add_source(number, str(source))
-        self.trials.set_constraints(candidate.trial, candidate.violations)
         if not candidate.broken:
             self._guarded(candidate, self._dispatch)
             return
