@@ -357,6 +357,7 @@ def _drive(
         Replication(session, jobs).run(pool, lease)
     finally:
         session.budget.report(last=True)
+        session.uncommitted.close()
     publisher.publish()
 
 
