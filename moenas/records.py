@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypedDict
 
-from moenas.errors import FAILURE_KINDS, FailureKind
+from moenas.errors import FAILURE_KINDS, FailureKind, InputError
 
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
@@ -352,6 +352,20 @@ class StudyRecord(_Record):
     reference_point: dict[str, float] = field(default_factory=dict)
     """Objective -> the corner that the hypervolume is measured from; {} before a first front."""
     created_at: str = ""
+
+    def setting(self, section: str, field: str) -> Any:
+        """Return a field of a section of the stored space, such as the context of `train`.
+
+        Raises:
+            InputError: if the stored space lacks it.
+        """
+        fields = self.space.get(section, {})
+        if field not in fields:
+            raise InputError(
+                f"study '{self.name}': its row in the database lacks `{section}.{field}`; a study"
+                " that `moenas run` began has it"
+            )
+        return fields[field]
 
     @property
     def directions(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     former
     __init__ errors
-    records formats processes
+    passwords records formats processes
     failures folders terminal
     checked resources pareto
     grammar store

@@ -53,6 +53,7 @@ from moenas.errors import (
     StorageLostError,
     StudyStoppedError,
 )
+from moenas.passwords import hide
 from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
@@ -93,28 +94,22 @@ def main() -> None:
         raise
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
-            say(_clean(traceback.format_exc()))
+            say(traceback.format_exc())
             sys.exit(1)
         said = " ".join(str(error).split())[:300]
-        say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
+        say(f"moenas: internal error: {type(error).__name__}: {said}")
         say("this is a bug in moenas; MOENAS_DEBUG=1 prints the traceback")
         sys.exit(1)
 
 
 def _write_error(error: MoenasError) -> None:
     """Write an error to stderr; with `-o json`, also its fields to stdout as a JSON object."""
-    say(_clean(f"moenas: {error}"))
+    say(f"moenas: {error}")
     if is_json_wanted():
         # The exit code is that of the error, whether or not stdout can be written.
         with contextlib.suppress(MoenasError, SystemExit):
-            emit(_clean(to_json(error.plain())))
+            emit(hide(to_json(error.plain())))
             terminal.flush()
-
-
-def _clean(text: str) -> str:
-    """Leave out the passwords of the databases that were opened."""
-    urls = sys.modules.get("moenas.store.urls")  # where it is not, no database was opened
-    return str(urls.clean(text)) if urls else text
 
 
 def _version(asked: bool) -> None:

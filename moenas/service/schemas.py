@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moenas.service.settings import MAX_SPACE
+from moenas.store.submissions import Action
 
 Overrides = Annotated[
     list[Annotated[str, Field(max_length=2000)]],
@@ -225,7 +226,9 @@ class Progress(Model):
     running_in: str | None = None
     running: list[RunningTrial] = []
     candidates_per_hour: float | None = Field(
-        None, description="Of the latest run; null before its first evaluated candidate."
+        None,
+        description="Of the latest run that evaluated a candidate, or of the run that is going on;"
+        " null before its first evaluated candidate.",
     )
     seconds_left: float | None = Field(None, description="At that pace; null if nothing runs.")
     ended: str | None = None
@@ -244,6 +247,10 @@ class Progress(Model):
 class StudyDetail(Study):
     """One study, whole."""
 
+    actions: list[Action] = Field(
+        description="What the user of this request may do now: `POST` to the path of that name,"
+        " or `DELETE`."
+    )
     objectives: list[Objective]
     overrides: list[str]
     space: str = Field(description="The space file, verbatim.")

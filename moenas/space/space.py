@@ -413,23 +413,25 @@ def _names(section: Node | None, key: str) -> bool:
 
 def digest(plain: Plain) -> str:
     """Return the digest of a space in plain form, leaving out the resources of the search."""
-    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
+    search = {k: v for k, v in plain.get("search", {}).items() if k not in RESOURCES}
     return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
 
 
 def with_current_defaults(plain: Plain) -> Plain:
-    """Return the stored plain form of a space with the fields that came later at their defaults.
+    """Return the stored plain form of a space with the fields that it lacks at their defaults.
 
-    What cannot be read any more is returned as it is. Resources of the search are left at their
-    defaults: they may change, and an earlier version took values that are refused now.
+    A section that is missing is one without fields. What cannot be read is returned as it is.
+    Resources of the search are left at their defaults: they may change, and an earlier version took
+    values that are refused now.
     """
     sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
-    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
+    search = {k: v for k, v in plain.get("search", {}).items() if k not in RESOURCES}
     lasting = {**plain, "search": search}
     try:
-        tree = grammar.read(Architecture, Node.wrap(plain["architecture"]))
+        tree = grammar.read(Architecture, Node.wrap(plain.get("architecture")))
         current = {
-            name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()
+            name: grammar.parse(cls, lasting.get(name, {})).plain()
+            for name, cls in sections.items()
         }
     except SpaceError:
         return plain

@@ -177,6 +177,18 @@ def check(rows: StudyRows) -> None:
     if len(rows[tables.study.name]) != 1 or len(rows[STUDY.name]) > 1:
         raise InputError(f"table '{tables.study.name}': holds not exactly one study")
     _check_owner(rows, name_of(rows))
+    _check_sections(rows[tables.study.name][0])
+
+
+def _check_sections(row: Plain) -> None:
+    """Refuse a study whose space or corpus is no JSON object, or has a section that is none."""
+    sections = {"space": row["space"], "data": row["data"]}
+    if isinstance(row["space"], dict):
+        named = ("architecture", "train", "measure", "search")
+        sections |= {f"space.{n}": row["space"][n] for n in named if n in row["space"]}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise InputError(f"table '{tables.study.name}': '{name}' is no object: {section!r:.60}")
 
 
 def _check_row(place: str, row: Any, columns: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -20,6 +20,16 @@ STATES: tuple[State, ...] = get_args(State)
 """`running` lasts from the choice of a server to the end of the driver. The driver of a study that
 is paused or cancelled may still be ending."""
 OVER: tuple[State, ...] = ("finished", "failed", "cancelled")
+Action = Literal["pause", "resume", "cancel", "extend", "enqueue", "delete"]
+TAKEN_IN: dict[Action, tuple[State, ...]] = {
+    "pause": ("queued", "running"),
+    "resume": ("paused", "failed", "cancelled"),
+    "cancel": ("queued", "running", "paused"),
+    "extend": STATES,
+    "enqueue": STATES,
+    "delete": ("queued", "paused", *OVER),
+}
+"""Action of a user -> the states of a study in which it changes something."""
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 """Names of submitted studies: they are parts of URLs and names of folders."""
@@ -65,6 +75,11 @@ class Submission:
     def driver_running(self) -> bool:
         """Whether a server looks after a driver of it, which may be ending."""
         return self.runner is not None
+
+    def allows(self, action: Action) -> bool:
+        """Whether the state allows an action; a study is deleted only without a driver."""
+        free = action != "delete" or not self.driver_running
+        return free and self.state in TAKEN_IN[action]
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ def pause(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is over.
     """
-    return _move(connection, name, user_name, ("queued", "running"), "paused")
+    return _move(connection, name, user_name, "pause", "paused")
 
 
 def cancel(connection: Connection, name: str, user_name: str) -> Submission:
@@ -203,7 +218,7 @@ def cancel(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is finished or failed.
     """
-    return _move(connection, name, user_name, ("queued", "running", "paused"), "cancelled")
+    return _move(connection, name, user_name, "cancel", "cancelled")
 
 
 def resume(connection: Connection, name: str, user_name: str) -> Submission:
@@ -212,7 +227,7 @@ def resume(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is finished.
     """
-    return _move(connection, name, user_name, ("paused", "failed", "cancelled"), "queued")
+    return _move(connection, name, user_name, "resume", "queued")
 
 
 VERBS = {"paused": "paused", "cancelled": "cancelled", "queued": "resumed"}
@@ -220,15 +235,15 @@ VERBS = {"paused": "paused", "cancelled": "cancelled", "queued": "resumed"}
 
 
 def _move(
-    connection: Connection, name: str, user_name: str, before: Sequence[State], after: State
+    connection: Connection, name: str, user_name: str, action: Action, after: State
 ) -> Submission:
     """Change the state of a study; one that is in the state already stays as it is."""
     submission = require(connection, name, lock=True)
     there = submission.state == after or (after == "queued" and submission.state == "running")
-    if not there and submission.state not in before:
+    if not there and not submission.allows(action):
         raise ConflictError(
-            f"study '{name}' is {submission.state}; only one that is {' or '.join(before)} can be"
-            f" {VERBS[after]}"
+            f"study '{name}' is {submission.state}; only one that is"
+            f" {' or '.join(TAKEN_IN[action])} can be {VERBS[after]}"
         )
     if not there:
         ended = now() if after == "cancelled" else None

@@ -29,7 +29,8 @@ def with_stored_sampler(space: Space, known: StudyRecord | None) -> Space:
     """
     if known is None or space.names_sampler:
         return space
-    return space.with_search(sampler=known.space["search"]["sampler"])
+    stored = known.space.get("search", {})
+    return space.with_search(sampler=stored.get("sampler", space.search.sampler))
 
 
 def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:
@@ -84,10 +85,16 @@ def refuse_changes(
             raise InputError(
                 "\n".join([f"study '{space.name}' was begun with another space{way_out}:", *lines])
             )
-    if known.data["sha256"] != corpus.sha256:
+    stored_corpus = known.data.get("sha256")
+    if stored_corpus is None:
+        raise InputError(
+            f"study '{space.name}': its row in the database lacks the digest of its corpus,"
+            f" `data.sha256`, so it cannot go on{way_out}"
+        )
+    if stored_corpus != corpus.sha256:
         raise InputError(
             f"study '{space.name}' was begun on another corpus: its digest was"
-            f" {known.data['sha256'][:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
+            f" {stored_corpus[:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
         )
     return changed
 

@@ -32,8 +32,9 @@ class EvaluationCache:
 
     def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space = store, space
-        self._studies: dict[str, int] = {}
-        """Other studies whose evaluations mean the same but for the seed -> their seed."""
+        self._studies: dict[str, int | None] = {}
+        """Other studies whose evaluations mean the same but for the seed -> their seed, or None
+        where none is stored."""
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
@@ -43,12 +44,14 @@ class EvaluationCache:
         dtype = training_dtype(space.train, cached_device)
         self._device = devices.device_info(cached_device, space.train.threads, dtype)
         meaning = _meaning(own, space.plain())
+        if meaning is None:
+            return
         objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
         for other in self._store.store.studies():
             digests = {info["name"]: info["sha256"] for info in other.objectives}
             same = _meaning(other, with_current_defaults(other.space)) == meaning
             if other.name != own.name and same and objectives.items() <= digests.items():
-                self._studies[other.name] = other.space["search"]["seed"]
+                self._studies[other.name] = other.space.get("search", {}).get("seed")
 
     def find(self, fingerprint: str, seed: int | None = None) -> Evaluation | None:
         """Return an evaluation of this architecture that can be reused, or None.
@@ -107,8 +110,12 @@ class EvaluationCache:
         )
 
 
-def _meaning(record: StudyRecord, plain: Plain) -> Plain:
-    """Return all of a study but its seed that the value of an architecture depends on."""
-    files = [file["sha256"] for file in plain.get("use", [])]
+def _meaning(record: StudyRecord, plain: Plain) -> Plain | None:
+    """Return all of a study but its seed that the value of an architecture depends on.
+
+    None if the stored study does not say all of it: its evaluations hold for no other study.
+    """
+    files = [file.get("sha256") for file in plain.get("use", [])]
     recipe = {name: plain.get(name) for name in ("train", "measure")}
-    return {**recipe, "data": record.data["sha256"], "use": files}
+    meaning = {**recipe, "data": record.data.get("sha256"), "use": files}
+    return None if None in (*meaning.values(), *files) else meaning

@@ -121,6 +121,40 @@ def test_a_run_logs_to_tensorboard(folder: Path) -> None:
     assert logged.value == pytest.approx(member["val_loss"])
 
 
+FRAGILE = """\
+\"\"\"A number that cannot be had the first time.\"\"\"
+
+from pathlib import Path
+
+direction = "minimize"
+unit = ""
+needs = "cost"
+
+
+def measure(subject):
+    if not Path("tried").exists():
+        Path("tried").touch()
+        raise RuntimeError("the first time")
+    return 1.0
+"""
+
+
+def test_a_retry_logs_the_trials_that_it_evaluates(folder: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra moenas[tensorboard] is not installed")
+    (folder / "fragile.py").write_text(FRAGILE)
+    text = SPACE.replace("flops_per_token]", "./fragile.py]")
+    (folder / "watched.yaml").write_text(text.replace("random", "grid"))  # no model comes twice
+    assert moenas(*INLINE).returncode == 0
+    evaluations = Store.open(None).evaluations("watched")
+    (failed,) = (e.trial for e in evaluations if e.failure and e.failure.kind == "error")
+    words = ["retry", "watched", "--failed", "error", "--log", "tensorboard:board", *INLINE]
+    command = [sys.executable, "-m", "moenas", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    logged = {path.name for path in (folder / "board" / "watched").iterdir()}
+    assert logged == {f"trial-{failed}", "study"}, "the trial that had failed, and no other"
+
+
 @pytest.mark.parametrize(("option", "value"), [("--log", "wandb"), ("--on-end", "true")])
 def test_a_server_decides_what_is_told(option: str, value: str, folder: Path) -> None:
     done = moenas(option, value, "--server", "http://127.0.0.1:9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from served import SMALL
+from sqlalchemy import update
 
 from moenas.processes import process_start
 from moenas.service import runner as runner_module
 from moenas.service.runner import Runner
 from moenas.service.settings import ServerSettings
-from moenas.store import runners, study_events, submissions
+from moenas.store import runners, study_events, submissions, tables
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
 
@@ -139,6 +141,21 @@ def test_a_space_that_is_not_valid_fails_at_once_with_the_reason(
     reason = found(store).reason
     assert reason is not None
     assert "small.yaml:8:19: architecture.blocks.0.ffn.kind: no ffn of kind 'dens'" in reason
+
+
+def test_a_study_whose_name_is_no_folder_name_is_driven(
+    store: Store, settings: ServerSettings, make: Callable[[], Runner]
+) -> None:
+    """Earlier versions renamed submitted studies to any text."""
+    submit(store)
+    name = "../small / second"
+    renamed = {"study": name, "overrides": [f"name={json.dumps(name)}"]}
+    store.transact(lambda c: c.execute(update(tables.submission).values(renamed)))
+    runner = make()
+    tick_until(runner, lambda: found(store, name).state == "finished")
+    assert [study.name for study in store.studies()] == [name]
+    (folder,) = settings.work_dir.iterdir()
+    assert (folder / "driver.log").is_file()
 
 
 def test_two_servers_start_each_study_once(store: Store, make: Callable[[], Runner]) -> None:

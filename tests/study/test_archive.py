@@ -192,6 +192,14 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "half of a surrogate pair",
     ),
     "a space that is none": (_edited("moenas_study", lambda r: r.update(space=5)), "is no JSON"),
+    "a space that is a list": (
+        _edited("moenas_study", lambda r: r.update(space=[])),
+        "'space' is no object",
+    ),
+    "a section that is a list": (
+        _edited("moenas_study", lambda r: r["space"].update(search=[])),
+        r"'space\.search' is no object",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from studies import SMALL, assert_sound, fake, scripted, space
 
+from moenas.errors import InputError
 from moenas.evaluate import devices
 from moenas.evaluate import job as measure
 from moenas.records import Evaluation, Job
@@ -182,6 +183,49 @@ def test_a_reused_latency_is_told_by_the_reference_of_the_study(
     second = run(small("two"), workers="inline")
     assert len(reused(second)) == 3
     assert {e.values["val_loss"] for e in second.view.evaluations} == {10.0}
+
+
+def damage(study: str, statement: str) -> None:
+    """Change the row of a study in the database."""
+    with sqlite3.connect("moenas.db") as database:
+        database.execute(f"UPDATE moenas_study SET {statement} WHERE name = '{study}'")
+
+
+@pytest.mark.parametrize(
+    ("statement", "reusable"),
+    [
+        ("space = json('{}')", 0),
+        ("space = json_remove(space, '$.search')", 0),
+        ("space = json_remove(space, '$.search.seed')", 0),
+        ("space = json_remove(space, '$.train', '$.measure')", 0),
+        ("space = json_remove(space, '$.architecture')", 2),
+        ("data = json('{}')", 0),
+        ("data = json_remove(data, '$.sha256')", 0),
+    ],
+)
+def test_a_stored_study_that_lacks_a_part_stops_no_other_study(
+    evaluated: list[Job], statement: str, reusable: int
+) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", statement)
+    second = run(small("two"), trials=2, workers="inline")
+    assert_sound(second, 2)
+    assert len(reused(second)) == reusable
+    assert len(evaluated) == 4 - reusable
+
+
+def test_a_study_whose_row_lacks_the_corpus_is_refused_in_a_sentence(evaluated: list[Job]) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", "data = json_remove(data, '$.sha256')")
+    with pytest.raises(InputError, match=r"lacks the digest of its corpus, `data\.sha256`"):
+        run(small("one"), trials=3, workers="inline")
+    assert len(evaluated) == 2
+
+
+def test_a_study_whose_row_lacks_its_search_goes_on(evaluated: list[Job]) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", "space = json_remove(space, '$.search')")
+    assert_sound(run(small("one"), trials=3, workers="inline"), 3)
 
 
 def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Job]) -> None:
