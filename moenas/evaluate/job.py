@@ -144,10 +144,10 @@ class _Run:
         architecture = Architecture.parse(job.architecture)
         recipe = tree.parse(Recipe, job.train)
         cost = architecture.cost(recipe.context)
-        recipe = recipe.for_candidate(cost.flops_per_token)
+        recipe = recipe.for_candidate(recipe.training_cost(architecture).flops_per_token)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         self.fields["fingerprint"] = architecture.fingerprint
-        self.fields["cost"] = cost.plain()
+        self.fields["cost"] = recipe.cost_record(architecture)
         self.fields["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
         torch.set_num_threads(recipe.threads)
         torch.manual_seed(job.seed)
@@ -297,7 +297,17 @@ class _Run:
         """
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         lock = subject.device_lock
-        run = TrainingRun(model, corpus, recipe, subject.seed, gate=lock, deadline=self.deadline)
+        with lock.shared():
+            heads = recipe.build_heads(subject.architecture, subject.device, subject.seed)
+        run = TrainingRun(
+            model,
+            corpus,
+            recipe,
+            subject.seed,
+            gate=lock,
+            deadline=self.deadline,
+            heads=heads,
+        )
         saved = self.job.checkpoint
         if self.job.checkpoint_at is not None:
             saved = read_stored(self.job.checkpoint_at)

@@ -25,6 +25,9 @@ def training_peak(subject: Subject, steps: int) -> int:
     with subject.device_lock.shared():
         require_fit(architecture, recipe, device, training=True, sharers=subject.sharers)
         model = architecture.build(device, subject.seed)
-        held = model.state_dict(keep_vars=True).values()
-        rows = train(model, subject.corpus, recipe, subject.seed)
+        held = list(model.state_dict(keep_vars=True).values())
+        heads = recipe.build_heads(architecture, device, subject.seed)
+        if heads is not None:
+            held = [*held, *heads.state_dict(keep_vars=True).values()]
+        rows = train(model, subject.corpus, recipe, subject.seed, heads=heads)
         return peak_bytes(lambda: list(rows), held, device)
