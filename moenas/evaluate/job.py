@@ -34,6 +34,7 @@ from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validat
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
 from moenas.model.architecture import Architecture, Model
+from moenas.model.multi_token import build_heads
 from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, Status, WeightsFile
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
@@ -298,7 +299,7 @@ class _Run:
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         lock = subject.device_lock
         with lock.shared():
-            heads = recipe.build_heads(subject.architecture, subject.device, subject.seed)
+            heads = build_heads(recipe.heads, subject.architecture, subject.device, subject.seed)
         run = TrainingRun(
             model,
             corpus,

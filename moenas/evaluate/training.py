@@ -42,7 +42,7 @@ class TrainingRun:
     """The run of one candidate for `recipe.steps` steps, with about 40 points of its curve.
 
     `recipe.lr` must be set (see `learning_rate`), and `heads` given if the recipe has them: see
-    `Recipe.build_heads`. `seed` orders the data; it is the same for
+    `build_heads`. `seed` orders the data; it is the same for
     every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
     thread the same run gives the same weights to the last bit.
 

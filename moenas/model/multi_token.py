@@ -106,6 +106,13 @@ class MultiTokenPrediction(Component):
         return heads
 
 
+def build_heads(
+    mtp: MultiTokenPrediction | None, architecture: Architecture, device: torch.device, seed: int
+) -> PredictionHeads | None:
+    """Build the heads of a candidate and draw their weights; None for None."""
+    return None if mtp is None else mtp.build(architecture, device, seed)
+
+
 class PredictionHead(nn.Module):
     """One head: the stream of the head before, joined with the embedding of a later token."""
 

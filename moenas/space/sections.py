@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
-
 from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
 from moenas.model.architecture import Architecture
-from moenas.model.multi_token import MultiTokenPrediction, PredictionHeads
+from moenas.model.multi_token import MultiTokenPrediction
 from moenas.records import TRAINING, Cost
 from moenas.resources import Node
 from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
@@ -131,12 +129,6 @@ class Recipe(Component):
     def heads(self) -> MultiTokenPrediction | None:
         """The heads that training has beside the model; None without any."""
         return self.mtp if self.mtp is not None and self.mtp.weight else None
-
-    def build_heads(
-        self, architecture: Architecture, device: torch.device, seed: int
-    ) -> PredictionHeads | None:
-        """Build the heads of a candidate and draw their weights; None without any."""
-        return None if self.heads is None else self.heads.build(architecture, device, seed)
 
     def training_cost(self, architecture: Architecture) -> Cost:
         """Return the cost of an architecture in training, with its heads, at `context` tokens."""

@@ -19,6 +19,7 @@ from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.training import train
 from moenas.grammar.counting import most_layers
 from moenas.grammar.summary import short
+from moenas.model.multi_token import build_heads
 from moenas.records import TRAINING, Plain
 from moenas.store import spending
 from moenas.store.store import Store
@@ -229,7 +230,7 @@ def _probed(
     try:
         require_fit(architecture, recipe, device, training=True)
         model = architecture.build(device, space.search.seed)
-        heads = recipe.build_heads(architecture, device, space.search.seed)
+        heads = build_heads(recipe.heads, architecture, device, space.search.seed)
         for point in train(
             model,
             corpus,

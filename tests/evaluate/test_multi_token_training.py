@@ -18,7 +18,7 @@ from moenas.evaluate.memory import peak_bytes
 from moenas.evaluate.optimizer import AdamW
 from moenas.evaluate.training import TrainingRun, train, validate
 from moenas.model.architecture import Architecture, Model
-from moenas.model.multi_token import MultiTokenPrediction
+from moenas.model.multi_token import MultiTokenPrediction, build_heads
 from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Budget, Recipe
 
@@ -53,7 +53,7 @@ def architecture() -> Architecture:
 
 def run_of(recipe: Recipe) -> TrainingRun:
     one = architecture()
-    heads = recipe.build_heads(one, CPU, 0)
+    heads = build_heads(recipe.heads, one, CPU, 0)
     return TrainingRun(one.build(seed=0), corpus(), recipe, 0, heads=heads)
 
 

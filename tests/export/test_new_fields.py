@@ -29,7 +29,7 @@ ARCHITECTURE: Plain = {
     "blocks": [
         {"mixer": LATENT, "ffn": EXPERTS | ROUTER, "ffn_norm": "sandwich"},
         {"mixer": ATTENTION, "ffn": DENSE, "shortcut": EXPERTS}
-        | {"shortcut_input": "stream", "sum_norm": True},
+        | {"shortcut_input": "stream", "sum_norm": True, "block_scale": True},
     ],
 }
 
