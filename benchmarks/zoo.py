@@ -62,8 +62,8 @@ its indexers, Mistral Small 4 (a temperature of late positions).
 
 Of the 58 causal language models with experts in transformers 5.23, 50 are points of the space, and
 `moenas init --from` reads their configurations: GLM-5 without layers that share an indexer, Gemma 4
-without embeddings of each layer, and MiniMax-M3 without indexers. A.X K2, DeepSeek-V4, Doge, Hunyuan
-4, Inkling, Inkling 2, Qwen4-Exp and ZAYA1 are none.
+without embeddings of each layer, and MiniMax-M3 without indexers. A.X K2, DeepSeek-V4, Doge,
+Hunyuan 4, Inkling, Inkling 2, Qwen4-Exp and ZAYA1 are none.
 
 ## What has no point
 
