@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -80,7 +80,8 @@ class Architecture(Component):
     )
     depth_scale: bool = setting(
         "part i of the model, from 1, joins the stream x as sqrt(i / (i + 1)) x + part / sqrt(i +"
-        " 1), with the multipliers (Beam)",
+        " 1), with the multipliers (Beam). Where every part reads the stream through a norm (pre,"
+        " sandwich) it multiplies norm_eps of part i by i, and has no other effect",
         default=False,
     )
     logit_multiplier: float = setting("factor of the logits", default=1.0)
@@ -165,7 +166,23 @@ class Architecture(Component):
             blocks=tuple(changed(layer, repeat=len(list(run))) for layer, run in runs),
             norm_eps=1e-6 if self.norm == "dyt" else self.norm_eps,
             max_positions=self.max_positions if self.positions == "learned" else None,
+            depth_scale=self.depth_scale and not self._norms_undo_scale(known.values()),
         )
+
+    def _norms_undo_scale(self, layers: Iterable[BlockGroup]) -> bool:
+        """Whether a factor of the stream changes nothing, by its canonical layers.
+
+        With a depth scale the stream after part i is that without one, divided by sqrt(i + 1). A
+        norm undoes the factor where its eps is 0. With an eps, it acts as an eps of i times the
+        size: that is an effect. A part of the user's may read the stream itself.
+        """
+        if self.norm == "dyt" or self.norm_eps or self.norm_position not in ("pre", "sandwich"):
+            return False
+        return all(
+            stream.norm_position in ("pre", "sandwich")
+            for layer in layers
+            for stream in layer.norm_positions(self.stream)
+        ) and not any(layer.shortcut_delay or layer.reads_stream for layer in layers)
 
     @property
     def fingerprint(self) -> str:

@@ -172,6 +172,13 @@ class BlockGroup(Component):
         )
 
     @property
+    def reads_stream(self) -> bool:
+        """Whether a part may read the stream without the norm of its block."""
+        of_users = any(not type(x).__module__.startswith("moenas.") for x in self.parts.values())
+        networks = [x for x in (self.ffn, self.shortcut) if isinstance(x, MoEFFN)]
+        return of_users or any(x.router.logits.input != "ffn" for x in networks)
+
+    @property
     def n_joins(self) -> int:
         """How often one layer adds to the stream; a shortcut is added with another part."""
         return sum(part is not None for part in (self.mixer, self.ffn)) - self.is_parallel
