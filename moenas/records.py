@@ -15,6 +15,15 @@ Plain = dict[str, Any]
 TRAINING = 3
 """Operations of a training step over those of its forward pass."""
 
+
+def training_flops(cost: Mapping[str, Any]) -> float:
+    """Return the forward FLOPs of a token in training, by the stored cost of a candidate.
+
+    With heads for multi-token prediction they are more than those of the model.
+    """
+    return float(cost.get("training_flops_per_token") or cost.get("flops_per_token") or 0)
+
+
 Status = Literal["complete", "failed", "infeasible", "stopped", "paused"]
 """`stopped`: early stopping ended the training at a rung. `paused`: the training may continue from
 a checkpoint; such an evaluation is stored with its rung and is not the last one of its trial."""

@@ -34,6 +34,7 @@ from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validat
 from moenas.failures import failure_of, is_out_of_memory, located, machine_fault
 from moenas.grammar import tree, user_parts
 from moenas.model.architecture import Architecture, Model
+from moenas.model.multi_token import build_heads
 from moenas.records import CurvePoint, Evaluation, Failure, Job, Plain, Status, WeightsFile
 from moenas.resources import sha256
 from moenas.space.objective import Measurement, Objective, load_objective, shipped_objective
@@ -144,10 +145,10 @@ class _Run:
         architecture = Architecture.parse(job.architecture)
         recipe = tree.parse(Recipe, job.train)
         cost = architecture.cost(recipe.context)
-        recipe = recipe.for_candidate(cost.flops_per_token)
+        recipe = recipe.for_candidate(recipe.training_cost(architecture).flops_per_token)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         self.fields["fingerprint"] = architecture.fingerprint
-        self.fields["cost"] = cost.plain()
+        self.fields["cost"] = recipe.cost_record(architecture)
         self.fields["device"] = device_info(device, recipe.threads, training_dtype(recipe, device))
         torch.set_num_threads(recipe.threads)
         torch.manual_seed(job.seed)
@@ -297,7 +298,17 @@ class _Run:
         """
         model, corpus, recipe = subject.model, subject.corpus, subject.recipe
         lock = subject.device_lock
-        run = TrainingRun(model, corpus, recipe, subject.seed, gate=lock, deadline=self.deadline)
+        with lock.shared():
+            heads = build_heads(recipe.heads, subject.architecture, subject.device, subject.seed)
+        run = TrainingRun(
+            model,
+            corpus,
+            recipe,
+            subject.seed,
+            gate=lock,
+            deadline=self.deadline,
+            heads=heads,
+        )
         saved = self.job.checkpoint
         if self.job.checkpoint_at is not None:
             saved = read_stored(self.job.checkpoint_at)

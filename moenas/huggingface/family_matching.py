@@ -18,7 +18,7 @@ from moenas.resources import parse_yaml
 
 TRAINING_FIELDS = ("balance", "loss_reduce", "z_coef", "entropy_coef", "capacity_factor")
 """Fields of a router that change no logit in evaluation, beside the bias of `balance`."""
-BIASED = ("bias", "bias_and_loss")
+BIASED = ("bias", "bias_and_loss", "quantile")
 """Kinds of balancing whose bias selects experts in evaluation, too."""
 KIND_WEIGHT, REFUSED_WEIGHT = 8, 100
 """Fields that another kind of part, or sizes that the family refuses, count as in a ranking."""

@@ -289,7 +289,8 @@ def _component(cls: type[Component]) -> Iterator[str]:
 
 def _heading(family: type[Component]) -> str:
     """Return the name of the first field, from the sections down, whose value is of a family."""
-    todo: list[tuple[str, type[Component]]] = [("architecture", Architecture), ("search", Search)]
+    roots = ("architecture", Architecture), ("train", Recipe), ("search", Search)
+    todo: list[tuple[str, type[Component]]] = list(roots)
     for name, cls in todo:
         if cls is family:
             return name

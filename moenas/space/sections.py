@@ -9,7 +9,9 @@ from typing import Literal, Self
 
 from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
-from moenas.records import TRAINING
+from moenas.model.architecture import Architecture
+from moenas.model.multi_token import MultiTokenPrediction
+from moenas.records import TRAINING, Cost
 from moenas.resources import Node
 from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
@@ -36,8 +38,9 @@ class Budget(Component):
     """What every candidate spends on its training in place of equal tokens."""
 
     train_flops: float = setting(
-        "training FLOPs of every candidate: 3 times its forward FLOPs of each token. A candidate"
-        " trains for the whole steps that fit; one of fewer than one step is infeasible",
+        "training FLOPs of every candidate: 3 times its forward FLOPs of each token, those of `mtp`"
+        " included. A candidate trains for the whole steps that fit; one of fewer than one step is"
+        " infeasible",
         low=1.0,
     )
 
@@ -94,6 +97,11 @@ class Recipe(Component):
         low=0,
         high=39,
     )
+    mtp: MultiTokenPrediction | None = setting(
+        "multi-token prediction: heads that predict further tokens. Their cost counts in training"
+        " alone, and the validation loss is that of the next token; null: none",
+        default=None,
+    )
     threads: int = setting("CPU threads of a candidate", default=1, low=1, high=1024)
 
     def invalid(self) -> str | None:
@@ -101,6 +109,8 @@ class Recipe(Component):
         if self.budget is None and self.tokens < self.batch * self.context:
             step = self.batch * self.context
             return f"tokens ({self.tokens}) is less than one step: batch * context = {step}"
+        if self.mtp is not None and self.mtp.depth >= self.context:
+            return f"mtp.depth ({self.mtp.depth}) must be below context ({self.context})"
         if self.warmup + self.decay > 1:
             return f"warmup ({self.warmup:g}) and decay ({self.decay:g}) add up to more than 1"
         return None
@@ -115,8 +125,36 @@ class Recipe(Component):
         """Tokens of the whole steps of the run."""
         return self.steps * self.batch * self.context
 
+    @property
+    def heads(self) -> MultiTokenPrediction | None:
+        """The heads that training has beside the model; None without any."""
+        return self.mtp if self.mtp is not None and self.mtp.weight else None
+
+    def training_cost(self, architecture: Architecture) -> Cost:
+        """Return the cost of an architecture in training, with its heads, at `context` tokens."""
+        cost = architecture.cost(self.context)
+        return cost if self.heads is None else cost + self.heads.cost(architecture, self.context)
+
+    def cost_record(self, architecture: Architecture) -> dict[str, int]:
+        """Return the cost of an architecture as it is stored: a JSON object.
+
+        With heads it has `training_params` and `training_flops_per_token` beside the cost of the
+        model: see `training_flops`.
+        """
+        plain = architecture.cost(self.context).plain()
+        if self.heads is None:
+            return plain
+        trained = self.training_cost(architecture)
+        return plain | {
+            "training_params": trained.params,
+            "training_flops_per_token": trained.flops_per_token,
+        }
+
     def for_candidate(self, flops_per_token: int) -> Self:
-        """Return the recipe of a candidate by its forward FLOPs: a budget becomes its tokens."""
+        """Return the recipe of a candidate by its forward FLOPs in training.
+
+        A budget becomes its tokens. `flops_per_token` is that of `training_cost`.
+        """
         if self.budget is None:
             return self
         step = self.step_flops(flops_per_token)
@@ -124,7 +162,7 @@ class Recipe(Component):
         return replace(self, tokens=steps * self.batch * self.context)
 
     def step_flops(self, flops_per_token: int) -> int:
-        """Return the training FLOPs of one step of a candidate."""
+        """Return the training FLOPs of one step, by the forward FLOPs of `training_cost`."""
         return TRAINING * flops_per_token * self.batch * self.context
 
 
@@ -186,7 +224,8 @@ class Stop(Component):
         default=None,
     )
     train_flops: float | None = setting(
-        "training FLOPs, failed candidates included: 3 times the forward FLOPs of each token",
+        "training FLOPs, failed candidates included: 3 times the forward FLOPs of each token, those"
+        " of `mtp` included",
         default=None,
         low=1.0,
     )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -291,7 +291,7 @@ class Space:
         layers = self._names(architecture) if wanted else []
         violations = {r.text: r.violation(layers) for r in wanted}
         if self.train.budget is not None:
-            step = self.train.step_flops(self.cost(architecture).flops_per_token)
+            step = self.train.step_flops(self.training_cost(architecture).flops_per_token)
             # With early stopping, each rung and the end need a step of their own.
             least = 1 + self.train.rungs if self.search.early_stopping.stops else 1
             violations[ONE_STEP] = least * step / self.train.budget.train_flops - 1.0
@@ -365,8 +365,28 @@ class Space:
         Raises:
             PartError: if a part of the user's does not count its own.
         """
+        return self._counted(lambda: architecture.cost(self.train.context))
+
+    def training_cost(self, architecture: Architecture) -> Cost:
+        """Return the cost in training: that of the model, and of heads that `train.mtp` adds.
+
+        Raises:
+            PartError: if a part of the user's does not count its own.
+        """
+        return self._counted(lambda: self.train.training_cost(architecture))
+
+    def cost_record(self, architecture: Architecture) -> dict[str, int]:
+        """Return the cost as it is stored; see `Recipe.cost_record`.
+
+        Raises:
+            PartError: if a part of the user's does not count its own.
+        """
+        self.training_cost(architecture)
+        return self.train.cost_record(architecture)
+
+    def _counted(self, count: Callable[[], Cost]) -> Cost:
         try:
-            cost = architecture.cost(self.train.context)
+            cost = count()
             right = all(type(n) is int and n >= 0 for n in cost.plain().values())
         except MoenasError:
             raise

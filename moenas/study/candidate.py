@@ -46,7 +46,7 @@ class Candidate:
         except SpaceError as error:
             return cls(trial, drawn=drawn, violations={VALID: 1.0}, invalid=str(error))
         violations = {VALID: 0.0, **space.violations(architecture)}
-        candidate = cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
+        candidate = cls(trial, architecture, drawn, space.cost_record(architecture), violations)
         if space.fit is not None and violations[space.fit.text] > 0:
             candidate.invalid = space.missed_fit(RandomSuggest(0, trial.params))
         return candidate

@@ -19,6 +19,7 @@ from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.training import train
 from moenas.grammar.counting import most_layers
 from moenas.grammar.summary import short
+from moenas.model.multi_token import build_heads
 from moenas.records import TRAINING, Plain
 from moenas.store import spending
 from moenas.store.store import Store
@@ -131,10 +132,11 @@ def estimate(
         for architecture in space.feasible(n_draws)
         if not isinstance(architecture, str)
     ]
-    drawn = sorted(drawn or [space.require_feasible()], key=lambda a: space.cost(a).flops_per_token)
+    drawn = drawn or [space.require_feasible()]
+    drawn = sorted(drawn, key=lambda a: space.training_cost(a).flops_per_token)
     recipe, count = space.train, space.search.trials if trials is None else trials
     trains = any(objective.needs == "training" for objective in space.objectives)
-    flops = [space.cost(architecture).flops_per_token for architecture in drawn]
+    flops = [space.training_cost(architecture).flops_per_token for architecture in drawn]
     lengths = [float(recipe.for_candidate(one).run_tokens) if trains else 0.0 for one in flops]
     tokens = statistics.fmean(lengths)
     mean = statistics.fmean(
@@ -219,7 +221,7 @@ def _probed(
     space: Space, corpus: Corpus, architecture: Architecture, device: torch.device
 ) -> _Rate | str:
     """Train an architecture for some steps; return its throughput, or why there is none."""
-    recipe = space.train.for_candidate(space.cost(architecture).flops_per_token)
+    recipe = space.train.for_candidate(space.training_cost(architecture).flops_per_token)
     recipe = replace(recipe, lr=learning_rate(architecture, recipe))
     steps = max(2, min(PROBE_STEPS, recipe.steps))
     short_run = replace(recipe, tokens=steps * recipe.batch * recipe.context)
@@ -228,8 +230,14 @@ def _probed(
     try:
         require_fit(architecture, recipe, device, training=True)
         model = architecture.build(device, space.search.seed)
+        heads = build_heads(recipe.heads, architecture, device, space.search.seed)
         for point in train(
-            model, corpus, short_run, space.search.seed, deadline=time.monotonic() + PROBE_S
+            model,
+            corpus,
+            short_run,
+            space.search.seed,
+            deadline=time.monotonic() + PROBE_S,
+            heads=heads,
         ):
             points.append((point["tokens"], point["seconds"]))
     except TimeLimitError:
@@ -239,7 +247,7 @@ def _probed(
     if len(points) < 2:
         return f"two training steps of the median candidate take more than {PROBE_S:.0f} s"
     # The first step also warms up; each later one is a sample.
-    flops = TRAINING * space.cost(architecture).flops_per_token
+    flops = TRAINING * space.training_cost(architecture).flops_per_token
     speeds = [
         flops * (tokens - before) / max(seconds - at, 1e-9)
         for (before, at), (tokens, seconds) in pairwise(points)

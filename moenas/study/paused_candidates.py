@@ -81,7 +81,7 @@ class PausedCandidates:
         self._tell_trust()
 
     def _cost(self, plain: Plain) -> dict[str, int]:
-        return self._space.cost(self._space.architecture(plain)).plain()
+        return self._space.cost_record(self._space.architecture(plain))
 
     # --- one candidate -------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from moenas.records import Plain
 
 LATENT: Plain = {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5, "nope_dim": 8}
 LATENT |= {"rope_dim": 4, "v_dim": 8, "window": 6, "rope_norm": True, "floor_scale": 3}
+LATENT |= {"sinks": True}
 LATENT |= {"indexer": {"n_heads": 3, "head_dim": 8, "top_k": 4}}
 ATTENTION: Plain = {"kind": "attention", "head_dim": 8, "output_gate": "head", "gate_bias": True}
 ATTENTION |= {"gate_activation": "softplus", "floor_scale": 3, "scale_growth": "power"}
@@ -28,7 +29,7 @@ ARCHITECTURE: Plain = {
     "blocks": [
         {"mixer": LATENT, "ffn": EXPERTS | ROUTER, "ffn_norm": "sandwich"},
         {"mixer": ATTENTION, "ffn": DENSE, "shortcut": EXPERTS}
-        | {"shortcut_input": "stream", "sum_norm": True},
+        | {"shortcut_input": "stream", "sum_norm": True, "block_scale": True},
     ],
 }
 

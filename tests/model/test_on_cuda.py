@@ -257,6 +257,9 @@ MIXERS: dict[str, Mixer] = {
     "alibi": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, position_bias=AlibiBias()),
     "t5": AttentionMixer(head_dim=8, n_heads=4, n_kv_heads=2, position_bias=T5Bias()),
     "latent": LatentAttentionMixer(n_heads=3, kv_rank=8, nope_dim=8, rope_dim=2, v_dim=16),
+    "latent sinks": LatentAttentionMixer(
+        n_heads=3, kv_rank=8, nope_dim=8, rope_dim=2, v_dim=16, sinks=True
+    ),
 }
 
 

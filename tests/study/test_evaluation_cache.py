@@ -108,6 +108,7 @@ def test_fresh_and_another_pool_reuse_nothing(evaluated: list[Job]) -> None:
         ("search: {", "measure: {decode_batch: 4}\nsearch: {"),
         ("[val_loss, flops_per_token]", "[val_loss, flops_per_token, total_params]"),
         ("dtype: float32", "dtype: bfloat16"),
+        ("dtype: float32", "dtype: float32, mtp: {depth: 1}"),
     ],
 )
 def test_what_means_something_else_is_evaluated(

@@ -11,6 +11,8 @@ from moenas.errors import InputError, SpaceError
 from moenas.report.space_check import check_report
 from moenas.space.sections import Budget, Recipe
 from moenas.space.space import Space
+from moenas.store import spending
+from moenas.store.store import Store
 from moenas.study.estimate import estimate
 from moenas.study.launch import run
 
@@ -59,6 +61,32 @@ def test_evaluations_of_equal_tokens_are_not_those_of_equal_compute() -> None:
     run(first, workers="inline")
     study = run(small("compute"), workers="inline", trials=2)
     assert all(e.reused_from is None for e in study.view.evaluations)
+
+
+def test_heads_for_further_tokens_are_paid_by_the_budget() -> None:
+    """Of candidates, of what the study has spent, and of the estimate before it; not of the model."""
+    plain = small("heads")
+    with_heads = Space.parse(plain.text.replace("budget:", "mtp: {depth: 2}, budget:"), "s.yaml")
+    with_heads = with_heads.with_search(sampler="grid", trials=6)
+    study = run(with_heads, workers="inline")
+    spent = []
+    for evaluation in study.view.evaluations:
+        assert evaluation.status == "complete", evaluation.failure
+        architecture = with_heads.architecture(study.architecture(evaluation.trial).plain())
+        assert with_heads.train.mtp is not None
+        of_heads = with_heads.train.mtp.cost(architecture, with_heads.train.context)
+        model = architecture.cost(with_heads.train.context)
+        assert evaluation.cost["flops_per_token"] == model.flops_per_token
+        assert evaluation.cost["params"] == model.params
+        assert evaluation.cost["training_params"] == model.params + of_heads.params
+        step = 3 * (model.flops_per_token + of_heads.flops_per_token) * 64
+        steps = evaluation.curve[-1]["tokens"] // 64
+        assert steps == BUDGET // step
+        spent.append(steps * step)
+    store = Store.open()
+    assert spending.spending(store, study.name).train_flops == pytest.approx(sum(spent))
+    assert estimate(with_heads).train_flops == pytest.approx(sum(spent), rel=0.2)
+    assert estimate(with_heads).train_tokens < estimate(plain).train_tokens
 
 
 def test_a_candidate_without_one_step_is_infeasible() -> None:

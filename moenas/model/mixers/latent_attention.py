@@ -17,7 +17,7 @@ from moenas.model.mixers.gate import GatedBy, OutputGate, build_gate, gate_width
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.qkv import LowRankProjection
 from moenas.model.mixers.rotary import FORMER, Rope
-from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, sink_flops
 from moenas.model.mixers.temperature import build_temperature, canonical_temperature
 from moenas.model.mixers.token_indexer import IndexedCache, IndexedSelection, TokenIndexer
 from moenas.records import Cost
@@ -84,6 +84,10 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         default=None,
         low=1,
     )
+    sinks: bool = setting(
+        "a learned logit for each head that takes part in the softmax and has no value (gpt-oss)",
+        default=False,
+    )
     rope_norm: bool = setting(
         "RMSNorm of the rotary key before the positions (dots 3)", default=False
     )
@@ -142,6 +146,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
         products += (out_width + self.gates) * d_model
         params = products + q_rank + self.kv_rank + self.rope_dim * self.rope_norm
+        params += self.n_heads * self.sinks
         whole = Cost(
             params=params,
             active_params=params,
@@ -158,6 +163,11 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             kv_bytes_per_token=2 * self.indexer.head_dim,
         )
 
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Return what the key of a sink takes, and the elements that it adds to all keys."""
+        widths = self.nope_dim + self.rope_dim, self.v_dim
+        return sink_flops(self.n_heads, widths, context) if self.sinks and self.factor else 0
+
     def build(self, d_model: int) -> nn.Module:
         """Build the attention at a model width."""
         q_width = self.n_heads * (self.nope_dim + self.rope_dim)
@@ -173,6 +183,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
                 self.n_heads,
                 self.factor,
                 AttentionSpan(self.window),
+                sinks=self.sinks,
                 temperature=build_temperature(
                     self.floor_scale, self.attn_scale, self.floor_offset, "logarithm"
                 ),
