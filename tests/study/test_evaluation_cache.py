@@ -43,11 +43,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return seen
 
 
-def here(found: Evaluation) -> Evaluation:
+def here(evaluation: Evaluation) -> Evaluation:
     info = devices.device_info(torch.device("cpu"), 1, torch.float32)
     curve: Any = [{"tokens": 512, "train_loss": 2.0}]
     versions = measure.versions()
-    return dataclasses.replace(found, device=info, versions=versions, curve=curve)
+    return dataclasses.replace(evaluation, device=info, versions=versions, curve=curve)
 
 
 def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
@@ -58,8 +58,8 @@ def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
     return parsed.with_search(sampler="grid", trials=6)
 
 
-def reused(found: Study) -> dict[int, tuple[str, int]]:
-    rows = found.view.evaluations
+def reused(study: Study) -> dict[int, tuple[str, int]]:
+    rows = study.view.evaluations
     return {
         e.trial: (e.reused_from["study"], e.reused_from["trial"]) for e in rows if e.reused_from
     }
@@ -250,7 +250,7 @@ def test_real_models_are_reused_to_the_last_bit() -> None:
     assert reused(second) == {0: ("one", 0)}
     fresh = run(small("three"), trials=1, workers="inline", fresh=True)
     assert reused(fresh) == {}
-    losses = {found.evaluation(0).values["val_loss"] for found in (first, second, fresh)}
+    losses = {study.evaluation(0).values["val_loss"] for study in (first, second, fresh)}
     assert len(losses) == 1
-    digests = {found.evaluation(0).weights_sha256 for found in (first, second)}
+    digests = {study.evaluation(0).weights_sha256 for study in (first, second)}
     assert len(digests) == 1

@@ -31,10 +31,10 @@ def small(name: str = "s", budget: float = BUDGET) -> Space:
 @given(st.integers(1, 10**13), st.floats(1, 1e18))
 def test_the_steps_are_those_that_fit(flops: int, budget: float) -> None:
     recipe = Recipe(batch=4, context=16, budget=Budget(train_flops=budget))
-    found = recipe.for_candidate(flops)
+    fitted = recipe.for_candidate(flops)
     step = 3 * flops * 4 * 16
-    assert found.steps * step <= budget < (found.steps + 1) * step * (1 + 1e-9)
-    assert found.tokens == found.steps * 64
+    assert fitted.steps * step <= budget < (fitted.steps + 1) * step * (1 + 1e-9)
+    assert fitted.tokens == fitted.steps * 64
     assert Recipe(tokens=640).for_candidate(flops) == Recipe(tokens=640)
 
 
@@ -97,7 +97,9 @@ def test_a_candidate_without_one_step_is_infeasible() -> None:
     study = run(small(budget=between), workers="inline")
     broken = {e.trial: e.violations for e in study.view.evaluations if e.status == "infeasible"}
     assert broken
-    assert all("train.budget holds one training step" in found for found in broken.values())
+    assert all(
+        "train.budget holds one training step" in evaluation for evaluation in broken.values()
+    )
     with pytest.raises(SpaceError, match="holds one training step"):
         small(budget=2.0).require_feasible()
 
@@ -109,8 +111,8 @@ def test_tokens_beside_a_budget_are_refused_at_their_place() -> None:
 
 
 def test_check_and_estimate_count_by_the_budget() -> None:
-    found = small()
-    report = check_report(found, 20)
+    wanted = small()
+    report = check_report(wanted, 20)
     assert report["tokens_per_parameter"]["min"] < report["tokens_per_parameter"]["max"]
-    expected = estimate(found)
+    expected = estimate(wanted)
     assert 0.8 * 6 * BUDGET < expected.train_flops <= 6 * BUDGET
