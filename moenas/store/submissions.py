@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, sel
 
 from moenas.errors import ConflictError, InputError, NotFoundError, suggestion
 from moenas.records import Plain
-from moenas.store import audit, statements, study_events
+from moenas.store import audit, reservations, statements, study_events
 from moenas.store.tables import evaluation, study, submission
 
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
@@ -192,6 +192,7 @@ def _require_free(connection: Connection, name: str) -> None:
     stored = connection.execute(select(study.c.name).where(study.c.name == name)).first()
     if submitted or stored:
         raise ConflictError(f"study '{name}' already exists; give the space another `name`")
+    reservations.require_free(connection, name)
 
 
 def _tell(connection: Connection, user_name: str, name: str, kind: str, data: Plain) -> None:

@@ -328,6 +328,16 @@ driver = Table(
     Column("heartbeat", Double, nullable=False),
 )
 
+reservation = Table(
+    "moenas_reservation",
+    metadata,
+    # A former name of a study, which no new study may have until its former files are gone.
+    Column("name", Name, primary_key=True),
+    # The present name of that study.
+    Column("renamed_to", Name, nullable=False),
+    Column("reserved_at", String(32), nullable=False),
+)
+
 # --- the server ----------------------------------------------------------------------------------
 
 event = Table(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from moenas.errors import ConflictError, InputError
+from moenas.errors import InputError
 from moenas.former import OBJECTIVE_DIGESTS
 from moenas.records import Plain, StudyRecord
 from moenas.resources import sha256
@@ -42,29 +42,14 @@ def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:
     return [o for o in space.objectives if o.name in stored and not _is_same(stored[o.name], o)]
 
 
-def refuse_reserved(known: StudyRecord) -> None:
-    """Refuse a study of which a rename has left the name alone.
-
-    Raises:
-        ConflictError: saying what frees the name.
-    """
-    if not known.objectives:
-        raise ConflictError(
-            f"study '{known.name}' is being renamed; if that process was killed,"
-            f" `moenas delete {known.name}` frees the name"
-        )
-
-
 def refuse_changes(
     known: StudyRecord, space: Space, corpus: Corpus, accept: bool = False
 ) -> list[Objective]:
     """Refuse a space or a corpus that is not the study's; return the accepted changed objectives.
 
     Raises:
-        ConflictError: if a rename of the study is not finished.
         InputError: naming what differs, and the way to go on.
     """
-    refuse_reserved(known)
     way_out = "; give the space another `name` for a new study"
     _refuse_other_objectives(known, space, accept, way_out)
     changed = changed_objectives(known, space)

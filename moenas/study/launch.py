@@ -25,7 +25,6 @@ from moenas.store.store import Store
 from moenas.study import repairs
 from moenas.study.changes import (
     refuse_changes,
-    refuse_reserved,
     version_changes,
     with_stored_sampler,
 )
@@ -211,10 +210,9 @@ def load_study(name: str, storage: str | None = None) -> Study:
 
     Raises:
         NotFoundError: if there is none of that name.
-        ConflictError: if a rename of it is not finished.
     """
     store = Store.open(storage)
-    refuse_reserved(store.study(name))
+    store.study(name)  # raises NotFoundError
     return Study(store, name)
 
 

@@ -238,6 +238,32 @@ def test_a_node_that_is_lost_costs_no_trial(
     assert max(times) > 1, driver.said  # what the node worked on was started again
 
 
+def test_a_head_that_is_lost_ends_the_run_and_the_next_one_finishes_it(
+    driver: Driver, cluster: TwoNodes, reference: Study
+) -> None:
+    driver.until_evaluated(1)
+    store = Store.open(driver.url)
+    before = {e.trial: e.values for e in store.evaluations(driver.name)}
+    cluster.kill("one")
+    try:
+        assert driver.process is not None
+        assert driver.process.wait(timeout=180) == 4, driver.said
+        cluster.kill("two")
+    finally:
+        cluster.start("one")
+        if "two" not in cluster.nodes:
+            cluster.start("two")
+    assert "moenas: the Ray cluster went away: " in driver.said
+    assert "Nothing is lost; resume with:" in driver.said
+    assert "Traceback" not in driver.said
+    stored = {e.trial: e.values for e in store.evaluations(driver.name)}
+    assert before.items() <= stored.items()
+    assert len(stored) < TRIALS, "the head was killed too late"
+    assert store.driver(driver.name) is None
+    driver.start()
+    assert_equal_to(driver.finish(), reference)
+
+
 def test_a_driver_that_is_killed_is_taken_up_again(driver: Driver, reference: Study) -> None:
     driver.until_evaluated(2)
     driver.kill()
