@@ -126,6 +126,7 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("glm_moe_dsa", {"index_topk_pattern": "F"}, "index_topk_pattern", "2 layers"),
     ("stablelm", {"head_dim": 16}, "head_dim", "8"),
     ("mistral4", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types", "first_k_dense"),
+    ("hy_v3", {"num_shared_experts": 0}, "num_shared_experts", "1 or more"),
     ("hy_v3", {"first_k_dense_replace": 0}, "first_k_dense_replace", "mlp_layer_types"),
     ("laguna", {"first_k_dense_replace": 2}, "first_k_dense_replace", "mlp_layer_types"),
     (
