@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from moenas.errors import InputError, LocatedError
 from moenas.huggingface.config import config_of
-from moenas.huggingface.config_writers import WRITERS, Layers
+from moenas.huggingface.config_writers import WRITERS
 from moenas.huggingface.families import model_of
+from moenas.huggingface.layer_fields import Layers
 from moenas.huggingface.layer_groups import groups_of, layers_of
 from moenas.model.architecture import Architecture
 from moenas.records import Plain

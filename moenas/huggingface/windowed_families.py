@@ -112,6 +112,8 @@ def hy_v3(c: Config) -> Model:
     mixer = attention(c, rope(c), **normed_heads(c))
     route = biased_router(c, normalize=True, scale=c.number("router_scaling_factor"))
     shared = c.whole_or_none("num_shared_experts") or 0
+    if not shared:  # the family builds a shared network of intermediate_size then
+        raise c.no_counterpart("num_shared_experts", shared, ["1 or more"])
     width = "moe_intermediate_size"
     experts = moe(c, "num_experts", width, route, n_shared_experts=shared)
     c.read.add("enable_moe_fp32_combine")

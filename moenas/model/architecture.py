@@ -31,6 +31,7 @@ from moenas.model.layer_stack import LayerStack
 from moenas.model.layers.linear import matrices, output_projections
 from moenas.model.layers.norms import NormKind
 from moenas.model.mixers.shared_kv import kv_source_error, link_layers
+from moenas.model.mixers.token_indexer import index_source_error
 from moenas.model.residual import NormPosition, ResidualConfig
 from moenas.model.stem import Caches, EmbeddingStem
 from moenas.records import Cost
@@ -113,7 +114,8 @@ class Architecture(Component):
 
     def invalid_together(self) -> Conflict | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
-        return kv_source_error([layer.mixer for layer in self.layers], self.d_model)
+        mixers = [layer.mixer for layer in self.layers]
+        return kv_source_error(mixers, self.d_model) or index_source_error(mixers)
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:

@@ -383,6 +383,8 @@ class Block(nn.Module):
     `post` one norm covers the whole sum.
     """
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(
         self,
         norm1: nn.Module | None,
@@ -468,6 +470,8 @@ class Block(nn.Module):
 
 class ParallelBlock(Block):
     """A mixer and a feed-forward layer that read the same, joined to the stream together."""
+
+    matrices: tuple[str, ...] = ()
 
     def joined(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """Return the stream (B, S, D) with the sum of both parts added."""

@@ -53,6 +53,8 @@ class MultiTokenPrediction(Component):
             mixer = changed(mixer, kv_source=None)
         if getattr(mixer, "bias_shared", None):
             mixer = changed(mixer, position_bias=changed(mixer.position_bias, shared=False))
+        if getattr(mixer, "index_shared", False):
+            mixer = changed(mixer, index_shared=False)
         return changed(layer, mixer=mixer, repeat=1, vary=False)
 
     def pass_flops(self, architecture: Architecture, context: int) -> int:

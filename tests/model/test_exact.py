@@ -70,7 +70,7 @@ def test_five_thousand_points_are_exact(shard: int) -> None:
 def test_no_two_functions_share_a_fingerprint() -> None:
     """Of the canonical plain data, which a fingerprint stands for."""
     by_fingerprint: dict[str, str] = {}
-    for number in range(2000):
+    for number in range(2200):
         drawn = point(number)
         if drawn is not None:
             architecture = Architecture.parse(drawn[0])

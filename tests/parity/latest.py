@@ -5,8 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 import transformers as hf
-from families import ATTENTION, LAYER, SIZES, VOCABULARY, WHOLE, WIDTH, Family, dense, qkv
-from recent import FULL, SANDWICH, SLIDING, block, moe, space
+from families import (
+    ATTENTION,
+    LATENT_SIZES,
+    LAYER,
+    SIZES,
+    VOCABULARY,
+    WHOLE,
+    WIDTH,
+    Family,
+    dense,
+    qkv,
+)
+from recent import (
+    DENSE,
+    FULL,
+    INDEX_SIZES,
+    INDEXER,
+    LATENT_HEADS,
+    LATENT_TABLE,
+    ONE_SHARED,
+    SANDWICH,
+    SLIDING,
+    block,
+    index_rows,
+    moe,
+    space,
+)
 from weights import Row, from_one, same, stacked, transposed
 
 # --- Gemma 4 ------------------------------------------------------------------------------------
@@ -205,7 +230,31 @@ MINIMAX_M3 = Family(
     M3_ROWS,
 )
 
+# --- GLM-5 --------------------------------------------------------------------------------------
+
+SHARED_INDEX = f"{LATENT_HEADS}, index_shared: true"
+INDEXED_EXPERTS = moe("preset: deepseek_v3", ONE_SHARED, 32)
+GLM_5_SHARED = Family(
+    space(
+        "norm_eps: 1e-5",
+        block(f"{LATENT_HEADS}, {INDEXER}", DENSE),
+        block(SHARED_INDEX, INDEXED_EXPERTS),
+        block(f"{LATENT_HEADS}, {INDEXER}", INDEXED_EXPERTS),
+        block(SHARED_INDEX, INDEXED_EXPERTS),
+    ),
+    {},
+    lambda: hf.GlmMoeDsaForCausalLM(
+        hf.GlmMoeDsaConfig(
+            **LATENT_SIZES | {"num_hidden_layers": 4},
+            **INDEX_SIZES,
+            indexer_types=["full", "shared", "full", "shared"],
+        )
+    ),
+    [*LATENT_TABLE, *index_rows(neighbours=True)],
+)
+
 LATEST = {
+    "glm_moe_dsa_shared": GLM_5_SHARED,
     "gemma4": GEMMA_4,
     "gemma4_dense": GEMMA_4_DENSE,
     "minimax_m3": MINIMAX_M3,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import setting
 from moenas.grammar.conditions import one_of
+from moenas.model.layer_inputs import LayerInputs, ReadsInputs, SharedKV
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.gate import GatedBy, OutputGate, build_gate, gate_width
@@ -96,6 +97,12 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         default=None,
     )
 
+    index_shared: bool = setting(
+        "reads the tokens that the nearest indexer of an earlier layer has selected (GLM-5, arXiv"
+        " 2603.12201); the windows of both are equal",
+        default=False,
+    )
+
     former: ClassVar[Mapping[str, str]] = FORMER
 
     @property
@@ -112,6 +119,8 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         """Return why the fields do not go together, or None."""
         if self.indexer is None:
             return None
+        if self.index_shared:
+            return "index_shared: the layer has an indexer of its own; leave one of them out"
         if self.q_rank is None:
             return "an indexer reads the latent of the queries; give q_rank, or no indexer"
         if self.rope_dim > self.indexer.head_dim and self.rope.rotary_dim(self.rope_dim):
@@ -192,6 +201,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             Linear(self.n_heads * self.v_dim, d_model),
             rope_norm=RMSNorm(self.rope_dim, self.inner_eps) if self.rope_norm else None,
             indexer=self._build_indexer(d_model),
+            index_shared=self.index_shared,
         )
 
     def _build_indexer(self, d_model: int) -> IndexedSelection | None:
@@ -210,7 +220,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         )
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(ReadsInputs):
     """Attention over keys and values that are made from a latent, and one rotary key for all."""
 
     def __init__(
@@ -224,6 +234,7 @@ class LatentAttention(nn.Module):
         *,
         rope_norm: RMSNorm | None = None,
         indexer: IndexedSelection | None = None,
+        index_shared: bool = False,
     ) -> None:
         super().__init__()
         self.query = query
@@ -234,9 +245,21 @@ class LatentAttention(nn.Module):
         self.out = out
         self.rope_norm = rope_norm
         self.indexer = indexer
+        self.index_shared = index_shared
 
-    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Map (B, S, D) to (B, S, D) with the cache and the shared selection of a pass."""
+        y: Tensor = self(x, inputs.cache, inputs.shared_kv)
+        return y
+
+    def forward(self, x: Tensor, cache: Any = None, shared: SharedKV | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
+
+        The selection of an indexer goes to `shared`, and layers without one may read it there.
+
+        Raises:
+            ValueError: if the selection of an earlier layer is read, and there is no model.
+        """
         start = 0 if cache is None else cache.length
         q, index = self.queries(x, start, cache)
         latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
@@ -253,6 +276,7 @@ class LatentAttention(nn.Module):
         chosen: Tensor | None = None
         if index is not None:
             chosen = indexer.selected(index, reach.seen(start, size(x.shape[1]), 0, x.device))
+        chosen = self.shared_selection(chosen, shared)
         if start:
             y = self.on_latent(q_nope, q_rope, latent, k_rope, start, chosen)
         else:
@@ -262,11 +286,21 @@ class LatentAttention(nn.Module):
             k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
             q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
             y = self.attend(q, k, v, start, chosen=chosen)
-            if chosen is not None and self.training:
+            if index is not None and chosen is not None and self.training:
                 indexer.learn(index, chosen, self.attend.mean_weights(q, k, start, chosen))
         y = y.transpose(1, 2)
         out: Tensor = self.out((y if self.gate is None else self.gate.gated(x, y)).flatten(-2))
         return out
+
+    def shared_selection(self, chosen: Tensor | None, shared: SharedKV | None) -> Tensor | None:
+        """Return the keys (B, S, L) that are read, None for all; leave an indexer's for others."""
+        if self.index_shared:
+            if shared is None:
+                raise ValueError("the selection of an earlier layer is read, and there is none")
+            return shared.selected
+        if shared is not None and self.indexer is not None:
+            shared.selected = chosen
+        return chosen
 
     def queries(self, x: Tensor, start: int, cache: Any) -> tuple[Tensor, Tensor | None]:
         """Return the queries (B, H, S, C), and the index scores (B, S, L) where an indexer acts."""

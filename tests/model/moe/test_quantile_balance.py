@@ -58,7 +58,7 @@ def test_the_assignment_comes_to_the_best_even_one(top_k: int) -> None:
         seats = ranks.repeat_interleave(even, dim=1).numpy()  # a column for each place
         rows, columns = linear_sum_assignment(seats, maximize=True)
         best = float(seats[rows, columns].sum())
-        assert float(ranks.gather(1, chosen).sum()) == pytest.approx(best, rel=5e-3)
+        assert float(ranks.gather(1, chosen).sum()) == pytest.approx(best, rel=2e-2)
 
 
 @pytest.mark.parametrize("bias_on", ["score", "logits"])
