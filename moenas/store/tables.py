@@ -322,8 +322,9 @@ driver = Table(
     # Boot and process namespace: only there does the pid mean that process.
     Column("machine", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
-    # When the process began, so that another process with its pid is not taken for it.
-    Column("born", String(64), nullable=False),
+    # When the process began, so that another process with its pid is not taken for it. The column
+    # keeps the name of the first schema.
+    Column("born", String(64), key="process_start", nullable=False),
     # Seconds since 1970 by the database's clock.
     Column("heartbeat", Double, nullable=False),
 )
@@ -369,7 +370,7 @@ runner = Table(
     Column("host", String(255), nullable=False),
     Column("machine", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
-    Column("born", String(64), nullable=False),
+    Column("born", String(64), key="process_start", nullable=False),
     Column("heartbeat", Double, nullable=False),
 )
 
@@ -412,7 +413,7 @@ submission = Table(
     # The columns are those of moenas_driver.
     Column("driver_machine", String(255)),
     Column("driver_pid", Integer),
-    Column("driver_born", String(64)),
+    Column("driver_born", String(64), key="driver_process_start"),
     UniqueConstraint("user_name", "idempotency_key", name="moenas_submission_key"),
 )
 

@@ -92,7 +92,7 @@ def kill_driver(store: Store, name: str = "small") -> None:
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while process_start(process.pid) == process.born and time.monotonic() < deadline:
+    while process_start(process.pid) == process.process_start and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -207,7 +207,7 @@ def test_a_driver_on_another_host_ends_by_itself(
     submission = submission_of(store)
     process = runner_module.process_of(submission)
     assert process is not None
-    elsewhere = ("another host", process.pid, process.born)
+    elsewhere = ("another host", process.pid, process.process_start)
     store.transact(lambda c: submissions.set_driver(c, "small", *elsewhere))
     monkeypatch.setattr(runner.drivers, "interrupt", lambda _: pytest.fail("signalled"))
     change = submissions.pause if state == "paused" else submissions.cancel

@@ -161,7 +161,7 @@ def test_a_server_that_was_taken_over_changes_nothing(store: Store) -> None:
     # Both lives: this process is there.
     assert store.transact(lambda c: runners.take_over(c, new)) == []
     with store.engine.begin() as connection:
-        connection.execute(sqlalchemy.update(tables.runner).values(born="0", machine=""))
+        connection.execute(sqlalchemy.update(tables.runner).values(process_start="0", machine=""))
         connection.execute(sqlalchemy.update(tables.runner).values(heartbeat=0.0))
     assert store.transact(lambda c: runners.take_over(c, new)) == ["x"]
     assert not store.transact(lambda c: runners.beat(c, old))
@@ -177,7 +177,9 @@ def test_a_killed_server_is_replaced_at_once(store: Store) -> None:
     assert claim(store, old) == "x"
     with store.engine.begin() as connection:
         this = tables.runner.c.id == old
-        connection.execute(sqlalchemy.update(tables.runner).where(this).values(born="other"))
+        connection.execute(
+            sqlalchemy.update(tables.runner).where(this).values(process_start="other")
+        )
     new = store.transact(runners.register)
     assert store.transact(lambda c: runners.take_over(c, new)) == ["x"]
 
