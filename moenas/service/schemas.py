@@ -98,6 +98,37 @@ class Estimate(Model):
     basis: str
 
 
+class PredictedValue(Model):
+    """A predicted latency with its interval, in the unit of the objective."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PredictedLatency(Model):
+    """The predicted range of a latency over random architectures of a space."""
+
+    objective: str
+    unit: str
+    missing: str | None = Field(description="Why there is no prediction; the rest is null then.")
+    smallest: PredictedValue | None = None
+    median: PredictedValue | None = None
+    largest: PredictedValue | None = None
+    drawn: int | None = None
+    beyond: int | None = Field(None, description="Draws larger than every measured model.")
+    device: str | None = None
+    settings: dict[str, Any] | None = Field(None, description="Phase, batch, context, dtype.")
+    made_at: str | None = None
+    fitted_models: int | None = None
+    fitted_blocks: int | None = None
+    coverage: float | None = Field(None, description="Of the intervals, for random models.")
+    factor: float | None = Field(None, description="An interval is value / factor to its product.")
+    tested: int | None = None
+    covered: int | None = Field(None, description="Tested models inside their intervals.")
+    median_error: float | None = Field(None, description="Relative, of the tested models.")
+
+
 class SpaceReport(Model):
     """What `moenas check` says of a valid space."""
 
@@ -124,6 +155,7 @@ class SpaceReport(Model):
     )
     notes: list[str]
     draws: list[Draw]
+    latency: list[PredictedLatency] = []
     estimate: Estimate
 
 
