@@ -159,6 +159,8 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    train_tokens: int | None = None
+    """Training tokens under a budget of seconds, if a former run of the trial has fixed them."""
     keeps_weights: bool = True
     """Whether the trained weights come back with the evaluation."""
     data_at: Plain | None = None

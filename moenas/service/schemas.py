@@ -90,8 +90,10 @@ class Estimate(Model):
     candidates: int
     replicates: int = Field(description="Expected trainings with further seeds.")
     workers: int
-    train_tokens: float = Field(description="Replicates included, as in the numbers below.")
-    train_flops: float
+    train_tokens: float | None = Field(
+        description="Replicates included, as in the numbers below; null if unknown."
+    )
+    train_flops: float | None
     hours: float | None
     hours_low: float | None
     hours_high: float | None

@@ -87,6 +87,8 @@ class Space:
     """Whether the file names a sampler; without one it takes the default."""
     start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
     """Where each entry of `search.start_from` stands."""
+    budget_mark: SourceLocation = field(default=NOWHERE, compare=False)
+    """Where the section `train` or its budget stands."""
     fit: Fit | None = None
     """The width that is solved after each draw."""
 
@@ -146,6 +148,7 @@ class Space:
             data_mark=keys["data"].mark if "data" in keys else SourceLocation(source),
             names_sampler=_names(keys.get("search"), "sampler"),
             start_marks=tuple(start_marks(keys.get("search"))),
+            budget_mark=_mark(keys.get("train"), "budget"),
             fit=read_one_fit(tree),
         )
         space._check(keys)
@@ -290,11 +293,12 @@ class Space:
         wanted = [r for r in self.requirements if not r.trained]
         layers = self._names(architecture) if wanted else []
         violations = {r.text: r.violation(layers) for r in wanted}
-        if self.train.budget is not None:
+        budget = self.train.budget
+        if budget is not None and budget.train_flops is not None:
             step = self.train.step_flops(self.cost(architecture).flops_per_token)
             # With early stopping, each rung and the end need a step of their own.
             least = 1 + self.train.rungs if self.search.early_stopping.stops else 1
-            violations[ONE_STEP] = least * step / self.train.budget.train_flops - 1.0
+            violations[ONE_STEP] = least * step / budget.train_flops - 1.0
         if self.fit is not None:
             violations[self.fit.text] = self.fit.violation(
                 fit_cost(self.fit, self.cost(architecture))
@@ -409,6 +413,14 @@ class Space:
 def _names(section: Node | None, key: str) -> bool:
     """Whether a section of the file has a key."""
     return section is not None and isinstance(section.value, dict) and key in section.value
+
+
+def _mark(section: Node | None, key: str) -> SourceLocation:
+    """Return where a key of a section stands; NOWHERE if the file has no such section."""
+    if section is None:
+        return NOWHERE
+    written = section.value if isinstance(section.value, dict) else {}
+    return written[key].mark if key in written else section.mark
 
 
 def digest(plain: Plain) -> str:

@@ -71,7 +71,7 @@ def device_of(space: Space, name: str | None = None) -> torch.device:
         InputError: if there is no such device here.
     """
     if name is None:
-        name = "cuda" if space.search.gpus != 0 and devices.has_gpu() else "cpu"
+        return devices.of_candidates(space.search.gpus)
     if name not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: give cpu or cuda")
     if name == "cuda" and not devices.has_gpu():
