@@ -368,7 +368,9 @@ class OptunaTrials:
         """Set the constraints of the trained model, and what the dashboard shows of a trial."""
         violations: dict[str, float] = {}
         if architecture is not None and self._is_measured(evaluation):
-            violations = self._space.trained_violations(architecture, evaluation.routing)
+            violations = self._space.trained_violations(
+                architecture, evaluation.routing, evaluation.values
+            )
         metrics = evaluation.metrics
         known: dict[str, Any] = {
             "architecture": summary or None,

@@ -28,7 +28,7 @@ from moenas.grammar.counting import count
 from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.nodes import Choice, Fit, Fixed, Range, Record, Tree
 from moenas.grammar.option_check import check_options
-from moenas.grammar.requirements import TRAINED, Names, Requirement
+from moenas.grammar.requirements import LATENCIES, TRAINED, Names, Requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
@@ -46,6 +46,7 @@ from moenas.space.section_reading import (
     read_requirements,
     read_section,
     read_use,
+    require_measured,
 )
 from moenas.space.sections import Protocol, Recipe, Search, start_marks
 from moenas.space.tied_values import check_tied_ranges, with_tied_values
@@ -173,14 +174,7 @@ class Space:
                 location=keys["search"].mark,
                 path="search.replicates",
             )
-        for requirement in self.requirements if untrained else ():
-            if requirement.trained:
-                raise SpaceError(
-                    f"'{requirement.text}' is decided on the trained model, and no objective trains"
-                    " it; add val_loss to the objectives",
-                    location=requirement.mark,
-                    path="require",
-                )
+        require_measured(self.requirements, self.objectives)
         needed = self.data.get("vocab_size", 256)
         for value, mark in _values(self.tree, "vocab_size"):
             if value < needed:
@@ -291,7 +285,7 @@ class Space:
         Of those that are decided before anything is built. The target of a fit is one of them.
         """
         wanted = [r for r in self.requirements if not r.trained]
-        layers = self._names(architecture) if wanted else []
+        layers = self.layer_names(architecture) if wanted else []
         violations = {r.text: r.violation(layers) for r in wanted}
         budget = self.train.budget
         if budget is not None and budget.train_flops is not None:
@@ -306,23 +300,32 @@ class Space:
         return violations
 
     def trained_violations(
-        self, architecture: Architecture, routing: Sequence[RoutingRow]
+        self,
+        architecture: Architecture,
+        routing: Sequence[RoutingRow],
+        values: Mapping[str, float],
     ) -> dict[str, float]:
-        """Return the same of the requirements that are decided on the routing after training.
+        """Return the same of the requirements that are decided after training.
 
-        `routing` are the rows of an evaluation. A model without MoE layers breaks none.
+        `routing` and `values` are those of an evaluation. A model without MoE layers breaks none
+        on the routing.
         """
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
             return {}
         rows: dict[int, Mapping[str, Any]] = {row["layer"]: row for row in routing}
+        measured = {name: values.get(name) for name in LATENCIES}
         layers: list[Names] = [
-            {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
-            for i, names in enumerate(self._names(architecture))
+            {
+                **names,
+                **measured,
+                **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()},
+            }
+            for i, names in enumerate(self.layer_names(architecture))
         ]
         return {r.text: r.violation(layers) for r in wanted}
 
-    def _names(self, architecture: Architecture) -> list[Names]:
+    def layer_names(self, architecture: Architecture) -> list[Names]:
         """Return the values of the names that a requirement can use, for each layer."""
         cost = self.cost(architecture)
         shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}

@@ -305,11 +305,18 @@ def stored_calibration(
     space: Space, objective: Objective, storage: str | None, device: torch.device
 ) -> Calibration | None:
     """Return the calibration of an objective for this space, this device and these settings."""
-    key = workload_of(objective.name, space.measure, device).key
     try:
-        return calibrations.of_workload(Store.open(storage), parts_digest(space), key)
+        return stored_in(Store.open(storage), space, objective, device)
     except StorageError:  # there is no database yet
         return None
+
+
+def stored_in(
+    store: Store, space: Space, objective: Objective, device: torch.device
+) -> Calibration | None:
+    """Return the same from an open database."""
+    key = workload_of(objective.name, space.measure, device).key
+    return calibrations.of_workload(store, parts_digest(space), key)
 
 
 def predicted_latency(space: Space, storage: str | None, n_draws: int = DRAWS) -> list[Plain]:

@@ -168,6 +168,7 @@ class Driver:
         """Fill the holes of the space, and check the requirements on the architecture."""
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
+        self.session.latency_bounds.apply(candidate)
         number = candidate.number
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
         if (source := candidate.trial.user_attrs.get(SOURCE)) is not None:
@@ -182,6 +183,7 @@ class Driver:
             self.store.attempts(number),
             "infeasible",
             violations=candidate.broken,
+            metrics=candidate.predicted,
             seed=self.session.space.search.seed,
         )
         text = candidate.invalid or candidate.summary

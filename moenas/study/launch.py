@@ -369,6 +369,8 @@ def _drive(
     machine is the device of its workers known beforehand.
     """
     pool = open_once()
+    if open_once.is_local:
+        session.latency_bounds.open(pool.device)
     if open_once.is_local and not fresh:
         session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)

@@ -204,7 +204,9 @@ class ResultProcessor:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
             return evaluation
-        violations = self._space.trained_violations(architecture, evaluation.routing)
+        violations = self._space.trained_violations(
+            architecture, evaluation.routing, evaluation.values
+        )
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
             return evaluation

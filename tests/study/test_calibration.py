@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from command_line import runner
 from studies import SMALL, space
 
-from moenas.errors import InputError
-from moenas.records import Calibration
+from moenas.errors import InputError, NoCandidateError
+from moenas.predict.block_latency import predicted
+from moenas.records import Calibration, Evaluation
 from moenas.report.latency_text import calibration_text, predicted_text
 from moenas.space.space import Space
 from moenas.store import calibrations
@@ -129,3 +131,68 @@ def test_the_command_line_calibrates_and_checks(
     refused = moenas("calibrate", "s.yaml", "objectives=[val_loss]")
     assert refused.code == 2
     assert "no objective is a latency" in refused.err
+
+
+# --- requirements on a latency -------------------------------------------------------------------
+
+
+def bounded(bound: str) -> Space:
+    found = Space.parse(f"{timed().text}\nrequire: [{bound}]\n", "s.yaml")
+    return found.with_search(sampler="grid", trials=6)
+
+
+def with_interval(log_error: float) -> Calibration:
+    """Store a real calibration with another interval, for which no model is too large."""
+    made = stored(timed())
+    highest = {name: 100 * amount for name, amount in made.highest.items()}
+    changed = replace(made, log_error=log_error, highest=highest)
+    calibrations.add(Store.open(), changed)
+    return changed
+
+
+def ended(found: Space) -> list[Evaluation]:
+    with suppress(NoCandidateError):
+        run(found, workers="inline")
+    return Store.open().evaluations("s")
+
+
+def test_a_latency_that_is_certainly_outside_is_refused_before_training() -> None:
+    made = with_interval(0.1)
+    rows = ended(bounded("decode_ms < 1e-6"))
+    assert len(rows) == 6
+    for row in rows:
+        assert (row.status, row.values, row.curve) == ("infeasible", {}, [])
+        assert row.violations["decode_ms < 1e-6"] > 0.99
+        architecture = bounded("decode_ms < 1e-6").architecture(
+            Store.open().architecture("s", row.trial)
+        )
+        assert row.metrics == {"predicted_decode_ms": predicted(made, architecture).value}
+
+
+@pytest.mark.parametrize(
+    ("log_error", "device"), [(20.0, None), (0.1, "Another CPU")], ids=["wide", "elsewhere"]
+)
+def test_what_may_be_inside_is_trained_and_measured(
+    log_error: float, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_interval(log_error)
+    if device is not None:
+        monkeypatch.setattr("moenas.evaluate.latency.device_name", lambda _: device)
+    for row in ended(bounded("decode_ms < 1e-6")):
+        assert row.status == "infeasible"
+        assert row.curve
+        assert row.values["decode_ms"] > 1e-6
+        assert "predicted_decode_ms" not in row.metrics
+
+
+def test_a_bound_that_all_meet_refuses_nothing() -> None:
+    with_interval(0.1)
+    rows = ended(bounded("decode_ms < 1e6"))
+    assert [row.status for row in rows] == ["complete"] * 6
+    assert not any("predicted_decode_ms" in row.metrics for row in rows)
+
+
+def test_a_model_larger_than_the_measured_ones_is_not_refused() -> None:
+    made = with_interval(0.1)
+    calibrations.add(Store.open(), replace(made, highest=dict.fromkeys(made.highest, 0.5)))
+    assert all(row.curve for row in ended(bounded("decode_ms < 1e-6")))
