@@ -225,7 +225,7 @@ def check(
         from moenas.report.space_check import check_text
         from moenas.study.estimate import Estimate
 
-        lines = [check_text(report), *predicted_text(report["latency"])]
+        lines = [check_text(report), *predicted_text(report.get("latency", []))]
         emit("\n".join([*lines, *Estimate(**report["estimate"]).lines()]))
 
 

@@ -199,6 +199,7 @@ class _Run:
                     subject.device,
                     lock=subject.device_lock,
                     seed=subject.seed,
+                    sharers=subject.sharers,
                     deadline=self.deadline,
                 )
             require_steps(recipe, step, 1 if job.rung_limits is None else 1 + recipe.rungs)

@@ -73,12 +73,14 @@ def time_step(
     *,
     lock: DeviceLock,
     seed: int,
+    sharers: int = 1,
     deadline: float | None = None,
 ) -> StepTime:
     """Time training steps of a model that is built for it and given up afterwards.
 
     No other work of ours runs on the device meanwhile. The learning rate is 0, so the routers stay
-    as they are drawn and nothing diverges. `deadline` is a moment of `time.monotonic`.
+    as they are drawn and nothing diverges. `sharers` candidates share the memory of the device.
+    `deadline` is a moment of `time.monotonic`.
 
     Raises:
         NoRoomError: if the training does not fit the device.
@@ -86,7 +88,7 @@ def time_step(
     """
     assert recipe.budget is not None
     assert recipe.budget.seconds is not None
-    require_fit(architecture, recipe, device, training=True)
+    require_fit(architecture, recipe, device, training=True, sharers=sharers)
     probe = replace(recipe, lr=0.0, tokens=PROBE_STEPS * recipe.batch * recipe.context)
     warm_up = WARM_UP_CUDA if device.type == "cuda" else WARM_UP_CPU
     with cpu_threads(recipe.threads), lock.exclusive():

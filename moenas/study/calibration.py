@@ -324,18 +324,17 @@ def predicted_latency(space: Space, storage: str | None, n_draws: int = DRAWS) -
 
     A row without a calibration for this device and these settings has `missing` instead.
     """
-    objectives, rows = latency_objectives(space), list[Plain]()
-    if not objectives:
-        return rows
-    device = device_of(space)
-    drawn = [a for a in space.feasible(n_draws) if not isinstance(a, str)]
-    drawn = drawn or [space.require_feasible()]
-    for objective in objectives:
+    drawn: list[Architecture] = []
+    rows: list[Plain] = []
+    for objective in latency_objectives(space):
+        device = device_of(space)
         calibration = stored_calibration(space, objective, storage, device)
         row: Plain = {"objective": objective.name, "unit": objective.unit, "missing": None}
         if calibration is None:
             rows.append({**row, "missing": _missing(space, objective, storage, device)})
             continue
+        drawn = drawn or [a for a in space.feasible(n_draws) if not isinstance(a, str)]
+        drawn = drawn or [space.require_feasible()]
         ordered = sorted((predicted(calibration, a) for a in drawn), key=lambda one: one.value)
         named = {
             "smallest": ordered[0],

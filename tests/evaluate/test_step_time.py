@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jobs import RECIPE, MakeJob, job_maker, without_times
 
 from moenas.errors import SpaceError
+from moenas.evaluate.device_steps import DeviceSteps
 from moenas.evaluate.devices import device_name, is_called
 from moenas.evaluate.job import evaluate
 from moenas.evaluate.step_time import StepTime
@@ -95,6 +96,16 @@ def test_the_training_is_that_of_the_tokens_that_were_found(job: MakeJob) -> Non
     assert "time_step" not in fixed.seconds
     assert fixed.metrics["train_tokens"] == tokens
     assert "train_tokens" not in plain.metrics
+
+
+def test_steps_that_do_not_wait_for_the_device_are_timed_in_rows(
+    job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of a GPU, on the CPU: their tokens are loaded for a whole sample at once."""
+    monkeypatch.setattr("moenas.evaluate.step_time.open_steps", DeviceSteps)
+    found, _ = evaluate(job("val_loss", train=seconds_of(0.2)))
+    assert found.status == "complete", found.failure
+    assert found.curve[-1]["tokens"] == found.metrics["train_tokens"] > 0
 
 
 def test_a_measurement_without_training_keeps_the_tokens(job: MakeJob) -> None:
