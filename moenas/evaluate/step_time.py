@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 
 WARM_UP_CPU, WARM_UP_CUDA = 2, 8
 """Steps before the first sample; on CUDA a graph of a step is captured meanwhile."""
-SAMPLES, FEWEST = 9, 3
+SAMPLES, FEWEST = 200, 5
 """Samples of the time of a step, at most and at least."""
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.02
 """Length of a sample that is aimed at; it has 1 to WARM_UP_CUDA steps."""
 SHARE = 0.05
-"""Share of the budget after which no more than FEWEST samples are taken."""
+"""Share of the budget for which steps are timed, in search of a moment without other work."""
 PROBE_STEPS = WARM_UP_CUDA + 1 + SAMPLES * WARM_UP_CUDA
 """Steps of the run that is timed, at most."""
 
@@ -38,7 +37,7 @@ class StepTime:
     """The time of a training step of one candidate."""
 
     seconds: float
-    """Median over the samples."""
+    """Of the quickest sample: what else runs on a machine can only lengthen a step."""
     samples: int
 
     def tokens(self, recipe: Recipe) -> int:
@@ -111,7 +110,7 @@ def time_step(
                 samples.append((time.perf_counter() - start) / count)
         finally:
             steps.close()
-    return StepTime(statistics.median(samples), len(samples))
+    return StepTime(min(samples), len(samples))
 
 
 def require_steps(recipe: Recipe, step: StepTime, least: int) -> None:

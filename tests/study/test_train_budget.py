@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import SMALL, space
+from studies import SMALL, Scripted, space
 
 from moenas.errors import InputError, SpaceError
 from moenas.evaluate.devices import device_name
 from moenas.evaluate.matching import notes, open_corpus
+from moenas.records import Evaluation, Job
 from moenas.report.space_check import check_report
 from moenas.space.sections import Budget, Recipe
 from moenas.space.space import Space, digest, with_current_defaults
@@ -161,6 +162,27 @@ def test_a_run_on_another_device_is_refused_and_nothing_is_made() -> None:
         dry_run(other)
     assert not Path("moenas.db").exists()
     assert any("counts seconds on 'NVIDIA H100'" in n for n in notes(other, open_corpus(other)))
+
+
+def test_all_candidates_train_on_the_device_model_of_the_first() -> None:
+    def script(job: Job) -> Evaluation:
+        name = "NVIDIA H100 PCIe" if job.trial == 1 else "NVIDIA H100 80GB HBM3"
+        values = {"val_loss": 2.0 + job.trial, "flops_per_token": 1.0}
+        metrics = {"train_tokens": 640.0, "step_ms": 10.0}
+        more = {"values": values, "metrics": metrics, "device": {"name": name}}
+        return Evaluation(job.study, job.trial, job.attempt, "complete", "", **more)  # type: ignore[arg-type]
+
+    found = timed(device="NVIDIA H100").with_search(sampler="grid", trials=3)
+    study = run(found, pool=Scripted(script))
+    of = {e.trial: e for e in study.view.evaluations}
+    refused = [e for e in of.values() if e.status == "failed"]
+    assert [e.failure.kind for e in refused if e.failure] == ["refused"] * len(refused)
+    names = {e.device["name"] for e in of.values() if e.status == "complete"}
+    assert len(names) == 1
+    assert {e.device["name"] for e in refused} == {
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 80GB HBM3",
+    } - names
 
 
 def test_the_time_of_a_budget_of_seconds_is_known_and_its_tokens_by_a_probe() -> None:
