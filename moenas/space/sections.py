@@ -50,7 +50,7 @@ class Budget(Component):
     )
     device: str | None = setting(
         "name of the device whose `seconds` count, such as `NVIDIA H100`: words of the name that"
-        " `moenas check` prints. A run on another device is refused",
+        " `moenas front` prints. A run on another device is refused",
         default=None,
     )
 

@@ -80,7 +80,11 @@ def test_the_training_is_that_of_the_tokens_that_were_found(job: MakeJob) -> Non
     tokens = int(timed.metrics["train_tokens"])
     assert timed.curve[-1]["tokens"] == tokens
     steps = tokens // 64
-    assert steps * timed.metrics["step_ms"] <= 200 + 1e-6 < (steps + 1) * timed.metrics["step_ms"] + 2e-6
+    assert (
+        steps * timed.metrics["step_ms"]
+        <= 200 + 1e-6
+        < (steps + 1) * timed.metrics["step_ms"] + 2e-6
+    )
     assert timed.seconds["time_step"] > 0
     fixed, again = evaluate(
         job("val_loss", "flops_per_token", train=seconds_of(0.2), train_tokens=tokens)
