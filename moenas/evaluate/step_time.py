@@ -38,7 +38,6 @@ class StepTime:
 
     seconds: float
     """Of the quickest sample: what else runs on a machine can only lengthen a step."""
-    samples: int
 
     def tokens(self, recipe: Recipe) -> int:
         """Return the tokens of the whole steps that fit in the budget of a recipe."""
@@ -110,7 +109,7 @@ def time_step(
                 samples.append((time.perf_counter() - start) / count)
         finally:
             steps.close()
-    return StepTime(min(samples), len(samples))
+    return StepTime(min(samples))
 
 
 def require_steps(recipe: Recipe, step: StepTime, least: int) -> None:

@@ -44,7 +44,7 @@ def trained(found: Evaluation) -> dict[str, Any]:
 @given(st.floats(1e-5, 10), st.floats(0.001, 1e5))
 def test_the_tokens_are_those_of_the_whole_steps_that_fit(step: float, seconds: float) -> None:
     recipe = Recipe(batch=4, context=16, budget=Budget(seconds=seconds, device="x"))
-    tokens = StepTime(step, 9).tokens(recipe)
+    tokens = StepTime(step).tokens(recipe)
     steps = tokens // 64
     assert tokens == 64 * steps
     assert steps * step <= seconds * (1 + 1e-12)
