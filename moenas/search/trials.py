@@ -386,7 +386,9 @@ class OptunaTrials:
         """Return what the dashboard shows of a trial, and the constraints of the trained model."""
         violations: dict[str, float] = {}
         if architecture is not None and self._is_measured(evaluation):
-            violations = self._space.trained_violations(architecture, evaluation.routing)
+            violations = self._space.trained_violations(
+                architecture, evaluation.routing, evaluation.values
+            )
         metrics = evaluation.metrics
         known: dict[str, Any] = {
             "architecture": summary or None,

@@ -312,6 +312,20 @@ reference = Table(
     Column("set_at", String(32), nullable=False),
 )
 
+# Of no study: any study of such a space on such a device can read it.
+calibration = Table(
+    "moenas_calibration",
+    metadata,
+    # Digest of the architecture with its holes, and of the files of components.
+    Column("parts_sha256", String(64), primary_key=True),
+    # The key of the reference time: device, phase, batch, context, dtype, threads, versions.
+    Column("workload", String(255), primary_key=True),
+    Column("objective", String(255), nullable=False),
+    Column("made_at", String(32), nullable=False),
+    # The whole record.
+    Column("calibration", Json, nullable=False),
+)
+
 driver = Table(
     "moenas_driver",
     metadata,

@@ -168,6 +168,7 @@ class Driver:
         """Fill the holes of the space, and check the requirements on the architecture."""
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
+        self.session.latency_bounds.apply(candidate)
         number = candidate.number
         # Optuna's rows come first: a trial of ours has its parameters there.
         self.trials.set_constraints(candidate.trial, candidate.violations)
@@ -183,6 +184,7 @@ class Driver:
             self.store.attempts(number),
             "infeasible",
             violations=candidate.broken,
+            metrics=candidate.predicted,
             seed=self.session.space.search.seed,
         )
         text = candidate.invalid or candidate.summary

@@ -46,7 +46,8 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job
 from moenas.report.summary import status_report, status_text
 from moenas.search import trials as asker
-from moenas.space.space import Space, digest
+from moenas.space.space import Space
+from moenas.space.stored_form import digest
 from moenas.store import heartbeat
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path
