@@ -19,6 +19,7 @@ from moenas.evaluate.devices import device_name, is_called
 from moenas.evaluate.job import evaluate
 from moenas.evaluate.step_time import StepTime
 from moenas.grammar import tree
+from moenas.model.multi_token import MultiTokenPrediction
 from moenas.records import Evaluation
 from moenas.space.sections import Budget, Recipe
 
@@ -74,8 +75,11 @@ def test_words_of_its_name_call_a_device(device: str, name: str, same: bool) -> 
     assert is_called(device, name) is same
 
 
-def test_the_training_is_that_of_the_tokens_that_were_found(job: MakeJob) -> None:
-    timed, weights = evaluate(job("val_loss", "flops_per_token", train=seconds_of(0.2)))
+@pytest.mark.parametrize("mtp", [None, MultiTokenPrediction()])
+def test_the_training_is_that_of_the_tokens_that_were_found(
+    job: MakeJob, mtp: MultiTokenPrediction | None
+) -> None:
+    timed, weights = evaluate(job("val_loss", "flops_per_token", train=seconds_of(0.2, mtp=mtp)))
     assert timed.status == "complete", timed.failure
     tokens = int(timed.metrics["train_tokens"])
     assert timed.curve[-1]["tokens"] == tokens
@@ -87,10 +91,10 @@ def test_the_training_is_that_of_the_tokens_that_were_found(job: MakeJob) -> Non
     )
     assert timed.seconds["time_step"] > 0
     fixed, again = evaluate(
-        job("val_loss", "flops_per_token", train=seconds_of(0.2), train_tokens=tokens)
+        job("val_loss", "flops_per_token", train=seconds_of(0.2, mtp=mtp), train_tokens=tokens)
     )
     plain, same = evaluate(
-        job("val_loss", "flops_per_token", train=replace(RECIPE, tokens=tokens).plain())
+        job("val_loss", "flops_per_token", train=replace(RECIPE, tokens=tokens, mtp=mtp).plain())
     )
     assert trained(timed) == trained(fixed) == trained(plain)
     tensors = [safetensors.torch.load(w) for w in (weights, again, same) if isinstance(w, bytes)]
