@@ -51,8 +51,8 @@ def pod(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def ray_cluster() -> dict[str, Any]:
-    (found,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayCluster"]
-    return found
+    (clusters,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayCluster"]
+    return clusters
 
 
 def test_the_manifests_are_those_of_kubernetes() -> None:

@@ -15,6 +15,7 @@ import typer
 import moenas
 from moenas import terminal
 from moenas.cli import (
+    calibration_commands,
     lifecycle_commands,
     maintenance_commands,
     server_commands,
@@ -215,20 +216,26 @@ def check(
     elif output is Output.csv:
         write_csv(report["draws"])
     else:
+        from moenas.report.latency_text import predicted_text
         from moenas.report.space_check import check_text
         from moenas.study.estimate import Estimate
 
-        emit("\n".join([check_text(report), *Estimate(**report["estimate"]).lines()]))
+        lines = [check_text(report), *predicted_text(report.get("latency", []))]
+        emit("\n".join([*lines, *Estimate(**report["estimate"]).lines()]))
 
 
 def _checked(space: str, overrides: list[str], draws: int | None, storage: str | None) -> Plain:
     """Return the report on a space, and what a study of it will take."""
     from moenas.report.space_check import check_report
     from moenas.space.space import Space
+    from moenas.study.calibration import predicted_latency
     from moenas.study.estimate import estimate
 
     loaded = Space.load(space, overrides)
-    return check_report(loaded, draws) | {"estimate": estimate(loaded, storage=storage).plain()}
+    return check_report(loaded, draws) | {
+        "latency": predicted_latency(loaded, storage),
+        "estimate": estimate(loaded, storage=storage).plain(),
+    }
 
 
 @app.command()
@@ -453,6 +460,7 @@ def schema() -> None:
     emit(to_json(file_schema(), indent=1))
 
 
+app.add_typer(calibration_commands.commands)
 app.add_typer(maintenance_commands.commands)
 app.add_typer(lifecycle_commands.commands)
 app.add_typer(server_commands.commands)

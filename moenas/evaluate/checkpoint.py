@@ -1,9 +1,10 @@
 """Checkpoints of a training run: saved between two points of its curve, and restored later.
 
 A checkpoint is a safetensors file, so that reading one runs no code. It holds the weights and
-buffers of the model, the moments and step counts of the optimizer, the state of the generators
-that training uses, and the expert loads that the collapse detector has added up. The routing meter
-is empty between two points. The size is about 12 bytes a parameter.
+buffers of the model and of its heads for further tokens, the moments and step counts of the
+optimizer, the state of the generators that training uses, and the expert loads that the collapse
+detector has added up. The routing meter is empty between two points. The size is about 12 bytes a
+parameter.
 
 On a CPU a restored run gives the weights of an uninterrupted one to the last bit. State of a user's
 module outside of its parameters and buffers is not saved.
@@ -30,8 +31,9 @@ def save(run: TrainingRun) -> dict[str, Tensor]:
     """Return the state of a run between two points of its curve, on the CPU."""
     device = next(run.model.parameters()).device
     optimizer, steps = run.steps.optimizer, run.steps
-    tensors = {MODEL + name: value for name, value in run.model.state_dict().items()}
-    for name, weight in run.model.named_parameters():
+    trainee = steps.trainee
+    tensors = {MODEL + name: value for name, value in trainee.state_dict().items()}
+    for name, weight in trainee.named_parameters():
         if weight in optimizer.moments:
             tensors[FIRST + name], tensors[SECOND + name] = optimizer.moments[weight]
             tensors[STEPS + name] = optimizer.steps[weight]
@@ -52,11 +54,11 @@ def restore(run: TrainingRun, state: Mapping[str, Tensor]) -> None:
         CandidateError: if the state is not that of a run of this architecture.
     """
     device = next(run.model.parameters()).device
-    optimizer = run.steps.optimizer
+    optimizer, trainee = run.steps.optimizer, run.steps.trainee
     try:
         weights = {n.removeprefix(MODEL): v for n, v in state.items() if n.startswith(MODEL)}
-        run.model.load_state_dict(weights)
-        for name, weight in run.model.named_parameters():
+        trainee.load_state_dict(weights)
+        for name, weight in trainee.named_parameters():
             if weight in optimizer.moments:
                 first, second = optimizer.moments[weight]
                 first.copy_(state[FIRST + name])

@@ -20,7 +20,9 @@ from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.optimizer import AdamW, schedule
 from moenas.evaluate.routing_stats import RoutingAccumulator
 from moenas.evaluate.steps import ROWS, Gate, Sums, diverged, out_of_time
+from moenas.evaluate.trainee import Trainee
 from moenas.model.architecture import Model
+from moenas.model.multi_token import PredictionHeads
 from moenas.space.sections import Recipe
 
 # Shapes: B sequences of S tokens, n steps.
@@ -42,9 +44,17 @@ class DeviceSteps:
     divides the gradients by the clipping factor, and skips a step whose gradient is not finite.
     """
 
-    def __init__(self, model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        recipe: Recipe,
+        seed: int,
+        heads: PredictionHeads | None = None,
+    ) -> None:
         assert recipe.lr is not None
-        self.model, self.corpus, self.recipe, self.seed = model, corpus, recipe, seed
+        self.trainee = Trainee(model, heads)
+        self.corpus, self.recipe, self.seed = corpus, recipe, seed
         self.device = device = next(model.parameters()).device
         self.dtype = training_dtype(recipe, device)
         # A graph is captured on the stream that its warm-up ran on: autograd keeps the stream of
@@ -61,7 +71,7 @@ class DeviceSteps:
         """Why there is no graph, if a capture was tried."""
         self._tried, self._group, self.last_loss = False, 1, math.nan
         with self._on_stream():
-            self.optimizer = AdamW(model, recipe)
+            self.optimizer = AdamW(model, recipe, heads)
             self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
             rates = [recipe.lr * schedule(step, recipe) for step in range(recipe.steps)]
             self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
@@ -128,15 +138,15 @@ class DeviceSteps:
 
     def _body(self, where: Tensor | None = None) -> None:
         """Do one step; `where` (B, S) is the domain of each token."""
-        recipe, model = self.recipe, self.model
+        recipe, trainee = self.recipe, self.trainee
         crops = self._crops.index_select(0, self._row).squeeze(0).long()
         tokens, targets = crops.narrow(1, 0, recipe.context), crops.narrow(1, 1, recipe.context)
         tokens, targets = tokens.contiguous(), targets.contiguous()
-        model.zero_grad(set_to_none=True)
-        loss = model.loss(tokens, targets, self.dtype)
-        (loss + model.auxiliary_loss()).backward()
+        trainee.zero_grad()
+        loss, trained = trainee.losses(tokens, targets, self.dtype)
+        trained.backward()
         with torch.no_grad():
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in trainee.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             scale = None
             if recipe.grad_clip > 0:
@@ -144,7 +154,7 @@ class DeviceSteps:
             skip = (~norm.isfinite()).float()
             rate = self._rates.index_select(0, self._at).squeeze(0)
             self.optimizer.step(rate, scale, skip)
-            model.after_step()
+            trainee.after_step()
             self.meter.add(where)
             self._sums[0] += loss.double()
             self._sums[1].copy_(norm)
@@ -158,16 +168,16 @@ class DeviceSteps:
 
         Takes no step itself. If the capture fails, the run goes on without.
         """
-        if self._stream is None or not self.model.capturable(self.dtype, self.device):
+        if self._stream is None or not self.trainee.capturable(self.dtype, self.device):
             return False
         assert self.done - self._first >= WARM_UP, "a capture needs steps before it"
-        self.model.zero_grad(set_to_none=True)
+        self.trainee.zero_grad()
         try:
             self._graph = capture(self._body, self.device)
         except CaptureError as error:
             self.capture_fault = str(error)
             _log.warning("training goes on without a CUDA graph: %s", self.capture_fault)
-            self.model.zero_grad(set_to_none=True)
+            self.trainee.zero_grad()
             return False
         return True
 
@@ -218,7 +228,7 @@ class DeviceSteps:
         """Free the graph, and the gradients, which lie in its memory."""
         if self._stream is not None:
             self._stream.synchronize()
-        self.model.zero_grad(set_to_none=True)
+        self.trainee.zero_grad()
         if self._graph is not None:
             self._graph = None
             torch.cuda.empty_cache()

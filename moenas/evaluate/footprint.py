@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from moenas.errors import NoRoomError
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.memory import peak_bytes
+from moenas.evaluate.trainee import Trainee
 from moenas.model.architecture import Architecture
 from moenas.space.sections import Recipe
 
@@ -72,14 +73,16 @@ def training_bytes(architecture: Architecture, recipe: Recipe, device: torch.dev
     dtype = training_dtype(recipe, device)
     with _without_memory():
         model = architecture.outline(device)
-        model.train()
-        held = [*model.parameters(), *model.buffers()]
-        moments = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]
+        heads = None if recipe.heads is None else recipe.heads.outline(architecture, device)
+        trainee = Trainee(model, heads)
+        trainee.train()
+        held = [x for stack in trainee.stacks() for x in (*stack.parameters(), *stack.buffers())]
+        moments = [torch.empty_like(weight) for weight in trainee.parameters() for _ in range(2)]
         tokens = torch.zeros(recipe.batch, recipe.context, dtype=torch.int64, device=device)
 
         def step() -> None:
-            (model.loss(tokens, tokens, dtype) + model.auxiliary_loss()).backward()
-            nn.utils.get_total_norm([w.grad for w in model.parameters() if w.grad is not None])
+            trainee.losses(tokens, tokens, dtype)[1].backward()
+            nn.utils.get_total_norm([w.grad for w in trainee.parameters() if w.grad is not None])
 
         return peak_bytes(step, [*held, *moments], torch.device("cpu"))
 
@@ -240,7 +243,7 @@ def fit(
     if not training:
         return Fit(holding_bytes(architecture), free, name, "the model", sharers)
     work = f"a training step of {recipe.batch} x {recipe.context} tokens"
-    cost = architecture.cost(recipe.context)
+    cost = recipe.training_cost(architecture)
     least = TRAINED * cost.params
     quick = Fit(least, free, name, work, sharers, at_least=True)
     if not quick.fits:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from moenas.evaluate.trainee import Trainee
 from moenas.model.architecture import Architecture, Model
 from moenas.model.layers.linear import matrices
+from moenas.model.multi_token import PredictionHeads
 from moenas.space.sections import Recipe
 
 BASE_WIDTH, BASE_RATE = 64, 0.004
@@ -46,10 +48,11 @@ class AdamW:
     time.
     """
 
-    def __init__(self, model: Model, recipe: Recipe) -> None:
+    def __init__(self, model: Model, recipe: Recipe, heads: PredictionHeads | None = None) -> None:
         self.recipe = recipe
-        weights = [p for p in model.parameters() if p.requires_grad]
-        decaying = {id(p) for module in model.modules() for p in matrices(module)}
+        trainee = Trainee(model, heads)
+        weights = [p for p in trainee.parameters() if p.requires_grad]
+        decaying = {id(p) for module in trainee.modules() for p in matrices(module)}
         decaying.discard(id(model.embedding))
         self.matrices = [p for p in weights if id(p) in decaying]
         self.vectors = [p for p in weights if id(p) not in decaying and p is not model.embedding]

@@ -16,7 +16,9 @@ from moenas.errors import DivergedError, TimeLimitError
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.optimizer import AdamW, schedule
 from moenas.evaluate.routing_stats import RoutingAccumulator
+from moenas.evaluate.trainee import Trainee
 from moenas.model.architecture import Model
+from moenas.model.multi_token import PredictionHeads
 from moenas.space.sections import Recipe
 
 ROWS = 40
@@ -46,6 +48,7 @@ class Steps(Protocol):
     meter: RoutingAccumulator
     """Takes in the routing of every step."""
     optimizer: AdamW
+    trainee: Trainee
     done: int
     """Steps that were taken, those before a checkpoint included."""
     last_loss: float
@@ -90,10 +93,18 @@ def out_of_time(step: int, recipe: Recipe) -> TimeLimitError:
 class HostSteps:
     """The steps of one run, with one look at the loss and the gradient of each."""
 
-    def __init__(self, model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> None:
-        self.model, self.corpus, self.recipe, self.seed = model, corpus, recipe, seed
+    def __init__(
+        self,
+        model: Model,
+        corpus: Corpus,
+        recipe: Recipe,
+        seed: int,
+        heads: PredictionHeads | None = None,
+    ) -> None:
+        self.trainee = Trainee(model, heads)
+        self.corpus, self.recipe, self.seed = corpus, recipe, seed
         self.dtype = training_dtype(recipe, next(model.parameters()).device)
-        self.optimizer = AdamW(model, recipe)
+        self.optimizer = AdamW(model, recipe, heads)
         self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
         self.done = 0
         self.last_loss = math.nan
@@ -127,20 +138,20 @@ class HostSteps:
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor], rate: float) -> tuple[float, float]:
         """Take one step unless it would not be finite; return cross entropy and gradient norm."""
-        model = self.model
+        trainee = self.trainee
         tokens, targets = batch
-        loss = model.loss(tokens, targets, self.dtype)
-        model.zero_grad(set_to_none=True)
-        (loss + model.auxiliary_loss()).backward()
-        weights = [p for p in model.parameters() if p.grad is not None]
+        loss, trained = trainee.losses(tokens, targets, self.dtype)
+        trainee.zero_grad()
+        trained.backward()
+        weights = [p for p in trainee.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if torch.isfinite(norm):
             if self.recipe.grad_clip > 0:
                 nn.utils.clip_grads_with_norm_(weights, self.recipe.grad_clip, norm)
             self.optimizer.step(rate)
-            model.after_step()
+            trainee.after_step()
         return loss.item(), norm.item()
 
     def close(self) -> None:
         """Free the gradients."""
-        self.model.zero_grad(set_to_none=True)
+        self.trainee.zero_grad()

@@ -18,6 +18,7 @@ from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator
 from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
 from moenas.evaluate.threads import cpu_threads
 from moenas.model.architecture import Model
+from moenas.model.multi_token import PredictionHeads
 from moenas.records import CurvePoint, RoutingRow
 from moenas.space.sections import Recipe
 
@@ -40,7 +41,8 @@ class Validation:
 class TrainingRun:
     """The run of one candidate for `recipe.steps` steps, with about 40 points of its curve.
 
-    `recipe.lr` must be set (see `learning_rate`). `seed` orders the data; it is the same for
+    `recipe.lr` must be set (see `learning_rate`), and `heads` given if the recipe has them: see
+    `build_heads`. `seed` orders the data; it is the same for
     every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
     thread the same run gives the same weights to the last bit.
 
@@ -57,11 +59,13 @@ class TrainingRun:
         *,
         gate: Gate | None = None,
         deadline: float | None = None,
+        heads: PredictionHeads | None = None,
     ) -> None:
         assert recipe.lr is not None
+        assert (heads is None) == (recipe.heads is None), "the heads are not those of the recipe"
         tune_malloc()
         self.model, self.recipe = model, recipe
-        self.steps = open_steps(model, corpus, recipe, seed)
+        self.steps = open_steps(model, corpus, recipe, seed, heads)
         self.collapse = CollapseDetector(model.moe_layers(), recipe.max_dead)
         self.seconds = 0.0
         """Seconds of training up to the latest point."""
@@ -82,7 +86,7 @@ class TrainingRun:
             TimeLimitError: once the deadline has passed.
         """
         began, start = time.monotonic() - self.seconds, self.steps.done
-        self.model.train()
+        self.steps.trainee.train()
         try:
             for end in row_ends(self.recipe.steps):
                 if end <= start:
@@ -137,9 +141,12 @@ def train(
     seed: int,
     gate: Gate | None = None,
     deadline: float | None = None,
+    *,
+    heads: PredictionHeads | None = None,
 ) -> Iterator[CurvePoint]:
     """Train a model in place and yield the points of its curve; see `TrainingRun`."""
-    yield from TrainingRun(model, corpus, recipe, seed, gate=gate, deadline=deadline).points()
+    run = TrainingRun(model, corpus, recipe, seed, gate=gate, deadline=deadline, heads=heads)
+    yield from run.points()
 
 
 def rung_tokens(recipe: Recipe) -> list[int]:
@@ -153,10 +160,16 @@ def rung_tokens(recipe: Recipe) -> list[int]:
     return [step * recipe.batch * recipe.context for step in sorted(steps)]
 
 
-def open_steps(model: Model, corpus: Corpus, recipe: Recipe, seed: int) -> Steps:
+def open_steps(
+    model: Model,
+    corpus: Corpus,
+    recipe: Recipe,
+    seed: int,
+    heads: PredictionHeads | None = None,
+) -> Steps:
     """Return the steps of a run: on a GPU none of them makes the host wait."""
     on_cuda = next(model.parameters()).device.type == "cuda"
-    return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed)
+    return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed, heads)
 
 
 def validation_loss(model: Model, corpus: Corpus, recipe: Recipe) -> float:

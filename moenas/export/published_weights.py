@@ -44,6 +44,12 @@ class Layout:
     """Whether rotary positions turn pairs of neighbours; ours turn pairs of halves."""
     norm_bias: bool = False
     """Whether every norm has a bias; without one of ours it is 0."""
+    indexer_neighbours: bool = False
+    """Whether those of a token indexer do."""
+    from_one: bool = False
+    """Whether the weight of a norm is written as its distance from 1."""
+    gated_queries: bool = False
+    """Whether each head has its queries and then its gates in one matrix."""
     writes_no_shared: bool = False
     """Whether a mixture without shared experts still has their matrices, of width 0."""
 
@@ -56,6 +62,12 @@ def gate_up(layout: Layout, part: Weights) -> Named:
         up = alternating(part.pop("experts.up_bias.weight"))
         yield layout.experts + "experts.gate_up_proj_bias", up
         yield layout.experts + "experts.down_proj_bias", part.pop("experts.down_bias.weight")
+
+
+def plain_stacks(layout: Layout, part: Weights) -> Named:
+    """Yield Llama 4's stacks, which lie as ours, (E, D, 2 F) and (E, F, D)."""
+    yield layout.experts + "experts.gate_up_proj", part.pop("experts.up")
+    yield layout.experts + "experts.down_proj", part.pop("experts.down")
 
 
 def linear_stacks(layout: Layout, part: Weights) -> Named:
@@ -85,6 +97,20 @@ LAYOUTS = {
     "hunyuan_v1_moe": Layout(
         qk_norms=("query_layernorm", "key_layernorm"), router="gate.wg", shared="shared_mlp."
     ),
+    "qwen3_next": Layout(shared="shared_expert.", from_one=True, gated_queries=True),
+    "llama4_text": Layout(
+        dense="feed_forward.",
+        experts="feed_forward.",
+        router="router",
+        shared="shared_expert.",
+        stacks=plain_stacks,
+        neighbours=True,
+    ),
+    "deepseek_v32": replace(BIASED, neighbours=True),
+    "glm_moe_dsa": replace(BIASED, neighbours=True, indexer_neighbours=True),
+    "exaone_moe": replace(BIASED, bias="e_score_correction_bias"),
+    "hy_v3": replace(BIASED, router="router.gate", bias="expert_bias", shared="shared_mlp."),
+    "mellum": Layout(),
 }
 """`model_type` -> the names of its weights, as its released files have them."""
 
@@ -103,7 +129,9 @@ def published_weights(family: str, whole: Plain, blocks: list[Plain], state: Wei
         for suffix in ("weight", "bias"):
             if (tensor := rest.pop(f"{name}.{suffix}", None)) is not None:
                 theirs = "model.norm" if name == "norm" else "lm_head"
-                named[f"{theirs}.{suffix}"] = tensor
+                named[f"{theirs}.{suffix}"] = (
+                    tensor - 1 if layout.from_one and name == "norm" else tensor
+                )
     if layout.norm_bias:
         named.setdefault("model.norm.bias", torch.zeros_like(named["model.norm.weight"]))
     for i, block in enumerate(blocks):
@@ -123,13 +151,13 @@ def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
         for suffix in ("weight", "bias"):
             if f"{ours}.{suffix}" in layer:
                 tensor = layer.pop(f"{ours}.{suffix}")
-                yield f"{theirs}.{suffix}", tensor
+                yield f"{theirs}.{suffix}", tensor - 1 if layout.from_one else tensor
             elif layout.norm_bias and not (ours == "norm2" and block["parallel"]):
                 yield f"{theirs}.{suffix}", torch.zeros_like(tensor)
     mixer, ffn = _part(layer, "mixer."), _part(layer, "ffn.")
-    write = latent_attention if block["mixer"]["kind"] == "latent_attention" else attention
+    prefix, write = MIXERS.get(block["mixer"]["kind"], ("self_attn.", attention))
     for name, tensor in write(layout, block["mixer"], mixer):
-        yield f"self_attn.{name}", tensor
+        yield f"{prefix}{name}", tensor
     if block["ffn"]["kind"] == "moe":
         yield from mixture(layout, ffn)
     else:
@@ -155,10 +183,14 @@ def attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
         for name, tensor in zip(heads, part.pop(f"qkv.{suffix}").split(sizes), strict=True):
             if layout.neighbours and name != "v":
                 tensor = neighbours(tensor, *heads[name], turning)
+            if layout.gated_queries and name == "q":
+                gates = part.pop(f"gate.{suffix}").unflatten(0, (n, width))
+                tensor = torch.cat((tensor.unflatten(0, (n, width)), gates), dim=1).flatten(0, 1)
             yield f"{name}_proj.{suffix}", tensor
     for name, theirs in zip("qk", layout.qk_norms, strict=True):
         if f"norm.{name}.weight" in part:
-            yield f"{theirs}.weight", part.pop(f"norm.{name}.weight")
+            tensor = part.pop(f"norm.{name}.weight")
+            yield f"{theirs}.weight", tensor - 1 if layout.from_one else tensor
     yield "o_proj.weight", part.pop("out.weight")
     if "out.bias" in part:
         yield "o_proj.bias", part.pop("out.bias")
@@ -185,6 +217,55 @@ def latent_attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
     yield "kv_a_layernorm.weight", part.pop("keys.norm.weight")
     yield "kv_b_proj.weight", part.pop("keys.up.weight")
     yield "o_proj.weight", part.pop("out.weight")
+    if "indexer.query.weight" in part:
+        yield from token_indexer(layout, mixer, part)
+
+
+def token_indexer(layout: Layout, mixer: Plain, part: Weights) -> Named:
+    """Yield a token indexer, whose heads begin with the rows that have a position."""
+    indexer, turning = mixer["indexer"], mixer["rope_dim"]
+    names = {
+        "wq_b.weight": ("query.weight", indexer["n_heads"]),
+        "wk.weight": ("key.weight", 1),
+        "k_norm.weight": ("norm.weight", 1),
+        "k_norm.bias": ("norm.bias", 1),
+    }
+    for theirs, (ours, n_heads) in names.items():
+        tensor = part.pop(f"indexer.{ours}")
+        if layout.indexer_neighbours:
+            heads = tensor.unflatten(0, (n_heads, indexer["head_dim"]))
+            turned = neighbours(heads[:, :turning].flatten(0, 1), n_heads, turning, turning)
+            turned = turned.unflatten(0, (n_heads, turning))
+            tensor = torch.cat((turned, heads[:, turning:]), dim=1).flatten(0, 1)
+        yield f"indexer.{theirs}", tensor
+    yield "indexer.weights_proj.weight", part.pop("indexer.weigh.weight")
+
+
+def gated_delta(layout: Layout, mixer: Plain, part: Weights) -> Named:
+    """Yield Qwen3-Next's gated delta net: rows by key head, where ours are by kind.
+
+    A key head has its query, key, values and gates in one matrix, and its betas and steps in
+    another.
+    """
+    heads, values = mixer["n_key_heads"], mixer["n_heads"]
+    keys, width = heads * mixer["key_dim"], values * mixer["value_dim"]
+    sizes = (keys, keys, width, width, values, values)
+    rows = part.pop("project.weight").split(sizes)
+    by_head = [x.unflatten(0, (heads, -1)) for x in rows]
+    yield "in_proj_qkvz.weight", torch.cat(by_head[:4], dim=1).flatten(0, 1)
+    yield "in_proj_ba.weight", torch.cat(by_head[4:], dim=1).flatten(0, 1)
+    yield "conv1d.weight", part.pop("convolution.weight").unsqueeze(1)
+    yield "A_log", part.pop("log_rate")
+    yield "dt_bias", part.pop("dt_bias")
+    yield "norm.weight", part.pop("norm.weight")
+    yield "out_proj.weight", part.pop("out.weight")
+
+
+MIXERS: dict[str, tuple[str, Callable[[Layout, Plain, Weights], Named]]] = {
+    "latent_attention": ("self_attn.", latent_attention),
+    "gated_delta": ("linear_attn.", gated_delta),
+}
+"""Kind of a mixer -> the prefix of its weights and what writes them; others are attention."""
 
 
 def network(prefix: str, part: Weights, ours: str = "") -> Named:
@@ -242,6 +323,8 @@ def neighbours(x: Tensor, n_heads: int, width: int, turning: int) -> Tensor:
 
     `x` is (n_heads * width, ...); for one head, rows before it stay.
     """
+    if not turning:
+        return x
     heads = x.unflatten(0, (n_heads, width))
     still, turned = heads.split((width - turning, turning), dim=1)
     first, second = turned.chunk(2, dim=1)

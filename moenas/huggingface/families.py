@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moenas.errors import LocatedError
 from moenas.huggingface import (
+    gemma_families,
     hybrid_families,
     latent_families,
     softmax_families,
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Callable[[Config], Model]] = (
     | latent_families.FAMILIES
     | hybrid_families.FAMILIES
     | state_space_families.FAMILIES
+    | gemma_families.FAMILIES
 )
 """`model_type` -> the function that reads a configuration of this family."""
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from moenas.errors import InputError, LocatedError
 from moenas.huggingface.config import config_of
-from moenas.huggingface.config_writers import WRITERS, Layers
+from moenas.huggingface.config_writers import WRITERS
 from moenas.huggingface.families import model_of
+from moenas.huggingface.layer_fields import Layers
 from moenas.huggingface.layer_groups import groups_of, layers_of
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
@@ -18,7 +19,7 @@ from moenas.resources import parse_yaml
 
 TRAINING_FIELDS = ("balance", "loss_reduce", "z_coef", "entropy_coef", "capacity_factor")
 """Fields of a router that change no logit in evaluation, beside the bias of `balance`."""
-BIASED = ("bias", "bias_and_loss")
+BIASED = ("bias", "bias_and_loss", "quantile")
 """Kinds of balancing whose bias selects experts in evaluation, too."""
 KIND_WEIGHT, REFUSED_WEIGHT = 8, 100
 """Fields that another kind of part, or sizes that the family refuses, count as in a ranking."""

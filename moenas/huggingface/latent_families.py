@@ -76,6 +76,11 @@ def indexer(c: Config) -> Plain:
 
 def deepseek_v32(c: Config) -> Model:
     """DeepSeek-V3.2: each token reads the tokens that an indexer selects."""
+    return _indexed(c)
+
+
+def _indexed(c: Config, indexers: list[bool] | None = None, name: str = "") -> Model:
+    """Return DeepSeek-V3.2; `indexers` says which layers have one, by the field `name`."""
     n = c.whole("num_hidden_layers")
     c.expect("attention_bias", False)
     c.expect("mlp_bias", False)
@@ -84,32 +89,43 @@ def deepseek_v32(c: Config) -> Model:
     share = positions.pop("partial_rotary_factor", None)  # no default position has a share
     if share is not None and "scaling" in positions:
         raise c.no_counterpart("partial_rotary_factor", share, [1])
-    mixer = latent_attention(c, positions, indexer=indexer(c))
+    own = indexers or [True] * n
+    if not own[0]:
+        raise c.error(name, "the first layer has no earlier indexer to share; give it one")
+    mixers = [
+        latent_attention(
+            c, positions, **({"indexer": indexer(c)} if one else {"index_shared": True})
+        )
+        for one in own
+    ]
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))
-    return with_first_dense(c, [mixer] * n, experts)
+    return with_first_dense(c, mixers, experts)
+
+
+INDEXERS = {"full": True, "shared": False}
+PATTERN = {"F": True, "S": False, **INDEXERS}
+"""Words for a layer with an indexer of its own, and for one that reads the one before."""
 
 
 def glm_moe_dsa(c: Config) -> Model:
-    """GLM-5: DeepSeek-V3.2 with an indexer in every layer; layers that share one are refused."""
+    """GLM-5: DeepSeek-V3.2, in which layers can share the indexer of an earlier layer."""
     n = c.whole("num_hidden_layers")
     c.read |= {"index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
-    if c.kinds("indexer_types", n, {"full": True}) is None:
-        _check_indexers(c, n)
-    return deepseek_v32(c)
-
-
-def _check_indexers(c: Config, n_layers: int) -> None:
-    """Refuse a pattern, or a step with an offset, that gives a layer no indexer of its own."""
+    own = c.kinds("indexer_types", n, INDEXERS)
+    if own is not None:
+        return _indexed(c, own, "indexer_types")
     pattern = c.get("index_topk_pattern")
     if pattern is not None:
-        is_full = len(pattern) == n_layers if isinstance(pattern, (str, list)) else False
-        if not is_full or any(one not in ("F", "full") for one in pattern):
-            raise c.no_counterpart("index_topk_pattern", pattern, ["F for each layer"])
-        return
+        is_list = isinstance(pattern, (str, list)) and len(pattern) == n
+        if not is_list or any(one not in PATTERN for one in pattern):
+            raise c.no_counterpart(
+                "index_topk_pattern", pattern, [f"F or S for each of {n} layers"]
+            )
+        return _indexed(c, [PATTERN[one] for one in pattern], "index_topk_pattern")
     step = max(c.whole("index_topk_freq", 1), 1)
     offset = c.whole("index_skip_topk_offset", 2)
-    if any(max(i - offset + 1, 0) % step for i in range(n_layers)):
-        raise c.no_counterpart("index_topk_freq", step, [1])
+    shared = [max(i - offset + 1, 0) % step > 0 for i in range(n)]
+    return _indexed(c, [not one for one in shared], "index_topk_freq")
 
 
 DOTS_KINDS = {

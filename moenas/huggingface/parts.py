@@ -123,7 +123,13 @@ def rope(
     plain: Plain = {"theta": values["rope_theta"]}
     if values["partial_rotary_factor"] != 1:
         plain["partial_rotary_factor"] = values["partial_rotary_factor"]
-    kinds = {"default": None, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
+    kinds = {
+        "default": None,
+        "linear": _linear,
+        "yarn": _yarn,
+        "llama3": _llama3,
+        "proportional": _proportional,
+    }
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     scaling.read |= {"type", "mrope_section", "mrope_interleaved", *elsewhere}
     if name == "mrope":  # positions of text alone are those of "default"
@@ -135,11 +141,17 @@ def rope(
     reader = kinds[name]
     if reader is not None:
         plain["scaling"] = {"kind": name, **reader(c, scaling)}
+    if name == "proportional":  # the share of the pairs that turn
+        plain["scaling"]["fraction"] = plain.pop("partial_rotary_factor", 1.0)
     scaling.check_all_read()
     return plain
 
 
 def _linear(c: Config, s: Config) -> Plain:
+    return {"factor": s.number("factor", 1.0)}
+
+
+def _proportional(c: Config, s: Config) -> Plain:
     return {"factor": s.number("factor", 1.0)}
 
 
@@ -207,7 +219,8 @@ def head_dim(c: Config) -> int:
 
 _FIXED_HEADS = """
     gpt_oss llama4_text minimax_m2 mimo_v2_flash qwen3 qwen3_next qwen3_5_moe_text afmoe
-    solar_open cohere2_moe nemotron_h hy_v3 mellum flint laguna kolibri1 beam
+    solar_open cohere2_moe nemotron_h hy_v3 mellum flint laguna kolibri1 beam gemma4_text
+    minimax_m3_vl_text
 """
 FIXED_HEADS = frozenset(_FIXED_HEADS.split())
 """Families whose width of a head has a default that does not follow hidden_size."""

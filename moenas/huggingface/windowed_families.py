@@ -20,6 +20,7 @@ from moenas.huggingface.parts import (
 )
 from moenas.huggingface.softmax_families import (
     SLIDING,
+    SPARSE,
     Model,
     every_layer,
     granite_factors,
@@ -111,6 +112,8 @@ def hy_v3(c: Config) -> Model:
     mixer = attention(c, rope(c), **normed_heads(c))
     route = biased_router(c, normalize=True, scale=c.number("router_scaling_factor"))
     shared = c.whole_or_none("num_shared_experts") or 0
+    if not shared:  # the family builds a shared network of intermediate_size then
+        raise c.no_counterpart("num_shared_experts", shared, ["1 or more"])
     width = "moe_intermediate_size"
     experts = moe(c, "num_experts", width, route, n_shared_experts=shared)
     c.read.add("enable_moe_fp32_combine")
@@ -210,6 +213,38 @@ def beam(c: Config) -> Model:
     return whole, mixed_layers(mixers, sparse, experts, dense(c))
 
 
+def minimax_m3_vl_text(c: Config) -> Model:
+    """MiniMax-M3, the text model, in layers without an indexer of blocks."""
+    n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
+    c.kinds("layer_types", n, {"full_attention": True})
+    indexed = ("n_heads", "head_dim", "block_size", "topk_blocks", "local_blocks")
+    c.read |= {f"index_{name}" for name in indexed}
+    positions = rope(c)
+    turned = c.whole("rotary_dim") if "rotary_dim" in c.fields else None
+    if "partial_rotary_factor" not in positions and turned not in (None, c.whole("head_dim")):
+        raise c.error(
+            "rotary_dim",
+            "the family does not read this field; give rope_parameters.partial_rotary_factor",
+        )
+    mixer = attention(c, positions, qk_norm="head", inner_eps=eps)
+    limits: Plain = {"gate_limit": c.number("swiglu_limit"), "up_shift": 1.0}
+    limits["gate_alpha"] = c.number("swiglu_alpha")
+    route = biased_router(c, normalize=True, scale=c.number("routed_scaling_factor"))
+    experts = moe(
+        c,
+        "num_local_experts",
+        "intermediate_size",
+        route,
+        n_shared_experts=1,
+        d_shared=c.whole("shared_intermediate_size"),
+        **limits,
+    )
+    c.read.add("hidden_act")
+    network = {"kind": "dense", "d_ff": c.whole("dense_intermediate_size"), **limits}
+    sparse = c.kinds("mlp_layer_types", n, SPARSE) or [True] * n
+    return whole_model(c), mixed_layers([mixer] * n, sparse, experts, network)
+
+
 def granitemoeshared(c: Config) -> Model:
     """Granite MoE with a shared network beside the experts."""
     n = c.whole("num_hidden_layers")
@@ -261,6 +296,7 @@ FAMILIES: dict[str, Callable[[Config], Model]] = {
     "flint": flint,
     "laguna": laguna,
     "beam": beam,
+    "minimax_m3_vl_text": minimax_m3_vl_text,
     "granitemoeshared": granitemoeshared,
     "granitemoe_swa": granitemoe_swa,
 }

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from moenas.former import RENAMED
-from moenas.model.blocks import Block, BlockGroup, ParallelBlock, Shortcut
+from moenas.model.blocks import Block, BlockGroup, ParallelBlock
 from moenas.model.feedforward.dense import FFN, DenseFFN, FeedForward, SigmoidGatedFeedForward
 from moenas.model.feedforward.product_key import ProductKeyFFN, ProductKeys
 from moenas.model.layer_inputs import LayerIndexed, LayerInputs, ReadsInputs, SharedKV
@@ -37,6 +37,7 @@ from moenas.model.moe.router import Router
 from moenas.model.moe.scores import Score
 from moenas.model.moe.selection import ExpertSelection, SelectedSlots, Selection
 from moenas.model.residual import ResidualAdd
+from moenas.model.shortcut import Shortcut
 
 __all__ = [
     "FFN",

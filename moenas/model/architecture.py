@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -27,13 +27,11 @@ from moenas.model.blocks import (
 from moenas.model.decoding import TokenSampler
 from moenas.model.head import Head
 from moenas.model.layer_inputs import LayerIndexed, LayerInputs, SharedKV
+from moenas.model.layer_stack import LayerStack
 from moenas.model.layers.linear import matrices, output_projections
 from moenas.model.layers.norms import NormKind
 from moenas.model.mixers.shared_kv import kv_source_error, link_layers
-from moenas.model.mixers.token_indexer import total_index_loss
-from moenas.model.moe.balance import total_auxiliary_loss
-from moenas.model.moe.dispatch import grouped_waits
-from moenas.model.moe.routed_layer import RoutedLayer
+from moenas.model.mixers.token_indexer import index_source_error
 from moenas.model.residual import NormPosition, ResidualConfig
 from moenas.model.stem import Caches, EmbeddingStem
 from moenas.records import Cost
@@ -83,7 +81,8 @@ class Architecture(Component):
     )
     depth_scale: bool = setting(
         "part i of the model, from 1, joins the stream x as sqrt(i / (i + 1)) x + part / sqrt(i +"
-        " 1), with the multipliers (Beam)",
+        " 1), with the multipliers (Beam). Where every part reads the stream through a norm (pre,"
+        " sandwich) it multiplies norm_eps of part i by i, and has no other effect",
         default=False,
     )
     logit_multiplier: float = setting("factor of the logits", default=1.0)
@@ -115,7 +114,8 @@ class Architecture(Component):
 
     def invalid_together(self) -> Conflict | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
-        return kv_source_error([layer.mixer for layer in self.layers], self.d_model)
+        mixers = [layer.mixer for layer in self.layers]
+        return kv_source_error(mixers, self.d_model) or index_source_error(mixers)
 
     @property
     def layers(self) -> tuple[BlockGroup, ...]:
@@ -168,7 +168,23 @@ class Architecture(Component):
             blocks=tuple(changed(layer, repeat=len(list(run))) for layer, run in runs),
             norm_eps=1e-6 if self.norm == "dyt" else self.norm_eps,
             max_positions=self.max_positions if self.positions == "learned" else None,
+            depth_scale=self.depth_scale and not self._norms_undo_scale(known.values()),
         )
+
+    def _norms_undo_scale(self, layers: Iterable[BlockGroup]) -> bool:
+        """Whether a factor of the stream changes nothing, by its canonical layers.
+
+        With a depth scale the stream after part i is that without one, divided by sqrt(i + 1). A
+        norm undoes the factor where its eps is 0. With an eps, it acts as an eps of i times the
+        size: that is an effect. A part of the user's may read the stream itself.
+        """
+        if self.norm == "dyt" or self.norm_eps or self.norm_position not in ("pre", "sandwich"):
+            return False
+        return all(
+            stream.norm_position in ("pre", "sandwich")
+            for layer in layers
+            for stream in layer.norm_positions(self.stream)
+        ) and not any(layer.shortcut_delay or layer.reads_stream for layer in layers)
 
     @property
     def fingerprint(self) -> str:
@@ -280,7 +296,7 @@ class Architecture(Component):
         return [known[id(layer)] for layer in layers]
 
 
-def initialise(model: Model, seed: int, device: torch.device | str = "cpu") -> None:
+def initialise(model: LayerStack, seed: int, device: torch.device | str = "cpu") -> None:
     """Draw all weights on a device from a generator of its own, in the order of their names.
 
     Only on the CPU are they the same on every machine.
@@ -306,7 +322,7 @@ def initialise(model: Model, seed: int, device: torch.device | str = "cpu") -> N
             parameter.data.copy_(drawn)
 
 
-class Model(nn.Module):
+class Model(LayerStack):
     """A decoder-only language model: embedding, blocks, norm, head.
 
     `n_residual_branches` parts add to the residual stream: mixers, feed-forward layers and
@@ -376,49 +392,6 @@ class Model(nn.Module):
         """Return the mean cross entropy in nats a token, without auxiliary losses."""
         loss: Tensor = self.head.loss(self.hidden(tokens, None, dtype), self.embedding, targets)
         return loss
-
-    def moe_layers(self) -> list[tuple[int, RoutedLayer]]:
-        """Return the mixtures of experts, with the numbers from 0 of their layers."""
-        return [(i, part) for i, part in self.parts() if isinstance(part, RoutedLayer)]
-
-    def parts(self) -> list[tuple[int, nn.Module]]:
-        """Return mixers and feed-forward layers, those of shortcuts, too, with their layers."""
-        blocks: list[Any] = list(self.blocks)
-        by_layer = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in blocks]
-        return [(i, part) for i, parts in enumerate(by_layer) for part in parts if part is not None]
-
-    def capturable(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a pass in a type on a device reads no value on the host.
-
-        A CUDA graph can hold such a pass. A module whose passes read says `capturable = False`;
-        grouped products of some types wait for the host, see `dispatch.grouped_waits`.
-        """
-        if self.moe_layers() and grouped_waits(dtype, device):
-            return False
-        parts = (module for module in self.modules() if module is not self)
-        return all(getattr(part, "capturable", True) for part in parts)
-
-    def auxiliary_loss(self) -> Tensor:
-        """Return the weighted losses of the last forward pass, over all layers.
-
-        They are the balance and z losses of routers, and the divergences of token indexers.
-        """
-        layers = [(moe.balance, moe.routing) for _, moe in self.moe_layers()]
-        loss = total_auxiliary_loss(layers) if layers else self.embedding.new_zeros(())
-        of_indexers = total_index_loss(self.modules())
-        return loss if of_indexers is None else loss + of_indexers
-
-    def after_step(self) -> None:
-        """Move selection biases by the loads of the last training pass; call it each step.
-
-        After it no part holds on to the graph of that pass.
-        """
-        for _, moe in self.moe_layers():
-            moe.after_step()
-        modules: list[Any] = list(self.modules())
-        for module in modules:
-            if hasattr(module, "index_loss"):
-                module.index_loss = None
 
     def generate(self, tokens: Tensor, n: int, **options: Any) -> Tensor:
         """Return `tokens` (B, S) followed by up to `n` new tokens; the options are of `stream`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from moenas.grammar.component import Component, Conflict, Part, changed, setting
@@ -18,6 +19,7 @@ from moenas.model.layer_inputs import LayerInputs, run_ffn, run_mixer
 from moenas.model.mixers.mixer import Mixer
 from moenas.model.moe.experts import MoEFFN
 from moenas.model.residual import NormPosition, ResidualAdd, ResidualConfig
+from moenas.model.shortcut import Shortcut
 from moenas.records import Cost
 
 KEPT = "_canonical"
@@ -87,6 +89,10 @@ class BlockGroup(Component):
             {"parallel": one_of(True), "mixer": none_of(None)},
         ),
     )
+    block_scale: bool = setting(
+        "a trained factor of the stream at the end of the block, 1 at first (Gemma 4)",
+        default=False,
+    )
     blocks: tuple[BlockGroup, ...] | None = setting(
         "a pattern of blocks; then this group has no mixer and ffn of its own", default=None
     )
@@ -96,6 +102,8 @@ class BlockGroup(Component):
         own = self.mixer is not None or self.ffn is not None
         if self.blocks is not None and (own or self.shortcut is not None):
             return "a group has either 'blocks' or 'mixer' and 'ffn'; leave one of them out"
+        if self.blocks is not None and self.block_scale:
+            return "block_scale: a pattern has none; give it to the blocks of the pattern"
         if self.blocks is None and not own:
             return "a group needs 'mixer', 'ffn' or both, or 'blocks'; give one of them"
         if self.shortcut is not None and self.ffn is None:
@@ -125,7 +133,7 @@ class BlockGroup(Component):
         """What two groups have in common if they are made of the same objects, `repeat` aside."""
         parts = (self.mixer, self.ffn, self.shortcut, self.blocks)
         rest = (self.vary, self.parallel, self.shortcut_input, self.shortcut_delay)
-        norms = (self.mixer_norm, self.ffn_norm, self.sum_norm)
+        norms = (self.mixer_norm, self.ffn_norm, self.sum_norm, self.block_scale)
         return (*map(id, parts), *rest, *norms)
 
     @property
@@ -162,6 +170,13 @@ class BlockGroup(Component):
             and not self.shortcut_delay
             and not self.is_parallel
         )
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether a part may read the stream without the norm of its block."""
+        of_users = any(not type(x).__module__.startswith("moenas.") for x in self.parts.values())
+        networks = [x for x in (self.ffn, self.shortcut) if isinstance(x, MoEFFN)]
+        return of_users or any(x.router.logits.input != "ffn" for x in networks)
 
     @property
     def n_joins(self) -> int:
@@ -270,6 +285,8 @@ class BlockGroup(Component):
             one = one + of_mixer.join_cost()
         if self.ffn is not None and not self.is_parallel:
             one = one + of_ffn.join_cost()
+        if self.block_scale:
+            one = one + Cost(params=1, active_params=1)
         if self.shortcut is not None:
             norms = sum(of_ffn.shortcut_norms(self.shortcut_input)) + self.has_sum_norm
             one = one + stream.norm_cost() * norms
@@ -284,13 +301,23 @@ class BlockGroup(Component):
         shortcut = self._build_shortcut(of_ffn)
         join = (of_ffn if mixer is None else of_mixer).build_join(first_part)
         if self.is_parallel:
-            return ParallelBlock(norm1, mixer, None, ffn, join, shortcut)
+            return ParallelBlock(norm1, mixer, None, ffn, join, shortcut, scaled=self.block_scale)
         norm2 = None if ffn is None else of_ffn.build_norms()
         ffn_join = None
         if mixer is not None and ffn is not None and (of_mixer != of_ffn or stream.depth_scale):
             ffn_join = of_ffn.build_join(first_part + 1)
         sum_norm = stream.build_norm() if self.has_sum_norm else None
-        return Block(norm1, mixer, norm2, ffn, join, shortcut, ffn_join=ffn_join, sum_norm=sum_norm)
+        return Block(
+            norm1,
+            mixer,
+            norm2,
+            ffn,
+            join,
+            shortcut,
+            ffn_join=ffn_join,
+            sum_norm=sum_norm,
+            scaled=self.block_scale,
+        )
 
     def _build_shortcut(self, stream: ResidualConfig) -> Shortcut | None:
         if self.shortcut is None:
@@ -309,10 +336,10 @@ def is_mixture(part: Part | None) -> bool:
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
-    Such a pair computes the same as one block at every position of the norm, with three exceptions:
-    a shortcut is added between them, the shortcut beside the ffn has a norm of its own there, or
-    both are mixtures of experts. Delays count the new blocks. Nothing changes if a part depends on
-    its layer index.
+    Such a pair computes the same as one block at every position of the norm, with four exceptions:
+    a shortcut is added or a factor multiplied between them, the shortcut beside the ffn has a norm
+    of its own there, or both are mixtures of experts. Delays count the new blocks. Nothing changes
+    if a part depends on its layer index.
     """
     different = {id(layer): layer for layer in layers}.values()
     if any(part.layer_indexed for layer in different for part in layer.parts.values()):
@@ -321,7 +348,10 @@ def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     halves = {
         i
         for i, (one, other) in enumerate(pairwise(layers))
-        if one.ffn is None and other.mixer is None and other.shortcut_input == "ffn"
+        if one.ffn is None
+        and not one.block_scale
+        and other.mixer is None
+        and other.shortcut_input == "ffn"
         if not is_mixture(one.mixer) or not any(map(is_mixture, (other.ffn, other.shortcut)))
     } - joined
     number = [0, *itertools.accumulate(i not in halves for i in range(len(layers)))]
@@ -353,6 +383,8 @@ class Block(nn.Module):
     `post` one norm covers the whole sum.
     """
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(
         self,
         norm1: nn.Module | None,
@@ -364,8 +396,10 @@ class Block(nn.Module):
         *,
         ffn_join: ResidualAdd | None = None,
         sum_norm: nn.Module | None = None,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
+        self.scaled = scaled
         self.norm1 = norm1
         self.mixer = mixer
         self.norm2 = norm2
@@ -374,10 +408,15 @@ class Block(nn.Module):
         self.shortcut = shortcut
         self.ffn_join = ffn_join
         self.sum_norm = sum_norm
+        self.scale = nn.Parameter(torch.ones(1)) if scaled else None
 
     def forward(self, x: Tensor, inputs: LayerInputs | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache in `inputs`, `x` continues the tokens in it."""
-        inputs = inputs or LayerInputs()
+        x = self.joined(x, inputs or LayerInputs())
+        return x if self.scale is None else x * self.scale.to(x.dtype)
+
+    def joined(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Return the stream (B, S, D) with the parts added, before the factor of the block."""
         # 1. The mixer. Where no ffn follows, shortcuts are added here.
         inputs.block_input = inputs.stream = x
         if self.mixer is not None:
@@ -432,9 +471,10 @@ class Block(nn.Module):
 class ParallelBlock(Block):
     """A mixer and a feed-forward layer that read the same, joined to the stream together."""
 
-    def forward(self, x: Tensor, inputs: LayerInputs | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D), with the arguments of Block."""
-        inputs = inputs or LayerInputs()
+    matrices: tuple[str, ...] = ()
+
+    def joined(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Return the stream (B, S, D) with the sum of both parts added."""
         inputs.block_input = inputs.stream = x
         normed = self.join.entering(x, self.norm1)
         assert self.mixer is not None
@@ -442,38 +482,3 @@ class ParallelBlock(Block):
         y = run_mixer(self.mixer, normed, inputs) + run_ffn(self.ffn, normed, inputs)
         x = self.join(x, y, self.norm1, self.due_shortcuts(normed, inputs))
         return x
-
-
-class Shortcut(nn.Module):
-    """A feed-forward layer beside another, with norms of its own where it has any.
-
-    It reads what the other reads ("ffn"), or the stream before the block ("block") or before the
-    other ("stream"). Its output is added `delay` blocks later.
-    """
-
-    def __init__(
-        self,
-        before: nn.Module | None,
-        ffn: nn.Module,
-        after: nn.Module | None,
-        source: str,
-        delay: int,
-    ) -> None:
-        super().__init__()
-        self.before = before
-        self.ffn = ffn
-        self.after = after
-        self.source = source
-        self.delay = delay
-
-    def forward(self, ffn_input: Tensor, inputs: LayerInputs) -> Tensor:
-        """Map the stream before the block, or what its ffn reads, (B, S, D) to (B, S, D)."""
-        x = ffn_input
-        if self.source == "block":
-            assert inputs.block_input is not None
-            x = inputs.stream = inputs.block_input
-        elif self.source == "stream":
-            assert inputs.stream is not None
-            x = inputs.stream
-        y = run_ffn(self.ffn, x if self.before is None else self.before(x), inputs)
-        return y if self.after is None else self.after(y)

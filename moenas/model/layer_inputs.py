@@ -18,6 +18,8 @@ class SharedKV:
         """Keys and values (B, K, L, C) of all tokens so far, as queries meet them."""
         self.tables: dict[int, Tensor] = {}
         """Tables (buckets, H) of position biases."""
+        self.selected: Tensor | None = None
+        """Which keys the nearest indexer before has selected, (B, S, L); None: it left out none."""
 
 
 class LayerInputs:

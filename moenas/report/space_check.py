@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from moenas.grammar.summary import one_line, short
-from moenas.records import Plain
+from moenas.records import Plain, training_flops
 from moenas.report.summary import table
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
         "refused": dict(refused.most_common()),
         "binding": None if len(drawn) >= RARE * len(tries) else _binding(space, n_draws),
     }
-    costs = [space.cost(architecture).plain() for architecture in shown]
+    costs = [space.cost_record(architecture) for architecture in shown]
     for name in costs[0]:
         values = [cost[name] for cost in costs]
         found[name] = values[0] if single else {"min": min(values), "max": max(values)}
@@ -102,8 +102,10 @@ def _tokens_per_parameter(space: Space, costs: list[dict[str, int]]) -> Plain | 
     if all(objective.needs != "training" for objective in space.objectives):
         return None
     recipe = space.train
+    if recipe.has_time_budget:
+        return None
     ratios = [
-        recipe.for_candidate(cost["flops_per_token"]).tokens / max(1, cost["active_params"])
+        recipe.for_candidate(int(training_flops(cost))).tokens / max(1, cost["active_params"])
         for cost in costs
     ]
     return {"min": min(ratios), "max": max(ratios)}
@@ -112,9 +114,9 @@ def _tokens_per_parameter(space: Space, costs: list[dict[str, int]]) -> Plain | 
 def _epochs(space: Space, corpus: Corpus, costs: list[dict[str, int]]) -> list[str]:
     """Say how often training reads the corpus at most, if a budget decides it."""
     recipe = space.train
-    if recipe.budget is None:
+    if recipe.budget is None or recipe.has_time_budget:
         return []
-    most = max(recipe.for_candidate(cost["flops_per_token"]).tokens for cost in costs)
+    most = max(recipe.for_candidate(int(training_flops(cost))).tokens for cost in costs)
     if most <= len(corpus.train):
         return []
     return [

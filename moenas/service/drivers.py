@@ -31,7 +31,8 @@ class DriverProcess:
 
     machine: str
     pid: int
-    born: str
+    process_start: str
+    """When it began, as `processes.process_start` says it."""
 
     @property
     def is_local(self) -> bool:
@@ -41,7 +42,7 @@ class DriverProcess:
     @property
     def is_alive(self) -> bool:
         """Whether the process of this machine lives."""
-        return process_start(self.pid) == self.born
+        return process_start(self.pid) == self.process_start
 
 
 def process_of(submission: Submission) -> DriverProcess | None:
@@ -49,7 +50,7 @@ def process_of(submission: Submission) -> DriverProcess | None:
     if submission.driver_pid is None or submission.driver_machine is None:
         return None
     return DriverProcess(
-        submission.driver_machine, submission.driver_pid, submission.driver_born or ""
+        submission.driver_machine, submission.driver_pid, submission.driver_process_start or ""
     )
 
 

@@ -9,7 +9,9 @@ from typing import Literal, Self
 
 from moenas.errors import SourceLocation, suggestion
 from moenas.grammar.component import Component, setting
-from moenas.records import TRAINING
+from moenas.model.architecture import Architecture
+from moenas.model.multi_token import MultiTokenPrediction
+from moenas.records import TRAINING, Cost
 from moenas.resources import Node
 from moenas.space.early_stopping import EarlyStopping, NoEarlyStopping
 
@@ -33,13 +35,37 @@ SAMPLERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Component):
-    """What every candidate spends on its training in place of equal tokens."""
+    """What every candidate spends on its training in place of equal tokens: one of the two."""
 
-    train_flops: float = setting(
-        "training FLOPs of every candidate: 3 times its forward FLOPs of each token. A candidate"
-        " trains for the whole steps that fit; one of fewer than one step is infeasible",
+    train_flops: float | None = setting(
+        "training FLOPs of every candidate: 3 times its forward FLOPs of each token, those of `mtp`"
+        " included. A candidate trains for the whole steps that fit; one of fewer than one step is"
+        " infeasible",
+        default=None,
         low=1.0,
     )
+    seconds: float | None = setting(
+        "seconds of training of every candidate on `device`. Before the training some steps are"
+        " timed while no other moenas process computes there. The candidate trains for the whole"
+        " steps that fit; one of fewer than one step fails",
+        default=None,
+        low=0.001,
+    )
+    device: str | None = setting(
+        "name of the device whose `seconds` count, such as `NVIDIA H100`: words of the name that"
+        " `moenas front` prints. A run on another device is refused",
+        default=None,
+    )
+
+    def invalid(self) -> str | None:
+        """Refuse two kinds of budget, none, and seconds of no device."""
+        if (self.train_flops is None) == (self.seconds is None):
+            return "a budget is either train_flops, or seconds with device; give one of the two"
+        if (self.seconds is None) != (self.device is None):
+            return "seconds and device go together: name the device on which the seconds count"
+        if self.device is not None and not self.device.strip():
+            return "device is empty; write the name of the device on which the seconds count"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +74,8 @@ class Recipe(Component):
 
     tokens: int = setting("training tokens of every candidate", default=500_000, low=1)
     budget: Budget | None = setting(
-        "equal compute in place of equal tokens, so that a cheaper candidate trains for longer;"
-        " `tokens` is then not given",
+        "equal compute or equal time in place of equal tokens, so that a cheaper candidate trains"
+        " for longer; `tokens` is then not given",
         default=None,
     )
     context: int = setting("length of a training sequence in tokens", default=128, low=2)
@@ -94,6 +120,11 @@ class Recipe(Component):
         low=0,
         high=39,
     )
+    mtp: MultiTokenPrediction | None = setting(
+        "multi-token prediction: heads that predict further tokens. Their cost counts in training"
+        " alone, and the validation loss is that of the next token; null: none",
+        default=None,
+    )
     threads: int = setting("CPU threads of a candidate", default=1, low=1, high=1024)
 
     def invalid(self) -> str | None:
@@ -101,6 +132,8 @@ class Recipe(Component):
         if self.budget is None and self.tokens < self.batch * self.context:
             step = self.batch * self.context
             return f"tokens ({self.tokens}) is less than one step: batch * context = {step}"
+        if self.mtp is not None and self.mtp.depth >= self.context:
+            return f"mtp.depth ({self.mtp.depth}) must be below context ({self.context})"
         if self.warmup + self.decay > 1:
             return f"warmup ({self.warmup:g}) and decay ({self.decay:g}) add up to more than 1"
         return None
@@ -115,16 +148,57 @@ class Recipe(Component):
         """Tokens of the whole steps of the run."""
         return self.steps * self.batch * self.context
 
-    def for_candidate(self, flops_per_token: int) -> Self:
-        """Return the recipe of a candidate by its forward FLOPs: a budget becomes its tokens."""
+    @property
+    def heads(self) -> MultiTokenPrediction | None:
+        """The heads that training has beside the model; None without any."""
+        return self.mtp if self.mtp is not None and self.mtp.weight else None
+
+    def training_cost(self, architecture: Architecture) -> Cost:
+        """Return the cost of an architecture in training, with its heads, at `context` tokens."""
+        cost = architecture.cost(self.context)
+        return cost if self.heads is None else cost + self.heads.cost(architecture, self.context)
+
+    def cost_record(self, architecture: Architecture) -> dict[str, int]:
+        """Return the cost of an architecture as it is stored: a JSON object.
+
+        With heads it has `training_params` and `training_flops_per_token` beside the cost of the
+        model: see `training_flops`.
+        """
+        plain = architecture.cost(self.context).plain()
+        if self.heads is None:
+            return plain
+        trained = self.training_cost(architecture)
+        return plain | {
+            "training_params": trained.params,
+            "training_flops_per_token": trained.flops_per_token,
+        }
+
+    @property
+    def has_time_budget(self) -> bool:
+        """Whether the tokens of a candidate follow from the time of its training step."""
+        return self.budget is not None and self.budget.seconds is not None
+
+    def for_candidate(self, flops_per_token: int, timed_tokens: int | None = None) -> Self:
+        """Return the recipe of a candidate by its forward FLOPs in training.
+
+        A budget becomes its tokens. `flops_per_token` is that of `training_cost`. `timed_tokens`
+        are those that fit in a budget of seconds.
+
+        Raises:
+            ValueError: for a budget of seconds without them.
+        """
         if self.budget is None:
             return self
+        if self.budget.train_flops is None:
+            if timed_tokens is None:
+                raise ValueError("a budget of seconds, and the step of the candidate is not timed")
+            return replace(self, tokens=timed_tokens)
         step = self.step_flops(flops_per_token)
         steps = int(self.budget.train_flops // step) if step else 0
         return replace(self, tokens=steps * self.batch * self.context)
 
     def step_flops(self, flops_per_token: int) -> int:
-        """Return the training FLOPs of one step of a candidate."""
+        """Return the training FLOPs of one step, by the forward FLOPs of `training_cost`."""
         return TRAINING * flops_per_token * self.batch * self.context
 
 
@@ -186,7 +260,8 @@ class Stop(Component):
         default=None,
     )
     train_flops: float | None = setting(
-        "training FLOPs, failed candidates included: 3 times the forward FLOPs of each token",
+        "training FLOPs, failed candidates included: 3 times the forward FLOPs of each token, those"
+        " of `mtp` included",
         default=None,
         low=1.0,
     )

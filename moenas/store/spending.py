@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from moenas.records import TRAINING, Evaluation, Plain
+from moenas.records import TRAINING, Evaluation, Plain, training_flops
 from moenas.store import front_rows, mapping, row_readers, statements, tables
 from moenas.store.counting import is_evaluated
 from moenas.store.reader import StoreReader
@@ -24,7 +24,7 @@ class Spending:
     train_tokens: float = 0.0
     """Up to the last row of each learning curve, failed candidates included."""
     train_flops: float = 0.0
-    """TRAINING times the forward FLOPs of these tokens."""
+    """TRAINING times the forward FLOPs of these tokens, those of prediction heads included."""
 
     def plain(self) -> Plain:
         """Return the record as a JSON object."""
@@ -47,7 +47,7 @@ def of_evaluation(evaluation: Evaluation) -> Spending:
 
 
 def _training(tokens: float, cost: Plain) -> Spending:
-    flops = TRAINING * float(cost.get("flops_per_token") or 0) * tokens
+    flops = TRAINING * training_flops(cost) * tokens
     return Spending(train_tokens=tokens, train_flops=flops)
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import unicodedata
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, inspect, select
+from sqlalchemy import ColumnElement, Connection, Engine, Row, Table, func, insert, inspect, select
 
 from moenas import terminal
 from moenas.errors import InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store import tables
 
+_THERE: WeakKeyDictionary[Engine, set[str]] = WeakKeyDictionary()
+"""Tables that a database is known to have; none is ever dropped."""
+
 
 def exists(connection: Connection, table: Table) -> bool:
     """Whether the database has a table; one of an older schema lacks the newest tables."""
-    return inspect(connection).has_table(table.name)
+    known = _THERE.setdefault(connection.engine, set())
+    if table.name not in known and inspect(connection).has_table(table.name):
+        known.add(table.name)
+    return table.name in known
 
 
 def finite(values: dict[str, float]) -> dict[str, float | None]:

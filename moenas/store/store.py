@@ -364,18 +364,18 @@ class Store(StoreReader):
                     *(name, trial, evaluation.attempt),
                 )
                 return None
-            self._write(connection, evaluation)
+            self._write(connection, evaluation, replaces=known is not None)
             front = front_rows.summary(connection, name)
             study_events.append_evaluation(connection, evaluation, front)
             return front
 
-    def _write(self, connection: Connection, evaluation: Evaluation) -> None:
-        """Store an evaluation in place of that of an earlier attempt, and its effect."""
+    def _write(self, connection: Connection, evaluation: Evaluation, *, replaces: bool) -> None:
+        """Store an evaluation and its effect; it may replace that of an earlier attempt."""
         name, trial = evaluation.study, evaluation.trial
         record = row_readers.studies(connection, name)[0]
         now = _now()
         rows = mapping.evaluation_rows(evaluation, now)
-        for table in rows:
+        for table in rows if replaces else ():
             if table is not tables.reuse or statements.exists(connection, table):
                 connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
         statements.insert_rows(connection, rows)

@@ -47,11 +47,11 @@ def append(connection: Connection, study: str, kind: str, data: Plain) -> None:
     if not statements.exists(connection, event):
         return
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    first = dialect.insert(counter).values(study=study, last=0).on_conflict_do_nothing()
-    connection.execute(first)
-    this = counter.c.study == study
-    connection.execute(update(counter).where(this).values(last=counter.c.last + 1))
-    number = connection.execute(select(counter.c.last).where(this)).scalar_one()
+    first = dialect.insert(counter).values(study=study, last=1)
+    counted = first.on_conflict_do_update(
+        index_elements=[counter.c.study], set_={"last": counter.c.last + 1}
+    ).returning(counter.c.last)
+    number = connection.execute(counted).scalar_one()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     row = {"study": study, "id": number, "at": now, "kind": kind, "data": data}
     connection.execute(insert(event), row)

@@ -69,7 +69,7 @@ class Submission:
     driven_trials: int | None = None
     driver_machine: str | None = None
     driver_pid: int | None = None
-    driver_born: str | None = None
+    driver_process_start: str | None = None
 
     @property
     def driver_running(self) -> bool:
@@ -315,15 +315,22 @@ def claim_next(connection: Connection, runner: str, clock: float) -> Submission 
     share = {row[0]: (int(row[1] or 0), row[2] or "") for row in connection.execute(shares)}
     first = min(waiting, key=lambda s: (-s.priority, *share[s.user_name], s.submitted_at, s.study))
     changes: Plain = {"state": "running", "runner": runner, "started_at": now()}
-    changes |= {"driver_machine": None, "driver_pid": None, "driver_born": None, "reason": None}
+    changes |= {
+        "driver_machine": None,
+        "driver_pid": None,
+        "driver_process_start": None,
+        "reason": None,
+    }
     _set(connection, first.study, changes | {"driven_trials": first.trials})
     study_events.append(connection, first.study, "started", {"trials": first.trials})
     return find(connection, first.study)
 
 
-def set_driver(connection: Connection, name: str, machine: str, pid: int, born: str) -> None:
+def set_driver(
+    connection: Connection, name: str, machine: str, pid: int, process_start: str
+) -> None:
     """Store which process drives a study."""
-    changes = {"driver_machine": machine, "driver_pid": pid, "driver_born": born}
+    changes = {"driver_machine": machine, "driver_pid": pid, "driver_process_start": process_start}
     _set(connection, name, changes)
 
 
@@ -369,7 +376,12 @@ def driver_ended(connection: Connection, name: str, runner: str, decide: Decide)
     if submission is None or submission.runner != runner:
         return
     changes = decide(submission) if submission.state == "running" else {}
-    cleared = {"runner": None, "driver_machine": None, "driver_pid": None, "driver_born": None}
+    cleared = {
+        "runner": None,
+        "driver_machine": None,
+        "driver_pid": None,
+        "driver_process_start": None,
+    }
     _set(connection, name, changes | cleared)
     state = changes.get("state")
     if state in OVER:

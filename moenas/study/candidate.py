@@ -35,6 +35,8 @@ class Candidate:
     """Requirement -> by how much it is broken, over 0, or met."""
     invalid: str = ""
     """Why the drawn fields do not go together, or which cost the nearest width of a fit gives."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Predicted latencies by which the candidate is refused before its training."""
     crashes: int = 0
     """How often its worker process died in this run."""
 
@@ -46,7 +48,7 @@ class Candidate:
         except SpaceError as error:
             return cls(trial, drawn=drawn, violations={VALID: 1.0}, invalid=str(error))
         violations = {VALID: 0.0, **space.violations(architecture)}
-        candidate = cls(trial, architecture, drawn, space.cost(architecture).plain(), violations)
+        candidate = cls(trial, architecture, drawn, space.cost_record(architecture), violations)
         if space.fit is not None and violations[space.fit.text] > 0:
             candidate.invalid = space.missed_fit(RandomSuggest(0, trial.params))
         return candidate

@@ -12,7 +12,7 @@ from moenas.former import OBJECTIVE_DIGESTS
 from moenas.records import Plain, StudyRecord
 from moenas.resources import sha256
 from moenas.space.objective import Objective
-from moenas.space.space import RESOURCES, digest, with_current_defaults
+from moenas.space.stored_form import RESOURCES, digest, with_current_defaults
 
 if TYPE_CHECKING:
     from moenas.data.corpus import Corpus

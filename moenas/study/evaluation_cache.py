@@ -11,7 +11,7 @@ from moenas.evaluate import devices
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.job import versions
 from moenas.records import Evaluation, Plain, StudyRecord
-from moenas.space.space import with_current_defaults
+from moenas.space.stored_form import with_current_defaults
 from moenas.store import replicates, tables
 from moenas.store.study_store import StudyStore
 
@@ -27,7 +27,8 @@ class EvaluationCache:
     """Finds evaluations that can be reused; it is empty until `open`.
 
     An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
-    objectives, files of components, device and versions are the same.
+    objectives, files of components, device and versions are the same. Under a budget of seconds
+    the training tokens must be the same, too; those of a candidate that is not timed are unknown.
     """
 
     def __init__(self, store: StudyStore, space: Space) -> None:
@@ -53,17 +54,22 @@ class EvaluationCache:
             if other.name != own.name and same and objectives.items() <= digests.items():
                 self._studies[other.name] = other.space.get("search", {}).get("seed")
 
-    def find(self, fingerprint: str, seed: int | None = None) -> Evaluation | None:
+    def find(
+        self, fingerprint: str, seed: int | None = None, tokens: int | None = None
+    ) -> Evaluation | None:
         """Return an evaluation of this architecture that can be reused, or None.
 
         With a `seed` it is one of a replicate: an evaluation of a study of that seed, or a
         replicate. Without one it is of a study with the seed of this one, and has its weights.
+        `tokens` are those that a budget of seconds has given the candidate.
         """
+        if self._space.train.has_time_budget and tokens is None:
+            return None
         own = self._space.search.seed if seed is None else seed
         studies = [name for name, theirs in self._studies.items() if theirs == own]
         found = self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
         for evaluation in found:
-            if self._is_same(evaluation, own):
+            if self._is_same(evaluation, own, tokens):
                 return evaluation
         if seed is None or not self._studies:
             return None
@@ -71,7 +77,7 @@ class EvaluationCache:
         rows = self._store.store.query(
             lambda connection: replicates.of_model(connection, others, fingerprint, seed)
         )
-        return next((row for row in rows if self._is_same(row, own)), None)
+        return next((row for row in rows if self._is_same(row, own, tokens)), None)
 
     def _evaluations(self, studies: list[str], fingerprint: str) -> Iterator[Evaluation]:
         """Yield the complete evaluations of an architecture in some studies."""
@@ -97,13 +103,14 @@ class EvaluationCache:
             if found is not None:
                 yield found
 
-    def _is_same(self, found: Evaluation, seed: int) -> bool:
+    def _is_same(self, found: Evaluation, seed: int, tokens: int | None) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""
         here = versions()
         return (
             not found.is_copy
             and found.reused_from is None
             and found.seed == seed
+            and (tokens is None or found.metrics.get("train_tokens") == tokens)
             and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
             and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
             and found.values.keys() >= {objective.name for objective in self._space.objectives}

@@ -81,7 +81,7 @@ class PausedCandidates:
         self._tell_trust()
 
     def _cost(self, plain: Plain) -> dict[str, int]:
-        return self._space.cost(self._space.architecture(plain)).plain()
+        return self._space.cost_record(self._space.architecture(plain))
 
     # --- one candidate -------------------------------------------------------------------------
 
@@ -123,6 +123,8 @@ class PausedCandidates:
         except InputError as error:
             self._events.warn(f"it is trained again from its start: {error}", number)
             self._forget(number)
+            if (tokens := pause.evaluation.metrics.get("train_tokens")) is not None:
+                fields["train_tokens"] = int(tokens)
             return fields
         return fields | fields_of_pause
 

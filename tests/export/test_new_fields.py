@@ -15,7 +15,9 @@ from moenas.records import Plain
 
 LATENT: Plain = {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5, "nope_dim": 8}
 LATENT |= {"rope_dim": 4, "v_dim": 8, "window": 6, "rope_norm": True, "floor_scale": 3}
+LATENT |= {"sinks": True}
 LATENT |= {"indexer": {"n_heads": 3, "head_dim": 8, "top_k": 4}}
+SHARED: Plain = {k: v for k, v in LATENT.items() if k != "indexer"} | {"index_shared": True}
 ATTENTION: Plain = {"kind": "attention", "head_dim": 8, "output_gate": "head", "gate_bias": True}
 ATTENTION |= {"gate_activation": "softplus", "floor_scale": 3, "scale_growth": "power"}
 EXPERTS: Plain = {"kind": "moe", "n_experts": 4, "d_expert": 8}
@@ -27,8 +29,9 @@ ARCHITECTURE: Plain = {
     "depth_scale": True,
     "blocks": [
         {"mixer": LATENT, "ffn": EXPERTS | ROUTER, "ffn_norm": "sandwich"},
+        {"mixer": SHARED, "ffn": DENSE},
         {"mixer": ATTENTION, "ffn": DENSE, "shortcut": EXPERTS}
-        | {"shortcut_input": "stream", "sum_norm": True},
+        | {"shortcut_input": "stream", "sum_norm": True, "block_scale": True},
     ],
 }
 

@@ -61,7 +61,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "laguna": SIZES | EXPERTS | KINDS | {"shared_expert_intermediate_size": 16},
     "mellum": SIZES | EXPERTS | KINDS,
     "beam": SIZES | EXPERTS | KINDS | {"n_group": 1, "topk_group": 1},
+    "gemma4_text": SIZES | KINDS | {"head_dim": 8, "hidden_size_per_layer_input": 0},
+    "minimax_m3_vl_text": SIZES
+    | {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
+    | {"dense_intermediate_size": 40, "shared_intermediate_size": 16},
 }
+GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16}
+GEMMA_EXPERTS |= {"enable_moe_block": True}
 """Family -> a small configuration that is read."""
 
 
@@ -107,13 +113,20 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
         "partial_rotary_factor",
         "0.5",
     ),
-    ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "indexer_types", "shared"),
-    ("glm_moe_dsa", {"num_hidden_layers": 4, "index_topk_freq": 3}, "index_topk_freq", "3"),
-    ("glm_moe_dsa", {"index_topk_freq": 2, "index_skip_topk_offset": 1}, "index_topk_freq", "2"),
-    ("glm_moe_dsa", {"index_topk_pattern": "FS"}, "index_topk_pattern", "FS"),
-    ("glm_moe_dsa", {"indexer_types": None, "index_topk_pattern": "FS"}, "index_topk_pattern", ""),
+    ("glm_moe_dsa", {"indexer_types": ["shared", "full"]}, "indexer_types", "first layer"),
+    ("glm_moe_dsa", {"indexer_types": ["full", "half"]}, "indexer_types", "half"),
+    (
+        "glm_moe_dsa",
+        {"index_topk_freq": 2, "index_skip_topk_offset": 0},
+        "index_topk_freq",
+        "first",
+    ),
+    ("glm_moe_dsa", {"index_topk_pattern": "SF"}, "index_topk_pattern", "first layer"),
+    ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "index_topk_pattern", "FX"),
+    ("glm_moe_dsa", {"index_topk_pattern": "F"}, "index_topk_pattern", "2 layers"),
     ("stablelm", {"head_dim": 16}, "head_dim", "8"),
     ("mistral4", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types", "first_k_dense"),
+    ("hy_v3", {"num_shared_experts": 0}, "num_shared_experts", "1 or more"),
     ("hy_v3", {"first_k_dense_replace": 0}, "first_k_dense_replace", "mlp_layer_types"),
     ("laguna", {"first_k_dense_replace": 2}, "first_k_dense_replace", "mlp_layer_types"),
     (
@@ -122,6 +135,16 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
         "first_k_dense_replace",
         "mlp_layer_types",
     ),
+    ("gemma4_text", {"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input", "16"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention", "all"),
+    ("gemma4_text", {"num_kv_shared_layers": 1}, "num_kv_shared_layers", "each kind"),
+    ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers", "each kind"),
+    ("gemma4_text", {"per_layer_config": []}, "per_layer_config", "object"),
+    ("gemma4_text", {"per_layer_config": {"1": {"v_dim": 4}}}, "per_layer_config", "v_dim"),
+    ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 0}}}, "per_layer_config", "head_dim"),
+    ("gemma4_text", {"rope_parameters": {FULL: TURNS}}, "rope_parameters", SLIDING),
+    ("gemma4_text", GEMMA_EXPERTS | {"rms_norm_eps": 1e-5}, "rms_norm_eps", "1e-05"),
+    ("minimax_m3_vl_text", {"rotary_dim": 8}, "rotary_dim", "partial_rotary_factor"),
     ("laguna", {"rope_parameters": BOTH | {FULL: None}}, "rope_parameters", "no rope_theta"),
     (
         "beam",
@@ -179,6 +202,10 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("glm_moe_dsa", {"index_topk_freq": 1, "index_skip_topk_offset": 2}),
     ("glm_moe_dsa", {"index_topk_freq": 4, "index_skip_topk_offset": 2}),
     ("glm_moe_dsa", {"index_topk_pattern": "FF"}),
+    ("glm_moe_dsa", {"index_topk_pattern": "FS"}),
+    ("glm_moe_dsa", {"index_topk_pattern": ["full", "shared"]}),
+    ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}),
+    ("glm_moe_dsa", {"index_topk_freq": 2, "index_skip_topk_offset": 1}),
     ("glm_moe_dsa", {"indexer_types": ["full", "full"], "index_topk_freq": 4}),
     ("glm_moe_dsa", {"rope_parameters": TURNS | {"partial_rotary_factor": 0.5}}),
     ("deepseek_v32", {"rope_parameters": TURNS | {"partial_rotary_factor": 0.5}}),
@@ -187,6 +214,14 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("stablelm", {"head_dim": None, "rope_parameters": TURNS}),
     ("mistral4", {"first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"]}),
     ("hy_v3", {"first_k_dense_replace": 1}),
+    ("gemma4_text", GEMMA_EXPERTS),
+    ("gemma4_text", {"global_head_dim": 24, "rope_parameters": BOTH}),
+    ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16, "num_key_value_heads": 4}}}),
+    ("gemma4_text", {"layer_types": [FULL, SLIDING]}),
+    ("gemma4_text", {"layer_types": [FULL, FULL], "num_kv_shared_layers": 1}),
+    ("minimax_m3_vl_text", {"rope_parameters": TURNS | {"partial_rotary_factor": 0.5}}),
+    ("minimax_m3_vl_text", {"mlp_layer_types": ["dense", "sparse"], "rotary_dim": 16}),
     ("laguna", {"first_k_dense_replace": None}),
     ("laguna", {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse", "sparse"]}),
     ("laguna", {"rope_parameters": BOTH}),
@@ -212,6 +247,7 @@ def test_an_accepted_configuration_has_the_sizes_and_thetas_of_transformers(
     is_mistral = family == "mistral4"  # the one family without a place in the mapping
     theirs = (hf.Mistral4ForCausalLM if is_mistral else mapping[type(config)])(config)
     weights = {k: v for k, v in theirs.named_parameters() if "e_score_correction" not in k}
+    weights |= {n: x for n, x in theirs.named_buffers() if n.endswith("layer_scalar")}
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in weights.values())
     rotary = theirs.model.rotary_emb
     for block, kind in zip(layers, getattr(config, "layer_types", None) or [""] * 2, strict=True):

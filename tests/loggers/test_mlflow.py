@@ -39,19 +39,19 @@ def test_curves_values_and_routing_are_read_back(tmp_path: Path) -> None:
     assert {one.info.status for one in runs.values()} == {"FINISHED"}
     drawn = {f"trial-{t.number}": t.params for t in study.optuna.trials}
     for trial in (0, 1):
-        evaluation, found = study.evaluation(trial), runs[f"trial-{trial}"]
-        history = client.get_metric_history(found.info.run_id, "train/train_loss")
+        evaluation, logged = study.evaluation(trial), runs[f"trial-{trial}"]
+        history = client.get_metric_history(logged.info.run_id, "train/train_loss")
         assert [(m.step, m.value) for m in history] == [
             (point["tokens"], point["train_loss"]) for point in evaluation.curve
         ]
-        metrics = found.data.metrics
+        metrics = logged.data.metrics
         assert metrics["value/val_loss"] == evaluation.values["val_loss"]
         assert metrics["cost/params"] == evaluation.cost["params"]
         vio = metrics["validation_routing/layer_0/max_vio"]
         assert vio == evaluation.routing[0]["max_vio"]
-        assert load_dict(f"{found.info.artifact_uri}/routing.json")["layers"] == evaluation.routing
-        assert found.data.params == {k: str(v) for k, v in drawn[found.info.run_name].items()}
-        assert found.data.tags["moenas.fingerprint"] == evaluation.fingerprint
+        assert load_dict(f"{logged.info.artifact_uri}/routing.json")["layers"] == evaluation.routing
+        assert logged.data.params == {k: str(v) for k, v in drawn[logged.info.run_name].items()}
+        assert logged.data.tags["moenas.fingerprint"] == evaluation.fingerprint
     volumes = client.get_metric_history(runs["study"].info.run_id, "study/hypervolume")
     assert [m.step for m in volumes][-1] == 2
     assert volumes[-1].value == study.front().hypervolume

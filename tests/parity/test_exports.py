@@ -44,6 +44,15 @@ FAMILY = {
     "solar_open_100b": "glm4_moe",
     "aria": "ernie4_5_moe",
     "glm_4_7_flash": "deepseek_v3",
+    "qwen3_next_80b_a3b": "qwen3_next",
+    "llama_4_scout": "llama4_text",
+    "llama_4_maverick": "llama4_text",
+    "deepseek_v32": "deepseek_v32",
+    "glm_moe_dsa": "deepseek_v32",
+    "glm_moe_dsa_shared": "glm_moe_dsa",
+    "exaone_moe": "exaone_moe",
+    "hy_v3": "glm4_moe",
+    "mellum": "mellum",
 }
 """Model of the parity tests -> the first family of the writers that equals it."""
 
@@ -108,6 +117,11 @@ OWN = {
     ),
     "glm4_moe_lite": layers(
         LATENT, EXPERTS | {"router": BIASED}, DENSE, EXPERTS | {"router": BIASED}
+    ),
+    "hy_v3": layers(
+        ATTENTION | {"qk_norm": "head", "qkv_bias": True, "out_bias": True},
+        EXPERTS | {"router": BIASED | {"scale": 2.0}, "n_shared_experts": 2},
+        DENSE,
     ),
     "deepseek_v2": layers(
         LATENT | {"q_rank": None}, EXPERTS | {"router": {"normalize": False, "top_k": 3}}

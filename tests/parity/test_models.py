@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from families import FAMILIES, VOCABULARY, Family
+from latest import LATEST
 from others import OTHERS
 from recent import RECENT
 from variants import VARIANTS
@@ -22,7 +23,7 @@ from moenas.model.architecture import Architecture, Model
 from moenas.space.space import Space
 
 ZOO = Path(__file__).parents[2] / "spaces" / "zoo"
-MODELS = FAMILIES | VARIANTS | OTHERS | RECENT
+MODELS = FAMILIES | VARIANTS | OTHERS | RECENT | LATEST
 
 
 def ours_of(family: Family) -> Model:
@@ -60,7 +61,7 @@ def randomise(weights: Weights, seed: int) -> None:
             drawn *= tensor.shape[-1] ** -0.5
         elif name.endswith("mixer.dt_bias"):  # softplus of it to either side of dt_floor
             drawn = 2 * drawn - 6
-        elif name.endswith("norm.weight"):
+        elif name.endswith(("norm.weight", "layer_scalar", ".scale")):
             drawn = 1 + 0.3 * drawn
         else:
             drawn *= 0.3

@@ -29,8 +29,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root.mkdir()
     (root / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(2000)))
     limits = {"requests_per_s": 1e6, "burst": 10**6}
-    with served(folder, data_roots=(root,), **limits) as found:
-        yield found
+    with served(folder, data_roots=(root,), **limits) as server:
+        yield server
 
 
 def put(one: Served, name: str, user: str = "submitter", **changes: Any) -> None:

@@ -54,13 +54,13 @@ def counted(store: Store) -> Iterator[list[str]]:
 
 async def ids(chunks: AsyncIterator[str], pause: float = 0.0) -> list[int]:
     """Read a stream to its last event, with a pause after each chunk."""
-    found: list[int] = []
+    ids_seen: list[int] = []
     async for chunk in chunks:
-        found += [int(number) for number in re.findall(r"^id: (\d+)$", chunk, re.MULTILINE)]
+        ids_seen += [int(number) for number in re.findall(r"^id: (\d+)$", chunk, re.MULTILINE)]
         if f"event: {LAST}\n" in chunk or "event: deleted\n" in chunk:
             break
         await asyncio.sleep(pause)
-    return found
+    return ids_seen
 
 
 async def until(condition: Any) -> None:

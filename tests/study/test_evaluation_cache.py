@@ -43,11 +43,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return seen
 
 
-def here(found: Evaluation) -> Evaluation:
+def here(evaluation: Evaluation) -> Evaluation:
     info = devices.device_info(torch.device("cpu"), 1, torch.float32)
     curve: Any = [{"tokens": 512, "train_loss": 2.0}]
     versions = measure.versions()
-    return dataclasses.replace(found, device=info, versions=versions, curve=curve)
+    return dataclasses.replace(evaluation, device=info, versions=versions, curve=curve)
 
 
 def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
@@ -58,8 +58,8 @@ def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
     return parsed.with_search(sampler="grid", trials=6)
 
 
-def reused(found: Study) -> dict[int, tuple[str, int]]:
-    rows = found.view.evaluations
+def reused(study: Study) -> dict[int, tuple[str, int]]:
+    rows = study.view.evaluations
     return {
         e.trial: (e.reused_from["study"], e.reused_from["trial"]) for e in rows if e.reused_from
     }
@@ -108,6 +108,7 @@ def test_fresh_and_another_pool_reuse_nothing(evaluated: list[Job]) -> None:
         ("search: {", "measure: {decode_batch: 4}\nsearch: {"),
         ("[val_loss, flops_per_token]", "[val_loss, flops_per_token, total_params]"),
         ("dtype: float32", "dtype: bfloat16"),
+        ("dtype: float32", "dtype: float32, mtp: {depth: 1}"),
     ],
 )
 def test_what_means_something_else_is_evaluated(
@@ -231,8 +232,9 @@ def test_a_study_whose_row_lacks_its_search_goes_on(evaluated: list[Job]) -> Non
 def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Job]) -> None:
     run(small("one"), trials=2, workers="inline")
     with sqlite3.connect("moenas.db") as database:
-        later = ("event", "event_counter", "runner", "token", "audit", "submission")
-        for table in ("reuse", "enqueued", "run", *later, "replicate", "reservation"):
+        later = ("event", "event_counter", "runner", "token", "audit", "submission", "replicate")
+        later += ("reservation", "calibration")
+        for table in ("reuse", "enqueued", "run", *later):
             database.execute(f"DROP TABLE moenas_{table}")
         database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")
     store = Store.open()
@@ -249,7 +251,7 @@ def test_real_models_are_reused_to_the_last_bit() -> None:
     assert reused(second) == {0: ("one", 0)}
     fresh = run(small("three"), trials=1, workers="inline", fresh=True)
     assert reused(fresh) == {}
-    losses = {found.evaluation(0).values["val_loss"] for found in (first, second, fresh)}
+    losses = {study.evaluation(0).values["val_loss"] for study in (first, second, fresh)}
     assert len(losses) == 1
-    digests = {found.evaluation(0).weights_sha256 for found in (first, second)}
+    digests = {study.evaluation(0).weights_sha256 for study in (first, second)}
     assert len(digests) == 1

@@ -190,31 +190,31 @@ def test_a_killed_copy_leaves_nothing_half(
 
 
 def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: list[Any]) -> None:
-    found = run(space(), trials=4, workers="inline", storage=database_url)
-    before, weights = rows_of(found.store, "s"), files_of(found.store, "s")
+    first = run(space(), trials=4, workers="inline", storage=database_url)
+    before, weights = rows_of(first.store, "s"), files_of(first.store, "s")
     copied = run(space(name="later"), trials=4, workers="inline", storage=database_url)
     reuse = {"study": "later", "trial": 0, "from_study": "s", "from_trial": 0}
-    found.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
-    rename_study(found.store, "s", "new name", "somebody")
-    assert rows_of(found.store, "new name") == study_rows.renamed(before, "new name")
-    assert files_of(found.store, "new name") == weights
-    assert not study_folder(found.store.runs, "s").exists()
-    assert {study.name for study in found.store.studies()} == {"new name", "later"}
-    reused = found.store.query(reused_studies)
+    first.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
+    rename_study(first.store, "s", "new name", "somebody")
+    assert rows_of(first.store, "new name") == study_rows.renamed(before, "new name")
+    assert files_of(first.store, "new name") == weights
+    assert not study_folder(first.store.runs, "s").exists()
+    assert {study.name for study in first.store.studies()} == {"new name", "later"}
+    reused = first.store.query(reused_studies)
     assert reused == {"new name"}
-    for trial in found.store.front("new name"):
-        digest = found.store.evaluation("new name", trial)
+    for trial in first.store.front("new name"):
+        digest = first.store.evaluation("new name", trial)
         assert digest is not None
         assert digest.weights_sha256 is not None
-        read_weights(found.store.runs, "new name", trial, digest.weights_sha256)
+        read_weights(first.store.runs, "new name", trial, digest.weights_sha256)
     again = run(space(name="new name"), trials=6, workers="inline", storage=database_url)
     assert_sound(again, 6)
     assert copied.store.count("later") == 4
-    events = found.store.query(lambda c: study_events.after(c, "new name", 0))
+    events = first.store.query(lambda c: study_events.after(c, "new name", 0))
     assert [event.id for event in events] == list(range(1, len(events) + 1))
     assert events[0].kind == "study_created"
     assert "renamed" in {event.kind for event in events}
-    (last,) = found.store.query(lambda c: study_events.after(c, "s", 0))
+    (last,) = first.store.query(lambda c: study_events.after(c, "s", 0))
     assert (last.kind, last.data) == ("deleted", {"renamed_to": "new name"})
     begun = run(space(), trials=2, workers="inline", storage=database_url)  # the name is free
     assert_sound(begun, 2)

@@ -27,11 +27,7 @@ from moenas.model.mixers.qkv import QKV, LowRankProjection, LowRankQKV, NormedVa
 from moenas.model.mixers.rotary import FORMER, Rope
 from moenas.model.mixers.shared_kv import SharesKV
 from moenas.model.mixers.shared_kv_attention import CrossLayerAttention, QueryProjection
-from moenas.model.mixers.softmax_attention import (
-    SINK_WIDTH,
-    AttentionSpan,
-    SoftmaxAttention,
-)
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, sink_flops
 from moenas.model.mixers.temperature import (
     ScaleGrowth,
     build_temperature,
@@ -330,12 +326,9 @@ class AttentionMixer(Mixer, kind="attention"):
 
     def surplus_flops(self, d_model: int, context: int) -> int:
         """Return what the one more key of a sink takes, and the elements that it adds to all."""
-        if not self.sinks or self.softcap is not None or context == 1 or not self.factor:
+        if not self.sinks or self.softcap is not None or not self.factor:
             return 0
-        width = self.head_dim + self.v_dim
-        added = SINK_WIDTH * (2 if self.v_dim == self.head_dim else 1)
-        pairs = (context + 1) * (width + added) - context * width
-        return 2 * self.heads_at(d_model)[0] * context * pairs
+        return sink_flops(self.heads_at(d_model)[0], (self.head_dim, self.v_dim), context)
 
     def build(self, d_model: int) -> nn.Module:
         """Build the attention at a model width."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from moenas.grammar.component import setting
 from moenas.grammar.conditions import one_of
+from moenas.model.layer_inputs import LayerInputs, ReadsInputs, SharedKV
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
 from moenas.model.mixers.gate import GatedBy, OutputGate, build_gate, gate_width
 from moenas.model.mixers.mixer import MOST, KVCache, Mixer
 from moenas.model.mixers.qkv import LowRankProjection
 from moenas.model.mixers.rotary import FORMER, Rope
-from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention
+from moenas.model.mixers.softmax_attention import AttentionSpan, SoftmaxAttention, sink_flops
 from moenas.model.mixers.temperature import build_temperature, canonical_temperature
 from moenas.model.mixers.token_indexer import IndexedCache, IndexedSelection, TokenIndexer
 from moenas.records import Cost
@@ -84,12 +85,22 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         default=None,
         low=1,
     )
+    sinks: bool = setting(
+        "a learned logit for each head that takes part in the softmax and has no value (gpt-oss)",
+        default=False,
+    )
     rope_norm: bool = setting(
         "RMSNorm of the rotary key before the positions (dots 3)", default=False
     )
     indexer: TokenIndexer | None = setting(
         "which earlier tokens a token reads; it needs q_rank (DeepSeek-V3.2); null: all",
         default=None,
+    )
+
+    index_shared: bool = setting(
+        "reads the tokens that the nearest indexer of an earlier layer has selected (GLM-5, arXiv"
+        " 2603.12201); the windows of both are equal",
+        default=False,
     )
 
     former: ClassVar[Mapping[str, str]] = FORMER
@@ -108,6 +119,8 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         """Return why the fields do not go together, or None."""
         if self.indexer is None:
             return None
+        if self.index_shared:
+            return "index_shared: the layer has an indexer of its own; leave one of them out"
         if self.q_rank is None:
             return "an indexer reads the latent of the queries; give q_rank, or no indexer"
         if self.rope_dim > self.indexer.head_dim and self.rope.rotary_dim(self.rope_dim):
@@ -142,6 +155,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         products += self.kv_rank * self.n_heads * (self.nope_dim + self.v_dim)
         products += (out_width + self.gates) * d_model
         params = products + q_rank + self.kv_rank + self.rope_dim * self.rope_norm
+        params += self.n_heads * self.sinks
         whole = Cost(
             params=params,
             active_params=params,
@@ -158,6 +172,11 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             kv_bytes_per_token=2 * self.indexer.head_dim,
         )
 
+    def surplus_flops(self, d_model: int, context: int) -> int:
+        """Return what the key of a sink takes, and the elements that it adds to all keys."""
+        widths = self.nope_dim + self.rope_dim, self.v_dim
+        return sink_flops(self.n_heads, widths, context) if self.sinks and self.factor else 0
+
     def build(self, d_model: int) -> nn.Module:
         """Build the attention at a model width."""
         q_width = self.n_heads * (self.nope_dim + self.rope_dim)
@@ -173,6 +192,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
                 self.n_heads,
                 self.factor,
                 AttentionSpan(self.window),
+                sinks=self.sinks,
                 temperature=build_temperature(
                     self.floor_scale, self.attn_scale, self.floor_offset, "logarithm"
                 ),
@@ -181,6 +201,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
             Linear(self.n_heads * self.v_dim, d_model),
             rope_norm=RMSNorm(self.rope_dim, self.inner_eps) if self.rope_norm else None,
             indexer=self._build_indexer(d_model),
+            index_shared=self.index_shared,
         )
 
     def _build_indexer(self, d_model: int) -> IndexedSelection | None:
@@ -199,7 +220,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         )
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(ReadsInputs):
     """Attention over keys and values that are made from a latent, and one rotary key for all."""
 
     def __init__(
@@ -213,6 +234,7 @@ class LatentAttention(nn.Module):
         *,
         rope_norm: RMSNorm | None = None,
         indexer: IndexedSelection | None = None,
+        index_shared: bool = False,
     ) -> None:
         super().__init__()
         self.query = query
@@ -223,9 +245,21 @@ class LatentAttention(nn.Module):
         self.out = out
         self.rope_norm = rope_norm
         self.indexer = indexer
+        self.index_shared = index_shared
 
-    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """Map (B, S, D) to (B, S, D) with the cache and the shared selection of a pass."""
+        y: Tensor = self(x, inputs.cache, inputs.shared_kv)
+        return y
+
+    def forward(self, x: Tensor, cache: Any = None, shared: SharedKV | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it.
+
+        The selection of an indexer goes to `shared`, and layers without one may read it there.
+
+        Raises:
+            ValueError: if the selection of an earlier layer is read, and there is no model.
+        """
         start = 0 if cache is None else cache.length
         q, index = self.queries(x, start, cache)
         latent, k_rope = (part.unsqueeze(1) for part in self.keys.latent(x))  # (B, 1, S, .)
@@ -242,6 +276,7 @@ class LatentAttention(nn.Module):
         chosen: Tensor | None = None
         if index is not None:
             chosen = indexer.selected(index, reach.seen(start, size(x.shape[1]), 0, x.device))
+        chosen = self.shared_selection(chosen, shared)
         if start:
             y = self.on_latent(q_nope, q_rope, latent, k_rope, start, chosen)
         else:
@@ -251,11 +286,21 @@ class LatentAttention(nn.Module):
             k_rope = k_rope.expand(-1, self.attend.n_heads, -1, -1)
             q, k = torch.cat((q_nope, q_rope), dim=-1), torch.cat((k_nope, k_rope), dim=-1)
             y = self.attend(q, k, v, start, chosen=chosen)
-            if chosen is not None and self.training:
+            if index is not None and chosen is not None and self.training:
                 indexer.learn(index, chosen, self.attend.mean_weights(q, k, start, chosen))
         y = y.transpose(1, 2)
         out: Tensor = self.out((y if self.gate is None else self.gate.gated(x, y)).flatten(-2))
         return out
+
+    def shared_selection(self, chosen: Tensor | None, shared: SharedKV | None) -> Tensor | None:
+        """Return the keys (B, S, L) that are read, None for all; leave an indexer's for others."""
+        if self.index_shared:
+            if shared is None:
+                raise ValueError("the selection of an earlier layer is read, and there is none")
+            return shared.selected
+        if shared is not None and self.indexer is not None:
+            shared.selected = chosen
+        return chosen
 
     def queries(self, x: Tensor, start: int, cache: Any) -> tuple[Tensor, Tensor | None]:
         """Return the queries (B, H, S, C), and the index scores (B, S, L) where an indexer acts."""

@@ -68,6 +68,19 @@ SINK_WIDTH = 8
 """Elements that a sink adds to queries and keys: two hold its logit, the rest are 0 to align."""
 
 
+def sink_flops(n_heads: int, widths: tuple[int, int], context: int) -> int:
+    """Return what the key of a sink and its elements add to a pass over `context` tokens.
+
+    `widths` are those of a key and of a value. A pass over one token has explicit products.
+    """
+    if context == 1:
+        return 0
+    width = sum(widths)
+    added = SINK_WIDTH * (2 if widths[0] == widths[1] else 1)
+    pairs = (context + 1) * (width + added) - context * width
+    return 2 * n_heads * context * pairs
+
+
 class SoftmaxAttention(nn.Module):
     """Scaled dot-product attention over the span of each token.
 
@@ -174,12 +187,19 @@ class SoftmaxAttention(nn.Module):
     def mean_weights(self, q: Tensor, k: Tensor, start: int, chosen: Tensor) -> Tensor:
         """Return the mean attention weights of the heads, (B, S, L), over the `chosen` keys.
 
-        q and k are (B, H, S, C) and (B, H, L, C), `chosen` is (B, S, L).
+        q and k are (B, H, S, C) and (B, H, L, C), `chosen` is (B, S, L). A sink takes a part of
+        the weight of its head. The mean is divided by its sum over the keys then (DeepSeek-V3.2,
+        arXiv 2512.02556, section 2.1.1: the sum of the heads is L1-normalized).
         """
         if self.temperature is not None:
             q = self.temperature(q, start)
         scores = (q @ k.transpose(-2, -1)).float() * self.scale
-        return scores.masked_fill(~chosen.unsqueeze(1), -torch.inf).softmax(dim=-1).mean(dim=1)
+        scores = scores.masked_fill(~chosen.unsqueeze(1), -torch.inf)
+        if self.sinks is None:
+            return scores.softmax(dim=-1).mean(dim=1)
+        sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].mean(dim=1)
+        return weights / weights.sum(dim=-1, keepdim=True)
 
     def with_sinks(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor

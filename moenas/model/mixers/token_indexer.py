@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moenas.grammar.component import Component, setting
+from moenas.grammar.component import Component, Conflict, setting
 from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import LayerNorm
 from moenas.model.mixers.mixer import MOST, KVCache
@@ -60,6 +61,26 @@ class TokenIndexer(Component):
         return IndexedSelection(
             (d_model, q_rank), self.n_heads, self.head_dim, self.top_k, self.loss_coef, rotary
         )
+
+
+def index_source_error(mixers: Sequence[Any]) -> Conflict | None:
+    """Return which mixer reads the selection of an earlier indexer that it cannot, or None.
+
+    The mixers are records, by layers; None where a layer has none.
+    """
+    source: Any = None
+    for i, mixer in enumerate(mixers):
+        if getattr(mixer, "indexer", None) is not None:
+            source = mixer
+        if not getattr(mixer, "index_shared", False):
+            continue
+        if source is None:
+            reason = "no layer before it has an indexer; give it one, or leave index_shared out"
+            return Conflict(mixer, f"layer {i}: index_shared: {reason}")
+        if source.window != mixer.window:
+            reason = f"its window is {mixer.window}, that of the indexer is {source.window}"
+            return Conflict(mixer, f"layer {i}: index_shared: {reason}; make them equal")
+    return None
 
 
 class IndexedSelection(nn.Module):

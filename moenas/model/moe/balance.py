@@ -1,6 +1,6 @@
 """Load balancing: by an auxiliary loss, or by a bias on the selection.
 
-Kinds: none, aux_loss, importance_load, bias, bias_and_loss.
+Kinds: none, aux_loss, importance_load, bias, bias_and_loss, quantile.
 """
 
 from __future__ import annotations
@@ -105,6 +105,24 @@ class BiasAndLossBalance(Balance, kind="bias_and_loss"):
     rate: float = setting(RATE, default=0.001, low=0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantileBalance(Balance, kind="quantile"):
+    """Quantile Balancing (Su, kexue.fm/archives/11619; Kimi K3): a bias without a step size.
+
+    After each optimizer step, the bias of an expert is set by a quantile of the ranks over the
+    tokens of the batch. With it every expert would have the same load, at the cut-offs of the
+    tokens. It has an effect with the selections top_k and noisy_top_k alone, and counts all
+    experts, whatever groups these have.
+    """
+
+    has_bias = True
+
+    @property
+    def rate(self) -> float:
+        """The bias moves all the way at once."""
+        return 1.0
+
+
 @dataclass
 class Routing:
     """The routing of the last forward pass: load, losses and slots."""
@@ -166,6 +184,20 @@ def mean_entropy(scores: Tensor) -> Tensor:
     return -(p * (p + 1e-20).log()).sum(dim=-1).mean()
 
 
+def quantile_bias(ranks: Tensor, bias: Tensor, top_k: int) -> Tensor:
+    """Return the next selection bias (E,) by the ranks (T, E) of a batch and its bias.
+
+    One step of coordinate descent on the dual of the best even assignment (Su,
+    kexue.fm/archives/11619, practical form; beta there is the negative bias). The cut-off of a
+    token is the (K + 1)-th largest of its ranks plus bias. The bias of an expert is the negative
+    (T K / E + 1)-th largest of its ranks minus the cut-offs of the tokens.
+    """
+    n_tokens, n_experts = ranks.shape
+    cutoffs = (ranks + bias).topk(top_k + 1, dim=-1).values[:, -1:]
+    ordered = (ranks - cutoffs).sort(dim=0, descending=True).values
+    return -ordered[n_tokens * top_k // n_experts]
+
+
 def unbiased(choice: RoutingDecision) -> RoutingDecision:
     """Return the decision with the K best scores of each token, without bias and groups.
 
@@ -180,7 +212,8 @@ class LoadBalancer(nn.Module):
 
     `loss` is "load" (Switch) or "importance" (Shazeer), with the weight `aux_coef`. `scope` is the
     part whose load is balanced: the "batch" or each "sequence". `reduce` is the reduction over
-    layers (see `total_auxiliary_loss`). Without a `bias_rate` there is no bias.
+    layers (see `total_auxiliary_loss`). Without a `bias_rate` there is no bias. The bias is added
+    to `bias_on`, and moves by its rate, or with `by_quantile` as `quantile_bias` says.
     """
 
     bias: Tensor | None
@@ -196,6 +229,8 @@ class LoadBalancer(nn.Module):
         z_coef: float = 0.0,
         entropy_coef: float = 0.0,
         bias_rate: float | None = None,
+        bias_on: str = "score",
+        by_quantile: bool = False,
     ) -> None:
         super().__init__()
         self.n_experts = n_experts
@@ -206,9 +241,15 @@ class LoadBalancer(nn.Module):
         self.z_coef = z_coef
         self.entropy_coef = entropy_coef
         self.bias_rate = bias_rate
+        self.bias_on = bias_on
+        self.by_quantile = by_quantile
         self.register_buffer("bias", None if bias_rate is None else torch.zeros(n_experts))
         self.last_load: Tensor | None = None
         """(E,) load of the latest training pass since the last optimizer step."""
+        self.last_ranks: Tensor | None = None
+        """(T, E) what the bias was added to in that pass, for quantiles; None without them."""
+        self.top_k = 0
+        """Experts of a token in that pass."""
 
     def forward(self, choice: RoutingDecision, dropped: Tensor, sequences: int = 1) -> Routing:
         """Count the load and, in training, compute the losses over B `sequences`."""
@@ -220,6 +261,9 @@ class LoadBalancer(nn.Module):
         if not self.training:
             return Routing(whole, dropped, nothing, nothing, nothing, choice)
         self.last_load = whole
+        if self.by_quantile:
+            ranks = choice.logits if self.bias_on == "logits" else choice.scores
+            self.last_ranks, self.top_k = ranks.detach(), choice.experts.shape[-1]
         # 2. The z-loss of ST-MoE (arXiv 2202.08906, eq. 5), and the entropy.
         z_loss = choice.logits.logsumexp(dim=-1).square().mean()
         entropy = mean_entropy(choice.scores) if self.entropy_coef else nothing
@@ -273,13 +317,18 @@ class LoadBalancer(nn.Module):
     def step(self) -> None:
         """Update the bias: b_i += rate * sign(mean load - load_i) (arXiv 2408.15664, algorithm 1).
 
+        By quantiles it is replaced, see `quantile_bias`.
+
         The load is that of the latest training pass since the previous step. Earlier passes since
         that step, such as other micro-batches, do not count.
         """
-        if self.last_load is not None and self.bias is not None and self.bias_rate is not None:
+        ranks = self.last_ranks
+        if ranks is not None and self.bias is not None and self.top_k < self.n_experts:
+            self.bias.copy_(quantile_bias(ranks.float(), self.bias, self.top_k))
+        elif self.last_load is not None and self.bias is not None and self.bias_rate is not None:
             load = self.last_load.float()
             self.bias += self.bias_rate * torch.sign(load.mean() - load)
-        self.last_load = None
+        self.last_load = self.last_ranks = None
 
 
 def total_auxiliary_loss(layers: Sequence[tuple[LoadBalancer, Routing]]) -> Tensor:

@@ -15,6 +15,7 @@ from moenas.model.moe.balance import (
     ImportanceLoadBalance,
     LoadBalancer,
     NoBalance,
+    QuantileBalance,
     Reduce,
 )
 from moenas.model.moe.gating import BiasOn, Gating, Weights
@@ -91,7 +92,7 @@ class Router(Component):
         " transformers), and the mean of the others",
         default="sum",
         without_effect={
-            "balance": one_of("none", "bias"),
+            "balance": one_of("none", "bias", "quantile"),
             "z_coef": one_of(0.0),
             "entropy_coef": one_of(0.0),
         },
@@ -207,6 +208,8 @@ class Router(Component):
         balance, loss, bias = self.balance, self.uses_loss, self.uses_bias
         if loss and bias:
             return balance
+        if bias and isinstance(balance, QuantileBalance):
+            return balance
         if bias:
             return BiasBalance(rate=balance.rate)
         if not loss:
@@ -304,4 +307,6 @@ class Router(Component):
             z_coef=self.z_coef if learned else 0.0,
             entropy_coef=self.entropy_coef if learned else 0.0,
             bias_rate=self.balance.rate if self.uses_bias else None,
+            bias_on=self.bias_on,
+            by_quantile=self.uses_bias and isinstance(self.balance, QuantileBalance),
         )
