@@ -44,12 +44,13 @@ def values(space: Space, candidate: Candidate) -> dict[str, float]:
 def ask(space: Space, trials: OptunaTrials) -> Candidate:
     """Ask for a trial and draw its architecture, as the driver does."""
     trial = trials.ask(0)
-    return Candidate.from_draw(trial, trials.draw(trial), space)
+    candidate = Candidate.from_draw(trial, trials.draw(trial), space)
+    trials.set_constraints(candidate.trial, candidate.violations)
+    return candidate
 
 
 def tell(space: Space, trials: OptunaTrials, candidate: Candidate) -> None:
     """Finish a trial with made-up values."""
-    trials.set_constraints(candidate.trial, candidate.violations)
     evaluation = Evaluation(space.name, candidate.number, 1, "infeasible", candidate.fingerprint)
     if candidate.broken:
         evaluation = dataclasses.replace(evaluation, violations=candidate.broken)

@@ -1,13 +1,17 @@
 """Find the best learning rates of small models of many shapes, and what the rule loses to them.
 
-    python benchmarks/learning_rate.py            # runs what is missing, prints the tables
-    python benchmarks/learning_rate.py --table    # prints the tables of the runs that are there
+    python benchmarks/learning_rate.py [--seeds 3]   # runs what is missing, prints the tables
+    python benchmarks/learning_rate.py --table       # prints the tables of the runs that are there
 
-Each cell is an architecture. The rate is a grid of factors of 2 around the rule's; a cell is done
-once its best rate has a worse one on either side. Regret is the loss at the rule's rate minus the
-best loss of all rates. `one rate` moves all weights at the same rate, the common way; `rule` moves
-the embedding at d_model / 64 times the rate of all other weights, as moenas does. At width 64
-both are the same. Runs are kept in `results/learning_rate.json`.
+Each cell is an architecture with a batch and a number of steps. The rates are a grid of factors of
+sqrt(2) around the rule's; it grows until the best rate has a worse one on either side. Regret is
+the loss at the rule's rate minus the loss at the best rate of the grid, as a mean over the seeds.
+The best of several noisy means is too good by chance, so the regret is rather too large. The noise
+is the standard error of the regret over the seeds.
+
+`one rate` moves all weights at the same rate, the common way; `rule` moves the embedding at
+d_model / 64 times the rate of all other weights, as moenas does. At width 64 both are the same.
+Runs are kept in `results/learning_rate.json`.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,13 +37,36 @@ from moenas.records import Plain
 from moenas.space.sections import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "learning_rate.json"
-STEPS, BATCH, CONTEXT, SEED = 200, 8, 128, 0
-RECIPE = Recipe(
-    tokens=STEPS * BATCH * CONTEXT, context=CONTEXT, batch=BATCH, val_tokens=32768, dtype="float32"
-)
+CONTEXT = 128
+HALVES = range(-2, 3)
+"""Exponents of sqrt(2) of the rates that every cell is trained at, relative to the rule's."""
+ENOUGH = 0.01
+"""Regret in nats below which a rate counts as the best one."""
 
 
-def architecture(d_model: int, n_layers: int, ffn: Plain) -> Architecture:
+@dataclass(frozen=True)
+class Cell:
+    """An architecture and how it is trained."""
+
+    architecture: Architecture
+    batch: int = 8
+    steps: int = 200
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe at the rule's rate."""
+        tokens = self.steps * self.batch * CONTEXT
+        return Recipe(
+            tokens=tokens, context=CONTEXT, batch=self.batch, val_tokens=32768, dtype="float32"
+        )
+
+    @property
+    def rule(self) -> float:
+        """The rate of the rule."""
+        return learning_rate(self.architecture, self.recipe)
+
+
+def model(d_model: int, n_layers: int, ffn: Plain) -> Architecture:
     """Return a byte model with heads of 32."""
     block = {"repeat": n_layers, "mixer": {"kind": "attention", "head_dim": 32}, "ffn": ffn}
     return Architecture.parse({"vocab_size": 256, "d_model": d_model, "blocks": [block]})
@@ -55,121 +83,209 @@ def moe(n_experts: int, top_k: int, d_expert: int) -> Plain:
     return {"kind": "moe", "n_experts": n_experts, "d_expert": d_expert, "router": router}
 
 
+MIXTURE = moe(8, 2, 64)
+BASE = "d64 moe 8e top2"
 CELLS = {
-    "d64 dense": architecture(64, 3, dense(128)),
-    "d128 dense": architecture(128, 3, dense(256)),
-    "d64 moe 8e top2": architecture(64, 3, moe(8, 2, 64)),
-    "d128 moe 8e top2": architecture(128, 3, moe(8, 2, 128)),
-    "d256 moe 8e top2": architecture(256, 3, moe(8, 2, 256)),
-    "d96 moe 16e top4 fine": architecture(96, 3, moe(16, 4, 48)),
+    BASE: Cell(model(64, 3, MIXTURE)),
+    "steps 50": Cell(model(64, 3, MIXTURE), steps=50),
+    "steps 600": Cell(model(64, 3, MIXTURE), steps=600),
+    "batch 2": Cell(model(64, 3, MIXTURE), batch=2, steps=800),
+    "batch 32": Cell(model(64, 3, MIXTURE), batch=32, steps=50),
+    "layers 1": Cell(model(64, 1, MIXTURE)),
+    "layers 8": Cell(model(64, 8, MIXTURE)),
+    "experts 2": Cell(model(64, 3, moe(2, 2, 64))),
+    "experts 32": Cell(model(64, 3, moe(32, 2, 64))),
+    "top1": Cell(model(64, 3, moe(8, 1, 64))),
+    "top4": Cell(model(64, 3, moe(8, 4, 64))),
+    "d64 dense": Cell(model(64, 3, dense(128))),
+    "d128 moe 8e top2": Cell(model(128, 3, moe(8, 2, 128))),
+    "d128 dense": Cell(model(128, 3, dense(256))),
+    "d96 moe 16e top4 fine": Cell(model(96, 3, moe(16, 4, 48))),
+    "d256 moe 8e top2": Cell(model(256, 3, moe(8, 2, 256))),
 }
-SWEEPS = [
-    *(("rule", cell) for cell in CELLS),
-    *(("one rate", cell) for cell in CELLS if not cell.startswith("d96")),
-]
-LADDERS = [
-    ["d64 dense", "d128 dense"],
-    ["d64 moe 8e top2", "d128 moe 8e top2", "d256 moe 8e top2"],
-]
+"""Name -> cell. A short name says what differs from the first cell."""
+REPEATED = [name for name in CELLS if name != "d256 moe 8e top2"]
+"""Cells that are trained with every seed; a run of the widest one takes minutes."""
+ONE_RATE = ["d64 dense", "d128 dense", BASE, "d128 moe 8e top2", "d256 moe 8e top2"]
+"""Cells that are also trained at one rate for all weights, with the first seed and factors of 2."""
+LADDERS = [["d64 dense", "d128 dense"], [BASE, "d128 moe 8e top2", "d256 moe 8e top2"]]
 """Cells in order of width: each should be better than the one before."""
 
 
 class Runs:
-    """Runs that are there, by way, cell and rate."""
+    """Runs that are there, by way, cell, rate and seed."""
 
     def __init__(self, corpus: Corpus | None) -> None:
         self.corpus = corpus
         self.rows: list[Plain] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
-    def loss(self, way: str, cell: str, lr: float) -> float:
-        """Return the validation loss of a run, made now if it is missing; inf if it diverged."""
-        either = CELLS[cell].d_model == BASE_WIDTH
-        for row in self.rows:
-            same = row["cell"] == cell and math.isclose(row["lr"], lr, rel_tol=1e-6)
-            if same and (either or row["way"] == way):
-                return math.inf if row["loss"] is None else float(row["loss"])
-        if self.corpus is None:
-            raise SystemExit(f"no run of {cell} at {lr:g} yet; run this without --table")
-        return self.make(self.corpus, way, cell, lr)
+    def loss(self, way: str, name: str, lr: float, seed: int) -> float | None:
+        """Return the validation loss of a run, made now if it is missing; inf if it diverged.
 
-    def make(self, corpus: Corpus, way: str, cell: str, lr: float) -> float:
+        None is that of a missing run where nothing is to be trained.
+        """
+        either = CELLS[name].architecture.d_model == BASE_WIDTH
+        for row in self.rows:
+            same = (row["cell"], row["seed"]) == (name, seed)
+            if same and math.isclose(row["lr"], lr, rel_tol=1e-6) and (either or row["way"] == way):
+                return math.inf if row["loss"] is None else float(row["loss"])
+        return None if self.corpus is None else self.make(self.corpus, way, name, lr, seed)
+
+    def make(self, corpus: Corpus, way: str, name: str, lr: float, seed: int) -> float:
         """Train one model and keep its result."""
-        recipe = replace(RECIPE, lr=lr)
+        cell = CELLS[name]
+        recipe = replace(cell.recipe, lr=lr)
         began = time.process_time()
-        model = CELLS[cell].build(seed=SEED)
+        built = cell.architecture.build(seed=seed)
         if way == "one rate":
-            model.d_model = BASE_WIDTH  # the width at which the rule is one rate
+            built.d_model = BASE_WIDTH  # the width at which the rule is one rate
         try:
-            for _ in train(model, corpus, recipe, SEED):
+            for _ in train(built, corpus, recipe, seed):
                 pass
-            loss = validate(model, corpus, recipe).loss
+            loss = validate(built, corpus, recipe).loss
         except DivergedError:
             loss = math.inf
         seconds = round(time.process_time() - began, 1)
-        row = {"way": way, "cell": cell, "lr": lr}
+        row = {"way": way, "cell": name, "lr": lr}
         outcome = {"loss": None if math.isinf(loss) else round(loss, 4), "cpu_seconds": seconds}
-        setting = {"tokens": recipe.tokens, "batch": BATCH, "context": CONTEXT, "seed": SEED}
+        setting = {"tokens": recipe.tokens, "batch": cell.batch, "context": CONTEXT, "seed": seed}
         versions = {"torch": torch.__version__, "data": corpus.sha256[:16]}
         self.rows.append({**row, **outcome, **setting, **versions})
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, self.rows)) + "\n]\n")
-        print(f"{way:8} {cell:24} lr {lr:.5f} loss {loss:.4f} {seconds:.0f} s", file=sys.stderr)
+        text = f"{way:8} {name:24} seed {seed} lr {lr:.5f} loss {loss:.4f} {seconds:.0f} s"
+        print(text, file=sys.stderr, flush=True)
         return loss
 
-    def best(self, way: str, cell: str) -> tuple[float, float]:
-        """Return the best rate and its loss; neighbours on both sides in the grid are worse.
+    def row(self, name: str, seeds: list[int]) -> Regret | None:
+        """Return the regret of the rule for a cell; None if a run is missing."""
+        rule = CELLS[name].rule
+        losses: dict[int, list[float]] = {}
+        exponents = list(HALVES)
+        while exponents:
+            for exponent in exponents:
+                rate = rule * math.sqrt(2.0) ** exponent
+                each = [self.loss("rule", name, rate, seed) for seed in seeds]
+                if None in each:
+                    return None
+                losses[exponent] = [loss for loss in each if loss is not None]
+            best = min(losses, key=lambda e: statistics.fmean(losses[e]))
+            exponents = [e for e in (best - 1, best + 1) if e not in losses]
+        differences = [a - b for a, b in zip(losses[0], losses[best], strict=True)]
+        spread = statistics.stdev(differences) if len(seeds) > 1 and best else 0.0
+        return Regret(
+            rule * math.sqrt(2.0) ** best,
+            statistics.fmean(losses[best]),
+            statistics.fmean(losses[0]),
+            spread / math.sqrt(len(seeds)),
+        )
+
+    def best_at_one_rate(self, name: str) -> tuple[float, float] | None:
+        """Return the best rate for all weights of a cell, on a grid of factors of 2, and its loss.
 
         Runs between the points of the grid count too, where there are any.
         """
-        start = rule(cell)
         at = 0
         while True:
-            losses = {i: self.loss(way, cell, start * 2.0**i) for i in (at, at - 1, at + 1)}
-            best = min(losses, key=lambda i: losses[i])
+            losses = {
+                i: self.loss("one rate", name, CELLS[name].rule * 2.0**i, 0)
+                for i in (at, at - 1, at + 1)
+            }
+            there = {i: loss for i, loss in losses.items() if loss is not None}
+            if len(there) < len(losses):
+                return None
+            best = min(there, key=lambda i: there[i])
             if best == at:
                 break
             at = best
-        either = CELLS[cell].d_model == BASE_WIDTH
-        mine = [r for r in self.rows if r["cell"] == cell and (either or r["way"] == way)]
+        either = CELLS[name].architecture.d_model == BASE_WIDTH
+        mine = [
+            row
+            for row in self.rows
+            if (row["cell"], row["seed"]) == (name, 0) and (either or row["way"] == "one rate")
+        ]
         row = min((r for r in mine if r["loss"] is not None), key=lambda r: float(r["loss"]))
         return float(row["lr"]), float(row["loss"])
 
 
-def rule(cell: str) -> float:
-    """Return the rate of the rule."""
-    return learning_rate(CELLS[cell], RECIPE)
+@dataclass(frozen=True)
+class Regret:
+    """What the rule loses to the best rate of the grid."""
+
+    best_rate: float
+    best_loss: float
+    rule_loss: float
+    noise: float
+    """Standard error of the regret over the seeds; 0 with one seed, or if the rule is the best."""
+
+    @property
+    def nats(self) -> float:
+        """The regret."""
+        return self.rule_loss - self.best_loss
+
+
+def print_rule(runs: Runs, seeds: list[int]) -> None:
+    """Print the regret of the rule in each cell whose runs are there."""
+    print(f"Seeds: {len(seeds)}.\n")
+    print(
+        "| cell | active params | steps x batch | best rate | loss | rule's rate | loss | regret |"
+    )
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    regrets = []
+    for name in REPEATED:
+        cell, row = CELLS[name], runs.row(name, seeds)
+        if row is None:
+            continue
+        regrets.append(row.nats)
+        active = cell.architecture.cost(CONTEXT).active_params
+        print(
+            f"| {name} | {active:,} | {cell.steps} x {cell.batch} | {row.best_rate:.4f}"
+            f" | {row.best_loss:.3f} | {cell.rule:.4f} | {row.rule_loss:.3f}"
+            f" | {row.nats:+.3f} +- {row.noise:.3f} |"
+        )
+    if regrets:
+        within = sum(regret <= ENOUGH for regret in regrets)
+        print(
+            f"\nRegret of the rule: mean {statistics.fmean(regrets):.3f}, worst {max(regrets):.3f};"
+            f" at most {ENOUGH} in {within} of {len(regrets)} cells."
+        )
+
+
+def print_one_rate(runs: Runs) -> None:
+    """Print what one rate for all weights costs, with the first seed."""
+    print("\n| cell | best rate for all weights | loss | the rule's rate and factor |")
+    print("|---|--:|--:|--:|")
+    for name in ONE_RATE:
+        best, ours = runs.best_at_one_rate(name), runs.loss("rule", name, CELLS[name].rule, 0)
+        if best is not None and ours is not None:
+            print(f"| {name} | {best[0]:.4f} | {best[1]:.3f} | {ours:.3f} |")
+    for ladder in LADDERS:
+        losses = [runs.loss("rule", name, CELLS[name].rule, 0) for name in ladder]
+        known = [loss for loss in losses if loss is not None]
+        if len(known) == len(losses):
+            word = "in order" if known == sorted(known, reverse=True) else "OUT OF ORDER"
+            steps = ", ".join(f"{c} {x:.3f}" for c, x in zip(ladder, known, strict=True))
+            print(f"\nUnder the rule: {steps}: {word}.")
+    pair = [runs.loss("one rate", name, 0.004, 0) for name in LADDERS[1][:2]]
+    if None not in pair:
+        steps = ", ".join(f"{c} {x:.3f}" for c, x in zip(LADDERS[1], pair, strict=False))
+        print(f"At one rate of 0.004 for all: {steps}.")
 
 
 def main() -> None:
-    """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run what is missing, a seed at a time, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(None if args.table else load({"kind": "stdlib"}))
-    best_rates = {sweep: runs.best(*sweep) for sweep in SWEEPS}
-    print("| way | cell | active params | best rate | loss | rule's rate | loss | regret |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|")
-    regrets = []
-    for (way, cell), (lr, best) in best_rates.items():
-        there = runs.loss(way, cell, rule(cell))
-        active = CELLS[cell].cost(CONTEXT).active_params
-        print(
-            f"| {way} | {cell} | {active:,} | {lr:.4f} | {best:.3f}"
-            f" | {rule(cell):.4f} | {there:.3f} | {there - best:+.3f} |"
-        )
-        regrets += [there - best] if way == "rule" else []
-    print(
-        f"\nRegret of the rule: mean {sum(regrets) / len(regrets):.3f}, worst {max(regrets):.3f}."
-    )
-    for ladder in LADDERS:
-        losses = [runs.loss("rule", cell, rule(cell)) for cell in ladder]
-        word = "in order" if losses == sorted(losses, reverse=True) else "OUT OF ORDER"
-        steps = ", ".join(f"{c} {x:.3f}" for c, x in zip(ladder, losses, strict=True))
-        print(f"Under the rule: {steps}: {word}.")
-    losses = [runs.loss("one rate", cell, 0.004) for cell in LADDERS[1][:2]]
-    steps = ", ".join(f"{c} {x:.3f}" for c, x in zip(LADDERS[1], losses, strict=False))
-    print(f"At one rate of 0.004 for all: {steps}.")
+    if not args.table:
+        for seeds in range(1, args.seeds + 1):
+            for name in REPEATED:
+                runs.row(name, list(range(seeds)))
+    print_rule(runs, list(range(args.seeds)))
+    print_one_rate(runs)
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def main() -> None:
             write_files(recipe, Path(folder))
             for command, lines in commands(recipe):
                 former = "\n".join([f"$ {command}", *lines])
-                found = printed(command, Path(folder))
-                new = new.replace(f"{former}\n", "\n".join([f"$ {command}", *found, ""]), 1)
+                output = printed(command, Path(folder))
+                new = new.replace(f"{former}\n", "\n".join([f"$ {command}", *output, ""]), 1)
         text = text.replace(recipe, new)
     PAGE.write_text(text, encoding="utf-8")
 

@@ -96,7 +96,10 @@ def recorded(job: Job) -> tuple[Evaluation, float]:
 
 
 class ClockedPool(ReplayPool):
-    """A replay whose clock also runs while the driver computes."""
+    """A replay whose clock also runs while the driver computes.
+
+    Making up an evaluation is the work of a worker, so the clock stands still meanwhile.
+    """
 
     def __init__(self, workers: int) -> None:
         super().__init__(recorded, workers)
@@ -119,6 +122,7 @@ class ClockedPool(ReplayPool):
                 max(end for end, number, _ in self._running if number == self._submitted - 1),
             )
         )
+        self._computed = time.process_time()
 
     def wait(self, timeout: float) -> list[Any]:
         """Return the job that ends next; it waits where the driver is late."""

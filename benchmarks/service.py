@@ -250,24 +250,24 @@ def quantiles(times: list[float]) -> dict[str, float]:
     return {"n": len(times), "p50": cuts[9], "p95": cuts[18]}
 
 
-def text(found: Plain) -> str:
+def text(plain: Plain) -> str:
     """Lay the results out as Markdown."""
     names = {"steady": "reads, events at a steady pace", "burst": "reads, events in a burst"}
-    memory = found["memory_mib"]
+    memory = plain["memory_mib"]
     lines = [
-        f"{found['studies']} studies, {found['watchers']} watchers, {found['events']:,} events,"
-        f" {found['delivered']:,} delivered: {found['lost']} lost, {found['doubled']} doubled.",
+        f"{plain['studies']} studies, {plain['watchers']} watchers, {plain['events']:,} events,"
+        f" {plain['delivered']:,} delivered: {plain['lost']} lost, {plain['doubled']} doubled.",
         f"Memory of the server: {memory['before']:.0f} MiB, then {memory['after']:.0f} MiB. The"
-        f" database took {found['burst_per_s']:.0f} events a second in the burst.",
-        f"Load average of the machine: {found['load_before']:.1f} before,"
-        f" {found['load_after']:.1f} after, on {found['cores']} cores.",
+        f" database took {plain['burst_per_s']:.0f} events a second in the burst.",
+        f"Load average of the machine: {plain['load_before']:.1f} before,"
+        f" {plain['load_after']:.1f} after, on {plain['cores']} cores.",
         "",
         "| | n | median, ms | 95th percentile, ms |",
         "| --- | --: | --: | --: |",
     ]
-    rows = {"submissions": found["submit_ms"]}
-    rows |= {names[part]: found["reads"][part] for part in names if part in found["reads"]}
-    rows["from an event to its watcher"] = found["delay_ms"]
+    rows = {"submissions": plain["submit_ms"]}
+    rows |= {names[part]: plain["reads"][part] for part in names if part in plain["reads"]}
+    rows["from an event to its watcher"] = plain["delay_ms"]
     for name, row in rows.items():
         lines.append(f"| {name} | {row['n']:,} | {row['p50']:.0f} | {row['p95']:.0f} |")
     return "\n".join(lines)
@@ -286,13 +286,13 @@ def main() -> None:
         size = {"studies": 4, "watchers": 8, "steady_s": 10.0}
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder), **size)
-    found |= {"load_before": load, "load_after": os.getloadavg()[0], "cores": os.cpu_count()}
+        figures = measured(Path(folder), **size)
+    figures |= {"load_before": load, "load_after": os.getloadavg()[0], "cores": os.cpu_count()}
     if not given.quick:
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(text(found))
-    if found["lost"] or found["doubled"] or "failed" in found["states"]:
-        raise SystemExit(f"events were lost or doubled, or studies failed: {found['states']}")
+        RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(text(figures))
+    if figures["lost"] or figures["doubled"] or "failed" in figures["states"]:
+        raise SystemExit(f"events were lost or doubled, or studies failed: {figures['states']}")
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ def write(folder: Path, tokens: int, shards: int) -> None:
 
 def seconds(call: Callable[[int], object], times: int) -> float:
     """Return the median time of a call that is given its number."""
-    found = []
+    durations = []
     for i in range(times):
         began = time.perf_counter()
         call(i)
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        durations.append(time.perf_counter() - began)
+    return statistics.median(durations)
 
 
 def step_seconds(architecture: Architecture, corpus: Corpus, recipe: Recipe) -> float:
@@ -66,7 +66,7 @@ def main() -> None:
     given = parser.parse_args()
     given.tokens /= 10 if given.quick else 1
     space = Space.load("tiny")
-    drawn = [found for found in space.feasible(50) if not isinstance(found, str)]
+    drawn = [a for a in space.feasible(50) if not isinstance(a, str)]
     median = sorted(drawn, key=lambda a: space.cost(a).flops_per_token)[len(drawn) // 2]
     tokens = given.steps * space.train.batch * space.train.context
     recipe = replace(space.train, tokens=tokens, lr=1e-3)

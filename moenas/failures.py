@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 
 from moenas.errors import FAILURE_KINDS, CandidateError, InputError, MachineError
+from moenas.passwords import hide
 from moenas.records import Failure
 
 MESSAGE = 4096
@@ -56,7 +57,9 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def clean(text: str, limit: int) -> str:
-    """Return a text without escapes and control characters, its middle cut out if it is long."""
+    """Return a text without passwords, escapes and control characters; a long one is cut in its
+    middle."""
+    text = hide(text)
     if len(text) > 4 * limit:
         text = text[: 2 * limit] + text[-2 * limit :]
     text = text.replace("\r\n", "\n").encode("utf-8", "replace").decode()

@@ -60,7 +60,7 @@ def make(prefix: str, longest: int) -> Path:
                 "machine": machine(),
                 "host": os.uname().nodename,
                 "pid": os.getpid(),
-                "born": process_start(os.getpid()),
+                "process_start": process_start(os.getpid()),
             }
             (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         except OSError as error:
@@ -91,7 +91,7 @@ def _is_left(folder: Path) -> bool:
     owner = json.loads(file.read_text(encoding="utf-8")[:4096])
     here = machine()
     if here and owner["machine"] == here:
-        return bool(process_start(int(owner["pid"])) != owner["born"])
+        return bool(process_start(int(owner["pid"])) != owner["process_start"])
     # Another process namespace of this boot cannot be judged from here; an earlier boot can.
     boot = here.partition("/")[0]
     earlier = bool(boot) and not str(owner["machine"]).startswith(boot)

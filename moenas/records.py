@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypedDict
 
-from moenas.errors import FAILURE_KINDS, FailureKind
+from moenas.errors import FAILURE_KINDS, FailureKind, InputError
 
 Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
@@ -166,6 +168,8 @@ class Job(_Record):
     """The evaluation that the job paused with, if it continues from a checkpoint."""
     checkpoint: bytes | None = field(default=None, repr=False)
     """The checkpoint of that pause as safetensors."""
+    train_tokens: int | None = None
+    """Training tokens under a budget of seconds, if a former run of the trial has fixed them."""
     keeps_weights: bool = True
     """Whether the trained weights come back with the evaluation."""
     data_at: Plain | None = None
@@ -327,6 +331,72 @@ class RungResult(_Record):
 
 
 @dataclass(frozen=True)
+class Calibration(_Record):
+    """A predictor of one latency on one device, fitted to measured models of a space."""
+
+    objective: str
+    """decode_ms or prefill_ms."""
+    unit: str
+    workload: str
+    """Device, phase, batch, context, dtype, threads, versions of torch and of the reference: the
+    key of the reference time. It holds for no other workload."""
+    settings: Plain
+    """{phase, batch, context, dtype, threads}"""
+    space: str
+    """Name of the space whose models were measured."""
+    parts_sha256: str
+    """Digest of the architecture with its holes, and of the files of components."""
+    device: Plain
+    """{key, kind, name, threads, dtype, host}"""
+    versions: dict[str, str]
+    reference_ms: float
+    """Median time of the reference model meanwhile. Predictions are ratios to it."""
+    coefficients: dict[str, float]
+    """Term of a model -> its ratio to the reference; see `predict.block_latency`."""
+    highest: dict[str, float]
+    """Term -> its largest amount in the models of the fit."""
+    log_error: float
+    """Half-width of the interval of a prediction, in logarithms of the ratio."""
+    coverage: float
+    """Probability with which the interval contains the latency of a further random model."""
+    fitted: dict[str, int]
+    """{models, blocks}: measurements of the fit, whole models and models of one block."""
+    held_out: list[Plain]
+    """Models outside the fit, in the order of their measurement: fingerprint, predicted, measured
+    and spread, as ratios, and `role`: `interval` sets `log_error`, `test` has no part in it."""
+    made_at: str
+    seconds: float
+    """Wall time of the measurements and the fit."""
+
+    @property
+    def factor(self) -> float:
+        """An interval reaches from a prediction over this factor to the prediction times it."""
+        return math.exp(self.log_error)
+
+    def interval(self, value: float) -> tuple[float, float]:
+        """Return the interval of a prediction."""
+        return value / self.factor, value * self.factor
+
+    @property
+    def tested(self) -> list[Plain]:
+        """The models that neither the fit nor the interval has used."""
+        return [row for row in self.held_out if row["role"] == "test"]
+
+    @property
+    def median_error(self) -> float:
+        """Median relative error of the predictions over the tested models."""
+        return statistics.median(
+            float(abs(row["predicted"] / row["measured"] - 1)) for row in self.tested
+        )
+
+    @property
+    def covered(self) -> int:
+        """How many tested models have their measured latency inside the interval."""
+        errors = [abs(math.log(row["predicted"] / row["measured"])) for row in self.tested]
+        return sum(error <= self.log_error for error in errors)
+
+
+@dataclass(frozen=True)
 class ObjectiveInfo(_Record):
     """What a stored value means."""
 
@@ -361,6 +431,20 @@ class StudyRecord(_Record):
     reference_point: dict[str, float] = field(default_factory=dict)
     """Objective -> the corner that the hypervolume is measured from; {} before a first front."""
     created_at: str = ""
+
+    def setting(self, section: str, field: str) -> Any:
+        """Return a field of a section of the stored space, such as the context of `train`.
+
+        Raises:
+            InputError: if the stored space lacks it.
+        """
+        fields = self.space.get(section, {})
+        if field not in fields:
+            raise InputError(
+                f"study '{self.name}': its row in the database lacks `{section}.{field}`; a study"
+                " that `moenas run` began has it"
+            )
+        return fields[field]
 
     @property
     def directions(self) -> dict[str, str]:

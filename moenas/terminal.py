@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moenas.errors import MoenasError
+from moenas.passwords import hide
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Characters that move a cursor, change colours or the order of reading: not tab and newline."""
@@ -38,10 +39,10 @@ def prepare() -> None:
 
 
 def say(text: str = "") -> None:
-    """Write one line of talk to stderr; that it is closed is no reason to stop."""
+    """Write one line of talk to stderr, without passwords; a closed stderr is no reason to stop."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(plain(text), file=sys.stderr, flush=True)
+            print(plain(hide(text)), file=sys.stderr, flush=True)
 
 
 def columns() -> int | None:

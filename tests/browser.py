@@ -77,12 +77,12 @@ class Browser:
                 return answer["result"]
 
     def _message(self) -> Any:
-        found = bytearray()
-        while not found.endswith(b"\0"):
+        buffer = bytearray()
+        while not buffer.endswith(b"\0"):
             byte = self._read.read(1)
             assert byte, "Chromium went away"
-            found += byte
-        return json.loads(found[:-1])
+            buffer += byte
+        return json.loads(buffer[:-1])
 
     def open(self, url: str, *, dark: bool = False, size: tuple[int, int] = (1400, 4400)) -> None:
         """Load a page in a window of this size, in the light or the dark scheme."""

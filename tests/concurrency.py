@@ -23,12 +23,12 @@ def together(work, url, processes, *arguments):
     ]
     for process in running:
         process.start()
-    found = dict(queue.get(timeout=120) for _ in running)
+    outcomes = dict(queue.get(timeout=120) for _ in running)
     for process in running:
         process.join()
-    wrong = [result for result in found.values() if isinstance(result, RuntimeError)]
+    wrong = [result for result in outcomes.values() if isinstance(result, RuntimeError)]
     assert wrong == []
-    return [found[index] for index in range(processes)]
+    return [outcomes[index] for index in range(processes)]
 
 
 def _run(queue, work, url, barrier, index, *arguments):

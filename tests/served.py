@@ -96,25 +96,25 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
 @contextlib.contextmanager
 def listening(service: ServiceState, port: int = 0) -> Iterator[str]:
     """Let a real server of this process listen; yield its address."""
-    found = socket.socket()
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    found.bind(("127.0.0.1", port))
-    found.listen(64)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen(64)
     config = uvicorn.Config(
         server.create_app(service), log_level="error", timeout_graceful_shutdown=1
     )
     running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [found]})
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         while not running.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{found.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         running.should_exit = True
         thread.join()
-        found.close()
+        listener.close()
 
 
 @contextlib.contextmanager

@@ -115,21 +115,21 @@ def counts(row: Evaluation) -> bool:
     return bool(row.values) or row.status == "stopped"
 
 
-def assert_sound(found: Study, total: int) -> None:
+def assert_sound(study: Study, total: int) -> None:
     """Our rows and Optuna's agree, and exactly `total` candidates were evaluated."""
-    told = found.optuna.get_trials()
-    rows = {e.trial: e for e in found.store.evaluations(found.name)}
+    told = study.optuna.get_trials()
+    rows = {e.trial: e for e in study.store.evaluations(study.name)}
     assert [t.number for t in told] == sorted(rows) == list(range(len(rows)))
     states = {"complete": "COMPLETE", "failed": "FAIL", "infeasible": "PRUNED"}
     states["stopped"] = "PRUNED"
     assert [t.state.name for t in told] == [states[rows[t.number].status] for t in told]
-    names = list(found.record.directions)
+    names = list(study.record.directions)
     for trial in told:
         values = [rows[trial.number].values[n] for n in names] if trial.values else None
         assert trial.values == values
-    assert sum(map(counts, rows.values())) == attempts.evaluated(found.store, found.name) == total
-    assert found.record.trials == total
+    assert sum(map(counts, rows.values())) == attempts.evaluated(study.store, study.name) == total
+    assert study.record.trials == total
 
 
-def params(found: Study) -> list[Any]:
-    return [t.params for t in found.optuna.get_trials()]
+def params(study: Study) -> list[Any]:
+    return [t.params for t in study.optuna.get_trials()]

@@ -249,11 +249,11 @@ def test_the_hypervolume_ends_at_a_hundred_per_cent_and_shows_who_joined():
 def test_a_member_s_curve_ends_at_its_validation_loss():
     view = made_up_views.view(8, 2)
     figure = drawn("curves", view)
-    found = {e.trial: e for e in view.evaluations}
+    evaluations = {e.trial: e for e in view.evaluations}
     ends = [trace for trace in figure.data if trace.mode == "markers"]
     assert len(ends) == min(len(view.front), len(figures.COLOURS))
     for end in ends:
-        evaluation = found[int(end.legendgroup.split()[1])]
+        evaluation = evaluations[int(end.legendgroup.split()[1])]
         assert end.y[0] == pytest.approx(evaluation.metrics["val_loss"], rel=1e-4)
         assert end.x[0] == evaluation.curve[-1]["tokens"]
 
@@ -304,8 +304,8 @@ def test_each_member_with_experts_has_a_map_under_its_number():
     view = made_up_views.view(20, 2)
     figure = drawn("load", view)
     titles = [note.text for note in figure.layout.annotations]
-    found = {e.trial: e for e in view.evaluations}
-    assert titles == [f"trial {t}" for t in view.front if found[t].routing]
+    evaluations = {e.trial: e for e in view.evaluations}
+    assert titles == [f"trial {t}" for t in view.front if evaluations[t].routing]
     assert "no MoE" in drawn("load", without_moe(view)).layout.annotations[0].text
 
 
@@ -377,8 +377,8 @@ def test_each_shown_member_with_experts_has_a_map(name):
     view = made_up_views.view(20, 2)
     module = load_module(shipped("dashboards") / f"{name}.py")
     titles = [note.text for note in module.figure(view).layout.annotations]
-    found = {e.trial: e for e in view.evaluations}
-    routed_ = [t for t in view.front if found[t].routing]
+    evaluations = {e.trial: e for e in view.evaluations}
+    routed_ = [t for t in view.front if evaluations[t].routing]
     assert titles == [f"trial {t}" for t in figures.thin(routed_, module.SHOWN)]
     none = replace(
         without_moe(view), evaluations=[replace(e, routing=[], curve=[]) for e in view.evaluations]

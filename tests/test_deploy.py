@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +51,8 @@ def pod(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def ray_cluster() -> dict[str, Any]:
-    (found,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayCluster"]
-    return found
+    (clusters,) = [manifest for manifest in MANIFESTS if manifest["kind"] == "RayCluster"]
+    return clusters
 
 
 def test_the_manifests_are_those_of_kubernetes() -> None:
@@ -64,6 +66,44 @@ def test_the_manifests_are_those_of_kubernetes() -> None:
     assert {manifest["kind"] for manifest in plain} == {"Deployment", "Service"}
     for manifest in [*plain, *(pod(group["template"]) for group in groups)]:
         validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def kubernetes_commands() -> str:
+    """The shell commands of the section on Kubernetes."""
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    section = text.partition("\n## Kubernetes\n")[2].partition("\n## ")[0]
+    return "".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL))
+
+
+def test_the_pod_of_the_first_token_is_one_of_kubernetes() -> None:
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="no kubernetes-validate: `pip install 'moenas[test]'`"
+    )
+    words = shlex.split(kubernetes_commands().partition("kubectl run ")[2])
+    (overrides,) = (word for word in words if word.startswith("--overrides="))
+    given = json.loads(overrides.removeprefix("--overrides="))
+    validate.validate(pod(given), KUBERNETES, strict=True)
+    (container,) = given["spec"]["containers"]
+    assert words[0] == container["name"] == "moenas-token"
+    assert words[1] == f"--image={container['image']}"
+    program, *command = container["command"]
+    assert program == "moenas"
+    assert set(re.findall(r"--[a-z-]+", " ".join(command))) <= options("moenas", *command[:2])
+    (server,) = (m["spec"]["template"] for m in MANIFESTS if m["kind"] == "Deployment")
+    served = server["spec"]["containers"][0]["env"]
+    assert all(entry in served for entry in container["env"]), "it asks the database of the server"
+
+
+def test_the_pushed_image_takes_the_place_of_each_image() -> None:
+    commands = kubernetes_commands()
+    (pushed,) = re.findall(r"^docker push (\S+)$", commands, re.MULTILINE)
+    assert f"docker build -f deploy/Dockerfile -t {pushed} ." in commands
+    (script,) = re.findall(r'^sed -i "(.*)" deploy/kuberay\.yaml$', commands, re.MULTILINE)
+    done = subprocess.run(
+        ["sed", script, DEPLOY / "kuberay.yaml"], capture_output=True, text=True, check=True
+    )
+    images = re.findall(r"image: (.*)$", done.stdout, re.MULTILINE)
+    assert images == [pushed] * 3
 
 
 def test_a_wrong_manifest_is_refused() -> None:

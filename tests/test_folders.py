@@ -58,7 +58,13 @@ def test_what_the_dead_left_is_removed_and_nothing_else(places: list[Path]) -> N
     for name in ("a", "1x-a", "99999999999999999999-a", "abcdefgh", "ABCDEFGH"):
         kept.append(places[0] / (PREFIX + name))
         kept[-1].mkdir(mode=0o700)
-    for owner in ("", "[]", "{}", "not JSON", '{"machine": 5, "pid": "x", "born": 1, "host": 2}'):
+    for owner in (
+        "",
+        "[]",
+        "{}",
+        "not JSON",
+        '{"machine": 5, "pid": "x", "process_start": 1, "host": 2}',
+    ):
         kept.append(Path(tempfile.mkdtemp(prefix=PREFIX, dir=places[1])))
         (kept[-1] / OWNER).write_text(owner)
     link = places[2] / (PREFIX + "linkname")

@@ -38,9 +38,9 @@ def zipped() -> bytes:
     ],
 )
 def test_a_wrapping_is_named(head: bytes, what: str) -> None:
-    found = container(head[:16])
-    assert found is not None
-    assert what in found
+    kind = container(head[:16])
+    assert kind is not None
+    assert what in kind
 
 
 def test_text_and_tokens_are_plain() -> None:

@@ -28,22 +28,22 @@ def measure(subject):
 def test_a_former_name_gives_the_present_module(former: str, present: str) -> None:
     name = next(n for n in vars(importlib.import_module(present)) if not n.startswith("_"))
     with pytest.warns(DeprecationWarning, match=f"from {present} import {name}"):
-        found = getattr(importlib.import_module(former), name)
-    assert found is getattr(importlib.import_module(present), name)
+        module = getattr(importlib.import_module(former), name)
+    assert module is getattr(importlib.import_module(present), name)
 
 
 @pytest.mark.parametrize(("former", "present"), RENAMED.items())
 def test_a_class_is_found_by_its_former_name(former: str, present: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"import {present}"):
-        found = getattr(importlib.import_module("moenas.parts"), former)
-    assert found is getattr(importlib.import_module("moenas.model"), present)
+        cls = getattr(importlib.import_module("moenas.parts"), former)
+    assert cls is getattr(importlib.import_module("moenas.model"), present)
 
 
 @pytest.mark.parametrize(("former", "present"), [("Picked", "SelectedSlots"), ("Lent", "SharedKV")])
 def test_a_stored_component_imports_a_class_by_its_former_name(former: str, present: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"import {present}"):
-        found = getattr(importlib.import_module("moenas.model"), former)
-    assert found is getattr(importlib.import_module("moenas.model"), present)
+        cls = getattr(importlib.import_module("moenas.model"), former)
+    assert cls is getattr(importlib.import_module("moenas.model"), present)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         importlib.import_module("moenas.model").Nothing  # noqa: B018
 

@@ -42,8 +42,8 @@ def test_each_group_runs_dry_and_gives_the_figures_of_the_table(
     of_several = {f.name for f in FIGURES if "spread of processes" in f.name}
     wanted = {f.name for f in FIGURES if f.name.startswith(f"{name}/") and f.dry} - of_several
     assert wanted - set(report.figures) == set()
-    found = gathered([tmp_path / "figures.jsonl"], "done", 1.0)
-    assert {k: row["value"] for k, row in found.figures.items()} == report.figures
+    results = gathered([tmp_path / "figures.jsonl"], "done", 1.0)
+    assert {k: row["value"] for k, row in results.figures.items()} == report.figures
 
 
 def test_the_command_writes_results_and_a_page_and_says_that_there_was_no_gpu(
@@ -139,13 +139,13 @@ def test_a_crash_or_a_hang_costs_only_what_was_not_told(
     run = run_of(["dies", "hangs", "good"], tmp_path, monkeypatch)
     assert run.go() == 1
     groups = run.results.groups
-    assert {name: found.status for name, found in groups.items()} == {
+    assert {name: group.status for name, group in groups.items()} == {
         "dies": "crashed with -11",
         "hangs": "timed out",
         "good": "done",
     }
-    for name, found in groups.items():
-        assert found.figures[f"{name}/before"]["value"] == 1.5
+    for name, group in groups.items():
+        assert group.figures[f"{name}/before"]["value"] == 1.5
     child = int(run.log.read_text().partition("child ")[2].split()[0])
     for _ in range(50):
         if not state(child):
@@ -164,7 +164,7 @@ def test_what_no_time_is_left_for_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     run.groups[2] = Group("late", "a script", 1, 3)
     WAYS["late"] = ""
     assert run.go() == 1
-    statuses = {name: found.status for name, found in run.results.groups.items()}
+    statuses = {name: group.status for name, group in run.results.groups.items()}
     assert statuses == {"good": "done", "hangs": "timed out", "late": "no time left"}
 
 
@@ -196,7 +196,7 @@ def interrupt_second() -> object:
 # --- results -----------------------------------------------------------------------------------
 
 
-def found(card: str | None, **values: float) -> Found:
+def figures_of(card: str | None, **values: float) -> Found:
     figures = {
         f"steps/{name}": {"value": value, "unit": "ms", "text": "", "values": [value]}
         for name, value in values.items()
@@ -209,11 +209,13 @@ def test_some_groups_alone_leave_the_others_as_they_were(
 ) -> None:
     monkeypatch.delenv("OUT", raising=False)
     folder = tmp_path / "benchmarks" / "results"
-    earlier = Results({"steps": found("Card X 1", a=1.0), "study": found("Card X 1", b=2.0)})
+    earlier = Results(
+        {"steps": figures_of("Card X 1", a=1.0), "study": figures_of("Card X 1", b=2.0)}
+    )
     assert earlier.write(folder).name == "gpu-card-x-1.json"
     for keep, left in ((True, {"steps", "study"}), (False, {"steps"})):
         run = command.Run([], 10.0, tmp_path, keep=keep)
-        run.results.groups["steps"] = found("Card X 1", a=5.0)
+        run.results.groups["steps"] = figures_of("Card X 1", a=5.0)
         run.write()
         (now,) = stored(folder)
         assert set(now.groups) == left
@@ -257,7 +259,7 @@ def test_a_goal_is_met_or_not(
 def test_nothing_is_judged_without_a_card() -> None:
     name = "steps/d256 L8 E16k2, 2k tokens: graph"
     for card, met in (("Card X 1", True), (None, None)):
-        results = Results({"steps": found(card, **{name.removeprefix("steps/"): 2.0})})
+        results = Results({"steps": figures_of(card, **{name.removeprefix("steps/"): 2.0})})
         judged = {figure.name: (value, verdict) for figure, value, verdict in results.judged()}
         assert judged[name] == (2.0, met)
         assert all(verdict is None for key, (_, verdict) in judged.items() if key != name)

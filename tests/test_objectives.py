@@ -54,14 +54,14 @@ def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject
     protocol = Protocol(decode_batch=2, decode_context=8, min_repeats=3, max_repeats=3)
     device = torch.device("cpu")
     with closing(device_lock(device)) as lease:
-        found = Subject(one, one.cost(16), recipe, protocol, corpus, device, 0, lease)
-        found.built = one.build()
+        made = Subject(one, one.cost(16), recipe, protocol, corpus, device, 0, lease)
+        made.built = one.build()
         routing = [
             {"layer": 1, "max_vio": 0.25, "entropy": 0.9, "dead": 1, "dropped": 0.0},
             {"layer": 3, "max_vio": 0.75, "entropy": 0.7, "dead": 2, "dropped": 0.5},
         ]
-        found.trained = Training(2.5, 3.6, 2.4, 1.0, [], routing)
-        yield found
+        made.trained = Training(2.5, 3.6, 2.4, 1.0, [], routing)
+        yield made
 
 
 def test_every_shipped_file_is_an_objective() -> None:
@@ -84,12 +84,12 @@ def test_parameters_by_hand(subject: Subject) -> None:
 
 
 def test_flops_by_hand(subject: Subject) -> None:
-    found = shipped_objective("flops_per_token").measure(subject)
+    flops = shipped_objective("flops_per_token").measure(subject)
     products = 64 * 32 + 2 * 4 * 32 * 32 + 2 * 32 * 64 + 2 * 3 * 32 * 32 + 32 * 4
     attention = 2 * 2 * 16 * 32  # two layers, scores and values, over 16 tokens
-    assert found.value == 2 * (products + attention)
-    assert found.details["context"] == 16
-    assert found.details["macs"] == 16 * (products + attention)
+    assert flops.value == 2 * (products + attention)
+    assert flops.details["context"] == 16
+    assert flops.details["macs"] == 16 * (products + attention)
 
 
 def test_load_imbalance_is_the_mean_over_moe_layers(subject: Subject) -> None:
@@ -109,9 +109,9 @@ def test_routing_objectives_over_moe_layers(
     subject: Subject, name: str, value: float, without: float
 ) -> None:
     objective = shipped_objective(name)
-    found = objective.measure(subject)
-    assert found.value == pytest.approx(value)
-    (layers,) = found.details.values()
+    measured = objective.measure(subject)
+    assert measured.value == pytest.approx(value)
+    (layers,) = measured.details.values()
     assert set(layers) == {"1", "3"}
     assert subject.trained is not None
     subject.trained = replace(subject.trained, routing=[])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     former
     __init__ errors
-    records formats processes
+    passwords records formats processes
     failures folders terminal
     checked resources pareto
     grammar store
@@ -119,17 +119,17 @@ def statements(tree: ast.AST, *, inside_functions: bool) -> Iterator[ast.AST]:
 
 def imported(path: Path, *, inside_functions: bool = True) -> set[str]:
     """The dotted names that a file imports; `from moenas.space import sections` gives moenas.space.sections."""
-    found = set()
+    modules = set()
     for node in statements(tree_of(path), inside_functions=inside_functions):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 is_module = whole.removeprefix("moenas.") in MODULES
-                found.add(whole if is_module else str(node.module))
-    return found
+                modules.add(whole if is_module else str(node.module))
+    return modules
 
 
 def own(names: set[str]) -> set[str]:
@@ -153,16 +153,16 @@ def loaded_with(module: str) -> set[str]:
     """The libraries that come in when a module is imported, by whatever way."""
     paths = {module_of(path): path for path in PACKAGE}
     seen: set[str] = set()
-    found: set[str] = set()
+    modules: set[str] = set()
     waiting = {module}
     while waiting:
         at = waiting.pop()
         seen.add(at)
         names = imported(paths[at], inside_functions=False)
-        found |= libraries(names)
+        modules |= libraries(names)
         parents = {m.rsplit(".", 1)[0] for m in own(names) if "." in m}
         waiting |= (own(names) | parents) - seen
-    return found
+    return modules
 
 
 def package_of(module: str) -> str:
@@ -227,11 +227,11 @@ def test_dependencies_name_their_packages() -> None:
         "optuna-dashboard": "optuna_dashboard",
         "prometheus-client": "prometheus_client",
     }
-    found = {
+    by_library = {
         library_of.get(name, name): set(packages.split(", ")) for name, packages in named.items()
     }
     own_dependency = {k: set(v.split()) for k, v in LIBRARIES.items() if k != "click"}
-    assert found == own_dependency
+    assert by_library == own_dependency
 
 
 def test_files_functions_and_signatures_are_short() -> None:

@@ -235,11 +235,11 @@ def test_no_finite_value_gives_a_number_that_is_not_finite(data, objectives):
         )
     )
     corner = reference_point(points, directions)
-    found = [p.hypervolume for p in history(points, directions, corner, range(len(points)))]
-    found += [*corner, hypervolume(points, corner, directions)]
-    found.append(pareto.gain(points[:-1], points[-1], corner, directions))
-    assert np.isfinite(found).all()
-    assert found[: len(points)] == sorted(found[: len(points)])
+    volumes = [p.hypervolume for p in history(points, directions, corner, range(len(points)))]
+    volumes += [*corner, hypervolume(points, corner, directions)]
+    volumes.append(pareto.gain(points[:-1], points[-1], corner, directions))
+    assert np.isfinite(volumes).all()
+    assert volumes[: len(points)] == sorted(volumes[: len(points)])
 
 
 def test_a_value_that_cannot_be_used_is_explained():

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import made_up_views
+import pytest
+
+from moenas.errors import InputError
 from moenas.records import Cost, Evaluation, Failure
 
 
@@ -32,3 +38,10 @@ def test_a_failure_is_a_record_of_its_evaluation_both_ways() -> None:
 
 def test_a_stored_failure_of_another_version_is_read() -> None:
     assert Failure.parse({"kind": "of_tomorrow", "message": "x", "y": 1}) == Failure("error", "x")
+
+
+@pytest.mark.parametrize("space", [{}, {"train": {}}, {"train": {"tokens": 5}}])
+def test_a_stored_space_that_lacks_a_field_is_named(space: dict[str, dict[str, int]]) -> None:
+    record = dataclasses.replace(made_up_views.view(0).study, name="s", space=space)
+    with pytest.raises(InputError, match=r"^study 's': its row .* lacks `train\.context`"):
+        record.setting("train", "context")

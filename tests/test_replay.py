@@ -128,6 +128,6 @@ def test_the_judge_averages_noise_away() -> None:
         for a in range(5) for b in range(5) for c in range(5) for d in range(5)
     ]  # fmt: skip
     truth = np.array([0.1 * p["a"] - 0.05 * p["b"] + 0.03 * p["a"] * (p["c"] == 2) for p in points])
-    found, error = expected(points, truth + rng.normal(0, 0.05, len(points)))
+    estimates, error = expected(points, truth + rng.normal(0, 0.05, len(points)))
     assert error == pytest.approx(0.05, rel=0.25)
-    assert np.sqrt(np.mean((found - truth) ** 2)) < 0.025
+    assert np.sqrt(np.mean((estimates - truth) ** 2)) < 0.025

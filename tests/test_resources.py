@@ -36,9 +36,9 @@ from moenas.errors import InputError, NotFoundError, SpaceError
     ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    found = refs.parse_yaml(text, "f").plain
-    assert found == value
-    assert type(found) is type(value)
+    plain = refs.parse_yaml(text, "f").plain
+    assert plain == value
+    assert type(plain) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_any_text_is_read_or_refused_by_a_space_error(text: str) -> None:
 
 def test_yaml_round_trip_keeps_order() -> None:
     value = {"b": 1, "a": [1, {"c": None}]}
-    found = refs.parse_yaml(refs.to_yaml(value), "f").plain
-    assert found == value
-    assert list(found) == ["b", "a"]
+    plain = refs.parse_yaml(refs.to_yaml(value), "f").plain
+    assert plain == value
+    assert list(plain) == ["b", "a"]
 
 
 def test_the_folder_here_shadows_what_was_shipped(

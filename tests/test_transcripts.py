@@ -82,13 +82,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def transcripts() -> list[Any]:
-    found = []
+    blocks = []
     for page in TRANSCRIPTS["PAGES"]:
         for command, lines in TRANSCRIPTS["blocks"](page.read_text(encoding="utf-8")):
             if command.split()[1] in TRANSCRIPTS["RUN_AGAIN"] and any(lines):
                 words = command.partition("#")[0].strip()
-                found.append(pytest.param(command, lines, id=f"{page.name}: {words}"))
-    return found
+                blocks.append(pytest.param(command, lines, id=f"{page.name}: {words}"))
+    return blocks
 
 
 def test_the_readme_shows_check_front_and_show() -> None:

@@ -24,11 +24,11 @@ def pip(*arguments: object) -> None:
 def shipped_files() -> set[str]:
     """The names that the wheel must hold, read off the checkout."""
     ours = (p for p in (ROOT / "moenas").rglob("*") if p.suffix in SUFFIXES)
-    found = {str(p.relative_to(ROOT)) for p in ours} | {"moenas/py.typed"}
+    files = {str(p.relative_to(ROOT)) for p in ours} | {"moenas/py.typed"}
     for folder, pattern in FOLDERS.items():
         shipped = (p.relative_to(ROOT) for p in (ROOT / folder).rglob(pattern) if p.is_file())
-        found |= {f"moenas/_shipped/{p}" for p in shipped if "__pycache__" not in p.parts}
-    return found
+        files |= {f"moenas/_shipped/{p}" for p in shipped if "__pycache__" not in p.parts}
+    return files
 
 
 @pytest.fixture(scope="module")

@@ -71,20 +71,20 @@ def changed(noted: Noted, seed: int) -> tuple[Plain, str] | None:
 
 def respelled(component: Component, rng: random.Random) -> Plain:
     """Return plain data of the same component: keys shuffled, some defaults left out, 8 as 8.0."""
-    found: Plain = {} if component.kind is None else {"kind": component.kind}
+    plain: Plain = {} if component.kind is None else {"kind": component.kind}
     known = fields(type(component))
     for name in rng.sample(list(known), len(known)):
         value = getattr(component, name)
         if value == known[name].default and rng.random() < 0.7:
             continue
         if isinstance(value, Component):
-            found[name] = respelled(value, rng)
+            plain[name] = respelled(value, rng)
         elif isinstance(value, tuple):
-            found[name] = [respelled(item, rng) for item in value]
+            plain[name] = [respelled(item, rng) for item in value]
         else:
             whole = isinstance(value, int) and not isinstance(value, bool)
-            found[name] = float(value) if whole and rng.random() < 0.5 else value
-    return dict(sorted(found.items(), key=lambda _: rng.random()))
+            plain[name] = float(value) if whole and rng.random() < 0.5 else value
+    return dict(sorted(plain.items(), key=lambda _: rng.random()))
 
 
 def scalars(component: Component, path: str = "") -> Iterator[tuple[str, Scalar]]:
@@ -111,18 +111,18 @@ def labels(model: Model) -> dict[str, str]:
 
     They stay the same when a mixer and the ffn after it become one block.
     """
-    counts, found = {"norm1": 0, "norm2": 0}, {}
+    counts, names = {"norm1": 0, "norm2": 0}, {}
     for i, block in enumerate(model.blocks):
         for part, norm in (("mixer", "norm1"), ("ffn", "norm2")):
             if getattr(block, part) is not None:
                 for child in (part, norm):
-                    found[f"blocks.{i}.{child}"] = f"{child}.{counts[norm]}"
+                    names[f"blocks.{i}.{child}"] = f"{child}.{counts[norm]}"
                 counts[norm] += 1
-        found[f"blocks.{i}.shortcut"] = f"shortcut.{counts['norm2']}"
+        names[f"blocks.{i}.shortcut"] = f"shortcut.{counts['norm2']}"
 
     def label(name: str) -> str:
         place = ".".join(name.split(".")[:3])
-        return found.get(place, place) + name.removeprefix(place)
+        return names.get(place, place) + name.removeprefix(place)
 
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: label(name) for name, _ in named}
@@ -215,28 +215,28 @@ def trail(model: Model, length: int, steps: int = 2) -> dict[str, Tensor]:
     Logits in evaluation, the loss in training, gradients with the auxiliary losses in them (of
     which only the slope matters), and buffers after each step of gradient descent.
     """
-    found: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     label = labels(model)
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
         tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
         tokens = tokens.to(model.embedding.device)
         with torch.no_grad():
-            found[f"{step} logits"] = model.eval()(tokens)
+            recorded[f"{step} logits"] = model.eval()(tokens)
         torch.manual_seed(step)
         model.train().zero_grad()
         loss = model.loss(tokens, tokens.roll(-1, 1))
         (loss + model.auxiliary_loss()).backward()
-        found[f"{step} loss"] = loss.detach()
+        recorded[f"{step} loss"] = loss.detach()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
-                    found[f"{step} {label[name]}"] = parameter.grad.clone()
+                    recorded[f"{step} {label[name]}"] = parameter.grad.clone()
                     parameter -= 0.02 * parameter.grad
         model.after_step()
         buffers = {f"{step} buffer {label[name]}": b.clone() for name, b in model.named_buffers()}
-        found |= buffers
-    return found
+        recorded |= buffers
+    return recorded
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> str | None:

@@ -15,6 +15,7 @@ import typer
 import moenas
 from moenas import terminal
 from moenas.cli import (
+    calibration_commands,
     lifecycle_commands,
     maintenance_commands,
     server_commands,
@@ -53,6 +54,7 @@ from moenas.errors import (
     StorageLostError,
     StudyStoppedError,
 )
+from moenas.passwords import hide
 from moenas.terminal import emit, say, to_json
 
 if TYPE_CHECKING:
@@ -93,28 +95,22 @@ def main() -> None:
         raise
     except Exception as error:
         if os.environ.get("MOENAS_DEBUG"):
-            say(_clean(traceback.format_exc()))
+            say(traceback.format_exc())
             sys.exit(1)
         said = " ".join(str(error).split())[:300]
-        say(_clean(f"moenas: internal error: {type(error).__name__}: {said}"))
+        say(f"moenas: internal error: {type(error).__name__}: {said}")
         say("this is a bug in moenas; MOENAS_DEBUG=1 prints the traceback")
         sys.exit(1)
 
 
 def _write_error(error: MoenasError) -> None:
     """Write an error to stderr; with `-o json`, also its fields to stdout as a JSON object."""
-    say(_clean(f"moenas: {error}"))
+    say(f"moenas: {error}")
     if is_json_wanted():
         # The exit code is that of the error, whether or not stdout can be written.
         with contextlib.suppress(MoenasError, SystemExit):
-            emit(_clean(to_json(error.plain())))
+            emit(hide(to_json(error.plain())))
             terminal.flush()
-
-
-def _clean(text: str) -> str:
-    """Leave out the passwords of the databases that were opened."""
-    urls = sys.modules.get("moenas.store.urls")  # where it is not, no database was opened
-    return str(urls.clean(text)) if urls else text
 
 
 def _version(asked: bool) -> None:
@@ -220,20 +216,26 @@ def check(
     elif output is Output.csv:
         write_csv(report["draws"])
     else:
+        from moenas.report.latency_text import predicted_text
         from moenas.report.space_check import check_text
         from moenas.study.estimate import Estimate
 
-        emit("\n".join([check_text(report), *Estimate(**report["estimate"]).lines()]))
+        lines = [check_text(report), *predicted_text(report.get("latency", []))]
+        emit("\n".join([*lines, *Estimate(**report["estimate"]).lines()]))
 
 
 def _checked(space: str, overrides: list[str], draws: int | None, storage: str | None) -> Plain:
     """Return the report on a space, and what a study of it will take."""
     from moenas.report.space_check import check_report
     from moenas.space.space import Space
+    from moenas.study.calibration import predicted_latency
     from moenas.study.estimate import estimate
 
     loaded = Space.load(space, overrides)
-    return check_report(loaded, draws) | {"estimate": estimate(loaded, storage=storage).plain()}
+    return check_report(loaded, draws) | {
+        "latency": predicted_latency(loaded, storage),
+        "estimate": estimate(loaded, storage=storage).plain(),
+    }
 
 
 @app.command()
@@ -458,6 +460,7 @@ def schema() -> None:
     emit(to_json(file_schema(), indent=1))
 
 
+app.add_typer(calibration_commands.commands)
 app.add_typer(maintenance_commands.commands)
 app.add_typer(lifecycle_commands.commands)
 app.add_typer(server_commands.commands)

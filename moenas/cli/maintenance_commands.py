@@ -10,6 +10,7 @@ from moenas import terminal
 from moenas.cli.options import (
     Address,
     Format,
+    Log,
     NoServer,
     Output,
     Server,
@@ -48,10 +49,11 @@ def retry(
     server: NoServer = None,
     workers: Workers = None,
     address: Address = None,
+    log: Log = None,
     output: Format = Output.table,
 ) -> None:
     """Run failed trials again under their numbers, then the rest of the study."""
-    from moenas.cli.progress import listener
+    from moenas.cli.watching import Watchers
     from moenas.report.front_report import front_report, front_rows
     from moenas.store.store import Store
     from moenas.study import maintenance
@@ -60,14 +62,14 @@ def retry(
     space = maintenance.stored_space(Store.open(storage).study(study))
     options = {"storage": storage, "workers": workers, "address": address}
     try:
-        with listener(space.name, {o.name: o.unit for o in space.objectives}) as listen:
+        with Watchers(log or (), on_end=None).listeners(space, storage) as listeners:
             retried = maintenance.retry(
                 study,
                 kinds=failed or (),
                 storage=storage,
                 workers=worker_count(workers),
                 address=address,
-                listeners=[listen],
+                listeners=listeners,
             )
     except Interrupted as stop:
         where = {"storage": without_password(storage) if storage else None}

@@ -14,6 +14,7 @@ import typer
 
 from moenas import terminal
 from moenas.errors import InputError
+from moenas.passwords import shown_address
 from moenas.terminal import columns, emit, to_json
 
 
@@ -51,6 +52,7 @@ def _refuse_server(context: typer.Context, server: str | None) -> None:
         return
     url = server or by_variable
     verb = str(context.info_name)
+    url = shown_address(str(url))
     hint = f"; the server has its dashboard at {url}/dashboard" if verb == "dashboard" else ""
     raise InputError(
         f"{verb} needs a database, not the server {url}: give --storage URL of the database, or run"
@@ -159,14 +161,8 @@ def command_line(words: Sequence[str], options: Mapping[str, object]) -> str:
         if given.get(name) is not None:
             given[name] = without_password(str(given[name]))
     if isinstance(logs := given.get("log"), list):
-        given["log"] = [_log_without_password(text) for text in logs]
+        given["log"] = [shown_address(text) for text in logs]
     return terminal.command(words, given)
-
-
-def _log_without_password(text: str) -> str:
-    """Hide the password in a value of --log, such as `mlflow:https://NAME:PASSWORD@HOST`."""
-    tool, colon, place = text.partition(":")
-    return f"{tool}:{without_password(place)}" if colon and "@" in place else text
 
 
 def without_password(url: str) -> str:

@@ -10,6 +10,7 @@ import typer
 from moenas.cli.options import (
     Address,
     Format,
+    Log,
     NoServer,
     Output,
     Storage,
@@ -75,6 +76,7 @@ def serve(
         bool, typer.Option("--allow-code", help="Let spaces name Python files, which are run.")
     ] = False,
     data_root: DataRoots = None,
+    log: Log = None,
 ) -> None:
     """Serve studies over HTTP: an API, a queue and pages, for the users of this database."""
     try:
@@ -99,6 +101,7 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         allow_code=allow_code,
         data_roots=tuple(data_root or ()),
+        log=tuple(log or ()),
     )
     raise typer.Exit(server.serve(settings, say))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from moenas.cli import progress
 from moenas.cli.study_sources import SERVER_VARIABLE
 from moenas.loggers.opening import open_logger
+from moenas.passwords import hide
 from moenas.study.events import Event, Interrupted, Listener
 from moenas.terminal import say
 
@@ -112,7 +113,7 @@ class RunEnd:
         return {
             "MOENAS_STUDY": self._study,
             "MOENAS_STATE": state,
-            "MOENAS_MESSAGE": message.replace("\0", ""),
+            "MOENAS_MESSAGE": hide(message.replace("\0", "")),
             **{f"MOENAS_{name.upper()}": str(number) for name, number in counts.items()},
             **storage,
         }

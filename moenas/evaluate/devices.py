@@ -51,6 +51,11 @@ def named(name: str) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def of_candidates(gpus: float | None) -> torch.device:
+    """Return the device that candidates run on here, by `search.gpus`: a GPU where there is one."""
+    return named("cuda" if gpus != 0 and has_gpu() else "cpu")
+
+
 def device_key(device: torch.device) -> str:
     """Return what tells one device of this host from another: `cpu` or `cuda:<uuid>`."""
     if device.type == "cuda":
@@ -68,6 +73,13 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def is_called(device: str, name: str) -> bool:
+    """Whether the words of a name stand one after another in the model name of a device."""
+    words, wanted = device.casefold().split(), name.casefold().split()
+    starts = range(len(words) - len(wanted) + 1)
+    return any(words[i : i + len(wanted)] == wanted for i in starts)
 
 
 def seen_devices() -> list[Plain]:

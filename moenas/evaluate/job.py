@@ -28,6 +28,7 @@ from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.isolation import put_back
 from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
+from moenas.evaluate.step_time import require_named_device, require_steps, time_step
 from moenas.evaluate.subject import Subject, Training, excerpts
 from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validation_loss
@@ -113,6 +114,8 @@ class _Run:
         """The trained weights, or the checkpoint of a pause, as safetensors."""
         self.paused = False
         """Whether the training paused at a rung."""
+        self.timed: dict[str, float] = {}
+        """Metrics of a budget of seconds: the tokens of the run, and the time of a step."""
         if job.paused is not None:
             self.resume(Evaluation.parse(job.paused))
 
@@ -145,7 +148,9 @@ class _Run:
         architecture = Architecture.parse(job.architecture)
         recipe = tree.parse(Recipe, job.train)
         cost = architecture.cost(recipe.context)
-        recipe = recipe.for_candidate(recipe.training_cost(architecture).flops_per_token)
+        require_named_device(recipe, device)
+        if not recipe.has_time_budget:
+            recipe = recipe.for_candidate(recipe.training_cost(architecture).flops_per_token)
         recipe = dataclasses.replace(recipe, lr=learning_rate(architecture, recipe))
         self.fields["fingerprint"] = architecture.fingerprint
         self.fields["cost"] = recipe.cost_record(architecture)
@@ -172,7 +177,37 @@ class _Run:
                 reference_ms=job.reference_ms,
                 sharers=job.sharers,
             )
+            if recipe.has_time_budget and any(o.needs == "training" for o in objectives):
+                self.fix_tokens(subject)
             self.measure_all(subject, objectives)
+
+    def fix_tokens(self, subject: Subject) -> None:
+        """Set the training tokens under a budget of seconds: those of a former run, or timed now.
+
+        Timing leaves no trace: the training is that of a job with these tokens.
+        """
+        job, recipe = self.job, subject.recipe
+        before: dict[str, float] = (job.paused or job.known or {}).get("metrics", {})
+        tokens = job.train_tokens or before.get("train_tokens")
+        if tokens is not None:
+            self.timed = {k: v for k, v in before.items() if k == "step_ms"}
+        else:
+            with self.phase("time_step"):
+                step = time_step(
+                    subject.architecture,
+                    subject.corpus,
+                    recipe,
+                    subject.device,
+                    lock=subject.device_lock,
+                    seed=subject.seed,
+                    sharers=subject.sharers,
+                    deadline=self.deadline,
+                )
+            require_steps(recipe, step, 1 if job.rung_limits is None else 1 + recipe.rungs)
+            tokens, self.timed = step.tokens(recipe), {"step_ms": 1000 * step.seconds}
+            torch.manual_seed(job.seed)
+        self.timed["train_tokens"] = float(tokens)
+        subject.recipe = recipe.for_candidate(subject.cost.flops_per_token, int(tokens))
 
     def load_corpus(self, context: int, vocab_size: int) -> Corpus:
         """Load the corpus and make sure that it is the one that the study is on."""
@@ -403,6 +438,7 @@ class _Run:
         """Write down all that is known."""
         job = self.job
         status: Status = "paused" if self.paused else "complete"
+        self.fields["metrics"] = {**self.fields.get("metrics", {}), **self.timed}
         return Evaluation(
             study=job.study,
             trial=job.trial,

@@ -133,6 +133,19 @@ class Workload:
         return ", ".join([device_name(self.device), *words, *made])
 
 
+PHASES: dict[str, Literal["decode", "prefill"]] = {"decode_ms": "decode", "prefill_ms": "prefill"}
+"""Shipped objective -> the phase that it times."""
+
+
+def workload_of(objective: str, protocol: Protocol, device: torch.device) -> Workload:
+    """Return the workload that `decode_ms` or `prefill_ms` times on a device."""
+    dtype, threads = deployed_dtype(protocol, device), protocol.threads
+    batch, context = protocol.decode_batch, protocol.decode_context
+    if PHASES[objective] == "prefill":
+        batch, context = protocol.prefill_batch, protocol.prefill_tokens
+    return Workload(PHASES[objective], batch, context, dtype, threads, device)
+
+
 def inference_copy(architecture: Architecture, model: Model, dtype: torch.dtype) -> Model:
     """Return the model as it would be run: its matrices are stored in the type they compute in.
 

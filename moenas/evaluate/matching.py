@@ -12,9 +12,10 @@ from moenas.data.corpus import Corpus
 from moenas.data.entropy import CHUNK
 from moenas.data.shards import Tokens
 from moenas.data.text_columns import json_lines_keys
-from moenas.errors import DataError
+from moenas.errors import DataError, InputError
 from moenas.evaluate import devices
 from moenas.evaluate.footprint import fit
+from moenas.evaluate.step_time import require_named_device
 
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
@@ -57,6 +58,11 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
             f"data: {recipe.tokens:,} tokens of training are drawn from"
             f" {len(corpus.train):,}: each is seen {recipe.tokens / len(corpus.train):.1f} times"
         )
+    if trains and recipe.has_time_budget:
+        try:
+            require_named_device(recipe, devices.of_candidates(space.search.gpus))
+        except InputError as error:
+            messages.append(str(error))
     if trains and recipe.val_tokens > len(corpus.val):
         messages.append(
             f"data: the validation split has {len(corpus.val):,} tokens, fewer than"
@@ -86,8 +92,7 @@ def room(space: Space, drawn: list[Architecture]) -> list[str]:
     ordered = sorted(drawn, key=lambda architecture: space.cost(architecture).params)
     asked = {"smallest": ordered[0], "median": ordered[len(ordered) // 2]}
     sharers = space.search.workers or 1
-    on_gpu = space.search.gpus != 0 and devices.has_gpu()
-    device = devices.named("cuda" if on_gpu else "cpu")
+    device = devices.of_candidates(space.search.gpus)
     messages = []
     for name, architecture in asked.items():
         room = fit(

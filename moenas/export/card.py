@@ -42,12 +42,12 @@ def trial_data(trial: TrainedTrial) -> Plain:
         "metrics": evaluation.metrics,
         "cost": evaluation.cost,
         "training": {
-            **record.space["train"],
+            **record.space.get("train", {}),
             "tokens": _trained_tokens(trial),
             "lr": evaluation.metrics.get("lr"),
             "seed": evaluation.seed,
         },
-        "data": {**data, "section": record.space["data"], "tokens": meaning},
+        "data": {**data, "section": record.space.get("data"), "tokens": meaning},
         "device": evaluation.device,
         "versions": {**evaluation.versions, "exported_by": moenas.__version__},
         "weights": {"file": FILE, "sha256": evaluation.weights_sha256},
@@ -56,9 +56,9 @@ def trial_data(trial: TrainedTrial) -> Plain:
 
 def _trained_tokens(trial: TrainedTrial) -> int:
     """Return the tokens that a trial was trained on; with a budget each has its own number."""
-    tokens: int = trial.record.space["train"]["tokens"]
-    if trial.record.space["train"].get("budget") and trial.evaluation.curve:
+    if trial.record.space.get("train", {}).get("budget") and trial.evaluation.curve:
         return trial.evaluation.curve[-1]["tokens"]
+    tokens: int = trial.record.setting("train", "tokens")
     return tokens
 
 

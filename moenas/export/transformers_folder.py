@@ -29,7 +29,7 @@ def write(trial: TrainedTrial, folder: Path) -> None:
         InputError: if no family has the architecture; it names the nearest and what differs.
     """
     try:
-        config = family_config(trial.architecture, trial.record.space["train"]["context"])
+        config = family_config(trial.architecture, trial.record.setting("train", "context"))
     except InputError as error:
         raise InputError(
             f"{trial.name}: {error}. `--format folder` exports every architecture"
@@ -59,7 +59,7 @@ def write(trial: TrainedTrial, folder: Path) -> None:
 
 def _tokenizer(trial: TrainedTrial) -> dict[str, Plain]:
     """Return the files of the tokenizer of a trial; none for arrays without one."""
-    context = trial.record.space["train"]["context"]
+    context = trial.record.setting("train", "context")
     if trial.is_bytes:
         return byte_tokenizer(context)
     if trial.tokenizer is None:

@@ -33,6 +33,12 @@ TRAINED = {
 """Names of what is known of a layer's routing once it was trained, over the text of validation: the
 key of a row of it, and what it is."""
 
+LATENCIES = {
+    "decode_ms": "the measured time of one decoding step",
+    "prefill_ms": "the measured time of one forward pass over a prompt",
+}
+"""Names of objectives whose measured value a requirement can use."""
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -60,7 +66,27 @@ class Requirement:
     @property
     def trained(self) -> bool:
         """Whether it can be decided on the trained model alone."""
-        return not self.names.isdisjoint(TRAINED)
+        return not self.names.isdisjoint({*TRAINED, *LATENCIES})
+
+    @property
+    def bounded_latency(self) -> str | None:
+        """The latency that the requirement bounds on one side, such as in `decode_ms < 5`.
+
+        None for every other form: only of such a one a whole range of values breaks it if both
+        ends do.
+        """
+        used = self.names & LATENCIES.keys()
+        if len(used) != 1 or not self.names.isdisjoint(TRAINED):
+            return None
+        tree, (name,) = self.tree, used
+        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
+            return None
+        if not isinstance(tree.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE):
+            return None
+        sides = (tree.left, tree.comparators[0])
+        alone = [isinstance(side, ast.Name) and side.id == name for side in sides]
+        count = sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
+        return name if any(alone) and count == 1 else None
 
     def violation(self, layers: list[Names]) -> float:
         """Return by how much the requirement is broken: over 0 if broken, else 0 or less.

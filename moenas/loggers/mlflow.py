@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from moenas.loggers.logger import Logger
 from moenas.loggers.trial_log import TrialLog, point_numbers, routing_numbers
+from moenas.passwords import note, note_address
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 METRICS, PARAMS, CHARACTERS = 1000, 100, 500
 """What one request takes: metrics, parameters, and characters of a parameter or tag."""
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Environment variables of MLflow whose values nobody may see."""
 Item = TypeVar("Item")
 
 
@@ -34,6 +38,7 @@ class MLflowLogger(Logger):
     def __init__(self, uri: str | None = None) -> None:
         super().__init__()
         self.uri = uri
+        note_passwords(uri)  # MLflow's errors name the whole address
         self._client: MlflowClient | None = None
         self._study_runs: dict[str, str] = {}
         """Study -> id of its run `study`."""
@@ -68,7 +73,16 @@ class MLflowLogger(Logger):
         from mlflow.tracking import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each new table
+        # At the end of a run it prints the address of a server with its password to stdout.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         return MlflowClient(tracking_uri=self.uri)
+
+
+def note_passwords(uri: str | None) -> None:
+    """Note the passwords of a tracking server: in its URI, and in the variables of MLflow."""
+    for address in (uri, os.environ.get("MLFLOW_TRACKING_URI")):
+        note_address(address or "")
+    note(*(os.environ.get(name, "") for name in SECRETS))
 
 
 def _experiment(client: MlflowClient, study: str) -> str:

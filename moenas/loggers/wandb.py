@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moenas.loggers.logger import Logger
 from moenas.loggers.trial_log import TrialLog, expert_loads, point_numbers, routing_numbers
+from moenas.passwords import note, note_address
 
 if TYPE_CHECKING:
     import wandb
@@ -29,6 +30,8 @@ class WandbLogger(Logger):
 
     def __init__(self, project: str | None = None) -> None:
         super().__init__()
+        note(os.environ.get("WANDB_API_KEY", ""))
+        note_address(os.environ.get("WANDB_BASE_URL", ""))
         self.project = project or os.environ.get("WANDB_PROJECT") or PROJECT
         self._study_runs: dict[str, wandb.Run] = {}
 
@@ -55,7 +58,10 @@ class WandbLogger(Logger):
     def _open(self, study: str, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
         import wandb
 
+        # W&B reads its variables once in a process; a login that was refused before is such a time.
         return wandb.init(
+            mode=cast(Any, os.environ.get("WANDB_MODE")),  # a wrong mode is refused there
+            dir=os.environ.get("WANDB_DIR"),
             project=self.project,
             group=study,
             name=name,

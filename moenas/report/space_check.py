@@ -102,6 +102,8 @@ def _tokens_per_parameter(space: Space, costs: list[dict[str, int]]) -> Plain | 
     if all(objective.needs != "training" for objective in space.objectives):
         return None
     recipe = space.train
+    if recipe.has_time_budget:
+        return None
     ratios = [
         recipe.for_candidate(int(training_flops(cost))).tokens / max(1, cost["active_params"])
         for cost in costs
@@ -112,7 +114,7 @@ def _tokens_per_parameter(space: Space, costs: list[dict[str, int]]) -> Plain | 
 def _epochs(space: Space, corpus: Corpus, costs: list[dict[str, int]]) -> list[str]:
     """Say how often training reads the corpus at most, if a budget decides it."""
     recipe = space.train
-    if recipe.budget is None:
+    if recipe.budget is None or recipe.has_time_budget:
         return []
     most = max(recipe.for_candidate(int(training_flops(cost))).tokens for cost in costs)
     if most <= len(corpus.train):

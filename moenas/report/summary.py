@@ -241,7 +241,7 @@ def _pace_lines(report: Plain) -> list[str]:
         times = ", ".join(f"{r['trial']} since {r['started_at'][11:19]}" for r in report["running"])
         lines.append(f"  running trials (UTC): {times}")
     if report["candidates_per_hour"] is not None:
-        text = f"  pace of the latest run: {report['candidates_per_hour']:,.3g} candidates an hour"
+        text = f"  latest pace: {report['candidates_per_hour']:,.3g} candidates an hour"
         seconds = report["seconds_left"]
         lines.append(text if seconds is None else f"{text}; {duration(seconds)} left")
     return lines

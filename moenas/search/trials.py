@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,6 @@ from optuna.distributions import (
 )
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
-from optuna.study._tell import _tell_with_warning
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from moenas.errors import InputError, MoenasError, StorageLostError
@@ -30,6 +30,7 @@ from moenas.search import start_points
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
 from moenas.search.start_points import StartPoint
+from moenas.store.optuna_storage import TrialChanges
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
@@ -106,11 +107,10 @@ class _ParamBuffer:
         """Note a parameter."""
         self.params.append((name, value, distribution))
 
-    def write(self, rows: Storage) -> None:
-        """Store the parameters."""
+    def end(self) -> list[Param]:
+        """Give the trial its storage back; return the parameters."""
         self._trial.storage = self._storage
-        if self.params:
-            rows.set_trial_params(self._trial._trial_id, self.params)
+        return self.params
 
 
 def outcome(evaluation: Evaluation, names: Sequence[str]) -> tuple[TrialState, list[float] | None]:
@@ -126,9 +126,10 @@ def outcome(evaluation: Evaluation, names: Sequence[str]) -> tuple[TrialState, l
         return TrialState.FAIL, None
     if evaluation.status == "stopped":
         return TrialState.PRUNED, None
-    if evaluation.values.keys() >= set(names):
-        return TrialState.COMPLETE, [evaluation.values[name] for name in names]
-    return TrialState.PRUNED, None
+    values = [evaluation.values.get(name, math.nan) for name in names]
+    if any(math.isnan(value) for value in values):  # Optuna takes no NaN
+        return TrialState.PRUNED, None
+    return TrialState.COMPLETE, values
 
 
 class OptunaTrials:
@@ -143,6 +144,8 @@ class OptunaTrials:
         """Ids of trials that an earlier run left without an outcome."""
         self._active: set[int] = set()
         """Numbers of the trials that are asked and not told."""
+        self._unwritten: dict[int, list[Param]] = {}
+        """Id of a trial -> its parameters, which go with the next change of the trial."""
         self._asked = 0
         self._of_the_user: BaseSampler | None = None
 
@@ -250,6 +253,8 @@ class OptunaTrials:
     def draw(self, trial: Trial) -> Plain:
         """Fill the holes of the space; a trial of an earlier run keeps the values it had.
 
+        The values are stored by `set_constraints` or `tell`, which must follow.
+
         Raises:
             ParametersError: if a value that the trial holds is not one of the space.
             SamplerFailedError: if the sampler raised.
@@ -261,7 +266,7 @@ class OptunaTrials:
                 # Optuna warns of a fixed value out of range, and takes it; we refuse it below.
                 warnings.simplefilter("ignore", UserWarning)
                 answers = self.points.held(held, trial) if held else None
-                with self._storing(trial):
+                with self._collecting(trial):
                     plain = self._space.draw(answers or trial)
         except (MoenasError, StorageInternalError):
             raise
@@ -269,37 +274,47 @@ class OptunaTrials:
             if held or fixed:
                 raise ParametersError(error_line(error)) from error
             raise SamplerFailedError(trial, error_line(error)) from error
+        params = trial.params  # a deep copy at each access
         for name, distribution in trial.distributions.items():
-            if not _contains(distribution, trial.params[name]):
-                raise ParametersError(f"{name} = {trial.params[name]!r} is not in {distribution}")
-        self.points.add(answers.answers if answers else trial.params)
+            if not _contains(distribution, params[name]):
+                raise ParametersError(f"{name} = {params[name]!r} is not in {distribution}")
+        self.points.add(answers.answers if answers else params)
         return plain
 
     @contextmanager
-    def _storing(self, trial: Trial) -> Iterator[None]:
-        """Store the parameters that are drawn meanwhile, all in one transaction."""
+    def _collecting(self, trial: Trial) -> Iterator[None]:
+        """Collect the parameters that are drawn meanwhile."""
         buffer = _ParamBuffer(trial)
         trial.storage = cast(Any, buffer)
         try:
             yield
         finally:
-            buffer.write(self._optuna.rows)
+            self._unwritten[trial._trial_id] = buffer.end()
 
     def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
-        """Say by how much each requirement is broken, over 0, or met."""
-        self._set_attributes(trial, {}, violations)
+        """Store the parameters, and by how much each requirement is broken, over 0, or met."""
+        self._write(trial, {}, violations)
 
-    def _set_attributes(
-        self, trial: Trial, user: Mapping[str, Any], violations: Mapping[str, float]
+    def _write(
+        self,
+        trial: Trial,
+        user: Mapping[str, Any],
+        violations: Mapping[str, float],
+        state: TrialState | None = None,
+        values: Sequence[float] | None = None,
     ) -> None:
-        """Set attributes of a running trial, and the constraints that it does not have yet."""
-        known = trial._cached_frozen_trial
+        """Store what a running trial does not have yet; with a state the trial ends."""
+        known, trial_id = trial._cached_frozen_trial, trial._trial_id
         system = {
             f"{CONSTRAINTS}:{name}": float(value)
             for name, value in violations.items()
             if name not in known.constraints
         }
-        self._optuna.rows.set_trial_attributes(trial._trial_id, user, system)
+        params = self._unwritten.pop(trial_id, [])
+        if not (params or user or system or state):
+            return
+        changes = TrialChanges(params, user, system, state, values)
+        self._optuna.rows.write_trial(trial_id, changes)
         known.user_attrs.update(user)
         known.system_attrs.update(system)
 
@@ -312,36 +327,39 @@ class OptunaTrials:
     ) -> None:
         """Tell the outcome of a trial, whose architecture is `summary` in one line.
 
-        The attributes of the trial come first: a told trial is closed.
-
         Raises:
             ToldElsewhereError: if another program has told the trial.
             StorageLostError: if another program has deleted it.
         """
         number = evaluation.trial
+        self._active.discard(number)
+        state, values = outcome(evaluation, self._names)
+        user, violations = self._description(evaluation, architecture, summary)
+        self._after_trial(trial, state, values)
         try:
-            self._describe(trial, evaluation, architecture, summary)
+            self._write(trial, user, violations, state, values)
         except KeyError:
             raise StorageLostError(
                 f"study '{self._space.name}': another program has deleted it from Optuna's tables;"
                 " run the same command again to restore it from ours"
             ) from None
         except UpdateFinishedTrialError:
-            self._active.discard(number)
             told = self._optuna._storage.get_trial(trial._trial_id)
             raise ToldElsewhereError(f"trial {number} is {told.state.name} already") from None
-        self._active.discard(number)
-        state, values = outcome(evaluation, self._names)
-        self._optuna.sampler = self._sampler(number)
+
+    def _after_trial(self, trial: Trial, state: TrialState, values: list[float] | None) -> None:
+        """Let the sampler see a trial that ends, as `Study.tell` does before it stores the end.
+
+        `Study.tell` reads the trial from the database once more; this driver is its only writer.
+        """
+        self._optuna.sampler = self._sampler(trial.number)
         try:
-            # `Study.tell` without its return value, which it reads from the database.
-            _tell_with_warning(self._optuna, trial, values, state=state)
+            frozen = trial._cached_frozen_trial
+            self._optuna.sampler.after_trial(self._optuna, frozen, state, values)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
-            told = self._optuna._storage.get_trial(trial._trial_id)
-            if told.state != state or told.values != values:
-                raise ToldElsewhereError(error_line(error)) from error
+            log.warning("the sampler fails after trial %d: %s", trial.number, error_line(error))
 
     def tell_stored(self, evaluation: Evaluation) -> None:
         """Tell an evaluation that an earlier run stored and could not tell.
@@ -362,13 +380,15 @@ class OptunaTrials:
         """Whether an evaluation has a value of each objective, so that Optuna's trial has them."""
         return evaluation.status != "failed" and evaluation.values.keys() >= set(self._names)
 
-    def _describe(
-        self, trial: Trial, evaluation: Evaluation, architecture: Architecture | None, summary: str
-    ) -> None:
-        """Set the constraints of the trained model, and what the dashboard shows of a trial."""
+    def _description(
+        self, evaluation: Evaluation, architecture: Architecture | None, summary: str
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return what the dashboard shows of a trial, and the constraints of the trained model."""
         violations: dict[str, float] = {}
         if architecture is not None and self._is_measured(evaluation):
-            violations = self._space.trained_violations(architecture, evaluation.routing)
+            violations = self._space.trained_violations(
+                architecture, evaluation.routing, evaluation.values
+            )
         metrics = evaluation.metrics
         known: dict[str, Any] = {
             "architecture": summary or None,
@@ -379,8 +399,7 @@ class OptunaTrials:
             "seconds": evaluation.seconds.get("total"),
             **{name: metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
         }
-        user = {name: value for name, value in known.items() if value is not None}
-        self._set_attributes(trial, user, violations)
+        return {name: value for name, value in known.items() if value is not None}, violations
 
     @cached_property
     def _proposer(self) -> GrayBox | Evolution | None:

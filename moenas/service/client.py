@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import httpx
 
 from moenas.errors import ConflictError, InputError, StorageLostError
+from moenas.passwords import shown_address
 from moenas.records import Plain
 from moenas.resources import find, read_text
 from moenas.service.connection import ServerConnection
@@ -49,7 +50,7 @@ class Server(ServerConnection):
     """A server of moenas. A request that is lost on the way is sent again; none counts twice."""
 
     def __repr__(self) -> str:
-        return f"Server({self.url!r})"
+        return f"Server({shown_address(self.url)!r})"
 
     def __enter__(self) -> Server:
         return self

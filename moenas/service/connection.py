@@ -19,6 +19,7 @@ from moenas.errors import (
     SpaceError,
     StorageLostError,
 )
+from moenas.passwords import note, note_address, shown_address
 
 PATIENCE_S = 300.0
 """Seconds for which a client waits for a server that does not answer."""
@@ -34,6 +35,8 @@ class ServerConnection:
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url
+        note_address(url)
+        note(token or "")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=READ_S)
         self.listener: Callable[[str], None] | None = None
@@ -68,10 +71,11 @@ class ServerConnection:
             try:
                 response = self._http.request(method, path, timeout=timeout, **more)
             except httpx.TransportError as error:
-                waits.wait(f"{self.url}: {error_text(error)}")
+                waits.wait(f"{shown_address(self.url)}: {error_text(error)}")
                 continue
             if response.status_code in PASSING and waits.is_left:
-                waits.wait(f"{self.url}: status {response.status_code}", _retry_after(response))
+                reason = f"{shown_address(self.url)}: status {response.status_code}"
+                waits.wait(reason, _retry_after(response))
                 continue
             if response.is_success or response.status_code in accepted:
                 return answer_of(response)

@@ -17,6 +17,7 @@ from moenas.service import schemas, study_views, tasks
 from moenas.service.problems import Problem
 from moenas.service.sessions import Identity
 from moenas.service.state import Service, ServiceState, User
+from moenas.service.study_actions import may_change
 from moenas.store import audit, study_events, submissions
 from moenas.store.submissions import Submission
 from moenas.study.deletion import delete_study
@@ -97,7 +98,7 @@ def _submit(
         lambda c: submissions.submit(c, new, key=own_key, request_sha256=sha256)
     )
     service.runner.wake()
-    return study_views.study_detail(service.store, submission.study), is_new
+    return study_views.study_detail(service.store, submission.study, user), is_new
 
 
 # --- studies that were submitted -----------------------------------------------------------------
@@ -106,7 +107,7 @@ def _submit(
 def _require_own(connection: Connection, name: str, user: Identity) -> Submission:
     """Return a submitted study that a user may change; others' are for admins."""
     submission = submissions.require(connection, name)
-    if user.role != "admin" and submission.user_name != user.user_name:
+    if not may_change(user, submission):
         raise Problem(
             403,
             f"study '{name}' is that of '{submission.user_name}', who or an admin may change it",
@@ -128,7 +129,7 @@ def _change_own(
 
     service.store.transact(checked)
     service.runner.wake()
-    return study_views.study_detail(service.store, name)
+    return study_views.study_detail(service.store, name, user)
 
 
 @router.post("/studies/{name}/pause")
@@ -217,9 +218,9 @@ def remove_study(
     study = study_views.listed(service.store, name)
     if study.submission is not None:
         service.store.query(lambda c: _require_own(c, name, user))
-        if study.submission.driver_running or study.submission.state == "running":
+        if not study.submission.allows("delete"):
             raise Problem(409, f"study '{name}' is running; cancel it, and wait for its driver")
-    elif user.role != "admin":
+    elif not may_change(user, None):
         raise Problem(403, f"study '{name}' was started by a command; only an admin may delete it")
     mark = f"{name}|{study.created_at}|{study.evaluations}"
     wanted = hashlib.sha256(mark.encode()).hexdigest()[:16]

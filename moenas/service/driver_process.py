@@ -6,16 +6,21 @@ ended. A process that is killed leaves no file.
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
 from pathlib import Path
 
+LOG_VARIABLE = "MOENAS_DRIVER_LOG"
+"""Environment variable with the texts of `--log`, as a JSON list: they may hold passwords."""
+
 
 def main() -> None:
-    """Run `moenas` with the arguments behind the first, which names the file."""
-    code_file, *words = sys.argv[1:]
-    sys.argv = ["moenas", *words]
+    """Run `moenas` with a verb and its arguments, which stand behind the name of the file."""
+    code_file, verb, *words = sys.argv[1:]
+    logs = json.loads(os.environ.pop(LOG_VARIABLE, "[]"))
+    sys.argv = ["moenas", verb, *(word for text in logs for word in ("--log", text)), *words]
     code: object = 1
     try:
         runpy.run_module("moenas", run_name="__main__", alter_sys=True)

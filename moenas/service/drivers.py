@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moenas.errors import InputError
+from moenas.passwords import hide
 from moenas.processes import kill_descendants, machine, process_start
+from moenas.resources import sha256
+from moenas.service.driver_process import LOG_VARIABLE
 from moenas.service.settings import ServerSettings
-from moenas.store.submissions import Submission, require_study_name
-from moenas.store.urls import clean
+from moenas.store.submissions import STUDY_NAME, Submission
 
 CODE_FILE = "exit_code"
 LOG_FILE = "driver.log"
@@ -29,7 +31,8 @@ class DriverProcess:
 
     machine: str
     pid: int
-    born: str
+    process_start: str
+    """When it began, as `processes.process_start` says it."""
 
     @property
     def is_local(self) -> bool:
@@ -39,7 +42,7 @@ class DriverProcess:
     @property
     def is_alive(self) -> bool:
         """Whether the process of this machine lives."""
-        return process_start(self.pid) == self.born
+        return process_start(self.pid) == self.process_start
 
 
 def process_of(submission: Submission) -> DriverProcess | None:
@@ -47,7 +50,7 @@ def process_of(submission: Submission) -> DriverProcess | None:
     if submission.driver_pid is None or submission.driver_machine is None:
         return None
     return DriverProcess(
-        submission.driver_machine, submission.driver_pid, submission.driver_born or ""
+        submission.driver_machine, submission.driver_pid, submission.driver_process_start or ""
     )
 
 
@@ -59,13 +62,13 @@ class Drivers:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def folder(self, study: str) -> Path:
-        """Return the folder of a study's space file and log.
+        """Return the folder of a study's space file and log, directly below the work folder.
 
-        Raises:
-            InputError: if the name of the study cannot be the name of a folder.
+        Earlier versions renamed submitted studies to any text. A name that cannot be that of a
+        folder has the folder `_` and a digest; no name of a submission begins with `_`.
         """
-        require_study_name(study)
-        return self._settings.work_dir.absolute() / study
+        name = study if STUDY_NAME.match(study) else f"_{sha256(study.encode())[:16]}"
+        return self._settings.work_dir.absolute() / name
 
     def start(self, submission: Submission) -> DriverProcess:
         """Start the driver of a study in a session of its own.
@@ -76,7 +79,7 @@ class Drivers:
         folder = self.folder(submission.study)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CODE_FILE).unlink(missing_ok=True)
-        space = folder / f"{submission.study}.yaml"
+        space = folder / f"{folder.name}.yaml"
         space.write_text(submission.space_text, encoding="utf-8")
         words = ["run", "--trials", str(submission.trials)]
         for flag, value in (
@@ -85,8 +88,9 @@ class Drivers:
         ):
             words += [flag, value] if value is not None else []
         words += ["--", str(space), *submission.overrides]
-        # The URL may hold a password, and every user of this machine can read a command line.
+        # These may hold passwords, and every user of this machine can read a command line.
         environment = {**os.environ, "MOENAS_STORAGE": self._storage_url, "COLUMNS": "200"}
+        environment[LOG_VARIABLE] = json.dumps(self._settings.log)
         environment.pop("MOENAS_SERVER", None)  # a driver that submits to a server would not end
         module = [sys.executable, "-m", "moenas.service.driver_process"]
         with open(folder / LOG_FILE, "wb") as log:
@@ -140,9 +144,8 @@ class Drivers:
         except OSError:
             return ""
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-        return clean("\n".join(lines[-TAIL_LINES:]))
+        return hide("\n".join(lines[-TAIL_LINES:]))
 
     def forget(self, study: str) -> None:
-        """Delete the files of a study; one whose name names no folder was never submitted."""
-        with suppress(InputError):
-            shutil.rmtree(self.folder(study), ignore_errors=True)
+        """Delete the files of a study."""
+        shutil.rmtree(self.folder(study), ignore_errors=True)

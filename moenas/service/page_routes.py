@@ -111,7 +111,7 @@ def submit_page(service: Service, user: User, request: Request) -> Response:
 def study_page(service: Service, user: User, request: Request, name: str) -> Response:
     """Show a study: its state, its front and its failures."""
     store = service.store
-    study, front = study_views.study_detail(store, name), study_views.front(store, name)
+    study, front = study_views.study_detail(store, name, user), study_views.front(store, name)
     trials = study_views.trial_page(store, name, after=-1, limit=1000, with_params=False).trials
     failed = [row for row in trials if row.failure is not None][:FAILURES]
     seeds = {} if front.seeds is None else {each.trial: each for each in front.seeds.members}

@@ -23,9 +23,9 @@ from moenas.errors import (
     StorageLostError,
     StudyBusyError,
 )
+from moenas.passwords import hide
 from moenas.records import Plain
 from moenas.service.task_process import TaskLostError, TaskTimeoutError
-from moenas.store.urls import clean
 from moenas.terminal import to_json
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Problem(Exception):
             "type": f"urn:moenas:problem:{self.kind}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
-            "detail": clean(self.detail),
+            "detail": hide(self.detail),
             "instance": path,
             **self.more,
         }

@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 
 from moenas.errors import InputError, NotFoundError, StorageLostError, StudyStoppedError
+from moenas.passwords import shown_address
 from moenas.records import Evaluation, FrontPoint, Plain
 from moenas.resources import find, read_text
 from moenas.service.connection import PATIENCE_S, READ_S, ServerConnection, Waits, error_text
@@ -40,7 +41,7 @@ class RemoteStudy:
         self._path = f"/v1/studies/{quote(name, safe='')}"
 
     def __repr__(self) -> str:
-        return f"RemoteStudy({self.name!r}, {self.server.url!r})"
+        return f"RemoteStudy({self.name!r}, {shown_address(self.server.url)!r})"
 
     def _get(self, below: str, **more: Any) -> Any:
         return self.server.request("GET", self._path + below, **more)
@@ -183,7 +184,7 @@ class RemoteStudy:
                 reason = "the stream ended"
             except (httpx.TransportError, StorageLostError) as error:
                 reason = error_text(error)
-            waits.wait(f"{self.server.url}: {reason}")
+            waits.wait(f"{shown_address(self.server.url)}: {reason}")
 
     def _waits(self) -> Waits:
         return Waits(PATIENCE_S, self.server.listener)
@@ -286,7 +287,7 @@ class RemoteStudy:
                         file.write(piece)
                 return
             except (httpx.TransportError, StorageLostError) as error:
-                waits.wait(f"{self.server.url}: {error_text(error)}")
+                waits.wait(f"{shown_address(self.server.url)}: {error_text(error)}")
 
 
 def _reference(text: str) -> str | Plain:

@@ -138,7 +138,7 @@ class Runner:
             return True
         self._store.transact(
             lambda c: submissions.set_driver(
-                c, submission.study, process.machine, process.pid, process.born
+                c, submission.study, process.machine, process.pid, process.process_start
             )
         )
         return True

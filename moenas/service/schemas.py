@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moenas.service.settings import MAX_SPACE
+from moenas.store.submissions import Action
 
 Overrides = Annotated[
     list[Annotated[str, Field(max_length=2000)]],
@@ -90,12 +91,45 @@ class Estimate(Model):
     candidates: int
     replicates: int = Field(description="Expected trainings with further seeds.")
     workers: int
-    train_tokens: float = Field(description="Replicates included, as in the numbers below.")
-    train_flops: float
+    train_tokens: float | None = Field(
+        description="Replicates included, as in the numbers below; null if unknown."
+    )
+    train_flops: float | None
     hours: float | None
     hours_low: float | None
     hours_high: float | None
     basis: str
+
+
+class PredictedValue(Model):
+    """A predicted latency with its interval, in the unit of the objective."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PredictedLatency(Model):
+    """The predicted range of a latency over random architectures of a space."""
+
+    objective: str
+    unit: str
+    missing: str | None = Field(description="Why there is no prediction; the rest is null then.")
+    smallest: PredictedValue | None = None
+    median: PredictedValue | None = None
+    largest: PredictedValue | None = None
+    drawn: int | None = None
+    beyond: int | None = Field(None, description="Draws larger than every measured model.")
+    device: str | None = None
+    settings: dict[str, Any] | None = Field(None, description="Phase, batch, context, dtype.")
+    made_at: str | None = None
+    fitted_models: int | None = None
+    fitted_blocks: int | None = None
+    coverage: float | None = Field(None, description="Of the intervals, for random models.")
+    factor: float | None = Field(None, description="An interval is value / factor to its product.")
+    tested: int | None = None
+    covered: int | None = Field(None, description="Tested models inside their intervals.")
+    median_error: float | None = Field(None, description="Relative, of the tested models.")
 
 
 class SpaceReport(Model):
@@ -124,6 +158,7 @@ class SpaceReport(Model):
     )
     notes: list[str]
     draws: list[Draw]
+    latency: list[PredictedLatency] = []
     estimate: Estimate
 
 
@@ -225,7 +260,9 @@ class Progress(Model):
     running_in: str | None = None
     running: list[RunningTrial] = []
     candidates_per_hour: float | None = Field(
-        None, description="Of the latest run; null before its first evaluated candidate."
+        None,
+        description="Of the latest run that evaluated a candidate, or of the run that is going on;"
+        " null before its first evaluated candidate.",
     )
     seconds_left: float | None = Field(None, description="At that pace; null if nothing runs.")
     ended: str | None = None
@@ -244,6 +281,10 @@ class Progress(Model):
 class StudyDetail(Study):
     """One study, whole."""
 
+    actions: list[Action] = Field(
+        description="What the user of this request may do now: `POST` to the path of that name,"
+        " or `DELETE`."
+    )
     objectives: list[Objective]
     overrides: list[str]
     space: str = Field(description="The space file, verbatim.")

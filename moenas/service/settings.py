@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moenas.errors import InputError
+from moenas.loggers.opening import check_logger
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 2 << 20
@@ -44,6 +45,8 @@ class ServerSettings:
     """Whether a space may name Python files."""
     data_roots: tuple[Path, ...] = ()
     """Folders that the corpora of a space may lie in."""
+    log: tuple[str, ...] = ()
+    """--log of each driver."""
     requests_per_s: float = 50.0
     """Requests of a token a second, over a while."""
     burst: int = 200
@@ -66,10 +69,10 @@ class ServerSettings:
         return frozenset(name.lower() for name in (*names, *self.allowed_hosts))
 
     def check(self, active_tokens: int) -> None:
-        """Refuse to listen where strangers could use the server or read along.
+        """Refuse loggers that cannot be, and to listen where strangers could use the server.
 
         Raises:
-            InputError: naming the option that is missing.
+            InputError: naming the option that is missing or wrong.
         """
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key go together; give both")
@@ -79,6 +82,8 @@ class ServerSettings:
         for path in self.data_roots:
             if not path.is_dir():
                 raise InputError(f"--data-root {path}: no such folder")
+        for text in self.log:
+            check_logger(text)
         if self.is_loopback:
             return
         if self.no_auth:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
 from moenas.service import event_stream, front_schemas, schemas, study_views, tasks
-from moenas.service.state import DRAWN, Service, ServiceState
+from moenas.service.state import DRAWN, Service, ServiceState, User
 from moenas.store import study_events
 from moenas.store.submissions import State, StudyFilter
 
@@ -69,9 +69,9 @@ def list_studies(
 
 
 @router.get("/studies/{name}")
-def get_study(service: Service, name: str) -> schemas.StudyDetail:
-    """Return one study: its state, its progress and its space."""
-    return study_views.study_detail(service.store, name)
+def get_study(service: Service, user: User, name: str) -> schemas.StudyDetail:
+    """Return one study: its state, its progress, its space, and what the user may do with it."""
+    return study_views.study_detail(service.store, name, user)
 
 
 @router.get("/studies/{name}/trials")

@@ -18,6 +18,8 @@ from moenas.report.summary import (
     trial_report,
 )
 from moenas.service import front_schemas, schemas
+from moenas.service.sessions import Identity
+from moenas.service.study_actions import allowed_actions
 from moenas.store import row_readers, study_events, submissions
 from moenas.store.activity import last_activity
 from moenas.store.store import Store
@@ -112,8 +114,8 @@ def listed(store: Store, name: str) -> ListedStudy:
     return ListedStudy(name, own.trials, own.submitted_at, 0, own)
 
 
-def study_detail(store: Store, name: str) -> schemas.StudyDetail:
-    """Return one study, whole.
+def study_detail(store: Store, name: str, user: Identity) -> schemas.StudyDetail:
+    """Return one study, whole, with what a user may do with it.
 
     Raises:
         NotFoundError: if there is none of this name.
@@ -125,15 +127,18 @@ def study_detail(store: Store, name: str) -> schemas.StudyDetail:
     objectives: list[Plain] = []
     progress: Plain = {}
     space, overrides = ("", []) if own is None else (own.space_text, own.overrides)
-    if store.knows(name):
+    begun = store.knows(name)
+    if begun:
         record = store.study(name)
         space, overrides = record.space_text, record.overrides
         keys = schemas.Objective.model_fields
         objectives = [{key: o[key] for key in keys} for o in record.objectives]
         said = status_report(store, name)
         progress = {key: said[key] for key in schemas.Progress.model_fields}
+    row = study_row(store, study)
     return schemas.StudyDetail(
-        **study_row(store, study),
+        **row,
+        actions=allowed_actions(study, row["state"], user, begun=begun),
         objectives=[schemas.Objective(**o) for o in objectives],
         overrides=overrides,
         space=space,

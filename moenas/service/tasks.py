@@ -46,12 +46,14 @@ def check_space(
     """
     from moenas.report.space_check import check_report
     from moenas.space.space import Space
+    from moenas.study.calibration import predicted_latency
     from moenas.study.estimate import estimate
 
     require_allowed(text, SOURCE, overrides, rules)
     space = Space.parse(text, SOURCE, overrides)
     require_data_below(space.data, rules)
     report = check_report(space, draws)
+    report["latency"] = predicted_latency(space, storage)
     return report | {"estimate": estimate(space, storage=storage).plain()}
 
 
@@ -70,7 +72,7 @@ def check_submission(
     space = Space.parse(text, SOURCE, overrides)
     require_data_below(space.data, rules)
     require_study_name(space.name)
-    check_start(space, storage)
+    check_start(space, storage, elsewhere=True)  # the driver knows where its workers are
     return {"name": space.name, "trials": space.search.trials}
 
 

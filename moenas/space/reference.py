@@ -14,13 +14,14 @@ from moenas.data.tokenizer_file import END_OF_TEXT
 from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
 from moenas.grammar.conditions import Values
-from moenas.grammar.requirements import TRAINED
+from moenas.grammar.requirements import LATENCIES, TRAINED
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
 from moenas.space import space
 from moenas.space.objective import load_objective
 from moenas.space.section_reading import known_names
 from moenas.space.sections import Protocol, Recipe, Search
+from moenas.space.stored_form import RESOURCES
 
 OWN = ("moenas.",)
 """Modules whose components are ours; a user's own parts have no defaults on file."""
@@ -164,8 +165,13 @@ A name may include the components around the field: `mixer.scale`, `ffn.router.s
 
 REQUIRE_TRAINED = """\
 A comparison with one of these names is decided after training, by the routing on the validation
-text. The worst layer counts. A candidate that violates it is infeasible. Its values are kept, but
-it is never on the front. The sampler gets the amount of the violation.
+text or by the measured latency. The worst layer counts. A candidate that violates it is infeasible.
+Its values are kept, but it is never on the front. The sampler gets the amount of the violation.
+
+A requirement on a latency needs that objective. Where `moenas calibrate` has stored a prediction,
+a bound such as `decode_ms < 5` refuses a candidate before training if it is certainly broken: the
+whole interval of the prediction, taken twice as wide, is outside, and no part of the model is
+larger than in the measured ones.
 """
 
 DATA_FORMS = {
@@ -242,7 +248,7 @@ def _pages() -> Iterator[str]:
     yield AFTER_DATA
     for name, cls in (("train", Recipe), ("measure", Protocol), ("search", Search)):
         yield from _family(name, cls, "##", set())
-    yield OVERRIDES.format(resources=", ".join(f"`{name}`" for name in space.RESOURCES))
+    yield OVERRIDES.format(resources=", ".join(f"`{name}`" for name in RESOURCES))
 
 
 def _family(
@@ -311,7 +317,8 @@ def _require() -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in sorted(plain))
     yield textwrap.fill(f"Fields: {names}.", 100) + "\n"
     yield REQUIRE_TRAINED
-    yield _table(("of the routing", "is"), [(f"`{n}`", doc) for n, (_, doc) in TRAINED.items()])
+    decided = {name: doc for name, (_, doc) in TRAINED.items()} | LATENCIES
+    yield _table(("after training", "is"), [(f"`{name}`", doc) for name, doc in decided.items()])
 
 
 def _objectives() -> Iterator[str]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
-from moenas.errors import InputError, SourceLocation
+from moenas.errors import InputError, SourceLocation, SpaceError
 from moenas.grammar import field_names, user_parts
 from moenas.grammar import tree as grammar
 from moenas.grammar.component import Component
 from moenas.grammar.hole_reading import HOLES
 from moenas.grammar.nodes import Tree
-from moenas.grammar.requirements import TRAINED, Requirement, parse_requirement
+from moenas.grammar.requirements import LATENCIES, TRAINED, Requirement, parse_requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost
-from moenas.resources import Node
+from moenas.resources import NOWHERE, Node
 from moenas.space.objective import Objective, load_objective
 
 MAX_NAME = 200
@@ -89,12 +89,37 @@ def read_requirements(node: Node | None, tree: Tree) -> Iterator[Requirement]:
         return
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
-    known, several = known_names() | set(TRAINED), field_names.ambiguous(tree)
+    known, several = known_names() | {*TRAINED, *LATENCIES}, field_names.ambiguous(tree)
     former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
         yield parse_requirement(item.value, item.mark, known, several, former)
+
+
+def require_measured(requirements: Sequence[Requirement], objectives: Sequence[Objective]) -> None:
+    """Refuse requirements on what is not measured.
+
+    Raises:
+        SpaceError: at the first requirement that needs another objective.
+    """
+    names = {objective.name for objective in objectives}
+    untrained = all(objective.needs != "training" for objective in objectives)
+    for requirement in requirements:
+        if missing := sorted(requirement.names & LATENCIES.keys() - names):
+            raise SpaceError(
+                f"'{requirement.text}' is decided on the measured {missing[0]}; add {missing[0]} to"
+                " the objectives",
+                location=requirement.mark,
+                path="require",
+            )
+        if untrained and requirement.trained:
+            raise SpaceError(
+                f"'{requirement.text}' is decided on the trained model, and no objective trains"
+                " it; add val_loss to the objectives",
+                location=requirement.mark,
+                path="require",
+            )
 
 
 def read_objectives(node: Node) -> Iterator[Objective]:
@@ -113,3 +138,16 @@ def read_objectives(node: Node) -> Iterator[Objective]:
             raise item.error("objectives", f"duplicate objective '{objective.name}'")
         seen.add(objective.name)
         yield objective
+
+
+def has_key(section: Node | None, key: str) -> bool:
+    """Whether a section of the file has a key."""
+    return section is not None and isinstance(section.value, dict) and key in section.value
+
+
+def mark_of(section: Node | None, key: str) -> SourceLocation:
+    """Return where a key of a section stands; NOWHERE if the file has no such section."""
+    if section is None:
+        return NOWHERE
+    written = section.value if isinstance(section.value, dict) else {}
+    return written[key].mark if key in written else section.mark

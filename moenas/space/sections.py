@@ -35,14 +35,37 @@ SAMPLERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(Component):
-    """What every candidate spends on its training in place of equal tokens."""
+    """What every candidate spends on its training in place of equal tokens: one of the two."""
 
-    train_flops: float = setting(
+    train_flops: float | None = setting(
         "training FLOPs of every candidate: 3 times its forward FLOPs of each token, those of `mtp`"
         " included. A candidate trains for the whole steps that fit; one of fewer than one step is"
         " infeasible",
+        default=None,
         low=1.0,
     )
+    seconds: float | None = setting(
+        "seconds of training of every candidate on `device`. Before the training some steps are"
+        " timed while no other moenas process computes there. The candidate trains for the whole"
+        " steps that fit; one of fewer than one step fails",
+        default=None,
+        low=0.001,
+    )
+    device: str | None = setting(
+        "name of the device whose `seconds` count, such as `NVIDIA H100`: words of the name that"
+        " `moenas front` prints. A run on another device is refused",
+        default=None,
+    )
+
+    def invalid(self) -> str | None:
+        """Refuse two kinds of budget, none, and seconds of no device."""
+        if (self.train_flops is None) == (self.seconds is None):
+            return "a budget is either train_flops, or seconds with device; give one of the two"
+        if (self.seconds is None) != (self.device is None):
+            return "seconds and device go together: name the device on which the seconds count"
+        if self.device is not None and not self.device.strip():
+            return "device is empty; write the name of the device on which the seconds count"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +74,8 @@ class Recipe(Component):
 
     tokens: int = setting("training tokens of every candidate", default=500_000, low=1)
     budget: Budget | None = setting(
-        "equal compute in place of equal tokens, so that a cheaper candidate trains for longer;"
-        " `tokens` is then not given",
+        "equal compute or equal time in place of equal tokens, so that a cheaper candidate trains"
+        " for longer; `tokens` is then not given",
         default=None,
     )
     context: int = setting("length of a training sequence in tokens", default=128, low=2)
@@ -150,13 +173,26 @@ class Recipe(Component):
             "training_flops_per_token": trained.flops_per_token,
         }
 
-    def for_candidate(self, flops_per_token: int) -> Self:
+    @property
+    def has_time_budget(self) -> bool:
+        """Whether the tokens of a candidate follow from the time of its training step."""
+        return self.budget is not None and self.budget.seconds is not None
+
+    def for_candidate(self, flops_per_token: int, timed_tokens: int | None = None) -> Self:
         """Return the recipe of a candidate by its forward FLOPs in training.
 
-        A budget becomes its tokens. `flops_per_token` is that of `training_cost`.
+        A budget becomes its tokens. `flops_per_token` is that of `training_cost`. `timed_tokens`
+        are those that fit in a budget of seconds.
+
+        Raises:
+            ValueError: for a budget of seconds without them.
         """
         if self.budget is None:
             return self
+        if self.budget.train_flops is None:
+            if timed_tokens is None:
+                raise ValueError("a budget of seconds, and the step of the candidate is not timed")
+            return replace(self, tokens=timed_tokens)
         step = self.step_flops(flops_per_token)
         steps = int(self.budget.train_flops // step) if step else 0
         return replace(self, tokens=steps * self.batch * self.context)

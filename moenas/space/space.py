@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -23,16 +22,15 @@ from moenas.errors import (
 from moenas.failures import located
 from moenas.grammar import field_names, sampling
 from moenas.grammar import tree as grammar
-from moenas.grammar.component import Component
 from moenas.grammar.counting import count
 from moenas.grammar.json_schema import SchemaWriter
 from moenas.grammar.nodes import Choice, Fit, Fixed, Range, Record, Tree
 from moenas.grammar.option_check import check_options
-from moenas.grammar.requirements import TRAINED, Names, Requirement
+from moenas.grammar.requirements import LATENCIES, TRAINED, Names, Requirement
 from moenas.grammar.user_parts import UserFile
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain, RoutingRow
-from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text, sha256
+from moenas.resources import NOWHERE, Node, find, parse_yaml, read_text
 from moenas.space.early_stopping import DEFAULT_RUNGS
 from moenas.space.feasibility import binding
 from moenas.space.fit import fit_cost, read_one_fit, solve
@@ -41,24 +39,23 @@ from moenas.space.named_layers import expand
 from moenas.space.objective import Objective
 from moenas.space.overrides import override
 from moenas.space.section_reading import (
+    has_key,
+    mark_of,
     read_name,
     read_objectives,
     read_requirements,
     read_section,
     read_use,
+    require_measured,
 )
 from moenas.space.sections import Protocol, Recipe, Search, start_marks
+from moenas.space.stored_form import digest
 from moenas.space.tied_values import check_tied_ranges, with_tied_values
 
 KEYS = (
     "name", "use", "layers", "architecture", "require", "objectives", "data", "train", "measure",
     "search",
 )  # fmt: skip
-RESOURCES = (
-    "trials", "replicates", "start_from", "stop", "workers", "cpus", "gpus", "time_limit",
-    "candidates_per_worker",
-)  # fmt: skip
-"""Fields of `search` that a resumed study may change: they do not touch what a value means."""
 ONE_STEP = "train.budget holds one training step"
 """The requirement of a budget of training FLOPs; a step for each rung and the end if these stop."""
 NO_COST = "a part's `cost` must return a Cost of whole numbers of at least 0"
@@ -87,6 +84,8 @@ class Space:
     """Whether the file names a sampler; without one it takes the default."""
     start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
     """Where each entry of `search.start_from` stands."""
+    budget_mark: SourceLocation = field(default=NOWHERE, compare=False)
+    """Where the section `train` or its budget stands."""
     fit: Fit | None = None
     """The width that is solved after each draw."""
 
@@ -144,8 +143,9 @@ class Space:
             measure=read_section(Protocol, "measure", keys, source),
             search=read_section(Search, "search", keys, source),
             data_mark=keys["data"].mark if "data" in keys else SourceLocation(source),
-            names_sampler=_names(keys.get("search"), "sampler"),
+            names_sampler=has_key(keys.get("search"), "sampler"),
             start_marks=tuple(start_marks(keys.get("search"))),
+            budget_mark=mark_of(keys.get("train"), "budget"),
             fit=read_one_fit(tree),
         )
         space._check(keys)
@@ -158,7 +158,7 @@ class Space:
         check_options(self.tree)
         if not any(True for _ in self.holes):
             sampling.drawn(self.tree, sampling.RandomSuggest(0))
-        if self.train.budget is not None and _names(keys.get("train"), "tokens"):
+        if self.train.budget is not None and has_key(keys.get("train"), "tokens"):
             raise keys["train"].error(
                 "train.tokens", "a budget decides the tokens of each candidate; give one of the two"
             )
@@ -170,14 +170,7 @@ class Space:
                 location=keys["search"].mark,
                 path="search.replicates",
             )
-        for requirement in self.requirements if untrained else ():
-            if requirement.trained:
-                raise SpaceError(
-                    f"'{requirement.text}' is decided on the trained model, and no objective trains"
-                    " it; add val_loss to the objectives",
-                    location=requirement.mark,
-                    path="require",
-                )
+        require_measured(self.requirements, self.objectives)
         needed = self.data.get("vocab_size", 256)
         for value, mark in _values(self.tree, "vocab_size"):
             if value < needed:
@@ -288,13 +281,14 @@ class Space:
         Of those that are decided before anything is built. The target of a fit is one of them.
         """
         wanted = [r for r in self.requirements if not r.trained]
-        layers = self._names(architecture) if wanted else []
+        layers = self.layer_names(architecture) if wanted else []
         violations = {r.text: r.violation(layers) for r in wanted}
-        if self.train.budget is not None:
+        budget = self.train.budget
+        if budget is not None and budget.train_flops is not None:
             step = self.train.step_flops(self.training_cost(architecture).flops_per_token)
             # With early stopping, each rung and the end need a step of their own.
             least = 1 + self.train.rungs if self.search.early_stopping.stops else 1
-            violations[ONE_STEP] = least * step / self.train.budget.train_flops - 1.0
+            violations[ONE_STEP] = least * step / budget.train_flops - 1.0
         if self.fit is not None:
             violations[self.fit.text] = self.fit.violation(
                 fit_cost(self.fit, self.cost(architecture))
@@ -302,23 +296,32 @@ class Space:
         return violations
 
     def trained_violations(
-        self, architecture: Architecture, routing: Sequence[RoutingRow]
+        self,
+        architecture: Architecture,
+        routing: Sequence[RoutingRow],
+        values: Mapping[str, float],
     ) -> dict[str, float]:
-        """Return the same of the requirements that are decided on the routing after training.
+        """Return the same of the requirements that are decided after training.
 
-        `routing` are the rows of an evaluation. A model without MoE layers breaks none.
+        `routing` and `values` are those of an evaluation. A model without MoE layers breaks none
+        on the routing.
         """
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
             return {}
         rows: dict[int, Mapping[str, Any]] = {row["layer"]: row for row in routing}
+        measured = {name: values.get(name) for name in LATENCIES}
         layers: list[Names] = [
-            {**names, **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()}}
-            for i, names in enumerate(self._names(architecture))
+            {
+                **names,
+                **measured,
+                **{name: rows.get(i, {}).get(key) for name, (key, _) in TRAINED.items()},
+            }
+            for i, names in enumerate(self.layer_names(architecture))
         ]
         return {r.text: r.violation(layers) for r in wanted}
 
-    def _names(self, architecture: Architecture) -> list[Names]:
+    def layer_names(self, architecture: Architecture) -> list[Names]:
         """Return the values of the names that a requirement can use, for each layer."""
         cost = self.cost(architecture)
         shared: dict[str, float | str | None] = {**cost.plain(), "total_params": cost.params}
@@ -424,36 +427,6 @@ class Space:
     def with_search(self, **changes: Any) -> Self:
         """Return the space with other values in `search`, e.g. `with_search(trials=100)`."""
         return replace(self, search=replace(self.search, **changes))
-
-
-def _names(section: Node | None, key: str) -> bool:
-    """Whether a section of the file has a key."""
-    return section is not None and isinstance(section.value, dict) and key in section.value
-
-
-def digest(plain: Plain) -> str:
-    """Return the digest of a space in plain form, leaving out the resources of the search."""
-    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
-    return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
-
-
-def with_current_defaults(plain: Plain) -> Plain:
-    """Return the stored plain form of a space with the fields that came later at their defaults.
-
-    What cannot be read any more is returned as it is. Resources of the search are left at their
-    defaults: they may change, and an earlier version took values that are refused now.
-    """
-    sections: dict[str, type[Component]] = {"train": Recipe, "measure": Protocol, "search": Search}
-    search = {k: v for k, v in plain["search"].items() if k not in RESOURCES}
-    lasting = {**plain, "search": search}
-    try:
-        tree = grammar.read(Architecture, Node.wrap(plain["architecture"]))
-        current = {
-            name: grammar.parse(cls, lasting[name]).plain() for name, cls in sections.items()
-        }
-    except SpaceError:
-        return plain
-    return {**plain, "architecture": grammar.unparse(tree), **current}
 
 
 def file_schema() -> Plain:

@@ -17,11 +17,12 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from moenas.errors import MoenasError, StorageError, StorageLostError
+from moenas.passwords import hide
 from moenas.store import faults, identity
 from moenas.store.faults import BUSY_S
 from moenas.store.migrations import REVISIONS, VERSION_TABLE
 from moenas.store.retry import Retry, patience
-from moenas.store.urls import clean, file_of, is_uri, shown, sqlite_url, storage_url
+from moenas.store.urls import file_of, is_uri, shown, sqlite_url, storage_url
 
 CONNECT_S = 5
 """Most seconds for connecting to a PostgreSQL server."""
@@ -101,7 +102,7 @@ class Database:
                 f"{self.place}: needs psycopg; `pip install 'moenas[postgres]'`"
             ) from None
         except SQLAlchemyError as error:
-            raise StorageError(f"{self.place}: {clean(str(error))}") from None
+            raise StorageError(f"{self.place}: {hide(str(error))}") from None
         if self.path is None:
             event.listen(self.engine, "connect", self._check_encoding, insert=True)
             self._reader = self.engine.execution_options(isolation_level="REPEATABLE READ")
@@ -300,11 +301,11 @@ class Database:
 
     def lost(self, error: BaseException | None) -> MoenasError:
         """Return the exception for an error of the database: one line with advice."""
-        said = clean(faults.first_line(error))
+        said = hide(faults.first_line(error))
         return self._trouble(f"{self.place}: {faults.advice(said, self.path)}")
 
     def _waiting_for(self, error: Exception) -> str:
-        return f"{self.place}: {clean(faults.first_line(error.__cause__))}"
+        return f"{self.place}: {hide(faults.first_line(error.__cause__))}"
 
     def _passes(self, error: Exception) -> bool:
         """Whether an error is transient. Raises ReplacedError if the database was replaced."""

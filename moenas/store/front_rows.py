@@ -31,8 +31,6 @@ def summary(connection: Connection, name: str) -> FrontSummary:
 
 def members(connection: Connection, record: StudyRecord) -> list[int]:
     """Return the trials on the front in order of the first objective, best first."""
-    if not record.directions:
-        return []  # of a study that is being renamed, its name alone is left
     points = _points(connection, record, member.c.left_seq.is_(None))
     sign = 1 if next(iter(record.directions.values())) == "minimize" else -1
     return sorted(points, key=lambda trial: (sign * points[trial][0], trial))

@@ -31,7 +31,7 @@ def clock(connection: Connection) -> float:
 def is_alive(row: Row[Any], now: float) -> bool:
     """Say whether the process of a row is still at work: a driver, or a server."""
     here = machine()
-    if here and row.machine == here and process_start(row.pid) != row.born:
+    if here and row.machine == here and process_start(row.pid) != row.process_start:
         return False
     return bool(now - row.heartbeat < STALE_S)
 
@@ -74,7 +74,7 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
             host=os.uname().nodename,
             machine=machine(),
             pid=os.getpid(),
-            born=process_start(os.getpid()) or "",
+            process_start=process_start(os.getpid()) or "",
             heartbeat=now,
         )
     )

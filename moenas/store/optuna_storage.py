@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import wraps
 from typing import Any, TypeAlias, cast
 
@@ -18,7 +21,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import delete, insert, select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, PendingRollbackError
 from sqlalchemy.orm import Session
@@ -44,7 +47,6 @@ REPEATED = (
     "get_study_user_attrs",
     "get_study_system_attrs",
     "get_all_studies",
-    "_create_new_trial",
     "_set_trial_param",
     "get_trial_param",
     "get_trial_id_from_study_id_trial_number",
@@ -54,7 +56,6 @@ REPEATED = (
     "set_trial_system_attr",
     "get_trial_user_attrs",
     "get_trial_system_attrs",
-    "get_trial",
     "get_all_trials",
     "_get_trials",
     "record_heartbeat",
@@ -65,6 +66,21 @@ REPEATED = (
 A new trial whose commit was not answered stays behind as RUNNING, and is evaluated by the next
 run. Every other call sets what it is given, or reads.
 """
+
+
+@dataclass(frozen=True)
+class TrialChanges:
+    """What one transaction changes of a running trial."""
+
+    params: Sequence[Param] = ()
+    user: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of the user."""
+    system: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes of Optuna, such as constraints."""
+    state: TrialState | None = None
+    """How the trial ends; None if it goes on."""
+    values: Sequence[float] | None = None
+    """Values of the objectives of a trial that ends."""
 
 
 class Storage(RDBStorage):
@@ -78,27 +94,45 @@ class Storage(RDBStorage):
         super().__init__(url, engine_kwargs=engine_arguments(database.url))
         self._distributions: dict[tuple[int, str], BaseDistribution] = {}
         """(study, parameter) -> a distribution that the study has for it."""
+        self._newest: FrozenTrial | None = None
+        """The trial that was made by the call before; it is not read again."""
 
-    def set_trial_params(self, trial_id: int, params: Sequence[Param]) -> None:
-        """Set several parameters of a trial in one transaction; again changes nothing.
+    def write_trial(self, trial_id: int, changes: TrialChanges) -> None:
+        """Change a running trial in one transaction; the same changes again change nothing.
 
         Raises:
             KeyError: if there is no such trial.
             UpdateFinishedTrialError: if it is finished.
             ValueError: if a parameter has a distribution that does not fit those of other trials.
         """
-        self._database.again(lambda: self._plainly(_write_params, trial_id, params))
+        if changes.state is None:
+            self._database.again(lambda: self._plainly(_write, trial_id, changes))
+            return
+        self._finish(
+            trial_id,
+            changes.state,
+            changes.values,
+            lambda: self._plainly(_write, trial_id, changes),
+        )
 
-    def set_trial_attributes(
-        self, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
-    ) -> None:
-        """Set several attributes of a trial in one transaction; again changes nothing.
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial."""
+        newest, self._newest = self._newest, None
+        if newest is not None and newest._trial_id == trial_id:
+            return newest
+        stock = RDBStorage.get_trial
+        return self._database.again(lambda: cast(FrozenTrial, self._plainly(stock, trial_id)))
 
-        Raises:
-            KeyError: if there is no such trial.
-            UpdateFinishedTrialError: if it is finished.
-        """
-        self._database.again(lambda: self._plainly(_write_attributes, trial_id, user, system))
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        """Make a trial, which the next call need not read."""
+        stock = RDBStorage._create_new_trial
+        made = self._database.again(
+            lambda: cast(FrozenTrial, self._plainly(stock, study_id, template_trial))
+        )
+        self._newest = copy.deepcopy(made)
+        return made
 
     def waiting_trials(self, study_id: int) -> list[int]:
         """Return the ids of the trials that are enqueued, in order, without reading the others."""
@@ -121,14 +155,30 @@ class Storage(RDBStorage):
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         """Set how a trial ended; once more after a lost answer changes nothing."""
+        stock = RDBStorage.set_trial_state_values
+        done = self._finish(
+            trial_id, state, values, lambda: self._plainly(stock, trial_id, state, values)
+        )
+        return bool(done)
+
+    def _finish(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        change: Callable[[], Any],
+    ) -> Any:
+        """Run a change that ends a trial; if it is done already, return True from the second try.
+
+        The answer of a commit can be lost, and a finished trial takes no change.
+        """
         tries = 0
 
-        def work() -> bool:
+        def work() -> Any:
             nonlocal tries
             tries += 1
             try:
-                stock = RDBStorage.set_trial_state_values
-                return bool(self._plainly(stock, trial_id, state, values))
+                return change()
             except UpdateFinishedTrialError:
                 known = self.get_trial(trial_id)
                 ours = known.state == state and known.values == (values and list(values))
@@ -140,6 +190,7 @@ class Storage(RDBStorage):
 
     def _plainly(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method of RDBStorage; raise what the database said, not Optuna's guess at it."""
+        self._newest = None
         try:
             with self._database.plainly():
                 return call(self, *args, **kwargs)
@@ -151,60 +202,75 @@ class Storage(RDBStorage):
             raise self._database.lost(cause) from cause
 
 
-def _updatable(storage: Storage, session: Session, trial_id: int) -> Any:
-    """Return the row of a trial that is not finished."""
-    trial = models.TrialModel.find_or_raise_by_id(trial_id, session)
-    storage.check_trial_is_updatable(trial_id, cast(TrialState, trial.state))
-    return trial
-
-
-def _write_params(storage: Storage, trial_id: int, params: Sequence[Param]) -> None:
-    """Set parameters as RDBStorage sets one, all in one transaction."""
-    model = models.TrialParamModel
-    with _create_scoped_session(storage.scoped_session, True) as session:
-        study_id = _updatable(storage, session, trial_id).study_id
-        rows, known = [], storage._distributions
-        for name, value, distribution in params:
-            text = distribution_to_json(distribution)
-            key = study_id, name
-            if key not in known:
-                earlier = (
-                    session.query(model)
-                    .join(models.TrialModel)
-                    .filter(models.TrialModel.study_id == study_id, model.param_name == name)
-                    .first()
-                )
-                known[key] = (
-                    distribution
-                    if earlier is None
-                    else json_to_distribution(cast(str, earlier.distribution_json))
-                )
-            check_distribution_compatibility(known[key], distribution)
-            row = {"trial_id": trial_id, "param_name": name, "param_value": value}
-            rows.append({**row, "distribution_json": text})
-        names = [row["param_name"] for row in rows]
-        session.execute(
-            delete(model).where(model.trial_id == trial_id, model.param_name.in_(names))
+def _write(storage: Storage, trial_id: int, changes: TrialChanges) -> None:
+    """Change a trial as RDBStorage does by many calls, all in one transaction."""
+    ends = changes.state is not None
+    with _create_scoped_session(storage.scoped_session, not ends) as session:
+        trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=ends)
+        storage.check_trial_is_updatable(trial_id, cast(TrialState, trial.state))
+        if changes.params:
+            _write_params(storage, session, trial, changes.params)
+        attributes = (
+            (models.TrialUserAttributeModel, changes.user),
+            (models.TrialSystemAttributeModel, changes.system),
         )
-        session.execute(insert(model), rows)
-
-
-def _write_attributes(
-    storage: Storage, trial_id: int, user: Mapping[str, Any], system: Mapping[str, Any]
-) -> None:
-    """Set attributes as RDBStorage sets one, all in one transaction."""
-    with _create_scoped_session(storage.scoped_session, True) as session:
-        _updatable(storage, session, trial_id)
-        kinds = (models.TrialUserAttributeModel, user), (models.TrialSystemAttributeModel, system)
-        for model, attributes in kinds:
-            if attributes:
-                this = model.trial_id == trial_id, model.key.in_(list(attributes))
+        for model, entries in attributes:
+            if entries:
+                this = model.trial_id == trial_id, model.key.in_(list(entries))
                 session.execute(delete(model).where(*this))
                 rows = [
                     {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-                    for key, value in attributes.items()
+                    for key, value in entries.items()
                 ]
                 session.execute(insert(model), rows)
+        if ends:
+            _write_end(session, trial, changes)
+
+
+def _write_params(
+    storage: Storage, session: Session, trial: models.TrialModel, params: Sequence[Param]
+) -> None:
+    """Set parameters of a trial."""
+    model, study_id = models.TrialParamModel, cast(int, trial.study_id)
+    rows, known = [], storage._distributions
+    for name, value, distribution in params:
+        text = distribution_to_json(distribution)
+        key = study_id, name
+        if key not in known:
+            earlier = (
+                session.query(model)
+                .join(models.TrialModel)
+                .filter(models.TrialModel.study_id == study_id, model.param_name == name)
+                .first()
+            )
+            known[key] = (
+                distribution
+                if earlier is None
+                else json_to_distribution(cast(str, earlier.distribution_json))
+            )
+        check_distribution_compatibility(known[key], distribution)
+        row = {"trial_id": trial.trial_id, "param_name": name, "param_value": value}
+        rows.append({**row, "distribution_json": text})
+    names = [row["param_name"] for row in rows]
+    session.execute(
+        delete(model).where(model.trial_id == trial.trial_id, model.param_name.in_(names))
+    )
+    session.execute(insert(model), rows)
+
+
+def _write_end(session: Session, trial: models.TrialModel, changes: TrialChanges) -> None:
+    """Set the state and the values of a trial that ends."""
+    model = models.TrialValueModel
+    session.execute(delete(model).where(model.trial_id == trial.trial_id))
+    rows = []
+    for objective, value in enumerate(changes.values or ()):
+        number, kind = model.value_to_stored_repr(value)
+        row = {"trial_id": trial.trial_id, "objective": objective}
+        rows.append({**row, "value": number, "value_type": kind})
+    if rows:
+        session.execute(insert(model), rows)
+    for name, entry in (("state", changes.state), ("datetime_complete", datetime.now())):
+        setattr(trial, name, entry)  # the columns of Optuna's class have no types
 
 
 def _repeated(name: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, func, select
 
 from moenas.records import Plain
-from moenas.store import mapping, row_readers, statements, tables
+from moenas.store import leases, mapping, row_readers, statements, tables
 from moenas.store.counting import is_evaluated
 
 
@@ -19,25 +19,30 @@ class Pace:
     """{trial, attempt, started_at} of each trial that a worker evaluates; UTC in ISO 8601. They
     are those of the latest run, also if it was killed."""
     candidates_per_hour: float | None
-    """None before its first evaluated candidate. Copies and reused evaluations do not count."""
+    """Of the latest run that evaluated a candidate, or of the run that is going on; None before
+    its first evaluated candidate. Copies and reused evaluations do not count."""
 
 
 def pace(connection: Connection, study: str) -> Pace:
-    """Return the pace of the latest run of a study, from rows alone."""
+    """Return the pace of a study, from rows alone."""
     if not statements.exists(connection, tables.run):  # a database of an older schema
         return Pace([], None)
     run = tables.run.c
-    latest = connection.execute(
-        select(run.began_at, run.seconds)
-        .where(run.study == study)
-        .order_by(run.began_at.desc())
-        .limit(1)
-    ).first()
-    if latest is None:
+    wanted = select(run.began_at, run.seconds).where(run.study == study)
+    rows = connection.execute(wanted.order_by(run.began_at.desc())).all()
+    if not rows:
         return Pace([], None)
-    count = _evaluated_since(connection, study, latest.began_at)
-    per_hour = 3600 * count / latest.seconds if count and latest.seconds > 0 else None
-    return Pace(_running_since(connection, study, latest.began_at), per_hour)
+    latest = rows[0].began_at
+    running = _running_since(connection, study, latest)
+    if leases.holder(connection, study) is not None:
+        rows = rows[:1]
+    until: str | None = None
+    for row in rows:
+        count = _evaluated_between(connection, study, row.began_at, until)
+        if count and row.seconds > 0:
+            return Pace(running, 3600 * count / row.seconds)
+        until = row.began_at
+    return Pace(running, None)
 
 
 def _running_since(connection: Connection, study: str, began_at: str) -> list[Plain]:
@@ -67,15 +72,18 @@ def _running_since(connection: Connection, study: str, began_at: str) -> list[Pl
     return [dict(row._mapping) for row in rows]
 
 
-def _evaluated_since(connection: Connection, study: str, began_at: str) -> int:
-    """Return how many candidates were evaluated since a run began, without reused ones."""
+def _evaluated_between(connection: Connection, study: str, began_at: str, until: str | None) -> int:
+    """Return how many candidates a run evaluated before the next one, without reused ones."""
     row = tables.evaluation.c
     reused = select(tables.reuse.c.trial).where(tables.reuse.c.study == study)
+    wanted = select(row.trial, row.status, row.metrics, row.failure).where(
+        row.study == study, row.recorded_at >= began_at, row.trial.not_in(reused)
+    )
     rows = connection.execute(
-        select(row.trial, row.status, row.metrics, row.failure).where(
-            row.study == study, row.recorded_at >= began_at, row.trial.not_in(reused)
-        )
+        wanted if until is None else wanted.where(row.recorded_at < until)
     ).all()
+    if not rows:
+        return 0
     valued = row_readers.trials_with_values(connection, study)
     return sum(
         is_evaluated(r.status, r.metrics, mapping.failure_of(r.failure), r.trial in valued)

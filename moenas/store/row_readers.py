@@ -231,32 +231,34 @@ def front_view(connection: Connection, name: str, rest: Rest) -> FrontView:
 
 def summary(connection: Connection, name: str) -> Summary:
     """Return how far a study is and how it does."""
-    record, evaluation = studies(connection, name)[0], tables.evaluation
-    this = evaluation.c.study == name
-    status = evaluation.c.status
+    record, evaluation = studies(connection, name)[0], tables.evaluation.c
     # One pass over the rows, which hold much JSON.
+    groups = (
+        evaluation.status.label("status"),
+        evaluation.failure.is_not(None).label("failed"),
+        evaluation.failure["kind"].as_string().label("kind"),
+        evaluation.device["name"].as_string().label("device"),
+    )
     passed = select(
-        status,
+        *groups,
         func.count().label("all"),
         _how_many(_is_copied()).label("copies"),
         _how_many(and_(_was_evaluated(), not_(_is_copied()))).label("evaluated"),
-        _how_many(evaluation.c.metrics["val_loss"].as_float().is_not(None)).label("trained"),
-    ).where(this)
-    rows = connection.execute(passed.group_by(status)).all()
-    kind = evaluation.c.failure["kind"].as_string()
-    failed = select(kind, func.count()).where(this, evaluation.c.failure.is_not(None))
-    device = evaluation.c.device["name"].as_string()
-    devices = select(device).where(this, evaluation.c.status == "complete").distinct()
+        _how_many(evaluation.metrics["val_loss"].as_float().is_not(None)).label("trained"),
+    ).where(evaluation.study == name)
+    rows = connection.execute(passed.group_by(*groups)).all()
+    counts, failures = Counter[str](), Counter[str]()
+    for row in rows:
+        counts[row.status] += row.all
+        if row.failed:
+            failures[row.kind or "error"] += row.all
     info = tables.objective.c
     ends = select(info.name, info.direction, info.lowest, info.highest).where(info.study == name)
     last = front_rows.last(connection, name)
     return Summary(
         study=record,
-        counts={row.status: row.all for row in rows},
-        failures={
-            row[0] or "error": row[1]
-            for row in connection.execute(failed.group_by(kind).order_by(func.count().desc()))
-        },
+        counts=dict(counts),
+        failures=dict(failures.most_common()),
         best={
             row.name: row.lowest if row.direction == "minimize" else row.highest
             for row in connection.execute(ends.order_by(info.position))
@@ -266,7 +268,7 @@ def summary(connection: Connection, name: str) -> Summary:
         trained=any(row.trained for row in rows),
         evaluated=sum(row.evaluated for row in rows),
         repeated=sum(row.copies for row in rows),
-        devices=sorted(str(n) for n in connection.scalars(devices) if n is not None),
+        devices=sorted({str(r.device) for r in rows if r.status == "complete" and r.device}),
     )
 
 
@@ -278,7 +280,10 @@ def evaluated(connection: Connection, name: str) -> int:
 
 
 def _was_evaluated() -> ColumnElement[bool]:
-    """Return `counting.is_evaluated` of a trial that is no copy, in SQL."""
+    """Return `counting.is_evaluated` of a trial that is no copy, in SQL.
+
+    A complete trial has a value of each objective, so its values are not looked for.
+    """
     row, value = tables.evaluation.c, tables.value.c
     kind = row.failure["kind"].as_string()
     has_value = exists().where(
@@ -286,8 +291,8 @@ def _was_evaluated() -> ColumnElement[bool]:
     )
     return or_(
         and_(row.status == "failed", or_(kind.is_(None), kind.not_in(NOT_EVALUATED))),
-        row.status == "stopped",
-        and_(row.status != "failed", has_value),
+        row.status.in_(("complete", "stopped")),
+        and_(row.status.not_in(("complete", "stopped", "failed")), has_value),
     )
 
 

@@ -20,7 +20,7 @@ def register(connection: Connection) -> str:
         "host": os.uname().nodename,
         "machine": machine(),
         "pid": os.getpid(),
-        "born": process_start(os.getpid()) or "",
+        "process_start": process_start(os.getpid()) or "",
         "heartbeat": clock(connection),
     }
     connection.execute(insert(runner), row)

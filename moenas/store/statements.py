@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 import unicodedata
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, func, insert, inspect, select
+from sqlalchemy import ColumnElement, Connection, Engine, Row, Table, func, insert, inspect, select
 
+from moenas import terminal
 from moenas.errors import InputError, NotFoundError, suggestion
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.store import tables
 
+_THERE: WeakKeyDictionary[Engine, set[str]] = WeakKeyDictionary()
+"""Tables that a database is known to have; none is ever dropped."""
+
 
 def exists(connection: Connection, table: Table) -> bool:
     """Whether the database has a table; one of an older schema lacks the newest tables."""
-    return inspect(connection).has_table(table.name)
+    known = _THERE.setdefault(connection.engine, set())
+    if table.name not in known and inspect(connection).has_table(table.name):
+        known.add(table.name)
+    return table.name in known
 
 
 def finite(values: dict[str, float]) -> dict[str, float | None]:
@@ -58,9 +66,26 @@ def known_study(connection: Connection, name: str, *, lock: bool = False) -> Non
     """Raise NotFoundError if there is no such study; with `lock`, let no other one change it."""
     wanted = select(tables.study.c.name).where(tables.study.c.name == name)
     if connection.execute(wanted.with_for_update() if lock else wanted).first() is None:
+        if (present := renamed_to(connection, name)) is not None:
+            raise NotFoundError(f"no study '{name}': {reserved_text(name, present)}")
         names = connection.scalars(select(tables.study.c.name).order_by(tables.study.c.name)).all()
         there = f"There are: {', '.join(names)}." if names else "There is none yet."
         raise NotFoundError(f"no study '{name}'.{suggestion(name, names)} {there}")
+
+
+def renamed_to(connection: Connection, name: str) -> str | None:
+    """Return the present name of the study that had a name; None if the name is not reserved."""
+    if not exists(connection, tables.reservation):  # a database of an older schema
+        return None
+    wanted = select(tables.reservation.c.renamed_to).where(tables.reservation.c.name == name)
+    present: str | None = connection.scalar(wanted)
+    return present
+
+
+def reserved_text(name: str, present: str) -> str:
+    """Say why a name is reserved, and which command frees it."""
+    words = terminal.command(["rename", name, present])
+    return f"it is being renamed to '{present}'; if that process was killed, `{words}` finishes it"
 
 
 def candidate(connection: Connection, name: str, trial: int) -> Row[Any] | None:

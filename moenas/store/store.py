@@ -27,6 +27,7 @@ from moenas.store import (
     identity,
     leases,
     mapping,
+    reservations,
     row_readers,
     statements,
     study_events,
@@ -168,7 +169,7 @@ class Store(StoreReader):
         """Store a new study.
 
         Raises:
-            InputError: if its name is taken or cannot be one.
+            InputError: if its name is taken, reserved, or cannot be one.
         """
         name = record.name
         statements.check_study_name(name)
@@ -183,6 +184,7 @@ class Store(StoreReader):
             try:
                 with self._database.writing() as connection:
                     statements.insert_rows(connection, rows)
+                    reservations.require_free(connection, name)
                     told = {"trials": record.trials, "objectives": list(record.directions)}
                     study_events.append(connection, name, "study_created", told)
             except IntegrityError:
@@ -230,6 +232,10 @@ class Store(StoreReader):
         if holder is not None:
             raise StudyBusyError(f"study '{name}' is being run by {holder}; wait for it or end it")
         sweep(self.runs, name)
+
+    def claim_renamed(self, connection: Connection, name: str) -> None:
+        """Become the driver of a study in the transaction that gives it this name."""
+        leases.claim(connection, name, self._owner)
 
     def beat(self, name: str) -> submissions.State | None:
         """Say that this driver lives; one that fails is not tried again.
@@ -358,18 +364,18 @@ class Store(StoreReader):
                     *(name, trial, evaluation.attempt),
                 )
                 return None
-            self._write(connection, evaluation)
+            self._write(connection, evaluation, replaces=known is not None)
             front = front_rows.summary(connection, name)
             study_events.append_evaluation(connection, evaluation, front)
             return front
 
-    def _write(self, connection: Connection, evaluation: Evaluation) -> None:
-        """Store an evaluation in place of that of an earlier attempt, and its effect."""
+    def _write(self, connection: Connection, evaluation: Evaluation, *, replaces: bool) -> None:
+        """Store an evaluation and its effect; it may replace that of an earlier attempt."""
         name, trial = evaluation.study, evaluation.trial
         record = row_readers.studies(connection, name)[0]
         now = _now()
         rows = mapping.evaluation_rows(evaluation, now)
-        for table in rows:
+        for table in rows if replaces else ():
             if table is not tables.reuse or statements.exists(connection, table):
                 connection.execute(delete(table).where(statements.of_trial(table, name, trial)))
         statements.insert_rows(connection, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Evaluation, Plain
@@ -15,7 +15,9 @@ from moenas.store.front_rows import FrontSummary
 event, counter = tables.event, tables.event_counter
 
 MOST = 500
-"""Events that one query reads."""
+"""Events that one query reads of one study."""
+STUDIES = 200
+"""Studies whose newer events one query reads: SQLite limits the depth of an expression."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ def append(connection: Connection, study: str, kind: str, data: Plain) -> None:
     if not statements.exists(connection, event):
         return
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    first = dialect.insert(counter).values(study=study, last=0).on_conflict_do_nothing()
-    connection.execute(first)
-    this = counter.c.study == study
-    connection.execute(update(counter).where(this).values(last=counter.c.last + 1))
-    number = connection.execute(select(counter.c.last).where(this)).scalar_one()
+    first = dialect.insert(counter).values(study=study, last=1)
+    counted = first.on_conflict_do_update(
+        index_elements=[counter.c.study], set_={"last": counter.c.last + 1}
+    ).returning(counter.c.last)
+    number = connection.execute(counted).scalar_one()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     row = {"study": study, "id": number, "at": now, "kind": kind, "data": data}
     connection.execute(insert(event), row)
@@ -89,6 +91,17 @@ def after(connection: Connection, study: str, last: int, limit: int = MOST) -> l
     this = (event.c.study == study) & (event.c.id > last)
     wanted = select(event).where(this).order_by(event.c.id).limit(limit)
     return [StudyEvent(r.study, r.id, r.at, r.kind, r.data) for r in connection.execute(wanted)]
+
+
+def after_each(connection: Connection, last: dict[str, int]) -> list[StudyEvent]:
+    """Return the events of some studies that are newer than their ids, oldest first."""
+    newer = [(event.c.study == study) & (event.c.id > known) for study, known in last.items()]
+    events: list[StudyEvent] = []
+    for first in range(0, len(newer), STUDIES):
+        some = or_(*newer[first : first + STUDIES])
+        rows = connection.execute(select(event).where(some).order_by(event.c.study, event.c.id))
+        events += [StudyEvent(row.study, row.id, row.at, row.kind, row.data) for row in rows]
+    return events
 
 
 def newest(connection: Connection) -> dict[str, int]:

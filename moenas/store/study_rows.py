@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from moenas.errors import ConflictError, InputError
 from moenas.records import Plain
-from moenas.store import statements, tables
+from moenas.store import reservations, statements, tables
 
 STUDY: Any = models.StudyModel.__table__
 TRIAL: Any = models.TrialModel.__table__
@@ -177,6 +177,18 @@ def check(rows: StudyRows) -> None:
     if len(rows[tables.study.name]) != 1 or len(rows[STUDY.name]) > 1:
         raise InputError(f"table '{tables.study.name}': holds not exactly one study")
     _check_owner(rows, name_of(rows))
+    _check_sections(rows[tables.study.name][0])
+
+
+def _check_sections(row: Plain) -> None:
+    """Refuse a study whose space or corpus is no JSON object, or has a section that is none."""
+    sections = {"space": row["space"], "data": row["data"]}
+    if isinstance(row["space"], dict):
+        named = ("architecture", "train", "measure", "search")
+        sections |= {f"space.{n}": row["space"][n] for n in named if n in row["space"]}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise InputError(f"table '{tables.study.name}': '{name}' is no object: {section!r:.60}")
 
 
 def _check_row(place: str, row: Any, columns: dict[str, Any]) -> None:
@@ -258,6 +270,7 @@ def write_own(connection: Connection, rows: StudyRows) -> None:
         _insert(connection, tables.study, rows[tables.study.name])
     except IntegrityError as error:
         raise ConflictError(f"study '{name_of(rows)}' already exists") from error
+    reservations.require_free(connection, name_of(rows))
     with _plain_refusals(rows):
         for table in OWN[1:]:
             _insert(connection, table, rows[table.name])
@@ -343,17 +356,9 @@ def _from_plain(kind: Any, value: Any) -> Any:
     return value
 
 
-def forget(connection: Connection, name: str) -> bool:
-    """Delete our rows of a study inside the transaction of the caller; say whether it had any."""
-    gone = connection.execute(delete(tables.study).where(tables.study.c.name == name))
-    return bool(gone.rowcount)
-
-
-def empty(connection: Connection, name: str) -> None:
-    """Delete our rows of a study but its own and its lease, so that its name stays taken."""
-    for table in reversed(OWN):
-        if table is not tables.study:
-            connection.execute(delete(table).where(table.c.study == name))
+def forget(connection: Connection, name: str) -> None:
+    """Delete our rows of a study inside the transaction of the caller."""
+    connection.execute(delete(tables.study).where(tables.study.c.name == name))
 
 
 # --- as text -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, sel
 
 from moenas.errors import ConflictError, InputError, NotFoundError, suggestion
 from moenas.records import Plain
-from moenas.store import audit, statements, study_events
+from moenas.store import audit, reservations, statements, study_events
 from moenas.store.tables import evaluation, study, submission
 
 State = Literal["queued", "running", "paused", "finished", "failed", "cancelled"]
@@ -20,6 +20,16 @@ STATES: tuple[State, ...] = get_args(State)
 """`running` lasts from the choice of a server to the end of the driver. The driver of a study that
 is paused or cancelled may still be ending."""
 OVER: tuple[State, ...] = ("finished", "failed", "cancelled")
+Action = Literal["pause", "resume", "cancel", "extend", "enqueue", "delete"]
+TAKEN_IN: dict[Action, tuple[State, ...]] = {
+    "pause": ("queued", "running"),
+    "resume": ("paused", "failed", "cancelled"),
+    "cancel": ("queued", "running", "paused"),
+    "extend": STATES,
+    "enqueue": STATES,
+    "delete": ("queued", "paused", *OVER),
+}
+"""Action of a user -> the states of a study in which it changes something."""
 
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 """Names of submitted studies: they are parts of URLs and names of folders."""
@@ -59,12 +69,17 @@ class Submission:
     driven_trials: int | None = None
     driver_machine: str | None = None
     driver_pid: int | None = None
-    driver_born: str | None = None
+    driver_process_start: str | None = None
 
     @property
     def driver_running(self) -> bool:
         """Whether a server looks after a driver of it, which may be ending."""
         return self.runner is not None
+
+    def allows(self, action: Action) -> bool:
+        """Whether the state allows an action; a study is deleted only without a driver."""
+        free = action != "delete" or not self.driver_running
+        return free and self.state in TAKEN_IN[action]
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,7 @@ def _require_free(connection: Connection, name: str) -> None:
     stored = connection.execute(select(study.c.name).where(study.c.name == name)).first()
     if submitted or stored:
         raise ConflictError(f"study '{name}' already exists; give the space another `name`")
+    reservations.require_free(connection, name)
 
 
 def _tell(connection: Connection, user_name: str, name: str, kind: str, data: Plain) -> None:
@@ -194,7 +210,7 @@ def pause(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is over.
     """
-    return _move(connection, name, user_name, ("queued", "running"), "paused")
+    return _move(connection, name, user_name, "pause", "paused")
 
 
 def cancel(connection: Connection, name: str, user_name: str) -> Submission:
@@ -203,7 +219,7 @@ def cancel(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is finished or failed.
     """
-    return _move(connection, name, user_name, ("queued", "running", "paused"), "cancelled")
+    return _move(connection, name, user_name, "cancel", "cancelled")
 
 
 def resume(connection: Connection, name: str, user_name: str) -> Submission:
@@ -212,7 +228,7 @@ def resume(connection: Connection, name: str, user_name: str) -> Submission:
     Raises:
         ConflictError: if the study is finished.
     """
-    return _move(connection, name, user_name, ("paused", "failed", "cancelled"), "queued")
+    return _move(connection, name, user_name, "resume", "queued")
 
 
 VERBS = {"paused": "paused", "cancelled": "cancelled", "queued": "resumed"}
@@ -220,15 +236,15 @@ VERBS = {"paused": "paused", "cancelled": "cancelled", "queued": "resumed"}
 
 
 def _move(
-    connection: Connection, name: str, user_name: str, before: Sequence[State], after: State
+    connection: Connection, name: str, user_name: str, action: Action, after: State
 ) -> Submission:
     """Change the state of a study; one that is in the state already stays as it is."""
     submission = require(connection, name, lock=True)
     there = submission.state == after or (after == "queued" and submission.state == "running")
-    if not there and submission.state not in before:
+    if not there and not submission.allows(action):
         raise ConflictError(
-            f"study '{name}' is {submission.state}; only one that is {' or '.join(before)} can be"
-            f" {VERBS[after]}"
+            f"study '{name}' is {submission.state}; only one that is"
+            f" {' or '.join(TAKEN_IN[action])} can be {VERBS[after]}"
         )
     if not there:
         ended = now() if after == "cancelled" else None
@@ -299,15 +315,22 @@ def claim_next(connection: Connection, runner: str, clock: float) -> Submission 
     share = {row[0]: (int(row[1] or 0), row[2] or "") for row in connection.execute(shares)}
     first = min(waiting, key=lambda s: (-s.priority, *share[s.user_name], s.submitted_at, s.study))
     changes: Plain = {"state": "running", "runner": runner, "started_at": now()}
-    changes |= {"driver_machine": None, "driver_pid": None, "driver_born": None, "reason": None}
+    changes |= {
+        "driver_machine": None,
+        "driver_pid": None,
+        "driver_process_start": None,
+        "reason": None,
+    }
     _set(connection, first.study, changes | {"driven_trials": first.trials})
     study_events.append(connection, first.study, "started", {"trials": first.trials})
     return find(connection, first.study)
 
 
-def set_driver(connection: Connection, name: str, machine: str, pid: int, born: str) -> None:
+def set_driver(
+    connection: Connection, name: str, machine: str, pid: int, process_start: str
+) -> None:
     """Store which process drives a study."""
-    changes = {"driver_machine": machine, "driver_pid": pid, "driver_born": born}
+    changes = {"driver_machine": machine, "driver_pid": pid, "driver_process_start": process_start}
     _set(connection, name, changes)
 
 
@@ -353,7 +376,12 @@ def driver_ended(connection: Connection, name: str, runner: str, decide: Decide)
     if submission is None or submission.runner != runner:
         return
     changes = decide(submission) if submission.state == "running" else {}
-    cleared = {"runner": None, "driver_machine": None, "driver_pid": None, "driver_born": None}
+    cleared = {
+        "runner": None,
+        "driver_machine": None,
+        "driver_pid": None,
+        "driver_process_start": None,
+    }
     _set(connection, name, changes | cleared)
     state = changes.get("state")
     if state in OVER:

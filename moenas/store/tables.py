@@ -312,6 +312,20 @@ reference = Table(
     Column("set_at", String(32), nullable=False),
 )
 
+# Of no study: any study of such a space on such a device can read it.
+calibration = Table(
+    "moenas_calibration",
+    metadata,
+    # Digest of the architecture with its holes, and of the files of components.
+    Column("parts_sha256", String(64), primary_key=True),
+    # The key of the reference time: device, phase, batch, context, dtype, threads, versions.
+    Column("workload", String(255), primary_key=True),
+    Column("objective", String(255), nullable=False),
+    Column("made_at", String(32), nullable=False),
+    # The whole record.
+    Column("calibration", Json, nullable=False),
+)
+
 driver = Table(
     "moenas_driver",
     metadata,
@@ -322,10 +336,21 @@ driver = Table(
     # Boot and process namespace: only there does the pid mean that process.
     Column("machine", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
-    # When the process began, so that another process with its pid is not taken for it.
-    Column("born", String(64), nullable=False),
+    # When the process began, so that another process with its pid is not taken for it. The column
+    # keeps the name of the first schema.
+    Column("born", String(64), key="process_start", nullable=False),
     # Seconds since 1970 by the database's clock.
     Column("heartbeat", Double, nullable=False),
+)
+
+reservation = Table(
+    "moenas_reservation",
+    metadata,
+    # A former name of a study, which no new study may have until its former files are gone.
+    Column("name", Name, primary_key=True),
+    # The present name of that study.
+    Column("renamed_to", Name, nullable=False),
+    Column("reserved_at", String(32), nullable=False),
 )
 
 # --- the server ----------------------------------------------------------------------------------
@@ -359,7 +384,7 @@ runner = Table(
     Column("host", String(255), nullable=False),
     Column("machine", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
-    Column("born", String(64), nullable=False),
+    Column("born", String(64), key="process_start", nullable=False),
     Column("heartbeat", Double, nullable=False),
 )
 
@@ -402,7 +427,7 @@ submission = Table(
     # The columns are those of moenas_driver.
     Column("driver_machine", String(255)),
     Column("driver_pid", Integer),
-    Column("driver_born", String(64)),
+    Column("driver_born", String(64), key="driver_process_start"),
     UniqueConstraint("user_name", "idempotency_key", name="moenas_submission_key"),
 )
 

@@ -10,7 +10,9 @@ from urllib.parse import quote, unquote
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from moenas import passwords
 from moenas.errors import StorageError
+from moenas.passwords import HIDDEN
 
 DEFAULT_URL = "sqlite:///moenas.db"
 POSTGRES = "postgresql+psycopg"
@@ -24,15 +26,10 @@ DRIVERS = {
 """What a URL may begin with -> the driver that is used."""
 EXAMPLES = f"{DEFAULT_URL} or {POSTGRES}://USER:PASSWORD@HOST/NAME"
 
-HIDDEN = "***"
 SECRET_KEY = re.compile(r"passw(or)?d$|passphrase|secret|scram_", re.IGNORECASE)
 """Parameters of a URL whose values nobody may see."""
 NESTED = re.compile(r"://|password", re.IGNORECASE)
 """A value that may itself be a connection string, as `dbname` may be."""
-SHORTEST = 3
-"""Characters of the shortest secret that is looked for in the texts of other programs."""
-
-_secrets: set[str] = set()
 
 
 def storage_url(text: str | None) -> URL:
@@ -108,19 +105,10 @@ def _masked(text: str) -> str:
 
 
 def _remember(url: URL) -> None:
-    """Note the secrets of a URL, so that `clean` finds them in the texts of other programs."""
+    """Note the secrets of a URL, so that they are hidden in the texts of other programs."""
     values = [str(url.password)] if url.password else []
     values += [str(value) for key, value in url.query.items() if SECRET_KEY.search(key)]
-    for value in values:
-        _secrets.update({value, quote(value, safe="")})
-
-
-def clean(text: str) -> str:
-    """Return a text without the passwords of the databases that this process was given."""
-    for secret in sorted(_secrets, key=len, reverse=True):
-        if len(secret) >= SHORTEST:
-            text = text.replace(secret, HIDDEN)
-    return text
+    passwords.note(*values)
 
 
 def file_of(url: URL) -> Path | None:

@@ -35,6 +35,8 @@ class Candidate:
     """Requirement -> by how much it is broken, over 0, or met."""
     invalid: str = ""
     """Why the drawn fields do not go together, or which cost the nearest width of a fit gives."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Predicted latencies by which the candidate is refused before its training."""
     crashes: int = 0
     """How often its worker process died in this run."""
 

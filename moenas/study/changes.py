@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from moenas.errors import ConflictError, InputError
+from moenas.errors import InputError
 from moenas.former import OBJECTIVE_DIGESTS
 from moenas.records import Plain, StudyRecord
 from moenas.resources import sha256
 from moenas.space.objective import Objective
-from moenas.space.space import RESOURCES, digest, with_current_defaults
+from moenas.space.stored_form import RESOURCES, digest, with_current_defaults
 
 if TYPE_CHECKING:
     from moenas.data.corpus import Corpus
@@ -29,7 +29,8 @@ def with_stored_sampler(space: Space, known: StudyRecord | None) -> Space:
     """
     if known is None or space.names_sampler:
         return space
-    return space.with_search(sampler=known.space["search"]["sampler"])
+    stored = known.space.get("search", {})
+    return space.with_search(sampler=stored.get("sampler", space.search.sampler))
 
 
 def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:
@@ -41,29 +42,14 @@ def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:
     return [o for o in space.objectives if o.name in stored and not _is_same(stored[o.name], o)]
 
 
-def refuse_reserved(known: StudyRecord) -> None:
-    """Refuse a study of which a rename has left the name alone.
-
-    Raises:
-        ConflictError: saying what frees the name.
-    """
-    if not known.objectives:
-        raise ConflictError(
-            f"study '{known.name}' is being renamed; if that process was killed,"
-            f" `moenas delete {known.name}` frees the name"
-        )
-
-
 def refuse_changes(
     known: StudyRecord, space: Space, corpus: Corpus, accept: bool = False
 ) -> list[Objective]:
     """Refuse a space or a corpus that is not the study's; return the accepted changed objectives.
 
     Raises:
-        ConflictError: if a rename of the study is not finished.
         InputError: naming what differs, and the way to go on.
     """
-    refuse_reserved(known)
     way_out = "; give the space another `name` for a new study"
     _refuse_other_objectives(known, space, accept, way_out)
     changed = changed_objectives(known, space)
@@ -84,10 +70,16 @@ def refuse_changes(
             raise InputError(
                 "\n".join([f"study '{space.name}' was begun with another space{way_out}:", *lines])
             )
-    if known.data["sha256"] != corpus.sha256:
+    stored_corpus = known.data.get("sha256")
+    if stored_corpus is None:
+        raise InputError(
+            f"study '{space.name}': its row in the database lacks the digest of its corpus,"
+            f" `data.sha256`, so it cannot go on{way_out}"
+        )
+    if stored_corpus != corpus.sha256:
         raise InputError(
             f"study '{space.name}' was begun on another corpus: its digest was"
-            f" {known.data['sha256'][:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
+            f" {stored_corpus[:12]}, '{corpus.name}' has {corpus.sha256[:12]}{way_out}"
         )
     return changed
 

@@ -14,6 +14,7 @@ from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
 from moenas.store.weights import study_folder
+from moenas.study.transfer import finish_renames
 
 
 def delete_study(store: Store, name: str, user_name: str) -> int:
@@ -38,6 +39,7 @@ def delete_study(store: Store, name: str, user_name: str) -> int:
         # Files go while the name is taken: a new study of this name must not lose its own.
         store.transact(lambda connection: _undriven(connection, name))
         remove_tree(study_folder(store.runs, name))
+        finish_renames(store, name)
         digest = store.study(name).data.get("sha256")
 
         def forget(connection: Connection) -> None:

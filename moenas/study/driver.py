@@ -168,11 +168,13 @@ class Driver:
         """Fill the holes of the space, and check the requirements on the architecture."""
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
+        self.session.latency_bounds.apply(candidate)
         number = candidate.number
+        # Optuna's rows come first: a trial of ours has its parameters there.
+        self.trials.set_constraints(candidate.trial, candidate.violations)
         self.store.add_candidate(number, candidate.fingerprint, candidate.plain, candidate.cost)
         if (source := candidate.trial.user_attrs.get(SOURCE)) is not None:
             self.store.add_source(number, str(source))
-        self.trials.set_constraints(candidate.trial, candidate.violations)
         if not candidate.broken:
             self._guarded(candidate, self._dispatch)
             return
@@ -182,6 +184,7 @@ class Driver:
             self.store.attempts(number),
             "infeasible",
             violations=candidate.broken,
+            metrics=candidate.predicted,
             seed=self.session.space.search.seed,
         )
         text = candidate.invalid or candidate.summary

@@ -54,10 +54,11 @@ class Estimate:
     replicates: int
     """Trainings with further seeds after the search; see `expected_replicates`."""
     workers: int
-    train_tokens: float
-    """Replicates included, as in the numbers below."""
-    train_flops: float
-    """Trainings times the mean over random feasible draws."""
+    train_tokens: float | None
+    """Replicates included, as in the numbers below. None under a budget of seconds as long as no
+    throughput is known."""
+    train_flops: float | None
+    """Trainings times the mean over random feasible draws; None as above."""
     hours: float | None
     hours_low: float | None
     """As if all candidates were as fast as the fastest quarter."""
@@ -73,10 +74,11 @@ class Estimate:
     def lines(self) -> list[str]:
         """Return the estimate as text."""
         more = f" and about {self.replicates:,} replicates" if self.replicates else ""
-        lines = [
-            f"estimate for {self.candidates:,} candidates{more}:"
-            f" {short(self.train_tokens)} training tokens, {self.train_flops:.3g} training FLOPs"
-        ]
+        spent = "training tokens are unknown before a step is timed"
+        if self.train_tokens is not None and self.train_flops is not None:
+            spent = f"{short(self.train_tokens)} training tokens"
+            spent += f", {self.train_flops:.3g} training FLOPs"
+        lines = [f"estimate for {self.candidates:,} candidates{more}: {spent}"]
         if self.hours is None:
             return [*lines, f"  time: unknown; {self.basis}"]
         low, high = _duration(self.hours_low), _duration(self.hours_high)
@@ -134,38 +136,79 @@ def estimate(
     ]
     drawn = drawn or [space.require_feasible()]
     drawn = sorted(drawn, key=lambda a: space.training_cost(a).flops_per_token)
-    recipe, count = space.train, space.search.trials if trials is None else trials
+    count = space.search.trials if trials is None else trials
     trains = any(objective.needs == "training" for objective in space.objectives)
-    flops = [space.training_cost(architecture).flops_per_token for architecture in drawn]
-    lengths = [float(recipe.for_candidate(one).run_tokens) if trains else 0.0 for one in flops]
-    tokens = statistics.fmean(lengths)
-    mean = statistics.fmean(
-        TRAINING * one * length for one, length in zip(flops, lengths, strict=True)
-    )
-    device = _device(space)
+    device = devices.of_candidates(space.search.gpus)
     workers = workers or space.search.workers or _default_workers(space, device)
+    spent: _Spent | None = _Spent(0.0, 0.0)
     rate: _Rate | str = "no objective trains the candidates"
-    if trains:
-        rate = _stored_rate(space, device, storage, mean) or UNKNOWN
+    if trains and space.train.has_time_budget:
+        spent, rate = _of_time_budget(space, corpus, drawn, device)
+    elif trains:
+        spent = _mean_spent(space, drawn)
+        rate = _stored_rate(space, device, storage, spent.flops) or UNKNOWN
         if rate == UNKNOWN and corpus is not None:
             rate = _probed(space, corpus, drawn[len(drawn) // 2], device)
     more = expected_replicates(space, count) if replicates is None else replicates
     runs = count + more
     hours: list[float | None] = [None, None, None]
     if isinstance(rate, _Rate):
-        seconds = [mean / speed + rate.overhead for speed in rate.flops_per_second]
+        flops = 0.0 if spent is None else spent.flops
+        seconds = [flops / speed + rate.overhead for speed in rate.flops_per_second]
         hours = [runs / max(1, min(workers, runs)) * one / 3600 for one in seconds]
     return Estimate(
         candidates=count,
         replicates=more,
         workers=workers,
-        train_tokens=runs * tokens,
-        train_flops=runs * mean,
+        train_tokens=None if spent is None else runs * spent.tokens,
+        train_flops=None if spent is None else runs * spent.flops,
         hours=hours[1],
         hours_low=hours[2],
         hours_high=hours[0],
         basis=rate if isinstance(rate, str) else rate.basis,
     )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What the training of one candidate takes, the mean over random ones."""
+
+    tokens: float
+    flops: float
+
+
+def _mean_spent(space: Space, drawn: Sequence[Architecture]) -> _Spent:
+    """Return what the training of a candidate takes under equal tokens or equal FLOPs."""
+    flops = [space.training_cost(architecture).flops_per_token for architecture in drawn]
+    lengths = [float(space.train.for_candidate(one).run_tokens) for one in flops]
+    pairs = zip(flops, lengths, strict=True)
+    return _Spent(
+        statistics.fmean(lengths), statistics.fmean(TRAINING * one * n for one, n in pairs)
+    )
+
+
+def _of_time_budget(
+    space: Space, corpus: Corpus | None, drawn: Sequence[Architecture], device: torch.device
+) -> tuple[_Spent | None, _Rate]:
+    """Return what candidates of equal seconds take: the time is known, the rest by a probe."""
+    assert space.train.budget is not None
+    assert space.train.budget.seconds is not None
+    seconds = space.train.budget.seconds
+    basis = (
+        "train.budget.seconds; measurements are not included, and candidates that run side by side"
+        " slow one another"
+    )
+    middle = drawn[len(drawn) // 2]
+    probe = "" if corpus is None else _probed(space, corpus, middle, device)
+    if isinstance(probe, str):
+        return None, _Rate((1.0, 1.0, 1.0), seconds, basis)
+    # All candidates are taken to have the throughput of the one of median cost.
+    flops = seconds * probe.flops_per_second[1]
+    lengths = [flops / (TRAINING * space.training_cost(a).flops_per_token) for a in drawn]
+    speed = flops / seconds
+    spent = _Spent(statistics.fmean(lengths), flops)
+    basis += "; tokens and FLOPs by a probe of the candidate of median cost"
+    return spent, _Rate((speed, speed, speed), 0.0, basis)
 
 
 def expected_replicates(space: Space, trials: int, front: int = 0) -> int:
@@ -176,11 +219,6 @@ def expected_replicates(space: Space, trials: int, front: int = 0) -> int:
     """
     members = max(front, min(trials, math.isqrt(4 * trials)))
     return (space.search.replicates - 1) * members
-
-
-def _device(space: Space) -> torch.device:
-    """Return the device that candidates run on here."""
-    return devices.named("cuda" if space.search.gpus != 0 and devices.has_gpu() else "cpu")
 
 
 def _default_workers(space: Space, device: torch.device) -> int:
@@ -221,7 +259,9 @@ def _probed(
     space: Space, corpus: Corpus, architecture: Architecture, device: torch.device
 ) -> _Rate | str:
     """Train an architecture for some steps; return its throughput, or why there is none."""
-    recipe = space.train.for_candidate(space.training_cost(architecture).flops_per_token)
+    recipe = space.train
+    longest = PROBE_STEPS * recipe.batch * recipe.context
+    recipe = recipe.for_candidate(space.training_cost(architecture).flops_per_token, longest)
     recipe = replace(recipe, lr=learning_rate(architecture, recipe))
     steps = max(2, min(PROBE_STEPS, recipe.steps))
     short_run = replace(recipe, tokens=steps * recipe.batch * recipe.context)

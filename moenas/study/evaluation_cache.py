@@ -11,7 +11,7 @@ from moenas.evaluate import devices
 from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.job import versions
 from moenas.records import Evaluation, Plain, StudyRecord
-from moenas.space.space import with_current_defaults
+from moenas.space.stored_form import with_current_defaults
 from moenas.store import replicates, tables
 from moenas.store.study_store import StudyStore
 
@@ -27,13 +27,15 @@ class EvaluationCache:
     """Finds evaluations that can be reused; it is empty until `open`.
 
     An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
-    objectives, files of components, device and versions are the same.
+    objectives, files of components, device and versions are the same. Under a budget of seconds
+    the training tokens must be the same, too; those of a candidate that is not timed are unknown.
     """
 
     def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space = store, space
-        self._studies: dict[str, int] = {}
-        """Other studies whose evaluations mean the same but for the seed -> their seed."""
+        self._studies: dict[str, int | None] = {}
+        """Other studies whose evaluations mean the same but for the seed -> their seed, or None
+        where none is stored."""
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
@@ -43,24 +45,31 @@ class EvaluationCache:
         dtype = training_dtype(space.train, cached_device)
         self._device = devices.device_info(cached_device, space.train.threads, dtype)
         meaning = _meaning(own, space.plain())
+        if meaning is None:
+            return
         objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
         for other in self._store.store.studies():
             digests = {info["name"]: info["sha256"] for info in other.objectives}
             same = _meaning(other, with_current_defaults(other.space)) == meaning
             if other.name != own.name and same and objectives.items() <= digests.items():
-                self._studies[other.name] = other.space["search"]["seed"]
+                self._studies[other.name] = other.space.get("search", {}).get("seed")
 
-    def find(self, fingerprint: str, seed: int | None = None) -> Evaluation | None:
+    def find(
+        self, fingerprint: str, seed: int | None = None, tokens: int | None = None
+    ) -> Evaluation | None:
         """Return an evaluation of this architecture that can be reused, or None.
 
         With a `seed` it is one of a replicate: an evaluation of a study of that seed, or a
         replicate. Without one it is of a study with the seed of this one, and has its weights.
+        `tokens` are those that a budget of seconds has given the candidate.
         """
+        if self._space.train.has_time_budget and tokens is None:
+            return None
         own = self._space.search.seed if seed is None else seed
         studies = [name for name, theirs in self._studies.items() if theirs == own]
         found = self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
         for evaluation in found:
-            if self._is_same(evaluation, own):
+            if self._is_same(evaluation, own, tokens):
                 return evaluation
         if seed is None or not self._studies:
             return None
@@ -68,7 +77,7 @@ class EvaluationCache:
         rows = self._store.store.query(
             lambda connection: replicates.of_model(connection, others, fingerprint, seed)
         )
-        return next((row for row in rows if self._is_same(row, own)), None)
+        return next((row for row in rows if self._is_same(row, own, tokens)), None)
 
     def _evaluations(self, studies: list[str], fingerprint: str) -> Iterator[Evaluation]:
         """Yield the complete evaluations of an architecture in some studies."""
@@ -94,21 +103,26 @@ class EvaluationCache:
             if found is not None:
                 yield found
 
-    def _is_same(self, found: Evaluation, seed: int) -> bool:
+    def _is_same(self, found: Evaluation, seed: int, tokens: int | None) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""
         here = versions()
         return (
             not found.is_copy
             and found.reused_from is None
             and found.seed == seed
+            and (tokens is None or found.metrics.get("train_tokens") == tokens)
             and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
             and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
             and found.values.keys() >= {objective.name for objective in self._space.objectives}
         )
 
 
-def _meaning(record: StudyRecord, plain: Plain) -> Plain:
-    """Return all of a study but its seed that the value of an architecture depends on."""
-    files = [file["sha256"] for file in plain.get("use", [])]
+def _meaning(record: StudyRecord, plain: Plain) -> Plain | None:
+    """Return all of a study but its seed that the value of an architecture depends on.
+
+    None if the stored study does not say all of it: its evaluations hold for no other study.
+    """
+    files = [file.get("sha256") for file in plain.get("use", [])]
     recipe = {name: plain.get(name) for name in ("train", "measure")}
-    return {**recipe, "data": record.data["sha256"], "use": files}
+    meaning = {**recipe, "data": record.data.get("sha256"), "use": files}
+    return None if None in (*meaning.values(), *files) else meaning

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, select
 
 from moenas.errors import ConflictError, InputError, MachineError
 from moenas.resources import sha256
-from moenas.store import optuna_rows, statements, submissions, tables
+from moenas.store import optuna_rows, reservations, statements, submissions, tables
 from moenas.store.checkpoints import checkpoint_path, read_checkpoint
 from moenas.store.files import make_folder, remove_tree, sync_folder
 from moenas.store.object_path import ObjectPath, StorePath
@@ -122,6 +122,7 @@ class IncomingStudy:
             raise ConflictError(
                 f"study '{self.name}' already exists in {self._store.place}; give another name"
             )
+        reservations.require_free(connection, self.name)
         if submissions.find(connection, self.name) is not None:
             raise ConflictError(
                 f"study '{self.name}' waits in the queue of {self._store.place}; give another name"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import optuna
 
-from moenas.errors import InputError, NotFoundError
+from moenas.errors import InputError, NotFoundError, SpaceError
 from moenas.grammar import user_parts
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.report.seed_noise_text import seed_report
@@ -25,7 +25,6 @@ from moenas.store.store import Store
 from moenas.study import repairs
 from moenas.study.changes import (
     refuse_changes,
-    refuse_reserved,
     version_changes,
     with_stored_sampler,
 )
@@ -211,10 +210,9 @@ def load_study(name: str, storage: str | None = None) -> Study:
 
     Raises:
         NotFoundError: if there is none of that name.
-        ConflictError: if a rename of it is not finished.
     """
     store = Store.open(storage)
-    refuse_reserved(store.study(name))
+    store.study(name)  # raises NotFoundError
     return Study(store, name)
 
 
@@ -244,16 +242,17 @@ def run(
     stored. With `fresh` no evaluation of another study is reused.
 
     Raises:
-        InputError: if nothing in the space is feasible, an architecture of `search.start_from` is
-            not in the space, or the study of that name has another space or corpus; nothing is
-            written.
+        InputError: if a budget names another device, nothing in the space is feasible, an entry of
+            `search.start_from` is not in the space, or the study has another space or corpus;
+            nothing is written.
         StudyBusyError: if another process runs it.
         NoCandidateError: if not one trial is complete at the end.
         EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
         StudyStoppedError: if several candidates in a row fail for one reason.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    corpus, first = check_start(space, storage)
+    elsewhere = pool is not None or names_cluster(address)
+    corpus, first = check_start(space, storage, elsewhere=elsewhere)
     known = Store.known(storage, space.name)
     space = with_stored_sampler(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
@@ -261,7 +260,6 @@ def run(
     with plain_endings(signals), signals.heeded(), ExitStack() as stack:
         # Only where there is a pool is all that the user wrote known to be right.
         open_once = _PoolOpener(stack, space, workers, address, pool)
-        elsewhere = not open_once.is_local
         if known is None:
             open_once()
         store = Store.open(storage, create=True)
@@ -297,7 +295,7 @@ def dry_run(
     """
     from moenas.study.estimate import estimate, expected_replicates
 
-    corpus, _ = check_start(space, storage)
+    corpus, _ = check_start(space, storage, elsewhere=names_cluster(None))
     known, done, front, replicated = Store.known(storage, space.name), 0, 0, 0
     space = with_stored_sampler(space, known)
     if known is not None:
@@ -320,9 +318,28 @@ def dry_run(
     )
 
 
-def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPoint]]:
+def require_named_device(space: Space) -> None:
+    """Refuse a budget of seconds on another device than that of the candidates here.
+
+    Raises:
+        SpaceError: at the budget in the space file.
+    """
+    if not space.train.has_time_budget:
+        return
+    from moenas.evaluate import devices, step_time
+
+    try:
+        step_time.require_named_device(space.train, devices.of_candidates(space.search.gpus))
+    except InputError as error:
+        raise SpaceError(str(error), location=space.budget_mark) from None
+
+
+def check_start(
+    space: Space, storage: str | None, *, elsewhere: bool = False
+) -> tuple[Corpus, list[StartPoint]]:
     """Check what can be checked of a study before anything is written.
 
+    With `elsewhere` candidates may run on other machines, and each worker checks its own device.
     Returns the corpus of the space, and the architectures to start from.
 
     Raises:
@@ -331,6 +348,8 @@ def check_start(space: Space, storage: str | None) -> tuple[Corpus, list[StartPo
     from moenas.evaluate.matching import open_corpus
 
     check_wanted_root()
+    if not elsewhere:
+        require_named_device(space)
     samplers.check(space.search.sampler)
     points.check_grid(space)
     space.require_feasible()
@@ -348,6 +367,8 @@ def _drive(
     machine is the device of its workers known beforehand.
     """
     pool = open_once()
+    if open_once.is_local:
+        session.latency_bounds.open(pool.device)
     if open_once.is_local and not fresh:
         session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)
@@ -357,6 +378,7 @@ def _drive(
         Replication(session, jobs).run(pool, lease)
     finally:
         session.budget.report(last=True)
+        session.uncommitted.close()
     publisher.publish()
 
 

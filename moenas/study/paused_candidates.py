@@ -123,6 +123,8 @@ class PausedCandidates:
         except InputError as error:
             self._events.warn(f"it is trained again from its start: {error}", number)
             self._forget(number)
+            if (tokens := pause.evaluation.metrics.get("train_tokens")) is not None:
+                fields["train_tokens"] = int(tokens)
             return fields
         return fields | fields_of_pause
 

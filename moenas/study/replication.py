@@ -87,8 +87,16 @@ class Replication:
             device=pool.device,
             sharers=pool.sharers,
             keeps_weights=False,
+            train_tokens=self._timed_tokens(trial),
         )
         return replace(job, seed=seed)
+
+    def _timed_tokens(self, trial: int) -> int | None:
+        """Return the training tokens of a trial under a budget of seconds; else None."""
+        known = self._store.evaluation(trial)
+        if known is None or not self._space.train.has_time_budget:
+            return None
+        return int(known.metrics["train_tokens"])
 
     def _handle(self, result: Result) -> Replicate | None:
         """Record a result; return its replicate if it is to be tried again."""
@@ -121,7 +129,8 @@ class Replication:
         trial, seed = one
         known = self._store.evaluation(trial)
         assert known is not None
-        source = self._session.cache.find(known.fingerprint, seed)
+        tokens = self._timed_tokens(trial)
+        source = self._session.cache.find(known.fingerprint, seed, tokens)
         if source is None:
             return False
         names = [objective.name for objective in self._space.objectives]

@@ -37,10 +37,13 @@ class ResultProcessor:
         self._names = [o.name for o in space.objectives]
         self._timed: dict[str, str] = {}
         """Objective -> the key of the reference time that all its values share."""
+        self._trained_on: str | None = None
+        """Under a budget of seconds, the name of the device that all candidates train on."""
 
     def add(self, evaluation: Evaluation) -> None:
         """Take in a stored evaluation: its device is that of the study's latencies."""
         if evaluation.status == "complete":
+            self._trained_on = self._trained_on or evaluation.device.get("name")
             for name, details in evaluation.measurements.items():
                 if "reference_key" in details:
                     self._timed.setdefault(name, details["reference_key"])
@@ -78,7 +81,7 @@ class ResultProcessor:
         It is failed if a latency was timed on another device than those of the study, or if there
         is no checkpoint.
         """
-        evaluation = self._rescale_latency(evaluation)
+        evaluation = self._refuse_other_device(self._rescale_latency(evaluation))
         rung = evaluation.metrics.get("rung", 0.0)
         losses = [row["val_loss"] for row in evaluation.curve[-1:] if "val_loss" in row]
         if evaluation.status == "paused" and (result.weights is None or rung < 1 or not losses):
@@ -104,6 +107,9 @@ class ResultProcessor:
         It is failed if a value cannot be used, infeasible if the trained model breaks a
         requirement.
         """
+        evaluation = self._refuse_other_device(evaluation)
+        if evaluation.status == "failed":
+            return evaluation
         why = unusable({name: evaluation.values.get(name, math.nan) for name in self._names})
         if why is not None:
             return failed(evaluation, "error", why)
@@ -170,6 +176,14 @@ class ResultProcessor:
                 f"{error.filename or self._store.runs}: cannot be written: {error.strerror}"
             ) from error
 
+    def _refuse_other_device(self, evaluation: Evaluation) -> Evaluation:
+        """Refuse a candidate whose seconds of training were those of another device model."""
+        name, first = evaluation.device.get("name"), self._trained_on
+        if not self._space.train.has_time_budget or first is None or name == first:
+            return evaluation
+        text = f"trained on [{name}], and the seconds of this study are those of [{first}]"
+        return failed(evaluation, "refused", text)
+
     def _rescale_latency(self, evaluation: Evaluation) -> Evaluation:
         """Express latencies by the study's reference times; refuse those of another device."""
         keys = {
@@ -190,7 +204,9 @@ class ResultProcessor:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
             return evaluation
-        violations = self._space.trained_violations(architecture, evaluation.routing)
+        violations = self._space.trained_violations(
+            architecture, evaluation.routing, evaluation.values
+        )
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
             return evaluation

@@ -26,6 +26,7 @@ from moenas.study.doctor import check_start
 from moenas.study.duplicates import DuplicateModels
 from moenas.study.evaluation_cache import EvaluationCache
 from moenas.study.events import EventEmitter, Kind, Listener
+from moenas.study.latency_bounds import LatencyBounds
 from moenas.study.paused_candidates import PausedCandidates
 from moenas.study.progress import ProgressTracker
 from moenas.study.reconcile import Difference, correct, differences, repair
@@ -61,6 +62,7 @@ class Session:
         self.duplicates = DuplicateModels()
         self.draws = FruitlessDraws(space.name)
         self.cache = EvaluationCache(self.store, space)
+        self.latency_bounds = LatencyBounds(self.store, space)
         self.budget = Budget(self.store, space.search.stop)
         self.paused = PausedCandidates(self.store, space, self.events)
         self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses

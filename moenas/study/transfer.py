@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy import Connection, update
 
@@ -12,6 +13,7 @@ from moenas.records import Plain
 from moenas.store import (
     audit,
     leases,
+    reservations,
     statements,
     study_events,
     study_rows,
@@ -101,33 +103,62 @@ def copy_study(source: Store, name: str, target: Store, new: str | None = None) 
 def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferred:
     """Give a study another name, in Optuna's rows, ours, the queue, the events and the files.
 
+    A rename that was killed is finished by the same call. The call with the names exchanged
+    finishes it, too, and gives the study its former name back.
+
     Raises:
+        NotFoundError: if there is no study of this name.
         StudyBusyError: if a process runs the study.
         ConflictError: if there is a study of the new name, or a server is to run this one.
     """
     new = statements.normal_study_name(new)
     if new == name:
         raise InputError(f"study '{name}' has this name already; give another one")
-    store.study(name)
+    if store.query(lambda connection: statements.renamed_to(connection, name)) == new:
+        _finish(store, new)
+        return Transferred.of(store.read(new, lambda c: study_rows.read(c, new)))
+    if store.query(lambda connection: statements.renamed_to(connection, new)) == name:
+        _finish(store, name)
+    store.study(name)  # raises NotFoundError
     with StudyLease(store, name):
         UncommittedResults(store.runs, name).commit(store)
         stored = store.read(name, lambda connection: study_rows.read(connection, name))
         rows = study_rows.renamed(stored, new)
+
+        def change(connection: Connection) -> None:
+            _rename(connection, name, rows, user_name)
+            store.claim_renamed(connection, new)
+
         with IncomingStudy(store, new) as incoming:
             for file in named_files(stored):
                 incoming.link(file, file.find(store, name))
-            incoming.commit(lambda connection: _rename(connection, name, rows, user_name))
-        # Files go while the name is taken: a new study of this name must not lose its own.
-        remove_tree(study_folder(store.runs, name))
-        store.transact(lambda connection: _free_name(connection, name, rows))
+            incoming.commit(change)
+        _finish(store, new)
     return Transferred.of(rows)
 
 
-def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
-    """Put the rows of the new name in place of those of the old one.
+def _finish(store: Store, present: str) -> None:
+    """Remove the files below the former names of a study, and free these names.
 
-    The row of the study stays under the old name, so that the name is taken until `_free_name`.
+    The claim on the study keeps other processes from the same: a new study of a name that one of
+    them has freed must not lose its files.
+
+    Raises:
+        StudyBusyError: if a process runs the study, or renames it.
     """
+    with StudyLease(store, present):
+        finish_renames(store, present)
+
+
+def finish_renames(store: Store, present: str) -> None:
+    """Do what `_finish` does for a process that holds the claim on the study."""
+    for name in store.query(lambda connection: reservations.of_study(connection, present)):
+        remove_tree(study_folder(store.runs, name))
+        store.transact(partial(_free_name, name=name, present=present))
+
+
+def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
+    """Put the rows of the new name in place of those of the old one, which stays reserved."""
     new = study_rows.name_of(rows)
     submitted = submissions.find(connection, name, lock=True)
     if submitted is not None:
@@ -140,7 +171,9 @@ def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) 
         overrides = [*submitted.overrides, f"name={json.dumps(new)}"]
         submissions.rename(connection, name, new, overrides)
     study_rows.write_own(connection, rows)
-    study_rows.empty(connection, name)
+    study_rows.forget(connection, name)
+    # Files go while the name is reserved: a new study of this name must not lose its own.
+    reservations.reserve(connection, name, new)
     connection.execute(update(STUDY).where(STUDY.c.study_name == name).values(study_name=new))
     source = tables.reuse.c.from_study
     connection.execute(update(tables.reuse).where(source == name).values(from_study=new))
@@ -149,9 +182,8 @@ def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) 
     audit.write(connection, user_name, "renamed", new, {"from": name})
 
 
-def _free_name(connection: Connection, name: str, rows: StudyRows) -> None:
-    """Let a new study have the old name; the last event tells those who watch."""
-    if not study_rows.forget(connection, name):
+def _free_name(connection: Connection, name: str, present: str) -> None:
+    """Let a new study have a former name; the last event tells those who watch."""
+    if not reservations.free(connection, name):
         return  # the transaction is repeated, as the answer of its commit was lost
-    told = {"renamed_to": study_rows.name_of(rows)}
-    study_events.append(connection, name, "deleted", told)
+    study_events.append(connection, name, "deleted", {"renamed_to": present})

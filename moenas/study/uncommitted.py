@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moenas.errors import StorageError, StorageLostError
@@ -36,13 +37,21 @@ class UncommittedResults:
         """Keep a result in a file until the block has ended without an exception.
 
         A file that cannot be written, as on a full disk, is no reason not to try the commit; nor
-        is a result that is not JSON, which the commit will refuse.
+        is a result that is not JSON, which the commit will refuse. The folder stays for the next
+        result, because a new folder costs one more wait for the disk.
         """
         path = self._folder / f"{evaluation.trial}-{evaluation.attempt}.json"
         with contextlib.suppress(OSError, TypeError, ValueError):
             write_whole(path, json.dumps(storable(evaluation.plain())).encode())
         yield
-        self.drop(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def close(self) -> None:
+        """Remove the folder if nothing is in it."""
+        if isinstance(self._folder, Path):
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
 
     def drop(self, path: StorePath) -> None:
         """Remove the file of a result, and the folder if it was the last one."""

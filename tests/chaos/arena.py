@@ -66,11 +66,11 @@ class Outcome:
     """Seconds from the start of a resuming process to its first word on a trial."""
     seconds: float = 0.0
 
-    def take(self, faults: int, found: list[str]) -> None:
+    def take(self, faults: int, problems: list[str]) -> None:
         """Take in a study after some faults, and what is wrong with it."""
         self.tried += faults
-        self.survived += faults if not found else 0
-        self.problems += found
+        self.survived += faults if not problems else 0
+        self.problems += problems
 
 
 class Arena:
@@ -153,17 +153,17 @@ class Arena:
         if first is not None:
             outcome.recovery.append(first)
         code = wait(process)
-        found = [f"the last run ends with {code}: {''.join(lines)[-800:]}"] if code else []
-        return found + traceback_in("".join(lines)) + self.wrong()
+        faults = [f"the last run ends with {code}: {''.join(lines)[-800:]}"] if code else []
+        return faults + traceback_in("".join(lines)) + self.wrong()
 
     def wrong(self) -> list[str]:
         """Return what is wrong with the finished study."""
         deadline = time.monotonic() + 15
         while True:
-            found = problems(self.url, self.folder, self.study, self.trials)
-            left = any(text.startswith("process") for text in found)
+            faults = problems(self.url, self.folder, self.study, self.trials)
+            left = any(text.startswith("process") for text in faults)
             if not left or time.monotonic() > deadline:
-                return [f"{self.study}: {text}" for text in found]
+                return [f"{self.study}: {text}" for text in faults]
             time.sleep(0.5)
 
     def finished(self) -> int:

@@ -45,10 +45,10 @@ def watched(point: str, function: Callable[..., Any], fault: list[str]) -> Calla
         due = where == point and passed[point] == int(number)
         if due and when == "before":
             act(kind)
-        found = function(*args, **kwargs)
+        returned = function(*args, **kwargs)
         if due and when == "after":
             act(kind)
-        return found
+        return returned
 
     return call
 

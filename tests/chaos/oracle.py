@@ -22,13 +22,13 @@ def problems(url: str, folder: Path, study: str, trials: int) -> list[str]:
     """Return everything that is wrong with a finished study of two minimised objectives."""
     engine = sqlalchemy.create_engine(url)
     with engine.connect() as connection:
-        found = _rows(connection, study, trials)
+        faults = _rows(connection, study, trials)
         if engine.dialect.name == "sqlite":
             said = connection.execute(text("PRAGMA integrity_check")).scalar_one()
-            found += [] if said == "ok" else [f"integrity_check: {said}"]
-        found += _front(connection, study) + _files(connection, folder, study)
+            faults += [] if said == "ok" else [f"integrity_check: {said}"]
+        faults += _front(connection, study) + _files(connection, folder, study)
     engine.dispose()
-    return found + _processes(folder)
+    return faults + _processes(folder)
 
 
 def _select(connection: Connection, statement: str, study: str) -> list[Any]:
@@ -41,7 +41,7 @@ def _json(value: Any) -> Any:
 
 def _rows(connection: Connection, study: str, trials: int) -> list[str]:
     """Compare our evaluations with Optuna's trials."""
-    found = []
+    faults = []
     ours = {
         row.trial: row
         for row in _select(
@@ -66,14 +66,14 @@ def _rows(connection: Connection, study: str, trials: int) -> list[str]:
         told.setdefault(row.number, []).append(row.value)
     numbers = [row.number for row in theirs]
     if numbers != list(range(len(numbers))):
-        found.append(f"Optuna's numbers are {numbers}")
+        faults.append(f"Optuna's numbers are {numbers}")
     if sorted(ours) != numbers:
-        found.append(f"our trials are {sorted(ours)}, Optuna's {numbers}")
+        faults.append(f"our trials are {sorted(ours)}, Optuna's {numbers}")
     counted = 0
     for row in theirs:
         number, mine = row.number, ours.get(row.number)
         if row.state in UNFINISHED:
-            found.append(f"trial {number} is {row.state}")
+            faults.append(f"trial {number} is {row.state}")
         if mine is None:
             continue
         kind = (_json(mine.failure) or {}).get("kind")
@@ -90,20 +90,20 @@ def _rows(connection: Connection, study: str, trials: int) -> list[str]:
         measured = has_values and mine.status not in ("failed", "stopped")
         wanted = "COMPLETE" if measured else STATES[mine.status]
         if row.state != wanted:
-            found.append(f"trial {number} is {row.state}, ours is {mine.status}")
+            faults.append(f"trial {number} is {row.state}, ours is {mine.status}")
         if mine.status not in ("failed", "stopped") and told.get(number, []) != values.get(
             number, []
         ):
-            found.append(f"trial {number}: {told.get(number)} is not {values.get(number)}")
+            faults.append(f"trial {number}: {told.get(number)} is not {values.get(number)}")
     if counted != trials:
-        found.append(f"{counted} candidates were evaluated, {trials} were asked for")
+        faults.append(f"{counted} candidates were evaluated, {trials} were asked for")
     drivers = _select(connection, "SELECT * FROM moenas_driver WHERE study = :study", study)
-    return found + [f"a driver is left: {row}" for row in drivers]
+    return faults + [f"a driver is left: {row}" for row in drivers]
 
 
 def _values(connection: Connection, study: str) -> dict[int, list[float]]:
     """Trial -> the values of the study's objectives in order."""
-    found: dict[int, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for row in _select(
         connection,
         "SELECT v.trial, v.value FROM moenas_value v JOIN moenas_objective o"
@@ -111,8 +111,8 @@ def _values(connection: Connection, study: str) -> dict[int, list[float]]:
         " AND v.value IS NOT NULL ORDER BY v.trial, o.position",
         study,
     ):
-        found.setdefault(row.trial, []).append(row.value)
-    return found
+        values.setdefault(row.trial, []).append(row.value)
+    return values
 
 
 def _front(connection: Connection, study: str) -> list[str]:
@@ -140,7 +140,7 @@ def _front(connection: Connection, study: str) -> list[str]:
             study,
         )
     }
-    found = [] if stored == best else [f"the front is {sorted(stored)}, not {sorted(best)}"]
+    faults = [] if stored == best else [f"the front is {sorted(stored)}, not {sorted(best)}"]
     corner = [
         row.reference
         for row in _select(
@@ -155,15 +155,15 @@ def _front(connection: Connection, study: str) -> list[str]:
         study,
     )
     if [row.seq for row in last] != list(range(1, len(rows) + 1)):
-        found.append(f"{len(last)} hypervolumes for {len(rows)} complete trials")
+        faults.append(f"{len(last)} hypervolumes for {len(rows)} complete trials")
     if last:
         area, floor = 0.0, corner[1]
         for x, y in sorted(points[trial] for trial in best):
             area += max(0.0, corner[0] - x) * max(0.0, floor - y)
             floor = min(floor, y)
         if abs(area - last[-1].hypervolume) > 1e-9 * max(1.0, area):
-            found.append(f"the hypervolume is {last[-1].hypervolume}, not {area}")
-    return found
+            faults.append(f"the hypervolume is {last[-1].hypervolume}, not {area}")
+    return faults
 
 
 def _files(connection: Connection, folder: Path, study: str) -> list[str]:
@@ -177,7 +177,7 @@ def _files(connection: Connection, folder: Path, study: str) -> list[str]:
         )
         if row.weights_sha256
     }
-    found, seen = [], set()
+    faults, seen = [], set()
     # On PostgreSQL the weights of all studies lie where the first one began.
     root = connection.execute(text("SELECT weights FROM moenas_database")).scalar()
     below = folder.rglob("*") if root is None else Path(root).rglob(f"{study}-*/**/*")
@@ -190,24 +190,24 @@ def _files(connection: Connection, folder: Path, study: str) -> list[str]:
             if trial in wanted:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 if digest != wanted[trial]:
-                    found.append(f"{path}: not the weights of trial {trial}")
+                    faults.append(f"{path}: not the weights of trial {trial}")
         elif "moenas_runs" in path.parts or path.name.startswith("."):
-            found.append(f"left over: {path}")
+            faults.append(f"left over: {path}")
     lacking = sorted(set(wanted) - seen)
-    return found + ([f"weights of the trials {lacking} are missing"] if lacking else [])
+    return faults + ([f"weights of the trials {lacking} are missing"] if lacking else [])
 
 
 def _processes(folder: Path) -> list[str]:
     """Name the processes that carry the mark of a scenario."""
     mark = f"{MARK}={folder}".encode()
-    found = []
+    faults = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             if mark in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                found.append(f"process {entry.name} is left: {command[:100]}")
+                faults.append(f"process {entry.name} is left: {command[:100]}")
         except OSError:
             continue
-    return found
+    return faults

@@ -91,15 +91,15 @@ def attempt(name: str, options: dict[str, Any], seed: int) -> Outcome:
 
 def joined(outcomes: list[Outcome]) -> list[Outcome]:
     """Add up the outcomes of one kind of fault."""
-    found: dict[str, Outcome] = {}
+    by_name: dict[str, Outcome] = {}
     for outcome in outcomes:
-        total = found.setdefault(outcome.name, Outcome(outcome.name))
+        total = by_name.setdefault(outcome.name, Outcome(outcome.name))
         total.tried += outcome.tried
         total.survived += outcome.survived
         total.problems += outcome.problems
         total.recovery += outcome.recovery
         total.seconds += outcome.seconds
-    return list(found.values())
+    return list(by_name.values())
 
 
 def row(outcome: Outcome) -> str:
@@ -153,9 +153,9 @@ def earlier() -> tuple[list[dict[str, float]], dict[str, int], list[Outcome]]:
 
 def write(outcomes: list[Outcome], optuna: dict[str, int], runs: list[dict[str, float]]) -> None:
     """Write the page and the figures of what is done; a later part writes both again."""
-    found = joined(outcomes)
-    PAGE.write_text(page(found, optuna, runs), encoding="utf-8")
-    faults = [vars(outcome) for outcome in found]
+    by_name = joined(outcomes)
+    PAGE.write_text(page(by_name, optuna, runs), encoding="utf-8")
+    faults = [vars(outcome) for outcome in by_name]
     figures = {"runs": runs, "optuna": optuna, "faults": faults}
     RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -177,8 +177,8 @@ def main() -> None:
         running = [
             pool.submit(attempt, name, options, seed + i) for i, (name, options) in enumerate(parts)
         ]
-        found = beside.result() if beside else {}
-        optuna = {name: found.get(name, 0) + lost.get(name, 0) for name in {**found, **lost}}
+        numbers = beside.result() if beside else {}
+        optuna = {name: numbers.get(name, 0) + lost.get(name, 0) for name in {**numbers, **lost}}
         for part in as_completed(running):
             outcome = part.result()
             done.append(outcome)

@@ -43,7 +43,7 @@ def driver_kills(
     outcome = Outcome(name if stopping == "none" else f"{name}, {stopping}")
     while outcome.tried < kills:
         with Arena(random, url=url, stopping=stopping) as arena:
-            killed, found = 0, []
+            killed, faults = 0, []
             for _ in range(random.randint(4, 7)):
                 if random.random() < 0.6:
                     point = random.choice([p for p in POINTS for _ in range(POINT_COUNTS[p])])
@@ -58,9 +58,9 @@ def driver_kills(
                     code, _, said = end(process)
                 killed += code == -signal.SIGKILL
                 if code not in (0, -signal.SIGKILL):
-                    found.append(f"ends with {code}: {said[-500:]}")
-                found += traceback_in(said)
-            outcome.take(killed, found + arena.resume(outcome))
+                    faults.append(f"ends with {code}: {said[-500:]}")
+                faults += traceback_in(said)
+            outcome.take(killed, faults + arena.resume(outcome))
     return outcome
 
 
@@ -70,7 +70,7 @@ def signals(random: Random, count: int) -> Outcome:
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     while outcome.tried < count:
         with Arena(random, pause=0.1) as arena:
-            found, sent = [], 0
+            faults, sent = [], 0
             for _ in range(5):
                 process = arena.start()
                 time.sleep(random.choice([random.uniform(0, 1), random.uniform(2, 6)]))
@@ -82,11 +82,11 @@ def signals(random: Random, count: int) -> Outcome:
                 if "<frozen site>" in said:  # Python itself was starting: no code of ours had run
                     continue
                 if code not in ENDS and not died_early(code):
-                    found.append(f"ends with {code}: {said[-500:]}")
+                    faults.append(f"ends with {code}: {said[-500:]}")
                 if code in (129, 130, 143) and "resume with" not in said and "stopped" not in said:
-                    found.append(f"no word on how to resume: {said[-300:]}")
-                found += traceback_in(said.replace("KeyboardInterrupt", ""))
-            outcome.take(sent, found + arena.resume(outcome))
+                    faults.append(f"no word on how to resume: {said[-300:]}")
+                faults += traceback_in(said.replace("KeyboardInterrupt", ""))
+            outcome.take(sent, faults + arena.resume(outcome))
     return outcome
 
 
@@ -97,7 +97,7 @@ def worker_kills(random: Random, kills: int, *, stop: int = 0) -> Outcome:
         limit = 4.0 if stop else 60.0
         with Arena(random, trials=10, pause=0.2, limit=limit) as arena:
             words = ("run", "s.yaml", "--workers", "2", "--storage", arena.url)
-            done, found = 0, []
+            done, faults = 0, []
             process = arena.start(*words)
             killer = _Workers(arena, random)
             while process.poll() is None and done < min(8, kills - outcome.tried):
@@ -108,11 +108,11 @@ def worker_kills(random: Random, kills: int, *, stop: int = 0) -> Outcome:
             code, _, said = end(process)
             killer.let_go()
             if code not in ENDS | {1}:
-                found.append(f"ends with {code}: {said[-800:]}")
-            found += traceback_in(said)
+                faults.append(f"ends with {code}: {said[-800:]}")
+            faults += traceback_in(said)
             if not done:
                 continue
-            outcome.take(done, found + arena.resume(outcome, *words))
+            outcome.take(done, faults + arena.resume(outcome, *words))
     return outcome
 
 
@@ -126,10 +126,10 @@ class _Workers:
 
     def strike(self, number: signal.Signals) -> int:
         """Send a signal to one worker that is at work; return 1, or 0 if there is none."""
-        found = [pid for pid in self._at_work() if pid not in self._struck]
-        if not found:
+        targets = [pid for pid in self._at_work() if pid not in self._struck]
+        if not targets:
             return 0
-        pid = self._random.choice(found)
+        pid = self._random.choice(targets)
         with suppress(ProcessLookupError):
             os.kill(pid, number)
             self._struck.add(pid)
@@ -143,7 +143,7 @@ class _Workers:
                 os.kill(pid, signal.SIGCONT)
 
     def _at_work(self) -> list[int]:
-        found = []
+        pids = []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
@@ -151,8 +151,8 @@ class _Workers:
                 command = (entry / "cmdline").read_bytes()
                 busy = command.startswith(b"ray::") and b"IDLE" not in command
                 if busy and self._mark in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+                    pids.append(int(entry.name))
+        return pids
 
 
 def database_restarts(random: Random, restarts: int) -> Outcome:
@@ -163,7 +163,7 @@ def database_restarts(random: Random, restarts: int) -> Outcome:
     with Server(programs) as server:
         while outcome.tried < restarts:
             with Arena(random, url=server.url, trials=14, pause=0.1) as arena:
-                process, done, found = arena.start(), 0, []
+                process, done, faults = arena.start(), 0, []
                 arena.until(1, process)
                 while process.poll() is None and done < 4:
                     server.stop(random.choice([signal.SIGINT, signal.SIGQUIT]))
@@ -173,8 +173,8 @@ def database_restarts(random: Random, restarts: int) -> Outcome:
                     time.sleep(random.uniform(0.2, 1.5))
                 code, _, said = end(process)
                 if code:
-                    found.append(f"ends with {code}: {said[-800:]}")
-                outcome.take(done, found + traceback_in(said) + arena.resume(outcome))
+                    faults.append(f"ends with {code}: {said[-800:]}")
+                outcome.take(done, faults + traceback_in(said) + arena.resume(outcome))
     return outcome
 
 
@@ -188,10 +188,10 @@ def double_launches(random: Random, count: int, url: str | None = None) -> Outco
             second = arena.start()
             ends = [end(process) for process in (first, second)]
             codes = sorted(code for code, _, _ in ends)
-            found = [] if codes in ([0, 6], [0, 0]) else [f"end with {codes}: {ends}"]
+            faults = [] if codes in ([0, 6], [0, 0]) else [f"end with {codes}: {ends}"]
             for _, _, said in ends:
-                found += traceback_in(said)
-            outcome.take(1, found + arena.wrong())
+                faults += traceback_in(said)
+            outcome.take(1, faults + arena.wrong())
     return outcome
 
 
@@ -207,8 +207,8 @@ def locked_database(random: Random, seconds: list[float]) -> Outcome:
                 time.sleep(hold)
                 other.rollback()
             code, _, said = end(process)
-            found = [f"ends with {code}: {said[-600:]}"] if code else []
-            outcome.take(1, found + traceback_in(said) + arena.wrong())
+            faults = [f"ends with {code}: {said[-600:]}"] if code else []
+            outcome.take(1, faults + traceback_in(said) + arena.wrong())
     return outcome
 
 
@@ -228,15 +228,15 @@ def moved_database(random: Random, count: int) -> Outcome:
                 with closing(sqlite3.connect(file)) as other:
                     other.execute("CREATE TABLE another (x)")
             code, _, said = end(process)
-            found = [] if code == 4 else [f"ends with {code}: {said[-600:]}"]
+            faults = [] if code == 4 else [f"ends with {code}: {said[-600:]}"]
             if "moved" not in said and "replaced" not in said and "another" not in said:
-                found.append(f"does not say what happened: {said[-600:]}")
+                faults.append(f"does not say what happened: {said[-600:]}")
             file.unlink(missing_ok=True)
             for path in kept.iterdir():
                 shutil.move(path, arena.folder / path.name)
             arena.trials = 12
             words = ("run", "s.yaml", "--workers", "inline", "--trials", "12")
-            outcome.take(1, found + traceback_in(said) + arena.resume(outcome, *words))
+            outcome.take(1, faults + traceback_in(said) + arena.resume(outcome, *words))
     return outcome
 
 
@@ -254,10 +254,10 @@ def full_disk(random: Random, count: int) -> Outcome:
                 pages = {**patience, "CHAOS_PAGES": str(random.randint(90, 130))}
                 process = arena.start(environment=pages)
             code, _, said = end(process)
-            found = [] if code in (0, 2, 4) else [f"ends with {code}: {said[-600:]}"]
+            faults = [] if code in (0, 2, 4) else [f"ends with {code}: {said[-600:]}"]
             if code == 4 and "resume with" not in said:
-                found.append(f"no word on how to resume: {said[-400:]}")
-            outcome.take(1, found + traceback_in(said) + arena.resume(outcome))
+                faults.append(f"no word on how to resume: {said[-400:]}")
+            outcome.take(1, faults + traceback_in(said) + arena.resume(outcome))
     return outcome
 
 
@@ -269,7 +269,7 @@ def other_programs(random: Random, count: int) -> Outcome:
         with Arena(random, trials=10, pause=0.3) as arena:
             process = arena.start()
             arena.until(1, process)
-            done, found = 0, []
+            done, faults = 0, []
             while process.poll() is None and done < 6:
                 with suppress(KeyError, ValueError, *REFUSALS):
                     other = optuna.load_study(study_name=arena.study, storage=arena.url)
@@ -277,10 +277,10 @@ def other_programs(random: Random, count: int) -> Outcome:
                 time.sleep(random.uniform(0.1, 0.4))
             code, _, said = end(process)
             if code not in ENDS:
-                found.append(f"ends with {code}: {said[-600:]}")
-            found += traceback_in(said)
-            found += [t for t in arena.resume(outcome) if "candidates were evaluated" not in t]
-            outcome.take(done, found)
+                faults.append(f"ends with {code}: {said[-600:]}")
+            faults += traceback_in(said)
+            faults += [t for t in arena.resume(outcome) if "candidates were evaluated" not in t]
+            outcome.take(done, faults)
     return outcome
 
 
@@ -318,12 +318,12 @@ def changed_data(random: Random, count: int) -> Outcome:
             time.sleep(random.uniform(0.5, 3))
             corpus.write_text(before)
             code, _, said = end(process)
-            found = [] if code in (0, 4) else [f"ends with {code}: {said[-600:]}"]
-            found += traceback_in(said) + arena.resume(outcome)
+            faults = [] if code in (0, 4) else [f"ends with {code}: {said[-600:]}"]
+            faults += traceback_in(said) + arena.resume(outcome)
             code, out, _ = end(arena.start("status", arena.study, "-o", "json"))
             if '"failed": 0' not in out:
-                found.append(f"trials were used up: {out[:600]}")
-            outcome.take(1, found)
+                faults.append(f"trials were used up: {out[:600]}")
+            outcome.take(1, faults)
     return outcome
 
 
@@ -346,8 +346,8 @@ def closed_streams(random: Random, count: int) -> Outcome:
                 code, ends = wait(process), {0, 141}
             else:
                 code, ends = _on_a_terminal(arena), {0, 129, 141}
-            found = [] if code in ends else [f"{kind}: ends with {code}"]
-            outcome.take(1, found + arena.resume(outcome))
+            faults = [] if code in ends else [f"{kind}: ends with {code}"]
+            outcome.take(1, faults + arena.resume(outcome))
     return outcome
 
 
@@ -389,18 +389,18 @@ def mutated_spaces(random: Random, count: int) -> Outcome:
     outcome = Outcome("mutated space files")
     signal.signal(signal.SIGALRM, _stuck)
     for _ in range(count):
-        seed, found = random.randrange(2**31), []
+        seed, faults = random.randrange(2**31), []
         signal.alarm(STUCK_S)
         try:
             _, seconds, peak = fuzz.outcome(fuzz.mutated(seed))
         except Exception as error:
-            found.append(f"seed {seed}: {type(error).__name__}: {error}")
+            faults.append(f"seed {seed}: {type(error).__name__}: {error}")
         else:
             if seconds > SLOW_S or peak > LARGE:
-                found.append(f"seed {seed}: {seconds:.1f} s, {peak / 2**30:.1f} GiB")
+                faults.append(f"seed {seed}: {seconds:.1f} s, {peak / 2**30:.1f} GiB")
         finally:
             signal.alarm(0)
-        outcome.take(1, found)
+        outcome.take(1, faults)
     return outcome
 
 
@@ -423,8 +423,8 @@ study.optimize(objective, n_trials=max(0, int(sys.argv[2]) - len(study.trials)))
 
 def plain_optuna(random: Random, kills: int) -> dict[str, int]:
     """Kill `study.optimize` of Optuna alone at random instants; count what it loses."""
-    found = {"kills": 0, "lost": 0, "stuck": 0}
-    while found["kills"] < kills:
+    counts = {"kills": 0, "lost": 0, "stuck": 0}
+    while counts["kills"] < kills:
         with Arena(random) as arena:
             url = f"sqlite:///{arena.folder}/optuna.db"
             command = [sys.executable, "-c", OPTUNA, url, "10"]
@@ -435,10 +435,10 @@ def plain_optuna(random: Random, kills: int) -> dict[str, int]:
                 )
                 if attempt < 5:
                     threading.Timer(random.uniform(1.0, 3.5), process.kill).start()
-                found["kills"] += process.wait() == -signal.SIGKILL
+                counts["kills"] += process.wait() == -signal.SIGKILL
             with suppress(KeyError):
                 study = optuna.load_study(study_name="s", storage=url)
                 complete = sum(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
-                found["lost"] += 10 - complete
-                found["stuck"] += sum(not t.state.is_finished() for t in study.trials)
-    return found
+                counts["lost"] += 10 - complete
+                counts["stuck"] += sum(not t.state.is_finished() for t in study.trials)
+    return counts

@@ -127,9 +127,9 @@ def test_architectures_are_enqueued_by_file(moenas: Run) -> None:
     assert moenas("run", *first, "--trials", "1").code == 0
     assert "enqueued from one.yaml" in moenas("show", "small", "0").out
     Path("two.yaml").write_text(one.replace("48", "32"))
-    found = moenas("enqueue", "small", "two.yaml", "one.yaml", "-o", "json")
-    assert found.code == 0, found.err
-    rows = [(row["trial"], row["status"]) for row in json.loads(found.out)]
+    result = moenas("enqueue", "small", "two.yaml", "one.yaml", "-o", "json")
+    assert result.code == 0, result.err
+    rows = [(row["trial"], row["status"]) for row in json.loads(result.out)]
     assert rows == [(1, "enqueued"), (0, "known")]
     Path("three.yaml").write_text(one.replace("n_experts: 4", "n_experts: 8"))
     refused = moenas("enqueue", "small", "three.yaml")

@@ -59,15 +59,15 @@ def test_the_end_of_a_run_is_told_once_with_its_counts(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)  # the output of the command goes to stderr
     assert done.stderr.splitlines().count("told") == 1
-    found = told(folder / "told-finished")
-    assert found["MOENAS_STUDY"] == "watched"
-    assert found["MOENAS_STATE"] == "finished"
-    assert (found["MOENAS_TOTAL"], found["MOENAS_EVALUATED"]) == ("2", "2")
+    message = told(folder / "told-finished")
+    assert message["MOENAS_STUDY"] == "watched"
+    assert message["MOENAS_STATE"] == "finished"
+    assert (message["MOENAS_TOTAL"], message["MOENAS_EVALUATED"]) == ("2", "2")
     stored = status_report(Store.open(None), "watched")  # copies are complete trials, too
     for name in ("complete", "failed", "stopped", "infeasible"):
-        assert found[f"MOENAS_{name.upper()}"] == str(stored[name])
-    assert int(found["MOENAS_FRONT"]) == len(json.loads(done.stdout))
-    assert found["MOENAS_MESSAGE"] == "all 2 trials of study 'watched' are finished"
+        assert message[f"MOENAS_{name.upper()}"] == str(stored[name])
+    assert int(message["MOENAS_FRONT"]) == len(json.loads(done.stdout))
+    assert message["MOENAS_MESSAGE"] == "all 2 trials of study 'watched' are finished"
 
 
 def test_a_failing_command_is_a_warning(folder: Path) -> None:
@@ -93,8 +93,8 @@ def test_an_interrupted_run_is_told_too(folder: Path) -> None:
     rest = process.communicate(timeout=deadline - time.monotonic())[1]
 
     assert process.returncode == 130, rest
-    found = told(folder / "told-interrupted")
-    assert found["MOENAS_TOTAL"] == "1000"
+    message = told(folder / "told-interrupted")
+    assert message["MOENAS_TOTAL"] == "1000"
     assert rest.splitlines().count("told") == 1
     assert "--on-end 'env | grep" in rest  # the command that resumes tells of its end, too
 
@@ -119,6 +119,40 @@ def test_a_run_logs_to_tensorboard(folder: Path) -> None:
     read.Reload()
     (logged,) = read.Scalars("value/val_loss")
     assert logged.value == pytest.approx(member["val_loss"])
+
+
+FRAGILE = """\
+\"\"\"A number that cannot be had the first time.\"\"\"
+
+from pathlib import Path
+
+direction = "minimize"
+unit = ""
+needs = "cost"
+
+
+def measure(subject):
+    if not Path("tried").exists():
+        Path("tried").touch()
+        raise RuntimeError("the first time")
+    return 1.0
+"""
+
+
+def test_a_retry_logs_the_trials_that_it_evaluates(folder: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra moenas[tensorboard] is not installed")
+    (folder / "fragile.py").write_text(FRAGILE)
+    text = SPACE.replace("flops_per_token]", "./fragile.py]")
+    (folder / "watched.yaml").write_text(text.replace("random", "grid"))  # no model comes twice
+    assert moenas(*INLINE).returncode == 0
+    evaluations = Store.open(None).evaluations("watched")
+    (failed,) = (e.trial for e in evaluations if e.failure and e.failure.kind == "error")
+    words = ["retry", "watched", "--failed", "error", "--log", "tensorboard:board", *INLINE]
+    command = [sys.executable, "-m", "moenas", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    logged = {path.name for path in (folder / "board" / "watched").iterdir()}
+    assert logged == {f"trial-{failed}", "study"}, "the trial that had failed, and no other"
 
 
 @pytest.mark.parametrize(("option", "value"), [("--log", "wandb"), ("--on-end", "true")])

@@ -81,7 +81,7 @@ def bare(tmp_path):
 
 def ask(app, path, method="GET", **environ):
     """Return status, headers and body of one request; keywords are WSGI variables."""
-    found = {}
+    seen = {}
     request = {**LOCAL, **environ}
     setup_testing_defaults(request)
     path, _, query = path.partition("?")
@@ -90,12 +90,12 @@ def ask(app, path, method="GET", **environ):
         request["wsgi.input"] = io.BytesIO()
 
     def start(status, headers, *rest):
-        found.update(status=int(status.split()[0]), headers=dict(headers))
+        seen.update(status=int(status.split()[0]), headers=dict(headers))
 
     answer = app(request, start)
     body = b"".join(answer)
     getattr(answer, "close", lambda: None)()
-    return found["status"], found["headers"], body
+    return seen["status"], seen["headers"], body
 
 
 def detail(app, after=0, study=1):
@@ -110,8 +110,8 @@ def study_note(store):
 
 def trial_notes(store):
     """The notes of trials that the dashboard shows, by trial."""
-    found = detail(dashboard.application(store))["trials"]
-    return {t["number"]: t["note"]["body"] for t in found if t["note"]["body"]}
+    trials = detail(dashboard.application(store))["trials"]
+    return {t["number"]: t["note"]["body"] for t in trials if t["note"]["body"]}
 
 
 @pytest.fixture
@@ -137,12 +137,12 @@ def test_members_of_the_front_get_a_note_and_only_they(published):
 
 def test_a_trial_s_note_has_its_numbers_with_units_and_how_to_take_it_home(published):
     trial = published.front("made_up")[0]
-    found = published.evaluation("made_up", trial)
+    evaluation = published.evaluation("made_up", trial)
     note = trial_notes(published)[trial]
-    assert f"| **val_loss** | **{found.values['val_loss']:.4g}** | nats/token |" in note
+    assert f"| **val_loss** | **{evaluation.values['val_loss']:.4g}** | nats/token |" in note
     assert "ms/token | 1.1 of the reference, spread 2.0 %, n = 30 |" in note
     assert "| active_params | 346k | parameters |" in note
-    assert f"`{found.fingerprint}`" in note
+    assert f"`{evaluation.fingerprint}`" in note
     assert "Some CPU, float32, 1 thread" in note
     assert f"moenas export made_up {trial} " in note
 
@@ -236,8 +236,8 @@ def test_a_note_that_was_there_before_stays(store):
 def test_the_figures_reach_the_page_in_the_order_of_reading(published):
     objects = detail(dashboard.application(published))["plotly_graph_objects"]
     assert [o["id"] for o in objects] == SHOWN
-    for found in objects:
-        plain = json.loads(found["graph_object"])
+    for figure in objects:
+        plain = json.loads(figure["graph_object"])
         assert plain["data"]
         assert plain["layout"]["paper_bgcolor"] == "rgba(0,0,0,0)"
 
@@ -270,8 +270,8 @@ def test_constraints_are_shown_and_the_best_are_optuna_s(store):
 
 def test_the_best_of_one_objective_is_feasible(tmp_path):
     store = shelve(tmp_path, made_up_views.view(6, 1, n_failed=0))
-    found = detail(dashboard.application(store))["best_trials"]
-    assert [t["number"] for t in found] == store.front("made_up")
+    best = detail(dashboard.application(store))["best_trials"]
+    assert [t["number"] for t in best] == store.front("made_up")
 
 
 def test_a_poll_reads_no_finished_trial_again(store, monkeypatch):
@@ -453,10 +453,10 @@ def test_a_study_that_runs_now_is_left_to_its_own_process(store, writes):
 
 def test_a_server_publishes_and_answers_at_its_url(server):
     with urllib.request.urlopen(server.url + "api/studies/1?after=0") as answer:
-        found = json.load(answer)
-    assert found["name"] == "made_up"
-    assert len(found["plotly_graph_objects"]) == len(SHOWN)
-    assert found["objective_names"] == ["val_loss", "decode_ms", "flops_per_token"]
+        body = json.load(answer)
+    assert body["name"] == "made_up"
+    assert len(body["plotly_graph_objects"]) == len(SHOWN)
+    assert body["objective_names"] == ["val_loss", "decode_ms", "flops_per_token"]
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": "evil.example"}))
 
@@ -550,9 +550,9 @@ def test_a_browser_shows_the_study_its_notes_and_figures_in_light_and_dark(
             assert "val_loss (nats/token)" in text
             background = (30, 30, 30) if dark else (255, 255, 255)
             for name in SHOWN:
-                found = colours(page.picture(f'[id="user-defined-plot:{name}"]'))
-                assert 0.3 < found.pop(background) < 0.99, (name, dark)
-                assert len(found) > 50, (name, dark)
+                n_colours = colours(page.picture(f'[id="user-defined-plot:{name}"]'))
+                assert 0.3 < n_colours.pop(background) < 0.99, (name, dark)
+                assert len(n_colours) > 50, (name, dark)
         page.open(f"{study}/note")
         page.wait_for("Held-out bigram loss")
         assert "nats/token" in page.text()

@@ -34,11 +34,11 @@ def by_hand(train: list[int], val: list[int], size: int, strength: float) -> flo
 
 def test_the_loss_is_that_of_a_bigram_written_out() -> None:
     train, val = chain(300, 0), chain(100, 1)
-    found = bigram_loss(train, val, 9)
+    computed = bigram_loss(train, val, 9)
     several = [by_hand(train.tolist(), val.tolist(), 9, float(a)) for a in STRENGTHS]
-    assert found is not None
-    assert any(math.isclose(found, loss, rel_tol=1e-12) for loss in several)
-    assert found < min(several) + 0.02  # chosen on train alone
+    assert computed is not None
+    assert any(math.isclose(computed, loss, rel_tol=1e-12) for loss in several)
+    assert computed < min(several) + 0.02  # chosen on train alone
 
 
 def test_it_is_near_what_the_chain_leaves_open_and_below_a_single_token() -> None:

@@ -30,16 +30,16 @@ def test_runs_say_the_domain_of_every_token(
         assert plain is None
         return
     assert plain is not None
-    found = Domains.parse(json.loads(json.dumps(plain)))
-    named = set(found.names) - {OTHER}
+    parsed = Domains.parse(json.loads(json.dumps(plain)))
+    named = set(parsed.names) - {OTHER}
     assert len(named) == min(len(sizes), NAMED)
-    assert (OTHER in found.names) is (len(sizes) > NAMED)
+    assert (OTHER in parsed.names) is (len(sizes) > NAMED)
     unnamed = sizes.keys() - named
     assert all(sizes[small] <= sizes[large] for small in unnamed for large in named)
     for split, pieces in splits.items():
         each = [d if d in named else OTHER for d, size in pieces for _ in range(size)]
         places = np.arange(len(each))
-        assert [found.names[i] for i in found.at(split, places)] == each
+        assert [parsed.names[i] for i in parsed.at(split, places)] == each
         runs = [number for number, _ in plain[split]]
         assert all(a != b for a, b in pairwise(runs)), "runs are merged"
 

@@ -108,10 +108,10 @@ def test_a_token_outside_the_vocabulary_is_found(
 
 def test_tokens_that_were_cut_short_since_are_refused(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "t.bin", range(100))
-    found = section(f"{{tokens: {path}, vocab_size: 100}}")
+    data = section(f"{{tokens: {path}, vocab_size: 100}}")
     path.write_bytes(b"odd")
     with pytest.raises(DataError, match="readable when the space was checked"):
-        load(found)
+        load(data)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def brute_entropy(splits: list[list[int]]) -> tuple[float, float]:
 def test_entropies_are_those_of_their_definition(a: Any, b: Any, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "CHUNK", chunk)
-        found = counts.Counts(7)
-        found.add(a)
-        found.add(b)
+        counted = counts.Counts(7)
+        counted.add(a)
+        counted.add(b)
     wanted = brute_entropy([a.tolist(), b.tolist()])
-    assert found.entropy() == pytest.approx(wanted, abs=1e-9)
+    assert counted.entropy() == pytest.approx(wanted, abs=1e-9)
 
 
 def test_large_vocabularies_have_no_order_1_entropy_and_say_so(tmp_path: Path) -> None:
@@ -285,33 +285,33 @@ def test_tokens_are_read_whole_once_and_again_when_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tokens(tmp_path / "t.bin", [1, 2, 3] * 30)
-    found = section(f"{{tokens: {path}, vocab_size: 9}}")
-    first = load(found)
+    data = section(f"{{tokens: {path}, vocab_size: 9}}")
+    first = load(data)
     with monkeypatch.context() as patch:
         patch.setattr(loading.Counts, "add", lambda *args, **kwargs: pytest.fail("read again"))
-        assert load(found).sha256 == first.sha256
+        assert load(data).sha256 == first.sha256
     before = path.stat()
     write_tokens(path, [3, 2, 1] * 30)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync -t do
-    assert load(found).sha256 != first.sha256
+    assert load(data).sha256 != first.sha256
 
 
 def test_tokens_replaced_by_others_of_the_same_size_and_time_are_noticed(tmp_path: Path) -> None:
     path = write_tokens(tmp_path / "t.bin", [1, 2, 3] * 30)
     os.utime(path, ns=(10**18, 10**18))
-    found = section(f"{{tokens: {path}, vocab_size: 9}}")
-    first = load(found)
+    data = section(f"{{tokens: {path}, vocab_size: 9}}")
+    first = load(data)
     other = write_tokens(tmp_path / "other.bin", [3, 2, 1] * 30)
     os.utime(other, ns=(10**18, 10**18))
     os.replace(other, path)
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (180, 10**18)
-    second = load(found)
+    second = load(data)
     assert second.sha256 != first.sha256
     assert second.sha256 == load(section(f"{{tokens: {path}, vocab_size: 9}}")).sha256
     with path.open("r+b") as file:  # in place: the inode stays, too
         file.write(b"\x05\x00")
     os.utime(path, ns=(10**18, 10**18))
-    assert load(found).sha256 not in (first.sha256, second.sha256)
+    assert load(data).sha256 not in (first.sha256, second.sha256)
 
 
 # --- text with a tokenizer, columns, shards ------------------------------------------------------
@@ -361,12 +361,12 @@ def test_a_token_outside_the_vocabulary_is_found_in_its_shard(tmp_path: Path) ->
 def test_val_of_ones_own_validates_and_nothing_else_does(tmp_path: Path) -> None:
     for name in ("a", "b", "v"):
         (tmp_path / f"{name}.txt").write_text(f"{name} text\n" * 50)
-    found = load(
+    corpus = load(
         section(f"{{files: ['{tmp_path}/a.txt', '{tmp_path}/b.txt'], val: '{tmp_path}/v.txt'}}")
     )
-    assert found.val.tobytes() == (tmp_path / "v.txt").read_bytes()
-    assert found.train.tobytes() == b"a text\n" * 50 + b"b text\n" * 50
-    assert found.domain_names
+    assert corpus.val.tobytes() == (tmp_path / "v.txt").read_bytes()
+    assert corpus.train.tobytes() == b"a text\n" * 50 + b"b text\n" * 50
+    assert corpus.domain_names
 
 
 def trained_tokenizer(path: Path, size: int = 300) -> tokenizers.Tokenizer:
@@ -390,16 +390,16 @@ def test_text_with_a_tokenizer_is_the_tokens_of_that_library(tmp_path: Path) -> 
     for name, text in texts.items():
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "val.md").write_text("the hill and the cat\n" * 9)
-    found = section(
+    data = section(
         f"{{files: '{tmp_path}/*.txt', val: {tmp_path}/val.md, tokenizer: {tmp_path}/tokenizer.json}}"
     )
-    corpus = load(found)
+    corpus = load(data)
     end = made.token_to_id("<|endoftext|>")
     wanted = [i for text in texts.values() for i in [*made.encode(text).ids, end]]
     assert np.asarray(corpus.train).tolist() == wanted
     assert made.decode(np.asarray(corpus.val).tolist()) == (tmp_path / "val.md").read_text()
     assert (corpus.vocab_size, corpus.is_bytes) == (made.get_vocab_size(), False)
-    again = load(found)
+    again = load(data)
     assert isinstance(again.train, np.memmap)
     assert again.sha256 == corpus.sha256
     assert again.manifest == corpus.manifest
@@ -421,12 +421,12 @@ def test_a_changed_text_is_encoded_again(tmp_path: Path) -> None:
     trained_tokenizer(tmp_path / "tokenizer.json")
     path = tmp_path / "a.txt"
     path.write_text("the cat " * 99)
-    found = section(f"{{files: {path}, tokenizer: {tmp_path}}}")
+    data = section(f"{{files: {path}, tokenizer: {tmp_path}}}")
     before = path.stat()
-    first = load(found).sha256
+    first = load(data).sha256
     path.write_text("the dog " * 99)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert load(found).sha256 != first
+    assert load(data).sha256 != first
 
 
 def test_text_that_is_not_utf8_is_refused_with_its_place(tmp_path: Path) -> None:

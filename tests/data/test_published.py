@@ -48,16 +48,16 @@ def section_of(kind: str, folder: Path) -> Plain:
     return parse(Node.wrap({"tokens": f"{folder}/t.bin", "vocab_size": 70_000}))
 
 
-def assert_equal(found: Corpus, corpus: Corpus) -> None:
-    assert found.sha256 == corpus.sha256
+def assert_equal(fetched: Corpus, corpus: Corpus) -> None:
+    assert fetched.sha256 == corpus.sha256
     for split in ("train", "val"):
-        ours, theirs = getattr(found, split), getattr(corpus, split)
+        ours, theirs = getattr(fetched, split), getattr(corpus, split)
         assert ours.dtype == theirs.dtype
         assert np.array_equal(ours, theirs)
-    assert (found.entropy, found.bigram_loss) == (corpus.entropy, corpus.bigram_loss)
-    assert (found.vocab_size, found.is_bytes) == (corpus.vocab_size, corpus.is_bytes)
-    assert found.domain_names == corpus.domain_names
-    a, b = found.batch(3, 2, 16, 5), corpus.batch(3, 2, 16, 5)
+    assert (fetched.entropy, fetched.bigram_loss) == (corpus.entropy, corpus.bigram_loss)
+    assert (fetched.vocab_size, fetched.is_bytes) == (corpus.vocab_size, corpus.is_bytes)
+    assert fetched.domain_names == corpus.domain_names
+    a, b = fetched.batch(3, 2, 16, 5), corpus.batch(3, 2, 16, 5)
     assert all((x == y).all() for x, y in zip(a, b, strict=True))
 
 
@@ -72,11 +72,11 @@ def test_a_node_without_the_files_has_the_same_corpus(
     assert [path.name for path in matching(root / FOLDER, "*")] == [f"{corpus.sha256}.corpus"]
     for file in (tmp_path / "data").iterdir():
         file.rename(tmp_path / file.name)
-    found = cache.load(section, corpus.sha256, address)
+    fetched = cache.load(section, corpus.sha256, address)
     for file in (tmp_path / "data").parent.glob("*.[tb]*"):
         file.rename(tmp_path / "data" / file.name)
-    assert_equal(found, loading.load(section))
-    assert cache.load(section, corpus.sha256, address) is found
+    assert_equal(fetched, loading.load(section))
+    assert cache.load(section, corpus.sha256, address) is fetched
 
 
 def test_a_node_with_other_files_gets_those_of_the_study(root: StorePath, tmp_path: Path) -> None:

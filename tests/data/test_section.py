@@ -41,16 +41,16 @@ def test_files_become_absolute_and_patterns_the_files_they_match(
 def test_a_folder_of_tokens_is_its_two_splits(tmp_path: Path, suffix: str) -> None:
     for split in ("train", "val"):
         write_tokens(tmp_path / f"{split}.{suffix}", range(9))
-    found = section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
-    assert Path(found["tokens"]).name == f"train.{suffix}"
-    assert Path(found["val"]).name == f"val.{suffix}"
+    data = section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
+    assert Path(data["tokens"]).name == f"train.{suffix}"
+    assert Path(data["val"]).name == f"val.{suffix}"
 
 
 def test_the_validation_split_of_a_folder_is_taken_from_val(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_tokens(tmp_path / f"{split}.bin", range(9))
-    found = section(f"{{tokens: {tmp_path}/train.bin, val: {tmp_path}, vocab_size: 9}}")
-    assert Path(found["val"]).name == "val.bin"
+    data = section(f"{{tokens: {tmp_path}/train.bin, val: {tmp_path}, vocab_size: 9}}")
+    assert Path(data["val"]).name == "val.bin"
 
 
 @pytest.mark.parametrize(("size", "dtype"), [("65536", "uint16"), ("65537", "uint32")])
@@ -71,8 +71,8 @@ def test_what_parse_gives_reads_as_itself(tmp_path: Path) -> None:
         write_tokens(tmp_path / f"{name}.npy", range(8), "uint32")
     text = f"{{tokens: {tmp_path}/t.npy, val: {tmp_path}/v.npy, vocab_size: 1e3}}"
     (tmp_path / "a.txt").write_text("text")
-    for found in (section("stdlib"), section(f"{{files: {tmp_path}/*.txt}}"), section(text)):
-        assert parse(Node.wrap(found)) == found
+    for data in (section("stdlib"), section(f"{{files: {tmp_path}/*.txt}}"), section(text)):
+        assert parse(Node.wrap(data)) == data
 
 
 BAD = [
@@ -179,13 +179,13 @@ def test_what_a_file_says_of_itself_is_written_out(
     tmp_path: Path, text: str, wanted: dict[str, Any]
 ) -> None:
     write_tables(tmp_path)
-    found = section("{" + text.replace("DIR", str(tmp_path)) + "}")
-    assert wanted.items() <= found.items()
-    assert ("text_column" in found) == ("text_column" in wanted)
-    assert parse(Node.wrap(found)) == found
+    data = section("{" + text.replace("DIR", str(tmp_path)) + "}")
+    assert wanted.items() <= data.items()
+    assert ("text_column" in data) == ("text_column" in wanted)
+    assert parse(Node.wrap(data)) == data
     if "tokenizer" in text:
-        assert found["tokenizer"] == str(tmp_path / "made" / "tokenizer.json")
-        assert found["tokenizer"] in paths(found)
+        assert data["tokenizer"] == str(tmp_path / "made" / "tokenizer.json")
+        assert data["tokenizer"] in paths(data)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,11 @@ def test_a_data_set_of_hugging_face_is_its_files_and_splits(tmp_path: Path) -> N
         write_dataset(tmp_path / "both" / split, [split])
     splits = {"splits": ["train", "test", "validation"]}
     (tmp_path / "both" / "dataset_dict.json").write_text(json.dumps(splits))
-    found = section(f"{{files: {tmp_path}/both}}")
+    data = section(f"{{files: {tmp_path}/both}}")
     file = "data-00000-of-00001.arrow"
-    assert found["files"] == [str(tmp_path / "both" / "train" / file)]
-    assert found["val"] == [str(tmp_path / "both" / "validation" / file)]
-    assert found["text_column"] == "text"
+    assert data["files"] == [str(tmp_path / "both" / "train" / file)]
+    assert data["val"] == [str(tmp_path / "both" / "validation" / file)]
+    assert data["text_column"] == "text"
     one = section(f"{{files: {tmp_path}/both/test}}")
     assert (one["files"], one.get("val")) == ([str(tmp_path / "both" / "test" / file)], None)
 
@@ -267,17 +267,17 @@ def test_a_bad_data_set_is_refused(tmp_path: Path, state: dict[str, Any], messag
 def test_shards_are_in_the_order_of_the_list_and_of_their_numbers(tmp_path: Path) -> None:
     for name in ("s_1", "s_2", "s_10", "first"):
         write_tokens(tmp_path / f"{name}.npy", range(9))
-    found = section(f"{{tokens: [{tmp_path}/first.npy, '{tmp_path}/s_*.npy'], vocab_size: 9}}")
-    assert [Path(path).stem for path in found["tokens"]] == ["first", "s_1", "s_2", "s_10"]
-    assert parse(Node.wrap(found)) == found
+    data = section(f"{{tokens: [{tmp_path}/first.npy, '{tmp_path}/s_*.npy'], vocab_size: 9}}")
+    assert [Path(path).stem for path in data["tokens"]] == ["first", "s_1", "s_2", "s_10"]
+    assert parse(Node.wrap(data)) == data
 
 
 def test_words_in_the_names_of_shards_are_their_splits(tmp_path: Path) -> None:
     for name in ("fw_train_000001", "fw_train_000002", "fw_val_000000"):
         write_tokens(tmp_path / f"{name}.bin", range(9))
-    found = section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
-    assert [Path(path).stem for path in found["tokens"]] == ["fw_train_000001", "fw_train_000002"]
-    assert Path(found["val"]).stem == "fw_val_000000"
+    data = section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
+    assert [Path(path).stem for path in data["tokens"]] == ["fw_train_000001", "fw_train_000002"]
+    assert Path(data["val"]).stem == "fw_val_000000"
     write_tokens(tmp_path / "other.bin", range(9))
     with pytest.raises(SpaceError, match=r"other\.bin' says no split"):
         section(f"{{tokens: {tmp_path}, vocab_size: 9}}")
@@ -295,31 +295,31 @@ def test_shards_have_one_type(tmp_path: Path) -> None:
 def test_a_pattern_of_shards_has_the_splits_of_its_names(tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         write_tokens(tmp_path / f"{name}.bin", range(9))
-    found = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
-    assert (found["tokens"], found["val"]) == (f"{tmp_path}/train.bin", f"{tmp_path}/val.bin")
-    assert parse(Node.wrap(found)) == found
+    data = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
+    assert (data["tokens"], data["val"]) == (f"{tmp_path}/train.bin", f"{tmp_path}/val.bin")
+    assert parse(Node.wrap(data)) == data
     (tmp_path / "train.bin").rename(tmp_path / "train_1.bin")
     assert section(f"{{tokens: {tmp_path}, vocab_size: 9}}")["tokens"] == f"{tmp_path}/train_1.bin"
     write_tokens(tmp_path / "other.bin", range(9))
-    found = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
-    assert len(found["tokens"]) == 4, "a file without a split: the names tell nothing"
+    data = section(f"{{tokens: '{tmp_path}/*.bin', vocab_size: 9}}")
+    assert len(data["tokens"]) == 4, "a file without a split: the names tell nothing"
 
 
 def test_tables_of_a_folder_have_the_splits_of_their_names(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-0", "test-0"):
         parquet.write_table(pyarrow.table({"text": [name]}), tmp_path / f"{name}.parquet")
     for files in (tmp_path, f"'{tmp_path}/*.parquet'"):
-        found = section(f"{{files: {files}}}")
-        assert [Path(path).name[:8] for path in found["files"]] == ["train-00", "train-00"]
-        assert [Path(path).stem for path in found["val"]] == ["validation-0"]
-        assert parse(Node.wrap(found)) == found
+        data = section(f"{{files: {files}}}")
+        assert [Path(path).name[:8] for path in data["files"]] == ["train-00", "train-00"]
+        assert [Path(path).stem for path in data["val"]] == ["validation-0"]
+        assert parse(Node.wrap(data)) == data
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "more.parquet")
-    found = section(f"{{files: {tmp_path}}}")
-    assert (len(found["files"]), found.get("val")) == (5, None)
+    data = section(f"{{files: {tmp_path}}}")
+    assert (len(data["files"]), data.get("val")) == (5, None)
 
 
 def test_names_of_text_files_are_no_splits(tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / f"{name}.txt").write_text("some text\n")
-    found = section(f"{{files: {tmp_path}}}")
-    assert (len(found["files"]), found.get("val")) == (2, None)
+    data = section(f"{{files: {tmp_path}}}")
+    assert (len(data["files"]), data.get("val")) == (2, None)

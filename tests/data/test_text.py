@@ -111,8 +111,8 @@ def test_the_rules_are_those_of_their_version() -> None:
     body = [b"def f%d(x):\n    return x + %d\n" % (i, i) for i in range(60)]
     sources = [(f"{i}.py", b"# licence\n\n" + b"".join(body[i : i + 12])) for i in range(40)]
     text = texts.stdlib(sources)
-    found = [(row["path"], row["bytes"], row["split"]) for row in text.files]
-    assert (texts.RULES, found) == (1, RULED)
+    rows = [(row["path"], row["bytes"], row["split"]) for row in text.files]
+    assert (texts.RULES, rows) == (1, RULED)
 
 
 def _write(folder: Path, parts: dict[str, bytes]) -> list[str]:

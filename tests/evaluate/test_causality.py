@@ -74,8 +74,8 @@ def a_step(model: Model) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_every_kind_of_part_passes(kind: Any) -> None:
-    found = random_architecture(0, kind)
-    assert find_leaks(found.build(seed=0), text(found.vocab_size, 64)) == []
+    architecture = random_architecture(0, kind)
+    assert find_leaks(architecture.build(seed=0), text(architecture.vocab_size, 64)) == []
 
 
 @pytest.mark.parametrize("router", SELECTIONS.values(), ids=SELECTIONS)
@@ -215,8 +215,8 @@ def at_the_end_of(chunk: int) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("hook", [behind(128), at_the_end_of(64), at_the_end_of(100)])
 def test_a_leak_of_long_sequences_is_found(hook: Callable[..., Tensor]) -> None:
     model = leaky("blocks.1.mixer", hook)
-    found = find_leaks(model, text(length=text_size(512)[1]), {100})
-    assert [leak.place for leak in found] == ["blocks.1.mixer"] * 2
+    leaks = find_leaks(model, text(length=text_size(512)[1]), {100})
+    assert [leak.place for leak in leaks] == ["blocks.1.mixer"] * 2
     assert find_leaks(model, text(length=60), {100}) == []
 
 
@@ -372,7 +372,7 @@ def test_a_loss_that_is_not_finite_is_not_called_a_leak() -> None:
 def test_cuts_side_by_side_find_the_same(
     place: str, hook: Callable[..., Tensor] | None, router: Plain
 ) -> None:
-    found, passes = [], []
+    reports, passes = [], []
     for form in (nullcontext(), cuda_forms()):
         model = architecture(**router).build(seed=0)
         if hook is not None:
@@ -381,8 +381,8 @@ def test_cuts_side_by_side_find_the_same(
         model.register_forward_pre_hook(lambda module, given, n=counted: n.append(len(given[0])))
         with form:
             leaks = find_leaks(model, text())
-        found.append([(leak.mode, leak.alone, leak.cut, leak.place) for leak in leaks])
+        reports.append([(leak.mode, leak.alone, leak.cut, leak.place) for leak in leaks])
         passes.append(len(counted))
-    assert found[0] == found[1]
+    assert reports[0] == reports[1]
     if hook is None and "selection" not in router:
         assert passes[1] < 0.65 * passes[0]

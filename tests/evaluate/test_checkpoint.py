@@ -37,8 +37,8 @@ from moenas.records import Job
 folder = Path(sys.argv[1])
 job = Job.parse(json.loads((folder / "job.json").read_text()))
 job = Job.parse({**job.plain(), "checkpoint": (folder / "checkpoint").read_bytes()})
-found, weights = evaluate(job)
-(folder / "evaluation.json").write_text(json.dumps(found.plain()))
+evaluation, weights = evaluate(job)
+(folder / "evaluation.json").write_text(json.dumps(evaluation.plain()))
 (folder / "weights").write_bytes(weights)
 """
 
@@ -56,15 +56,15 @@ def in_another_process(job: Job, folder: Path) -> tuple[Evaluation, bytes]:
     (folder / "job.json").write_text(json.dumps({**job.plain(), "checkpoint": None}))
     (folder / "checkpoint").write_bytes(job.checkpoint)
     subprocess.run([sys.executable, "-c", RESUME, str(folder)], check=True, timeout=120)
-    found = Evaluation.parse(json.loads((folder / "evaluation.json").read_text()))
-    return found, (folder / "weights").read_bytes()
+    evaluation = Evaluation.parse(json.loads((folder / "evaluation.json").read_text()))
+    return evaluation, (folder / "weights").read_bytes()
 
 
-def continued(job: Job, found: Evaluation, weights: Any, **changes: Any) -> Job:
+def continued(job: Job, evaluation: Evaluation, weights: Any, **changes: Any) -> Job:
     """The job that continues where another one paused."""
-    assert found.status == "paused"
+    assert evaluation.status == "paused"
     assert isinstance(weights, bytes)
-    return replace(job, paused=found.plain(), checkpoint=weights, **changes)
+    return replace(job, paused=evaluation.plain(), checkpoint=weights, **changes)
 
 
 def assert_same(one: tuple[Evaluation, Any], other: tuple[Evaluation, Any]) -> None:

@@ -63,8 +63,8 @@ def run(steps: Steps, model: Model, recipe: Recipe) -> tuple[list[list[float]], 
     model.train()
     numbers, readings, start = [], [], 0
     for end in row_ends(recipe.steps):
-        found = steps.advance(end, None, None, with_domains=end == recipe.steps)
-        numbers.append([found.loss / (end - start), found.grad_norm])
+        row = steps.advance(end, None, None, with_domains=end == recipe.steps)
+        numbers.append([row.loss / (end - start), row.grad_norm])
         readings.append(steps.meter.read())
         start = end
     steps.close()
@@ -74,14 +74,14 @@ def run(steps: Steps, model: Model, recipe: Recipe) -> tuple[list[list[float]], 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("forms", [nullcontext, cuda_forms])
 def test_the_numbers_are_those_of_steps_that_ask_the_host(forms: Any, name: str) -> None:
-    found = []
+    rows = []
     for kind, form in ((HostSteps, nullcontext), (DeviceSteps, forms)):
         torch.manual_seed(0)
         model = architecture(ROUTERS[name]).build(seed=0)
         with form():
             numbers, readings = run(kind(model, corpus(), RECIPE, 3), model, RECIPE)
-        found.append((numbers, readings, model.state_dict()))
-    (host, host_routing, host_weights), (device, device_routing, weights) = found
+        rows.append((numbers, readings, model.state_dict()))
+    (host, host_routing, host_weights), (device, device_routing, weights) = rows
     np.testing.assert_allclose(device, host, rtol=5e-5)
     for one, other in zip(host_routing, device_routing, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -102,15 +102,15 @@ def test_a_gradient_is_not_clipped_where_clipping_is_off() -> None:
 
 def test_domains_are_counted_in_the_last_row_alone() -> None:
     text = with_domains()
-    found = []
+    rows = []
     for kind in (HostSteps, DeviceSteps):
         model = architecture({"top_k": 2}).build(seed=0)
         recipe = replace(RECIPE, tokens=80 * 64)
         readings = run(kind(model, text, recipe, 3), model, recipe)[1]
         assert not any(reading.domains.any() for row in readings[:-1] for reading in row)
         assert readings[-1][0].domains.sum() == 2 * 2 * 64  # two steps of a row, top 2
-        found.append(readings[-1][0].domains.sum(dim=-1))
-    assert found[0].equal(found[1])
+        rows.append(readings[-1][0].domains.sum(dim=-1))
+    assert rows[0].equal(rows[1])
 
 
 def test_a_run_that_diverges_names_the_first_bad_step() -> None:
@@ -228,16 +228,16 @@ def test_no_step_makes_the_host_wait_for_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ROUTERS if name != "noise"])
 def test_a_captured_run_is_the_run_without_a_graph(name: str) -> None:
     """Without noise: each replay of a graph draws another."""
-    found = []
+    curves = []
     for captured in (False, False, True, True):
         steps, model = on_gpu(name)
         if captured:
             assert steps.capture(), steps.capture_fault
         while steps.done < ON_GPU.steps:
             steps.step()
-        found.append((steps.read(), weights_of(model)))
+        curves.append((steps.read(), weights_of(model)))
         steps.close()
-    (sums, weights), *others = found
+    (sums, weights), *others = curves
     for other, there in others:
         assert other == sums
         for key, value in weights.items():
@@ -247,7 +247,7 @@ def test_a_captured_run_is_the_run_without_a_graph(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ROUTERS)
 def test_two_equal_runs_on_a_gpu_give_equal_bits(name: str) -> None:
-    found = []
+    curves = []
     for _ in range(2):
         torch.manual_seed(0)
         model = architecture(ROUTERS[name]).build("cuda", 0)
@@ -255,8 +255,8 @@ def test_two_equal_runs_on_a_gpu_give_equal_bits(name: str) -> None:
             (r["train_loss"], r["grad_norm"], r.get("routing"))
             for r in train(model, corpus(), ON_GPU, 3)
         ]
-        found.append((rows, weights_of(model)))
-    (rows, weights), (again, there) = found
+        curves.append((rows, weights_of(model)))
+    (rows, weights), (again, there) = curves
     assert again == rows
     assert rows[-1][0] < rows[0][0]
     for key, value in weights.items():

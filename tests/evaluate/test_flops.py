@@ -150,7 +150,7 @@ class Products(nn.Module):
         length = x.shape[1]
         rows = x.float().view(length, 1) @ torch.ones(1, 8)
         many = torch.ones(3, 8, 5)
-        found = [
+        products = [
             F.linear(rows, torch.ones(7, 8)),
             torch.matmul(rows, many),  # broadcasts over 3
             torch.mm(rows, torch.ones(8, 2)),
@@ -159,7 +159,7 @@ class Products(nn.Module):
             torch.baddbmm(torch.zeros(1), rows.expand(3, -1, -1), many),
             torch.einsum("sd,hde->she", rows, many),
         ]
-        return torch.stack([f.sum() for f in found]).sum()
+        return torch.stack([f.sum() for f in products]).sum()
 
 
 @pytest.mark.parametrize("length", [1, 4, 12])
@@ -273,9 +273,9 @@ def test_a_model_that_fits_no_machine_is_counted_by_its_shapes() -> None:
 
 @pytest.mark.parametrize("numbers", [range(0, 22), range(22, 44)])
 def test_parts_of_every_kind_are_counted_without_values(numbers: range) -> None:
-    found = [Architecture.parse(p[0]) for p in map(point, numbers) if p is not None]
-    assert len(found) > 7
-    for architecture in found:
+    architectures = [Architecture.parse(p[0]) for p in map(point, numbers) if p is not None]
+    assert len(architectures) > 7
+    for architecture in architectures:
         assert 2 * count_outline(architecture, 24).macs == architecture.pass_flops(24)
 
 

@@ -23,8 +23,8 @@ RECIPE = Recipe(tokens=2 * 8 * 64, batch=8, context=64, lr=1e-3, max_dead=None, 
 
 
 def drawn(number: int) -> Architecture | None:
-    found = point(number)
-    return None if found is None else Architecture.parse(found[0])
+    drawn = point(number)
+    return None if drawn is None else Architecture.parse(drawn[0])
 
 
 def large() -> Architecture:
@@ -67,9 +67,9 @@ def test_a_mixture_in_bfloat16_has_an_estimate() -> None:
 
 @pytest.mark.slow
 def test_the_estimate_is_the_measured_peak_for_parts_of_every_kind() -> None:
-    found = [a for a in map(drawn, range(60)) if a is not None]
-    assert len(found) > 25
-    assert max(map(difference, found)) < 0.002
+    architectures = [a for a in map(drawn, range(60)) if a is not None]
+    assert len(architectures) > 25
+    assert max(map(difference, architectures)) < 0.002
 
 
 def test_a_step_keeps_less_than_the_quick_bound_says() -> None:

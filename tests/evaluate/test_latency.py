@@ -119,8 +119,8 @@ def test_a_deployed_model_computes_the_same_and_routes_in_float32() -> None:
 def lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceLock]:
     """A lease of this test alone."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with closing(device_lock(CPU)) as found:
-        yield found
+    with closing(device_lock(CPU)) as lock:
+        yield lock
 
 
 def test_a_bigger_model_takes_longer_and_the_reference_takes_as_long_as_itself(
@@ -128,26 +128,26 @@ def test_a_bigger_model_takes_longer_and_the_reference_takes_as_long_as_itself(
 ) -> None:
     reference = Architecture.parse(REFERENCE)
     bigger = {**REFERENCE, "blocks": REFERENCE["blocks"] * 4}
-    found = {}
+    times = {}
     for name, one in (("same", reference), ("four times", Architecture.parse(bigger))):
         model = inference_copy(one, one.build(), torch.float32)
         tokens = tokens_for(PREFILL, 256)
-        found[name] = measure_latency(model, tokens, PREFILL, QUICK, lease, {})
-    assert 0.6 < found["same"].details["ratio"] < 1.6
-    assert found["four times"].details["ratio"] > 1.7
+        times[name] = measure_latency(model, tokens, PREFILL, QUICK, lease, {})
+    assert 0.6 < times["same"].details["ratio"] < 1.6
+    assert times["four times"].details["ratio"] > 1.7
 
 
 def test_the_value_is_the_ratio_times_the_reference_of_the_study(lease: DeviceLock) -> None:
     one = architecture()
     model = inference_copy(one, one.build(), torch.float32)
     tokens, threads, collects = tokens_for(DECODE), torch.get_num_threads(), gc.isenabled()
-    found = measure_latency(model, tokens, DECODE, QUICK, lease, {DECODE.key: 1000.0})
-    assert found.value == found.details["ratio"] * 1000.0
-    assert found.details["reference_ms"] == 1000.0
+    latency = measure_latency(model, tokens, DECODE, QUICK, lease, {DECODE.key: 1000.0})
+    assert latency.value == latency.details["ratio"] * 1000.0
+    assert latency.details["reference_ms"] == 1000.0
     other = measure_latency(model, tokens, DECODE, QUICK, lease, {"another machine": 1000.0})
     assert other.value == other.details["ratio"] * other.details["reference_ms"]
     assert other.details["reference_ms"] < 1000.0
-    for details in (found.details, other.details):
+    for details in (latency.details, other.details):
         assert details["reference_key"] == DECODE.key
         assert (details["batch"], details["context"], details["dtype"]) == (2, 16, "float32")
         assert 5 <= details["n"] <= 15
@@ -185,7 +185,7 @@ def test_a_latency_on_a_gpu_is_the_same_again(
     one = Architecture.parse({"vocab_size": 256, "d_model": 256, "blocks": blocks})
     tokens = tokens_for(workload, 256).to(device)
     known: dict[str, float] = {}
-    found, precise = [], Protocol(precision=0.003)
+    times, precise = [], Protocol(precision=0.003)
     with closing(device_lock(device)) as lease:
         for _ in range(2):
             model = inference_copy(one, one.build(device, 0), workload.dtype)
@@ -193,5 +193,5 @@ def test_a_latency_on_a_gpu_is_the_same_again(
             known = {workload.key: measured.details["reference_ms"]}
             assert measured.details["captured"]
             assert measured.details["eager_ms"] > 0
-            found.append(measured.value)
-    assert found[1] == pytest.approx(found[0], rel=0.01)
+            times.append(measured.value)
+    assert times[1] == pytest.approx(times[0], rel=0.01)

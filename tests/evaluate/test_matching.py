@@ -117,10 +117,10 @@ def test_windows_are_found_across_the_parts_of_a_long_split(
 ) -> None:
     monkeypatch.setattr(matching, "CHUNK", 100)
     tokens = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint16)
-    found = np.concatenate(list(matching._digests(tokens)))
-    assert len(found) == 1000 - matching.WINDOW + 1
-    for i in (0, 77, 99, 100, 500, len(found) - 1):
-        assert next(matching._digests(tokens[i : i + matching.WINDOW]))[0] == found[i]
+    digests = np.concatenate(list(matching._digests(tokens)))
+    assert len(digests) == 1000 - matching.WINDOW + 1
+    for i in (0, 77, 99, 100, 500, len(digests) - 1):
+        assert next(matching._digests(tokens[i : i + matching.WINDOW]))[0] == digests[i]
 
 
 def test_copies_with_other_line_ends_are_one_text(tmp_path: Path) -> None:

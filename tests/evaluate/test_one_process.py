@@ -25,15 +25,15 @@ MIB = 2**20
 
 def drawn(count: int, make: MakeJob) -> list[Job]:
     """Jobs of random candidates of the wide space, which has every kind of part."""
-    found: list[Job] = []
+    models: list[Job] = []
     for architecture in wide().feasible(100 * count):
         if isinstance(architecture, Architecture):
             plain = architecture.plain()
-            job = make("val_loss", trial=len(found), architecture=plain, train=RECIPE.plain())
-            found.append(replace(job, seed=len(found)))
-        if len(found) == count:
+            job = make("val_loss", trial=len(models), architecture=plain, train=RECIPE.plain())
+            models.append(replace(job, seed=len(models)))
+        if len(models) == count:
             break
-    return found
+    return models
 
 
 def live_tensors() -> int:

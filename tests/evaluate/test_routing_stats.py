@@ -198,9 +198,9 @@ def test_a_hash_does_not_collapse() -> None:
 def test_routing_health(
     load: list[int], max_vio: float, cv: float | None, entropy: float | None, dead: int
 ) -> None:
-    found = routing_health(torch.tensor(load))
-    assert sum(found["load"]) == pytest.approx(1 if sum(load) else 0, abs=1e-5)
-    assert found["max_vio"] == pytest.approx(max_vio, abs=1e-9)
-    assert found["dead"] == dead
-    assert cv is None or found["cv"] == pytest.approx(cv, abs=1e-9)
-    assert entropy is None or found["entropy"] == pytest.approx(entropy, abs=1e-9)
+    health = routing_health(torch.tensor(load))
+    assert sum(health["load"]) == pytest.approx(1 if sum(load) else 0, abs=1e-5)
+    assert health["max_vio"] == pytest.approx(max_vio, abs=1e-9)
+    assert health["dead"] == dead
+    assert cv is None or health["cv"] == pytest.approx(cv, abs=1e-9)
+    assert entropy is None or health["entropy"] == pytest.approx(entropy, abs=1e-9)

@@ -62,10 +62,10 @@ def trained(recipe: Recipe = RECIPE, seed: int = 0) -> tuple[Model, list[CurvePo
 
 
 def digest(model: Model) -> str:
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+        hashed.update(name.encode() + tensor.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 # --- the run -----------------------------------------------------------------------------------
@@ -337,10 +337,10 @@ def test_matrices_learn_slower_the_wider_and_inputs_do_not() -> None:
     narrow, wide = architecture(), replace(architecture(), d_model=64)
     free = replace(RECIPE, lr=None)
     assert learning_rate(narrow, free) == pytest.approx(4 * learning_rate(wide, free))
-    for found in (narrow, wide):
-        model = found.build(seed=0)
+    for trained in (narrow, wide):
+        model = trained.build(seed=0)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        rate = learning_rate(found, free)
+        rate = learning_rate(trained, free)
         one_step = replace(free, lr=rate, tokens=64, warmup=0.0, decay=0.0, weight_decay=0.0)
         list(train(model, corpus(), one_step, 0))
         moved = {
@@ -364,17 +364,17 @@ def test_a_given_rate_is_taken_and_the_rule_is_scaled() -> None:
 
 def test_validation_is_the_mean_over_the_windows() -> None:
     model, _ = trained()
-    found = validate(model, corpus(), RECIPE)
+    validation = validate(model, corpus(), RECIPE)
     model.eval()
     losses = []
     for tokens, targets in corpus().val_batches(16, 1, 320):
         logits = model(tokens).log_softmax(-1)
         losses += (-logits.gather(-1, targets[..., None])).flatten().tolist()
-    assert found.tokens == len(losses) == 320
-    assert found.loss == pytest.approx(sum(losses) / 320, abs=1e-5)
-    assert found.bits_per_byte is None
+    assert validation.tokens == len(losses) == 320
+    assert validation.loss == pytest.approx(sum(losses) / 320, abs=1e-5)
+    assert validation.bits_per_byte is None
     assert validate(model, replace(corpus(), is_bytes=True), RECIPE).bits_per_byte == pytest.approx(
-        found.loss / math.log(2)
+        validation.loss / math.log(2)
     )
 
 
@@ -455,9 +455,9 @@ def test_a_dense_model_has_no_routing() -> None:
 
 def test_domains_do_not_change_the_weights() -> None:
     digests = set()
-    for found in (corpus(), with_domains()):
+    for data in (corpus(), with_domains()):
         model = architecture().build(seed=0)
-        list(train(model, found, RECIPE, 0))
+        list(train(model, data, RECIPE, 0))
         digests.add(digest(model))
     assert len(digests) == 1
 

@@ -71,8 +71,8 @@ def test_a_module_exports_with_open_batch_and_length(name: str, tmp_path: Path) 
     sizes = {0: Dim("batch", min=1, max=64), 1: Dim("length", min=2, max=4096)}
     program = torch.export.export(model, (tokens(3, 19),), dynamic_shapes=(sizes,))
     for batch, length in ((3, 19), (1, 2), (2, 70)):
-        found = program.module()(tokens(batch, length))
-        assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
+        logits = program.module()(tokens(batch, length))
+        assert torch.allclose(logits, model(tokens(batch, length)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", FFNS)
@@ -104,8 +104,8 @@ def test_a_module_compiles_whole_with_open_batch_and_length(name: str, tmp_path:
     model = exported(name, tmp_path)
     compiled = torch.compile(model, dynamic=True, fullgraph=True)
     for batch, length in ((3, 19), (2, 70)):
-        found = compiled(tokens(batch, length))
-        assert torch.allclose(found, model(tokens(batch, length)), atol=1e-5, rtol=0)
+        logits = compiled(tokens(batch, length))
+        assert torch.allclose(logits, model(tokens(batch, length)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -124,8 +124,8 @@ def test_a_dense_module_converts_to_onnx_with_open_batch_and_length(tmp_path: Pa
     evaluator = reference.ReferenceEvaluator(graph)
     for batch, length in ((3, 19), (2, 40)):
         given = tokens(batch, length)
-        (found,) = evaluator.run(None, {graph.graph.input[0].name: given.numpy()})
-        assert torch.allclose(torch.from_numpy(found), model(given), atol=1e-5, rtol=0)
+        (logits,) = evaluator.run(None, {graph.graph.input[0].name: given.numpy()})
+        assert torch.allclose(torch.from_numpy(logits), model(given), atol=1e-5, rtol=0)
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +140,8 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     module: Any = types.ModuleType("model")
     module.load = lambda: net
     monkeypatch.setitem(sys.modules, "model", module)
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch and of onnxscript
-        exec("\n".join(lines), found)
-    assert torch.equal(found["program"].module()(tokens(2, 40)), net(tokens(2, 40)))
+        exec("\n".join(lines), names)
+    assert torch.equal(names["program"].module()(tokens(2, 40)), net(tokens(2, 40)))

@@ -74,6 +74,6 @@ def test_counts_stand_for_the_order_where_that_is_too_long() -> None:
 
 
 def test_a_description_of_any_random_architecture_is_short() -> None:
-    for found in Space.load("wide").feasible(60):
-        if not isinstance(found, str):
-            assert len(one_line(found.canonical().plain())) <= WIDTH
+    for architecture in Space.load("wide").feasible(60):
+        if not isinstance(architecture, str):
+            assert len(one_line(architecture.canonical().plain())) <= WIDTH

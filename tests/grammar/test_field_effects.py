@@ -79,19 +79,19 @@ OPTIONS: dict[str, list[Any]] = {
 def open_lamps(draw: st.DrawFn) -> tuple[Plain, list[Plain]]:
     """A lamp with holes, and every combination of its values."""
     names = draw(st.lists(st.sampled_from(sorted(OPTIONS)), unique=True, min_size=1))
-    found: Plain = {}
+    opened: Plain = {}
     values: dict[str, list[Any]] = {}
     for name, options in OPTIONS.items():
         if name in names:
             chosen = draw(st.lists(st.sampled_from(options), unique=True, min_size=1))
-            found[name], values[name] = {"choice": chosen}, chosen
+            opened[name], values[name] = {"choice": chosen}, chosen
             if name == "watts" and draw(st.booleans()):
-                found[name], values[name] = {"int": [0, 6], "step": 3}, [0, 3, 6]
+                opened[name], values[name] = {"int": [0, 6], "step": 3}, [0, 3, 6]
         else:
             one = draw(st.sampled_from(options))
-            found[name], values[name] = one, [one]
+            opened[name], values[name] = one, [one]
     combined = [dict(zip(values, x, strict=True)) for x in itertools.product(*values.values())]
-    return found, combined
+    return opened, combined
 
 
 @settings(max_examples=150, deadline=None)
@@ -182,17 +182,17 @@ def components(one: Component) -> Iterator[Component]:
 
 def every_class() -> set[type[Component]]:
     """The classes of the components of all architectures."""
-    found: set[type[Component]] = set()
+    classes: set[type[Component]] = set()
     open_classes: list[type[Component]] = [Architecture]
     while open_classes:
         cls = open_classes.pop()
-        if cls in found:
+        if cls in classes:
             continue
-        found.add(cls)
+        classes.add(cls)
         open_classes += cls.kinds.values() if cls.kind is None else ()
         families = (field.component for field in fields(cls).values())
         open_classes += [family for family in families if family is not None]
-    return found
+    return classes
 
 
 def test_each_field_with_a_condition_has_a_default_and_names_known_values() -> None:

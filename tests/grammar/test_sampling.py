@@ -94,10 +94,10 @@ def test_enumerated_points_are_those_of_brute_force(plain: dict[str, Any]) -> No
     tree = grammar.read(Cart, Node.wrap(plain))
     if count(tree) > 1000:
         return
-    found = list(enumerate_points(tree))
-    points = [sampling.draw(tree, optuna.trial.FixedTrial(params)) for params in found]
+    enumerated = list(enumerate_points(tree))
+    points = [sampling.draw(tree, optuna.trial.FixedTrial(params)) for params in enumerated]
     assert points == list(every_point(tree))
-    assert len({repr(sorted(params.items())) for params in found}) == count(tree)
+    assert len({repr(sorted(params.items())) for params in enumerated}) == count(tree)
 
 
 def test_enumerated_names_are_those_that_a_draw_asks_for() -> None:

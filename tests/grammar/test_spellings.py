@@ -46,8 +46,8 @@ def test_a_bare_word_is_the_kind_with_its_defaults() -> None:
 
 def test_bare_words_and_mappings_mix_in_a_choice() -> None:
     options = ["none", {"kind": "bias", "rate": {"choice": [0.1, 0.2]}}, {"kind": "bias"}]
-    found = tree.read(Router, Node.wrap({"balance": {"choice": options}})).fields["balance"]
-    assert found.labels == ("none", "bias", "bias-2")
+    balance = tree.read(Router, Node.wrap({"balance": {"choice": options}})).fields["balance"]
+    assert balance.labels == ("none", "bias", "bias-2")
     with pytest.raises(SpaceError, match="'none'"):
         tree.read(Router, Node.wrap({"balance": {"choice": ["none", "none"]}}))
 
@@ -70,8 +70,8 @@ def test_a_wrong_kind_or_field_is_named(fields: Plain, message: str) -> None:
 
 
 def test_a_field_beside_a_preset_wins_also_inside_a_component() -> None:
-    found = router(preset="mixtral", balance={"kind": "aux_loss", "scope": "sequence"})
-    assert (found.balance.coef, found.balance.scope) == (0.02, "sequence")
+    mixed = router(preset="mixtral", balance={"kind": "aux_loss", "scope": "sequence"})
+    assert (mixed.balance.coef, mixed.balance.scope) == (0.02, "sequence")
     assert router(preset="mixtral", balance="bias_and_loss").balance.coef == 0.02
     assert router(preset="mixtral", balance="none") == router(
         top_k=2, normalize=True, balance="none", loss_reduce="pooled"

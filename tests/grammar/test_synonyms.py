@@ -33,13 +33,13 @@ def words(cls: type[Component], seen: set[type]) -> set[str]:
     if cls in seen:
         return set()
     seen.add(cls)
-    found = set(cls.kinds)
+    names = set(cls.kinds)
     for member in [cls, *cls.kinds.values()]:
         for name, field in fields(member).items():
-            found |= {name, *map(str, field.choices)}
+            names |= {name, *map(str, field.choices)}
             if field.component is not None:
-                found |= words(field.component, seen)
-    return found
+                names |= words(field.component, seen)
+    return names
 
 
 def pairs(cls: type[Component], seen: set[type]) -> set[tuple[str, str]]:
@@ -47,14 +47,14 @@ def pairs(cls: type[Component], seen: set[type]) -> set[tuple[str, str]]:
     if cls in seen:
         return set()
     seen.add(cls)
-    found = set()
+    known = set()
     for member in [cls, *cls.kinds.values()]:
         for name, field in fields(member).items():
             if field.component is not None:
                 inner = [field.component, *field.component.kinds.values()]
-                found |= {(name, below) for kind in inner for below in fields(kind)}
-                found |= pairs(field.component, seen)
-    return found
+                known |= {(name, below) for kind in inner for below in fields(kind)}
+                known |= pairs(field.component, seen)
+    return known
 
 
 def test_the_paths_of_synonyms_exist() -> None:

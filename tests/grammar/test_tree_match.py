@@ -31,19 +31,19 @@ def written(blocks: str):
 
 
 def draws(space: Space, count: int) -> list[Architecture]:
-    found = []
+    matches = []
     for seed in range(count):
         try:
-            found.append(cast(Architecture, drawn(space.tree, RandomSuggest(seed))))
+            matches.append(cast(Architecture, drawn(space.tree, RandomSuggest(seed))))
         except SpaceError:
             continue
-    return found
+    return matches
 
 
-def fingerprint(space: Space, found: Match) -> str:
+def fingerprint(space: Space, match: Match) -> str:
     """The fingerprint of the point that the answers of a match give."""
     try:
-        made = drawn(space.tree, HeldAnswers(found.answers, space.former_fields))
+        made = drawn(space.tree, HeldAnswers(match.answers, space.former_fields))
     except (SpaceError, LookupError):
         return ""
     return cast(Architecture, made).fingerprint
@@ -51,7 +51,7 @@ def fingerprint(space: Space, found: Match) -> str:
 
 def is_found(space: Space, architecture: Architecture) -> bool:
     tried = islice(matches(space.tree, tree_of(architecture)), 200)
-    return any(fingerprint(space, found) == architecture.fingerprint for found in tried)
+    return any(fingerprint(space, match) == architecture.fingerprint for match in tried)
 
 
 def test_what_a_space_drew_is_its_own_point_without_a_mismatch() -> None:

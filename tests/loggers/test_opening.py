@@ -63,6 +63,6 @@ def test_wandb_without_a_key_asks_nobody(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(InputError, match="has no API key; `wandb login`, or WANDB_MODE=offline"):
         open_logger("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    found = open_logger("wandb:p")
-    assert isinstance(found, WandbLogger)
-    assert found.project == "p"
+    logger = open_logger("wandb:p")
+    assert isinstance(logger, WandbLogger)
+    assert logger.project == "p"

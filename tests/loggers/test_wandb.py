@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from small_studies import moe_study
 
+from moenas.errors import InputError
+from moenas.loggers.opening import open_logger
 from moenas.loggers.wandb import WandbLogger
 from moenas.study.launch import run
 
@@ -42,12 +44,12 @@ def offline_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Name of a run -> its group, its config, the rows of its history and its summary."""
     runs = {}
     for path in folder.glob("wandb/offline-run-*/*.wandb"):
-        found: dict[str, Any] = {"history": [], "summary": {}, "config": {}}
+        run: dict[str, Any] = {"history": [], "summary": {}, "config": {}}
         for record in records(path):
             if record.HasField("run"):
-                found |= {"name": record.run.display_name, "group": record.run.run_group}
-                found["project"] = record.run.project
-                found["config"] |= {
+                run |= {"name": record.run.display_name, "group": record.run.run_group}
+                run["project"] = record.run.project
+                run["config"] |= {
                     item.key: json.loads(item.value_json) for item in record.run.config.update
                 }
             elif record.HasField("history"):
@@ -55,18 +57,23 @@ def offline_runs(folder: Path) -> dict[str, dict[str, Any]]:
                     "/".join(item.nested_key) or item.key: json.loads(item.value_json)
                     for item in record.history.item
                 }
-                found["history"].append(row)
+                run["history"].append(row)
             elif record.HasField("summary"):
                 for item in record.summary.update:
                     key = "/".join(item.nested_key) or item.key
-                    found["summary"][key] = json.loads(item.value_json)
-        runs[found["name"]] = found
+                    run["summary"][key] = json.loads(item.value_json)
+        runs[run["name"]] = run
     return runs
 
 
 def test_curves_values_and_routing_are_in_the_offline_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(InputError, match="has no API key"):
+        open_logger("wandb")  # the choice of offline comes after a refused login
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
 
@@ -74,21 +81,21 @@ def test_curves_values_and_routing_are_in_the_offline_files(
 
     runs = offline_runs(tmp_path)
     assert runs.keys() == {"trial-0", "trial-1", "study"}
-    assert {(found["group"], found["project"]) for found in runs.values()} == {
+    assert {(logged["group"], logged["project"]) for logged in runs.values()} == {
         (study.name, "searches")
     }
     drawn = {t.number: t.params for t in study.optuna.trials}
     for trial in (0, 1):
-        evaluation, found = study.evaluation(trial), runs[f"trial-{trial}"]
-        losses = [(row["tokens"], row["train/train_loss"]) for row in found["history"]]
+        evaluation, logged = study.evaluation(trial), runs[f"trial-{trial}"]
+        losses = [(row["tokens"], row["train/train_loss"]) for row in logged["history"]]
         assert losses == [(point["tokens"], point["train_loss"]) for point in evaluation.curve]
-        summary = found["summary"]
+        summary = logged["summary"]
         assert summary["value/val_loss"] == evaluation.values["val_loss"]
         vio = summary["validation_routing/layer_0/max_vio"]
         assert vio == evaluation.routing[0]["max_vio"]
         assert summary["validation_routing/layer_0/load"]["_type"] == "histogram"
-        assert found["config"]["params"] == drawn[trial]
-        assert found["config"]["fingerprint"] == evaluation.fingerprint
+        assert logged["config"]["params"] == drawn[trial]
+        assert logged["config"]["fingerprint"] == evaluation.fingerprint
     last = runs["study"]["history"][-1]
     assert last["evaluated"] == 2
     assert last["study/hypervolume"] == study.front().hypervolume

@@ -37,10 +37,10 @@ def same(x: Tensor) -> Tensor:
 
 def stream(model: Model) -> Tensor:
     """What the last block leaves, before the last norm."""
-    found: list[Tensor] = []
-    model.blocks[-1].register_forward_hook(lambda _, __, y: found.append(y))
+    inputs: list[Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, y: inputs.append(y))
     model(tokens())
-    return found[0]
+    return inputs[0]
 
 
 @torch.no_grad()

@@ -208,12 +208,12 @@ def test_a_part_is_proportional_to_what_it_writes_by(kind: Any) -> None:
                     parameter.zero_()
             numbers = (torch.zeros(2, 12, dtype=torch.int64),)
             given = (x, *numbers) if isinstance(part, MoE) else (x,)
-            found, weights = [], [weight.clone() for weight in output_projections(part)]
+            outputs, weights = [], [weight.clone() for weight in output_projections(part)]
             for factor in (0, 1, 3):
                 for weight, start in zip(output_projections(part), weights, strict=True):
                     weight.copy_(factor * start)
-                found.append(part(*given))
-            rest, once, thrice = found
+                outputs.append(part(*given))
+            rest, once, thrice = outputs
             torch.testing.assert_close(thrice - rest, 3 * (once - rest), rtol=1e-4, atol=1e-4)
             passes_on = getattr(part, "zero", None) is not None
             assert passes_on or not rest.any()
@@ -232,8 +232,8 @@ def test_everything_that_writes_is_found() -> None:
     model = parse(
         {"mixer": STATE, "ffn": latent}, {"ffn": memory, "shortcut": MOE, "shortcut_delay": 1}
     ).build("meta")
-    found = {id(weight) for _, part in model.parts() for weight in output_projections(part)}
-    assert {name for name, p in model.named_parameters() if id(p) in found} == {
+    writers = {id(weight) for _, part in model.parts() for weight in output_projections(part)}
+    assert {name for name, p in model.named_parameters() if id(p) in writers} == {
         "blocks.0.mixer.out.weight",
         "blocks.0.ffn.experts.leave.weight",
         "blocks.0.ffn.shared.down.weight",

@@ -69,14 +69,14 @@ def test_five_thousand_points_are_exact(shard: int) -> None:
 
 def test_no_two_functions_share_a_fingerprint() -> None:
     """Of the canonical plain data, which a fingerprint stands for."""
-    found: dict[str, str] = {}
+    by_fingerprint: dict[str, str] = {}
     for number in range(2200):
         drawn = point(number)
         if drawn is not None:
             architecture = Architecture.parse(drawn[0])
             text = json.dumps(architecture.canonical().plain(), sort_keys=True)
-            assert found.setdefault(architecture.fingerprint, text) == text, number
-    assert len(found) > 900
+            assert by_fingerprint.setdefault(architecture.fingerprint, text) == text, number
+    assert len(by_fingerprint) > 900
 
 
 # --- each kind and each word alone -----------------------------------------------------------------

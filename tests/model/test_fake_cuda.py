@@ -53,12 +53,12 @@ def part_of(kind: type[Component]) -> Plain:
 
 def smallest(kind: type[Component]) -> Architecture:
     """Return the random architecture with the fewest parts of some."""
-    found = [random_architecture(seed, kind, vocab_size=32) for seed in range(6)]
-    return min(found, key=lambda x: (len(x.layers), sum(len(y.parts) for y in x.layers)))
+    architectures = [random_architecture(seed, kind, vocab_size=32) for seed in range(6)]
+    return min(architectures, key=lambda x: (len(x.layers), sum(len(y.parts) for y in x.layers)))
 
 
 def cases() -> dict[str, Callable[[], Architecture]]:
-    found: dict[str, Callable[[], Architecture]] = {
+    by_name: dict[str, Callable[[], Architecture]] = {
         f"{family.__name__}: {name}": partial(smallest, cls)
         for family in (Mixer, FFN, Selection)
         for name, cls in family.kinds.items()
@@ -67,11 +67,11 @@ def cases() -> dict[str, Callable[[], Architecture]]:
     for name in Score.kinds:
         selection = "hash" if name == "uniform" else "top_k"
         router: Plain = {"score": name, "selection": selection}
-        found[f"Score: {name}"] = partial(small, router=router)
+        by_name[f"Score: {name}"] = partial(small, router=router)
     for name, kind in PositionBias.kinds.items():
-        found[f"position_bias: {name}"] = partial(small, {"position_bias": part_of(kind)})
+        by_name[f"position_bias: {name}"] = partial(small, {"position_bias": part_of(kind)})
     for name, kind in RopeScaling.kinds.items():
-        found[f"rope.scaling: {name}"] = partial(small, {"rope": {"scaling": part_of(kind)}})
+        by_name[f"rope.scaling: {name}"] = partial(small, {"rope": {"scaling": part_of(kind)}})
     choices = {n: words(Architecture, n) for n in ("norm", "norm_position", "positions")}
     choices["balance"] = tuple(Balance.kinds)
     for i in range(max(map(len, choices.values()))):
@@ -80,8 +80,8 @@ def cases() -> dict[str, Callable[[], Architecture]]:
         if "loss" in router["balance"]["kind"]:
             router["balance"]["scope"] = "sequence"
         name = f"{router['balance']['kind']}, {own}"
-        found[name] = partial(small, router=router, max_positions=256, **own)
-    return found
+        by_name[name] = partial(small, router=router, max_positions=256, **own)
+    return by_name
 
 
 CASES = cases()
@@ -182,8 +182,8 @@ def gradients(architecture: Architecture) -> dict[str, Tensor]:
     loss = model.loss(tokens, tokens.roll(-1, 1)) + model.auxiliary_loss()
     loss.backward()
     model.after_step()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found | {"loss": loss.detach()} | dict(model.named_buffers())
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return grads | {"loss": loss.detach()} | dict(model.named_buffers())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -120,9 +120,9 @@ def outcome(moe: RoutedLayer, x: Tensor) -> dict[str, Tensor]:
         y = run_ffn(moe, x, LayerInputs(NUMBERS))
         loss = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
         torch.autograd.backward((loss + 10 * moe.auxiliary_loss(),))
-    found = {"y": y, "load": moe.routing.load, "loss": moe.auxiliary_loss(), "grad x": x.grad}
-    found |= {f"grad {n}": p.grad for n, p in moe.named_parameters()}
-    return {name: x.detach().clone() for name, x in found.items() if x is not None}
+    tensors = {"y": y, "load": moe.routing.load, "loss": moe.auxiliary_loss(), "grad x": x.grad}
+    tensors |= {f"grad {n}": p.grad for n, p in moe.named_parameters()}
+    return {name: x.detach().clone() for name, x in tensors.items() if x is not None}
 
 
 def assert_alike(moe: nn.Module) -> None:
@@ -210,14 +210,14 @@ def test_many_experts_are_several_grouped_products(
     stack = torch.randn(n_experts, 8, 16, dtype=torch.float64, requires_grad=True)
     ends = torch.randint(35, (n_experts,)).sort().values.int()
     weight = torch.randn(40, 16, dtype=torch.float64)[: int(ends[-1])]
-    found = []
+    outputs = []
     for form in (lambda: _grouped(rows, stack, ends), lambda: grouped(rows, stack, ends)):
         with cuda_forms(), monkeypatch.context() as patch:
             patch.setattr(F, "grouped_mm", counted)
             y = form()[: len(weight)]
         gradients = torch.autograd.grad((y * weight).sum(), (rows, stack))
-        found.append((y, gradients[0][: len(weight)], gradients[1]))
-    for a, b in zip(*found, strict=True):
+        outputs.append((y, gradients[0][: len(weight)], gradients[1]))
+    for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert max(sizes) <= 4
     assert sum(sizes) >= n_experts
@@ -280,7 +280,7 @@ def test_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mixer.double()
     x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64, requires_grad=True)
     leaves = [x, *mixer.parameters()]
-    found = []
+    outputs = []
     for form in (nullcontext(), cuda_forms()):
         with form, _InFloat64():
             with torch.no_grad():
@@ -289,10 +289,10 @@ def test_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             with monkeypatch.context() as patch:
                 patch.setattr(torch.autograd, "grad", seen)
                 y.square().sum().backward()
-        found.append([quick, y.detach(), *(leaf.grad for leaf in leaves)])
+        outputs.append([quick, y.detach(), *(leaf.grad for leaf in leaves)])
         for leaf in leaves:
             leaf.grad = None
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert set(modes) == ({2} if name != "softcap" else set())
     assert torch.get_deterministic_debug_mode() == 0
@@ -316,7 +316,7 @@ def test_a_scan_is_computed_again_in_place_of_kept(name: str) -> None:
         parameter.data.normal_(0, 0.3)
     x = torch.randn(2, 64, D_MODEL, requires_grad=True)
     leaves = [x, *mixer.parameters()]
-    found, kept = [], []
+    outputs, kept = [], []
     for form in (nullcontext(), cuda_forms()):
         sizes: dict[int, int] = {}
 
@@ -329,10 +329,10 @@ def test_a_scan_is_computed_again_in_place_of_kept(name: str) -> None:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 y = mixer(x)
             kept.append(sum(sizes.values()))
-            found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+            outputs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
             with torch.no_grad():
                 assert torch.equal(mixer(x), y)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     assert kept[1] < 0.7 * kept[0]
 
 

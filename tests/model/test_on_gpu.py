@@ -105,7 +105,7 @@ def assert_equal_trails(architecture: Architecture) -> None:
             trail(built(architecture, device, seed), LENGTH)
             for device in (torch.device("cpu"), CUDA)
         ]
-        on_cpu = [{k: v.cpu() for k, v in found.items()} for found in trails]
+        on_cpu = [{k: v.cpu() for k, v in values.items()} for values in trails]
         names.append(difference(on_cpu[0], on_cpu[1], 5e-3))
         if names[-1] is None:
             return

@@ -145,12 +145,12 @@ def test_a_pattern_with_holes_is_counted_and_drawn() -> None:
     )
     assert count(same) == 2
     assert count(free) == (2 + 4) ** 2
-    found = set()
+    drawn = set()
     for seed in range(600):
         architecture = Architecture.parse(sampling.draw(free, sampling.RandomSuggest(seed)))
         assert 4 <= len(architecture.layers) <= 6
-        found.add(architecture.fingerprint)
-    assert len(found) == (2 + 4) ** 2
+        drawn.add(architecture.fingerprint)
+    assert len(drawn) == (2 + 4) ** 2
     for hole_found in sampling.holes(free):
         assert hole_found.name.startswith("blocks.0.0.blocks.0.")
 

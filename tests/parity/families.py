@@ -51,16 +51,16 @@ class Family:
 
 def shrink(groups: dict[str, dict[str, Any]], **whole: Any) -> dict[str, Any]:
     """Write overrides: of the architecture, and of groups of its blocks."""
-    found = {"vocab_size": VOCABULARY, "d_model": WIDTH} | whole
+    small = {"vocab_size": VOCABULARY, "d_model": WIDTH} | whole
     for group, fields in groups.items():
-        found |= {f"blocks.{group}.{name}": value for name, value in fields.items()}
-    return {f"architecture.{name}": value for name, value in found.items()}
+        small |= {f"blocks.{group}.{name}": value for name, value in fields.items()}
+    return {f"architecture.{name}": value for name, value in small.items()}
 
 
 def parts(mixer: dict[str, Any], ffn: dict[str, Any], **group: Any) -> dict[str, Any]:
     """Write overrides of one group of blocks."""
-    found = {f"mixer.{name}": value for name, value in mixer.items()}
-    return found | {f"ffn.{name}": value for name, value in ffn.items()} | group
+    fields = {f"mixer.{name}": value for name, value in mixer.items()}
+    return fields | {f"ffn.{name}": value for name, value in ffn.items()} | group
 
 
 WHOLE: list[Row] = [

@@ -35,14 +35,14 @@ def test_the_loss_of_two_layers_and_its_gradient_agree(name: str) -> None:
     ours, theirs = pair(FAMILIES[name])
     (_, first), _ = ours.moe_layers()
     ours.loss(tokens(), tokens())
-    found = ours.auxiliary_loss()
-    found.backward()
+    loss = ours.auxiliary_loss()
+    loss.backward()
     given = theirs(tokens(), output_router_logits=True)
     config = theirs.config
     n_experts = config.num_local_experts if name == "mixtral" else config.num_experts
     assert given.aux_loss > config.num_experts_per_tok  # the load is not even
     (first.balance.aux_coef * given.aux_loss).backward()
-    torch.testing.assert_close(found, first.balance.aux_coef * given.aux_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, first.balance.aux_coef * given.aux_loss, rtol=1e-5, atol=0)
     gates = [(n, p) for n, p in theirs.named_parameters() if n.endswith("gate.weight")]
     assert len(gates) == 2
     weights = dict(ours.named_parameters())

@@ -71,14 +71,14 @@ def turned(n_heads: int, head_dim: int, turning: int) -> Callable[[Tensor], Tens
 
 def rows_of(table: list[Row], theirs: Weights, n_layers: int) -> list[Row]:
     """Write out the rows for every layer; together they take every weight of theirs."""
-    found = []
+    rows = []
     for ours, names, form in table:
         for i in range(n_layers if "{}" in ours else 1):
             written = tuple(name.format(i) for name in names)
             if all(name in theirs for name in written):
-                found.append((ours.format(i), written, form))
-    assert {name for _, names, _ in found for name in names} == set(theirs)
-    return found
+                rows.append((ours.format(i), written, form))
+    assert {name for _, names, _ in rows for name in names} == set(theirs)
+    return rows
 
 
 def to_ours(rows: list[Row], theirs: Weights) -> Weights:
@@ -90,15 +90,15 @@ def to_theirs(rows: list[Row], ours: Weights, shapes: Weights) -> Weights:
 
     Numbers that no row takes are NaN.
     """
-    found = {n: torch.full_like(x, torch.nan).flatten() for n, x in shapes.items()}
+    weights = {n: torch.full_like(x, torch.nan).flatten() for n, x in shapes.items()}
     for name, names, form in rows:
         if form is from_one:
-            found[names[0]] = ours[name] - 1
+            weights[names[0]] = ours[name] - 1
             continue
         sizes = [shapes[n].numel() for n in names]
         numbers = torch.arange(sum(sizes)).split(sizes)
         places = form(*(x.view(shapes[n].shape) for x, n in zip(numbers, names, strict=True)))
-        flat = torch.cat([found[n] for n in names])
+        flat = torch.cat([weights[n] for n in names])
         flat[places.flatten()] = ours[name].flatten()
-        found |= zip(names, flat.split(sizes), strict=True)
-    return {n: x.view(shapes[n].shape) for n, x in found.items()}
+        weights |= zip(names, flat.split(sizes), strict=True)
+    return {n: x.view(shapes[n].shape) for n, x in weights.items()}

@@ -71,10 +71,10 @@ def test_an_absent_number_is_the_mean_and_an_absent_word_is_none() -> None:
 def test_every_hole_of_a_space_is_seen() -> None:
     """Two architectures of different fingerprints differ in a column."""
     space = Space.load("tiny")
-    found = {a.fingerprint: a for a in space.feasible(200) if not isinstance(a, str)}
-    rows = [features(a, space.cost(a)) for a in found.values()]
+    architectures = {a.fingerprint: a for a in space.feasible(200) if not isinstance(a, str)}
+    rows = [features(a, space.cost(a)) for a in architectures.values()]
     columns = np.round(Encoder(rows).encode(rows), 9)
-    assert len({row.tobytes() for row in columns}) == len(found)
+    assert len({row.tobytes() for row in columns}) == len(architectures)
 
 
 def test_rounding_makes_no_column() -> None:

@@ -27,8 +27,8 @@ def test_an_effect_of_size_is_not_one_of_the_level() -> None:
     sizes = 2.0 ** rng.uniform(10, 20, 200)
     large = np.log2(sizes) + rng.normal(0, 2, 200) > 15  # large models mostly have this level
     values = 5 - 0.1 * np.log2(sizes) + 0.02 * large + rng.normal(0, 0.001, 200)
-    found = {e.level: e for e in level_effects(values, sizes, [str(x) for x in large])}
-    assert found["True"].effect - found["False"].effect == pytest.approx(0.02, abs=1e-3)
+    effects = {e.level: e for e in level_effects(values, sizes, [str(x) for x in large])}
+    assert effects["True"].effect - effects["False"].effect == pytest.approx(0.02, abs=1e-3)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:

@@ -26,7 +26,7 @@ def test_without_an_order_there_is_no_correlation(values: list[float]) -> None:
 
 def test_each_rung_is_compared_with_the_end() -> None:
     results = [RungResult(t, r, 100 * r, 5.0 - t, promoted=t > 1) for t in range(4) for r in (1, 2)]
-    found = rank_agreements(results, {2: 1.0, 3: 0.5, 9: 0.1})
-    assert list(found) == [1, 2]
-    assert (found[2].tokens, found[2].reached, found[2].promoted) == (200, 4, 2)
-    assert (found[2].pairs, found[2].correlation) == (2, pytest.approx(1.0))
+    agreements = rank_agreements(results, {2: 1.0, 3: 0.5, 9: 0.1})
+    assert list(agreements) == [1, 2]
+    assert (agreements[2].tokens, agreements[2].reached, agreements[2].promoted) == (200, 4, 2)
+    assert (agreements[2].pairs, agreements[2].correlation) == (2, pytest.approx(1.0))

@@ -25,12 +25,12 @@ def test_the_deviation_is_that_of_an_analysis_of_variance() -> None:
     """F of a one-way layout is the mean square between groups over the pooled variance."""
     rng = np.random.default_rng(0)
     groups = [list(rng.normal(i, 0.3, 4)) for i in range(5)]
-    found = noise_of(groups).objectives["loss"]
-    assert found.degrees == 15
+    noise = noise_of(groups).objectives["loss"]
+    assert noise.degrees == 15
     means = np.array([np.mean(group) for group in groups])
     between = 4 * means.var(ddof=1)
     f = stats.f_oneway(*groups).statistic
-    assert found.deviation**2 == pytest.approx(between / f)
+    assert noise.deviation**2 == pytest.approx(between / f)
 
 
 def test_the_noise_of_a_difference_is_that_of_a_t_test() -> None:
@@ -49,27 +49,29 @@ def test_the_probability_of_two_is_that_of_students_t(gap: float) -> None:
     """P(mean of a < mean of b) is the t distribution at the difference over its error."""
     a = [1.0, 1.2, 0.9]
     b = [x + gap for x in (0.95, 1.15, 1.0)]
-    found = noise_of([a, b])
-    noise = found.objectives["loss"]
+    estimate = noise_of([a, b])
+    noise = estimate.objectives["loss"]
     error = noise.deviation * math.sqrt(1 / 2 + 1 / 2)
-    wanted = stats.t.cdf((found.means[1]["loss"] - found.means[0]["loss"]) / error, noise.degrees)
-    chance = found.probabilities([0, 1], LOSS)
+    wanted = stats.t.cdf(
+        (estimate.means[1]["loss"] - estimate.means[0]["loss"]) / error, noise.degrees
+    )
+    chance = estimate.probabilities([0, 1], LOSS)
     assert chance[0] == pytest.approx(wanted, abs=0.03)
     assert chance[0] + chance[1] == pytest.approx(1.0)
-    turned = found.probabilities([0, 1], {"loss": "maximize"})
+    turned = estimate.probabilities([0, 1], {"loss": "maximize"})
     assert turned[0] == pytest.approx(1 - wanted, abs=0.03)
 
 
 def test_a_trial_of_one_seed_is_less_certain() -> None:
     """Replicates of one model give the noise; the other one has it without the root of two."""
-    found = seed_noise(
+    estimate = seed_noise(
         {0: {"loss": 1.0}, 1: {"loss": 1.2}}, {0: [{"loss": 1.1}, {"loss": 0.9}]}, ["loss"]
     )
-    assert found is not None
-    noise = found.objectives["loss"]
+    assert estimate is not None
+    noise = estimate.objectives["loss"]
     error = noise.deviation * math.sqrt(1 / 2 + 1)
     wanted = stats.t.cdf(0.2 / error, 2)
-    assert found.probabilities([0], LOSS)[0] == pytest.approx(wanted, abs=0.03)
+    assert estimate.probabilities([0], LOSS)[0] == pytest.approx(wanted, abs=0.03)
 
 
 def test_a_cost_has_no_noise_and_decides_alone() -> None:

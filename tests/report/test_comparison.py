@@ -18,17 +18,17 @@ from moenas.store.row_readers import as_front
 
 def test_hypervolume_and_dominance_over_the_common_objectives() -> None:
     a, b = as_front(made_up_views.view(30, 4)), as_front(made_up_views.view(20, 3))
-    found = comparison_report(a, b)
+    report = comparison_report(a, b)
     names = ["val_loss", "decode_ms", "flops_per_token"]
-    assert list(found["objectives"]) == names
-    assert (found["only_a"], found["only_b"]) == (["tokens_per_s"], [])
-    points = {side: [m for m in found["members"] if m["front"] == side] for side in "ab"}
-    corner = [found["reference_point"][name] for name in names]
+    assert list(report["objectives"]) == names
+    assert (report["only_a"], report["only_b"]) == (["tokens_per_s"], [])
+    points = {side: [m for m in report["members"] if m["front"] == side] for side in "ab"}
+    corner = [report["reference_point"][name] for name in names]
     for side in "ab":
         values = np.array([[m[name] for name in names] for m in points[side]])
         assert (values <= corner).all()
         expected = moocore.hypervolume(values, ref=corner)
-        assert found["hypervolume"][side] == pytest.approx(expected, rel=1e-12)
+        assert report["hypervolume"][side] == pytest.approx(expected, rel=1e-12)
 
     def beats(x: dict[str, Any], y: dict[str, Any]) -> bool:
         return all(x[n] <= y[n] for n in names) and any(x[n] < y[n] for n in names)
@@ -37,7 +37,7 @@ def test_hypervolume_and_dominance_over_the_common_objectives() -> None:
         for m in points[side]:
             assert m["dominates"] == [o["trial"] for o in points[other] if beats(m, o)]
             assert m["dominated_by"] == [o["trial"] for o in points[other] if beats(o, m)]
-    text = comparison_text(found)
+    text = comparison_text(report)
     assert "only in made_up: tokens_per_s" in text
 
 

@@ -33,10 +33,10 @@ def trial(space: Space, number: int, params: dict, *, state=TrialState.COMPLETE)
     return made
 
 
-def losses(space: Space, found: Point) -> list[float]:
+def losses(space: Space, drawn: Point) -> list[float]:
     """Made up: experts and width lower the loss, and cost operations."""
-    cost = space.cost(found.architecture)
-    layers = found.architecture.names()
+    cost = space.cost(drawn.architecture)
+    layers = drawn.architecture.names()
     experts = float(np.mean([layer["block.ffn"] == "moe" for layer in layers]))
     return [4 - 0.1 * math.log2(cost.params) - 0.3 * experts, float(cost.flops_per_token)]
 
@@ -54,11 +54,11 @@ def searched(space: Space, n_trials: int, breaks: tuple[int, ...] = ()) -> list[
 
 def test_it_finds_more_than_random_draws() -> None:
     space = Space.load("tiny", TINY)
-    found = searched(space, 100)
+    trials = searched(space, 100)
     drawn = [p for seed in range(400) if (p := point(space, seed)) is not None][:100]
     volumes = [
         hypervolume(values, [4.0, 3e6], ["minimize"] * 2)
-        for values in ([t.values for t in found], [losses(space, p) for p in drawn])
+        for values in ([t.values for t in trials], [losses(space, p) for p in drawn])
     ]
     assert volumes[0] > volumes[1]
 
@@ -74,9 +74,9 @@ def test_a_restart_changes_no_proposal_and_a_seed_all() -> None:
 
 def test_no_architecture_is_proposed_twice_and_all_are_feasible() -> None:
     space = Space.load("tiny", [*TINY, "require=[active_params < 400_000]"])
-    found = [point(space, 0, t.params) for t in searched(space, POPULATION + 30)]
-    assert all(one is not None for one in found), "a proposal breaks the requirement"
-    assert len({one.architecture.fingerprint for one in found if one}) == len(found)
+    points = [point(space, 0, t.params) for t in searched(space, POPULATION + 30)]
+    assert all(one is not None for one in points), "a proposal breaks the requirement"
+    assert len({one.architecture.fingerprint for one in points if one}) == len(points)
 
 
 def test_a_child_differs_from_a_young_parent_in_one_hole_and_what_depends_on_it() -> None:

@@ -24,24 +24,24 @@ def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gray_box, "MUTATIONS", 50)
 
 
-def loss(space: Space, found: Point) -> float:
+def loss(space: Space, drawn: Point) -> float:
     """Made up: lower with more parameters and operations, and with experts; noise of 0.01."""
-    cost, layers = space.cost(found.architecture), found.architecture.names()
+    cost, layers = space.cost(drawn.architecture), drawn.architecture.names()
     experts = np.mean([layer["block.ffn"] == "moe" for layer in layers])
-    noise = random.Random(found.architecture.fingerprint).gauss(0, 0.01)
+    noise = random.Random(drawn.architecture.fingerprint).gauss(0, 0.01)
     sizes = 0.06 * np.log2(cost.flops_per_token / 3e5) + 0.02 * np.log2(cost.params / 2e5)
     return float(2.4 - sizes - 0.05 * experts + noise)
 
 
 def trial(
-    space: Space, number: int, found: Point, state: TrialState = TrialState.COMPLETE
+    space: Space, number: int, drawn: Point, state: TrialState = TrialState.COMPLETE
 ) -> FrozenTrial:
-    values = [loss(space, found), space.cost(found.architecture).flops_per_token]
+    values = [loss(space, drawn), space.cost(drawn.architecture).flops_per_token]
     fixed = optuna.distributions.CategoricalDistribution
     made = create_trial(
         state=state,
-        params=found.params,
-        distributions={name: fixed([value]) for name, value in found.params.items()},
+        params=drawn.params,
+        distributions={name: fixed([value]) for name, value in drawn.params.items()},
         values=values if state == TrialState.COMPLETE else None,
     )
     made.number = number
@@ -49,9 +49,9 @@ def trial(
 
 
 def drawn(space: Space, draw: random.Random) -> Point:
-    while (found := point(space, draw.getrandbits(48))) is None:
+    while (drawn := point(space, draw.getrandbits(48))) is None:
         pass
-    return found
+    return drawn
 
 
 def searched(seed: int, n_trials: int, *, sampler: bool) -> list[FrozenTrial]:
@@ -59,9 +59,9 @@ def searched(seed: int, n_trials: int, *, sampler: bool) -> list[FrozenTrial]:
     asked, draw, trials = GrayBox(space), random.Random(seed), list[FrozenTrial]()
     for number in range(n_trials):
         params = asked.propose(number, trials) if sampler else None
-        found = drawn(space, draw) if params is None else point(space, 0, params)
-        assert found is not None
-        trials.append(trial(space, number, found))
+        proposed = drawn(space, draw) if params is None else point(space, 0, params)
+        assert proposed is not None
+        trials.append(trial(space, number, proposed))
     return trials
 
 
@@ -70,8 +70,8 @@ def volume(trials: list[FrozenTrial]) -> float:
 
 
 def test_it_finds_in_10_proposals_what_random_draws_do_not_in_100() -> None:
-    found = [volume(searched(seed, INITIAL + 10, sampler=True)) for seed in range(2)]
-    assert min(found) > max(volume(searched(seed, 100, sampler=False)) for seed in range(2))
+    volumes = [volume(searched(seed, INITIAL + 10, sampler=True)) for seed in range(2)]
+    assert min(volumes) > max(volume(searched(seed, 100, sampler=False)) for seed in range(2))
 
 
 def test_the_same_trials_give_the_same_parameters_to_another_process() -> None:
@@ -94,9 +94,9 @@ def test_a_trial_that_runs_or_failed_is_not_proposed_again(state: TrialState) ->
     trials = searched(0, INITIAL, sampler=False)
     space = Space.load("tiny", [OBJECTIVES])
     first = GrayBox(space).propose(INITIAL, trials)
-    found = point(space, 0, first)
-    assert found is not None
-    tried = trial(space, INITIAL, found, state)
+    drawn = point(space, 0, first)
+    assert drawn is not None
+    tried = trial(space, INITIAL, drawn, state)
     second = GrayBox(space).propose(INITIAL + 1, [*trials, tried])
     assert second is not None
     assert second != first

@@ -22,11 +22,11 @@ MINIMIZED = {"flops_per_token": "minimize"}
 def rungs_of(
     losses: dict[int, float], flops: dict[int, float] | None = None, rung: int = 1
 ) -> Rungs:
-    found = Rungs()
+    rungs = Rungs()
     for trial, loss in losses.items():
         known = {} if flops is None else {"flops_per_token": flops[trial]}
-        found.add(RungResult(trial, rung, 100, loss, known), {}, {"flops_per_token": trial})
-    return found
+        rungs.add(RungResult(trial, rung, 100, loss, known), {}, {"flops_per_token": trial})
+    return rungs
 
 
 def ends(rungs: Rungs, losses: dict[int, float]) -> None:
@@ -46,7 +46,7 @@ def by_hand(points: list[tuple[float, float]]) -> list[int]:
     def distance(a: int, b: int) -> float:
         return math.hypot(*((points[a][i] - points[b][i]) / spans[i] for i in (0, 1)))
 
-    left, found = list(range(len(points))), []
+    left, fronts = list(range(len(points))), []
     while left:
         front = [i for i in left if not any(dominates(points[j], points[i]) for j in left)]
         left = [i for i in left if i not in front]
@@ -55,8 +55,8 @@ def by_hand(points: list[tuple[float, float]]) -> list[int]:
             rest = [i for i in front if i not in chosen]
             nearest = {i: min(distance(i, j) for j in chosen) for i in rest}
             chosen.append(max(rest, key=lambda i: nearest[i]))
-        found += chosen
-    return found
+        fronts += chosen
+    return fronts
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -76,13 +76,13 @@ def test_small_models_train_on_beside_large_ones() -> None:
     losses = {t: 3.0 - 0.1 * t for t in range(9)}
     flops = {t: float(2**t) for t in range(9)}
     rule = Halving(SuccessiveHalving(min_correlation=0.0), MINIMIZED)
-    found, rungs = set(), rungs_of(losses, flops)
+    promoted, rungs = set(), rungs_of(losses, flops)
     paused = dict.fromkeys(losses, 1)
     while (trial := rule.promotable(rungs, paused)) is not None:
         del paused[trial]
-        found.add(trial)
-    assert len(found) == 3
-    assert {0, 8} <= found
+        promoted.add(trial)
+    assert len(promoted) == 3
+    assert {0, 8} <= promoted
     alone = Halving(SuccessiveHalving(min_correlation=0.0), {})
     assert alone.order(rungs, 1)[:3] == [8, 7, 6]
 

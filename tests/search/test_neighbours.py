@@ -8,9 +8,9 @@ from moenas.space.space import Space
 
 def test_a_point_has_the_parameters_that_give_its_architecture() -> None:
     space = Space.load("tiny")
-    found = [p for seed in range(40) if (p := point(space, seed)) is not None]
-    assert len({p.architecture.fingerprint for p in found}) > 30
-    for one in found:
+    points = [p for seed in range(40) if (p := point(space, seed)) is not None]
+    assert len({p.architecture.fingerprint for p in points}) > 30
+    for one in points:
         again = point(space, 999, one.params)
         assert again is not None
         assert again.architecture == one.architecture
@@ -19,9 +19,9 @@ def test_a_point_has_the_parameters_that_give_its_architecture() -> None:
 
 def test_an_infeasible_point_is_none() -> None:
     space = Space.load("tiny", ["require=[active_params < 300_000]"])
-    found = [point(space, seed) for seed in range(60)]
-    assert None in found
-    assert all(p is None or space.cost(p.architecture).active_params < 300_000 for p in found)
+    points = [point(space, seed) for seed in range(60)]
+    assert None in points
+    assert all(p is None or space.cost(p.architecture).active_params < 300_000 for p in points)
 
 
 def test_a_neighbour_differs_in_one_hole_and_what_depends_on_it() -> None:
@@ -43,9 +43,9 @@ def test_a_neighbour_differs_in_one_hole_and_what_depends_on_it() -> None:
 def test_stored_parameters_give_their_point_and_parts_of_them_none() -> None:
     space = Space.load("tiny")
     drawn = next(p for seed in range(9) if (p := point(space, seed)) is not None)
-    found = held_point(space, drawn.params)
-    assert found is not None
-    assert found.architecture == drawn.architecture
+    held = held_point(space, drawn.params)
+    assert held is not None
+    assert held.architecture == drawn.architecture
     for name in drawn.params:
         others = {key: value for key, value in drawn.params.items() if key != name}
         assert held_point(space, others) is None

@@ -23,31 +23,31 @@ N = 16
 
 def architectures(of: Space) -> list[Architecture]:
     """Different architectures of a space."""
-    found: dict[str, Architecture] = {}
+    by_fingerprint: dict[str, Architecture] = {}
     seed = 0
-    while len(found) < N + 2:
+    while len(by_fingerprint) < N + 2:
         architecture = drawn(of.tree, RandomSuggest(seed))
         assert isinstance(architecture, Architecture)
-        found[architecture.canonical().fingerprint] = architecture.canonical()
+        by_fingerprint[architecture.canonical().fingerprint] = architecture.canonical()
         seed += 1
-    return list(found.values())
+    return list(by_fingerprint.values())
 
 
 def study(of: Space, *, noise: float = 0.02) -> Rungs:
     """N complete candidates whose loss falls by 1 from the rung to the end, and two at the rung."""
-    draw, found = random.Random(0), Rungs()
+    draw, rungs = random.Random(0), Rungs()
     for trial, architecture in enumerate(architectures(of)):
         cost = architecture.cost(of.train.context).plain()
         known = {"flops_per_token": float(cost["flops_per_token"])}
         at_rung = 4.0 - 2e-5 * cost["flops_per_token"] + draw.gauss(0, 0.05)
         result = RungResult(trial, 1, 100, at_rung, known)
-        found.add(result, architecture.plain(), cost)
+        rungs.add(result, architecture.plain(), cost)
         if trial < N:
             loss = at_rung - 1.0 + draw.gauss(0, noise)
             values = {**known, "val_loss": loss}
             evaluation = Evaluation("s", trial, 1, "complete", "", values=values)
-            found.complete[trial] = dataclasses.replace(evaluation, metrics={"val_loss": loss})
-    return found
+            rungs.complete[trial] = dataclasses.replace(evaluation, metrics={"val_loss": loss})
+    return rungs
 
 
 def test_the_chance_is_high_below_the_front_and_low_above_it() -> None:

@@ -40,14 +40,14 @@ def mine(width: int = 24, layers: int = 2) -> str:
     return f"./{path}"
 
 
-def sources(found: Study) -> dict[int, str]:
-    reports = ((e.trial, trial_report(found.store, "s", e.trial)) for e in found.view.evaluations)
+def sources(study: Study) -> dict[int, str]:
+    reports = ((e.trial, trial_report(study.store, "s", e.trial)) for e in study.view.evaluations)
     return {number: r["enqueued_from"] for number, r in reports if r["enqueued_from"]}
 
 
-def architectures(found: Study) -> list[tuple[int, int]]:
+def architectures(study: Study) -> list[tuple[int, int]]:
     """Width and layers of each trial."""
-    plains = [found.store.architecture("s", e.trial) for e in found.view.evaluations]
+    plains = [study.store.architecture("s", e.trial) for e in study.view.evaluations]
     return [(p["d_model"], sum(group["repeat"] for group in p["blocks"])) for p in plains]
 
 
@@ -92,9 +92,9 @@ def test_a_killed_run_enqueues_none_twice() -> None:
 def test_a_model_of_the_zoo_is_a_point_of_a_space_around_it() -> None:
     text = Path(__file__).parents[2].joinpath("spaces/zoo/olmoe_1b_7b.yaml").read_text()
     around = Space.parse(text.replace("repeat: 16", "repeat: {int: [8, 16]}"), "olmoe.yaml")
-    (found,) = start_points(around, ["zoo/olmoe_1b_7b"], Store.open)
-    assert found.params == {"blocks.0.repeat": 16}
-    assert found.source == "zoo/olmoe_1b_7b"
+    (points,) = start_points(around, ["zoo/olmoe_1b_7b"], Store.open)
+    assert points.params == {"blocks.0.repeat": 16}
+    assert points.source == "zoo/olmoe_1b_7b"
 
 
 def test_the_front_of_another_study_is_mapped_by_its_architectures(jobs: list[Job]) -> None:
@@ -117,8 +117,8 @@ def test_an_export_and_the_output_of_show_are_architectures(jobs: list[Job]) -> 
     )
     wanted = Architecture.parse(plain).fingerprint
     for ref in ("out", "out/config.json", "shown.yaml"):
-        (found,) = start_points(space(SMALL), [ref], Store.open)
-        assert found.fingerprint == wanted
+        (points,) = start_points(space(SMALL), [ref], Store.open)
+        assert points.fingerprint == wanted
     assert len(start_points(space(SMALL), ["out", "shown.yaml"], Store.open)) == 1
 
 
@@ -164,8 +164,8 @@ def test_a_fixed_value_without_effect_may_differ() -> None:
     """The positions are not learned, so the number of their rows means nothing."""
     plain: Plain = space(SMALL).draw(_First())
     Path("mine.yaml").write_text(to_yaml({"architecture": {**plain, "max_positions": 512}}))
-    (found,) = start_points(space(SMALL), ["mine.yaml"], Store.open)
-    assert found.params == {"d_model": 16, "blocks.0.repeat": 1}
+    (points,) = start_points(space(SMALL), ["mine.yaml"], Store.open)
+    assert points.params == {"d_model": 16, "blocks.0.repeat": 1}
 
 
 class _First:

@@ -40,14 +40,14 @@ VIEW = made_up_views.view(9, 2)
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("client")
     stored_studies.shelve(folder, VIEW)
-    with served(folder, requests_per_s=1e6, burst=10**6) as found:
-        yield found
+    with served(folder, requests_per_s=1e6, burst=10**6) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def address(one: Served) -> Iterator[str]:
-    with listening(replace_hub(one)) as found:
-        yield found
+    with listening(replace_hub(one)) as url:
+        yield url
 
 
 def replace_hub(one: Served) -> ServiceState:
@@ -57,8 +57,8 @@ def replace_hub(one: Served) -> ServiceState:
 
 @pytest.fixture
 def remote(one: Served, address: str) -> Iterator[client.Server]:
-    with moenas.connect(address, one.tokens["submitter"]) as found:
-        yield found
+    with moenas.connect(address, one.tokens["submitter"]) as connected:
+        yield connected
 
 
 def put(one: Served, name: str) -> None:
@@ -80,13 +80,13 @@ def move(one: Served, name: str, state: str, reason: str | None = None) -> None:
 
 def test_a_remote_study_reads_like_the_local_one(one: Served, remote: client.Server) -> None:
     local = load_study("made_up", one.service.store.url)
-    found = remote.study("made_up")
-    assert found.front() == local.front()
-    pandas.testing.assert_frame_equal(found.dataframe(), local.dataframe(), check_dtype=False)
-    assert found.history() == one.service.store.history("made_up")
-    mine, theirs = local.evaluation(0), found.evaluation(0)
+    study = remote.study("made_up")
+    assert study.front() == local.front()
+    pandas.testing.assert_frame_equal(study.dataframe(), local.dataframe(), check_dtype=False)
+    assert study.history() == one.service.store.history("made_up")
+    mine, theirs = local.evaluation(0), study.evaluation(0)
     assert (theirs.values, theirs.curve, theirs.routing) == (mine.values, mine.curve, mine.routing)
-    assert found.finished == local.store.ended("made_up")
+    assert study.finished == local.store.ended("made_up")
 
 
 def test_errors_are_those_of_the_server_with_the_users_file(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import made_up_views
 import pytest
 import stored_studies
 from served import SMALL, Served, served
+from sqlalchemy import update
 
 from moenas.service.space_rules import is_below
-from moenas.store import audit, study_events, submissions
+from moenas.store import audit, study_events, submissions, tables
 from moenas.store.submissions import Submission
 from moenas.store.weights import weights_path
 
@@ -28,8 +29,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root.mkdir()
     (root / "text.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(2000)))
     limits = {"requests_per_s": 1e6, "burst": 10**6}
-    with served(folder, data_roots=(root,), **limits) as found:
-        yield found
+    with served(folder, data_roots=(root,), **limits) as server:
+        yield server
 
 
 def put(one: Served, name: str, user: str = "submitter", **changes: Any) -> None:
@@ -157,6 +158,61 @@ def test_verbs_change_the_state(one: Served) -> None:
     early = one.send("POST", f"{base}/enqueue", json={"references": ["study:x"]})
     assert early.status_code == 409
     assert one.send("POST", "/v1/studies/made_up/pause").status_code == 409
+
+
+def in_state(one: Served, name: str, state: submissions.State, runner: str | None) -> None:
+    """Put a study that has rows of its own into a state."""
+    store = one.service.store
+    put(one, name)
+    store.create_study(replace(made_up_views.view(0).study, name=name, reference_point={}))
+    row = update(tables.submission).where(tables.submission.c.study == name)
+    store.transact(lambda c: c.execute(row.values(state=state, runner=runner)))
+
+
+def is_done(one: Served, name: str, action: submissions.Action) -> bool:
+    """Ask for an action; say whether the server did it, or asked for the confirmation."""
+    before = one.send("GET", f"/v1/studies/{name}").json()
+    if action == "delete":
+        return bool(one.send("DELETE", f"/v1/studies/{name}").status_code == 428)
+    if action == "enqueue":  # the references are looked up after the state
+        reply = one.send("POST", f"/v1/studies/{name}/enqueue", json={"references": []})
+        assert reply.status_code in (409, 422)
+        return bool(reply.status_code == 422)
+    body = {"json": {"trials": before["trials"] + 1}} if action == "extend" else {}
+    reply = one.send("POST", f"/v1/studies/{name}/{action}", **body)
+    after = reply.json()
+    changed = ("state", "trials")
+    return reply.status_code == 200 and any(after[key] != before[key] for key in changed)
+
+
+@pytest.mark.parametrize("runner", [None, "a server"])
+@pytest.mark.parametrize("state", submissions.STATES)
+def test_a_study_lists_what_the_server_does_and_no_more(
+    one: Served, state: submissions.State, runner: str | None
+) -> None:
+    for action in get_args(submissions.Action):
+        name = f"{state}-{'driven' if runner else 'free'}-{action}"
+        in_state(one, name, state, runner)
+        allowed = one.send("GET", f"/v1/studies/{name}").json()["actions"]
+        assert is_done(one, name, action) == (action in allowed), (action, allowed)
+
+
+def test_actions_are_those_of_the_user_who_asks(one: Served) -> None:
+    def actions(name: str, who: str) -> Any:
+        return one.send("GET", f"/v1/studies/{name}", who).json()["actions"]
+
+    put(one, "asked")
+    own = ["pause", "cancel", "extend", "delete"]
+    assert actions("asked", "submitter") == actions("asked", "admin") == own
+    stranger = one.token("somebody", "submitter")
+    assert actions("asked", "viewer") == actions("asked", stranger) == []
+    assert actions("made_up", "submitter") == []
+    assert actions("made_up", "admin") == ["delete"]
+    page = one.send("GET", "/studies/asked", "viewer").text
+    assert page.count(" disabled>") >= 5
+    page = one.send("GET", "/studies/asked").text
+    assert '<button data-action="pause">' in page
+    assert '<button data-action="resume" disabled>' in page
 
 
 def test_a_study_is_deleted_only_when_it_is_confirmed(one: Served) -> None:

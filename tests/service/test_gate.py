@@ -23,8 +23,8 @@ PROBLEM = "application/problem+json"
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served(tmp_path_factory.mktemp("gate"), requests_per_s=1e6, burst=10**6) as found:
-        yield found
+    with served(tmp_path_factory.mktemp("gate"), requests_per_s=1e6, burst=10**6) as server:
+        yield server
 
 
 def routes_of(each: Any) -> Iterator[Any]:
@@ -37,10 +37,10 @@ def routes_of(each: Any) -> Iterator[Any]:
             yield route
 
 
-def routes(found: Served) -> list[tuple[str, str]]:
+def routes(served: Served) -> list[tuple[str, str]]:
     """Every method and path of the application, with values in place of parameters."""
     listed = []
-    for route in routes_of(server.create_api(found.service)):
+    for route in routes_of(server.create_api(served.service)):
         filled = re.sub(r"\{trial[^}]*\}", "0", route.path)
         filled = re.sub(r"\{[^}]*\}", "x", filled)
         methods = getattr(route, "methods", None)

@@ -19,8 +19,8 @@ VIEW = made_up_views.view(5, 2)
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("head")
     stored_studies.shelve(folder, VIEW)
-    with served(folder, requests_per_s=1e6, burst=10**6) as found:
-        yield found
+    with served(folder, requests_per_s=1e6, burst=10**6) as server:
+        yield server
 
 
 @pytest.mark.parametrize(

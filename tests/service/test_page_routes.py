@@ -31,12 +31,12 @@ ROOT = Path(__file__).parents[2]
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("pages")
     stored_studies.shelve(folder, VIEW)
-    with served(folder, requests_per_s=1e6, burst=10**6) as found:
+    with served(folder, requests_per_s=1e6, burst=10**6) as server:
         new = Submission("waits", "ann", SMALL, [], trials=2, priority=3, state="queued")
-        found.service.store.transact(
+        server.service.store.transact(
             lambda c: submissions.submit(c, new, key=None, request_sha256="0" * 64)
         )
-        yield found
+        yield server
 
 
 def page(one: Served, path: str) -> str:
@@ -79,8 +79,8 @@ def test_the_front_has_the_intervals_that_the_command_line_prints(tmp_path: Path
     for seed, more in ((own.seed + 1, 0.02), (own.seed + 2, 0.05)):
         noisy = {name: value + more for name, value in own.values.items()}
         replicates.add(store, replace(own, seed=seed, values=noisy))
-    with served(tmp_path, requests_per_s=1e6, burst=10**6) as found:
-        text = page(found, "/studies/made_up")
+    with served(tmp_path, requests_per_s=1e6, burst=10**6) as server:
+        text = page(server, "/studies/made_up")
     report = front_report(store, "made_up")
     rows = front_rows(report, short_form=True)
     row = next(r for r in rows if r["trial"] == first)
@@ -100,9 +100,9 @@ def test_what_users_write_is_escaped(one: Served) -> None:
         lambda c: submissions.submit(c, replace(new), key=None, request_sha256="0" * 64)
     )
     for path in ("/", "/studies/evil"):
-        found = page(one, path)
-        assert EVIL not in found
-        assert "&lt;img src=x" in found
+        html = page(one, path)
+        assert EVIL not in html
+        assert "&lt;img src=x" in html
     assert EVIL not in page(one, f"/?contains={EVIL}")
 
 
@@ -127,10 +127,10 @@ def test_a_browser_without_a_login_is_sent_to_it(one: Served) -> None:
 
 def test_the_dashboard_is_behind_the_gate_and_changes_no_study(one: Served) -> None:
     assert one.send("GET", "/api/studies", None).status_code == 401
-    found = one.send("GET", "/api/studies", "viewer").json()
-    assert [study["study_name"] for study in found["study_summaries"]] == ["made_up"]
+    answer = one.send("GET", "/api/studies", "viewer").json()
+    assert [study["study_name"] for study in answer["study_summaries"]] == ["made_up"]
     assert one.send("GET", "/dashboard", "viewer").status_code == 200
-    number = found["study_summaries"][0]["study_id"]
+    number = answer["study_summaries"][0]["study_id"]
     note = {"body": "mine", "version": 1}
     assert one.send("PUT", f"/api/studies/{number}/note", "viewer", json=note).status_code == 403
     assert one.send("PUT", f"/api/studies/{number}/note", "submitter", json=note).status_code == 204
@@ -150,8 +150,8 @@ def address(one: Served) -> Iterator[str]:
     from moenas.service.event_stream import EventHub
 
     state = replace(one.service, hub=EventHub(one.service.store))
-    with listening(state) as found:
-        yield found
+    with listening(state) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +159,11 @@ def tab(
     one: Served, address: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[browser.Browser]:
     """A browser that is logged in as an admin."""
-    with browser.chromium(tmp_path_factory.mktemp("profile")) as found:
+    with browser.chromium(tmp_path_factory.mktemp("profile")) as opened:
         link = one.service.sessions.new_link(Identity("local", "admin", None))
-        found.open(address + link, size=(1280, 900))
-        found.wait_for("Optuna dashboard")
-        yield found
+        opened.open(address + link, size=(1280, 900))
+        opened.wait_for("Optuna dashboard")
+        yield opened
 
 
 @chromium

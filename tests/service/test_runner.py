@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from served import SMALL
+from sqlalchemy import update
 
 from moenas.processes import process_start
 from moenas.service import runner as runner_module
 from moenas.service.runner import Runner
 from moenas.service.settings import ServerSettings
-from moenas.store import runners, study_events, submissions
+from moenas.store import runners, study_events, submissions, tables
 from moenas.store.store import Store
 from moenas.store.submissions import Submission
 
@@ -49,15 +51,15 @@ def make(store: Store, settings: ServerSettings) -> Iterator[Callable[[], Runner
     made: list[Runner] = []
 
     def one() -> Runner:
-        found = Runner(store, settings)
-        found.id = store.transact(runners.register)
-        made.append(found)
-        return found
+        runner = Runner(store, settings)
+        runner.id = store.transact(runners.register)
+        made.append(runner)
+        return runner
 
     yield one
     for each in made:
-        for found in each._held():
-            if (process := runner_module.process_of(found)) is not None:
+        for runner in each._held():
+            if (process := runner_module.process_of(runner)) is not None:
                 each.drivers.kill(process)
                 while each.drivers.is_alive(process):
                     time.sleep(0.02)
@@ -69,7 +71,7 @@ def submit(store: Store, name: str = "small", **changes: object) -> None:
     store.transact(lambda c: submissions.submit(c, new, key=None, request_sha256="0" * 64))
 
 
-def found(store: Store, name: str = "small") -> Submission:
+def submission_of(store: Store, name: str = "small") -> Submission:
     return store.query(lambda c: submissions.require(c, name))
 
 
@@ -86,11 +88,11 @@ def tick_until(runner: Runner, condition: Callable[[], bool]) -> None:
 
 
 def kill_driver(store: Store, name: str = "small") -> None:
-    process = runner_module.process_of(found(store, name))
+    process = runner_module.process_of(submission_of(store, name))
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while process_start(process.pid) == process.born and time.monotonic() < deadline:
+    while process_start(process.pid) == process.process_start and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -100,12 +102,12 @@ def test_a_driver_that_dies_is_restarted_until_the_limit(
     submit(store)
     runner = make()
     for times in range(3):
-        tick_until(runner, lambda: found(store).driver_pid is not None)
-        assert (found(store).state, found(store).restarts) == ("running", times)
+        tick_until(runner, lambda: submission_of(store).driver_pid is not None)
+        assert (submission_of(store).state, submission_of(store).restarts) == ("running", times)
         kill_driver(store)
-        pid = found(store).driver_pid
-        tick_until(runner, lambda p=pid: found(store).driver_pid != p)  # type: ignore[misc]
-    last = found(store)
+        pid = submission_of(store).driver_pid
+        tick_until(runner, lambda p=pid: submission_of(store).driver_pid != p)  # type: ignore[misc]
+    last = submission_of(store)
     assert (last.state, last.restarts, last.runner) == ("failed", 2, None)
     assert last.reason is not None
     assert last.reason.startswith("its driver was killed, 3 times in all; `resume` starts it again")
@@ -113,7 +115,7 @@ def test_a_driver_that_dies_is_restarted_until_the_limit(
         "submitted", "started", "restarted", "started", "restarted", "started", "failed",
     ]  # fmt: skip
     store.transact(lambda c: submissions.resume(c, "small", "ann"))
-    assert found(store).restarts == 0
+    assert submission_of(store).restarts == 0
 
 
 def test_a_restart_waits_longer_each_time(
@@ -134,11 +136,26 @@ def test_a_space_that_is_not_valid_fails_at_once_with_the_reason(
 ) -> None:
     submit(store, space_text=SMALL.replace("kind: dense", "kind: dens"))
     runner = make()
-    tick_until(runner, lambda: found(store).state == "failed")
-    assert found(store).restarts == 0
-    reason = found(store).reason
+    tick_until(runner, lambda: submission_of(store).state == "failed")
+    assert submission_of(store).restarts == 0
+    reason = submission_of(store).reason
     assert reason is not None
     assert "small.yaml:8:19: architecture.blocks.0.ffn.kind: no ffn of kind 'dens'" in reason
+
+
+def test_a_study_whose_name_is_no_folder_name_is_driven(
+    store: Store, settings: ServerSettings, make: Callable[[], Runner]
+) -> None:
+    """Earlier versions renamed submitted studies to any text."""
+    submit(store)
+    name = "../small / second"
+    renamed = {"study": name, "overrides": [f"name={json.dumps(name)}"]}
+    store.transact(lambda c: c.execute(update(tables.submission).values(renamed)))
+    runner = make()
+    tick_until(runner, lambda: submission_of(store, name).state == "finished")
+    assert [study.name for study in store.studies()] == [name]
+    (folder,) = settings.work_dir.iterdir()
+    assert (folder / "driver.log").is_file()
 
 
 def test_two_servers_start_each_study_once(store: Store, make: Callable[[], Runner]) -> None:
@@ -148,7 +165,7 @@ def test_two_servers_start_each_study_once(store: Store, make: Callable[[], Runn
     for _ in range(3):
         first.tick()
         second.tick()
-    states = {name: found(store, name) for name in ("a", "b", "c")}
+    states = {name: submission_of(store, name) for name in ("a", "b", "c")}
     assert [states[name].state for name in "abc"] == ["running", "running", "queued"]
     assert {states["a"].runner, states["b"].runner} == {first.id, second.id}
     assert states["a"].driver_pid != states["b"].driver_pid
@@ -162,14 +179,14 @@ def test_a_study_is_paused_resumed_extended_and_finished(
     runner = make()
     tick_until(runner, lambda: "trial_finished" in kinds(store))
     store.transact(lambda c: submissions.pause(c, "small", "ann"))
-    tick_until(runner, lambda: found(store).runner is None)
-    assert found(store).state == "paused"
-    assert found(store).restarts == 0
+    tick_until(runner, lambda: submission_of(store).runner is None)
+    assert submission_of(store).state == "paused"
+    assert submission_of(store).restarts == 0
     runner.tick()
-    assert found(store).driver_pid is None
+    assert submission_of(store).driver_pid is None
     store.transact(lambda c: submissions.resume(c, "small", "ann"))
     store.transact(lambda c: submissions.extend(c, "small", "ann", 3))
-    tick_until(runner, lambda: found(store).state == "finished")
+    tick_until(runner, lambda: submission_of(store).state == "finished")
     complete = [e for e in store.evaluations("small") if not e.is_copy]
     assert len(complete) == 3
     # Each evaluation of the database is one event, in the order in which they were recorded.
@@ -187,16 +204,16 @@ def test_a_driver_on_another_host_ends_by_itself(
     submit(store, space_text=text, trials=500)
     runner = make()
     tick_until(runner, lambda: "trial_finished" in kinds(store))
-    submission = found(store)
+    submission = submission_of(store)
     process = runner_module.process_of(submission)
     assert process is not None
-    elsewhere = ("another host", process.pid, process.born)
+    elsewhere = ("another host", process.pid, process.process_start)
     store.transact(lambda c: submissions.set_driver(c, "small", *elsewhere))
     monkeypatch.setattr(runner.drivers, "interrupt", lambda _: pytest.fail("signalled"))
     change = submissions.pause if state == "paused" else submissions.cancel
     store.transact(lambda c: change(c, "small", "ann"))
-    tick_until(runner, lambda: found(store).runner is None)
-    assert found(store).state == state
+    tick_until(runner, lambda: submission_of(store).runner is None)
+    assert submission_of(store).state == state
     deadline = time.monotonic() + 10
     while runner.drivers.is_alive(process):
         assert time.monotonic() < deadline

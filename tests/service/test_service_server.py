@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -41,6 +42,48 @@ def wait(condition: Callable[[], bool]) -> None:
 
 def state(api: httpx.Client, name: str = "small") -> Any:
     return api.get(f"/v1/studies/{name}").json()["state"]
+
+
+def test_the_studies_of_a_server_are_logged_where_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tool in ("tensorboard", "mlflow"):
+        pytest.importorskip(tool, reason=f"the extra moenas[{tool}] is not installed")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    text, password = token(tmp_path), "Tr0ub4dor"
+    logs = ["--log", "tensorboard:board", "--log", f"mlflow:http://ann:{password}@127.0.0.1:9"]
+    commands: set[str] = set()
+
+    def is_finished() -> bool:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().replace(b"\0", b" ").decode()
+                commands.add(words if "driver_process" in words else "")
+        assert state(api) != "failed"
+        return bool(state(api) == "finished")
+
+    with moenas_serve(tmp_path, *logs) as (_, address), client(address, text) as api:
+        assert api.post("/v1/studies", json={"space": TINY_SPACE}).status_code == 201
+        wait(is_finished)
+        assert (tmp_path / "board" / "small" / "trial-0").is_dir()
+        log = (tmp_path / "moenas_service" / "small" / "driver.log").read_text()
+        assert "the logger of MLflow fails" in log
+        assert "http://ann:***@127.0.0.1:9" in log
+        seen = [api.get(f"/v1/studies/small{part}").text for part in ("", "/events?follow=false")]
+    assert any("--workers inline" in words for words in commands)
+    assert not any(password in told for told in (*commands, *seen))
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or password.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("log", ["tensorbord", "mlflow:"])
+def test_a_server_refuses_a_logger_that_cannot_be(tmp_path: Path, log: str) -> None:
+    command = [sys.executable, "-m", "moenas", "serve", "--port", "0", "--log", log]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert f"--log {log}: " in done.stderr
 
 
 def test_a_driver_survives_its_server_and_is_found_again(tmp_path: Path) -> None:
@@ -137,7 +180,7 @@ def certificate(folder: Path) -> None:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    found = (
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -150,7 +193,7 @@ def certificate(folder: Path) -> None:
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
-    (folder / "cert.pem").write_bytes(found.public_bytes(pem))
+    (folder / "cert.pem").write_bytes(signed.public_bytes(pem))
     (folder / "key.pem").write_bytes(
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )

@@ -27,8 +27,8 @@ NAME = "/v1/studies/made_up"
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("routes")
     stored_studies.shelve(folder, VIEW)
-    with served(folder, requests_per_s=1e6, burst=10**6) as found:
-        yield found
+    with served(folder, requests_per_s=1e6, burst=10**6) as server:
+        yield server
 
 
 @pytest.fixture
@@ -43,28 +43,28 @@ def get(one: Served, path: str) -> Any:
 
 
 def test_a_study_is_what_the_store_says(one: Served, store: Store) -> None:
-    found = get(one, NAME)
-    assert (found["state"], found["submitted"], found["user"]) == ("stopped", False, None)
-    assert found["evaluations"] == store.count("made_up") == 15
-    assert found["progress"]["complete"] == 12
-    assert found["progress"]["failures"] == {"diverged": 2}
-    assert found["progress"]["front"] == len(VIEW.front)
-    assert [o["name"] for o in found["objectives"]] == list(VIEW.study.directions)
-    assert found["last_event"] == store.query(study_events.newest)["made_up"]
+    answer = get(one, NAME)
+    assert (answer["state"], answer["submitted"], answer["user"]) == ("stopped", False, None)
+    assert answer["evaluations"] == store.count("made_up") == 15
+    assert answer["progress"]["complete"] == 12
+    assert answer["progress"]["failures"] == {"diverged": 2}
+    assert answer["progress"]["front"] == len(VIEW.front)
+    assert [o["name"] for o in answer["objectives"]] == list(VIEW.study.directions)
+    assert answer["last_event"] == store.query(study_events.newest)["made_up"]
 
 
 def test_the_front_is_that_of_the_store_in_json_and_csv(one: Served, store: Store) -> None:
-    found = get(one, f"{NAME}/front")
-    assert [m["trial"] for m in found["members"]] == store.front("made_up")
+    answer = get(one, f"{NAME}/front")
+    assert [m["trial"] for m in answer["members"]] == store.front("made_up")
     by_trial = {e.trial: e for e in VIEW.evaluations}
-    for member in found["members"]:
+    for member in answer["members"]:
         assert member["values"] == by_trial[member["trial"]].values
         assert member["architecture"] == VIEW.architectures[member["trial"]]
     text = one.send("GET", f"{NAME}/front?format=csv", "viewer")
     assert text.headers["content-type"].startswith("text/csv")
     rows = list(csv.DictReader(io.StringIO(text.text)))
     assert [int(row["trial"]) for row in rows] == store.front("made_up")
-    assert float(rows[0]["val_loss"]) == found["members"][0]["values"]["val_loss"]
+    assert float(rows[0]["val_loss"]) == answer["members"][0]["values"]["val_loss"]
 
 
 def test_the_history_ends_at_the_front(one: Served, store: Store) -> None:
@@ -114,14 +114,14 @@ def test_what_is_not_there_is_a_problem(one: Served) -> None:
 
 def events(text: str) -> list[dict[str, Any]]:
     """Read server-sent events, as the HTML standard has them."""
-    found = []
+    parsed = []
     for block in text.split("\n\n"):
         fields = dict(line.partition(": ")[::2] for line in block.splitlines() if line[0] != ":")
         if "data" in fields:
             data = json.loads(fields["data"])
             assert (fields["id"], fields["event"]) == (str(data["id"]), data["kind"])
-            found.append(data)
-    return found
+            parsed.append(data)
+    return parsed
 
 
 def test_events_resume_after_the_last_id(one: Served, store: Store) -> None:
@@ -146,8 +146,8 @@ def test_more_events_than_one_query_reads(one: Served, store: Store, tmp_path: P
             study_events.append(connection, "long", "tick", {"i": i})
 
     store.transact(add)
-    found = events(one.send("GET", "/v1/studies/long/events?follow=false", "viewer").text)
-    assert [event["data"].get("i") for event in found] == [None, *range(1100)]
+    parsed = events(one.send("GET", "/v1/studies/long/events?follow=false", "viewer").text)
+    assert [event["data"].get("i") for event in parsed] == [None, *range(1100)]
 
 
 def test_the_list_has_pages_and_filters(one: Served) -> None:
@@ -176,11 +176,11 @@ def test_metrics_are_in_the_form_of_prometheus(one: Served) -> None:
 
     response = one.send("GET", "/metrics", "viewer")
     assert response.headers["content-type"].startswith("text/plain")
-    found = {family.name: family for family in text_string_to_metric_families(response.text)}
-    states = {s.labels["state"]: s.value for s in found["moenas_studies"].samples}
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    states = {s.labels["state"]: s.value for s in families["moenas_studies"].samples}
     assert states["queued"] == 0.0
     assert set(states) >= {"running", "failed", "finished"}
-    assert found["moenas_drivers_limit"].samples[0].value == 1.0
+    assert families["moenas_drivers_limit"].samples[0].value == 1.0
 
 
 def test_health_says_nothing_of_the_server(one: Served) -> None:

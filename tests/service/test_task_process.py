@@ -16,9 +16,9 @@ from moenas.service.task_process import TaskLostError, TaskProcess, TaskTimeoutE
 
 @pytest.fixture
 def process() -> Iterator[TaskProcess]:
-    found = TaskProcess("tests")
-    yield found
-    found.close()
+    started = TaskProcess("tests")
+    yield started
+    started.close()
 
 
 def fail() -> None:

@@ -26,8 +26,8 @@ objectives: [active_params]
 
 
 def test_a_field_without_effect_is_named_with_its_place() -> None:
-    found = without_effect(Space.parse(TEXT, "s.yaml").tree)
-    assert [line.partition(": has no effect")[0] for line in found] == [
+    effects = without_effect(Space.parse(TEXT, "s.yaml").tree)
+    assert [line.partition(": has no effect")[0] for line in effects] == [
         "s.yaml:4:18: architecture.max_positions",
         "s.yaml:7:70: architecture.blocks.0.mixer.attn_scale",
         "s.yaml:12:22: architecture.blocks.0.ffn.shared_gate",

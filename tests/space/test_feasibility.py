@@ -24,17 +24,17 @@ objectives: [total_params]
 
 def test_the_binding_requirement_is_the_one_whose_removal_gives_most_draws() -> None:
     space = Space.parse(TEXT)
-    found = binding(space, 200)
-    assert found is not None
-    assert found.text == "params < 60e3"
+    report = binding(space, 200)
+    assert report is not None
+    assert report.text == "params < 60e3"
     drawn = [space.drawn(RandomSuggest(seed)) for seed in range(200)]
     broken = [{t for t, by in space.violations(one).items() if by > 0} for one in drawn]
     freed = {r.text: sum(b == {r.text} for b in broken) for r in space.requirements}
-    assert found.alone == freed[found.text] == max(freed.values())
-    amounts = [space.violations(one)[found.text] for one in drawn]
-    assert not found.hint
-    assert found.breaking == sum(amount > 0 for amount in amounts)
-    assert found.nearest == min(amount for amount in amounts if amount > 0)
+    assert report.alone == freed[report.text] == max(freed.values())
+    amounts = [space.violations(one)[report.text] for one in drawn]
+    assert not report.hint
+    assert report.breaking == sum(amount > 0 for amount in amounts)
+    assert report.nearest == min(amount for amount in amounts if amount > 0)
 
 
 def test_check_names_it_where_nearly_all_draws_are_infeasible() -> None:
@@ -53,10 +53,10 @@ def test_check_names_it_where_nearly_all_draws_are_infeasible() -> None:
 def test_check_names_the_fit_and_its_nearest_width() -> None:
     text = TEXT.replace("{int: [16, 512], step: 16}", "{fit: {params: 60_000, within: 0.001}}")
     space = Space.parse(text.replace("params < 60e3, ", ""))
-    found = binding(space, 200)
-    assert found is not None
-    assert found.text == "fit: params = 60,000 within 0.1%"
-    assert re.fullmatch(r"the nearest width, \d+, gives [\d,]+ \(arch.*d_ff\)", found.hint)
+    report = binding(space, 200)
+    assert report is not None
+    assert report.text == "fit: params = 60,000 within 0.1%"
+    assert re.fullmatch(r"the nearest width, \d+, gives [\d,]+ \(arch.*d_ff\)", report.hint)
 
 
 def test_without_a_broken_requirement_none_binds() -> None:

@@ -107,11 +107,11 @@ def test_a_fit_is_no_hole_and_the_draw_holds_a_plain_number() -> None:
 
 def test_points_and_mutations_meet_the_target() -> None:
     one = space("active_params: 100_000, within: 0.05")
-    first = next(found for seed in range(100) if (found := point(one, seed)) is not None)
+    first = next(mutated for seed in range(100) if (mutated := point(one, seed)) is not None)
     for seed in range(20):
-        found = neighbour(one, first.params, seed)
-        if found is not None:
-            assert abs(one.cost(found.architecture).active_params - 100_000) <= 5_000
+        mutated = neighbour(one, first.params, seed)
+        if mutated is not None:
+            assert abs(one.cost(mutated.architecture).active_params - 100_000) <= 5_000
 
 
 def test_an_unreachable_target_names_the_nearest_width_and_its_cost() -> None:

@@ -15,12 +15,12 @@ from moenas.space.space import Space
 
 @pytest.mark.parametrize("start", range(0, 240, 60))
 def test_a_faulty_file_gives_a_space_or_an_error_of_the_user(start: int) -> None:
-    found = [outcome(mutated(seed)) for seed in range(start, start + 60)]
-    said = [text for text, _, _ in found]
+    outcomes = [outcome(mutated(seed)) for seed in range(start, start + 60)]
+    said = [text for text, _, _ in outcomes]
     assert any(text.startswith("True") for text in said)
     assert any("fuzz.yaml:" in text for text in said)
-    assert max(took for _, took, _ in found) < 10  # under 2 s on a machine of its own
-    assert max(peak for _, _, peak in found) < 4 * 2**30
+    assert max(took for _, took, _ in outcomes) < 10  # under 2 s on a machine of its own
+    assert max(peak for _, _, peak in outcomes) < 4 * 2**30
 
 
 def test_equal_seeds_give_equal_texts() -> None:

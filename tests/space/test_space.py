@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from moenas import resources
 from moenas.errors import InputError, NotFoundError, SpaceError
 from moenas.grammar import sampling
-from moenas.grammar.requirements import TRAINED
+from moenas.grammar.requirements import LATENCIES, TRAINED, parse_requirement
 from moenas.model.architecture import Architecture
+from moenas.resources import NOWHERE
 from moenas.space.section_reading import known_names
-from moenas.space.space import Space, digest, file_schema
+from moenas.space.space import Space, file_schema
+from moenas.space.stored_form import digest
 
 SMALL = """\
 architecture:
@@ -99,12 +101,48 @@ def test_requirements_of_the_trained_model_wait_for_its_routing() -> None:
     assert list(space.violations(moe)) == ["top_k <= n_experts"]
     even = {"max_vio": 0.2, "dead": 0, "dropped": 0.0}
     rows = [{"layer": 0, **even}, {"layer": 1, **even, "max_vio": 3.0, "dead": experts}]
-    assert {t for t, v in space.trained_violations(moe, rows).items() if v > 0} == set(limits[:2])
-    assert set(space.trained_violations(moe, rows)) == set(limits)
-    assert max(space.trained_violations(moe, rows[:1]).values()) <= 0
-    assert space.trained_violations(moe, rows)["max_vio < 1"] == pytest.approx(2 / 3)
+    assert {t for t, v in space.trained_violations(moe, rows, {}).items() if v > 0} == set(
+        limits[:2]
+    )
+    assert set(space.trained_violations(moe, rows, {})) == set(limits)
+    assert max(space.trained_violations(moe, rows[:1], {}).values()) <= 0
+    assert space.trained_violations(moe, rows, {})["max_vio < 1"] == pytest.approx(2 / 3)
     dense = next(_drawn(space, "dense"))
-    assert set(space.trained_violations(dense, []).values()) == {0.0}
+    assert set(space.trained_violations(dense, [], {}).values()) == {0.0}
+
+
+def test_a_requirement_on_a_latency_waits_for_its_measured_value() -> None:
+    text = SMALL.replace("[val_loss, flops_per_token]", "[val_loss, decode_ms]")
+    space = parse(text.replace("[top_k <= n_experts]", "[decode_ms < 5, top_k <= n_experts]"))
+    dense = next(_drawn(space, "dense"))
+    assert list(space.violations(dense)) == ["top_k <= n_experts"]
+    assert space.trained_violations(dense, [], {"decode_ms": 4.0})["decode_ms < 5"] == -0.2
+    assert space.trained_violations(dense, [], {"decode_ms": 10.0})["decode_ms < 5"] == 0.5
+    for objectives in ("[val_loss, flops_per_token]", "[val_loss, prefill_ms]"):
+        without = SMALL.replace("[val_loss, flops_per_token]", objectives)
+        message = r"space\.yaml:14:11: require: 'decode_ms < 5' .* add decode_ms to the objectives"
+        with pytest.raises(SpaceError, match=message):
+            parse(without.replace("[top_k <= n_experts]", "[decode_ms < 5]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("decode_ms < 5", "decode_ms"),
+        ("3 * n_layers >= prefill_ms", "prefill_ms"),
+        ("decode_ms == 5", None),
+        ("abs(decode_ms - 3) > 1", None),
+        ("decode_ms < prefill_ms", None),
+        ("decode_ms < 2 * decode_ms - 3", None),
+        ("1 < decode_ms < 5", None),
+        ("decode_ms < 5 or n_layers < 2", None),
+        ("decode_ms < 5 * max_vio", None),
+        ("n_layers < 2", None),
+    ],
+)
+def test_only_a_plain_bound_of_one_latency_is_one(text: str, name: str | None) -> None:
+    known = known_names() | {*TRAINED, *LATENCIES}
+    assert parse_requirement(text, NOWHERE, known).bounded_latency == name
 
 
 def _drawn(space: Space, kind: str) -> Iterator[Architecture]:
@@ -116,7 +154,7 @@ def _drawn(space: Space, kind: str) -> Iterator[Architecture]:
 
 
 def test_names_of_the_routing_are_no_fields() -> None:
-    assert not known_names() & set(TRAINED)
+    assert not known_names() & {*TRAINED, *LATENCIES}
 
 
 def test_a_requirement_of_the_trained_model_needs_an_objective_that_trains() -> None:

@@ -201,8 +201,8 @@ NAMED = [path.stem for path in sorted(ZOO.iterdir()) if "\nlayers:\n" in path.re
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_layers_do_not_change_a_fingerprint(name: str) -> None:
-    found = resources.read_yaml(ZOO / f"{name}.yaml").plain
-    plain = written_out(found["architecture"], found["layers"])
+    written = resources.read_yaml(ZOO / f"{name}.yaml").plain
+    plain = written_out(written["architecture"], written["layers"])
     assert Architecture.parse(plain).fingerprint == architecture(name).fingerprint
 
 

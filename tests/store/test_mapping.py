@@ -24,13 +24,13 @@ def stored(tmp_path: Path, evaluation):
 def test_long_texts_of_a_failure_are_cut_and_so_said(tmp_path: Path) -> None:
     failure = Failure("error", "m" * 50_000_000, "t" * 9_000_000 + "END")
     store = stored(tmp_path, replace(an_evaluation(0, status="failed"), failure=failure))
-    found = store.evaluation("x", 0).failure
-    assert found.message.startswith("mmm")
-    assert found.message.endswith("... cut (50,000,000 characters)")
-    assert len(found.message) < mapping.MESSAGE + 100
-    assert found.traceback.startswith("(9,000,003 characters) ... cut\nt")
-    assert found.traceback.endswith("tEND")
-    assert len(found.traceback) < mapping.TRACEBACK + 100
+    kept = store.evaluation("x", 0).failure
+    assert kept.message.startswith("mmm")
+    assert kept.message.endswith("... cut (50,000,000 characters)")
+    assert len(kept.message) < mapping.MESSAGE + 100
+    assert kept.traceback.startswith("(9,000,003 characters) ... cut\nt")
+    assert kept.traceback.endswith("tEND")
+    assert len(kept.traceback) < mapping.TRACEBACK + 100
     assert (tmp_path / "moenas.db").stat().st_size < 1_000_000
     assert store.summary("x").failures == {"error": 1}
 
@@ -39,17 +39,17 @@ def test_long_details_keep_what_is_short(tmp_path: Path) -> None:
     details = {"ratio": 1.5, "text": "x" * 30_000_000, "spread": 0.1, "rows": list(range(99_999))}
     values = {"val_loss": 1.0, "speed": 2.0}
     known = replace(an_evaluation(0, values), measurements={"speed": details})
-    found = stored(tmp_path, known).evaluation("x", 0).measurements["speed"]
-    assert (found["ratio"], found["spread"]) == (1.5, 0.1)
-    assert found["cut"].endswith("characters of details... cut")
-    assert found["text"].endswith("... cut")
-    assert len(json.dumps(found)) <= mapping.DETAILS
+    kept = stored(tmp_path, known).evaluation("x", 0).measurements["speed"]
+    assert (kept["ratio"], kept["spread"]) == (1.5, 0.1)
+    assert kept["cut"].endswith("characters of details... cut")
+    assert kept["text"].endswith("... cut")
+    assert len(json.dumps(kept)) <= mapping.DETAILS
 
 
 def test_details_of_many_entries_stay_within_the_bound() -> None:
-    found = mapping.details({f"key{i}": "y" * 500 for i in range(10_000)})
-    assert "cut" in found
-    assert len(json.dumps(found)) <= mapping.DETAILS
+    details = mapping.details({f"key{i}": "y" * 500 for i in range(10_000)})
+    assert "cut" in details
+    assert len(json.dumps(details)) <= mapping.DETAILS
     assert mapping.details({"n": 3}) == {"n": 3}
 
 
@@ -57,10 +57,10 @@ def test_a_long_curve_keeps_its_ends(tmp_path: Path) -> None:
     curve = [{"tokens": i, "train_loss": 1.0} for i in range(25_000)]
     curve[-1]["note"] = "z" * 100_000
     known = replace(an_evaluation(0, {"val_loss": 1.0, "speed": 2.0}), curve=curve)
-    found = stored(tmp_path, known).evaluation("x", 0).curve
-    assert len(found) == mapping.CURVE_ROWS
-    assert (found[0]["tokens"], found[-1]["tokens"]) == (0, 24_999)
-    assert len(json.dumps(found[-1])) < mapping.DETAILS
+    kept = stored(tmp_path, known).evaluation("x", 0).curve
+    assert len(kept) == mapping.CURVE_ROWS
+    assert (kept[0]["tokens"], kept[-1]["tokens"]) == (0, 24_999)
+    assert len(json.dumps(kept[-1])) < mapping.DETAILS
 
 
 def test_curves_are_read_when_they_are_asked_for(tmp_path: Path) -> None:

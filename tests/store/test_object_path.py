@@ -41,9 +41,9 @@ def test_patterns_match_what_pathlib_matches(
         (root / name).write_bytes(name.encode())
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
-    found = {str(path).removeprefix(f"{root}/"): path.read_bytes() for path in root.glob(pattern)}
+    matched = {str(path).removeprefix(f"{root}/"): path.read_bytes() for path in root.glob(pattern)}
     files = [path for path in tmp_path.glob(pattern) if path.is_file()]
-    assert found == {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
+    assert matched == {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
 
 
 def test_objects_are_written_copied_renamed_and_removed(root: ObjectPath, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from studies import fake, press_ctrl_c, space
 
 from moenas.records import Job, Plain
 from moenas.report.summary import counted_studies, listed_studies, status_report, status_text
+from moenas.store import tables
 from moenas.store.store import Store
 from moenas.study.launch import Interrupted, run
 from moenas.workers.pool import Inline
@@ -37,7 +39,7 @@ def test_the_trials_that_run_and_the_pace_are_read_meanwhile() -> None:
     assert last["seconds_left"] is None
     per_hour = 3600 * 4 / last["spent"]["wall_seconds"]
     assert last["candidates_per_hour"] == pytest.approx(per_hour)
-    assert "pace of the latest run: " in status_text(last)
+    assert "latest pace: " in status_text(last)
     assert counted_studies(listed_studies(study.store))[0]["state"] == "finished"
 
 
@@ -53,6 +55,24 @@ def test_the_time_left_follows_the_pace_of_this_run_alone() -> None:
 
     assert reports[0]["candidates_per_hour"] is None, "nothing is evaluated in this run"
     assert reports[0]["seconds_left"] is None
+
+
+def test_a_run_that_evaluates_nothing_keeps_the_pace() -> None:
+    study = run(space(), trials=4, pool=Inline(fake))
+    before = status_report(study.store, "s")["candidates_per_hour"]
+    assert before > 0
+
+    for _ in range(2):
+        run(space(), trials=4, pool=Inline(fake))
+        assert status_report(study.store, "s")["candidates_per_hour"] == before
+
+    run(space(), trials=5, pool=Inline(fake))
+    after = status_report(study.store, "s")["candidates_per_hour"]
+    runs = study.store.query(
+        lambda c: c.scalars(select(tables.run.c.seconds).order_by(tables.run.c.began_at)).all()
+    )
+    assert len(runs) == 4
+    assert after == pytest.approx(3600 / runs[-1]), "one candidate, in the latest run"
 
 
 def test_a_trial_of_an_interrupted_run_does_not_run() -> None:

@@ -159,9 +159,9 @@ def test_a_commit_whose_answer_was_lost_counts_once(path: Path) -> None:
 
     def losing(call, *arguments):
         lost.armed = True
-        found = call(*arguments)
+        returned = call(*arguments)
         assert not lost.armed
-        return found
+        return returned
 
     losing(store.create_study, a_study("y"))
     assert [study.name for study in store.studies()] == ["x", "y"]
@@ -220,8 +220,8 @@ def test_a_server_that_was_restarted_is_waited_for(
         for trial in range(8):
             store.add_candidate(name, trial, f"f{trial}", {"d_model": 1}, {"params": 1})
             assert store.start_attempt(name, trial) == 1
-            found = an_evaluation(trial, {"val_loss": 1.0, "speed": trial}, study=name)
-            assert store.record(found)
+            evaluation = an_evaluation(trial, {"val_loss": 1.0, "speed": trial}, study=name)
+            assert store.record(evaluation)
             asked = study.ask()
             study.tell(asked, trial)
     finally:

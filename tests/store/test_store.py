@@ -554,9 +554,9 @@ def test_the_largest_values_leave_finite_numbers(store, value):
     store.create_study(a_study())
     for trial, values in enumerate([(1.0, 2.0), (value, -value), (-value, value), (0.0, 0.0)]):
         assert finish(store, trial, values)
-    found = [point.hypervolume for point in store.history("x")]
-    assert np.isfinite(found).all()
-    assert found == sorted(found)
+    volumes = [point.hypervolume for point in store.history("x")]
+    assert np.isfinite(volumes).all()
+    assert volumes == sorted(volumes)
 
 
 # --- the schema --------------------------------------------------------------------------------
@@ -625,8 +625,8 @@ def test_the_list_of_versions_is_that_of_the_files():
 
     config = Config()
     config.set_main_option("script_location", "moenas.store:migrations")
-    found = ScriptDirectory.from_config(config).walk_revisions()
-    assert [script.revision for script in found] == list(reversed(migrations.REVISIONS))
+    revisions = ScriptDirectory.from_config(config).walk_revisions()
+    assert [script.revision for script in revisions] == list(reversed(migrations.REVISIONS))
 
 
 @pytest.mark.parametrize("create", [False, True])
@@ -634,7 +634,7 @@ def test_a_newer_schema_is_refused(store, url, create):
     store.create_study(a_study())
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0008\)"):
+    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0010\)"):
         Store.open(url, create=create)
     assert sql(store, "SELECT version_num FROM moenas_alembic_version") == [("9999",)]
 

@@ -84,10 +84,10 @@ def test_a_user_whose_studies_ended_long_ago_comes_first(store: Store) -> None:
     runner = store.transact(runners.register)
     started = []
     for _ in range(4):
-        found = claim(store, runner)
-        assert found is not None
-        started.append(found)
-        end(store, found, runner, state="finished", reason=None)
+        claimed = claim(store, runner)
+        assert claimed is not None
+        started.append(claimed)
+        end(store, claimed, runner, state="finished", reason=None)
     assert started == ["a0", "b0", "a1", "b1"]
 
 
@@ -96,8 +96,8 @@ def test_of_servers_that_claim_at_once_each_study_goes_to_one(
 ) -> None:
     for i in range(12):
         submit(store, f"s{i}")
-    found = together(claim_submissions, database_url, 3)
-    assert sorted(name for names in found for name in names) == sorted(f"s{i}" for i in range(12))
+    claims = together(claim_submissions, database_url, 3)
+    assert sorted(name for names in claims for name in names) == sorted(f"s{i}" for i in range(12))
 
 
 def test_events_of_many_writers_have_no_gap_and_none_twice(store: Store, database_url: str) -> None:
@@ -161,7 +161,7 @@ def test_a_server_that_was_taken_over_changes_nothing(store: Store) -> None:
     # Both lives: this process is there.
     assert store.transact(lambda c: runners.take_over(c, new)) == []
     with store.engine.begin() as connection:
-        connection.execute(sqlalchemy.update(tables.runner).values(born="0", machine=""))
+        connection.execute(sqlalchemy.update(tables.runner).values(process_start="0", machine=""))
         connection.execute(sqlalchemy.update(tables.runner).values(heartbeat=0.0))
     assert store.transact(lambda c: runners.take_over(c, new)) == ["x"]
     assert not store.transact(lambda c: runners.beat(c, old))
@@ -177,7 +177,9 @@ def test_a_killed_server_is_replaced_at_once(store: Store) -> None:
     assert claim(store, old) == "x"
     with store.engine.begin() as connection:
         this = tables.runner.c.id == old
-        connection.execute(sqlalchemy.update(tables.runner).where(this).values(born="other"))
+        connection.execute(
+            sqlalchemy.update(tables.runner).where(this).values(process_start="other")
+        )
     new = store.transact(runners.register)
     assert store.transact(lambda c: runners.take_over(c, new)) == ["x"]
 
@@ -190,7 +192,7 @@ def test_pages_hold_each_study_once(store: Store) -> None:
     after = None
     while True:
         page = store.query(lambda c, a=after: submissions.page(c, StudyFilter(), after=a, limit=3))
-        seen += [found.study for found in page]
+        seen += [row.study for row in page]
         if len(page) < 3:
             break
         after = (page[-1].created_at, page[-1].study)

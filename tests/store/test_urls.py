@@ -7,8 +7,9 @@ import sqlalchemy
 
 from moenas.cli.options import command_line, without_password
 from moenas.errors import StorageError
+from moenas.passwords import hide
 from moenas.store.store import Store
-from moenas.store.urls import clean, shown, storage_url
+from moenas.store.urls import shown, storage_url
 
 PARTS = [
     "s3cr3t",
@@ -63,7 +64,7 @@ def test_what_is_not_secret_is_shown() -> None:
 
 def test_texts_of_other_programs_are_cleaned() -> None:
     storage_url("postgresql://bob:Tr0ub%40dor@h/db")
-    assert clean("cannot connect as bob with Tr0ub@dor or Tr0ub%40dor") == (
+    assert hide("cannot connect as bob with Tr0ub@dor or Tr0ub%40dor") == (
         "cannot connect as bob with *** or ***"
     )
 

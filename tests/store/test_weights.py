@@ -32,9 +32,9 @@ HOSTILE = ["", "..", ".", "/etc/passwd", "a/../../b", "\x00", "a\nb", "CON", "x"
 def test_no_name_leaves_the_folder(tmp_path: Path, study: str) -> None:
     runs = tmp_path / "runs"
     digest = write_weights(runs, study, 3, b"data")
-    found = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert found == [weights_path(runs, study, 3)]
-    assert found[0].relative_to(runs).parts[1:] == ("3", "model.safetensors")
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert files == [weights_path(runs, study, 3)]
+    assert files[0].relative_to(runs).parts[1:] == ("3", "model.safetensors")
     assert read_weights(runs, study, 3, digest) == b"data"
 
 

@@ -41,21 +41,21 @@ def members() -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def write(found: dict[str, bytes]) -> None:
+def write(files: dict[str, bytes]) -> None:
     """Write members as they are."""
     with zipfile.ZipFile(FILE, "w") as archive:
-        for name, data in found.items():
+        for name, data in files.items():
             archive.writestr(name, data)
 
 
-def write_signed(found: dict[str, bytes], **manifest: Any) -> None:
+def write_signed(files: dict[str, bytes], **manifest: Any) -> None:
     """Write members with a manifest that fits them."""
-    said = json.loads(found.pop("manifest.json")) | manifest
+    said = json.loads(files.pop("manifest.json")) | manifest
     said["members"] = {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in found.items()
+        for name, data in files.items()
     }
-    write(found | {"manifest.json": json.dumps(said).encode()})
+    write(files | {"manifest.json": json.dumps(said).encode()})
 
 
 def test_a_packed_study_comes_back_bit_for_bit(source: Store, database_url: str) -> None:
@@ -72,17 +72,17 @@ def test_a_packed_study_comes_back_bit_for_bit(source: Store, database_url: str)
 
 
 def test_the_members_are_readable_without_moenas(source: Store) -> None:
-    found = members()
-    manifest = json.loads(found.pop("manifest.json"))
+    files = members()
+    manifest = json.loads(files.pop("manifest.json"))
     assert (manifest["format"], manifest["version"], manifest["study"]) == ("moenas-study", 1, "s")
     assert manifest["corpus"]["sha256"] == source.study("s").data["sha256"]
-    for name, data in found.items():
+    for name, data in files.items():
         assert manifest["members"].pop(name)["sha256"] == hashlib.sha256(data).hexdigest()
     assert not manifest["members"]
-    assert yaml.safe_load(found["space.yaml"])["name"] == "s"
-    weights = {name: data for name, data in found.items() if name.startswith("weights/")}
+    assert yaml.safe_load(files["space.yaml"])["name"] == "s"
+    weights = {name: data for name, data in files.items() if name.startswith("weights/")}
     assert set(weights.values()) == set(files_of(source, "s").values())
-    rows = found["rows/moenas_evaluation.jsonl"].decode().splitlines()
+    rows = files["rows/moenas_evaluation.jsonl"].decode().splitlines()
     assert len(rows) == source.count("s")
 
 
@@ -111,12 +111,12 @@ def _edited(table: str, change: Callable[[dict[str, Any]], object]) -> Callable[
     """Return what changes the first row of a table, with digests that fit."""
 
     def edit() -> None:
-        found, name = members(), f"rows/{table}.jsonl"
-        first, *rest = found[name].decode().splitlines()
+        files, name = members(), f"rows/{table}.jsonl"
+        first, *rest = files[name].decode().splitlines()
         row = json.loads(first)
         change(row)
-        found[name] = "\n".join([json.dumps(row), *rest]).encode()
-        write_signed(found)
+        files[name] = "\n".join([json.dumps(row), *rest]).encode()
+        write_signed(files)
 
     return edit
 
@@ -192,6 +192,14 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "half of a surrogate pair",
     ),
     "a space that is none": (_edited("moenas_study", lambda r: r.update(space=5)), "is no JSON"),
+    "a space that is a list": (
+        _edited("moenas_study", lambda r: r.update(space=[])),
+        "'space' is no object",
+    ),
+    "a section that is a list": (
+        _edited("moenas_study", lambda r: r["space"].update(search=[])),
+        r"'space\.search' is no object",
+    ),
 }
 
 

@@ -43,17 +43,17 @@ def trained(job: Job, tokens: int = TOKENS) -> Evaluation:
     return dataclasses.replace(fake(job)[0], curve=curve)
 
 
-def flops_of(found: Study) -> float:
+def flops_of(study: Study) -> float:
     """Three times the forward operations of the tokens of each trained candidate, by hand."""
     return sum(
         3 * e.cost["flops_per_token"] * e.curve[-1]["tokens"]
-        for e in found.view.evaluations
+        for e in study.view.evaluations
         if e.curve and not e.is_copy
     )
 
 
-def ended(found: Study) -> tuple[str, str]:
-    report = status_report(found.store, found.name)
+def ended(study: Study) -> tuple[str, str]:
+    report = status_report(study.store, study.name)
     return report["ended"], status_text(report).splitlines()[0]
 
 
@@ -82,10 +82,10 @@ def test_training_tokens_end_a_study_and_more_of_them_take_it_on() -> None:
     assert params(whole)[:8] == params(more)[:8], "a stop changes no proposal"
 
 
-def assert_sound_at(found: Study, evaluated: int) -> None:
+def assert_sound_at(study: Study, evaluated: int) -> None:
     """The stores agree, though the study stopped before its total."""
-    found.store.set_trials(found.name, evaluated)
-    assert_sound(found, evaluated)
+    study.store.set_trials(study.name, evaluated)
+    assert_sound(study, evaluated)
 
 
 def test_operations_of_failed_candidates_count_and_those_of_copies_do_not() -> None:

@@ -40,18 +40,18 @@ def of_tokens(tokens: int) -> Space:
     return Space.parse(text, "s.yaml")
 
 
-def evaluated(found: Study) -> int:
-    return sum(map(counts, found.view.evaluations))
+def evaluated(study: Study) -> int:
+    return sum(map(counts, study.view.evaluations))
 
 
-def assert_whole(found: Study) -> None:
+def assert_whole(study: Study) -> None:
     """Every rung was trained once, all rows agree, and nothing is left over."""
-    found.store.set_trials(found.name, evaluated(found))
-    assert_sound(found, evaluated(found))
+    study.store.set_trials(study.name, evaluated(study))
+    assert_sound(study, evaluated(study))
     assert set(trained().values()) == {1}
-    assert not rung_rows.pauses(found.store, found.name)
-    assert doctor.examine(found.store, found.name) == []
-    assert_no_leftovers(found)
+    assert not rung_rows.pauses(study.store, study.name)
+    assert doctor.examine(study.store, study.name) == []
+    assert_no_leftovers(study)
 
 
 def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(

@@ -43,10 +43,10 @@ def study(url: str, jobs: list[Job]) -> Study:
 
 
 def areas(study: Study) -> dict[str, int]:
-    found: dict[str, int] = {}
+    problems: dict[str, int] = {}
     for finding in doctor.examine(study.store, study.name):
-        found[finding.area] = found.get(finding.area, 0) + 1
-    return found
+        problems[finding.area] = problems.get(finding.area, 0) + 1
+    return problems
 
 
 def change(study: Study, *statements: str) -> None:
@@ -141,20 +141,20 @@ def test_a_result_that_was_not_committed_keeps_its_weights(
 ) -> None:
     record = Store.record
 
-    def lost(self: Store, found: Evaluation) -> bool:
-        if found.trial == 3:
+    def lost(self: Store, evaluation: Evaluation) -> bool:
+        if evaluation.trial == 3:
             raise StorageLostError("the server is gone")
-        return record(self, found)
+        return record(self, evaluation)
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "record", lost)
         with pytest.raises(StorageLostError):
             run(space(), trials=4, workers="inline")
     store = Store.open()
-    found = doctor.examine(store, "s")
-    assert [(f.area, f.trial, f.repair) for f in found] == [("files", 3, "record it")]
-    assert doctor.examine(store, "s") == found, "to examine changes nothing"
-    doctor.repair(store, "s", found)
+    problems = doctor.examine(store, "s")
+    assert [(f.area, f.trial, f.repair) for f in problems] == [("files", 3, "record it")]
+    assert doctor.examine(store, "s") == problems, "to examine changes nothing"
+    doctor.repair(store, "s", problems)
     assert doctor.examine(store, "s") == []
     assert_sound(run(space(), trials=4, workers="inline"), 4)
     assert len(jobs) == 4

@@ -43,9 +43,9 @@ PUBLISH = DashboardPublisher.publish
 pytestmark = pytest.mark.usefixtures("study_folder")
 
 
-def kinds(found: Study) -> dict[int, str]:
+def kinds(study: Study) -> dict[int, str]:
     """Trial -> kind of failure."""
-    return {e.trial: e.failure.kind for e in found.view.evaluations if e.failure}
+    return {e.trial: e.failure.kind for e in study.view.evaluations if e.failure}
 
 
 def test_a_whole_number_that_was_enqueued_as_a_float_is_one_point(jobs: list[Job]) -> None:
@@ -183,18 +183,18 @@ def test_an_enqueued_point_with_unknown_names_is_evaluated(jobs: list[Job]) -> N
 
 def poisoned(change: Callable[[Evaluation], Evaluation]) -> Callable[[Job], Evaluation]:
     def script(job: Job) -> Evaluation:
-        found = fake(job)[0]
-        return change(found) if job.trial == 1 else found
+        evaluation = fake(job)[0]
+        return change(evaluation) if job.trial == 1 else evaluation
 
     return script
 
 
-def measured(found: Evaluation, details: Any) -> Evaluation:
-    return dataclasses.replace(found, measurements={"val_loss": details})
+def measured(evaluation: Evaluation, details: Any) -> Evaluation:
+    return dataclasses.replace(evaluation, measurements={"val_loss": details})
 
 
-def valued(found: Evaluation, value: Any) -> Evaluation:
-    return dataclasses.replace(found, values={**found.values, "val_loss": value})
+def valued(evaluation: Evaluation, value: Any) -> Evaluation:
+    return dataclasses.replace(evaluation, values={**evaluation.values, "val_loss": value})
 
 
 @pytest.mark.parametrize(
@@ -248,9 +248,9 @@ def test_a_trial_that_another_program_tells_keeps_our_values(state: TrialState) 
 
     pool = scripted(during(2, tell))
     events: list[Event] = []
-    found = run(space(), trials=5, pool=pool, listeners=[events.append])
-    assert_sound(found, 5)
-    assert kinds(found) == {}
+    finished = run(space(), trials=5, pool=pool, listeners=[events.append])
+    assert_sound(finished, 5)
+    assert kinds(finished) == {}
     assert [e.trial for e in events if e.kind == "warning"] == [2]
 
 
@@ -402,7 +402,7 @@ def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
         if timeout == 0.0:
             return []
         done = [Failure("error", "no module 'x'")] * 5 + [fake(pool.jobs[5])[0]]
-        return [Result(job, found) for job, found in zip(pool.jobs, done, strict=True)]
+        return [Result(job, outcome) for job, outcome in zip(pool.jobs, done, strict=True)]
 
     monkeypatch.setattr(pool, "wait", wait)
     with pytest.raises(StudyStoppedError):
@@ -414,7 +414,7 @@ def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
 def test_a_part_that_counts_no_cost_fails_its_candidate(
     monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
-    cost, calls = Space.cost, []
+    cost, calls = Space.training_cost, []
 
     def broken(self: Space, architecture: Architecture) -> Cost:
         calls.append(architecture)
@@ -422,7 +422,7 @@ def test_a_part_that_counts_no_cost_fails_its_candidate(
             raise PartError("mine.py:3: SystemExit: 0")
         return cost(self, architecture)
 
-    monkeypatch.setattr(Space, "cost", broken)
+    monkeypatch.setattr(Space, "training_cost", broken)
     study = run(space(), trials=6, workers="inline")
     assert list(kinds(study).values()) == ["error"]
     assert_sound(study, 6)
@@ -517,20 +517,20 @@ def test_a_result_that_could_not_be_committed_is_not_evaluated_again(
 ) -> None:
     record = Store.record
 
-    def lost(self: Store, found: Evaluation) -> bool:
-        if found.trial == 3:
+    def lost(self: Store, evaluation: Evaluation) -> bool:
+        if evaluation.trial == 3:
             raise StorageLostError("the server is gone")
-        return record(self, found)
+        return record(self, evaluation)
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "record", lost)
         with pytest.raises(StorageLostError):
             run(space(), trials=6, workers="inline")
-    found = run(space(), trials=6, workers="inline")
-    assert_sound(found, 6)
+    resumed = run(space(), trials=6, workers="inline")
+    assert_sound(resumed, 6)
     assert [job.trial for job in jobs].count(3) == 1
-    assert found.evaluation(3).weights_sha256 is not None
-    assert not list(found.store.runs.rglob("*uncommitted*"))
+    assert resumed.evaluation(3).weights_sha256 is not None
+    assert not list(resumed.store.runs.rglob("*uncommitted*"))
 
 
 def test_a_file_of_a_result_that_is_cut_off_is_dropped(
@@ -538,10 +538,10 @@ def test_a_file_of_a_result_that_is_cut_off_is_dropped(
 ) -> None:
     tell = asker.OptunaTrials.tell
 
-    def killed(self: Any, trial: Any, found: Evaluation, *rest: Any) -> None:
-        if found.trial == 2:
+    def killed(self: Any, trial: Any, evaluation: Evaluation, *rest: Any) -> None:
+        if evaluation.trial == 2:
             raise KeyboardInterrupt
-        tell(self, trial, found, *rest)
+        tell(self, trial, evaluation, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(asker.OptunaTrials, "tell", killed)
@@ -570,10 +570,10 @@ def test_a_file_that_holds_no_result_of_the_study_ends_no_run(
 ) -> None:
     record = Store.record
 
-    def lost(self: Store, found: Evaluation) -> bool:
-        if found.trial == 1:
+    def lost(self: Store, evaluation: Evaluation) -> bool:
+        if evaluation.trial == 1:
             raise StorageLostError("the server is gone")
-        return record(self, found)
+        return record(self, evaluation)
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "record", lost)

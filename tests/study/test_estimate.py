@@ -64,8 +64,8 @@ def test_a_finished_study_has_the_replicates_of_its_front_left() -> None:
     text = space(SMALL, name="s").text
     more = text.replace("seed: 3", "seed: 3, replicates: 3")
     study = run(Space.parse(text, "s.yaml"), trials=5, workers="inline")
-    found = dry_run(Space.parse(more, "s.yaml"), trials=5)
-    assert (found.candidates, found.replicates) == (0, 2 * len(study.front()))
+    estimate = dry_run(Space.parse(more, "s.yaml"), trials=5)
+    assert (estimate.candidates, estimate.replicates) == (0, 2 * len(study.front()))
     run(Space.parse(more, "s.yaml"), trials=5, workers="inline")
     assert len(replicates.rows(study.store, "s")) == 2 * len(study.front())
     assert dry_run(Space.parse(more, "s.yaml"), trials=5).replicates == 0
@@ -91,9 +91,9 @@ def test_hours_are_those_of_stored_evaluations_on_this_device() -> None:
 
     def script(job: Job) -> Evaluation:
         known = trained(next(seconds))
-        found = fake(job)[0]
+        evaluation = fake(job)[0]
         return dataclasses.replace(
-            found, curve=known.curve, seconds=known.seconds, device=known.device
+            evaluation, curve=known.curve, seconds=known.seconds, device=known.device
         )
 
     spread = ONE.replace("d_ff: 64", "d_ff: {int: [56, 88], step: 8}")
@@ -101,12 +101,12 @@ def test_hours_are_those_of_stored_evaluations_on_this_device() -> None:
     text = other.text.replace("train: {", "train: {dtype: float32, ")
     run(Space.parse(text, "o.yaml").with_search(sampler="grid"), trials=5, pool=scripted(script))
     wanted = Space.parse(one().text.replace("train: {", "train: {dtype: float32, "), "s.yaml")
-    found = estimate(wanted.with_search(workers=2, gpus=0.0), trials=10)
-    assert found.basis.startswith("5 evaluations of similar size in this database on ")
+    estimated = estimate(wanted.with_search(workers=2, gpus=0.0), trials=10)
+    assert estimated.basis.startswith("5 evaluations of similar size in this database on ")
     # By hand: the median candidate trains about 4 s and takes 2 s more; 10 on 2 workers are 5 each.
-    assert found.hours == pytest.approx(5 * (4 + 2) / 3600, rel=0.25)
-    assert found.hours_low == pytest.approx(5 * (2 + 2) / 3600, rel=0.25)
-    assert found.hours_high == pytest.approx(5 * (8 + 2) / 3600, rel=0.25)
+    assert estimated.hours == pytest.approx(5 * (4 + 2) / 3600, rel=0.25)
+    assert estimated.hours_low == pytest.approx(5 * (2 + 2) / 3600, rel=0.25)
+    assert estimated.hours_high == pytest.approx(5 * (8 + 2) / 3600, rel=0.25)
     larger = Space.parse(
         one().text.replace("train: {tokens: 512", "train: {dtype: float32, tokens: 51_200"),
         "s.yaml",
@@ -117,17 +117,17 @@ def test_hours_are_those_of_stored_evaluations_on_this_device() -> None:
 def test_a_probe_trains_the_candidate_and_writes_nothing() -> None:
     wanted = one()
     before = sorted(Path().iterdir())
-    found = dry_run(wanted, trials=40, workers="inline")
+    estimate = dry_run(wanted, trials=40, workers="inline")
     assert sorted(Path().iterdir()) == before
-    assert found.basis.startswith("a probe: 8 training steps of the candidate of median cost")
-    assert found.hours is not None
-    assert found.hours_low is not None
-    assert found.hours_high is not None
-    assert 0 < found.hours_low <= found.hours <= found.hours_high
-    assert found.workers == 1
+    assert estimate.basis.startswith("a probe: 8 training steps of the candidate of median cost")
+    assert estimate.hours is not None
+    assert estimate.hours_low is not None
+    assert estimate.hours_high is not None
+    assert 0 < estimate.hours_low <= estimate.hours <= estimate.hours_high
+    assert estimate.workers == 1
     real = run(wanted, trials=1, workers="inline")
     seconds = real.evaluation(0).seconds["train"]
-    assert found.hours * 3600 / 40 == pytest.approx(seconds, rel=20)
+    assert estimate.hours * 3600 / 40 == pytest.approx(seconds, rel=20)
     assert dry_run(wanted, trials=40, workers="inline").candidates == 39
     assert dry_run(wanted, trials=1, workers="inline").candidates == 0
 

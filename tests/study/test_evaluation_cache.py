@@ -12,6 +12,7 @@ import pytest
 import torch
 from studies import SMALL, assert_sound, fake, scripted, space
 
+from moenas.errors import InputError
 from moenas.evaluate import devices
 from moenas.evaluate import job as measure
 from moenas.records import Evaluation, Job
@@ -42,11 +43,11 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     return seen
 
 
-def here(found: Evaluation) -> Evaluation:
+def here(evaluation: Evaluation) -> Evaluation:
     info = devices.device_info(torch.device("cpu"), 1, torch.float32)
     curve: Any = [{"tokens": 512, "train_loss": 2.0}]
     versions = measure.versions()
-    return dataclasses.replace(found, device=info, versions=versions, curve=curve)
+    return dataclasses.replace(evaluation, device=info, versions=versions, curve=curve)
 
 
 def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
@@ -57,8 +58,8 @@ def small(name: str, old: str = "", new: str = "", more: str = "") -> Space:
     return parsed.with_search(sampler="grid", trials=6)
 
 
-def reused(found: Study) -> dict[int, tuple[str, int]]:
-    rows = found.view.evaluations
+def reused(study: Study) -> dict[int, tuple[str, int]]:
+    rows = study.view.evaluations
     return {
         e.trial: (e.reused_from["study"], e.reused_from["trial"]) for e in rows if e.reused_from
     }
@@ -185,10 +186,54 @@ def test_a_reused_latency_is_told_by_the_reference_of_the_study(
     assert {e.values["val_loss"] for e in second.view.evaluations} == {10.0}
 
 
+def damage(study: str, statement: str) -> None:
+    """Change the row of a study in the database."""
+    with sqlite3.connect("moenas.db") as database:
+        database.execute(f"UPDATE moenas_study SET {statement} WHERE name = '{study}'")
+
+
+@pytest.mark.parametrize(
+    ("statement", "reusable"),
+    [
+        ("space = json('{}')", 0),
+        ("space = json_remove(space, '$.search')", 0),
+        ("space = json_remove(space, '$.search.seed')", 0),
+        ("space = json_remove(space, '$.train', '$.measure')", 0),
+        ("space = json_remove(space, '$.architecture')", 2),
+        ("data = json('{}')", 0),
+        ("data = json_remove(data, '$.sha256')", 0),
+    ],
+)
+def test_a_stored_study_that_lacks_a_part_stops_no_other_study(
+    evaluated: list[Job], statement: str, reusable: int
+) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", statement)
+    second = run(small("two"), trials=2, workers="inline")
+    assert_sound(second, 2)
+    assert len(reused(second)) == reusable
+    assert len(evaluated) == 4 - reusable
+
+
+def test_a_study_whose_row_lacks_the_corpus_is_refused_in_a_sentence(evaluated: list[Job]) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", "data = json_remove(data, '$.sha256')")
+    with pytest.raises(InputError, match=r"lacks the digest of its corpus, `data\.sha256`"):
+        run(small("one"), trials=3, workers="inline")
+    assert len(evaluated) == 2
+
+
+def test_a_study_whose_row_lacks_its_search_goes_on(evaluated: list[Job]) -> None:
+    run(small("one"), trials=2, workers="inline")
+    damage("one", "space = json_remove(space, '$.search')")
+    assert_sound(run(small("one"), trials=3, workers="inline"), 3)
+
+
 def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Job]) -> None:
     run(small("one"), trials=2, workers="inline")
     with sqlite3.connect("moenas.db") as database:
         later = ("event", "event_counter", "runner", "token", "audit", "submission", "replicate")
+        later += ("reservation", "calibration")
         for table in ("reuse", "enqueued", "run", *later):
             database.execute(f"DROP TABLE moenas_{table}")
         database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")
@@ -206,7 +251,7 @@ def test_real_models_are_reused_to_the_last_bit() -> None:
     assert reused(second) == {0: ("one", 0)}
     fresh = run(small("three"), trials=1, workers="inline", fresh=True)
     assert reused(fresh) == {}
-    losses = {found.evaluation(0).values["val_loss"] for found in (first, second, fresh)}
+    losses = {study.evaluation(0).values["val_loss"] for study in (first, second, fresh)}
     assert len(losses) == 1
-    digests = {found.evaluation(0).weights_sha256 for found in (first, second)}
+    digests = {study.evaluation(0).weights_sha256 for study in (first, second)}
     assert len(digests) == 1

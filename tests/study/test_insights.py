@@ -79,7 +79,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 @pytest.fixture(scope="module")
-def found(study: Study) -> dict[str, Any]:
+def report(study: Study) -> dict[str, Any]:
     return insights(study)
 
 
@@ -87,8 +87,8 @@ def of_hole(rows: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["hole"].endswith(end)]
 
 
-def test_the_effect_of_a_hole_is_its_true_one(found: dict[str, Any]) -> None:
-    effects = found["objectives"]["val_loss"]["effects"]
+def test_the_effect_of_a_hole_is_its_true_one(report: dict[str, Any]) -> None:
+    effects = report["objectives"]["val_loss"]["effects"]
     by_level = {row["level"]: row for row in of_hole(effects, "activation")}
     difference = by_level["relu2"]["effect"] - by_level["swiglu"]["effect"]
     assert difference == pytest.approx(PENALTY, abs=0.02)
@@ -96,10 +96,10 @@ def test_the_effect_of_a_hole_is_its_true_one(found: dict[str, Any]) -> None:
         assert abs(row["effect"]) > 3 * row["half_width"]
 
 
-def test_a_hole_without_effect_is_not_clear_and_not_important(found: dict[str, Any]) -> None:
-    for row in of_hole(found["objectives"]["val_loss"]["effects"], "norm"):
+def test_a_hole_without_effect_is_not_clear_and_not_important(report: dict[str, Any]) -> None:
+    for row in of_hole(report["objectives"]["val_loss"]["effects"], "norm"):
         assert abs(row["effect"]) < 2 * row["half_width"]
-    importance = found["objectives"]["val_loss"]["importance"]
+    importance = report["objectives"]["val_loss"]["importance"]
     (norm,), (activation,) = of_hole(importance, "norm"), of_hole(importance, "activation")
     assert norm["surrogate"] < 0.2 * activation["surrogate"]
     # Half of the difference is the deviation of two values.
@@ -107,31 +107,31 @@ def test_a_hole_without_effect_is_not_clear_and_not_important(found: dict[str, A
     assert sum(row["ped_anova"] for row in importance) == pytest.approx(1)
 
 
-def test_a_known_cost_has_exact_importances_and_no_effects(found: dict[str, Any]) -> None:
-    flops = found["objectives"]["flops_per_token"]
+def test_a_known_cost_has_exact_importances_and_no_effects(report: dict[str, Any]) -> None:
+    flops = report["objectives"]["flops_per_token"]
     (norm,) = of_hole(flops["importance"], "norm")
     assert norm["surrogate"] == 0.0
     assert flops["effects"] == []
 
 
-def test_numbers_stand_in_order_and_in_ranges(found: dict[str, Any]) -> None:
-    effects = found["objectives"]["val_loss"]["effects"]
+def test_numbers_stand_in_order_and_in_ranges(report: dict[str, Any]) -> None:
+    effects = report["objectives"]["val_loss"]["effects"]
     assert [row["level"] for row in of_hole(effects, "d_model")] == ["16", "32", "64"]
     ranges = [row["level"] for row in of_hole(effects, "d_ff")]
     assert len(ranges) == 5
     assert ranges == sorted(ranges, key=lambda level: float(level.split()[0]))
 
 
-def test_coverage_requirements_and_growth(found: dict[str, Any], study: Study) -> None:
+def test_coverage_requirements_and_growth(report: dict[str, Any], study: Study) -> None:
     size = 3 * 2 * 16 * 2
-    assert found["space"]["points"] == size
-    assert found["space"]["share"] == pytest.approx(found["space"]["drawn"] / size)
-    infeasible = found["evaluations"]["infeasible"]
-    assert found["requirements"] == [{"requirement": "active_params < 70e3", "broken": infeasible}]
-    last = found["front"][-1]
+    assert report["space"]["points"] == size
+    assert report["space"]["share"] == pytest.approx(report["space"]["drawn"] / size)
+    infeasible = report["evaluations"]["infeasible"]
+    assert report["requirements"] == [{"requirement": "active_params < 70e3", "broken": infeasible}]
+    last = report["front"][-1]
     assert (last["complete"], last["members"]) == (60, len(study.front()))
     assert last["hypervolume"] == pytest.approx(study.front().hypervolume)
-    assert [row["share"] for row in found["front"]] == sorted(r["share"] for r in found["front"])
+    assert [row["share"] for row in report["front"]] == sorted(r["share"] for r in report["front"])
 
 
 def test_few_candidates_have_no_importances(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_few_candidates_have_no_importances(tmp_path: Path) -> None:
     assert report["objectives"] == {}
 
 
-def test_the_command_writes_text_json_and_csv(study: Study, found: dict[str, Any]) -> None:
+def test_the_command_writes_text_json_and_csv(study: Study, report: dict[str, Any]) -> None:
     storage = ["--storage", study.store.place]
     runner = CliRunner()
     text = runner.invoke(app, ["report", "taught", *storage])
@@ -147,11 +147,11 @@ def test_the_command_writes_text_json_and_csv(study: Study, found: dict[str, Any
     assert "Effects on val_loss between models of equal active parameters" in text.output
     assert "broken" in text.output
     written = runner.invoke(app, ["report", "taught", "-o", "json", *storage])
-    assert json.loads(written.output) == json.loads(json.dumps(found))
+    assert json.loads(written.output) == json.loads(json.dumps(report))
     rows = list(csv.DictReader(io.StringIO(
         runner.invoke(app, ["report", "taught", "-o", "csv", *storage]).output
     )))  # fmt: skip
-    assert len(rows) == len(found["objectives"]["val_loss"]["effects"])
+    assert len(rows) == len(report["objectives"]["val_loss"]["effects"])
 
 
 def test_a_view_has_the_parameters_that_optuna_holds(study: Study) -> None:
@@ -169,10 +169,10 @@ def test_the_report_has_the_agreement_between_rungs(tmp_path: Path) -> None:
     (tmp_path / "taught.yaml").write_text(text)
     url = f"sqlite:///{tmp_path}/moenas.db"
     done = run(Space.load(tmp_path / "taught.yaml"), storage=url, workers="inline", trials=12)
-    found = insights(done)["rungs"]
-    assert [row["rung"] for row in found] == list(range(1, len(found) + 1))
+    rungs = insights(done)["rungs"]
+    assert [row["rung"] for row in rungs] == list(range(1, len(rungs) + 1))
     results = done.store.rung_results(done.name)
-    assert found[0]["reached"] == sum(result.rung == 1 for result in results) >= 8
-    assert found[0]["promoted"] == sum(r.promoted for r in results if r.rung == 1)
+    assert rungs[0]["reached"] == sum(result.rung == 1 for result in results) >= 8
+    assert rungs[0]["promoted"] == sum(r.promoted for r in results if r.rung == 1)
     shown = CliRunner().invoke(app, ["report", "taught", "--storage", url]).stdout
     assert "Agreement of the losses at each rung with the final ones" in shown

@@ -46,7 +46,8 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job
 from moenas.report.summary import status_report, status_text
 from moenas.search import trials as asker
-from moenas.space.space import Space, digest
+from moenas.space.space import Space
+from moenas.space.stored_form import digest
 from moenas.store import heartbeat
 from moenas.store.store import Store
 from moenas.store.weights import read_weights, weights_path
@@ -91,11 +92,11 @@ def test_a_study_in_pieces_asks_what_a_whole_one_asks(jobs: list[Job]) -> None:
 
 def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None:
     events: list[Event] = []
-    found = run(space(SMALL), trials=200, workers="inline", listeners=[events.append])
-    assert found.finished == "exhausted"
-    assert len({repr(p) for p in params(found)}) == 6
+    study = run(space(SMALL), trials=200, workers="inline", listeners=[events.append])
+    assert study.finished == "exhausted"
+    assert len({repr(p) for p in params(study)}) == 6
     assert len(jobs) == 6, "each of the 6 models is trained once"
-    assert len(found.optuna.trials) < 200
+    assert len(study.optuna.trials) < 200
     assert "every point" in events[-1].text
     again = load_study("s")
     assert again.finished == "exhausted"
@@ -104,8 +105,8 @@ def test_a_finite_space_ends_when_every_point_was_drawn(jobs: list[Job]) -> None
 
 
 def test_a_finite_space_is_covered_by_as_many_trials_as_it_has_points(jobs: list[Job]) -> None:
-    found = run(space(SMALL), trials=6, workers="inline")
-    assert_sound(found, 6)
+    study = run(space(SMALL), trials=6, workers="inline")
+    assert_sound(study, 6)
     assert len({job.attempt for job in jobs}) == 1
     assert len({Architecture.parse(job.architecture).fingerprint for job in jobs}) == 6
 
@@ -114,11 +115,11 @@ def test_a_finite_space_is_covered_by_as_many_trials_as_it_has_points(jobs: list
 def test_the_grid_evaluates_every_point_once(jobs: list[Job], parts: list[int]) -> None:
     grid = space(SMALL).with_search(sampler="grid")
     for trials in parts:
-        found = run(grid, trials=trials, workers="inline")
-    assert found.finished == "exhausted"
-    assert len(jobs) == len(found.optuna.trials) == 6, "no point is drawn twice"
+        study = run(grid, trials=trials, workers="inline")
+    assert study.finished == "exhausted"
+    assert len(jobs) == len(study.optuna.trials) == 6, "no point is drawn twice"
     run(grid, storage="sqlite:///whole.db", trials=8, workers="inline")
-    assert params(load_study("s", "sqlite:///whole.db")) == params(found)
+    assert params(load_study("s", "sqlite:///whole.db")) == params(study)
 
 
 def test_the_grid_refuses_a_space_that_it_cannot_cover(jobs: list[Job]) -> None:
@@ -138,15 +139,15 @@ def test_the_grid_refuses_a_space_that_it_cannot_cover(jobs: list[Job]) -> None:
 
 def test_infeasible_draws_are_recorded_and_never_evaluated(jobs: list[Job]) -> None:
     limit = "active_params < 12000"
-    found = run(space(more=f"require: [{limit}]"), trials=10, workers="inline")
-    assert_sound(found, 10)
-    rejected = [e for e in found.view.evaluations if e.status == "infeasible"]
+    study = run(space(more=f"require: [{limit}]"), trials=10, workers="inline")
+    assert_sound(study, 10)
+    rejected = [e for e in study.view.evaluations if e.status == "infeasible"]
     assert rejected, "the limit is meant to bite"
     assert not {e.trial for e in rejected} & {job.trial for job in jobs}
     for row in rejected:
         assert row.cost["active_params"] >= 12000
         assert list(row.violations) == [limit]
-    for trial in found.optuna.get_trials():
+    for trial in study.optuna.get_trials():
         assert set(trial.constraints) == {limit, candidate.VALID}, (
             "GP wants equally many everywhere"
         )
@@ -156,19 +157,19 @@ def test_infeasible_draws_are_recorded_and_never_evaluated(jobs: list[Job]) -> N
 def test_fields_that_do_not_go_together_are_infeasible(jobs: list[Job]) -> None:
     lines = ARCHITECTURE.replace("top_k: {choice: [1, 2]}", "top_k: {choice: [2, 3]}").splitlines()
     routed = "\n".join(line for line in lines if "dense" not in line)
-    found = run(space(routed), trials=12, workers="inline")
-    rejected = [e for e in found.view.evaluations if e.status == "infeasible"]
+    study = run(space(routed), trials=12, workers="inline")
+    rejected = [e for e in study.view.evaluations if e.status == "infeasible"]
     assert rejected
     assert {tuple(e.violations) for e in rejected} == {(candidate.VALID,)}
-    assert_sound(found, 12)
+    assert_sound(study, 12)
 
 
 def test_a_narrow_requirement_costs_draws_and_no_trials(jobs: list[Job]) -> None:
     narrow = space(more="require: [active_params < 7000]")  # few draws meet it
-    found = run(narrow, trials=2, workers="inline")
-    assert_sound(found, 2)
+    study = run(narrow, trials=2, workers="inline")
+    assert_sound(study, 2)
     assert len(jobs) == 2
-    assert sum(e.status == "infeasible" for e in found.view.evaluations) > 10
+    assert sum(e.status == "infeasible" for e in study.view.evaluations) > 10
 
 
 def test_a_study_without_a_complete_trial_says_so(
@@ -190,8 +191,8 @@ def test_draws_in_a_row_without_a_candidate_end_a_study_that_has_some(
     monkeypatch.setattr(stops, "DRAWS", 5)
     events: list[Event] = []
     narrow = space(more="require: [active_params < 12000]")
-    found = run(narrow, trials=100, workers="inline", listeners=[events.append])
-    assert found.finished == "draws"
+    study = run(narrow, trials=100, workers="inline", listeners=[events.append])
+    assert study.finished == "draws"
     assert re.search(r"5 draws in a row gave no new candidate: \d of them bro", events[-1].text)
     assert 0 < len(jobs) < 100
 
@@ -218,10 +219,10 @@ def routed(job: Job) -> tuple[Evaluation, bytes | None]:
     return dataclasses.replace(device, routing=rows), weights
 
 
-def assert_routed(found: Study, limit: str, bound: float) -> None:
+def assert_routed(study: Study, limit: str, bound: float) -> None:
     """Just the evaluations over the bound are infeasible, with their values; none is on the front."""
-    told = {t.number: t for t in found.optuna.get_trials()}
-    for row in found.view.evaluations:
+    told = {t.number: t for t in study.optuna.get_trials()}
+    for row in study.view.evaluations:
         broken = row.routing[-1]["max_vio"] >= bound
         assert row.status == ("infeasible" if broken else "complete")
         assert set(row.values) == {"val_loss", "flops_per_token"}
@@ -234,12 +235,12 @@ def assert_routed(found: Study, limit: str, bound: float) -> None:
         assert (trial.constraints[limit] > 0) is broken
         if broken:
             assert row.violations[limit] == trial.constraints[limit]
-    on_front = {member.trial for member in found.front()}
-    rejected = {e.trial for e in found.view.evaluations if e.status == "infeasible"}
+    on_front = {member.trial for member in study.front()}
+    rejected = {e.trial for e in study.view.evaluations if e.status == "infeasible"}
     assert rejected, "the limit is meant to bite"
     assert on_front
     assert not on_front & rejected
-    assert not {t.number for t in found.optuna.best_trials} & rejected
+    assert not {t.number for t in study.optuna.best_trials} & rejected
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", pytest.param("gp", marks=pytest.mark.slow)])
@@ -253,8 +254,8 @@ def test_a_requirement_of_the_trained_model_is_decided_after_training(sampler: s
     pool = Inline(evaluate)
     limit = "max_vio < 0.6"
     wanted = space(ROUTED, more=f"require: [{limit}]").with_search(sampler=sampler)
-    found = run(wanted, trials=12, pool=pool)
-    assert_routed(found, limit, 0.6)
+    study = run(wanted, trials=12, pool=pool)
+    assert_routed(study, limit, 0.6)
     fingerprints = [Architecture.parse(job.architecture).fingerprint for job in seen]
     assert len(set(fingerprints)) == len(fingerprints), "no infeasible model is trained twice"
     again = run(wanted, trials=16, pool=pool)
@@ -272,19 +273,19 @@ def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.Mon
     stored = Study(Store.open(), "s").view.evaluations
     assert stored[-1].status == "infeasible"
     assert Study(Store.open(), "s").optuna.get_trials()[-1].state == TrialState.RUNNING
-    found = run(wanted, trials=8, pool=pool)
-    assert_routed(found, "max_vio < 0.4", 0.4)
-    assert [e.values for e in found.view.evaluations][: len(stored)] == [e.values for e in stored]
+    study = run(wanted, trials=8, pool=pool)
+    assert_routed(study, "max_vio < 0.4", 0.4)
+    assert [e.values for e in study.view.evaluations][: len(stored)] == [e.values for e in stored]
 
 
 def stopping_at(status: str) -> Callable[..., None]:
     """A `tell` that is interrupted at the first evaluation of a status: our rows are written."""
     tell = asker.OptunaTrials.tell
 
-    def stopping(self: asker.OptunaTrials, trial: Any, found: Evaluation, *rest: Any) -> None:
-        if found.status == status:
+    def stopping(self: asker.OptunaTrials, trial: Any, evaluation: Evaluation, *rest: Any) -> None:
+        if evaluation.status == status:
             raise KeyboardInterrupt
-        tell(self, trial, found, *rest)
+        tell(self, trial, evaluation, *rest)
 
     return stopping
 
@@ -296,11 +297,11 @@ def test_failures_without_values_carry_no_constraint_of_the_trained_model() -> N
         return routed(job)[0]
 
     pool = scripted(script)
-    found = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=10, pool=pool)
-    failed = [e for e in found.view.evaluations if e.status == "failed"]
+    study = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=10, pool=pool)
+    failed = [e for e in study.view.evaluations if e.status == "failed"]
     assert failed
     for row in failed:
-        assert set(found.optuna.get_trials()[row.trial].constraints) == {candidate.VALID}
+        assert set(study.optuna.get_trials()[row.trial].constraints) == {candidate.VALID}
     copies = [e for e in failed if "copied_from" in e.metrics]
     models = {e.fingerprint for e in failed}
     assert len(failed) - len(copies) == len(models), "what looks ahead does so again"
@@ -310,29 +311,29 @@ def test_failures_without_values_carry_no_constraint_of_the_trained_model() -> N
 
 
 def test_a_known_model_is_copied(jobs: list[Job]) -> None:
-    found = run(space(SMALL), trials=7, workers="inline")
-    copies = [e for e in found.view.evaluations if "copied_from" in e.metrics]
-    assert len(copies) == len(found.view.evaluations) - len(jobs) > 0
+    study = run(space(SMALL), trials=7, workers="inline")
+    copies = [e for e in study.view.evaluations if "copied_from" in e.metrics]
+    assert len(copies) == len(study.view.evaluations) - len(jobs) > 0
     for copy in copies:
-        source = found.evaluation(int(copy.metrics["copied_from"]))
+        source = study.evaluation(int(copy.metrics["copied_from"]))
         assert (copy.fingerprint, copy.values) == (source.fingerprint, source.values)
         assert copy.weights_sha256 is not None
-        weights = read_weights(found.store.runs, "s", copy.trial, copy.weights_sha256)
+        weights = read_weights(study.store.runs, "s", copy.trial, copy.weights_sha256)
         assert weights == f"weights of {source.trial}".encode()
-        paths = [weights_path(found.store.runs, "s", e.trial) for e in (source, copy)]
+        paths = [weights_path(study.store.runs, "s", e.trial) for e in (source, copy)]
         assert paths[0].samefile(paths[1]), "a copy takes no room"
-    fingerprints = [found.evaluation(m.trial).fingerprint for m in found.front()]
+    fingerprints = [study.evaluation(m.trial).fingerprint for m in study.front()]
     assert len(set(fingerprints)) == len(fingerprints), "a front holds each model once"
 
 
 @pytest.mark.parametrize("fault", [None, "timeout", "diverged"])
 def test_a_model_in_flight_is_waited_for(jobs: list[Job], fault: str | None) -> None:
     """What would end alike is not trained again: a timeout may end otherwise."""
-    found = run(space(), trials=1, workers="inline")
+    study = run(space(), trials=1, workers="inline")
     same = {"d_model": 24, "blocks.0.repeat": 4, "blocks.0.ffn": "dense"}
     same |= {"blocks.0.ffn.dense.d_ff": 112}
     for _ in range(2):
-        found.optuna.enqueue_trial(same)
+        study.optuna.enqueue_trial(same)
 
     def script(job: Job) -> Evaluation | Failure:
         if fault and job.trial == 1:
@@ -340,12 +341,12 @@ def test_a_model_in_flight_is_waited_for(jobs: list[Job], fault: str | None) -> 
         return fake(job)[0]
 
     pool = scripted(script)
-    found = run(space(), trials=3, pool=pool)
-    assert_sound(found, 3)
-    assert params(found)[1] == params(found)[2]
+    study = run(space(), trials=3, pool=pool)
+    assert_sound(study, 3)
+    assert params(study)[1] == params(study)[2]
     assert pool.most == 1, "the second one waits although there is room"
-    assert len(params(found)) == (3 if fault == "timeout" else 4), "a copy does not count"
-    first, second = found.evaluation(1), found.evaluation(2)
+    assert len(params(study)) == (3 if fault == "timeout" else 4), "a copy does not count"
+    first, second = study.evaluation(1), study.evaluation(2)
     if fault == "timeout":
         assert (first.status, second.status) == ("failed", "complete")
         assert "copied_from" not in second.metrics
@@ -360,13 +361,13 @@ def test_a_model_that_diverged_in_an_earlier_run_is_not_trained_again() -> None:
         return Failure("diverged", "nan") if job.architecture["d_model"] == 16 else fake(job)[0]
 
     pool = scripted(script)
-    found = run(space(SMALL), trials=6, pool=pool)
-    drawn = len(found.optuna.trials)
+    study = run(space(SMALL), trials=6, pool=pool)
+    drawn = len(study.optuna.trials)
     for width in (16, 24):
-        found.optuna.enqueue_trial({"d_model": width, "blocks.0.repeat": 1})
-    found = run(space(SMALL), trials=7, pool=pool)
-    assert found.finished == "exhausted"
-    again = [found.evaluation(trial) for trial in (drawn, drawn + 1)]
+        study.optuna.enqueue_trial({"d_model": width, "blocks.0.repeat": 1})
+    study = run(space(SMALL), trials=7, pool=pool)
+    assert study.finished == "exhausted"
+    again = [study.evaluation(trial) for trial in (drawn, drawn + 1)]
     assert ["copied_from" in e.metrics for e in again] == [True, True]
     assert [e.status for e in again] == ["failed", "complete"]
     assert again[0].failure == Failure("diverged", "nan")
@@ -379,19 +380,20 @@ def test_a_failed_candidate_is_a_row_with_a_reason() -> None:
     def script(job: Job) -> Evaluation | Failure:
         if job.trial == 2:
             return Failure("timeout", "did not stop")
-        found = fake(job)[0]
+        evaluation = fake(job)[0]
         if job.trial == 3:
-            return dataclasses.replace(found, values={**found.values, "val_loss": math.inf})
-        return found
+            values = {**evaluation.values, "val_loss": math.inf}
+            return dataclasses.replace(evaluation, values=values)
+        return evaluation
 
     pool = scripted(script)
-    found = run(space(), trials=6, pool=pool)
-    assert_sound(found, 6)
-    assert {e.trial: e.failure.kind for e in found.view.evaluations if e.failure} == {
+    study = run(space(), trials=6, pool=pool)
+    assert_sound(study, 6)
+    assert {e.trial: e.failure.kind for e in study.view.evaluations if e.failure} == {
         2: "timeout",
         3: "error",
     }
-    assert found.store.attempts("s", 2) == 1, "a candidate's own fault is not tried again"
+    assert study.store.attempts("s", 2) == 1, "a candidate's own fault is not tried again"
 
 
 def test_a_dead_worker_s_candidate_is_tried_again() -> None:
@@ -401,9 +403,9 @@ def test_a_dead_worker_s_candidate_is_tried_again() -> None:
 
     pool = scripted(script)
     events: list[Event] = []
-    found = run(space(), trials=7, pool=pool, listeners=[events.append])
-    assert_sound(found, 7)
-    lost, saved = found.evaluation(1), found.evaluation(4)
+    study = run(space(), trials=7, pool=pool, listeners=[events.append])
+    assert_sound(study, 7)
+    lost, saved = study.evaluation(1), study.evaluation(4)
     assert (lost.status, lost.attempt) == ("failed", 3)
     assert (saved.status, saved.attempt) == ("complete", 3)
     assert sum(e.kind == "retried" for e in events) == 4
@@ -417,9 +419,9 @@ def test_a_run_whose_workers_all_die_stops() -> None:
     assert sum(e.kind == "retried" for e in events) == 2 * 5
     assert load_study("s").store.count("s") == 0, "no trial is used up"
     pool = scripted(lambda job: fake(job)[0])
-    found = run(space(), trials=12, pool=pool)
-    assert_sound(found, 12)
-    assert all(e.status == "complete" for e in found.view.evaluations)
+    study = run(space(), trials=12, pool=pool)
+    assert_sound(study, 12)
+    assert all(e.status == "complete" for e in study.view.evaluations)
 
 
 def test_candidates_that_always_kill_their_workers_do_not_block_a_study() -> None:
@@ -433,9 +435,9 @@ def test_candidates_that_always_kill_their_workers_do_not_block_a_study() -> Non
     for _ in range(2):
         with pytest.raises(MoenasError, match="5 candidates in a row died"):
             run(space(), trials=8, pool=pool)
-    found = run(space(), trials=8, pool=pool)
-    assert_sound(found, 8)
-    assert {e.trial for e in found.view.evaluations if e.status == "failed"} == deadly
+    study = run(space(), trials=8, pool=pool)
+    assert_sound(study, 8)
+    assert {e.trial for e in study.view.evaluations if e.status == "failed"} == deadly
 
 
 def test_candidates_that_kill_their_workers_do_not_stop_a_study() -> None:
@@ -446,9 +448,9 @@ def test_candidates_that_kill_their_workers_do_not_stop_a_study() -> None:
         return Failure("crashed", "worker died") if job.trial in deadly else fake(job)[0]
 
     pool = scripted(script)
-    found = run(space(), trials=11, pool=pool)
-    assert_sound(found, 11)
-    assert {e.trial for e in found.view.evaluations if e.status == "failed"} == deadly
+    study = run(space(), trials=11, pool=pool)
+    assert_sound(study, 11)
+    assert {e.trial for e in study.view.evaluations if e.status == "failed"} == deadly
 
 
 def test_a_run_whose_first_candidates_all_fail_alike_stops() -> None:
@@ -461,27 +463,27 @@ def test_a_run_whose_first_candidates_all_fail_alike_stops() -> None:
         run(space(), trials=40, pool=pool)
     assert pool.most == 2
     pool = scripted(lambda job: fake(job)[0])
-    found = run(space(), trials=8, pool=pool)
-    assert_sound(found, 8)
-    assert sum(e.status == "failed" for e in found.view.evaluations) == 5
+    study = run(space(), trials=8, pool=pool)
+    assert_sound(study, 8)
+    assert sum(e.status == "failed" for e in study.view.evaluations) == 5
 
 
 # --- changed under its name --------------------------------------------------------------------
 
 
 def test_a_changed_space_is_refused_with_the_difference(jobs: list[Job]) -> None:
-    found = run(space(), trials=2, workers="inline")
-    before = found.view
+    study = run(space(), trials=2, workers="inline")
+    before = study.view
     changed = ARCHITECTURE.replace("[16, 24, 32]", "[16, 24, 40]")
     with pytest.raises(InputError, match="begun with another space") as refused:
         run(space(changed), trials=5, workers="inline")
     assert str(refused.value).splitlines()[1:] == ["  architecture.d_model.choice.2: 32 -> 40"]
-    overridden = Space.parse(found.record.space_text, "s.yaml", ["train.tokens=1024"])
+    overridden = Space.parse(study.record.space_text, "s.yaml", ["train.tokens=1024"])
     with pytest.raises(InputError, match=r"train\.tokens: 512 -> 1024"):
         run(overridden, workers="inline")
-    assert found.view == before
+    assert study.view == before
 
-    other = Space.parse(found.record.space_text, "s.yaml", ["search.trials=4", "search.workers=1"])
+    other = Space.parse(study.record.space_text, "s.yaml", ["search.trials=4", "search.workers=1"])
     assert_sound(run(other, workers="inline"), 4)
 
 
@@ -504,11 +506,11 @@ def test_a_study_begun_before_a_field_was_known_is_taken_up(jobs: list[Job]) -> 
 
 
 def test_a_study_from_before_shares_of_gpus_were_the_default_goes_on(jobs: list[Job]) -> None:
-    found = run(space(), trials=2, workers="inline")
-    older = json.loads(json.dumps(found.record.space))
+    study = run(space(), trials=2, workers="inline")
+    older = json.loads(json.dumps(study.record.space))
     older["search"]["gpus"] = 0.0
     del older["search"]["candidates_per_worker"]
-    assert digest(older) == found.record.space_sha256
+    assert digest(older) == study.record.space_sha256
     with sqlite3.connect("moenas.db") as database:
         database.execute("UPDATE moenas_study SET space = ?", [json.dumps(older)])
     assert_sound(run(space(), trials=3, workers="inline"), 3)
@@ -543,10 +545,10 @@ def test_nothing_is_created_where_the_input_is_wrong(jobs: list[Job]) -> None:
 
 def timed(job: Job, reference_ms: float, key: str = "cpu x") -> Evaluation:
     """An evaluation whose first objective is a latency of twice the reference model's."""
-    found = fake(job)[0]
+    evaluation = fake(job)[0]
     details = {"ratio": 2.0, "reference_ms": reference_ms, "reference_key": key}
-    values = {**found.values, "val_loss": 2.0 * reference_ms}
-    return dataclasses.replace(found, values=values, measurements={"val_loss": details})
+    values = {**evaluation.values, "val_loss": 2.0 * reference_ms}
+    return dataclasses.replace(evaluation, values=values, measurements={"val_loss": details})
 
 
 def test_all_latencies_share_the_first_reference() -> None:
@@ -557,17 +559,17 @@ def test_all_latencies_share_the_first_reference() -> None:
         return timed(job, 3.0 + job.trial)
 
     pool = scripted(script)
-    found = run(space(), trials=6, pool=pool)
-    fixed = found.store.reference_ms("s")["cpu x"]
-    assert {e.values["val_loss"] for e in found.view.evaluations} == {2 * fixed}
+    study = run(space(), trials=6, pool=pool)
+    fixed = study.store.reference_ms("s")["cpu x"]
+    assert {e.values["val_loss"] for e in study.view.evaluations} == {2 * fixed}
     assert seen[5] == {"cpu x": fixed}, "later workers are told"
-    assert_sound(found, 6)
+    assert_sound(study, 6)
 
 
 def test_a_latency_of_another_device_is_refused() -> None:
     pool = scripted(lambda job: timed(job, 3.0, "gpu y" if job.trial == 4 else "cpu x"))
-    found = run(space(), trials=6, pool=pool)
-    failure = found.evaluation(4).failure
+    study = run(space(), trials=6, pool=pool)
+    failure = study.evaluation(4).failure
     assert failure is not None
     assert failure.kind == "refused"
     assert "timed on [gpu y], and those of this study on [cpu x]" in failure.message
@@ -580,10 +582,10 @@ def test_what_was_recorded_is_told_later(jobs: list[Job], monkeypatch: pytest.Mo
     """The run ends after our rows are written, before Optuna's are."""
     tell = asker.OptunaTrials.tell
 
-    def lost(self: Any, trial: optuna.Trial, found: Evaluation, *rest: Any) -> None:
+    def lost(self: Any, trial: optuna.Trial, evaluation: Evaluation, *rest: Any) -> None:
         if trial.number == 3:
             raise StorageLostError("gone")
-        tell(self, trial, found, *rest)
+        tell(self, trial, evaluation, *rest)
 
     monkeypatch.setattr(asker.OptunaTrials, "tell", lost)
     with pytest.raises(StorageLostError):
@@ -607,10 +609,10 @@ def test_an_interrupted_candidate_is_taken_up_again(jobs: list[Job]) -> None:
             run(space(), trials=6, pool=pool)
         assert stop.value.exit_code == 130
         assert load_study("s").optuna.trials[trial].state == TrialState.RUNNING
-    found = run(space(), trials=6, pool=pool)
-    assert_sound(found, 6)
-    assert params(found) == params(whole)
-    assert found.evaluation(2).attempt == 2
+    study = run(space(), trials=6, pool=pool)
+    assert_sound(study, 6)
+    assert params(study) == params(whole)
+    assert study.evaluation(2).attempt == 2
 
 
 def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch, jobs: list[Job]) -> None:
@@ -764,20 +766,20 @@ def test_a_killed_run_ends_with_exactly_the_asked_trials(url: str, jobs: list[Jo
     left = load_study("s", url).optuna.get_trials(states=[TrialState.RUNNING])
     assert len(left) == 1
     assert stop_in(start(url), 6, signal.SIGTERM) == 143
-    found = run(space(), storage=url, trials=9, workers="inline")
-    assert_sound(found, 9)
-    assert found.evaluation(left[0].number).attempt == 2
-    with found.store.engine.connect() as connection:
+    study = run(space(), storage=url, trials=9, workers="inline")
+    assert_sound(study, 9)
+    assert study.evaluation(left[0].number).attempt == 2
+    with study.store.engine.connect() as connection:
         count = connection.exec_driver_sql("SELECT count(*) FROM moenas_attempt")
         attempts = count.scalar_one()
-    trained = sum("copied_from" not in e.metrics for e in found.view.evaluations)
+    trained = sum("copied_from" not in e.metrics for e in study.view.evaluations)
     assert attempts == trained + 2, "only the two that were in flight are done twice"
 
 
 def test_a_closed_terminal_ends_a_run_as_sigterm_does(url: str, jobs: list[Job]) -> None:
     assert stop_in(start(url), 3, signal.SIGHUP) == 129
-    found = run(space(), storage=url, trials=6, workers="inline")
-    assert_sound(found, 6)
+    study = run(space(), storage=url, trials=6, workers="inline")
+    assert_sound(study, 6)
 
 
 AT_ONCE = """
@@ -860,10 +862,10 @@ def test_a_study_on_ray_is_stopped_and_resumed() -> None:
     with begin() as process:
         told, _ = process.communicate(timeout=240)
     assert process.returncode == 0
-    found = load_study("s")
-    assert_sound(found, 5)
+    study = load_study("s")
+    assert_sound(study, 5)
     assert len(told.split()) < 5
-    assert all(e.status == "complete" for e in found.view.evaluations)
+    assert all(e.status == "complete" for e in study.view.evaluations)
     shutil.rmtree(place)
 
 
@@ -883,62 +885,62 @@ def test_a_front_shows_itself_in_one_short_line(jobs: list[Job]) -> None:
 
 def test_a_study_is_read_back(jobs: list[Job]) -> None:
     ran = run(space(more="require: [active_params < 20000]"), trials=8, workers="inline")
-    found = load_study("s")
-    front = found.front()
-    copies = {e.trial for e in found.view.evaluations if "copied_from" in e.metrics}
-    assert {m.trial for m in front} == {t.number for t in found.optuna.best_trials} - copies
-    assert front.hypervolume == found.view.history[-1].hypervolume > 0
+    study = load_study("s")
+    front = study.front()
+    copies = {e.trial for e in study.view.evaluations if "copied_from" in e.metrics}
+    assert {m.trial for m in front} == {t.number for t in study.optuna.best_trials} - copies
+    assert front.hypervolume == study.view.history[-1].hypervolume > 0
     first = front.members[0]
-    assert first.values == found.evaluation(first.trial).values
-    assert found.architecture(first.trial).plain() == first.architecture
+    assert first.values == study.evaluation(first.trial).values
+    assert study.architecture(first.trial).plain() == first.architecture
     assert list(front.dataframe()["trial"]) == [m.trial for m in front]
-    table = found.dataframe()
-    assert len(table) == len(found.view.evaluations) > 8
+    table = study.dataframe()
+    assert len(table) == len(study.view.evaluations) > 8
     assert list(table.columns[:4]) == ["trial", "state", "val_loss", "flops_per_token"]
     rejected = table[table["state"] == "infeasible"]
     assert rejected["val_loss"].isna().all()
     assert (rejected["cost.active_params"] >= 20000).all()
     assert table["params.d_model"].isin([16, 24, 32]).all()
-    assert "<table" in found._repr_html_()
-    assert ran.finished == found.finished == "trials"
+    assert "<table" in study._repr_html_()
+    assert ran.finished == study.finished == "trials"
     with pytest.raises(NotFoundError, match="no finished trial 99"):
-        found.evaluation(99)
+        study.evaluation(99)
     with pytest.raises(NotFoundError):
         load_study("t")
 
 
 def test_a_listener_hears_of_every_trial(jobs: list[Job]) -> None:
     events: list[Event] = []
-    found = run(
+    study = run(
         space(more="require: [active_params < 20000]"), workers="inline", listeners=[events.append]
     )
     over = [e for e in events if e.evaluation is not None]
-    rows = {e.trial: e for e in found.view.evaluations}
+    rows = {e.trial: e for e in study.view.evaluations}
     assert [e.trial for e in over] == list(rows)
     done = [sum(counts(rows[t]) for t in list(rows)[: i + 1]) for i in range(len(rows))]
     assert [e.progress.evaluated for e in over] == done
     assert done[-1] == 6
     kinds = {e.trial: e.kind for e in over}
-    for row in found.view.evaluations:
+    for row in study.view.evaluations:
         wanted = "copied" if "copied_from" in row.metrics else row.status
         assert kinds[row.trial] == {"complete": "finished"}.get(wanted, wanted)
     last = events[-1]
-    assert (last.kind, last.progress.front) == ("done", len(found.front()))
-    complete = [e.values for e in found.view.evaluations if e.status == "complete"]
+    assert (last.kind, last.progress.front) == ("done", len(study.front()))
+    complete = [e.values for e in study.view.evaluations if e.status == "complete"]
     assert last.progress.best["val_loss"] == min(v["val_loss"] for v in complete)
 
 
 def test_a_study_of_real_models() -> None:
-    found = run(space(), trials=3, workers="inline")
-    assert_sound(found, 3)
-    for row in found.view.evaluations:
+    study = run(space(), trials=3, workers="inline")
+    assert_sound(study, 3)
+    for row in study.view.evaluations:
         assert row.status == "complete", row.failure
         assert 2.0 < row.values["val_loss"] < 6.0
         assert row.values["flops_per_token"] == row.cost["flops_per_token"]
         assert row.weights_sha256 is not None
-        read_weights(found.store.runs, "s", row.trial, row.weights_sha256)
+        read_weights(study.store.runs, "s", row.trial, row.weights_sha256)
     store = Store.open()
-    assert store.study("s").data["sha256"] == found.view.evaluations[0].data["sha256"]
+    assert store.study("s").data["sha256"] == study.view.evaluations[0].data["sha256"]
 
 
 def test_a_study_with_a_fit_evaluates_architectures_of_one_cost_and_resumes() -> None:
@@ -954,14 +956,14 @@ architecture:
     fitted = space(text).with_search(trials=3)
     events: list[Event] = []
     run(fitted, workers="inline", listeners=[events.append])
-    found = run(fitted, trials=5, workers="inline", listeners=[events.append])
-    assert_sound(found, 5)
+    study = run(fitted, trials=5, workers="inline", listeners=[events.append])
+    assert_sound(study, 5)
     complete = 0
-    for evaluation in found.store.evaluations(found.name):
+    for evaluation in study.store.evaluations(study.name):
         near = abs(evaluation.cost["params"] - 60e3) <= 3000
         assert (evaluation.status == "complete") is near
         complete += near
-        plain = found.store.architecture(found.name, evaluation.trial)
+        plain = study.store.architecture(study.name, evaluation.trial)
         assert type(plain["blocks"][0]["ffn"]["d_expert"]) is int
     assert complete >= 5  # copies of duplicates included
     for event in events:

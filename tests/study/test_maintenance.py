@@ -103,12 +103,12 @@ def test_a_trial_that_another_process_has_mended_is_not_opened_again(
     store, read = Store.open(), Store.evaluations
 
     def meanwhile(self: Store, name: str) -> list[Evaluation]:
-        found = read(self, name)
+        record = read(self, name)
         with monkeypatch.context() as patch:
             patch.setattr(Store, "evaluations", read)
             with pytest.raises(StudyBusyError):
                 retry("s", pool=pool)
-        return found
+        return record
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "evaluations", meanwhile)
@@ -230,19 +230,19 @@ def test_a_result_that_was_not_committed_is_measured_again_too(
 ) -> None:
     record = Store.record
 
-    def lost(self: Store, found: Evaluation) -> bool:
-        if found.trial == 2:
+    def lost(self: Store, evaluation: Evaluation) -> bool:
+        if evaluation.trial == 2:
             raise StorageLostError("the server is gone")
-        return record(self, found)
+        return record(self, evaluation)
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "record", lost)
         with pytest.raises(StorageLostError):
             run(with_objective(), trials=3, workers="inline")
     changed = with_objective("subject.training.val_loss * 3")
-    found = run(changed, trials=3, workers="inline", accept_changes=True)
-    assert mine() == {e.trial: 3 * e.values["val_loss"] for e in found.view.evaluations}
-    assert_sound(found, 3)
+    study = run(changed, trials=3, workers="inline", accept_changes=True)
+    assert mine() == {e.trial: 3 * e.values["val_loss"] for e in study.view.evaluations}
+    assert_sound(study, 3)
 
 
 def test_another_run_s_acceptance_is_seen_before_the_first_trial(

@@ -50,20 +50,20 @@ def halving(stopping: str = HALVING, *, name: str = "s", objectives: str = "[val
     )
 
 
-def rungs_of(found: Study) -> list[RungResult]:
-    return rung_rows.results(found.store, found.name)
+def rungs_of(study: Study) -> list[RungResult]:
+    return rung_rows.results(study.store, study.name)
 
 
-def files_of(found: Study) -> list[str]:
+def files_of(study: Study) -> list[str]:
     """Files in the folder of a study."""
-    folder = weights_path(found.store.runs, found.name, 0).parents[1]
+    folder = weights_path(study.store.runs, study.name, 0).parents[1]
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def assert_no_leftovers(found: Study) -> None:
+def assert_no_leftovers(study: Study) -> None:
     """Only the weights of complete trials lie there."""
-    complete = [e.trial for e in found.view.evaluations if e.status == "complete"]
-    assert files_of(found) == sorted(f"{trial}/model.safetensors" for trial in complete)
+    complete = [e.trial for e in study.view.evaluations if e.status == "complete"]
+    assert files_of(study) == sorted(f"{trial}/model.safetensors" for trial in complete)
 
 
 def asha(losses: Mapping[int, Sequence[float]], factor: int) -> list[tuple[int, int]]:
@@ -111,8 +111,8 @@ def test_one_objective_and_one_worker_is_asha_exactly() -> None:
         done.append((job.trial, int(evaluation[0].metrics.get("rung", 3))))
         return evaluation
 
-    found = run(halving(), pool=Inline(noted))  # type: ignore[arg-type]
-    assert_sound(found, 14)
+    study = run(halving(), pool=Inline(noted))  # type: ignore[arg-type]
+    assert_sound(study, 14)
     whole = run(halving("none", name="whole"), workers="inline")
     losses = {
         e.trial: [row["val_loss"] for row in e.curve if "val_loss" in row]
@@ -121,17 +121,17 @@ def test_one_objective_and_one_worker_is_asha_exactly() -> None:
     }
     assert len(losses[0]) == 3
     assert done == asha(losses, 3)
-    statuses = {e.trial: e.status for e in found.view.evaluations}
+    statuses = {e.trial: e.status for e in study.view.evaluations}
     complete = {trial for trial, rung in done if rung == 3}
-    copied = {e.trial for e in found.view.evaluations if e.is_copy}
+    copied = {e.trial for e in study.view.evaluations if e.is_copy}
     full = {trial for trial, status in statuses.items() if status == "complete"}
     assert complete == full - copied
     assert set(statuses.values()) == {"complete", "stopped"}
     for trial in complete:  # what was promoted is what an uninterrupted run gives
-        assert found.evaluation(trial).values == whole.evaluation(trial).values
-    assert [t.state.name for t in found.optuna.trials].count("PRUNED") == len(statuses) - len(full)
-    assert_no_leftovers(found)
-    assert {m.trial for m in found.front()} <= complete
+        assert study.evaluation(trial).values == whole.evaluation(trial).values
+    assert [t.state.name for t in study.optuna.trials].count("PRUNED") == len(statuses) - len(full)
+    assert_no_leftovers(study)
+    assert {m.trial for m in study.front()} <= complete
 
 
 # --- a stand-in for training ---------------------------------------------------------------------
@@ -155,15 +155,15 @@ def stand_in(job: Job) -> tuple[Evaluation, bytes | None]:
     with Path("trained").open("a") as file:
         file.write(f"{job.trial} {before + 1}\n")
     values = {name: float(len(str(job.architecture))) for name in job.objectives}
-    found = Evaluation(job.study, job.trial, job.attempt, "complete", "", curve=curve)
+    evaluation = Evaluation(job.study, job.trial, job.attempt, "complete", "", curve=curve)
     if before < 2:
         known = {name: value for name, value in values.items() if name != "val_loss"}
         metrics = {"rung": float(before + 1)}
-        found = dataclasses.replace(found, status="paused", values=known, metrics=metrics)
-        return found, f"{job.trial} {before + 1}".encode()
+        evaluation = dataclasses.replace(evaluation, status="paused", values=known, metrics=metrics)
+        return evaluation, f"{job.trial} {before + 1}".encode()
     values["val_loss"] = curve[-1]["val_loss"]
     metrics = {"val_loss": values["val_loss"]}
-    return dataclasses.replace(found, values=values, metrics=metrics), b"weights"
+    return dataclasses.replace(evaluation, values=values, metrics=metrics), b"weights"
 
 
 def trained() -> Counter[tuple[int, int]]:
@@ -199,10 +199,10 @@ def killed_run(of: Space, owner: Any, name: str, number: int) -> int:
 
         def die_after(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                found = function(*args, **kwargs)
+                returned = function(*args, **kwargs)
                 if next(calls) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return found
+                return returned
 
             return call
 

@@ -32,16 +32,16 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
     def evaluate(job: Job) -> Any:
         seen.append(job)
-        found, weights = fake(job)
+        evaluation, weights = fake(job)
         noise = (job.seed * 7919 + job.trial * 104729) % 100 / 1000
-        values = found.values | {"val_loss": found.values["val_loss"] + noise}
+        values = evaluation.values | {"val_loss": evaluation.values["val_loss"] + noise}
         layers = sum(group["repeat"] for group in job.architecture["blocks"])
         values["flops_per_token"] = float(job.architecture["d_model"] * layers)
         info = devices.device_info(torch.device("cpu"), 1, torch.float32)
-        found = dataclasses.replace(
-            found, values=values, seed=job.seed, device=info, versions=measure.versions()
+        evaluation = dataclasses.replace(
+            evaluation, values=values, seed=job.seed, device=info, versions=measure.versions()
         )
-        return found, weights if job.keeps_weights else None
+        return evaluation, weights if job.keeps_weights else None
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
     return seen
@@ -54,10 +54,10 @@ def small(name: str = "s", count: int = 3, seed: int = 3) -> Space:
 
 
 def seeds_of(study: Study) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    seeds: dict[int, list[int]] = {}
     for row in replicates.rows(study.store, study.name):
-        found.setdefault(row.trial, []).append(row.seed)
-    return found
+        seeds.setdefault(row.trial, []).append(row.seed)
+    return seeds
 
 
 def test_each_member_of_the_front_is_trained_with_the_next_seeds(evaluated: list[Job]) -> None:
@@ -101,11 +101,11 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
 ) -> None:
     add, stored = replicates.add, []
 
-    def stop_after_two(store: Any, found: Any) -> None:
+    def stop_after_two(store: Any, answer: Any) -> None:
         if len(stored) == 2:
             raise KeyboardInterrupt
-        stored.append((found.trial, found.seed))
-        add(store, found)
+        stored.append((answer.trial, answer.seed))
+        add(store, answer)
 
     monkeypatch.setattr(replicates, "add", stop_after_two)
     with pytest.raises(Exception, match="Ctrl-C"):
@@ -150,10 +150,10 @@ def test_only_like_is_compared_with_like(evaluated: list[Job]) -> None:
     rows = replicates.rows(study.store, "s")
     other = dataclasses.replace(rows[0], device=rows[0].device | {"name": "Another CPU"})
     replicates.add(study.store, other)
-    found = seed_report(study.store, "s")
-    assert found is not None
-    assert found["left_out"] == 1
-    counted = {member["trial"]: member["seeds"] for member in found["members"]}
+    report = seed_report(study.store, "s")
+    assert report is not None
+    assert report["left_out"] == 1
+    counted = {member["trial"]: member["seeds"] for member in report["members"]}
     assert counted.pop(other.trial) == 2
     assert set(counted.values()) <= {3}
 
@@ -163,10 +163,12 @@ def fail_seeds(monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, ...], failure:
     works = measure.evaluate
 
     def evaluate(job: Job) -> Any:
-        found, weights = works(job)
+        evaluation, weights = works(job)
         if job.seed in seeds:
-            found = dataclasses.replace(found, status="failed", values={}, failure=failure)
-        return found, weights
+            evaluation = dataclasses.replace(
+                evaluation, status="failed", values={}, failure=failure
+            )
+        return evaluation, weights
 
     monkeypatch.setattr(measure, "evaluate", evaluate)
 

@@ -44,9 +44,9 @@ def rows_of(store: Store, name: str) -> study_rows.StudyRows:
     return store.read(name, lambda connection: study_rows.read(connection, name))
 
 
-def names_of(found: Study) -> list[str]:
+def names_of(study: Study) -> list[str]:
     """The files of a study, without the folder of the study."""
-    folder = study_folder(found.store.runs, found.name)
+    folder = study_folder(study.store.runs, study.name)
     files = [p for p in matching(folder, "*/*") if p.is_file()]
     return [f"{path.parent.name}/{path.name}" for path in files]
 
@@ -80,14 +80,14 @@ def test_workers_write_and_read_by_themselves(
         sent.append(evaluation[1])
         return evaluation
 
-    found = run(halving(), storage="sqlite:///a.db", pool=Inline(noted))  # type: ignore[arg-type]
-    assert_sound(found, 14)
+    study = run(halving(), storage="sqlite:///a.db", pool=Inline(noted))  # type: ignore[arg-type]
+    assert_sound(study, 14)
     assert all(isinstance(file, WeightsFile) for file in sent)
     assert any(job.checkpoint_at is not None for job in jobs)
-    assert str(found.store.runs).startswith(str(shared))
-    complete = [e.trial for e in found.view.evaluations if e.status == "complete"]
-    assert names_of(found) == sorted(f"{trial}/model.safetensors" for trial in complete)
-    assert doctor.examine(found.store, "s") == []
+    assert str(study.store.runs).startswith(str(shared))
+    complete = [e.trial for e in study.view.evaluations if e.status == "complete"]
+    assert names_of(study) == sorted(f"{trial}/model.safetensors" for trial in complete)
+    assert doctor.examine(study.store, "s") == []
 
     # 1. The same study with a folder has the same results. The study needs no setting to be read.
     monkeypatch.delenv("MOENAS_RUNS")
@@ -97,10 +97,10 @@ def test_workers_write_and_read_by_themselves(
     )
     # 2. An export and a new measurement read the weights from the URL.
     export(Store.open("sqlite:///a.db"), "s", complete[0], tmp_path / "out")
-    before = found.evaluation(complete[0]).values
+    before = study.evaluation(complete[0]).values
     said = remeasure("s", objective="val_loss", storage="sqlite:///a.db", workers="inline")
     assert said.complete == len(said.trials) > 0
-    assert found.evaluation(complete[0]).values == before
+    assert study.evaluation(complete[0]).values == before
 
 
 @pytest.mark.parametrize("root_url", ["s3"], indirect=True)

@@ -1,20 +1,27 @@
-"""A budget of training FLOPs: every candidate spends the same compute, up to one step."""
+"""Budgets of training: every candidate spends the same compute or time, up to one step."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import SMALL, space
+from studies import SMALL, Scripted, space
 
 from moenas.errors import InputError, SpaceError
+from moenas.evaluate.devices import device_name
+from moenas.evaluate.matching import notes, open_corpus
+from moenas.records import Evaluation, Job
 from moenas.report.space_check import check_report
 from moenas.space.sections import Budget, Recipe
 from moenas.space.space import Space
-from moenas.store import spending
+from moenas.space.stored_form import digest, with_current_defaults
+from moenas.store import replicates, spending
 from moenas.store.store import Store
 from moenas.study.estimate import estimate
-from moenas.study.launch import run
+from moenas.study.launch import dry_run, run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
@@ -31,10 +38,10 @@ def small(name: str = "s", budget: float = BUDGET) -> Space:
 @given(st.integers(1, 10**13), st.floats(1, 1e18))
 def test_the_steps_are_those_that_fit(flops: int, budget: float) -> None:
     recipe = Recipe(batch=4, context=16, budget=Budget(train_flops=budget))
-    found = recipe.for_candidate(flops)
+    fitted = recipe.for_candidate(flops)
     step = 3 * flops * 4 * 16
-    assert found.steps * step <= budget < (found.steps + 1) * step * (1 + 1e-9)
-    assert found.tokens == found.steps * 64
+    assert fitted.steps * step <= budget < (fitted.steps + 1) * step * (1 + 1e-9)
+    assert fitted.tokens == fitted.steps * 64
     assert Recipe(tokens=640).for_candidate(flops) == Recipe(tokens=640)
 
 
@@ -97,7 +104,9 @@ def test_a_candidate_without_one_step_is_infeasible() -> None:
     study = run(small(budget=between), workers="inline")
     broken = {e.trial: e.violations for e in study.view.evaluations if e.status == "infeasible"}
     assert broken
-    assert all("train.budget holds one training step" in found for found in broken.values())
+    assert all(
+        "train.budget holds one training step" in evaluation for evaluation in broken.values()
+    )
     with pytest.raises(SpaceError, match="holds one training step"):
         small(budget=2.0).require_feasible()
 
@@ -109,8 +118,119 @@ def test_tokens_beside_a_budget_are_refused_at_their_place() -> None:
 
 
 def test_check_and_estimate_count_by_the_budget() -> None:
-    found = small()
-    report = check_report(found, 20)
+    wanted = small()
+    report = check_report(wanted, 20)
     assert report["tokens_per_parameter"]["min"] < report["tokens_per_parameter"]["max"]
-    expected = estimate(found)
+    expected = estimate(wanted)
     assert 0.8 * 6 * BUDGET < expected.train_flops <= 6 * BUDGET
+
+
+# --- seconds -------------------------------------------------------------------------------------
+
+HERE = device_name(torch.device("cpu"))
+
+
+def timed(name: str = "s", seconds: float = 0.1, device: str = HERE, more: str = "") -> Space:
+    """SMALL under a budget of seconds; a step takes a few milliseconds."""
+    text = space(SMALL, name=name).text
+    budget = f"budget: {{seconds: {seconds}, device: '{device}'}}, dtype: float32, {more}"
+    text = text.replace("tokens: 512, ", budget)
+    return Space.parse(text, "s.yaml").with_search(sampler="grid", trials=6)
+
+
+def test_every_candidate_trains_for_the_steps_that_fit_in_the_seconds() -> None:
+    study = run(timed(), workers="inline")
+    for evaluation in study.view.evaluations:
+        assert evaluation.status == "complete", evaluation.failure
+        tokens, step = evaluation.curve[-1]["tokens"], evaluation.metrics["step_ms"]
+        assert evaluation.metrics["train_tokens"] == tokens
+        assert tokens // 64 == int(100 / step)
+    with pytest.raises(InputError, match=r"train\.budget\.seconds: 0\.1 -> 0\.2"):
+        run(timed(seconds=0.2), workers="inline")
+    with pytest.raises(InputError, match=r"train\.budget\.seconds: 0\.1 -> null"):
+        run(small(), workers="inline")
+
+
+def test_a_replicate_trains_on_the_tokens_of_its_trial() -> None:
+    study = run(timed().with_search(sampler="grid", trials=2, replicates=2), workers="inline")
+    rows = replicates.rows(study.store, study.name)
+    assert rows
+    for row in rows:
+        assert row.status == "complete", row.failure
+        known = study.evaluation(row.trial)
+        assert row.metrics["train_tokens"] == known.metrics["train_tokens"]
+        assert "time_step" not in row.seconds
+
+
+def test_evaluations_of_a_step_timed_elsewhere_are_not_reused() -> None:
+    run(timed("first").with_search(sampler="grid", trials=2), workers="inline")
+    study = run(timed("second").with_search(sampler="grid", trials=2), workers="inline")
+    assert [e.reused_from for e in study.view.evaluations] == [None, None]
+    assert all("time_step" in e.seconds for e in study.view.evaluations)
+
+
+def test_a_candidate_continues_from_a_rung_with_its_tokens() -> None:
+    text = timed(more="rungs: 2, ").text
+    stopping = "{kind: successive_halving, min_correlation: 0}"
+    text = text.replace("trials: 6", f"trials: 6, early_stopping: {stopping}")
+    study = run(Space.parse(text, "s.yaml"), workers="inline")
+    complete = [e for e in study.view.evaluations if e.status == "complete"]
+    assert complete
+    for evaluation in complete:
+        assert evaluation.curve[-1]["tokens"] == evaluation.metrics["train_tokens"]
+        assert len([row for row in evaluation.curve if "val_loss" in row]) == 3
+    stopped = [e for e in study.view.evaluations if e.status == "stopped"]
+    assert all(e.curve[-1]["tokens"] < e.metrics["train_tokens"] for e in stopped)
+
+
+def test_a_run_on_another_device_is_refused_and_nothing_is_made() -> None:
+    other = timed(device="NVIDIA H100")
+    message = rf"s\.yaml:\d+:\d+: train\.budget\.device: candidates run here on '.*{HERE[:3]}"
+    with pytest.raises(SpaceError, match=message):
+        run(other, workers="inline")
+    with pytest.raises(SpaceError, match="counts seconds on 'NVIDIA H100'"):
+        dry_run(other)
+    assert not Path("moenas.db").exists()
+    assert any("counts seconds on 'NVIDIA H100'" in n for n in notes(other, open_corpus(other)))
+
+
+def test_all_candidates_train_on_the_device_model_of_the_first() -> None:
+    def script(job: Job) -> Evaluation:
+        name = "NVIDIA H100 PCIe" if job.trial == 1 else "NVIDIA H100 80GB HBM3"
+        values = {"val_loss": 2.0 + job.trial, "flops_per_token": 1.0}
+        metrics = {"train_tokens": 640.0, "step_ms": 10.0}
+        more = {"values": values, "metrics": metrics, "device": {"name": name}}
+        return Evaluation(job.study, job.trial, job.attempt, "complete", "", **more)  # type: ignore[arg-type]
+
+    found = timed(device="NVIDIA H100").with_search(sampler="grid", trials=3)
+    study = run(found, pool=Scripted(script))
+    of = {e.trial: e for e in study.view.evaluations}
+    refused = [e for e in of.values() if e.status == "failed"]
+    assert [e.failure.kind for e in refused if e.failure] == ["refused"] * len(refused)
+    names = {e.device["name"] for e in of.values() if e.status == "complete"}
+    assert len(names) == 1
+    assert {e.device["name"] for e in refused} == {
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 80GB HBM3",
+    } - names
+
+
+def test_the_time_of_a_budget_of_seconds_is_known_and_its_tokens_by_a_probe() -> None:
+    found = timed(seconds=36.0)
+    assert check_report(found, 20)["tokens_per_parameter"] is None
+    before = estimate(found, workers=1)
+    assert before.hours == pytest.approx(6 * 0.01)
+    assert before.train_tokens is None
+    assert "unknown before a step is timed" in before.lines()[0]
+    probed = estimate(found, open_corpus(found), workers=1)
+    assert probed.hours == pytest.approx(6 * 0.01)
+    assert probed.train_tokens is not None
+    assert probed.train_tokens > 6 * 64
+
+
+def test_a_study_of_a_version_without_budgets_of_seconds_goes_on() -> None:
+    found = small()
+    stored = found.plain()
+    stored["train"]["budget"] = {"train_flops": BUDGET}
+    assert digest(stored) != found.sha256
+    assert digest(with_current_defaults(stored)) == found.sha256

@@ -16,12 +16,14 @@ from studies import assert_sound, params, press_ctrl_c, space
 from test_paused_candidates import halving
 
 from moenas.errors import ConflictError, InputError, NotFoundError, StudyBusyError
+from moenas.report.summary import listed_studies
 from moenas.space.space import Space
 from moenas.store import study_events, study_rows, submissions, tables
+from moenas.store.files import remove_tree
 from moenas.store.heartbeat import StudyLease
 from moenas.store.object_path import ObjectPath, StorePath
 from moenas.store.store import Store
-from moenas.store.submissions import Submission
+from moenas.store.submissions import StudyFilter, Submission
 from moenas.store.weights import read_weights, study_folder
 from moenas.study import doctor, transfer
 from moenas.study.archive import pack_study, unpack_study
@@ -188,31 +190,31 @@ def test_a_killed_copy_leaves_nothing_half(
 
 
 def test_a_renamed_study_goes_on_under_its_new_name(database_url: str, jobs: list[Any]) -> None:
-    found = run(space(), trials=4, workers="inline", storage=database_url)
-    before, weights = rows_of(found.store, "s"), files_of(found.store, "s")
+    first = run(space(), trials=4, workers="inline", storage=database_url)
+    before, weights = rows_of(first.store, "s"), files_of(first.store, "s")
     copied = run(space(name="later"), trials=4, workers="inline", storage=database_url)
     reuse = {"study": "later", "trial": 0, "from_study": "s", "from_trial": 0}
-    found.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
-    rename_study(found.store, "s", "new name", "somebody")
-    assert rows_of(found.store, "new name") == study_rows.renamed(before, "new name")
-    assert files_of(found.store, "new name") == weights
-    assert not study_folder(found.store.runs, "s").exists()
-    assert [study.name for study in found.store.studies()] == ["new name", "later"]
-    reused = found.store.query(reused_studies)
+    first.store.apply("later", lambda connection: connection.execute(insert(tables.reuse), reuse))
+    rename_study(first.store, "s", "new name", "somebody")
+    assert rows_of(first.store, "new name") == study_rows.renamed(before, "new name")
+    assert files_of(first.store, "new name") == weights
+    assert not study_folder(first.store.runs, "s").exists()
+    assert {study.name for study in first.store.studies()} == {"new name", "later"}
+    reused = first.store.query(reused_studies)
     assert reused == {"new name"}
-    for trial in found.store.front("new name"):
-        digest = found.store.evaluation("new name", trial)
+    for trial in first.store.front("new name"):
+        digest = first.store.evaluation("new name", trial)
         assert digest is not None
         assert digest.weights_sha256 is not None
-        read_weights(found.store.runs, "new name", trial, digest.weights_sha256)
+        read_weights(first.store.runs, "new name", trial, digest.weights_sha256)
     again = run(space(name="new name"), trials=6, workers="inline", storage=database_url)
     assert_sound(again, 6)
     assert copied.store.count("later") == 4
-    events = found.store.query(lambda c: study_events.after(c, "new name", 0))
+    events = first.store.query(lambda c: study_events.after(c, "new name", 0))
     assert [event.id for event in events] == list(range(1, len(events) + 1))
     assert events[0].kind == "study_created"
     assert "renamed" in {event.kind for event in events}
-    (last,) = found.store.query(lambda c: study_events.after(c, "s", 0))
+    (last,) = first.store.query(lambda c: study_events.after(c, "s", 0))
     assert (last.kind, last.data) == ("deleted", {"renamed_to": "new name"})
     begun = run(space(), trials=2, workers="inline", storage=database_url)  # the name is free
     assert_sound(begun, 2)
@@ -258,32 +260,141 @@ def test_the_old_name_is_taken_until_its_files_are_gone(
     copy_study(source.store, "s", target)
     seen: list[str] = []
 
-    def killed(folder: StorePath) -> None:
-        if folder != study_folder(target.runs, "s"):
-            return
-        with pytest.raises(ConflictError, match="already exists"):
-            copy_study(source.store, "s", target)
-        with pytest.raises(StudyBusyError, match="is being run by"):
-            delete_study(Store.open(database_url), "s", "somebody")
-        seen.append("asked")
-        raise KeyboardInterrupt
+    def checked(folder: StorePath) -> None:
+        if folder == study_folder(target.runs, "s"):
+            with pytest.raises(ConflictError, match="the name is not free"):
+                copy_study(source.store, "s", target)
+            for other in (("s", "t"), ("t", "s"), ("t", "u")):
+                with pytest.raises(StudyBusyError, match="is being run by"):
+                    rename_study(Store.open(database_url), *other, "somebody")
+            with pytest.raises(StudyBusyError, match="is being run by"):
+                delete_study(Store.open(database_url), "t", "somebody")
+            seen.append("asked")
+        remove_tree(folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "remove_tree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            rename_study(target, "s", "t", "somebody")
+        patch.setattr(transfer, "remove_tree", checked)
+        rename_study(target, "s", "t", "somebody")
     assert seen == ["asked"]
-    assert rows_of(target, "t") == study_rows.renamed(rows_of(source.store, "s"), "t")
-    assert files_of(target, "t") == files_of(source.store, "s")
-    assert target.front("s") == []
-    with pytest.raises(ConflictError, match="`moenas delete s` frees the name"):
-        load_study("s", database_url)
-    with pytest.raises(ConflictError, match="is being renamed"):
-        run(space(), trials=2, workers="inline", storage=database_url)
-    delete_study(target, "s", "somebody")  # what a killed process leaves
+    assert target.driver("t") is None
+    assert_free(target, "s", source)
+
+
+RENAME = """
+import os
+from moenas.store.store import Store
+from moenas.study import transfer
+
+def killed(folder):
+    os.kill(os.getpid(), 9)
+
+transfer.remove_tree = killed
+transfer.rename_study(Store.open({url!r}), "s", "t", "somebody")
+"""
+
+
+@pytest.fixture
+def half_renamed(source: Study, database_url: str) -> Store:
+    """A database whose study `s` was renamed to `t` by a process that was killed meanwhile."""
+    target = Store.open(database_url, create=True)
     copy_study(source.store, "s", target)
-    assert files_of(target, "s") == files_of(source.store, "s")
-    assert files_of(target, "t") == files_of(source.store, "s")
+    code = RENAME.format(url=target.url)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    return target
+
+
+def assert_free(store: Store, name: str, source: Study) -> None:
+    """A study of another name that comes under this name keeps all of its files."""
+    assert not study_folder(store.runs, name).exists()
+    copy_study(source.store, "s", store, name)
+    assert files_of(store, name) == files_of(source.store, "s")
+
+
+def test_a_killed_rename_shows_the_study_once_and_is_finished_by_repeating_it(
+    half_renamed: Store, source: Study, database_url: str
+) -> None:
+    store = half_renamed
+    assert [study.name for study in store.studies()] == ["t"]
+    assert [row["study"] for row in listed_studies(store)] == ["t"]
+    page = store.query(lambda c: submissions.page(c, StudyFilter(), after=None, limit=9))
+    assert [row.study for row in page] == ["t"]
+    assert not store.knows("s")
+    assert rows_of(store, "t") == study_rows.renamed(rows_of(source.store, "s"), "t")
+    assert files_of(store, "t") == files_of(store, "s") == files_of(source.store, "s")
+    way_out = "`moenas rename s t` finishes it"
+    for refused in (
+        lambda: load_study("s", database_url),
+        lambda: rename_study(store, "s", "u", "somebody"),
+        lambda: run(space(), trials=2, workers="inline", storage=database_url),
+        lambda: copy_study(source.store, "s", store),
+    ):
+        with pytest.raises(InputError, match=way_out):
+            refused()
+    new = Submission("s", "ann", "name: s", [], 2, 0, "queued")
+    with pytest.raises(ConflictError, match=way_out):
+        store.transact(lambda c: submissions.submit(c, new, key=None, request_sha256="0" * 64))
+    done = rename_study(store, "s", "t", "somebody")
+    assert (done.study, done.trials) == ("t", store.count("t"))
+    assert done.files == len(files_of(store, "t"))
+    with pytest.raises(NotFoundError, match="no study 's'"):
+        rename_study(store, "s", "t", "somebody")
+    assert files_of(store, "t") == files_of(source.store, "s")
+    (last,) = store.query(lambda c: study_events.after(c, "s", 0))[-1:]
+    assert (last.kind, last.data) == ("deleted", {"renamed_to": "t"})
+    assert_free(store, "s", source)
+
+
+def test_a_killed_rename_is_undone_by_the_way_back(half_renamed: Store, source: Study) -> None:
+    assert rename_study(half_renamed, "t", "s", "somebody").study == "s"
+    assert [study.name for study in half_renamed.studies()] == ["s"]
+    assert rows_of(half_renamed, "s") == rows_of(source.store, "s")
+    assert files_of(half_renamed, "s") == files_of(source.store, "s")
+    assert_free(half_renamed, "t", source)
+
+
+@pytest.mark.parametrize("end", ["renamed", "deleted"])
+def test_a_reserved_name_follows_its_study(half_renamed: Store, source: Study, end: str) -> None:
+    if end == "renamed":
+        rename_study(half_renamed, "t", "u", "somebody")
+    else:
+        delete_study(half_renamed, "t", "somebody")
+    assert [study.name for study in half_renamed.studies()] == ["u"] * (end == "renamed")
+    for name in ("s", "t"):
+        assert_free(half_renamed, name, source)
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_killed_rename_of_the_former_schema_is_finished(
+    source: Study, database_url: str, deleted: bool
+) -> None:
+    """It has left a study without objectives under the former name."""
+    store = Store.open(database_url, create=True)
+    copy_study(source.store, "s", store)
+    rename_study(store, "s", "t", "somebody")
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE moenas_reservation")
+        connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0008'")
+        columns = ", ".join(c.name for c in tables.study.c if c.name != "name")
+        row = f"INSERT INTO moenas_study (name, {columns}) SELECT 's', {columns} FROM moenas_study"
+        connection.exec_driver_sql(row)
+        driver = "INSERT INTO moenas_driver VALUES ('s', 'o', 'h', 'm', 1, 'b', 0.0)"
+        connection.exec_driver_sql(driver)
+        if deleted:
+            connection.exec_driver_sql("DELETE FROM moenas_study WHERE name = 't'")
+            connection.exec_driver_sql("DELETE FROM moenas_event")
+    rest = study_folder(store.runs, "s") / "trial_0"
+    assert isinstance(rest, Path)
+    rest.mkdir(parents=True)
+    store.engine.dispose()
+    store = Store.open(database_url, create=True)
+    if deleted:
+        assert store.studies() == []
+    else:
+        assert [study.name for study in store.studies()] == ["t"]
+        rename_study(store, "s", "t", "somebody")
+        assert not rest.exists()
+    copy_study(source.store, "s", store)
+    assert files_of(store, "s") == files_of(source.store, "s")
 
 
 def reused_studies(connection: Connection) -> set[str]:

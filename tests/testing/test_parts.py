@@ -43,9 +43,9 @@ def test_a_corpus_keeps_its_contract() -> None:
 
 
 def test_random_architectures_differ_and_are_valid() -> None:
-    found = [parts.random_architecture(seed, vocab_size=256) for seed in range(40)]
-    assert len({a.fingerprint for a in found}) > 35
-    assert all(a.vocab_size == 256 for a in found)
+    architectures = [parts.random_architecture(seed, vocab_size=256) for seed in range(40)]
+    assert len({a.fingerprint for a in architectures}) > 35
+    assert all(a.vocab_size == 256 for a in architectures)
     sparse = parts.random_architecture(0, MoEFFN)
     assert all(layer.ffn.kind == "moe" for layer in sparse.layers)
 

@@ -55,7 +55,7 @@ NO_EVALUATION = {
 """What a candidate gives back, and what its failure says."""
 
 
-def other_things(how: str, found: Evaluation) -> Any:
+def other_things(how: str, evaluation: Evaluation) -> Any:
     """What is no evaluation."""
     changes: dict[str, dict[str, Any]] = {
         "another trial": {"trial": 99},
@@ -66,7 +66,9 @@ def other_things(how: str, found: Evaluation) -> Any:
     }
     if how == "nothing":
         return None, None
-    return replace(found, **changes.get(how, {})), "weights" if how == "weights" else b"weights"
+    return replace(
+        evaluation, **changes.get(how, {})
+    ), "weights" if how == "weights" else b"weights"
 
 
 def evaluate(job: Job) -> tuple[Evaluation, bytes | None]:
@@ -146,12 +148,12 @@ def job(trial: int, how: str, time_limit_s: float | None = None, **more: Any) ->
 
 def wait(pool: Pool, n: int = 1) -> list[Result]:
     """The next n results, by trial."""
-    found: list[Result] = []
+    results: list[Result] = []
     end = time.monotonic() + 120
-    while len(found) < n and time.monotonic() < end:
-        found += pool.wait(5.0)
-    assert len(found) == n
-    return sorted(found, key=lambda result: result.job.trial)
+    while len(results) < n and time.monotonic() < end:
+        results += pool.wait(5.0)
+    assert len(results) == n
+    return sorted(results, key=lambda result: result.job.trial)
 
 
 def pids(folder: Path) -> list[int]:
@@ -407,11 +409,11 @@ def test_ray_tells_what_a_job_raises_prints_and_sends(
     pool: Pool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hows = ["sys.exit", "interrupt", "generator", "print", "full", "long", *NO_EVALUATION]
-    found = {}
+    outcomes = {}
     for how in hows:
         pool.submit(job(1, how))
-        [found[how]] = [result.outcome for result in wait(pool)]
-    for how, outcome in found.items():
+        [outcomes[how]] = [result.outcome for result in wait(pool)]
+    for how, outcome in outcomes.items():
         if how == "print":
             assert isinstance(outcome, Evaluation)
             continue
@@ -529,8 +531,8 @@ def test_every_port_is_of_the_loopback(pool: Pool) -> None:
     listening = []
     for process in [own, *own.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):  # a worker that has just ended
-            found = process.net_connections("inet")
-            listening += [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+            connections = process.net_connections("inet")
+            listening += [c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN]
     assert len(listening) > 5
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 

@@ -116,7 +116,7 @@ class Nodes:
 
     def nodes(self) -> list[dict[str, object]]:
         dead = {"Alive": False, "Resources": {"CPU": 99.0}}
-        return [dead, *({"Alive": True, "Resources": found} for found in self.resources)]
+        return [dead, *({"Alive": True, "Resources": resources} for resources in self.resources)]
 
 
 @pytest.mark.parametrize(

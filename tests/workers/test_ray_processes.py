@@ -55,11 +55,11 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def worked(pool: Pool, *jobs: Job) -> list[Evaluation | Failure]:
     """The outcomes of jobs, one after another."""
-    found = []
+    outcomes = []
     for one in jobs:
         pool.submit(one)
-        found += [result.outcome for result in wait(pool)]
-    return found
+        outcomes += [result.outcome for result in wait(pool)]
+    return outcomes
 
 
 def pid(outcome: Evaluation | Failure) -> int:
@@ -68,13 +68,13 @@ def pid(outcome: Evaluation | Failure) -> int:
 
 
 def test_a_process_works_on_its_number_of_candidates(kept: Pool) -> None:
-    found = [pid(outcome) for outcome in worked(kept, *(job(i, "fine") for i in range(6)))]
-    assert found == [found[0]] * 4 + [found[4]] * 2
-    assert found[0] != found[4]
-    wait_until(lambda: kept.wait(0.1) == [] and not runs(found[0]))
-    assert runs(found[4])
+    pids = [pid(outcome) for outcome in worked(kept, *(job(i, "fine") for i in range(6)))]
+    assert pids == [pids[0]] * 4 + [pids[4]] * 2
+    assert pids[0] != pids[4]
+    wait_until(lambda: kept.wait(0.1) == [] and not runs(pids[0]))
+    assert runs(pids[4])
     kept.close()
-    wait_until(lambda: not runs(found[4]))
+    wait_until(lambda: not runs(pids[4]))
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ needs = "model"
 
 
 def measure(subject):
-    found = [torch.get_default_dtype() == torch.float64, "CHANGED" in os.environ,
-             torch.are_deterministic_algorithms_enabled(), os.getcwd() == "/",
-             torch.get_num_threads() == 3, not torch.is_grad_enabled(), "/changed" in sys.path]
+    changes = [torch.get_default_dtype() == torch.float64, "CHANGED" in os.environ,
+               torch.are_deterministic_algorithms_enabled(), os.getcwd() == "/",
+               torch.get_num_threads() == 3, not torch.is_grad_enabled(), "/changed" in sys.path]
     torch.set_default_dtype(torch.float64)
     os.environ["CHANGED"] = "1"
     torch.use_deterministic_algorithms(True)
@@ -168,7 +168,7 @@ def measure(subject):
     for module in (torch, random):
         module.manual_seed(1) if module is torch else module.seed(1)
     print("changed")
-    return float(sum(found))
+    return float(sum(changes))
 '''
 
 
@@ -269,7 +269,7 @@ def test_a_candidate_on_the_cpu_sees_no_gpu(
 ) -> None:
     pool = open_pool(1, Search(candidates_per_worker=count), evaluate=gpus_of)
     assert pool.device == "cpu"
-    [found] = worked(pool, job(1, "fine"))
+    [outcomes] = worked(pool, job(1, "fine"))
     pool.close()
-    assert isinstance(found, Evaluation)
-    assert found.values == {"pid": 1.0}
+    assert isinstance(outcomes, Evaluation)
+    assert outcomes.values == {"pid": 1.0}

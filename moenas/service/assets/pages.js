@@ -240,22 +240,15 @@ async function refreshStudy() {
   state.className = `state ${found.state}`;
   document.getElementById("evaluated").textContent = found.progress.evaluated;
   document.getElementById("trials").textContent = found.trials;
-  showActions(found.state);
+  showActions(found.actions);
   await drawFront();
   fillFailures((await api("GET", `${study()}/trials?limit=1000`)).trials);
   await drawFigures();
 }
 
-// What the server does in each state; it refuses the rest.
-const ACTIONS = {
-  queued: ["pause", "cancel", "extend", "delete"], running: ["pause", "cancel", "extend"],
-  paused: ["resume", "cancel", "extend", "delete"], finished: ["extend", "delete"],
-  failed: ["resume", "extend", "delete"], cancelled: ["resume", "extend", "delete"],
-};
-
-function showActions(state) {
+function showActions(actions) {
   for (const button of document.querySelectorAll("#actions [data-action]")) {
-    button.disabled = !ACTIONS[state].includes(button.dataset.action);
+    button.disabled = !actions.includes(button.dataset.action);
   }
 }
 

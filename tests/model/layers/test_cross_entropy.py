@@ -32,17 +32,17 @@ def losses(made: Head, dtype: torch.dtype, *, trained: bool = True) -> list[list
     targets = torch.randint(VOCAB, (BATCH, LENGTH))
     leaves = [x, embedding if made.weight is None else made.weight]
     leaves += [] if made.bias is None else [made.bias]
-    found = []
+    each = []
     for form in (torch.enable_grad(), cuda_forms()):
         with form, _InFloat64() if dtype == torch.float64 else torch.enable_grad():
             if not trained:
                 with torch.no_grad():
-                    found.append([made.loss(x, embedding, targets)])
+                    each.append([made.loss(x, embedding, targets)])
                 continue
             loss = made.loss(x, embedding, targets)
             with NoCollisions():
-                found.append([loss.detach(), *torch.autograd.grad(3 * loss, leaves)])
-    return found
+                each.append([loss.detach(), *torch.autograd.grad(3 * loss, leaves)])
+    return each
 
 
 @pytest.fixture(autouse=True)

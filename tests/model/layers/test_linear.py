@@ -21,7 +21,11 @@ from moenas.space.sections import Recipe
 
 @cache
 def architectures() -> list[Architecture]:
-    return [Architecture.parse(found[0]) for found in map(point, range(150)) if found is not None]
+    return [
+        Architecture.parse(architecture[0])
+        for architecture in map(point, range(150))
+        if architecture is not None
+    ]
 
 
 def small() -> list[Architecture]:

@@ -45,12 +45,12 @@ def config(n_shared: int = 0, types: tuple[str, ...] = (SLIDING, FULL)) -> Any:
 
 def ours_at(kind: str) -> Plain:
     """The fields of our mixer for a kind of layer."""
-    found: Plain = {"n_heads": 4, "qk_norm": "head", "v_norm": True, "scale": 1.0}
+    mixer: Plain = {"n_heads": 4, "qk_norm": "head", "v_norm": True, "scale": 1.0}
     if kind == SLIDING:
-        return found | {"head_dim": 8, "n_kv_heads": 2, "window": WINDOW}
+        return mixer | {"head_dim": 8, "n_kv_heads": 2, "window": WINDOW}
     scaling = {"kind": "proportional", "fraction": 0.25}
     whole = {"head_dim": 16, "n_kv_heads": 1, "k_eq_v": True}
-    return found | whole | {"rope": {"theta": 1e6, "scaling": scaling}}
+    return mixer | whole | {"rope": {"theta": 1e6, "scaling": scaling}}
 
 
 def weights(attention: Any) -> dict[str, Tensor]:

@@ -29,13 +29,13 @@ def test_a_gate_multiplies_the_output_of_its_head(
         parameter.normal_(generator=generator)
     x = torch.randn(1, 1, D_MODEL, generator=generator)
     y = torch.randn(1, 1, HEADS, WIDTH, generator=generator)
-    found = gate.gated(x, y)
+    gated = gate.gated(x, y)
     for head in range(HEADS):
         for element in range(WIDTH):
             row = head * WIDTH + element if gated_by == "element" else head
             z = float(gate.weight[row] @ x[0, 0]) + (float(gate.head_bias[head]) if biased else 0)
             factor = math.log1p(math.exp(z)) if activation == "softplus" else 1 / (1 + math.exp(-z))
-            assert float(found[0, 0, head, element]) == pytest.approx(
+            assert float(gated[0, 0, head, element]) == pytest.approx(
                 factor * float(y[0, 0, head, element]), rel=1e-4, abs=1e-6
             )
 

@@ -96,9 +96,9 @@ def test_attention_is_the_textbook_formula(fields: dict[str, object], training: 
     x = torch.randn(2, 7, D_MODEL, generator=torch.Generator().manual_seed(1))
     with torch.set_grad_enabled(training):
         y = attention(x)
-    for sequence, found in zip(x, y, strict=True):
+    for sequence, output in zip(x, y, strict=True):
         torch.testing.assert_close(
-            found.double(), textbook(attention, sequence), rtol=1e-5, atol=1e-5
+            output.double(), textbook(attention, sequence), rtol=1e-5, atol=1e-5
         )
 
 

@@ -102,9 +102,9 @@ def test_a_bias_is_added_to_the_scores(bias: Any, training: bool, fields: Any) -
     with torch.set_grad_enabled(training):
         y = attention(x)
     with torch.no_grad():
-        for sequence, found in zip(x, y, strict=True):
+        for sequence, output in zip(x, y, strict=True):
             wanted = textbook(attention, sequence)
-            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(output.double(), wanted, rtol=1e-4, atol=1e-5)
         cache = attention.new_cache(2, LENGTH)
         parts = [attention(piece, cache) for piece in x.split([20, 1, LENGTH - 21], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-5)
@@ -176,10 +176,10 @@ def test_the_canonical_distance_has_the_same_buckets(buckets: int) -> None:
     """By brute force over all distances: the same table is read, and no smaller number does it."""
     far = distances(0, 90, 0, torch.device("cpu"))[-1]
     for farthest in range(buckets // 2 + 1, 60):
-        found = T5Bias(num_buckets=buckets, max_distance=farthest).canonical_within(None)
+        canonical = T5Bias(num_buckets=buckets, max_distance=farthest).canonical_within(None)
         read = [
             torch.searchsorted(torch.tensor(first_distances(buckets, n)), far, right=True)
-            for n in (farthest, found.max_distance)
+            for n in (farthest, canonical.max_distance)
         ]
         assert torch.equal(*read)
-        assert found.canonical_within(None) == found
+        assert canonical.canonical_within(None) == canonical

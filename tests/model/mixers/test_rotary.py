@@ -284,8 +284,8 @@ def output(part: AttentionMixer | LatentAttentionMixer, length: int = 80) -> Ten
     with torch.no_grad():
         for _, parameter in sorted(module.named_parameters()):
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-        found: Tensor = module(torch.randn(1, length, WIDTH, generator=generator))
-    return found
+        mixed: Tensor = module(torch.randn(1, length, WIDTH, generator=generator))
+    return mixed
 
 
 @pytest.mark.parametrize("name", ALIKE)

@@ -28,8 +28,8 @@ def pieces(length: int) -> list[int]:
     return [length - length // 3, length // 3] if length > 2 else [length]
 
 
-def agrees(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-5)
+def agrees(tensor: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(tensor.double(), wanted, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -42,12 +42,12 @@ def test_heads_with_one_decay_each_follow_the_recurrence(length: int) -> None:
         into, read = (m[:, t].repeat_interleave(heads // groups, dim=1) for m in (b, c))
         h = h * steps[:, t].exp()[..., None, None] + into.unsqueeze(-1) * x[:, t].unsqueeze(-2)
         wanted.append((h * read.unsqueeze(-1)).sum(dim=-2))
-    found, state = [], None
+    outputs, state = [], None
     parts = [m.float().split(pieces(length), dim=1) for m in (x, steps, b, c)]
     for piece in zip(*parts, strict=True):
         y, state = scan_heads(*piece, state)
-        found.append(y)
-    agrees(torch.cat(found, dim=1), torch.stack(wanted, dim=1))
+        outputs.append(y)
+    agrees(torch.cat(outputs, dim=1), torch.stack(wanted, dim=1))
     assert state is not None
     agrees(state.flatten(1, 2), h)
 
@@ -62,13 +62,13 @@ def test_channels_with_a_decay_for_each_state_follow_the_recurrence(length: int)
         step = dt[:, t].unsqueeze(-1)
         h = h * (step * rates).exp() + step * x[:, t].unsqueeze(-1) * b[:, t].unsqueeze(-2)
         wanted.append(h)
-    found, state = [], None
+    outputs, state = [], None
     for now, step, into in zip(
         *(m.float().split(pieces(length), 1) for m in (x, dt, b)), strict=True
     ):
         y, state = scan_channels(now, rates.float(), step, into, state)
-        found.append(y)
-    agrees(torch.cat(found, dim=1), torch.stack(wanted, dim=1))
+        outputs.append(y)
+    agrees(torch.cat(outputs, dim=1), torch.stack(wanted, dim=1))
     assert state is not None
     agrees(state, h)
 
@@ -92,13 +92,13 @@ def test_the_delta_rule_decays_corrects_and_reads(length: int, alike: bool, deca
         s = s - rate * key * (key * s).sum(dim=-2, keepdim=True)
         s = s + rate * key * v[:, t].unsqueeze(-2)
         wanted.append((s * q[:, t].unsqueeze(-1)).sum(dim=-2))
-    found, state = [], None
+    outputs, state = [], None
     steps = steps if decay == "channel" else steps.squeeze(-1)
     parts = [m.float().split(pieces(length), dim=1) for m in (q, k, v, steps, beta)]
     for q_now, k_now, v_now, step, rate in zip(*parts, strict=True):
         y, state = delta_rule((q_now, k_now, v_now), step, rate, state)
-        found.append(y)
-    agrees(torch.cat(found, dim=1), torch.stack(wanted, dim=1))
+        outputs.append(y)
+    agrees(torch.cat(outputs, dim=1), torch.stack(wanted, dim=1))
     assert state is not None
     agrees(state, s)
 

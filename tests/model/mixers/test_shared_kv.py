@@ -34,8 +34,8 @@ def stretched(attention: float, **fields: Any) -> Plain:
     return ATTENTION | {"rope": {"scaling": YARN | {"attention_factor": attention}}} | fields
 
 
-def stirred(found: Architecture) -> Model:
-    model = found.build(seed=1).eval()
+def stirred(architecture: Architecture) -> Model:
+    model = architecture.build(seed=1).eval()
     stir(model, 2)
     return model
 
@@ -75,13 +75,15 @@ def test_cost_gradients_and_spelling_are_exact(name: str) -> None:
 
 def inputs_of(model: Model, tokens: Tensor) -> list[Tensor]:
     """What each mixer of a model is given."""
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
     mixers: list[Any] = [block.mixer for block in model.blocks]
-    handles = [m.register_forward_pre_hook(lambda _, given: found.append(given[0])) for m in mixers]
+    handles = [
+        m.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for m in mixers
+    ]
     model(tokens)
     for handle in handles:
         handle.remove()
-    return found
+    return inputs
 
 
 @torch.no_grad()

@@ -139,8 +139,8 @@ def test_the_divergence_is_that_of_torch() -> None:
         scores.flatten(0, 1), attention.flatten(0, 1), seen.flatten(0, 1), strict=True
     ):
         target = torch.distributions.Categorical(weights[known])
-        found = torch.distributions.Categorical(logits=one[known])
-        wanted.append(torch.distributions.kl_divergence(target, found))
+        scored = torch.distributions.Categorical(logits=one[known])
+        wanted.append(torch.distributions.kl_divergence(target, scored))
     torch.testing.assert_close(part.index_loss, torch.stack(wanted).mean())
 
 

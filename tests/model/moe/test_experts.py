@@ -132,8 +132,8 @@ def first_come_first_served(
     room=st.integers(0, 7),
 )
 def test_capacity_serves_each_sequence_in_order(experts: list[list[list[int]]], room: int) -> None:
-    found = within_capacity(torch.tensor(experts), 5, room)
-    assert found.tolist() == [first_come_first_served(rows, 5, room) for rows in experts]
+    served = within_capacity(torch.tensor(experts), 5, room)
+    assert served.tolist() == [first_come_first_served(rows, 5, room) for rows in experts]
 
 
 @given(
@@ -329,10 +329,10 @@ def test_a_step_captured_in_a_cuda_graph_is_the_step(name: str) -> None:
                 x.copy_(batch)
                 moe.load_state_dict(state)
             graph.replay()
-            found = [captured.clone(), *(g.clone() for g in held if g is not None)]
+            replayed = [captured.clone(), *(g.clone() for g in held if g is not None)]
             moe.load_state_dict(state)
             wanted = [step().detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-            for a, b in zip(found, wanted, strict=True):
+            for a, b in zip(replayed, wanted, strict=True):
                 torch.testing.assert_close(a, b)
 
 

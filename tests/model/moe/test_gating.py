@@ -103,11 +103,11 @@ def test_experts_and_weights_follow_the_formula(name: str, biased: bool) -> None
     choice = module(x, bias)
     flat = [0.0] * N_EXPERTS if bias is None else bias.tolist()
     for token, z in enumerate(logits_of(module, x)):
-        found = zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True)
-        found = {e: w for e, w in found if w or router.score.kind != "relu"}
+        chosen = zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True)
+        chosen = {e: w for e, w in chosen if w or router.score.kind != "relu"}
         want = written_out(router, z, flat)
         want = {e: w for e, w in want.items() if w or router.score.kind != "relu"}
-        assert found == pytest.approx(want, abs=1e-5)
+        assert chosen == pytest.approx(want, abs=1e-5)
 
 
 def test_scores_of_far_logits_have_finite_gradients() -> None:
@@ -178,16 +178,16 @@ def test_the_loss_of_a_sequence_is_its_own() -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     experts = [[0, 1], [0, 2], [0, 1], [1, 2]]
     balance = LoadBalancer(3, aux_coef=1.0, scope="sequence")
-    found = balance(choice_of(experts, logits), torch.zeros(()), 2).balance_loss.item()
+    loss = balance(choice_of(experts, logits), torch.zeros(()), 2).balance_loss.item()
     wanted = 0.0
     for start in (0, 2):
         for i in range(3):
             f = 3 / (2 * 2) * sum(row.count(i) for row in experts[start : start + 2])
             p = sum(scores_of("softmax", z)[i] for z in logits[start : start + 2].tolist()) / 2
             wanted += f * p / 2
-    assert found == pytest.approx(wanted, abs=1e-6)
+    assert loss == pytest.approx(wanted, abs=1e-6)
     whole = LoadBalancer(3, aux_coef=1.0)(choice_of(experts, logits), torch.zeros(()), 2)
-    assert abs(whole.balance_loss.item() - found) > 1e-3
+    assert abs(whole.balance_loss.item() - loss) > 1e-3
     assert whole.load.tolist() == [3, 3, 2]
 
 

@@ -30,8 +30,8 @@ def architecture(mixer: Plain, ffn: Plain | None = None) -> Architecture:
     return Architecture.parse({"vocab_size": 40, "d_model": D_MODEL, "blocks": blocks})
 
 
-def stirred(found: Architecture) -> Model:
-    model = found.build(seed=1).eval()
+def stirred(architecture: Architecture) -> Model:
+    model = architecture.build(seed=1).eval()
     stir(model, 2)
     return model
 

@@ -199,10 +199,10 @@ def test_zero_experts_cost_their_share_of_an_even_load() -> None:
     router = router_of(top_k=12)
     longcat = MoEFFN(n_experts=512, n_zero_experts=256, d_expert=64, router=router)
     plain = MoEFFN(n_experts=512, d_expert=64, router=replace(router, top_k=8))
-    found, wanted = longcat.cost(64, 8), plain.cost(64, 8)
+    cost, wanted = longcat.cost(64, 8), plain.cost(64, 8)
     rows = 256 * 64  # of the router
-    assert found.active_params == wanted.active_params + rows
-    assert found.params == wanted.params + rows
+    assert cost.active_params == wanted.active_params + rows
+    assert cost.params == wanted.params + rows
 
 
 def test_no_network_runs_for_a_zero_expert() -> None:

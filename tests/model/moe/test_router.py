@@ -56,10 +56,10 @@ def test_experts_and_weights_follow_the_formula(router: Router, biased: bool) ->
     logits = (x.double() @ module.logits.weight.double().T).tolist()
     for token in range(TOKENS):
         want = written_out(router, logits[token], bias.tolist() if biased else [0.0] * N_EXPERTS)
-        found = dict(
+        chosen = dict(
             zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True)
         )
-        assert found == pytest.approx(want, abs=1e-5)
+        assert chosen == pytest.approx(want, abs=1e-5)
 
 
 def test_normalised_softmax_is_the_softmax_over_the_chosen() -> None:

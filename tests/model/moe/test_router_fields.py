@@ -69,10 +69,10 @@ def test_each_open_group_gives_as_many_experts(router: Router, biased: bool) -> 
     """MoGE, arXiv 2505.21411, eq. 5 and 6: the best of each group by a softmax over all experts."""
     module, x = build(router), some_tokens()
     bias = torch.linspace(-0.3, 0.3, N_EXPERTS)[torch.randperm(N_EXPERTS)] if biased else None
-    found = module(x, bias)
+    choice = module(x, bias)
     scores = (x.double() @ module.logits.weight.double().T).softmax(-1)
     size = N_EXPERTS // router.selection.n_groups
-    for token, weights in enumerate(weights_of(found)):
+    for token, weights in enumerate(weights_of(choice)):
         s = scores[token].tolist()
         ranked = [a + b for a, b in zip(s, [0.0] * 8 if bias is None else bias, strict=True)]
         groups = [range(g * size, g * size + size) for g in range(router.selection.n_groups)]
@@ -419,12 +419,12 @@ def test_the_router_reads_its_source(source: str) -> None:
     for parameter in model.parameters():
         parameter.normal_(0.2, 0.5, generator=generator)
     x = torch.randn(2, 9, D_MODEL, generator=generator)
-    found = model.blocks[0](x)
+    output = model.blocks[0](x)
     torch.testing.assert_close(
-        found, explicit_attention(model.blocks[0], x, source), rtol=1e-4, atol=1e-4
+        output, explicit_attention(model.blocks[0], x, source), rtol=1e-4, atol=1e-4
     )
     for other in {"ffn", "stream", "block"} - {source}:
-        assert not torch.allclose(found, explicit_attention(model.blocks[0], x, other), atol=1e-2)
+        assert not torch.allclose(output, explicit_attention(model.blocks[0], x, other), atol=1e-2)
 
 
 # --- one function, one form ----------------------------------------------------------------------
@@ -527,9 +527,9 @@ WORDS = ("ffn", "stream", "block")
     ],
 )
 def test_words_for_one_source_are_one(fields: Plain, block: Plain, kinds: list[set[str]]) -> None:
-    found: dict[str, set[str]] = {}
+    by_word: dict[str, set[str]] = {}
     for word in WORDS:
         plain = parse({"logits": {"kind": "linear", "input": word}}, **fields).plain()
         plain["blocks"][0] |= block
-        found.setdefault(Architecture.parse(plain).fingerprint, set()).add(word)
-    assert sorted(map(sorted, found.values())) == sorted(map(sorted, kinds))
+        by_word.setdefault(Architecture.parse(plain).fingerprint, set()).add(word)
+    assert sorted(map(sorted, by_word.values())) == sorted(map(sorted, kinds))

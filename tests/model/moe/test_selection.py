@@ -29,12 +29,12 @@ def scores(n_tokens: int, n_experts: int, seed: int = 0) -> Tensor:
 def test_each_expert_chooses_its_best_tokens(n_tokens: int, n_experts: int, top_k: int) -> None:
     s = scores(n_tokens, n_experts)
     picked = ExpertChoice(top_k)(s, s)
-    found = set(zip(picked.tokens.tolist(), picked.experts.flatten().tolist(), strict=True))
+    chosen = set(zip(picked.tokens.tolist(), picked.experts.flatten().tolist(), strict=True))
     wanted = set()
     for e in range(n_experts):
         ranks = sorted(range(n_tokens), key=lambda t: float(s[t, e]), reverse=True)
         wanted |= {(t, e) for t in ranks[: math.ceil(top_k * n_tokens / n_experts)]}
-    assert found == wanted
+    assert chosen == wanted
 
 
 def test_a_balanced_plan_evens_out_a_favourite() -> None:

@@ -1,0 +1,57 @@
+"""Calibrations as rows: one for each set of parts, device and workload, the newest one."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection, delete, insert, select
+
+from moenas.records import Calibration
+from moenas.store import statements, tables
+from moenas.store.reader import StoreReader
+from moenas.store.store import Store
+
+
+def add(store: Store, calibration: Calibration) -> None:
+    """Store a calibration in place of an earlier one of the same parts and workload."""
+    table = tables.calibration
+    row = {
+        "parts_sha256": calibration.parts_sha256,
+        "workload": calibration.workload,
+        "objective": calibration.objective,
+        "made_at": calibration.made_at,
+        "calibration": calibration.plain(),
+    }
+    same = (table.c.parts_sha256 == row["parts_sha256"]) & (table.c.workload == row["workload"])
+
+    def change(connection: Connection) -> None:
+        connection.execute(delete(table).where(same))
+        connection.execute(insert(table), row)
+
+    store.transact(change)
+
+
+def of_workload(store: StoreReader, parts_sha256: str, workload: str) -> Calibration | None:
+    """Return the calibration of these parts under exactly this workload, or None."""
+    table = tables.calibration
+    same = (table.c.parts_sha256 == parts_sha256) & (table.c.workload == workload)
+
+    def read(connection: Connection) -> Calibration | None:
+        if not statements.exists(connection, table):
+            return None  # a reader does not change a database of an older schema
+        plain = connection.scalar(select(table.c.calibration).where(same))
+        return None if plain is None else Calibration.parse(plain)
+
+    return store.query(read)
+
+
+def workloads(store: StoreReader, parts_sha256: str, objective: str) -> list[str]:
+    """Return the workloads under which an objective of these parts has a calibration."""
+    table = tables.calibration
+    wanted = select(table.c.workload).where(
+        table.c.parts_sha256 == parts_sha256, table.c.objective == objective
+    )
+
+    def read(connection: Connection) -> list[str]:
+        there = statements.exists(connection, table)
+        return sorted(connection.scalars(wanted)) if there else []
+
+    return store.query(read)

@@ -1,0 +1,70 @@
+"""Requirements on a latency that a calibration shows to be broken before a candidate is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moenas.evaluate import devices
+from moenas.predict.block_latency import predicted
+from moenas.study.calibration import latency_objectives, stored_in
+
+if TYPE_CHECKING:
+    from moenas.grammar.requirements import Requirement
+    from moenas.records import Calibration
+    from moenas.space.space import Space
+    from moenas.store.study_store import StudyStore
+    from moenas.study.candidate import Candidate
+
+MARGIN = 2.0
+"""Factor on the width of an interval, in logarithms, outside of which a latency certainly is not:
+the interval is that of untrained routers, and one of ten models lies outside of it."""
+
+
+class LatencyBounds:
+    """Refuses candidates whose predicted latency is certainly outside; empty until `open`.
+
+    A prediction decides nothing else: it is no value of a trial.
+    """
+
+    def __init__(self, store: StudyStore, space: Space) -> None:
+        self._store, self._space = store, space
+        self._bounds: list[tuple[Requirement, Calibration]] = []
+
+    def open(self, device: str) -> None:
+        """Read the calibrations for the bounds of the space; `device` is that of the pool."""
+        known = {
+            objective.name: stored_in(
+                self._store.store, self._space, objective, devices.named(device)
+            )
+            for objective in latency_objectives(self._space)
+        }
+        self._bounds = [
+            (requirement, calibration)
+            for requirement in self._space.requirements
+            if (calibration := known.get(requirement.bounded_latency or "")) is not None
+        ]
+
+    def apply(self, candidate: Candidate) -> None:
+        """Add the requirements that a candidate certainly breaks to its violations."""
+        if not self._bounds or candidate.architecture is None or candidate.broken:
+            return
+        references = self._store.reference_ms()
+        for requirement, calibration in self._bounds:
+            reference_ms = references.get(calibration.workload)
+            foreseen = predicted(calibration, candidate.architecture, reference_ms)
+            if foreseen.beyond:
+                continue
+            wide = calibration.factor**MARGIN
+            layers = self._space.layer_names(candidate.architecture)
+            by = min(
+                requirement.violation([{**n, calibration.objective: latency} for n in layers])
+                for latency in (foreseen.value / wide, foreseen.value * wide)
+            )
+            if by > 0:
+                candidate.violations[requirement.text] = by
+                candidate.predicted[f"predicted_{calibration.objective}"] = foreseen.value
+                candidate.invalid = (
+                    f"{requirement.text}: {calibration.objective} is predicted to be"
+                    f" {foreseen.value:.3g} {calibration.unit} ({foreseen.value / wide:.3g} to"
+                    f" {foreseen.value * wide:.3g})"
+                )

@@ -1,0 +1,75 @@
+"""Calibrations in the database: each is read for its own parts and workload alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moenas.records import Calibration
+from moenas.store import calibrations
+from moenas.store.store import Store
+
+MADE = Calibration(
+    objective="decode_ms",
+    unit="ms/step",
+    workload="AMD EPYC, phase decode, batch 8",
+    settings={"phase": "decode", "batch": 8, "context": 128, "dtype": "float32", "threads": 1},
+    space="s",
+    parts_sha256="a" * 64,
+    device={"name": "AMD EPYC"},
+    versions={"torch": "2"},
+    reference_ms=4.0,
+    coefficients={"model": 0.1, "layers": 0.05},
+    highest={"model": 1.0, "layers": 4.0},
+    log_error=0.1,
+    coverage=0.9,
+    fitted={"models": 17, "blocks": 17},
+    held_out=[
+        {"fingerprint": "f", "predicted": 1.0, "measured": 1.05, "spread": 0.01, "role": "test"},
+        {"fingerprint": "g", "predicted": 1.0, "measured": 1.3, "spread": 0.02, "role": "test"},
+        {"fingerprint": "h", "predicted": 1.0, "measured": 9.0, "spread": 0.1, "role": "interval"},
+    ],
+    made_at="2026-11-27T20:00:00+00:00",
+    seconds=100.0,
+)
+
+
+def test_the_newest_one_of_the_same_parts_and_workload_is_kept(database_url: str) -> None:
+    store = Store.open(database_url, create=True)
+    calibrations.add(store, MADE)
+    assert calibrations.of_workload(store, MADE.parts_sha256, MADE.workload) == MADE
+    later = replace(MADE, reference_ms=5.0)
+    calibrations.add(store, later)
+    assert calibrations.of_workload(store, MADE.parts_sha256, MADE.workload) == later
+    assert calibrations.workloads(store, MADE.parts_sha256, "decode_ms") == [MADE.workload]
+
+
+def test_another_workload_or_other_parts_have_none(database_url: str) -> None:
+    store = Store.open(database_url, create=True)
+    calibrations.add(store, MADE)
+    assert calibrations.of_workload(store, MADE.parts_sha256, f"{MADE.workload}0") is None
+    assert calibrations.of_workload(store, "b" * 64, MADE.workload) is None
+    assert calibrations.workloads(store, "b" * 64, "decode_ms") == []
+    assert calibrations.workloads(store, MADE.parts_sha256, "prefill_ms") == []
+
+
+def test_a_reader_of_an_older_schema_finds_none_and_changes_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/old.db"
+    store = Store.open(url, create=True)
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE moenas_calibration")
+        connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0009'")
+    store.engine.dispose()
+    old = Store.open(url)
+    assert calibrations.of_workload(old, MADE.parts_sha256, MADE.workload) is None
+    assert calibrations.workloads(old, MADE.parts_sha256, "decode_ms") == []
+    old.engine.dispose()
+    migrated = Store.open(url, create=True)
+    calibrations.add(migrated, MADE)
+    assert calibrations.of_workload(migrated, MADE.parts_sha256, MADE.workload) == MADE
+
+
+def test_the_quality_is_that_of_the_models_outside_fit_and_interval() -> None:
+    assert [row["fingerprint"] for row in MADE.tested] == ["f", "g"]
+    assert MADE.covered == 1
+    assert MADE.median_error == ((1 - 1 / 1.05) + (1 - 1 / 1.3)) / 2

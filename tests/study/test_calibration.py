@@ -1,0 +1,198 @@
+"""Calibrations: real measurements of small models, what `check` says by them, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import runner
+from studies import SMALL, space
+
+from moenas.errors import InputError, NoCandidateError
+from moenas.predict.block_latency import predicted
+from moenas.records import Calibration, Evaluation
+from moenas.report.latency_text import calibration_text, predicted_text
+from moenas.space.space import Space
+from moenas.store import calibrations
+from moenas.store.store import Store
+from moenas.study.calibration import calibrate, parts_digest, predicted_latency
+from moenas.study.launch import run
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
+
+QUICK = "measure: {decode_batch: 2, decode_context: 8, min_repeats: 3, max_repeats: 3}\n"
+
+
+def timed(objectives: str = "val_loss, decode_ms", more: str = QUICK, name: str = "s") -> Space:
+    text = space(SMALL, more, name).text
+    return Space.parse(text.replace("val_loss, flops_per_token", objectives), "s.yaml")
+
+
+def stored(found: Space) -> Calibration:
+    (made,) = calibrate(found, models=6)
+    return made
+
+
+def test_models_outside_the_fit_set_and_test_the_interval() -> None:
+    lines: list[str] = []
+    (made,) = calibrate(timed(), models=6, progress=lambda *told: lines.append(str(told)))
+    roles = [row["role"] for row in made.held_out]
+    assert (made.fitted["models"], roles) == (3, ["interval", "interval", "test"])
+    assert made.coverage == pytest.approx(2 / 3)
+    assert len(lines) == 6 + made.fitted["blocks"]
+    assert made.settings["batch"] == 2
+    assert made.device["kind"] == "cpu"
+    assert all(row["measured"] > 0 and row["predicted"] > 0 for row in made.held_out)
+    assert calibration_text(made)[-1].startswith(f"  {made.tested[0]['fingerprint']}: measured")
+    store = Store.open()
+    assert calibrations.of_workload(store, parts_digest(timed()), made.workload) == made
+
+
+def test_each_latency_of_a_space_has_a_calibration() -> None:
+    made = calibrate(
+        timed("prefill_ms, decode_ms", QUICK.replace("2,", "2, prefill_tokens: 8,", 1)), models=6
+    )
+    assert [one.objective for one in made] == ["prefill_ms", "decode_ms"]
+    assert [one.settings["context"] for one in made] == [8, 8]
+
+
+def test_check_predicts_by_the_calibration_of_these_settings_alone() -> None:
+    (row,) = predicted_latency(timed(), None)
+    assert "no calibration for" in row["missing"]
+    assert "`moenas calibrate SPACE` makes one" in row["missing"]
+    made = stored(timed())
+    (row,) = predicted_latency(timed(), None)
+    assert row["missing"] is None
+    assert row["smallest"]["value"] <= row["median"]["value"] <= row["largest"]["value"]
+    assert row["median"]["low"] < row["median"]["value"] < row["median"]["high"]
+    assert predicted_text([row])[0].startswith("decode_ms, predicted for")
+    for other in (
+        "decode_batch: 3",
+        "decode_batch: 2, threads: 2",
+        "decode_batch: 2, dtype: bfloat16",
+    ):
+        (row,) = predicted_latency(timed(more=QUICK.replace("decode_batch: 2", other)), None)
+        assert f"there is one for [{made.workload}], which is not used" in row["missing"]
+    wider = Space.parse(timed().text.replace("[16, 24, 32]", "[16, 24, 32, 40]"), "s.yaml")
+    assert "no calibration" in predicted_latency(wider, None)[0]["missing"]
+
+
+def test_a_calibration_of_another_device_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored(timed())
+    monkeypatch.setattr("moenas.evaluate.latency.device_name", lambda device: "Another CPU")
+    (row,) = predicted_latency(timed(), None)
+    assert "no calibration for [Another CPU" in row["missing"]
+
+
+def test_a_predicted_latency_is_no_value_of_a_trial() -> None:
+    made = stored(timed())
+    wrong = {name: 1000 * amount for name, amount in made.coefficients.items()}
+    calibrations.add(Store.open(), replace(made, coefficients=wrong))
+    (row,) = predicted_latency(timed(), None)
+    found = run(timed().with_search(sampler="grid", trials=6), workers="inline")
+    assert found.front().members
+    for evaluation in found.view.evaluations:
+        details = evaluation.measurements["decode_ms"]
+        assert evaluation.values["decode_ms"] == details["ratio"] * details["reference_ms"]
+        assert details["n"] == 3
+        assert evaluation.values["decode_ms"] < row["smallest"]["value"] / 10
+
+
+def test_a_space_without_a_latency_is_refused_and_nothing_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("moenas.evaluate.devices.has_gpu", lambda: False)
+    with pytest.raises(InputError, match="s: no objective is a latency"):
+        calibrate(timed("val_loss, flops_per_token"))
+    with pytest.raises(InputError, match="--device cuda: PyTorch sees no GPU here"):
+        calibrate(timed(), device="cuda")
+    with pytest.raises(InputError, match="--device tpu: give cpu or cuda"):
+        calibrate(timed(), device="tpu")
+    few = Space.parse(timed().text.replace("[16, 24, 32]", "[16]"), "s.yaml")
+    with pytest.raises(InputError, match=r"s: 2 different feasible models .* at least 6"):
+        calibrate(few)
+    assert not Path("moenas.db").exists()
+
+
+def test_the_command_line_calibrates_and_checks(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    moenas = runner(monkeypatch, capfd)
+    Path("s.yaml").write_text(timed().text)
+    made = moenas("calibrate", "s.yaml", "--models", "6", "-o", "json")
+    assert made.code == 0, made.err
+    assert "[1/" in made.err
+    assert Calibration.parse(json.loads(made.out)[0]).objective == "decode_ms"
+    checked = moenas("check", "s.yaml")
+    assert "decode_ms, predicted for" in checked.out
+    refused = moenas("calibrate", "s.yaml", "objectives=[val_loss]")
+    assert refused.code == 2
+    assert "no objective is a latency" in refused.err
+
+
+# --- requirements on a latency -------------------------------------------------------------------
+
+
+def bounded(bound: str) -> Space:
+    found = Space.parse(f"{timed().text}\nrequire: [{bound}]\n", "s.yaml")
+    return found.with_search(sampler="grid", trials=6)
+
+
+def with_interval(log_error: float) -> Calibration:
+    """Store a real calibration with another interval, for which no model is too large."""
+    made = stored(timed())
+    highest = {name: 100 * amount for name, amount in made.highest.items()}
+    changed = replace(made, log_error=log_error, highest=highest)
+    calibrations.add(Store.open(), changed)
+    return changed
+
+
+def ended(found: Space) -> list[Evaluation]:
+    with suppress(NoCandidateError):
+        run(found, workers="inline")
+    return Store.open().evaluations("s")
+
+
+def test_a_latency_that_is_certainly_outside_is_refused_before_training() -> None:
+    made = with_interval(0.1)
+    rows = ended(bounded("decode_ms < 1e-6"))
+    assert len(rows) == 6
+    for row in rows:
+        assert (row.status, row.values, row.curve) == ("infeasible", {}, [])
+        assert row.violations["decode_ms < 1e-6"] > 0.99
+        architecture = bounded("decode_ms < 1e-6").architecture(
+            Store.open().architecture("s", row.trial)
+        )
+        assert row.metrics == {"predicted_decode_ms": predicted(made, architecture).value}
+
+
+@pytest.mark.parametrize(
+    ("log_error", "device"), [(20.0, None), (0.1, "Another CPU")], ids=["wide", "elsewhere"]
+)
+def test_what_may_be_inside_is_trained_and_measured(
+    log_error: float, device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_interval(log_error)
+    if device is not None:
+        monkeypatch.setattr("moenas.evaluate.latency.device_name", lambda _: device)
+    for row in ended(bounded("decode_ms < 1e-6")):
+        assert row.status == "infeasible"
+        assert row.curve
+        assert row.values["decode_ms"] > 1e-6
+        assert "predicted_decode_ms" not in row.metrics
+
+
+def test_a_bound_that_all_meet_refuses_nothing() -> None:
+    with_interval(0.1)
+    rows = ended(bounded("decode_ms < 1e6"))
+    assert [row.status for row in rows] == ["complete"] * 6
+    assert not any("predicted_decode_ms" in row.metrics for row in rows)
+
+
+def test_a_model_larger_than_the_measured_ones_is_not_refused() -> None:
+    made = with_interval(0.1)
+    calibrations.add(Store.open(), replace(made, highest=dict.fromkeys(made.highest, 0.5)))
+    assert all(row.curve for row in ended(bounded("decode_ms < 1e-6")))
