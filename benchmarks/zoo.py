@@ -57,13 +57,12 @@ transformers in their logits as small models and have no file: A.X K1 (norms of 
 Beam (gates with a bias, depth-scaled residuals), Command A (parallel blocks), DeepSeek-V3.2 and
 GLM-5 (token indexers), dots 3 Note (latent attention with windows), FlexOlmo, Flint, Gemma 4
 (factors of blocks), Granite MoE with a shared network or with windows, Hunyuan 3, K-EXAONE, Kolibri
-1 (a selection bias on the logits), Laguna (softplus gates), Ling hybrid, Mellum, MiniMax-M3 without
-its indexers, Mistral Small 4 (a temperature of late positions).
+1 (a selection bias on the logits), Laguna (softplus gates), Ling hybrid, Mellum, MiniMax-M3
+(block indexers), Mistral Small 4 (a temperature of late positions).
 
 Of the 58 causal language models with experts in transformers 5.23, 50 are points of the space, and
-`moenas init --from` reads their configurations: Gemma 4 without embeddings of each layer, and
-MiniMax-M3 without indexers. A.X K2, DeepSeek-V4, Doge, Hunyuan 4, Inkling, Inkling 2, Qwen4-Exp and
-ZAYA1 are none.
+`moenas init --from` reads their configurations (Gemma 4 without embeddings of each layer). A.X K2,
+DeepSeek-V4, Doge, Hunyuan 4, Inkling, Inkling 2, Qwen4-Exp and ZAYA1 are none.
 
 ## What has no point
 
@@ -71,9 +70,9 @@ Of published mixtures these have parts that the space has no field for:
 
 - positions whose stretch follows the length of the text (dynamic NTK), or has a factor for each
   pair (LongRoPE: Phi-3.5-MoE's file gives the model before it);
-- indexers that select blocks (MiniMax-M3, Qwen4-Exp), compressed keys and values (DeepSeek-V4,
-  ZAYA1), a norm of its own for the keys that a layer reads of another
-  (Hunyuan-Large: its file reads them as normed), convolutions of keys and values (Inkling);
+- indexers of Qwen4-Exp, compressed keys and values (DeepSeek-V4, ZAYA1), a norm of its own for the
+  keys that a layer reads of another (Hunyuan-Large: its file reads them as normed), convolutions of
+  keys and values (Inkling);
 - embeddings of each layer (Gemma 4 E2B), norms with a gate of their own and gates made of the
   latent of the queries (A.X K2), masks that a learned score of the values makes (Doge);
 - experts drawn in training and the estimator of their gradient (SparseMixer: Phi-3.5-MoE's file has

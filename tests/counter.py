@@ -30,7 +30,7 @@ COUNTED = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linalg_solve_triangu
 """Operators with matrix products that may occur: each has a formula, ours or torch's."""
 
 _FREE = """
-    __rshift__ _safe_softmax _softmax _to_copy _unsafe_view abs add add_ alias arange argmax
+    __rshift__ _safe_softmax _softmax _to_copy _unsafe_view abs add add_ alias amax arange argmax
     bitwise_and bitwise_not bitwise_or bitwise_xor cat clamp clamp_min clone constant_pad_nd copy_ cos
     cumsum detach div embedding eq exp expand floor_divide full gather ge gelu gt index
     index_add index_select le linalg_vector_norm log lt masked_fill maximum mean mul

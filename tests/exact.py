@@ -28,6 +28,7 @@ from wide_space import (
 from moenas.evaluate.flops import count_flops
 from moenas.model import KVCache, MoE, MoEFFN, RoutedLayer, StateCache
 from moenas.model.architecture import Architecture, Model
+from moenas.model.mixers.block_indexer import BlockSelection
 from moenas.model.mixers.token_indexer import IndexedCache, IndexedSelection
 from moenas.model.moe.scores import Relu
 from moenas.records import Plain
@@ -134,7 +135,8 @@ def unreached(architecture: Architecture, model: Model) -> set[str]:
         if getattr(layer.mixer, "dt_floor", 0.0):
             names.add(f"blocks.{i}.mixer.dt_bias")
     for name, module in model.named_modules():
-        if isinstance(module, IndexedSelection):  # of the first token there is no other
+        # Of the first token there is no other key.
+        if isinstance(module, IndexedSelection | BlockSelection):
             names |= {f"{name}.{n}" for n, _ in module.named_parameters()}
         if not isinstance(module, RoutedLayer):
             continue

@@ -76,10 +76,12 @@ def allows_acausal(architecture: Architecture) -> bool:
 
 
 def mask_boundaries(architecture: Architecture) -> set[int]:
-    """Return the lengths in tokens of windows and chunks, and the `top_k` of token indexers."""
+    """Return the lengths in tokens of windows, chunks, and what indexers leave whole."""
     parts = [part for layer in architecture.layers for part in layer.parts.values()]
     spans = {part.attention_span for part in parts if part.attention_span is not None}
-    return spans | {x.top_k for x in (getattr(part, "indexer", None) for part in parts) if x}
+    spans |= {x.top_k for x in (getattr(part, "indexer", None) for part in parts) if x}
+    blocks = [x for x in (getattr(part, "block_indexer", None) for part in parts) if x]
+    return spans | {length for x in blocks for length in (x.block, x.reach)}
 
 
 def text_size(context: int, mask_boundaries: Collection[int] = ()) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from moenas.export import source
 from moenas.export.card import TOKENIZER, readme, trial_data
 from moenas.export.trained_trial import TrainedTrial, model_with
 from moenas.model.architecture import Architecture, initialise
+from moenas.model.mixers.block_indexer import BlockSelection
 from moenas.model.mixers.token_indexer import IndexedSelection
 from moenas.model.moe.routed_layer import RoutedLayer
 from moenas.store.weights import FILE
@@ -115,7 +116,7 @@ _TOKENIZER_FILE = """
 def model_source(architecture: Architecture, *, is_bytes: bool = True) -> str:
     """Return the text of model.py: what this architecture uses, `build`, `load` and a sample."""
     expression, classes = source.record(architecture.build)
-    further = any(issubclass(x, RoutedLayer | IndexedSelection) for x in classes)
+    further = any(issubclass(x, RoutedLayer | IndexedSelection | BlockSelection) for x in classes)
     methods = [*ENTRY, *(ROUTED if further else ())]
     closure = source.SourceClosure.of([*classes, initialise], methods)
     taken = sorted(set(closure.keys) & {"DTYPES", "build", "load", "read_safetensors"})

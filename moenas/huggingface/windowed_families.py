@@ -214,11 +214,10 @@ def beam(c: Config) -> Model:
 
 
 def minimax_m3_vl_text(c: Config) -> Model:
-    """MiniMax-M3, the text model, in layers without an indexer of blocks."""
+    """MiniMax-M3, the text model: some layers select blocks of keys."""
     n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
-    c.kinds("layer_types", n, {"full_attention": True})
-    indexed = ("n_heads", "head_dim", "block_size", "topk_blocks", "local_blocks")
-    c.read |= {f"index_{name}" for name in indexed}
+    words = {"full_attention": False, "minimax_m3_sparse": True}
+    sparse_layers = c.kinds("layer_types", n, words) or [False] * n
     positions = rope(c)
     turned = c.whole("rotary_dim") if "rotary_dim" in c.fields else None
     if "partial_rotary_factor" not in positions and turned not in (None, c.whole("head_dim")):
@@ -227,6 +226,15 @@ def minimax_m3_vl_text(c: Config) -> Model:
             "the family does not read this field; give rope_parameters.partial_rotary_factor",
         )
     mixer = attention(c, positions, qk_norm="head", inner_eps=eps)
+    indexer: Plain = {
+        "head_dim": c.whole("index_head_dim"),
+        "block": c.whole("index_block_size"),
+        "top_blocks": c.whole("index_topk_blocks"),
+        "local_blocks": c.whole("index_local_blocks"),
+    }
+    if c.whole("index_n_heads") != mixer["n_kv_heads"] and any(sparse_layers):
+        raise c.no_counterpart("index_n_heads", c.get("index_n_heads"), [mixer["n_kv_heads"]])
+    mixers = [mixer | ({"block_indexer": indexer} if one else {}) for one in sparse_layers]
     limits: Plain = {"gate_limit": c.number("swiglu_limit"), "up_shift": 1.0}
     limits["gate_alpha"] = c.number("swiglu_alpha")
     route = biased_router(c, normalize=True, scale=c.number("routed_scaling_factor"))
@@ -242,7 +250,7 @@ def minimax_m3_vl_text(c: Config) -> Model:
     c.read.add("hidden_act")
     network = {"kind": "dense", "d_ff": c.whole("dense_intermediate_size"), **limits}
     sparse = c.kinds("mlp_layer_types", n, SPARSE) or [True] * n
-    return whole_model(c), mixed_layers([mixer] * n, sparse, experts, network)
+    return whole_model(c), mixed_layers(mixers, sparse, experts, network)
 
 
 def granitemoeshared(c: Config) -> Model:

@@ -22,6 +22,8 @@ ATTENTION: Plain = {"kind": "attention", "head_dim": 8, "output_gate": "head", "
 ATTENTION |= {"gate_activation": "softplus", "floor_scale": 3, "scale_growth": "power"}
 EXPERTS: Plain = {"kind": "moe", "n_experts": 4, "d_expert": 8}
 ROUTER: Plain = {"router": {"bias_on": "logits", "balance": "bias"}, "activated_limit": 0.5}
+BLOCKS: Plain = {"kind": "attention", "head_dim": 8, "n_kv_heads": 1, "sinks": True}
+BLOCKS |= {"block_indexer": {"head_dim": 8, "block": 2, "top_blocks": 3}}
 DENSE: Plain = {"kind": "dense", "d_ff": 16}
 ARCHITECTURE: Plain = {
     "vocab_size": 40,
@@ -30,6 +32,7 @@ ARCHITECTURE: Plain = {
     "blocks": [
         {"mixer": LATENT, "ffn": EXPERTS | ROUTER, "ffn_norm": "sandwich"},
         {"mixer": SHARED, "ffn": DENSE},
+        {"mixer": BLOCKS, "ffn": DENSE},
         {"mixer": ATTENTION, "ffn": DENSE, "shortcut": EXPERTS}
         | {"shortcut_input": "stream", "sum_norm": True, "block_scale": True},
     ],

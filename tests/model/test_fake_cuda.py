@@ -203,7 +203,7 @@ def wide(number: int) -> Architecture | None:
     return None if drawn is None else Architecture.parse(drawn[0])
 
 
-@pytest.mark.parametrize("number", [4])
+@pytest.mark.parametrize("number", [5])
 def test_candidates_run(number: int) -> None:
     architecture = wide(number)
     assert architecture is not None

@@ -253,7 +253,37 @@ GLM_5_SHARED = Family(
     [*LATENT_TABLE, *index_rows(neighbours=True)],
 )
 
+M3_INDEXED = (
+    f"{M3_HEADS}, block_indexer: {{head_dim: 16, block: 3, top_blocks: 3, local_blocks: 2}}"
+)
+M3_INDEX: list[Row] = [
+    ("blocks.{}.mixer.indexer.query.weight", (ATTENTION + "indexer.q_proj.weight",), same),
+    ("blocks.{}.mixer.indexer.key.weight", (ATTENTION + "indexer.k_proj.weight",), same),
+    *distances(
+        (
+            "blocks.{}.mixer.indexer.query_norm.weight",
+            (ATTENTION + "indexer.q_norm.weight",),
+            same,
+        ),
+        ("blocks.{}.mixer.indexer.key_norm.weight", (ATTENTION + "indexer.k_norm.weight",), same),
+    ),
+]
+MINIMAX_M3_SPARSE = Family(
+    space(block(M3_INDEXED, M3_DENSE), block(M3_INDEXED, M3_MOE)),
+    {},
+    lambda: minimax_m3(
+        ["minimax_m3_sparse", "minimax_m3_sparse"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=3,
+        index_topk_blocks=3,
+        index_local_blocks=2,
+    ),
+    [*M3_ROWS, *M3_INDEX],
+)
+
 LATEST = {
+    "minimax_m3_sparse": MINIMAX_M3_SPARSE,
     "glm_moe_dsa_shared": GLM_5_SHARED,
     "gemma4": GEMMA_4,
     "gemma4_dense": GEMMA_4_DENSE,

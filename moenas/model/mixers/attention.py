@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from moenas.grammar.component import changed, fields, setting
 from moenas.grammar.conditions import none_of, one_of
 from moenas.model.layer_inputs import SharedKV
-from moenas.model.layers.linear import Linear
+from moenas.model.layers.linear import Linear, size
 from moenas.model.layers.norms import RMSNorm
+from moenas.model.mixers.block_indexer import BlockIndexer, BlockSelection
 from moenas.model.mixers.gate import (
     GateActivation,
     GatedBy,
@@ -33,6 +34,7 @@ from moenas.model.mixers.temperature import (
     build_temperature,
     canonical_temperature,
 )
+from moenas.model.mixers.token_indexer import IndexedCache
 from moenas.records import Cost
 
 OF_KEYS = (
@@ -98,10 +100,15 @@ class AttentionMixer(Mixer, kind="attention"):
         without_effect={"kv_source": none_of(None)},
     )
     inner_eps: float = setting(
-        "added to the mean square in qk_norm, in v_norm and in the norm of q_rank",
+        "added to the mean square in qk_norm, in v_norm, and in the norms of q_rank and indexer",
         default=1e-6,
         low=0.0,
-        without_effect={"q_rank": one_of(None), "qk_norm": one_of("none"), "v_norm": one_of(False)},
+        without_effect={
+            "q_rank": one_of(None),
+            "qk_norm": one_of("none"),
+            "v_norm": one_of(False),
+            "block_indexer": one_of(None),
+        },
     )
     qkv_bias: bool = setting("queries, keys and values have a bias", default=False)
     qkv_clip: float | None = setting(
@@ -171,6 +178,9 @@ class AttentionMixer(Mixer, kind="attention"):
     position_bias: PositionBias | None = setting(
         "added to the scores by the distance of their tokens; null: nothing is", default=None
     )
+    block_indexer: BlockIndexer | None = setting(
+        "which blocks of earlier tokens a token reads (MiniMax-M3); null: all", default=None
+    )
     kv_source: int | None = setting(
         "reads the keys and values of the n-th previous attention layer that has its own; 1 is the"
         " nearest (cross-layer attention, arXiv 2405.12981: 1; Gemma 3n: 1 or 2); null: this layer"
@@ -224,9 +234,23 @@ class AttentionMixer(Mixer, kind="attention"):
             return "window and chunk exclude each other; set one of them to null"
         if self.k_eq_v and self.v_dim != self.head_dim:
             return "k_eq_v: the values are as wide as the keys; leave v_head_dim out"
+        if self.block_indexer is not None and (reason := self._invalid_indexer()) is not None:
+            return f"block_indexer: {reason}"
         alone = 1 in (self.window, self.chunk) and not self.sinks
         if self.kv_source is not None and (alone or self.scale == 0):
             return "kv_source: its queries have no effect; give a wider window and no scale of 0"
+        return None
+
+    def _invalid_indexer(self) -> str | None:
+        """Return why there cannot be an indexer of blocks, or None."""
+        if self.window is not None or self.chunk is not None:
+            return "it selects among all earlier tokens; leave window and chunk out"
+        if self.position_bias is not None or self.kv_source is not None:
+            return "the layer has keys of its own and no position_bias; leave kv_source and it out"
+        assert self.block_indexer is not None
+        turned = self.rope.rotary_dim(self.head_dim)
+        if turned > self.block_indexer.head_dim:
+            return f"its head_dim must be at least the {turned} elements that have a position"
         return None
 
     def invalid_at(self, d_model: int) -> str | None:
@@ -243,7 +267,9 @@ class AttentionMixer(Mixer, kind="attention"):
         n_heads, n_kv_heads = self.heads_at(d_model)
         one_head = self.qk_norm == "full" and n_heads == n_kv_heads == 1
         own = self.kv_source is None
-        normed = self.q_rank or self.qk_norm != "none" or (own and self.v_norm)
+        normed = (
+            self.q_rank or self.block_indexer or self.qk_norm != "none" or (own and self.v_norm)
+        )
         bias = self.position_bias and self.position_bias.canonical_within(self.attention_span)
         canonical = changed(
             self,
@@ -289,7 +315,7 @@ class AttentionMixer(Mixer, kind="attention"):
         longer = rope.attention_factor(self.head_dim) != 1
         ordered = rope.partial_rotary_factor > 0 and (self.qk_norm in ("head", "full") or longer)
         after = self.qk_norm_after_rope and ordered and self.qk_norm != "none"
-        if not after:
+        if not after and self.block_indexer is None:  # an indexer reads the positions, too
             rope, folded = self.rope.fold_into_scale(self.head_dim)
         factor, usual = self.factor * folded, self.head_dim**-0.5
         is_usual = factor == usual or (folded != 1 and math.isclose(factor, usual, rel_tol=1e-10))
@@ -317,10 +343,15 @@ class AttentionMixer(Mixer, kind="attention"):
         params += {"head": (1 + own) * self.head_dim, "full": sum(widths)}.get(self.qk_norm, 0)
         params += (widths[0] + kv_width) * self.qkv_bias + d_model * self.out_bias
         params += n_heads * (self.gate_bias and gates > 0)
+        flops = 2 * products + 2 * context * (widths[0] + out_width)
+        if (indexer := self.block_indexer) is not None:
+            params += indexer.n_params(d_model, n_kv_heads)
+            flops += indexer.flops_per_token(d_model, n_kv_heads, context)
+            kept += indexer.head_dim
         return Cost(
             params=params,
             active_params=params,
-            flops_per_token=2 * products + 2 * context * (widths[0] + out_width),
+            flops_per_token=flops,
             kv_bytes_per_token=2 * kept,
         )
 
@@ -354,7 +385,12 @@ class AttentionMixer(Mixer, kind="attention"):
         if self.qk_norm != "none":
             q, k = self._build_norm(n_heads), self._build_norm(n_kv_heads)
             norms = QKNorm(q, k, self.qk_norm_after_rope)
-        return Attention(self._build_qkv(d_model), rotary, norms, attend, gate, out)
+        indexer = None
+        if self.block_indexer is not None:
+            turning = self.rope.build(self.head_dim)
+            indexer = self.block_indexer.build(d_model, n_kv_heads, self.inner_eps, turning)
+        qkv = self._build_qkv(d_model)
+        return Attention(qkv, rotary, norms, attend, gate, out, indexer=indexer)
 
     def _build_query(self, d_model: int) -> nn.Module:
         """Build what makes the queries where they are made by themselves."""
@@ -405,8 +441,11 @@ class Attention(SharesKV):
         attend: SoftmaxAttention,
         gate: OutputGate | None,
         out: Linear,
+        *,
+        indexer: BlockSelection | None = None,
     ) -> None:
         super().__init__(None, attend.bias_shared)
+        self.indexer = indexer
         self.qkv = qkv
         self.rotary = rotary
         self.norm = norm
@@ -427,6 +466,10 @@ class Attention(SharesKV):
         if norm is not None and not norm.after_rope:
             q, k = norm(q, k)
         start = 0 if cache is None else cache.length
+        indexer: Any = self.indexer
+        index: Tensor | None = None
+        if indexer is not None:
+            index = indexer.scores(x, start, getattr(cache, "index", None))
         if self.rotary is not None:
             q, k = self.rotary(q, start), self.rotary(k, start)
         if norm is not None and norm.after_rope:
@@ -434,7 +477,15 @@ class Attention(SharesKV):
         if cache is not None:
             k, v = cache.extend(k, v)
         self.publish_kv(k, v, shared)
-        y = self.attend(q, k, v, start, self.table(self.attend.table, shared)).transpose(1, 2)
+        chosen: Tensor | None = None
+        if index is not None:
+            reach: Any = self.attend.reach
+            seen = reach.seen(start, size(x.shape[1]), 0, x.device)
+            chosen = indexer.selected(index, seen, start)
+        table = self.table(self.attend.table, shared)
+        y = self.attend(q, k, v, start, table, chosen=chosen).transpose(1, 2)
+        if index is not None and chosen is not None and self.training:
+            indexer.learn(index, chosen, self.attend.group_weights(q, k, start, chosen))
         if self.gate is not None:
             y = self.gate.gated(x, y)
         out: Tensor = self.out(y.flatten(-2))
@@ -442,4 +493,4 @@ class Attention(SharesKV):
 
     def new_cache(self, batch: int, context: int) -> KVCache:
         """Return an empty cache."""
-        return KVCache(batch, context)
+        return KVCache(batch, context) if self.indexer is None else IndexedCache(batch, context)

@@ -135,8 +135,8 @@ class SoftmaxAttention(nn.Module):
         """Return (B, H, S, C of v) for q (B, H, S, C), and k and v (B, K, L, C) from position 0 on.
 
         The queries stand at positions start, start + 1, ... K divides H. `table` (buckets, H) is
-        the table of an earlier layer's bias, if this layer shares it. `chosen` (B, S, L) are the
-        keys that an indexer leaves to each query; such a layer has no position bias.
+        the table of an earlier layer's bias, if this layer shares it. `chosen` are the keys that
+        an indexer leaves to each query, (B, S, L) or (B, K, S, L); it has no position bias then.
 
         On CPUs a bfloat16 gradient is computed in float32, which is up to 3 times faster.
         """
@@ -161,7 +161,7 @@ class SoftmaxAttention(nn.Module):
             far = distances(start, length, first, q.device)
             mask = masked(self.bias(far, table), mask).to(q.dtype)
         if chosen is not None:
-            chosen = chosen[..., first:].unsqueeze(1)  # (B, 1, S, L)
+            chosen = self.by_head(chosen[..., first:])
             mask = chosen if mask is None else chosen & mask
         # 4. Explicit products, for what no fused kernel computes.
         if self.softcap is not None or (self.sinks is not None and (single or not self.scale)):
@@ -182,6 +182,34 @@ class SoftmaxAttention(nn.Module):
             q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )
         return y[..., :width].to(dtype)
+
+    def by_head(self, chosen: Tensor) -> Tensor:
+        """Return (B, 1, S, L) for all heads, or (B, H, S, L) where each group has its own."""
+        if chosen.dim() == 3:
+            return chosen.unsqueeze(1)
+        return chosen.repeat_interleave(self.n_heads // size(chosen.shape[1]), dim=1)
+
+    @torch.no_grad()
+    def group_weights(self, q: Tensor, k: Tensor, start: int, chosen: Tensor) -> Tensor:
+        """Return the mean attention weights of the heads of each key-value head, (B, K, S, L).
+
+        q and k are (B, H, S, C) and (B, K, L, C), `chosen` is (B, K, S, L). The part of sinks is
+        left out, as in `mean_weights`.
+        """
+        if self.temperature is not None:
+            q = self.temperature(q, start)
+        groups = q.unflatten(1, (k.shape[1], -1))
+        scores = (groups @ k.unsqueeze(2).transpose(-2, -1)).float() * self.scale
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        scores = scores.masked_fill(~chosen.unsqueeze(2), -torch.inf)
+        if self.sinks is None:
+            plain: Tensor = scores.softmax(dim=-1).mean(dim=2)
+            return plain
+        sinks = self.sinks.float().view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1].mean(dim=2)
+        shares: Tensor = weights / weights.sum(dim=-1, keepdim=True)
+        return shares
 
     @torch.no_grad()
     def mean_weights(self, q: Tensor, k: Tensor, start: int, chosen: Tensor) -> Tensor:
@@ -222,8 +250,8 @@ class SoftmaxAttention(nn.Module):
     def explicit_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Return (B, H, S, C) by explicit products; each of K key-value heads has H / K queries.
 
-        `mask` is a boolean mask (S, L) or (B, 1, S, L), or with a position bias the biases
-        (H, S, L).
+        `mask` is a boolean mask (S, L), (B, 1, S, L) or (B, H, S, L), or with a position bias the
+        biases (H, S, L).
         """
         # 1. Scores in float32, (B, K, H / K, S, L), with the soft cap.
         kv_heads = k.shape[1]
@@ -233,7 +261,9 @@ class SoftmaxAttention(nn.Module):
             scores = (scores / self.softcap).tanh() * self.softcap
         # 2. Mask, or add the position biases.
         if mask is not None and self.bias is None:
-            mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+            if mask.dim() == 4:  # one mask for all heads, or one a head
+                own = size(mask.shape[1]) > 1
+                mask = mask.unflatten(1, (kv_heads, -1)) if own else mask.unsqueeze(2)
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
             scores = scores + mask.float().unflatten(0, (kv_heads, -1))
