@@ -35,10 +35,12 @@ def seconds_of(seconds: float, device: str = HERE, **changes: Any) -> dict[str, 
     return replace(RECIPE, budget=Budget(seconds=seconds, device=device), **changes).plain()
 
 
-def trained(found: Evaluation) -> dict[str, Any]:
+def trained(evaluation: Evaluation) -> dict[str, Any]:
     """What two runs of equal tokens have in common, whatever fixed the tokens."""
-    kept = without_times(found)
-    kept["metrics"] = {k: v for k, v in found.metrics.items() if k in ("val_loss", "train_loss")}
+    kept = without_times(evaluation)
+    kept["metrics"] = {
+        k: v for k, v in evaluation.metrics.items() if k in ("val_loss", "train_loss")
+    }
     return kept
 
 
@@ -111,9 +113,9 @@ def test_steps_that_do_not_wait_for_the_device_are_timed_in_rows(
 ) -> None:
     """The steps of a GPU, on the CPU: their tokens are loaded for a whole sample at once."""
     monkeypatch.setattr("moenas.evaluate.step_time.open_steps", DeviceSteps)
-    found, _ = evaluate(job("val_loss", train=seconds_of(0.2)))
-    assert found.status == "complete", found.failure
-    assert found.curve[-1]["tokens"] == found.metrics["train_tokens"] > 0
+    evaluation, _ = evaluate(job("val_loss", train=seconds_of(0.2)))
+    assert evaluation.status == "complete", evaluation.failure
+    assert evaluation.curve[-1]["tokens"] == evaluation.metrics["train_tokens"] > 0
 
 
 def test_a_measurement_without_training_keeps_the_tokens(job: MakeJob) -> None:
@@ -128,27 +130,27 @@ def test_a_measurement_without_training_keeps_the_tokens(job: MakeJob) -> None:
 
 
 def test_nothing_is_timed_where_nothing_is_trained(job: MakeJob) -> None:
-    found, _ = evaluate(job("flops_per_token", train=seconds_of(60)))
-    assert found.status == "complete"
-    assert "time_step" not in found.seconds
-    assert found.metrics == {}
+    evaluation, _ = evaluate(job("flops_per_token", train=seconds_of(60)))
+    assert evaluation.status == "complete"
+    assert "time_step" not in evaluation.seconds
+    assert evaluation.metrics == {}
 
 
 def test_a_budget_below_one_step_ends_the_candidate(job: MakeJob) -> None:
     train = seconds_of(0.001, batch=64, context=128)
-    found, _ = evaluate(job("val_loss", train=train))
-    assert found.failure is not None
-    assert found.failure.kind == "timeout"
-    assert "train.budget.seconds: 0.001 s hold 0 training steps of" in found.failure.message
-    assert "a candidate needs 1: give at least" in found.failure.message
+    evaluation, _ = evaluate(job("val_loss", train=train))
+    assert evaluation.failure is not None
+    assert evaluation.failure.kind == "timeout"
+    assert "train.budget.seconds: 0.001 s hold 0 training steps of" in evaluation.failure.message
+    assert "a candidate needs 1: give at least" in evaluation.failure.message
 
 
 def test_a_worker_on_another_device_refuses_the_job(job: MakeJob) -> None:
-    found, _ = evaluate(job("val_loss", train=seconds_of(1.0, device="Abacus 3")))
-    assert found.failure is not None
-    assert found.failure.kind == "refused"
-    assert f"candidates run here on '{HERE}'" in found.failure.message
-    assert "counts seconds on 'Abacus 3'" in found.failure.message
+    evaluation, _ = evaluate(job("val_loss", train=seconds_of(1.0, device="Abacus 3")))
+    assert evaluation.failure is not None
+    assert evaluation.failure.kind == "refused"
+    assert f"candidates run here on '{HERE}'" in evaluation.failure.message
+    assert "counts seconds on 'Abacus 3'" in evaluation.failure.message
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def timed(objectives: str = "val_loss, decode_ms", more: str = QUICK, name: str 
     return Space.parse(text.replace("val_loss, flops_per_token", objectives), "s.yaml")
 
 
-def stored(found: Space) -> Calibration:
-    (made,) = calibrate(found, models=6)
+def stored(space: Space) -> Calibration:
+    (made,) = calibrate(space, models=6)
     return made
 
 
@@ -92,9 +92,9 @@ def test_a_predicted_latency_is_no_value_of_a_trial() -> None:
     wrong = {name: 1000 * amount for name, amount in made.coefficients.items()}
     calibrations.add(Store.open(), replace(made, coefficients=wrong))
     (row,) = predicted_latency(timed(), None)
-    found = run(timed().with_search(sampler="grid", trials=6), workers="inline")
-    assert found.front().members
-    for evaluation in found.view.evaluations:
+    study = run(timed().with_search(sampler="grid", trials=6), workers="inline")
+    assert study.front().members
+    for evaluation in study.view.evaluations:
         details = evaluation.measurements["decode_ms"]
         assert evaluation.values["decode_ms"] == details["ratio"] * details["reference_ms"]
         assert details["n"] == 3
@@ -137,8 +137,8 @@ def test_the_command_line_calibrates_and_checks(
 
 
 def bounded(bound: str) -> Space:
-    found = Space.parse(f"{timed().text}\nrequire: [{bound}]\n", "s.yaml")
-    return found.with_search(sampler="grid", trials=6)
+    space = Space.parse(f"{timed().text}\nrequire: [{bound}]\n", "s.yaml")
+    return space.with_search(sampler="grid", trials=6)
 
 
 def with_interval(log_error: float) -> Calibration:
@@ -150,9 +150,9 @@ def with_interval(log_error: float) -> Calibration:
     return changed
 
 
-def ended(found: Space) -> list[Evaluation]:
+def ended(space: Space) -> list[Evaluation]:
     with suppress(NoCandidateError):
-        run(found, workers="inline")
+        run(space, workers="inline")
     return Store.open().evaluations("s")
 
 

@@ -202,8 +202,8 @@ def test_all_candidates_train_on_the_device_model_of_the_first() -> None:
         more = {"values": values, "metrics": metrics, "device": {"name": name}}
         return Evaluation(job.study, job.trial, job.attempt, "complete", "", **more)  # type: ignore[arg-type]
 
-    found = timed(device="NVIDIA H100").with_search(sampler="grid", trials=3)
-    study = run(found, pool=Scripted(script))
+    wanted = timed(device="NVIDIA H100").with_search(sampler="grid", trials=3)
+    study = run(wanted, pool=Scripted(script))
     of = {e.trial: e for e in study.view.evaluations}
     refused = [e for e in of.values() if e.status == "failed"]
     assert [e.failure.kind for e in refused if e.failure] == ["refused"] * len(refused)
@@ -216,21 +216,21 @@ def test_all_candidates_train_on_the_device_model_of_the_first() -> None:
 
 
 def test_the_time_of_a_budget_of_seconds_is_known_and_its_tokens_by_a_probe() -> None:
-    found = timed(seconds=36.0)
-    assert check_report(found, 20)["tokens_per_parameter"] is None
-    before = estimate(found, workers=1)
+    wanted = timed(seconds=36.0)
+    assert check_report(wanted, 20)["tokens_per_parameter"] is None
+    before = estimate(wanted, workers=1)
     assert before.hours == pytest.approx(6 * 0.01)
     assert before.train_tokens is None
     assert "unknown before a step is timed" in before.lines()[0]
-    probed = estimate(found, open_corpus(found), workers=1)
+    probed = estimate(wanted, open_corpus(wanted), workers=1)
     assert probed.hours == pytest.approx(6 * 0.01)
     assert probed.train_tokens is not None
     assert probed.train_tokens > 6 * 64
 
 
 def test_a_study_of_a_version_without_budgets_of_seconds_goes_on() -> None:
-    found = small()
-    stored = found.plain()
+    wanted = small()
+    stored = wanted.plain()
     stored["train"]["budget"] = {"train_flops": BUDGET}
-    assert digest(stored) != found.sha256
-    assert digest(with_current_defaults(stored)) == found.sha256
+    assert digest(stored) != wanted.sha256
+    assert digest(with_current_defaults(stored)) == wanted.sha256
