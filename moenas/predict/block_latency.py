@@ -33,7 +33,7 @@ def latency_terms(architecture: Architecture, batch: int, context: int, tokens: 
 
     The pass has `tokens` new tokens in `batch` sequences, each of which sees `context` tokens. Of
     each part of a block, by its kind, there are the floating-point operations, the weights that
-    are read at most, and the elements of the key-value cache. A word of a block, such as
+    are read at most, and the bytes of the key-value cache. A word of a block, such as
     `block.ffn.activation=gelu`, counts the blocks that hold it. A number, such as
     `block.ffn.n_experts`, is the sum over the blocks.
     """

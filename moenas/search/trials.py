@@ -30,6 +30,7 @@ from moenas.search import start_points
 from moenas.search.points import Points
 from moenas.search.samplers import Setup, derived_seed, make
 from moenas.search.start_points import StartPoint
+from moenas.store.optuna_rows import CONSTRAINTS
 from moenas.store.optuna_storage import TrialChanges
 from moenas.store.store import Store
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONSTRAINTS = "constraints"
-"""First part of the system attributes that Optuna keeps constraints in."""
 REPEATS = 10
 """Draws in a row without a new candidate after which a point that was not drawn is proposed."""
 OF_THE_SAMPLER = (Exception, SystemExit)
@@ -234,8 +233,12 @@ class OptunaTrials:
         try:
             if self._interrupted:
                 trial_id = self._interrupted.popleft()
-                number = self._optuna._storage.get_trial(trial_id).number
-                self._optuna.sampler = self._sampler(number)
+                left = self._optuna._storage.get_trial(trial_id)
+                number = left.number
+                drawn = bool(left.params)
+                self._optuna.sampler = (
+                    self._sampler(number) if drawn else self._proposing(number, fruitless)
+                )
                 trial = Trial(self._optuna, trial_id)
             else:
                 self._optuna.sampler = self._proposing(number, fruitless)
@@ -292,31 +295,41 @@ class OptunaTrials:
             self._unwritten[trial._trial_id] = buffer.end()
 
     def set_constraints(self, trial: Trial, violations: Mapping[str, float]) -> None:
-        """Store the parameters, and by how much each requirement is broken, over 0, or met."""
-        self._write(trial, {}, violations)
+        """Store the parameters, and by how much each requirement is broken, over 0, or met.
 
-    def _write(
-        self,
-        trial: Trial,
-        user: Mapping[str, Any],
-        violations: Mapping[str, float],
-        state: TrialState | None = None,
-        values: Sequence[float] | None = None,
-    ) -> None:
-        """Store what a running trial does not have yet; with a state the trial ends."""
-        known, trial_id = trial._cached_frozen_trial, trial._trial_id
+        Raises:
+            ParametersError: if a value that was fixed beforehand does not fit the other trials.
+            SamplerFailedError: if another does not, or another program has finished the trial.
+        """
+        params = self._unwritten.pop(trial._trial_id, [])
+        system = self._add_attributes(trial, {}, violations)
+        if not (params or system):
+            return
+        try:
+            self._optuna.rows.write_trial(trial._trial_id, TrialChanges(params, {}, system))
+        except (ValueError, UpdateFinishedTrialError) as error:
+            if trial._fixed_params:
+                raise ParametersError(error_line(error)) from error
+            raise SamplerFailedError(trial, error_line(error)) from error
+
+    def _add_attributes(
+        self, trial: Trial, user: Mapping[str, Any], violations: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Give attributes to a trial in memory; return the constraints that it did not have.
+
+        A constraint of the trained model is known before the training where a prediction has
+        decided it. The measured one takes its place.
+        """
+        known = trial._cached_frozen_trial
+        held = known.constraints
         system = {
             f"{CONSTRAINTS}:{name}": float(value)
             for name, value in violations.items()
-            if name not in known.constraints
+            if held.get(name) != float(value)
         }
-        params = self._unwritten.pop(trial_id, [])
-        if not (params or user or system or state):
-            return
-        changes = TrialChanges(params, user, system, state, values)
-        self._optuna.rows.write_trial(trial_id, changes)
         known.user_attrs.update(user)
         known.system_attrs.update(system)
+        return system
 
     def tell(
         self,
@@ -335,9 +348,12 @@ class OptunaTrials:
         self._active.discard(number)
         state, values = outcome(evaluation, self._names)
         user, violations = self._description(evaluation, architecture, summary)
+        system = self._add_attributes(trial, user, violations)
         self._after_trial(trial, state, values)
+        params = self._unwritten.pop(trial._trial_id, [])
+        changes = TrialChanges(params, user, system, state, values)
         try:
-            self._write(trial, user, violations, state, values)
+            self._optuna.rows.write_trial(trial._trial_id, changes)
         except KeyError:
             raise StorageLostError(
                 f"study '{self._space.name}': another program has deleted it from Optuna's tables;"
@@ -353,6 +369,7 @@ class OptunaTrials:
         `Study.tell` reads the trial from the database once more; this driver is its only writer.
         """
         self._optuna.sampler = self._sampler(trial.number)
+        self._optuna._thread_local.cached_all_trials = None
         try:
             frozen = trial._cached_frozen_trial
             self._optuna.sampler.after_trial(self._optuna, frozen, state, values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Calibration
 from moenas.store import statements, tables
@@ -20,11 +21,12 @@ def add(store: Store, calibration: Calibration) -> None:
         "made_at": calibration.made_at,
         "calibration": calibration.plain(),
     }
-    same = (table.c.parts_sha256 == row["parts_sha256"]) & (table.c.workload == row["workload"])
 
     def change(connection: Connection) -> None:
-        connection.execute(delete(table).where(same))
-        connection.execute(insert(table), row)
+        dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+        added = dialect.insert(table).values(row)
+        key = [table.c.parts_sha256, table.c.workload]
+        connection.execute(added.on_conflict_do_update(index_elements=key, set_=row))
 
     store.transact(change)
 

@@ -9,7 +9,8 @@ The tables are those of Optuna's own models; `pyproject.toml` pins the major ver
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from optuna.distributions import BaseDistribution, json_to_distribution
@@ -23,8 +24,11 @@ from moenas.records import Plain
 TRIAL = models.TrialModel.__table__
 VALUE = models.TrialValueModel.__table__
 ATTRIBUTE = models.TrialUserAttributeModel.__table__
+SYSTEM = models.TrialSystemAttributeModel.__table__
 STUDY = models.StudyModel.__table__
 PARAM = models.TrialParamModel.__table__
+CONSTRAINTS = "constraints"
+"""First part of the system attributes that Optuna keeps constraints in."""
 FINITE = models.TrialValueModel.TrialValueType.FINITE
 
 
@@ -34,8 +38,11 @@ def set_outcome(
     number: int,
     state: TrialState,
     values: Sequence[float] | None,
+    constraints: Mapping[str, float] | None = None,
 ) -> None:
     """Close a trial with this state and these values, whatever it says now.
+
+    `constraints` take the place of those of the same names; others stay.
 
     Raises:
         StorageLostError: if Optuna has no such trial.
@@ -52,6 +59,12 @@ def set_outcome(
     ]
     if rows:
         connection.execute(insert(VALUE), rows)
+    for name, violation in (constraints or {}).items():
+        key = f"{CONSTRAINTS}:{name}"
+        this = (SYSTEM.c.trial_id == trial_id) & (SYSTEM.c.key == key)
+        connection.execute(delete(SYSTEM).where(this))
+        row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(float(violation))}
+        connection.execute(insert(SYSTEM), row)
 
 
 def reopen(connection: Connection, study: str, number: int) -> None:

@@ -208,6 +208,8 @@ def _write(storage: Storage, trial_id: int, changes: TrialChanges) -> None:
     with _create_scoped_session(storage.scoped_session, not ends) as session:
         trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=ends)
         storage.check_trial_is_updatable(trial_id, cast(TrialState, trial.state))
+        if ends and trial.state != TrialState.RUNNING:
+            raise UpdateFinishedTrialError(f"trial {trial.number} waits, and cannot end")
         if changes.params:
             _write_params(storage, session, trial, changes.params)
         attributes = (

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from moenas.errors import CandidateError, InputError, SpaceError, StorageError
+from moenas.errors import CandidateError, InputError, MoenasError, SpaceError, StorageError
 from moenas.evaluate import devices
 from moenas.evaluate.job import versions
 from moenas.evaluate.latency import PHASES, workload_of
 from moenas.evaluate.matching import open_corpus
 from moenas.evaluate.untrained_latency import measure_untrained
-from moenas.failures import is_out_of_memory
+from moenas.failures import is_out_of_memory, located
 from moenas.grammar.component import changed
 from moenas.grammar.sampling import RandomSuggest
 from moenas.predict.block_latency import BlockLatency, error_bound, predicted, workload_terms
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MODELS, FEWEST = 40, 6
 """Whole models that are measured, and the fewest that a calibration is made of."""
+FEWEST_OUTSIDE = 3
+"""Models outside the fit: two for the interval, and one that tests it."""
 COVERAGE = 0.9
 """Wanted probability that the interval contains the latency of a further model."""
 POOL = 200
@@ -137,7 +139,7 @@ def calibrate(
         for group in (in_fit, blocks, others)
     ]
     n_models = len(groups[0]) + len(groups[2])
-    if n_models < FEWEST or len(groups[2]) < 2 or not groups[0]:
+    if n_models < FEWEST or len(groups[2]) < FEWEST_OUTSIDE or not groups[0]:
         raise InputError(
             f"{space.name}: {n_models} models could be measured on this device; a"
             f" calibration is made of at least {FEWEST}"
@@ -163,9 +165,13 @@ def _measured(
     for number, architecture in enumerate(todo, start=1):
         try:
             latencies = measure_untrained(space, corpus, architecture, objectives, device)
-        except (CandidateError, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, CandidateError) or is_out_of_memory(error)):
+        except MoenasError as error:
+            if not isinstance(error, CandidateError):
                 raise
+            line = f"left out: {error}"
+        except (Exception, SystemExit) as error:  # code of a user's component may call sys.exit
+            if not is_out_of_memory(error):
+                raise InputError(f"{space.name}: {located(error)}") from error
             line = f"left out: {error}"
         else:
             yield _Measured(architecture, latencies)
@@ -188,7 +194,8 @@ def _groups(
     """
     n_others = count // 4 + count // 3
     in_fit = _spread(sample[n_others:], count - n_others)
-    return in_fit, list(_single_blocks(in_fit)), list(sample[:n_others])
+    others = list(sample[:n_others])
+    return in_fit, list(_single_blocks(in_fit, others)), others
 
 
 def _sample(space: Space, count: int) -> Iterator[Architecture]:
@@ -215,12 +222,15 @@ def _spread(models: Sequence[Architecture], count: int) -> list[Architecture]:
     return [ordered[round(i * step)] for i in range(min(count, len(ordered)))]
 
 
-def _single_blocks(models: Sequence[Architecture]) -> Iterator[Architecture]:
+def _single_blocks(
+    models: Sequence[Architecture], others: Sequence[Architecture]
+) -> Iterator[Architecture]:
     """Yield a model of one block for each different block of some models, at most one for each.
 
-    A block that reads another one cannot stand alone, and is left to the whole models.
+    None equals a whole model or one of the `others`, which stay outside the fit. A block that
+    reads another one cannot stand alone, and is left to the whole models.
     """
-    seen = {model.fingerprint for model in models}
+    seen = {model.fingerprint for model in (*models, *others)}
     for model in models:
         for layer in model.canonical().layers:
             try:

@@ -166,9 +166,12 @@ class Driver:
 
     def _draw(self, asked: Candidate) -> None:
         """Fill the holes of the space, and check the requirements on the architecture."""
+        is_new = not asked.trial.params
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
-        self.session.latency_bounds.apply(candidate)
+        # What was drawn by an earlier run goes on, whatever calibration there is now.
+        if is_new and self.session.duplicates.source(candidate) is None:
+            self.session.latency_bounds.apply(candidate)
         number = candidate.number
         # Optuna's rows come first: a trial of ours has its parameters there.
         self.trials.set_constraints(candidate.trial, candidate.violations)

@@ -233,11 +233,23 @@ class Remeasurer:
             and names & e.values.keys()
         ]
 
+    def _trained_violations(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return by how much each requirement of the trained model is broken, over 0, or met."""
+        wanted = any(requirement.trained for requirement in self._space.requirements)
+        if not wanted or evaluation.status == "failed":
+            return {}
+        plain = self._store.architecture(self._space.name, evaluation.trial)
+        return self._space.trained_violations(
+            self._space.architecture(plain), evaluation.routing, evaluation.values
+        )
+
     def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
         """Store values, digests, Optuna's rows and the front together."""
         record, space = self._record, self._space
         names = list(record.directions)
-        changes = [(e, *outcome(e, names)) for e in done]
+        changes = [
+            repairs.Replacement(e, *outcome(e, names), self._trained_violations(e)) for e in done
+        ]
         infos = [o.info() for o in objectives if o.name in names]
         all_current = all(o in objectives for o in changed_objectives(record, space))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from optuna.trial import TrialState
@@ -32,13 +33,25 @@ def reopen(connection: Connection, study: str, trials: Sequence[int]) -> None:
     study_events.append(connection, study, "trials_reopened", {"trials": list(trials)})
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """An evaluation that takes the place of an earlier one, and Optuna's outcome of it."""
+
+    evaluation: Evaluation
+    state: TrialState
+    values: list[float] | None
+    constraints: dict[str, float]
+    """Requirement of the trained model -> by how much it is broken, over 0, or met."""
+
+
 def replace_evaluations(
     connection: Connection,
     record: StudyRecord,
-    replacements: Sequence[tuple[Evaluation, TrialState, list[float] | None]],
+    replacements: Sequence[Replacement],
 ) -> None:
     """Store evaluations in place of those of the same attempts, and measure the front again."""
-    for evaluation, state, values in replacements:
+    for replacement in replacements:
+        evaluation = replacement.evaluation
         evaluated = tables.evaluation.c
         when = connection.execute(
             select(evaluated.recorded_at).where(
@@ -49,9 +62,16 @@ def replace_evaluations(
         for table, entries in mapping.evaluation_rows(evaluation, when).items():
             if entries:
                 connection.execute(insert(table), entries)
-        optuna_rows.set_outcome(connection, record.name, evaluation.trial, state, values)
+        optuna_rows.set_outcome(
+            connection,
+            record.name,
+            evaluation.trial,
+            replacement.state,
+            replacement.values,
+            replacement.constraints,
+        )
     rebuild_front(connection, record)
-    measured = [evaluation.trial for evaluation, _, _ in replacements]
+    measured = [replacement.evaluation.trial for replacement in replacements]
     study_events.append(connection, record.name, "trials_remeasured", {"trials": measured})
 
 

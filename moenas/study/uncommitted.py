@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moenas.errors import StorageError, StorageLostError
 from moenas.records import Evaluation
-from moenas.store.files import matching, remove_file, write_whole
+from moenas.store.files import matching, write_whole
 from moenas.store.mapping import storable
 from moenas.store.object_path import StorePath
 from moenas.store.weights import study_folder
@@ -44,8 +44,7 @@ class UncommittedResults:
         with contextlib.suppress(OSError, TypeError, ValueError):
             write_whole(path, json.dumps(storable(evaluation.plain())).encode())
         yield
-        with contextlib.suppress(OSError):
-            path.unlink()
+        self.drop(path)
 
     def close(self) -> None:
         """Remove the folder if nothing is in it."""
@@ -54,8 +53,9 @@ class UncommittedResults:
                 self._folder.rmdir()
 
     def drop(self, path: StorePath) -> None:
-        """Remove the file of a result, and the folder if it was the last one."""
-        remove_file(path)
+        """Remove the file of a result; a failure is ignored."""
+        with contextlib.suppress(OSError):
+            path.unlink()
 
     def commit(self, store: Store) -> None:
         """Record the results of earlier runs, and remove their files; the study must be claimed.
@@ -77,6 +77,7 @@ class UncommittedResults:
             self.drop(path)
         for draft in matching(self._folder, ".*"):
             self.drop(draft)
+        self.close()
 
     def results(self) -> Iterator[tuple[StorePath, Evaluation | None]]:
         """Yield each file and its result; None for a file that holds no result of the study."""

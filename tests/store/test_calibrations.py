@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from concurrency import together
 
 from moenas.records import Calibration
 from moenas.store import calibrations
@@ -73,3 +76,20 @@ def test_the_quality_is_that_of_the_models_outside_fit_and_interval() -> None:
     assert [row["fingerprint"] for row in MADE.tested] == ["f", "g"]
     assert MADE.covered == 1
     assert MADE.median_error == ((1 - 1 / 1.05) + (1 - 1 / 1.3)) / 2
+
+
+def add_often(url: str, barrier: Any, index: int) -> int:
+    """Store the calibration of one key ten times."""
+    store = Store.open(url)
+    barrier.wait()
+    for round_number in range(10):
+        calibrations.add(store, replace(MADE, seconds=float(10 * index + round_number)))
+    return index
+
+
+def test_processes_that_store_the_same_calibration_do_not_fail(database_url: str) -> None:
+    store = Store.open(database_url, create=True)
+    assert together(add_often, database_url, 3) == [0, 1, 2]
+    kept = calibrations.of_workload(store, MADE.parts_sha256, MADE.workload)
+    assert kept is not None
+    assert kept.seconds in {9.0, 19.0, 29.0}

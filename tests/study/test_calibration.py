@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import runner
 from studies import SMALL, space
 
-from moenas.errors import InputError, NoCandidateError
+from moenas.errors import InputError, MoenasError, NoCandidateError, NoRoomError
+from moenas.model.architecture import Architecture
 from moenas.predict.block_latency import predicted
 from moenas.records import Calibration, Evaluation
 from moenas.report.latency_text import calibration_text, predicted_text
 from moenas.space.space import Space
 from moenas.store import calibrations
 from moenas.store.store import Store
+from moenas.study import calibration
 from moenas.study.calibration import calibrate, parts_digest, predicted_latency
-from moenas.study.launch import run
+from moenas.study.events import Event
+from moenas.study.launch import load_study, run
+from moenas.study.maintenance import remeasure
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
+BLOCK = {"mixer": {"kind": "attention", "head_dim": 8}, "ffn": {"kind": "dense", "d_ff": 32}}
 QUICK = "measure: {decode_batch: 2, decode_context: 8, min_repeats: 3, max_repeats: 3}\n"
 
 
@@ -196,3 +203,81 @@ def test_a_model_larger_than_the_measured_ones_is_not_refused() -> None:
     made = with_interval(0.1)
     calibrations.add(Store.open(), replace(made, highest=dict.fromkeys(made.highest, 0.5)))
     assert all(row.curve for row in ended(bounded("decode_ms < 1e-6")))
+
+
+def test_what_an_earlier_run_has_drawn_is_not_refused_by_a_newer_calibration() -> None:
+    wanted = bounded("decode_ms < 1e-6")
+
+    def stop(event: Event) -> None:
+        if event.kind == "started" and event.trial == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises((MoenasError, KeyboardInterrupt)):
+        run(wanted, workers="inline", listeners=[stop])
+    with_interval(0.1)
+    rows = {row.trial: row for row in ended(wanted)}
+    assert rows[0].curve, "it was trained before"
+    assert rows[1].curve, "it was drawn before"
+    assert "predicted_decode_ms" not in rows[1].metrics
+    assert all("predicted_decode_ms" in rows[trial].metrics for trial in range(2, 6))
+    constraints = {t.number: t.constraints for t in load_study("s").optuna.trials}
+    for trial, row in rows.items():
+        assert constraints[trial]["decode_ms < 1e-6"] == row.violations["decode_ms < 1e-6"]
+
+
+def test_a_latency_that_is_measured_again_changes_its_constraint() -> None:
+    text = bounded("decode_ms < 1e6").text.replace("sampler: tpe", "sampler: grid")
+    study = run(Space.parse(text, "s.yaml"), trials=6, workers="inline")
+    before = {t.number: t.constraints["decode_ms < 1e6"] for t in study.optuna.trials}
+    remeasure("s", objective="decode_ms", workers="inline")
+    for trial in load_study("s").optuna.trials:
+        measured = trial.values[1]
+        expected = (measured - 1e6) / 1e6
+        assert trial.constraints["decode_ms < 1e6"] == pytest.approx(expected, rel=1e-12)
+    after = {t.number: t.constraints["decode_ms < 1e6"] for t in load_study("s").optuna.trials}
+    assert before.keys() == after.keys()
+    assert before != after
+
+
+# --- models that cannot be measured --------------------------------------------------------------
+
+
+def measuring_fails(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, which: Callable[[Architecture], bool]
+) -> None:
+    """Let the measurement of some models raise an error."""
+    measure = calibration.measure_untrained
+
+    def failing(space: Space, corpus: Any, architecture: Architecture, *rest: Any) -> Any:
+        if which(architecture):
+            raise error
+        return measure(space, corpus, architecture, *rest)
+
+    monkeypatch.setattr(calibration, "measure_untrained", failing)
+
+
+def test_without_a_model_that_tests_the_interval_nothing_is_stored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outside = next(iter(calibration._sample(timed(), 200))).fingerprint
+    measuring_fails(monkeypatch, NoRoomError("large"), lambda a: a.fingerprint == outside)
+    with pytest.raises(InputError, match="s: 5 models could be measured on this device"):
+        calibrate(timed(), models=6)
+    assert not Path("moenas.db").exists()
+
+
+def test_an_error_of_a_part_ends_the_command_with_its_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measuring_fails(monkeypatch, ValueError("no idea"), lambda _: True)
+    with pytest.raises(InputError, match=r"s: .*ValueError: no idea"):
+        calibrate(timed(), models=6)
+
+
+def test_a_model_outside_the_fit_is_no_model_of_one_block_in_it() -> None:
+    plain = {"vocab_size": 256, "d_model": 16, "blocks": [{"repeat": 2, **BLOCK}]}
+    two = Architecture.parse(plain)
+    one = Architecture.parse({**plain, "blocks": [{"repeat": 1, **BLOCK}]})
+    (single,) = calibration._single_blocks([two], [])
+    assert single.fingerprint == one.fingerprint
+    assert list(calibration._single_blocks([two], [one])) == []

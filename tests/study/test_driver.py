@@ -461,6 +461,40 @@ def test_a_sampler_that_stops_the_study_ends_it(jobs: list[Job]) -> None:
     assert "proposes nothing more" in events[-1].text
 
 
+def test_a_sampler_sees_the_attributes_of_a_trial_that_ends(jobs: list[Job]) -> None:
+    """As `Study.tell` shows them: constraints of a function of the user's read them."""
+    name = sampler(
+        "class Mine(RandomSampler):\n"
+        "    def after_trial(self, study, trial, state, values):\n"
+        "        seen = [trial.user_attrs['params'], trial.constraints, len(study.trials)]\n"
+        "        study._storage.set_trial_user_attr(trial._trial_id, 'seen', seen)\n"
+    )
+    text = space().text.replace("objectives:", "require: [params < 1e9]\nobjectives:")
+    study = run(Space.parse(text, "s.yaml").with_search(sampler=name), trials=2, workers="inline")
+    for trial in study.optuna.trials:
+        params, constraints, n_trials = trial.user_attrs["seen"]
+        assert params == trial.user_attrs["params"]
+        assert constraints == trial.constraints
+        assert "params < 1e9" in constraints
+        assert n_trials == trial.number + 1
+
+
+def test_a_trial_that_is_ended_during_its_draw_costs_no_candidate(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
+) -> None:
+    draw = asker.OptunaTrials.draw
+
+    def ended(self: asker.OptunaTrials, trial: Any) -> Any:
+        if trial.number == 1:
+            load_study("s").optuna.tell(1, state=TrialState.FAIL)
+        return draw(self, trial)
+
+    monkeypatch.setattr(asker.OptunaTrials, "draw", ended)
+    study = run(space(), trials=3, workers="inline")
+    assert kinds(study) == {1: "sampler"}
+    assert len(jobs) == 3
+
+
 @pytest.mark.parametrize("method", ["sample_independent", "infer_relative_search_space"])
 @pytest.mark.parametrize("raised", ["raise ValueError('no idea')", "raise SystemExit(0)"])
 def test_a_sampler_that_raises_fails_the_trial(jobs: list[Job], method: str, raised: str) -> None:
