@@ -55,7 +55,7 @@ from moenas.errors import (
     StudyStoppedError,
 )
 from moenas.passwords import hide
-from moenas.terminal import emit, say, to_json
+from moenas.terminal import command, emit, say, to_json
 
 if TYPE_CHECKING:
     from moenas.cli.watching import Watchers
@@ -220,7 +220,9 @@ def check(
         from moenas.report.space_check import check_text
         from moenas.study.estimate import Estimate
 
-        lines = [check_text(report), *predicted_text(report.get("latency", []))]
+        words = ["calibrate", space, *(overrides or [])]
+        calibrate = None if url is not None else command(words, {"storage": storage})
+        lines = [check_text(report), *predicted_text(report.get("latency", []), calibrate)]
         emit("\n".join([*lines, *Estimate(**report["estimate"]).lines()]))
 
 

@@ -47,12 +47,17 @@ def _quality(calibration: Calibration) -> str:
     )
 
 
-def predicted_text(rows: list[Plain]) -> list[str]:
-    """Return lines on the predicted latencies of a space, one row for each objective."""
+def predicted_text(rows: list[Plain], calibrate: str | None = None) -> list[str]:
+    """Return lines on the predicted latencies of a space, one row for each objective.
+
+    `calibrate` is the command that makes a calibration; None where it cannot be run.
+    """
     lines = []
     for row in rows:
         if row["missing"] is not None:
-            lines.append(f"{row['objective']}: not predicted; {row['missing']}")
+            way = f"; `{calibrate}` measures this device" if calibrate else ""
+            lines.append(f"{row['objective']}: not predicted{way}")
+            lines.append(f"  {row['missing']}")
             continue
         sizes = (
             f"{name} {row[name]['value']:.3g} ({row[name]['low']:.3g} to {row[name]['high']:.3g})"

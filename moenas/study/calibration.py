@@ -377,9 +377,9 @@ def calibration_summary(calibration: Calibration) -> Plain:
 
 
 def _missing(space: Space, objective: Objective, storage: str | None, device: torch.device) -> str:
-    """Say that there is no calibration, how to make one, and for what there is one."""
+    """Say that there is no calibration, and for what there is one."""
     wanted = workload_of(objective.name, space.measure, device).key
-    text = f"no calibration for [{wanted}]; `moenas calibrate SPACE` makes one"
+    text = f"no calibration for [{wanted}]"
     try:
         others = calibrations.workloads(Store.open(storage), parts_digest(space), objective.name)
     except StorageError:
