@@ -10,7 +10,7 @@ SHORTEST = 3
 """Characters of the shortest password that is looked for in texts."""
 USER_INFO = re.compile(r"(?s)(?<=://)(?!/)([^@]*(?:@[^@]*)*)@")
 """What stands before the last `@` of an address: a raw password may itself hold an `@`."""
-PARAMETER = re.compile(r"(?i)([?&][^=&#]*(?:passw|secret|token)[^=&#]*=)([^&#]+)")
+PARAMETER = re.compile(r"(?i)([?&][^=&#]*(?:passw|secret|token|api_?key)[^=&#]*=)([^&#]+)")
 """A parameter of an address whose value nobody may see."""
 
 _noted: set[str] = set()
@@ -25,11 +25,11 @@ def note(*secrets: str) -> None:
 def note_address(address: str) -> None:
     """Note the password of an address such as `https://NAME:PASSWORD@HOST`.
 
-    A user name without a password is a token, as of `https://TOKEN@HOST`.
+    A user name without a password is a token, as of `https://TOKEN@HOST` and `https://TOKEN:@HOST`.
     """
     if match := USER_INFO.search(address):
-        name, colon, password = match[1].partition(":")
-        note(password if colon else name)
+        name, _, password = match[1].partition(":")
+        note(password or name)
     note(*(value for _, value in PARAMETER.findall(address)))
 
 
@@ -47,6 +47,6 @@ def shown_address(address: str) -> str:
     match = USER_INFO.search(address)
     if match is None:
         return address
-    name, colon, _ = match[1].partition(":")
-    seen = f"{name}:{HIDDEN}" if colon else HIDDEN
+    name, _, password = match[1].partition(":")
+    seen = f"{name}:{HIDDEN}" if password else HIDDEN
     return address[: match.start(1)] + seen + address[match.end(1) :]

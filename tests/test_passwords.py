@@ -13,6 +13,8 @@ ADDRESSES = {
     "https://ann:a@b#c/d?e@h": "https://ann:***@h",
     "https://ann:p%40ss%2Fword@h": "https://ann:***@h",
     "https://ghp_Token123@h/x": "https://***@h/x",
+    "https://ghp_Token456:@h/x": "https://***@h/x",
+    "https://h/?api_key=Tr0ub4dor": "https://h/?api_key=***",
     "postgresql://h/d?user=ann&password=Tr0ub4dor&x=1": (
         "postgresql://h/d?user=ann&password=***&x=1"
     ),
@@ -21,7 +23,7 @@ ADDRESSES = {
     "tensorboard:boards": "tensorboard:boards",
     "https://h/path": "https://h/path",
 }
-SECRETS = ("Tr0ub4dor", "a@b#c/d?e", "p%40ss%2Fword", "p@ss/word", "ghp_Token123")
+SECRETS = ("Tr0ub4dor", "a@b#c/d?e", "p%40ss%2Fword", "p@ss/word", "ghp_Token123", "ghp_Token456")
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[1]
 RECIPES = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))
 TEXTS = RECIPES["recipes"](RECIPES["PAGE"].read_text(encoding="utf-8"))
-UNSURE = re.compile(r"^(trials # and # differ|next:|  moenas |\[#/#\]|  trials # and)")
-"""Lines that depend on which candidate is better, or on the time left."""
+UNSURE = re.compile(r"^( ?trials # and # differ|next:| moenas |\[#/#\]| # of # differences)")
+"""Lines that depend on which candidates are better, which rounding decides, or on the time left."""
 
 
 def without_numbers(line: str) -> str:
-    """Return a line whose numbers, spaces and rules are one sign each."""
+    """Return a line whose numbers, spaces, rules and device are one sign each."""
+    line = re.sub(r"^measured on .*", "measured on #", line)
     line = re.sub(r"[0-9][0-9.,e]*[kMGT]?(e[+-]?[0-9]+)?", "#", line)
     return re.sub(r" +", " ", re.sub(r"-{3,}", "---", line)).rstrip()
 

@@ -71,6 +71,11 @@ class Config:
         path = self.prefix + self.written.get(name, name)
         return SpaceError(message, location=place, path=path)
 
+    def put(self, name: str, value: Any, source: str) -> None:
+        """Set a field that another one, `source`, stands for; errors point there."""
+        self.fields[name] = Node.wrap(value, self.fields[source].mark)
+        self.written[name] = source
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field as plain data: that of the file, of the family, or `default`."""
         name = self.aliases.get(name, name)
@@ -108,7 +113,9 @@ class Config:
         return float(default if value is None else value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """Return true or false."""
+        """Return true or false; null in the file is false, as transformers has it."""
+        if self.aliases.get(name, name) in self.fields and self.get(name) is None:
+            return False
         return bool(self._typed(name, default, lambda x: type(x) is bool, "true or false"))
 
     def kinds(self, name: str, n_layers: int, known: dict[str, T]) -> list[T] | None:

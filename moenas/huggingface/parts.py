@@ -269,12 +269,15 @@ def dense(c: Config, width: str = "intermediate_size") -> Plain:
 
 
 def moe(c: Config, n_experts: str, d_expert: str, router: Plain, **fields: Any) -> Plain:
-    """Return a mixture of experts, by the names of the fields with its number and width."""
+    """Return a mixture of experts, by the names of the fields with its number and width.
+
+    Its activation is the configuration's, unless `fields` have one.
+    """
     return {
         "kind": "moe",
         "n_experts": c.whole(n_experts),
         "d_expert": c.whole(d_expert),
-        **activation(c),
+        **({} if "activation" in fields else activation(c)),
         **fields,
         "router": router,
     }

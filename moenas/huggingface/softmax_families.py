@@ -256,8 +256,9 @@ def gpt_oss(c: Config) -> Model:
         gate_limit=c.number("swiglu_limit"),
         gate_alpha=c.number("swiglu_alpha", 1.702),
         up_shift=1.0,
+        activation="swiglu",  # whatever hidden_act is
     )
-    c.read |= {"experts_per_token", "initial_context_length", "max_window_layers"}
+    c.read |= {"hidden_act", "experts_per_token", "initial_context_length", "max_window_layers"}
     fields = {"qkv_bias": bias, "out_bias": bias, "sinks": True}
     mixers = [attention(c, rope(c), window=window if s else None, **fields) for s in types]
     return whole_model(c), every_layer(c, mixers, experts)

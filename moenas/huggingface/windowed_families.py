@@ -213,8 +213,47 @@ def beam(c: Config) -> Model:
     return whole, mixed_layers(mixers, sparse, experts, dense(c))
 
 
+RELEASED_NAMES = {
+    "index_n_heads": "sparse_num_index_heads",
+    "index_head_dim": "sparse_index_dim",
+    "index_block_size": "sparse_block_size",
+    "index_topk_blocks": "sparse_topk_blocks",
+    "index_local_blocks": "sparse_local_block",
+}
+"""Field of the family in transformers -> its name in `sparse_attention_config` of the release."""
+
+
+def _read_released_names(c: Config) -> None:
+    """Give the fields of the released configuration the names that transformers has for them.
+
+    `sparse_attention_config` and `moe_layer_freq` have a number for each layer: 0 or not.
+    """
+    c.read |= {"sparse_attention_config", "moe_layer_freq"}
+    nested: Plain = c.get("sparse_attention_config") or {}
+    if not isinstance(nested, dict):
+        raise c.error("sparse_attention_config", "give an object")
+    for name, released in RELEASED_NAMES.items():
+        if released in nested:
+            c.put(name, nested[released], "sparse_attention_config")
+    sparse, kinds = nested.get("sparse_attention_freq"), c.get("moe_layer_freq")
+    for name, given, source, words in (
+        ("layer_types", sparse, "sparse_attention_config", ("full_attention", "minimax_m3_sparse")),
+        ("mlp_layer_types", kinds, "moe_layer_freq", ("dense", "sparse")),
+    ):
+        if given is None or c.get(name) is not None:
+            continue
+        if not isinstance(given, list):
+            raise c.error(source, "give a list of one number for each layer")
+        c.put(name, [words[bool(one)] for one in given], source)
+
+
 def minimax_m3_vl_text(c: Config) -> Model:
-    """MiniMax-M3, the text model: some layers select blocks of keys."""
+    """MiniMax-M3, the text model: some layers select blocks of keys.
+
+    transformers computes the activation from `swiglu_alpha` and `swiglu_limit`, whatever
+    `hidden_act` is: "swigluoai" in the released configuration.
+    """
+    _read_released_names(c)
     n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
     words = {"full_attention": False, "minimax_m3_sparse": True}
     sparse_layers = c.kinds("layer_types", n, words) or [False] * n
@@ -245,6 +284,7 @@ def minimax_m3_vl_text(c: Config) -> Model:
         route,
         n_shared_experts=1,
         d_shared=c.whole("shared_intermediate_size"),
+        activation="swiglu",
         **limits,
     )
     c.read.add("hidden_act")

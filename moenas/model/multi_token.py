@@ -46,7 +46,10 @@ class MultiTokenPrediction(Component):
     )
 
     def block(self, architecture: Architecture) -> BlockGroup:
-        """Return the block of each head: the last of the model, which reads no earlier layer."""
+        """Return the block of each head: the last of the model, reading no earlier layer.
+
+        Its attention has no indexer where that of the model reads the indexer of another layer.
+        """
         layer = architecture.canonical().layers[-1]
         mixer: Any = layer.mixer
         if getattr(mixer, "kv_source", None) is not None:
@@ -59,6 +62,7 @@ class MultiTokenPrediction(Component):
 
     def pass_flops(self, architecture: Architecture, context: int) -> int:
         """Return the forward operations of all heads on a sequence of `context` tokens."""
+        architecture = architecture.canonical()
         width, block = architecture.d_model, self.block(architecture)
         outside = 2 * width * (2 * width + architecture.vocab_size)
         total = 0
@@ -70,6 +74,7 @@ class MultiTokenPrediction(Component):
         """Return what the heads add in training; FLOPs of a token are rounded up."""
         if not self.weight:
             return Cost()
+        architecture = architecture.canonical()
         width, stream = architecture.d_model, architecture.stream
         one = self.block(architecture).cost(stream, context)
         own = 2 * width * width + 2 * width
@@ -83,10 +88,13 @@ class MultiTokenPrediction(Component):
     def outline(
         self, architecture: Architecture, device: torch.device | str = "meta"
     ) -> PredictionHeads:
-        """Build the heads without drawing weights; on the meta device they take no memory."""
+        """Build the heads without drawing weights; on the meta device they take no memory.
+
+        They are those of the canonical form, so that equal models get equal heads.
+        """
+        architecture = architecture.canonical()
         block, stream = self.block(architecture), architecture.stream
-        canonical = architecture.canonical()
-        n_branches = sum(len(layer.parts) for layer in canonical.layers)
+        n_branches = sum(len(layer.parts) for layer in architecture.layers)
         with torch.device(device):
             heads = [
                 PredictionHead(
@@ -97,7 +105,7 @@ class MultiTokenPrediction(Component):
                 )
                 for _ in range(self.depth)
             ]
-            return PredictionHeads(heads, self.weight, len(canonical.layers), n_branches)
+            return PredictionHeads(heads, self.weight, len(architecture.layers), n_branches)
 
     def build(
         self, architecture: Architecture, device: torch.device | str = "cpu", seed: int = 0
@@ -162,7 +170,8 @@ class PredictionHeads(LayerStack):
         """Return the mean cross entropy of each head in nats a token.
 
         `hidden` (B, S, D) is what the head of the model reads for `tokens` (B, S), and `targets`
-        (B, S) are the tokens after these. Head k predicts targets[:, k:] of S - k positions.
+        (B, S) are the tokens after these. Head k predicts targets[:, k:] of S - k positions, and
+        its loss is their mean; equation 24 divides the same sum by S.
         """
         losses = []
         heads: list[Any] = list(self.heads)

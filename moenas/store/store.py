@@ -185,6 +185,7 @@ class Store(StoreReader):
                 with self._database.writing() as connection:
                     statements.insert_rows(connection, rows)
                     reservations.require_free(connection, name)
+                    study_events.forget_deleted(connection, name)
                     told = {"trials": record.trials, "objectives": list(record.directions)}
                     study_events.append(connection, name, "study_created", told)
             except IntegrityError:

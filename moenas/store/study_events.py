@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, delete, insert, or_, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Evaluation, Plain
@@ -112,6 +112,19 @@ def newest(connection: Connection) -> dict[str, int]:
 def forget(connection: Connection, study: str) -> None:
     """Delete the events of a study; the counter stays, so that no id is given twice."""
     connection.execute(delete(event).where(event.c.study == study))
+
+
+def forget_deleted(connection: Connection, study: str) -> None:
+    """Delete the events of a deleted study, in the transaction that gives its name to a new one.
+
+    The events of a study end with `deleted`. The counter stays, so that no id is given twice.
+    """
+    if not statements.exists(connection, event):
+        return
+    former = (event.c.study == study) & (event.c.kind == "deleted")
+    last = connection.scalar(select(func.max(event.c.id)).where(former))
+    if last is not None:
+        connection.execute(delete(event).where(event.c.study == study, event.c.id <= last))
 
 
 def move(connection: Connection, study: str, new: str) -> None:

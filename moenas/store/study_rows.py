@@ -23,7 +23,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from moenas.errors import ConflictError, InputError
 from moenas.records import Plain
-from moenas.store import reservations, statements, tables
+from moenas.store import reservations, statements, study_events, tables
 
 STUDY: Any = models.StudyModel.__table__
 TRIAL: Any = models.TrialModel.__table__
@@ -271,6 +271,7 @@ def write_own(connection: Connection, rows: StudyRows) -> None:
     except IntegrityError as error:
         raise ConflictError(f"study '{name_of(rows)}' already exists") from error
     reservations.require_free(connection, name_of(rows))
+    study_events.forget_deleted(connection, name_of(rows))
     with _plain_refusals(rows):
         for table in OWN[1:]:
             _insert(connection, table, rows[table.name])

@@ -177,6 +177,7 @@ def submit(
     row_of = {name: getattr(new, name) for name in Submission.__dataclass_fields__}
     row_of |= {"submitted_at": now(), "idempotency_key": key, "request_sha256": request_sha256}
     connection.execute(insert(submission), row_of)
+    study_events.forget_deleted(connection, new.study)
     told = {"trials": new.trials, "priority": new.priority, "user": new.user_name}
     _tell(connection, new.user_name, new.study, "submitted", told)
     existing = find(connection, new.study)

@@ -66,6 +66,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
     | {"dense_intermediate_size": 40, "shared_intermediate_size": 16},
 }
+RELEASED_M3: Plain = {
+    "hidden_act": "swigluoai",
+    "moe_layer_freq": [0, 1],
+    "sparse_attention_config": {
+        "sparse_attention_freq": [0, 1],
+        "sparse_num_index_heads": 2,
+        "sparse_index_dim": 16,
+        "sparse_block_size": 4,
+        "sparse_topk_blocks": 2,
+        "sparse_local_block": 1,
+    },
+}
+"""The form of the released configuration, by `MiniMaxM3VLTextConfig` of transformers 5.23."""
 GEMMA_EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 16}
 GEMMA_EXPERTS |= {"enable_moe_block": True}
 """Family -> a small configuration that is read."""
@@ -221,6 +234,8 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("gemma4_text", {"layer_types": [FULL, SLIDING]}),
     ("gemma4_text", {"layer_types": [FULL, FULL], "num_kv_shared_layers": 1}),
     ("minimax_m3_vl_text", {"rope_parameters": TURNS | {"partial_rotary_factor": 0.5}}),
+    ("minimax_m3_vl_text", RELEASED_M3),
+    ("gemma4_text", {"rope_parameters": BOTH | {SLIDING: TURNS | {"partial_rotary_factor": 0.5}}}),
     ("minimax_m3_vl_text", {"mlp_layer_types": ["dense", "sparse"], "rotary_dim": 16}),
     ("laguna", {"first_k_dense_replace": None}),
     ("laguna", {"first_k_dense_replace": 0, "mlp_layer_types": ["sparse", "sparse"]}),

@@ -196,3 +196,18 @@ def test_heads_have_first_weights_of_their_own() -> None:
     drawn = heads[0].join.weight.detach().flatten()[:16]
     assert not torch.allclose(drawn, model.embedding.flatten()[:16])
     assert float(drawn.std()) > 0.01
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_equal_models_have_equal_heads(norm_position: str) -> None:
+    """A norm without an eps leaves `norm_eps` without effect, also on the norms of a head."""
+    ones = [
+        architecture(norm="dyt", norm_eps=eps, norm_position=norm_position) for eps in (1e-6, 0.1)
+    ]
+    assert ones[0].fingerprint == ones[1].fingerprint
+    losses = []
+    for one in ones:
+        model, heads = pair(one)
+        text, targets = tokens()
+        losses.append(heads.losses(model, model.hidden(text), text, targets))
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))

@@ -14,8 +14,9 @@ import sqlalchemy
 
 from moenas.service import event_stream
 from moenas.service.event_stream import HELD, EventHub, stream
-from moenas.store import study_events
+from moenas.store import study_events, submissions
 from moenas.store.store import Store
+from moenas.store.submissions import Submission
 
 LAST = "last"
 
@@ -172,3 +173,15 @@ def test_the_events_of_more_studies_than_one_query_reads(store: Store) -> None:
         (study, number) for study in studies for number in (2, 3)
     ]
     assert store.query(lambda c: study_events.after_each(c, {})) == []
+
+
+def test_the_events_of_a_deleted_study_end_with_its_name(store: Store) -> None:
+    """A new study of the name has a stream of its own; ids go on."""
+    append(store, "s", 2)
+    append(store, "s", 1, "deleted")
+    submission = Submission("s", "ann", "name: s\n", [], trials=1, priority=0, state="queued")
+    store.transact(lambda c: submissions.submit(c, submission, key=None, request_sha256="0"))
+    append(store, "s", 2)
+    events = store.query(lambda connection: study_events.after(connection, "s", 0))
+    assert [event.id for event in events] == [4, 5, 6]
+    assert [event.kind for event in events] == ["submitted", "tick", "tick"]

@@ -156,6 +156,7 @@ class SoftmaxAttention(nn.Module):
         # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
         plain = chosen is None and self.softcap is None and self.sinks is None and self.bias is None
         causal = plain and not single and start == first and not reach.is_limited(start, length)
+        causal = causal and self.scale != 0.0
         mask = None if causal or single else reach.seen(start, length, first, q.device)
         if self.bias is not None:
             far = distances(start, length, first, q.device)
@@ -163,8 +164,9 @@ class SoftmaxAttention(nn.Module):
         if chosen is not None:
             chosen = self.by_head(chosen[..., first:])
             mask = chosen if mask is None else chosen & mask
-        # 4. Explicit products, for what no fused kernel computes.
-        if self.softcap is not None or (self.sinks is not None and (single or not self.scale)):
+        # 4. Explicit products, for what no fused kernel computes. A causal one at a scale of 0
+        # multiplies it by minus infinity.
+        if self.softcap is not None or not self.scale or (self.sinks is not None and single):
             return self.explicit_attention(q, k, v, mask).to(dtype)
         # 5. A fused kernel, with the sink as the first key.
         width = size(v.shape[-1])

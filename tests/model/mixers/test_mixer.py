@@ -158,6 +158,20 @@ def test_a_state_is_not_repeated_for_more_sequences(kind: str) -> None:
         module(torch.ones(2, 3, D_MODEL), cache)
 
 
+@pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 1}, {"window": 3}])
+def test_a_scale_of_zero_averages_the_values(fields: dict[str, Any]) -> None:
+    attention = build(scale=0.0, **fields)
+    attend = attention.attend
+    generator = torch.Generator().manual_seed(4)
+    sizes = (4, attention.qkv.n_kv_heads, attention.qkv.n_kv_heads)
+    q, k, v = (torch.randn(2, n, 9, 8, generator=generator) for n in sizes)
+    y = attend(q, k, v, 0)
+    seen = attend.reach.seen(0, 9, 0, q.device).double()
+    weights = seen / seen.sum(-1, keepdim=True)
+    values = v.double().repeat_interleave(4 // v.shape[1], dim=1)
+    torch.testing.assert_close(y.double(), weights @ values, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "fields",

@@ -15,7 +15,13 @@ study = sa.table("moenas_study", sa.column("name"), sa.column("created_at"))
 objective = sa.table("moenas_objective", sa.column("study"))
 candidate = sa.table("moenas_candidate", sa.column("study"))
 driver = sa.table("moenas_driver", sa.column("study"))
-event = sa.table("moenas_event", sa.column("study"), sa.column("kind"), sa.column("data", sa.Text))
+event = sa.table(
+    "moenas_event",
+    sa.column("study"),
+    sa.column("kind"),
+    sa.column("at"),
+    sa.column("data", sa.Text),
+)
 
 
 def upgrade() -> None:
@@ -37,9 +43,9 @@ def upgrade() -> None:
     if not left:
         return
     renamed = connection.execute(
-        sa.select(event.c.study, sa.cast(event.c.data, sa.Text).label("data")).where(
-            event.c.kind == "renamed"
-        )
+        sa.select(event.c.study, sa.cast(event.c.data, sa.Text).label("data"))
+        .where(event.c.kind == "renamed")
+        .order_by(event.c.at)  # of two with one former name, the later one counts
     )
     present: dict[str, Any] = {json.loads(row.data)["from"]: row.study for row in renamed}
     for row in left:
