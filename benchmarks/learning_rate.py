@@ -90,6 +90,7 @@ CELLS = {
     "steps 50": Cell(model(64, 3, MIXTURE), steps=50),
     "steps 600": Cell(model(64, 3, MIXTURE), steps=600),
     "batch 2": Cell(model(64, 3, MIXTURE), batch=2, steps=800),
+    "batch 16": Cell(model(64, 3, MIXTURE), batch=16, steps=100),
     "batch 32": Cell(model(64, 3, MIXTURE), batch=32, steps=50),
     "layers 1": Cell(model(64, 1, MIXTURE)),
     "layers 8": Cell(model(64, 8, MIXTURE)),

@@ -122,6 +122,11 @@ class SoftmaxAttention(nn.Module):
         """The table (buckets, H) of the bias, if this layer owns one."""
         return getattr(self.bias, "weight", None)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a fused kernel has these scores; a causal one makes NaN of a scale of 0."""
+        return self.softcap is None and self.scale != 0
+
     def forward(
         self,
         q: Tensor,
@@ -154,9 +159,8 @@ class SoftmaxAttention(nn.Module):
         length = size(q.shape[2])  # a tensor while the model is traced
         single = length == 1 and not torch.compiler.is_compiling()  # a traced length is open
         # 3. The mask (S, L), or biases (H, S, L); none where the kernel's causal mask is enough.
-        plain = chosen is None and self.softcap is None and self.sinks is None and self.bias is None
+        plain = chosen is None and self.has_kernel and self.sinks is None and self.bias is None
         causal = plain and not single and start == first and not reach.is_limited(start, length)
-        causal = causal and self.scale != 0.0
         mask = None if causal or single else reach.seen(start, length, first, q.device)
         if self.bias is not None:
             far = distances(start, length, first, q.device)
@@ -164,9 +168,8 @@ class SoftmaxAttention(nn.Module):
         if chosen is not None:
             chosen = self.by_head(chosen[..., first:])
             mask = chosen if mask is None else chosen & mask
-        # 4. Explicit products, for what no fused kernel computes. A causal one at a scale of 0
-        # multiplies it by minus infinity.
-        if self.softcap is not None or not self.scale or (self.sinks is not None and single):
+        # 4. Explicit products, for what no fused kernel computes.
+        if not self.has_kernel or (self.sinks is not None and single):
             return self.explicit_attention(q, k, v, mask).to(dtype)
         # 5. A fused kernel, with the sink as the first key.
         width = size(v.shape[-1])
