@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from indexed_models import model_of, tokens
 
 from moenas.errors import SpaceError
 from moenas.evaluate.causality import find_leaks, mask_boundaries, text_size
 from moenas.evaluate.flops import count_flops
-from moenas.model.architecture import Architecture, Model
+from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
 D_MODEL, WIDTH, BLOCK, TOP, LOCAL = 16, 8, 3, 3, 2
@@ -25,18 +25,6 @@ def architecture(indexer: Plain | None = INDEXER, **fields: object) -> Architect
     mixer = ATTENTION | fields | ({"block_indexer": indexer} if indexer else {})
     block = {"mixer": mixer, "ffn": {"kind": "dense", "d_ff": 16}}
     return Architecture.parse({"vocab_size": 40, "d_model": D_MODEL, "blocks": [block] * 2})
-
-
-def tokens(length: int) -> Tensor:
-    return torch.randint(40, (2, length), generator=torch.Generator().manual_seed(3))
-
-
-def model_of(one: Architecture) -> Model:
-    model = one.build(seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-    return model.eval()
 
 
 def test_the_parameters_are_those_of_the_formula() -> None:

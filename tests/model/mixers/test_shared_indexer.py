@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from indexed_models import LATENT, model_of, tokens
 from torch import Tensor
 
 from moenas.errors import SpaceError
@@ -15,8 +16,6 @@ from moenas.model.architecture import Architecture, Model
 from moenas.model.multi_token import MultiTokenPrediction
 from moenas.records import Plain
 
-LATENT: Plain = {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5}
-LATENT |= {"nope_dim": 8, "rope_dim": 4, "v_dim": 8}
 TOP_K = 4
 OWN: Plain = {"indexer": {"n_heads": 3, "head_dim": 8, "top_k": TOP_K}}
 SHARED: Plain = {"index_shared": True}
@@ -25,18 +24,6 @@ SHARED: Plain = {"index_shared": True}
 def architecture(*layers: Plain) -> Architecture:
     blocks = [{"mixer": LATENT | fields, "ffn": {"kind": "dense", "d_ff": 16}} for fields in layers]
     return Architecture.parse({"vocab_size": 40, "d_model": 16, "blocks": blocks})
-
-
-def tokens(length: int) -> Tensor:
-    return torch.randint(40, (2, length), generator=torch.Generator().manual_seed(3))
-
-
-def model_of(one: Architecture) -> Model:
-    model = one.build(seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-    return model.eval()
 
 
 def masks_of(model: Model, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:

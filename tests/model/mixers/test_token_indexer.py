@@ -6,16 +6,14 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from indexed_models import LATENT, model_of, tokens
 
 from moenas.errors import SpaceError
 from moenas.evaluate.causality import find_leaks, mask_boundaries, text_size
 from moenas.evaluate.flops import count_flops
-from moenas.model.architecture import Architecture, Model
+from moenas.model.architecture import Architecture
 from moenas.records import Plain
 
-LATENT: Plain = {"kind": "latent_attention", "n_heads": 2, "q_rank": 6, "kv_rank": 5}
-LATENT |= {"nope_dim": 8, "rope_dim": 4, "v_dim": 8}
 D_MODEL, HEADS, WIDTH, TOP_K = 16, 3, 8, 4
 INDEXER: Plain = {"n_heads": HEADS, "head_dim": WIDTH, "top_k": TOP_K}
 
@@ -23,18 +21,6 @@ INDEXER: Plain = {"n_heads": HEADS, "head_dim": WIDTH, "top_k": TOP_K}
 def architecture(**fields: object) -> Architecture:
     block = {"mixer": LATENT | fields, "ffn": {"kind": "dense", "d_ff": 16}}
     return Architecture.parse({"vocab_size": 40, "d_model": D_MODEL, "blocks": [block] * 2})
-
-
-def tokens(length: int) -> Tensor:
-    return torch.randint(40, (2, length), generator=torch.Generator().manual_seed(3))
-
-
-def model_of(one: Architecture) -> Model:
-    model = one.build(seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4, generator=generator)
-    return model.eval()
 
 
 def test_the_parameters_are_those_of_the_formula() -> None:
