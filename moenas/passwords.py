@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
@@ -39,6 +40,18 @@ def hide(text: str) -> str:
         if len(secret) >= SHORTEST:
             text = text.replace(secret, HIDDEN)
     return text
+
+
+def hide_in(plain: Any) -> Any:
+    """Return plain data whose texts lack the passwords that were noted.
+
+    JSON escapes quotes and letters beyond ASCII, so texts are hidden before they are JSON.
+    """
+    if isinstance(plain, dict):
+        return {hide(str(key)): hide_in(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [hide_in(value) for value in plain]
+    return hide(plain) if isinstance(plain, str) else plain
 
 
 def shown_address(address: str) -> str:

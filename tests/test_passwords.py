@@ -6,7 +6,7 @@ import pytest
 
 from moenas import passwords
 from moenas.failures import error_line, failure_of
-from moenas.passwords import hide, note_address, shown_address
+from moenas.passwords import hide, hide_in, note_address, shown_address
 
 ADDRESSES = {
     "mlflow:https://ann:Tr0ub4dor@h:5000/x": "mlflow:https://ann:***@h:5000/x",
@@ -53,3 +53,11 @@ def test_a_stored_failure_has_no_password() -> None:
     for text in (failure.message, failure.traceback, line):
         assert "https://ann:***@h/api" in text
         assert "Tr0ub4dor" not in text
+
+
+def test_texts_inside_plain_data_lose_the_passwords() -> None:
+    secret = 'a"b\\c\u00e4'
+    note_address(f"https://ann:{secret}@h")
+    plain = {"message": f"no {secret}", "path": [f"https://ann:{secret}@h", 3], "code": None}
+    hidden = hide_in(plain)
+    assert hidden == {"message": "no ***", "path": ["https://ann:***@h", 3], "code": None}

@@ -54,7 +54,7 @@ from moenas.errors import (
     StorageLostError,
     StudyStoppedError,
 )
-from moenas.passwords import hide
+from moenas.passwords import hide_in
 from moenas.terminal import command, emit, say, to_json
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _write_error(error: MoenasError) -> None:
     if is_json_wanted():
         # The exit code is that of the error, whether or not stdout can be written.
         with contextlib.suppress(MoenasError, SystemExit):
-            emit(hide(to_json(error.plain())))
+            emit(to_json(hide_in(error.plain())))
             terminal.flush()
 
 
