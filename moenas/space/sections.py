@@ -164,11 +164,11 @@ class Recipe(Component):
         With heads it has `training_params` and `training_flops_per_token` beside the cost of the
         model: see `training_flops`.
         """
-        plain = architecture.cost(self.context).plain()
+        cost = architecture.cost(self.context)
         if self.heads is None:
-            return plain
-        trained = self.training_cost(architecture)
-        return plain | {
+            return cost.plain()
+        trained = cost + self.heads.cost(architecture, self.context)
+        return cost.plain() | {
             "training_params": trained.params,
             "training_flops_per_token": trained.flops_per_token,
         }

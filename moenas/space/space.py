@@ -384,6 +384,8 @@ class Space:
         Raises:
             PartError: if a part of the user's does not count its own.
         """
+        if self.train.heads is None:  # of every draw: it is counted once
+            return self.cost(architecture).plain()
         self.training_cost(architecture)
         return self.train.cost_record(architecture)
 

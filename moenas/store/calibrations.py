@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Calibration
 from moenas.store import statements, tables
@@ -23,8 +22,7 @@ def add(store: Store, calibration: Calibration) -> None:
     }
 
     def change(connection: Connection) -> None:
-        dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-        added = dialect.insert(table).values(row)
+        added = statements.upsert(connection, table).values(row)
         key = [table.c.parts_sha256, table.c.workload]
         connection.execute(added.on_conflict_do_update(index_elements=key, set_=row))
 

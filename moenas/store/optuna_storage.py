@@ -105,15 +105,14 @@ class Storage(RDBStorage):
             UpdateFinishedTrialError: if it is finished.
             ValueError: if a parameter has a distribution that does not fit those of other trials.
         """
+
+        def change() -> None:
+            self._plainly(_write, trial_id, changes)
+
         if changes.state is None:
-            self._database.again(lambda: self._plainly(_write, trial_id, changes))
-            return
-        self._finish(
-            trial_id,
-            changes.state,
-            changes.values,
-            lambda: self._plainly(_write, trial_id, changes),
-        )
+            self._database.again(change)
+        else:
+            self._finish(trial_id, changes.state, changes.values, change)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """Return a trial."""

@@ -124,7 +124,7 @@ class StoreReader:
     def ended(self, name: str) -> EndReason | None:
         """Return why a study is over; None if it is not, or ended before that was stored."""
         with self._reading(name) as connection:
-            if not inspect(connection).has_table(tables.ended.name):
+            if not statements.exists(connection, tables.ended):
                 return None  # a reader does not change a database of an older schema
             wanted = select(tables.ended.c.reason).where(tables.ended.c.study == name)
             return connection.scalar(wanted)

@@ -16,7 +16,6 @@ from sqlalchemy import (
     case,
     exists,
     func,
-    inspect,
     not_,
     or_,
     select,
@@ -316,7 +315,7 @@ def trials_with_values(connection: Connection, name: str) -> set[int]:
 
 def rung_results(connection: Connection, name: str) -> list[RungResult]:
     """Return the results of a study at all rungs, in order of rungs and trials."""
-    if not inspect(connection).has_table(tables.rung.name):
+    if not statements.exists(connection, tables.rung):
         return []  # a reader does not change a database of an older schema
     rung = tables.rung.c
     wanted = select(

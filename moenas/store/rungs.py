@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import Connection, delete, insert, inspect, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from moenas.errors import StudyBusyError
 from moenas.records import Evaluation, Plain, RungResult
@@ -132,7 +132,7 @@ def pauses(store: StoreReader, study: str) -> dict[int, Pause]:
     wanted = select(tables.rung).where(rung.study == study, rung.checkpoint_sha256.is_not(None))
 
     def read(connection: Connection) -> dict[int, Pause]:
-        if not inspect(connection).has_table(tables.rung.name):
+        if not statements.exists(connection, tables.rung):
             return {}
         pauses_by_trial = {}
         for row in connection.execute(wanted):

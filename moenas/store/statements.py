@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Connection, Engine, Row, Table, func, insert, inspect, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas import terminal
 from moenas.errors import InputError, NotFoundError, suggestion
@@ -29,6 +30,13 @@ def exists(connection: Connection, table: Table) -> bool:
 def finite(values: dict[str, float]) -> dict[str, float | None]:
     """Return numbers as JSON can hold them: None replaces one that is not finite."""
     return {name: x if math.isfinite(x) else None for name, x in values.items()}
+
+
+def upsert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT whose `on_conflict_do_update` changes the row that is there already."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement: postgresql.Insert | sqlite.Insert = dialect.insert(table)
+    return statement
 
 
 def insert_rows(connection: Connection, rows_by_table: dict[Table, list[Plain]]) -> None:

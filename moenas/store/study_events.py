@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from moenas.records import Evaluation, Plain
 from moenas.store import mapping, statements, tables
@@ -46,8 +45,7 @@ def append(connection: Connection, study: str, kind: str, data: Plain) -> None:
     """
     if not statements.exists(connection, event):
         return
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    first = dialect.insert(counter).values(study=study, last=1)
+    first = statements.upsert(connection, counter).values(study=study, last=1)
     counted = first.on_conflict_do_update(
         index_elements=[counter.c.study], set_={"last": counter.c.last + 1}
     ).returning(counter.c.last)

@@ -414,7 +414,7 @@ def test_a_result_beside_the_one_that_stops_a_run_is_recorded(
 def test_a_part_that_counts_no_cost_fails_its_candidate(
     monkeypatch: pytest.MonkeyPatch, jobs: list[Job]
 ) -> None:
-    cost, calls = Space.training_cost, []
+    cost, calls = Space.cost, []
 
     def broken(self: Space, architecture: Architecture) -> Cost:
         calls.append(architecture)
@@ -422,7 +422,7 @@ def test_a_part_that_counts_no_cost_fails_its_candidate(
             raise PartError("mine.py:3: SystemExit: 0")
         return cost(self, architecture)
 
-    monkeypatch.setattr(Space, "training_cost", broken)
+    monkeypatch.setattr(Space, "cost", broken)
     study = run(space(), trials=6, workers="inline")
     assert list(kinds(study).values()) == ["error"]
     assert_sound(study, 6)
