@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 INITIAL = 10
-"""Complete trials before the first fit; until then points are drawn at random."""
+"""Complete trials before the first fit of a surrogate. Until then every second trial is random."""
 DRAWN = 1008
 """Random draws of a pool."""
 FEASIBLE = 64
@@ -57,6 +57,9 @@ class GrayBox:
     Objectives that follow from the architecture are computed for each point of a pool. A surrogate
     for each of the others is fitted to the complete trials. The point with the largest expected
     improvement of the hypervolume is proposed. Running trials count with their predicted values.
+    Before INITIAL trials are complete, the surrogates have fixed hyperparameters. What they propose
+    has good exact objectives and new features. Every second trial is drawn at random then, because
+    the loss may depend on an exact objective in a way that no trial has shown yet.
     """
 
     def __init__(self, space: Space) -> None:
@@ -72,9 +75,9 @@ class GrayBox:
     def propose(self, number: int, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
         """Return the parameters of trial `number`, or None if a random draw will do.
 
-        A random draw will do while fewer than INITIAL trials are complete, or if the pool holds
-        only architectures that a trial had. The result depends on the trials and the seed alone, so
-        a resumed study goes on as an uninterrupted one does.
+        A random draw will do for every second trial while fewer than INITIAL are complete, and if
+        the pool holds only architectures that a trial had. The result depends on the trials and the
+        seed alone, so a resumed study goes on as an uninterrupted one does.
         """
         complete, running, seen = list[tuple[Described, list[float]]](), list[Described](), set()
         # In the order in which they ended, which a run of several workers has too.
@@ -87,9 +90,12 @@ class GrayBox:
                 running.append(described)
             elif trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
                 complete.append((described, trial.values))
-        if len(complete) < INITIAL or not self._encoder.names:
+        if len(complete) < INITIAL and number % 2 == 0:
             return None
-        losses = np.array([values for _, values in complete]) * self._signs
+        if not self._encoder.names:
+            return None
+        shape = len(complete), len(self._objectives)
+        losses = np.array([values for _, values in complete]).reshape(shape) * self._signs
         front = pareto.non_dominated(losses, ["minimize"] * losses.shape[1])
         members = [complete[i][0] for i in np.flatnonzero(front)]
         pool = self._pool(number, members, seen)
@@ -141,6 +147,8 @@ class GrayBox:
         """
         from moenas.predict.surrogate import Surrogate
 
+        if len(x) < INITIAL:
+            return Surrogate.unfitted(x, losses)
         n_fitted = INITIAL
         while n_fitted + max(1, n_fitted // 10) <= len(x):
             n_fitted += max(1, n_fitted // 10)
@@ -171,7 +179,7 @@ class GrayBox:
         """Return points of architectures that no trial had: random ones, mutations of the front."""
         by_fingerprint = {p.fingerprint: p for p in self._random_points(number)}
         draw = random.Random(f"{self._seed}:{number}:mutations")
-        for i in range(MUTATIONS):
+        for i in range(MUTATIONS if front else 0):
             parent = front[i % len(front)].point.params
             if (mutated := neighbour(self._space, parent, draw.getrandbits(48))) is not None:
                 described = self._describe(mutated)

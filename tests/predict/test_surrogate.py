@@ -34,6 +34,20 @@ def test_more_values_change_the_mean_and_lower_the_deviation() -> None:
     assert again == pytest.approx(before), "given() leaves the process as it was"
 
 
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_a_process_of_few_values_knows_where_it_has_not_looked(n: int) -> None:
+    x, y = made(60)
+    unfitted = Surrogate.unfitted(x[:n], y[:n])
+    mean, deviation = unfitted.predict(x)
+    assert np.isfinite(mean).all()
+    assert (deviation[n:] > 0).all()
+    if n == 0:
+        assert (mean == 0).all()
+        assert (deviation == 1).all()
+    else:
+        assert deviation[:n].max() < deviation[n:].min()
+
+
 def test_equal_values_are_no_error() -> None:
     x, _ = made(12)
     mean, _ = Surrogate(x, np.full(12, 2.5)).predict(x)

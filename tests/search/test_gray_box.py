@@ -78,15 +78,43 @@ def test_the_same_trials_give_the_same_parameters_to_another_process() -> None:
     """What an object keeps from earlier proposals changes nothing: a resumed study has none of it."""
     trials = searched(0, INITIAL + 4, sampler=True)
     space = Space.load("tiny", [OBJECTIVES])
-    for number in (INITIAL, INITIAL + 3):
+    for number in (1, INITIAL - 1, INITIAL, INITIAL + 3):
         assert GrayBox(space).propose(number, trials[:number]) == trials[number].params
 
 
-def test_it_proposes_nothing_before_there_is_something_to_learn_from() -> None:
-    trials = searched(0, INITIAL - 1, sampler=False)
+def test_every_second_trial_is_random_before_there_is_something_to_learn_from() -> None:
+    trials = searched(0, INITIAL - 2, sampler=False)
     space = Space.load("tiny", [OBJECTIVES])
-    assert GrayBox(space).propose(len(trials), trials) is None
     assert GrayBox(space).propose(0, []) is None
+    assert GrayBox(space).propose(len(trials), trials) is None
+    assert GrayBox(space).propose(len(trials) + 1, trials) is not None
+
+
+def test_proposals_before_any_result_have_good_exact_objectives_and_differ() -> None:
+    """All of them run at once, as with many workers."""
+    space = Space.load("tiny", [OBJECTIVES])
+    asked, running = GrayBox(space), list[FrozenTrial]()
+    proposals = list[Point]()
+    for number in range(1, 20, 2):
+        proposed = point(space, 0, asked.propose(number, running))
+        assert proposed is not None
+        proposals.append(proposed)
+        running.append(trial(space, number, proposed, TrialState.RUNNING))
+    flops = [space.cost(p.architecture).flops_per_token for p in proposals]
+    draw = random.Random(0)
+    usual = [space.cost(drawn(space, draw).architecture).flops_per_token for _ in range(100)]
+    assert np.mean(flops) < np.median(usual)
+    features = asked._encoder.encode([asked._describe(p).features for p in proposals])
+    assert (features.max(axis=0) > features.min(axis=0)).mean() > 0.9
+
+
+@pytest.mark.parametrize("complete", [1, 3, INITIAL - 1])
+def test_few_complete_trials_are_enough_for_a_proposal(complete: int) -> None:
+    trials = searched(0, complete, sampler=False)
+    space = Space.load("tiny", [OBJECTIVES])
+    params = GrayBox(space).propose(complete, trials)
+    assert params is not None
+    assert params not in [t.params for t in trials]
 
 
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.FAIL])
