@@ -1,4 +1,4 @@
-"""Pages for people: studies, the form, one study, one trial, two trials compared."""
+"""Pages for people: studies, the form, one study, its report, one trial, two compared."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 
 from moenas.grammar.brief import brief
 from moenas.grammar.summary import compact
+from moenas.predict.level_effects import MIN_CANDIDATES
+from moenas.report.seed_noise_text import seed_lines
 from moenas.resources import to_yaml
 from moenas.service import schemas, study_views
 from moenas.service.problems import Problem
 from moenas.service.sessions import cookie_value
 from moenas.service.state import Service, ServiceState, User
+from moenas.service.study_routes import made_report
 from moenas.store.submissions import STATES, StudyFilter
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -117,6 +120,16 @@ def study_page(service: Service, user: User, request: Request, name: str) -> Res
     seeds = {} if front.seeds is None else {each.trial: each for each in front.seeds.members}
     values = {"study": study, "front": front, "failed": failed, "seeds": seeds}
     return _page("study.html", service, request, user, **values)
+
+
+@router.get("/studies/{name}/report")
+async def report_page(service: Service, user: User, request: Request, name: str) -> Response:
+    """Show what the study says of its space: importance of holes, effects of their values."""
+    report = (await service.wait(made_report, service, name)).model_dump()
+    begun = "space" in report
+    lines = seed_lines(report["seeds"]) if begun and report["seeds"] else []
+    values = {"name": name, "report": report if begun else None, "seeds": lines}
+    return _page("report.html", service, request, user, **values, needed=MIN_CANDIDATES)
 
 
 @router.get("/studies/{name}/trials/{trial}")

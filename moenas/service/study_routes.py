@@ -139,11 +139,11 @@ def _figures(service: ServiceState, name: str) -> schemas.Figures:
 @router.get("/studies/{name}/report")
 async def get_report(service: Service, name: str) -> schemas.Report:
     """Return what the study shows of its space: importance of holes, effects of their values."""
-    return await service.wait(_report, service, name)
+    return await service.wait(made_report, service, name)
 
 
-def _report(service: ServiceState, name: str) -> schemas.Report:
-    """Let the process of the jobs make the report of a study that has begun."""
+def made_report(service: ServiceState, name: str) -> schemas.Report:
+    """Let the process of the jobs make the report of a study; without trials it has the name."""
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
     report = service.jobs.call(

@@ -15,6 +15,8 @@ import pytest
 import stored_studies
 from served import SMALL, Served, listening, served
 
+from moenas.grammar.summary import compact
+from moenas.predict.level_effects import MIN_CANDIDATES
 from moenas.report.front_report import front_report, front_rows
 from moenas.service.sessions import Identity
 from moenas.store import replicates, submissions
@@ -91,6 +93,32 @@ def test_the_front_has_the_intervals_that_the_command_line_prints(tmp_path: Path
     assert '<th class="seeds">P(front)</th>' in text
     assert f"<td>3</td><td>{row['P(front)']}</td>" in text
     store.engine.dispose()
+
+
+def test_the_page_of_a_report_has_the_numbers_of_the_command(one: Served) -> None:
+    text = page(one, "/studies/made_up/report")
+    report = one.send("GET", "/v1/studies/made_up/report", "viewer").json()
+    assert report["objectives"]
+    for objective, told in report["objectives"].items():
+        section = text.partition(f"<h2>{objective}</h2>")[2].partition("<h2>")[0]
+        cells = re.findall("<td>([^<]*)</td>", section)
+        for row in told["importance"]:
+            at = cells.index(row["hole"])
+            assert cells[at + 1] == ("" if row["ped_anova"] is None else compact(row["ped_anova"]))
+        for row in told["effects"]:
+            assert compact(row["effect"]) in section
+    assert f"<td>{compact(report['front'][-1]['hypervolume'])}</td>" in text
+    assert 'href="/studies/made_up/report"' in page(one, "/studies/made_up")
+    assert one.send("GET", "/studies/nothing/report", "viewer").status_code == 404
+    assert "No candidate is finished" in page(one, "/studies/waits/report")
+
+
+def test_a_report_of_few_candidates_says_how_many_it_needs(tmp_path: Path) -> None:
+    stored_studies.shelve(tmp_path, made_up_views.view(3, 3))
+    with served(tmp_path, requests_per_s=1e6, burst=10**6) as server:
+        assert f"need {MIN_CANDIDATES} complete candidates" in page(
+            server, "/studies/made_up/report"
+        )
 
 
 def test_what_users_write_is_escaped(one: Served) -> None:
