@@ -37,7 +37,6 @@ from moenas.records import Plain
 from moenas.space.sections import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "learning_rate.json"
-CONTEXT = 128
 HALVES = range(-2, 3)
 """Exponents of sqrt(2) of the rates that every cell is trained at, relative to the rule's."""
 ENOUGH = 0.01
@@ -51,13 +50,17 @@ class Cell:
     architecture: Architecture
     batch: int = 8
     steps: int = 200
+    context: int = 128
 
     @property
     def recipe(self) -> Recipe:
         """The recipe at the rule's rate."""
-        tokens = self.steps * self.batch * CONTEXT
         return Recipe(
-            tokens=tokens, context=CONTEXT, batch=self.batch, val_tokens=32768, dtype="float32"
+            tokens=self.steps * self.batch * self.context,
+            context=self.context,
+            batch=self.batch,
+            val_tokens=32768,
+            dtype="float32",
         )
 
     @property
@@ -90,8 +93,13 @@ CELLS = {
     "steps 50": Cell(model(64, 3, MIXTURE), steps=50),
     "steps 600": Cell(model(64, 3, MIXTURE), steps=600),
     "batch 2": Cell(model(64, 3, MIXTURE), batch=2, steps=800),
+    "batch 2, 200 steps": Cell(model(64, 3, MIXTURE), batch=2),
+    "batch 4": Cell(model(64, 3, MIXTURE), batch=4, steps=400),
     "batch 16": Cell(model(64, 3, MIXTURE), batch=16, steps=100),
     "batch 32": Cell(model(64, 3, MIXTURE), batch=32, steps=50),
+    "batch 32, 200 steps": Cell(model(64, 3, MIXTURE), batch=32),
+    "batch 128, 200 steps": Cell(model(64, 3, MIXTURE), batch=128),
+    "batch 32 of 32 tokens": Cell(model(64, 3, MIXTURE), batch=32, context=32),
     "layers 1": Cell(model(64, 1, MIXTURE)),
     "layers 8": Cell(model(64, 8, MIXTURE)),
     "experts 2": Cell(model(64, 3, moe(2, 2, 64))),
@@ -100,6 +108,8 @@ CELLS = {
     "top4": Cell(model(64, 3, moe(8, 4, 64))),
     "d64 dense": Cell(model(64, 3, dense(128))),
     "d128 moe 8e top2": Cell(model(128, 3, moe(8, 2, 128))),
+    "d128 batch 2": Cell(model(128, 3, moe(8, 2, 128)), batch=2, steps=800),
+    "d128 batch 32": Cell(model(128, 3, moe(8, 2, 128)), batch=32, steps=50),
     "d128 dense": Cell(model(128, 3, dense(256))),
     "d96 moe 16e top4 fine": Cell(model(96, 3, moe(16, 4, 48))),
     "d256 moe 8e top2": Cell(model(256, 3, moe(8, 2, 256))),
@@ -149,7 +159,8 @@ class Runs:
         seconds = round(time.process_time() - began, 1)
         row = {"way": way, "cell": name, "lr": lr}
         outcome = {"loss": None if math.isinf(loss) else round(loss, 4), "cpu_seconds": seconds}
-        setting = {"tokens": recipe.tokens, "batch": cell.batch, "context": CONTEXT, "seed": seed}
+        setting = {"tokens": recipe.tokens, "batch": cell.batch, "context": cell.context}
+        setting["seed"] = seed
         versions = {"torch": torch.__version__, "data": corpus.sha256[:16]}
         self.rows.append({**row, **outcome, **setting, **versions})
         RESULTS.parent.mkdir(exist_ok=True)
@@ -238,7 +249,7 @@ def print_rule(runs: Runs, seeds: list[int]) -> None:
         if row is None:
             continue
         regrets.append(row.nats)
-        active = cell.architecture.cost(CONTEXT).active_params
+        active = cell.architecture.cost(cell.context).active_params
         print(
             f"| {name} | {active:,} | {cell.steps} x {cell.batch} | {row.best_rate:.4f}"
             f" | {row.best_loss:.3f} | {cell.rule:.4f} | {row.rule_loss:.3f}"

@@ -1,6 +1,8 @@
-"""AdamW, its learning rates by width, and their schedule."""
+"""AdamW, its learning rates by width and batch, and their schedule."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,30 @@ from moenas.space.sections import Recipe
 
 BASE_WIDTH, BASE_RATE = 64, 0.004
 """The width at which all weights have the same learning rate, and that rate."""
+BASE_STEP_TOKENS = 1024
+"""The tokens of a step at which that rate was fitted."""
 
 
 def learning_rate(architecture: Architecture, recipe: Recipe) -> float:
-    """Return the peak rate of a candidate's matrices: the recipe's, or by the rule 0.256 / d_model.
+    """Return the peak rate of a candidate's matrices: the recipe's, or that of the rule.
 
-    The embedding has `d_model / 64` times this rate: 0.004 at every width under the rule. This is
-    muP for Adam (arXiv 2203.03466, table 3): 1 / width for hidden and output matrices, constant
-    for input weights. Norms have the rate of the matrices. docs/learning_rate.md measures it.
+    The rule is `lr_scale * 0.256 / d_model`; `batch_scale` stands in for an `lr_scale` of null.
+    The embedding has `d_model / 64` times this rate, which is equal at every width. This is muP
+    for Adam (arXiv 2203.03466, table 3): 1 / width for hidden and output matrices, constant for
+    input weights. Norms have the rate of the matrices. docs/learning_rate.md measures it.
     """
     if recipe.lr is not None:
         return recipe.lr
-    return recipe.lr_scale * BASE_RATE * BASE_WIDTH / architecture.d_model
+    scale = batch_scale(recipe) if recipe.lr_scale is None else recipe.lr_scale
+    return scale * BASE_RATE * BASE_WIDTH / architecture.d_model
+
+
+def batch_scale(recipe: Recipe) -> float:
+    """Return the factor on the learning rate by the tokens of a step, 1 at 1,024 of them.
+
+    It is their cube root, fitted to the runs of `benchmarks/learning_rate.py`.
+    """
+    return math.pow(recipe.batch * recipe.context / BASE_STEP_TOKENS, 1 / 3)
 
 
 def schedule(step: int, recipe: Recipe) -> float:

@@ -86,7 +86,11 @@ class Recipe(Component):
         default=None,
         low=0.0,
     )
-    lr_scale: float = setting("factor on the rule's learning rate", default=1.0, low=0.0)
+    lr_scale: float | None = setting(
+        "factor on the learning rate 0.256 / d_model; null: (batch * context / 1024) ** (1 / 3)",
+        default=None,
+        low=0.0,
+    )
     warmup: float = setting("share of the steps that warm up", default=0.1, low=0.0, high=1.0)
     decay: float = setting(
         "share of the steps, at the end, over which the rate falls linearly to 0",

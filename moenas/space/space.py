@@ -82,6 +82,8 @@ class Space:
     """Where the section `data` stands."""
     names_sampler: bool = field(default=True, compare=False)
     """Whether the file names a sampler; without one it takes the default."""
+    names_lr_scale: bool = field(default=True, compare=False)
+    """Whether the file has `train.lr_scale`; without it, it takes the default."""
     start_marks: tuple[SourceLocation, ...] = field(default=(), compare=False)
     """Where each entry of `search.start_from` stands."""
     budget_mark: SourceLocation = field(default=NOWHERE, compare=False)
@@ -144,6 +146,7 @@ class Space:
             search=read_section(Search, "search", keys, source),
             data_mark=keys["data"].mark if "data" in keys else SourceLocation(source),
             names_sampler=has_key(keys.get("search"), "sampler"),
+            names_lr_scale=has_key(keys.get("train"), "lr_scale"),
             start_marks=tuple(start_marks(keys.get("search"))),
             budget_mark=mark_of(keys.get("train"), "budget"),
             fit=read_one_fit(tree),

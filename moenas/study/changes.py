@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from moenas.errors import InputError
@@ -22,15 +23,19 @@ MAX_DIFFERENCES = 20
 """Lines shown of what differs between two spaces."""
 
 
-def with_stored_sampler(space: Space, known: StudyRecord | None) -> Space:
-    """Return a space that names no sampler with the one that its study began with.
+def with_stored_defaults(space: Space, known: StudyRecord | None) -> Space:
+    """Return a space with the sampler and the `lr_scale` of its study where it names none.
 
-    Earlier versions had another default.
+    Earlier versions had other defaults.
     """
-    if known is None or space.names_sampler:
+    if known is None:
         return space
-    stored = known.space.get("search", {})
-    return space.with_search(sampler=stored.get("sampler", space.search.sampler))
+    if not space.names_sampler and "sampler" in known.space.get("search", {}):
+        space = space.with_search(sampler=known.space["search"]["sampler"])
+    if not space.names_lr_scale and "lr_scale" in known.space.get("train", {}):
+        train = replace(space.train, lr_scale=known.space["train"]["lr_scale"])
+        space = replace(space, train=train)
+    return space
 
 
 def changed_objectives(known: StudyRecord, space: Space) -> list[Objective]:

@@ -26,7 +26,7 @@ from moenas.study import repairs
 from moenas.study.changes import (
     refuse_changes,
     version_changes,
-    with_stored_sampler,
+    with_stored_defaults,
 )
 from moenas.study.driver import Driver
 from moenas.study.ending_signals import EndingSignals, plain_endings
@@ -254,7 +254,7 @@ def run(
     elsewhere = pool is not None or names_cluster(address)
     corpus, first = check_start(space, storage, elsewhere=elsewhere)
     known = Store.known(storage, space.name)
-    space = with_stored_sampler(space, known)
+    space = with_stored_defaults(space, known)
     changed = [] if known is None else refuse_changes(known, space, corpus, accept_changes)
     signals = EndingSignals()
     with plain_endings(signals), signals.heeded(), ExitStack() as stack:
@@ -297,7 +297,7 @@ def dry_run(
 
     corpus, _ = check_start(space, storage, elsewhere=names_cluster(None))
     known, done, front, replicated = Store.known(storage, space.name), 0, 0, 0
-    space = with_stored_sampler(space, known)
+    space = with_stored_defaults(space, known)
     if known is not None:
         refuse_changes(known, space, corpus)
         store = Store.open(storage)

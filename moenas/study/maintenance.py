@@ -17,7 +17,7 @@ from moenas.store import attempts
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.study import repairs
-from moenas.study.changes import refuse_changes, with_stored_sampler
+from moenas.study.changes import refuse_changes, with_stored_defaults
 from moenas.study.events import Listener
 from moenas.study.launch import Study, run
 from moenas.study.remeasure import Progress, Remeasured, Remeasurer, chosen_objectives
@@ -40,7 +40,7 @@ def stored_space(record: StudyRecord) -> Space:
     from moenas.space.space import Space
 
     space = Space.parse(record.space_text, f"{record.name}.yaml", record.overrides)
-    return with_stored_sampler(replace(space, name=record.name), record)
+    return with_stored_defaults(replace(space, name=record.name), record)
 
 
 def reopen_failed(store: Store, study: str, kinds: Sequence[str] = ()) -> list[int]:

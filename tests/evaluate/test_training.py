@@ -335,7 +335,7 @@ def test_weights_stay_float32_whatever_is_computed_in() -> None:
 
 def test_matrices_learn_slower_the_wider_and_inputs_do_not() -> None:
     narrow, wide = architecture(), replace(architecture(), d_model=64)
-    free = replace(RECIPE, lr=None)
+    free = replace(RECIPE, lr=None, lr_scale=1.0)
     assert learning_rate(narrow, free) == pytest.approx(4 * learning_rate(wide, free))
     for trained in (narrow, wide):
         model = trained.build(seed=0)
@@ -355,8 +355,15 @@ def test_matrices_learn_slower_the_wider_and_inputs_do_not() -> None:
 def test_a_given_rate_is_taken_and_the_rule_is_scaled() -> None:
     parsed = architecture()
     assert learning_rate(parsed, replace(RECIPE, lr=0.123)) == 0.123
-    rule = learning_rate(parsed, replace(RECIPE, lr=None))
-    assert learning_rate(parsed, replace(RECIPE, lr=None, lr_scale=0.5)) == pytest.approx(rule / 2)
+    rate = learning_rate(parsed, replace(RECIPE, lr=None, lr_scale=0.5))
+    assert rate == pytest.approx(0.5 * 0.256 / parsed.d_model)
+
+
+def test_the_rate_grows_with_the_cube_root_of_the_tokens_of_a_step() -> None:
+    parsed, rule = architecture(), replace(RECIPE, lr=None, lr_scale=None)
+    for batch, context, factor in ((8, 128, 1.0), (32, 32, 1.0), (64, 128, 2.0), (1, 128, 0.5)):
+        rate = learning_rate(parsed, replace(rule, batch=batch, context=context, tokens=10**6))
+        assert rate == pytest.approx(factor * 0.256 / parsed.d_model)
 
 
 # --- validation and routing --------------------------------------------------------------------

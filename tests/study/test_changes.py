@@ -56,6 +56,23 @@ def test_a_study_that_began_with_another_default_sampler_keeps_it() -> None:
     ).record.space["search"]["sampler"] == "gray_box"  # fmt: skip
 
 
+def test_a_study_that_began_with_another_default_lr_scale_keeps_it() -> None:
+    """Earlier versions had the default 1, which did not follow the batch."""
+    unnamed, pool = space(), scripted(lambda job: fake(job)[0])
+    assert not unnamed.names_lr_scale
+    assert unnamed.train.lr_scale is None
+    run(replace(unnamed, train=replace(unnamed.train, lr_scale=1.0)), trials=1, pool=pool)
+    study = run(unnamed, trials=2, pool=pool)
+    assert study.record.space["train"]["lr_scale"] == 1.0
+    assert stored_space(study.record).train.lr_scale == 1.0
+    named = Space.parse(unnamed.text, "s.yaml", ["train.lr_scale=2"])
+    with pytest.raises(InputError, match=r"train\.lr_scale: 1\.0 -> 2\.0"):
+        run(named, trials=3, pool=pool)
+    # A new study follows the batch.
+    fresh = run(replace(unnamed, name="new"), trials=1, pool=pool)
+    assert fresh.record.space["train"]["lr_scale"] is None
+
+
 def test_a_stored_study_without_a_named_sampler_is_read_with_its_own() -> None:
     named = space()
     unnamed = Space.parse(named.text.replace(", sampler: tpe", ""), "s.yaml")
