@@ -55,6 +55,9 @@ class Random(TrainsToTheEnd):
     def stopped(self, number: int) -> None:
         """Take in that a candidate is not trained to its end."""
 
+    def learn_from(self, rungs: Rungs) -> None:
+        """Learn nothing from candidates at a rung."""
+
 
 class Proposer(Protocol):
     """A sampler that proposes points by the trials so far."""
@@ -95,6 +98,11 @@ class SamplerMethod(Random):
         )
         trial.datetime_complete = ended
         self._trials[number] = trial
+
+    def learn_from(self, rungs: Rungs) -> None:
+        """Let `gray_box` estimate the losses of candidates at a rung."""
+        if isinstance(self._sampler, GrayBox):
+            self._sampler.rungs = rungs
 
     def stopped(self, number: int) -> None:
         """Give the candidate to the sampler as a pruned trial."""
@@ -137,6 +145,7 @@ class Stopping:
     def __init__(self, sampler: Random, rule: Rule) -> None:
         self._sampler, self._rule, self._space = sampler, rule, sampler.space
         self._rungs = Rungs()
+        sampler.learn_from(self._rungs)
         self._paused: dict[int, int] = {}
         self._params: dict[int, Params] = {}
 

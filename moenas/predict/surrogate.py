@@ -58,10 +58,15 @@ class Surrogate:
         self._condition(*self._tensors(features, values))
         return self
 
-    def given(self, features: Array, values: Array) -> Surrogate:
-        """Return the process with the same hyperparameters, conditioned on other values (N,)."""
+    def given(self, features: Array, values: Array, variances: Array | None = None) -> Surrogate:
+        """Return the process with the same hyperparameters, conditioned on other values (N,).
+
+        `variances` (N,) are of further noise, for values that are less exact than others.
+        """
         other = copy.copy(self)
-        other._condition(*self._tensors(features, values))
+        x, y = self._tensors(features, values)
+        more = np.zeros(len(x)) if variances is None else variances / self._scale**2
+        other._condition(x, y, torch.from_numpy(more))
         return other
 
     @property
@@ -80,10 +85,14 @@ class Surrogate:
         center: Array = mean.numpy() * self._scale + self._center
         return center, deviation
 
-    def _condition(self, x: Tensor, y: Tensor) -> None:
-        """Keep what a prediction needs: the root of the covariance (N, N), its solution (N,)."""
+    def _condition(self, x: Tensor, y: Tensor, more: Tensor | None = None) -> None:
+        """Keep what a prediction needs: the root of the covariance (N, N), its solution (N,).
+
+        `more` (N,) are the variances of further noise.
+        """
         self._x = x
-        self._root = _root(x, self._lengths, self._noise)
+        noise = self._noise if more is None else self._noise + more
+        self._root = _root(x, self._lengths, noise)
         self._weights = torch.cholesky_solve(y[:, None], self._root)[:, 0]
 
     def _tensors(self, features: Array, values: Array) -> tuple[Tensor, Tensor]:
@@ -102,7 +111,7 @@ def _matern(a: Tensor, b: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _root(x: Tensor, lengths: Tensor, noise: Tensor) -> Tensor:
-    """Return the Cholesky factor (N, N) of the covariance with noise."""
+    """Return the Cholesky factor (N, N) of the covariance with noise, () or (N,)."""
     eye = torch.eye(len(x), dtype=x.dtype)
     root: Tensor = torch.linalg.cholesky(_matern(x, x, lengths) + (noise + JITTER) * eye)
     return root

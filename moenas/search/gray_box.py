@@ -16,6 +16,7 @@ from moenas import pareto
 from moenas.predict.features import Encoder, Features, features
 from moenas.search.improvement import expected_improvement
 from moenas.search.neighbours import Point, held_point, neighbour, point
+from moenas.search.rungs import Estimate, Rungs
 
 if TYPE_CHECKING:
     from moenas.predict.surrogate import Surrogate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 INITIAL = 10
-"""Complete trials before the first fit of a surrogate. Until then every second trial is random."""
+"""Evaluated trials before the first fit of a surrogate. Until then every second one is random."""
 DRAWN = 1008
 """Random draws of a pool."""
 FEASIBLE = 64
@@ -51,18 +52,33 @@ class Described:
     """Objective -> value, of the objectives that need no measurement."""
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """A trial with its values."""
+
+    described: Described
+    values: list[float]
+    """In the order of the objectives. At a rung the loss is an estimate, and others may be NaN."""
+    variance: float = 0.0
+    """Variance of the estimate of the loss; 0 of a complete trial."""
+
+
 class GrayBox:
     """Proposes the points of one study.
 
     Objectives that follow from the architecture are computed for each point of a pool. A surrogate
     for each of the others is fitted to the complete trials. The point with the largest expected
     improvement of the hypervolume is proposed. Running trials count with their predicted values.
-    Before INITIAL trials are complete, the surrogates have fixed hyperparameters. What they propose
-    has good exact objectives and new features. Every second trial is drawn at random then, because
+    Before INITIAL trials are evaluated, the surrogates have fixed hyperparameters. Their proposals
+    have good exact objectives and new features. Every second trial is drawn at random then, because
     the loss may depend on an exact objective in a way that no trial has shown yet.
+
+    With early stopping, candidates at a rung count with the loss that is expected of them at the
+    end. `rungs` are those of the study.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, rungs: Rungs | None = None) -> None:
+        self.rungs = Rungs() if rungs is None else rungs
         self._space, self._seed = space, space.search.seed
         self._objectives = space.objectives
         self._signs = np.array([1 if o.direction == "minimize" else -1 for o in space.objectives])
@@ -75,62 +91,91 @@ class GrayBox:
     def propose(self, number: int, trials: Iterable[FrozenTrial]) -> dict[str, Any] | None:
         """Return the parameters of trial `number`, or None if a random draw will do.
 
-        A random draw will do for every second trial while fewer than INITIAL are complete, and if
+        A random draw will do for every second trial while fewer than INITIAL are evaluated, and if
         the pool holds only architectures that a trial had. The result depends on the trials and the
         seed alone, so a resumed study goes on as an uninterrupted one does.
         """
-        complete, running, seen = list[tuple[Described, list[float]]](), list[Described](), set()
+        complete, estimated, running = list[Evaluated](), list[Evaluated](), list[Described]()
+        seen, estimates = set[str](), self.rungs.estimates()
         # In the order in which they ended, which a run of several workers has too.
         for trial in sorted(trials, key=_ended):
             described = None if trial.number == number else self._described(trial)
             if described is None:
                 continue
             seen.add(described.fingerprint)
-            if trial.state == TrialState.RUNNING:
-                running.append(described)
-            elif trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
-                complete.append((described, trial.values))
-        if len(complete) < INITIAL and number % 2 == 0:
+            if trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
+                complete.append(Evaluated(described, trial.values))
+            elif trial.state in (TrialState.RUNNING, TrialState.PRUNED):
+                evaluated = self._estimated(described, estimates.get(trial.number))
+                if evaluated is not None:
+                    estimated.append(evaluated)
+                elif trial.state == TrialState.RUNNING:
+                    running.append(described)
+        known = [*complete, *estimated]
+        if len(known) < INITIAL and number % 2 == 0:
             return None
         if not self._encoder.names:
             return None
-        shape = len(complete), len(self._objectives)
-        losses = np.array([values for _, values in complete]).reshape(shape) * self._signs
-        front = pareto.non_dominated(losses, ["minimize"] * losses.shape[1])
-        members = [complete[i][0] for i in np.flatnonzero(front)]
-        pool = self._pool(number, members, seen)
+        losses = self._losses(known)
+        whole = np.flatnonzero(~np.isnan(losses).any(axis=1))
+        front = whole[pareto.non_dominated(losses[whole], ["minimize"] * losses.shape[1])]
+        pool = self._pool(number, [known[i].described for i in front], seen)
         if not pool:
             return None
-        means, deviations = self._predict([d for d, _ in complete], losses, running, pool)
-        gains = _improvements(means, deviations, len(complete) + len(running))
+        means, deviations = self._predict(complete, estimated, running, pool)
+        gains = _improvements(means, deviations, len(known) + len(running))
         return pool[int(np.argmax(gains))].point.params
+
+    def _estimated(self, described: Described, estimate: Estimate | None) -> Evaluated | None:
+        """Return a candidate with what its rung says of the objectives; None if it says nothing."""
+        names = [objective.name for objective in self._objectives]
+        if estimate is None or "val_loss" not in names:
+            return None
+        values = {**described.exact, **estimate.values}
+        return Evaluated(described, [values.get(n, np.nan) for n in names], estimate.variance)
+
+    def _losses(self, known: Sequence[Evaluated]) -> Array:
+        """Return the values of all objectives (N, M), to be minimised."""
+        shape = len(known), len(self._objectives)
+        losses: Array = np.array([each.values for each in known]).reshape(shape) * self._signs
+        return losses
 
     # --- predictions ---------------------------------------------------------------------------
 
     def _predict(
         self,
-        complete: Sequence[Described],
-        losses: Array,
+        complete: Sequence[Evaluated],
+        estimated: Sequence[Evaluated],
         running: Sequence[Described],
         pool: Sequence[Described],
     ) -> tuple[Array, Array]:
-        """Predict the losses of all points from the losses (N, M) of the complete trials.
+        """Predict the values of all points, to be minimised.
 
-        Returns means and deviations of complete trials, running trials and pool, in this order.
+        Returns means and deviations (P, M) of complete, estimated and running trials and the pool,
+        in this order.
         """
-        points = [*complete, *running, *pool]
+        known = [*complete, *estimated]
+        points = [*(evaluated.described for evaluated in known), *running, *pool]
+        losses = self._losses(known)
         x = self._encoder.encode([p.features for p in points])
         rows = [[p.exact.get(o.name, np.nan) for o in self._objectives] for p in points]
         means = np.array(rows, dtype=np.float64) * self._signs
         deviations = np.zeros_like(means)
-        done, tried = len(complete), len(complete) + len(running)
+        tried = len(known) + len(running)
         for column in np.flatnonzero(np.isnan(means).any(axis=0)):
-            fitted = self._surrogate(int(column), x[:done], losses[:, column])
+            there = np.flatnonzero(~np.isnan(losses[:, column]))
+            variances = np.zeros(tried)
+            if self._objectives[column].name == "val_loss":
+                variances[: len(known)] = [evaluated.variance for evaluated in known]
+            fitted = self._surrogate(
+                int(column), x[there], losses[there, column], variances[there], len(complete)
+            )
             means[:tried, column], _ = fitted.predict(x[:tried])
-            # A running trial counts as one that came out as predicted (the kriging believer of
-            # Ginsbourger et al., 2010): the deviation falls around it, the mean stays.
-            believed = np.append(losses[:, column], means[done:tried, column])
-            believer = fitted.given(x[:tried], believed)
+            # A trial without a value counts as one that came out as predicted (the kriging believer
+            # of Ginsbourger et al., 2010): the deviation falls around it, the mean stays.
+            believed = means[:tried, column].copy()
+            believed[there] = losses[there, column]
+            believer = fitted.given(x[:tried], believed, variances)
             means[tried:, column], deviations[tried:, column] = believer.predict(x[tried:])
         return means, deviations
 
@@ -139,22 +184,27 @@ class GrayBox:
         """The columns of features; they stay the same for the whole study."""
         return Encoder([p.features for p in self._random_points(0)])
 
-    def _surrogate(self, column: int, x: Array, losses: Array) -> Surrogate:
-        """Return the surrogate of an objective given all complete trials.
+    def _surrogate(
+        self, column: int, x: Array, losses: Array, variances: Array, n_complete: int
+    ) -> Surrogate:
+        """Return the surrogate of an objective given complete trials, and estimated ones after.
 
-        Hyperparameters are fitted again when the trials have grown by a tenth, to the trials that
-        were there then, so that a resumed study has the same ones.
+        Hyperparameters are fitted again when the complete trials have grown by a tenth, to the
+        trials that were there then, so that a resumed study has the same ones. While too few are
+        complete, they are fitted to the estimated ones too.
         """
         from moenas.predict.surrogate import Surrogate
 
         if len(x) < INITIAL:
             return Surrogate.unfitted(x, losses)
+        if n_complete < INITIAL:
+            return Surrogate(x, losses).given(x, losses, variances)
         n_fitted = INITIAL
-        while n_fitted + max(1, n_fitted // 10) <= len(x):
+        while n_fitted + max(1, n_fitted // 10) <= n_complete:
             n_fitted += max(1, n_fitted // 10)
         if self._fitted.get(column, (0, None))[0] != n_fitted:
             self._fitted[column] = n_fitted, Surrogate(x[:n_fitted], losses[:n_fitted])
-        return self._fitted[column][1].given(x, losses)
+        return self._fitted[column][1].given(x, losses, variances)
 
     # --- points --------------------------------------------------------------------------------
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from moenas.predict.rank_agreement import MIN_PAIRS, RankAgreement, rank_agreements
 from moenas.records import Evaluation, Plain, RungResult
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a candidate is expected to have at the end, from its last rung."""
+
+    values: dict[str, float]
+    """Objective -> value: the loss at the end, and what is measured before training."""
+    variance: float
+    """Variance of the loss over candidates that were trained on, in nats squared."""
 
 
 @dataclass
@@ -34,15 +45,41 @@ class Rungs:
         for results in self.results.values():
             results.pop(trial, None)
 
+    def estimates(self) -> dict[int, Estimate]:
+        """Return the candidates that have a rung and no end: trial -> what is expected of it.
+
+        From one rung to the next, the loss falls by the median over the candidates that have both.
+        A rung from which no candidate was trained on adds nothing. So losses of all rungs compare,
+        also before the first candidate is complete.
+        """
+        ends, fall, variance = self._final_losses(), 0.0, 0.0
+        estimates = dict[int, Estimate]()
+        for rung in sorted(self.results, reverse=True):
+            here = self.results[rung]
+            later = {t: result.val_loss for t, result in self.results.get(rung + 1, {}).items()}
+            after = later or ends
+            falls = [after[t] - result.val_loss for t, result in here.items() if t in after]
+            if falls:
+                fall += statistics.median(falls)
+                variance += statistics.variance(falls) if len(falls) > 1 else 0.0
+            for trial, result in here.items():
+                if trial not in self.complete and trial not in later and trial not in estimates:
+                    values = {**result.known, "val_loss": result.val_loss + fall}
+                    estimates[trial] = Estimate(values, variance)
+        return estimates
+
     def agreements(self) -> dict[int, RankAgreement]:
         """Return rung -> its rank agreement with the end."""
-        final = {
+        every = [result for results in self.results.values() for result in results.values()]
+        return rank_agreements(every, self._final_losses())
+
+    def _final_losses(self) -> dict[int, float]:
+        """Return trial -> validation loss at the end, of the complete trials that have one."""
+        return {
             trial: e.metrics["val_loss"]
             for trial, e in self.complete.items()
             if "val_loss" in e.metrics
         }
-        every = [result for results in self.results.values() for result in results.values()]
-        return rank_agreements(every, final)
 
 
 class Rule(Protocol):

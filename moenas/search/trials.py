@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
     from moenas.search.evolution import Evolution
     from moenas.search.gray_box import GrayBox
+    from moenas.search.rungs import Rungs
     from moenas.space.space import Space
     from moenas.store.optuna_storage import Param, Storage
 
@@ -134,8 +135,8 @@ def outcome(evaluation: Evaluation, names: Sequence[str]) -> tuple[TrialState, l
 class OptunaTrials:
     """Optuna's side of one study."""
 
-    def __init__(self, store: Store, space: Space) -> None:
-        self._store, self._space = store, space
+    def __init__(self, store: Store, space: Space, rungs: Rungs | None = None) -> None:
+        self._store, self._space, self._rungs = store, space, rungs
         self._names = [o.name for o in space.objectives]
         self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
         self.points = Points(space)
@@ -235,10 +236,9 @@ class OptunaTrials:
                 trial_id = self._interrupted.popleft()
                 left = self._optuna._storage.get_trial(trial_id)
                 number = left.number
-                drawn = bool(left.params)
-                self._optuna.sampler = (
-                    self._sampler(number) if drawn else self._proposing(number, fruitless)
-                )
+                drawn = left.params
+                sampler = self._sampler(number) if drawn else self._proposing(number, fruitless)
+                self._optuna.sampler = sampler
                 trial = Trial(self._optuna, trial_id)
             else:
                 self._optuna.sampler = self._proposing(number, fruitless)
@@ -424,7 +424,7 @@ class OptunaTrials:
         if self._space.search.sampler == "gray_box":
             from moenas.search.gray_box import GrayBox
 
-            return GrayBox(self._space)
+            return GrayBox(self._space, self._rungs)
         if self._space.search.sampler == "evolution":
             from moenas.search.evolution import Evolution
 

@@ -37,10 +37,11 @@ class PausedCandidates:
     run that was killed continues each candidate from its latest row.
     """
 
-    def __init__(self, store: StudyStore, space: Space, events: EventEmitter) -> None:
+    def __init__(self, store: StudyStore, space: Space, events: EventEmitter, rungs: Rungs) -> None:
         self._store, self._space, self._events = store, space, events
         self._rule: Rule | None = _open_rule(space)
-        self._rungs = Rungs()
+        self._rungs = rungs
+        """What is known of all candidates at their rungs; this object keeps it up to date."""
         self.pauses: dict[int, Pause] = {}
         """Trial -> where it paused last, of the trials without an evaluation."""
         self._waiting: dict[int, Candidate] = {}

@@ -17,6 +17,7 @@ from moenas.errors import (
 )
 from moenas.failures import internal
 from moenas.records import EndReason, Evaluation
+from moenas.search.rungs import Rungs
 from moenas.search.trials import OptunaTrials, outcome
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
@@ -54,7 +55,8 @@ class Session:
     def __init__(self, store: Store, space: Space, listeners: Sequence[Listener] = ()) -> None:
         self.name, self.space = space.name, space
         self.store = StudyStore(store, space.name)
-        self.trials = OptunaTrials(store, space)
+        rungs = Rungs()
+        self.trials = OptunaTrials(store, space, rungs)
         self.results = ResultProcessor(self.store, space)
         self.uncommitted = UncommittedResults(store.runs, space.name)
         self.progress = ProgressTracker({o.name: o.direction for o in space.objectives})
@@ -64,7 +66,7 @@ class Session:
         self.cache = EvaluationCache(self.store, space)
         self.latency_bounds = LatencyBounds(self.store, space)
         self.budget = Budget(self.store, space.search.stop)
-        self.paused = PausedCandidates(self.store, space, self.events)
+        self.paused = PausedCandidates(self.store, space, self.events, rungs)
         self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses
         self._objectives = [o.name for o in space.objectives]
 

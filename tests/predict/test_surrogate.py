@@ -34,6 +34,17 @@ def test_more_values_change_the_mean_and_lower_the_deviation() -> None:
     assert again == pytest.approx(before), "given() leaves the process as it was"
 
 
+def test_a_value_with_more_noise_moves_the_mean_less() -> None:
+    x, y = made(40)
+    fitted, wrong = Surrogate(x[:30], y[:30]), np.append(y[:30], y[30] + 1)
+    exact, _ = fitted.given(x[:31], wrong).predict(x[30:31])
+    variances = np.append(np.zeros(30), 4.0)
+    noisy, deviation = fitted.given(x[:31], wrong, variances).predict(x[30:31])
+    before, wide = fitted.predict(x[30:31])
+    assert abs(noisy[0] - before[0]) < 0.2 * abs(exact[0] - before[0])
+    assert deviation[0] < wide[0]
+
+
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_a_process_of_few_values_knows_where_it_has_not_looked(n: int) -> None:
     x, y = made(60)

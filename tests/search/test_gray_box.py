@@ -10,9 +10,11 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moenas.pareto import hypervolume
+from moenas.records import Evaluation, RungResult
 from moenas.search import gray_box
 from moenas.search.gray_box import INITIAL, GrayBox
 from moenas.search.neighbours import Point, point
+from moenas.search.rungs import Rungs
 from moenas.space.space import Space
 
 OBJECTIVES = "objectives=[val_loss, flops_per_token]"
@@ -36,7 +38,9 @@ def loss(space: Space, drawn: Point) -> float:
 def trial(
     space: Space, number: int, drawn: Point, state: TrialState = TrialState.COMPLETE
 ) -> FrozenTrial:
-    values = [loss(space, drawn), space.cost(drawn.architecture).flops_per_token]
+    cost = space.cost(drawn.architecture)
+    known = {"val_loss": loss(space, drawn), "decode_ms": 1e-6 * cost.flops_per_token}
+    values = [known.get(o.name, o.exact_value(cost)) for o in space.objectives]
     fixed = optuna.distributions.CategoricalDistribution
     made = create_trial(
         state=state,
@@ -130,6 +134,46 @@ def test_a_trial_that_runs_or_failed_is_not_proposed_again(state: TrialState) ->
     assert second != first
 
 
+def with_stopped(space: Space) -> tuple[list[FrozenTrial], Rungs]:
+    """Return complete trials, forty that were stopped, and a rung 0.5 nats above the end."""
+    trials, rungs = list[FrozenTrial](), Rungs()
+    for number in range(INITIAL + 40):
+        one = drawn(space, random.Random(number))
+        state = TrialState.COMPLETE if number < INITIAL else TrialState.PRUNED
+        trials.append(trial(space, number, one, state))
+        end = loss(space, one)
+        rungs.add(RungResult(number, 1, 50, end + 0.5), {}, {})
+        if number < INITIAL:
+            metrics = {"val_loss": end}
+            rungs.complete[number] = Evaluation("", number, 1, "complete", "", metrics=metrics)
+    return trials, rungs
+
+
+def test_it_learns_from_candidates_that_were_stopped_at_a_rung() -> None:
+    space = Space.load("tiny", [OBJECTIVES])
+    trials, rungs = with_stopped(space)
+    volumes = []
+    for asked in (GrayBox(space), GrayBox(space, rungs)):
+        made = list(trials)
+        for _ in range(4):
+            proposed = point(space, 0, asked.propose(len(made), made))
+            assert proposed is not None
+            made.append(trial(space, len(made), proposed))
+        volumes.append(volume([t for t in made if t.state == TrialState.COMPLETE]))
+    assert volumes[1] > volumes[0]
+
+
+def test_a_rung_without_one_of_the_objectives_counts_for_the_loss() -> None:
+    """A stopped candidate has no `decode_ms`, which is measured after training."""
+    space = Space.load("tiny", ["objectives=[val_loss, decode_ms]"])
+    trials, rungs = with_stopped(space)
+    taught, untaught = (
+        GrayBox(space, known).propose(len(trials), trials) for known in (rungs, Rungs())
+    )
+    assert taught is not None
+    assert taught != untaught
+
+
 @pytest.mark.parametrize(
     "objectives",
     [
@@ -143,12 +187,7 @@ def test_any_number_of_objectives_may_be_exact(objectives: str) -> None:
     space = Space.load("tiny", [f"objectives={objectives}"])
     draw, trials = random.Random(1), list[FrozenTrial]()
     for number in range(INITIAL):
-        architecture = drawn(space, draw)
-        one = trial(space, number, architecture)
-        known = {"val_loss": one.values[0], "decode_ms": 1e-6 * one.values[1]}
-        cost = space.cost(architecture.architecture)
-        one.values = [known.get(o.name, o.exact_value(cost)) for o in space.objectives]
-        trials.append(one)
+        trials.append(trial(space, number, drawn(space, draw)))
     params = GrayBox(space).propose(INITIAL, trials)
     assert params is not None
     assert point(space, 0, params) is not None

@@ -7,6 +7,8 @@ from studies import Scripted, assert_sound, counts, fake
 from test_paused_candidates import HALVING, assert_no_leftovers, halving, stand_in, trained
 
 from moenas.search import gray_box
+from moenas.search.gray_box import Described, Evaluated, GrayBox
+from moenas.search.rungs import Estimate
 from moenas.space.space import Space
 from moenas.store import rungs as rung_rows
 from moenas.store.spending import spending
@@ -74,6 +76,30 @@ def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(
     assert more.finished == "train_tokens"
     assert evaluated(more) > before
     assert_whole(more)
+
+
+def test_gray_box_sees_the_candidates_that_a_study_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gray_box, "INITIAL", 3)
+    monkeypatch.setattr(gray_box, "DRAWN", 160)
+    monkeypatch.setattr(gray_box, "MUTATIONS", 20)
+    seen, estimated = set[int](), gray_box.GrayBox._estimated
+
+    def spied(self: GrayBox, described: Described, estimate: Estimate | None) -> Evaluated | None:
+        evaluated = estimated(self, described, estimate)
+        if evaluated is not None:
+            seen.update(t for t, e in self.rungs.estimates().items() if e == estimate)
+        return evaluated
+
+    monkeypatch.setattr(gray_box.GrayBox, "_estimated", spied)
+    study = run(of_tokens(5_000), pool=Trains())
+    stopped = {e.trial for e in study.view.evaluations if e.status == "stopped"}
+    assert seen & stopped
+    # A second run reads the rungs of the first one from the database.
+    seen.clear()
+    run(of_tokens(9_000), pool=Trains())
+    assert seen & stopped
 
 
 def test_a_study_with_rungs_reuses_what_another_one_trained_to_the_end() -> None:
