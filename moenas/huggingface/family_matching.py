@@ -23,6 +23,8 @@ BIASED = ("bias", "bias_and_loss", "quantile")
 """Kinds of balancing whose bias selects experts in evaluation, too."""
 KIND_WEIGHT, REFUSED_WEIGHT = 8, 100
 """Fields that another kind of part, or sizes that the family refuses, count as in a ranking."""
+NULLABLE = ("sliding_window", "q_lora_rank", "attention_value_scale", "final_logit_softcapping")
+"""Fields whose null is no absence: families have other defaults."""
 SHOWN = 6
 """Most differences that an error lists."""
 
@@ -83,8 +85,7 @@ def layers_of_architecture(architecture: Architecture) -> Layers:
 def written_config(family: str, layers: Layers, context: int) -> Plain:
     """Return the config.json that the writer of a family makes; see `config_writers`."""
     name, write = WRITERS[family]
-    nullable = ("sliding_window", "q_lora_rank")
-    fields = {k: v for k, v in write(layers).items() if v is not None or k in nullable}
+    fields = {k: v for k, v in write(layers).items() if v is not None or k in NULLABLE}
     return {
         "architectures": [name],
         "model_type": family,

@@ -72,8 +72,6 @@ def _mixer(c: Config, layer: int, types: list[bool], first_shared: int) -> Plain
         source = max(i for i in range(first_shared) if types[i] == local)
         fields["kv_source"] = first_shared - source
     positions = rope(c, kind, kept=("rope_theta",))
-    if "scaling" not in positions:  # transformers reads the share for other types alone
-        positions.pop("partial_rotary_factor", None)
     mixer = attention(c, positions, **fields)
     return mixer | _sizes(c, layer, local)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from moenas.huggingface.config import Config
 from moenas.huggingface.parts import (
+    NO_CHOICE,
     attention,
     biased_router,
     dense,
@@ -251,8 +252,11 @@ def dbrx(c: Config) -> Model:
             "moe_normalize_expert_weights", feed.get("moe_normalize_expert_weights"), [1]
         )
     coef = feed.number("moe_loss_weight")
+    top_k = feed.whole("moe_top_k")
+    if top_k == 1:
+        raise feed.error("moe_top_k", NO_CHOICE)
     route: Plain = {
-        "top_k": feed.whole("moe_top_k"),
+        "top_k": top_k,
         "normalize": None,
         "balance": {"kind": "aux_loss", "coef": coef} if coef else "none",
     }
@@ -278,7 +282,9 @@ def jetmoe(c: Config) -> Model:
     n_kv_heads, top_k = c.whole("num_key_value_heads"), c.whole("num_experts_per_tok")
     coef = c.number("aux_loss_coef")
     balance = {"kind": "aux_loss", "coef": coef} if coef else "none"
-    route: Plain = {"top_k": top_k, "normalize": None if top_k == 1 else True, "balance": balance}
+    route: Plain = {"top_k": top_k, "normalize": True, "balance": balance}
+    if top_k == 1:
+        raise c.error("num_experts_per_tok", NO_CHOICE)
     c.expect("num_attention_heads", n_kv_heads * top_k)
     n_experts = c.whole("num_local_experts")
     heads: Plain = {

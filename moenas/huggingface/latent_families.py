@@ -86,9 +86,6 @@ def _indexed(c: Config, indexers: list[bool] | None = None, name: str = "") -> M
     c.expect("mlp_bias", False)
     c.kinds("layer_types", n, {"indexed_attention": True})
     positions = rope(c)
-    share = positions.pop("partial_rotary_factor", None)  # no default position has a share
-    if share is not None and "scaling" in positions:
-        raise c.no_counterpart("partial_rotary_factor", share, [1])
     own = indexers or [True] * n
     if not own[0]:
         raise c.error(name, "the first layer has no earlier indexer to share; give it one")
@@ -103,8 +100,11 @@ def _indexed(c: Config, indexers: list[bool] | None = None, name: str = "") -> M
 
 
 INDEXERS = {"full": True, "shared": False}
-PATTERN = {"F": True, "S": False, **INDEXERS}
-"""Words for a layer with an indexer of its own, and for one that reads the one before."""
+LETTERS = {"F": True, "S": False}
+"""Words and letters for a layer with an indexer of its own, and for one that reads the one before.
+
+`index_topk_pattern` is a text of letters or a list of words.
+"""
 
 
 def glm_moe_dsa(c: Config) -> Model:
@@ -116,12 +116,12 @@ def glm_moe_dsa(c: Config) -> Model:
         return _indexed(c, own, "indexer_types")
     pattern = c.get("index_topk_pattern")
     if pattern is not None:
-        is_list = isinstance(pattern, (str, list)) and len(pattern) == n
-        if not is_list or any(one not in PATTERN for one in pattern):
-            raise c.no_counterpart(
-                "index_topk_pattern", pattern, [f"F or S for each of {n} layers"]
-            )
-        return _indexed(c, [PATTERN[one] for one in pattern], "index_topk_pattern")
+        known = LETTERS if isinstance(pattern, str) else INDEXERS
+        is_right = isinstance(pattern, (str, list)) and len(pattern) == n
+        if not is_right or any(one not in known for one in pattern):
+            forms = [f"a text of F or S for each of {n} layers", "a list of full or shared"]
+            raise c.no_counterpart("index_topk_pattern", pattern, forms)
+        return _indexed(c, [known[one] for one in pattern], "index_topk_pattern")
     step = max(c.whole("index_topk_freq", 1), 1)
     offset = c.whole("index_skip_topk_offset", 2)
     shared = [max(i - offset + 1, 0) % step > 0 for i in range(n)]

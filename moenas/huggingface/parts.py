@@ -16,6 +16,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "geglu_tanh",
 }
 """`hidden_act` of a gated network -> its activation in a space file."""
+NO_CHOICE = "a router learns nothing where the weight of its 1 expert is always 1; give 2 or more"
+"""Why a family with normalized weights cannot have one expert for each token."""
 BIAS_RATE = 0.001
 """Step of a selection bias, which configurations leave out (DeepSeek-V3, arXiv 2412.19437, 4.2)."""
 
@@ -35,6 +37,15 @@ KEPT = ("rope_theta", "partial_rotary_factor")
 """Fields of positions whose default of the family holds beside those of the file."""
 BESIDE = ("rope_theta", "partial_rotary_factor", "rope_scaling")
 """Fields of positions that older files have beside `rope_parameters`."""
+_PARTIAL = """
+    glm4_moe glm4_moe_lite laguna mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text
+    qwen3_5_moe_text qwen3_next solar_open stablelm beam dots3_note_text mistral4
+"""
+PARTIAL = frozenset(_PARTIAL.split())
+"""Families that read `partial_rotary_factor`; the others turn whole heads, whatever it is.
+
+The last three have rules of their own for it.
+"""
 
 
 def rope_section(c: Config, kind: str | None = None, kept: Iterable[str] = KEPT) -> Config:
@@ -121,8 +132,9 @@ def rope(
         values[name] = holder.number(name, usual)
         scaling.read.add(name)
     plain: Plain = {"theta": values["rope_theta"]}
-    if values["partial_rotary_factor"] != 1:
-        plain["partial_rotary_factor"] = values["partial_rotary_factor"]
+    share = values["partial_rotary_factor"]
+    if share != 1:
+        plain["partial_rotary_factor"] = share
     kinds = {
         "default": None,
         "linear": _linear,
@@ -143,6 +155,9 @@ def rope(
         plain["scaling"] = {"kind": name, **reader(c, scaling)}
     if name == "proportional":  # the share of the pairs that turn
         plain["scaling"]["fraction"] = plain.pop("partial_rotary_factor", 1.0)
+    elif c.family not in PARTIAL and plain.pop("partial_rotary_factor", 1) != 1 and reader:
+        holder = scaling if "partial_rotary_factor" in scaling.fields else c
+        raise holder.no_counterpart("partial_rotary_factor", share, [1])
     scaling.check_all_read()
     return plain
 
@@ -291,7 +306,7 @@ def router(c: Config, *, top_k: str = "num_experts_per_tok", normalize: bool, **
         loss: Plain = {"kind": "aux_loss", "coef": coef}
         plain |= {"balance": loss, "loss_reduce": "pooled"} if coef else {"balance": "none"}
     if plain["top_k"] == 1 and plain["normalize"]:
-        plain["normalize"] = None
+        raise c.error(top_k, NO_CHOICE)
     return plain
 
 

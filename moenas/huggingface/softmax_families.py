@@ -183,11 +183,13 @@ def phimoe(c: Config) -> Model:
     """Phi-3.5-MoE: biases, LayerNorm, and the weights of SparseMixer."""
     n = c.whole("num_hidden_layers")
     jitter = c.number("router_jitter_noise")
+    if jitter <= 0:  # the margin of SparseMixer, too
+        raise c.no_counterpart("router_jitter_noise", jitter, ["a number above 0"])
     c.expect("num_experts_per_tok", 2)  # the code chooses two, whatever the field says
     route = router(
         c,
         normalize=False,
-        selection={"kind": "top_k", "sparsemixer_eps": jitter or 0.01},
+        selection={"kind": "top_k", "sparsemixer_eps": jitter},
         logits={"kind": "linear", "jitter": jitter},
     )
     bias = c.flag("attention_bias") or None
