@@ -9,6 +9,7 @@ from moenas.huggingface.parts import (
     check_positions,
     groups,
     latent_attention,
+    layer_changes,
     refuse_beside,
     rope,
     rope_section,
@@ -144,27 +145,6 @@ DOTS_SIZES = {
 """Field of latent attention -> field of dots 3 that `per_layer_config` can change."""
 
 
-def _layer_changes(c: Config, n_layers: int) -> dict[int, Plain] | None:
-    """Return the sizes that `per_layer_config` changes, by the number of the layer."""
-    given = c.get("per_layer_config")
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
-    known = {*DOTS_SIZES.values(), "num_key_value_heads", "head_dim"}
-    for key, sizes in given.items():
-        if str(key) not in map(str, range(n_layers)):
-            raise c.error("per_layer_config", f"{key!r} is not the number of a layer")
-        if not isinstance(sizes, dict):
-            raise c.error("per_layer_config", f"layer {key}: give an object of sizes")
-        for name, size in sizes.items():
-            if name not in known:
-                raise c.error("per_layer_config", f"layer {key}: {name} has no counterpart")
-            if type(size) is not int or size < 1:
-                raise c.error("per_layer_config", f"layer {key}: {name} is not a whole number")
-    return {int(key): sizes for key, sizes in given.items()}
-
-
 def dots3_note(c: Config) -> Model:
     """dots 3 Note, the text model: indexed layers, and layers with a window of other sizes."""
     n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
@@ -177,8 +157,9 @@ def dots3_note(c: Config) -> Model:
     usual = c.defaults["rope_parameters"]  # the default model has no layer of full attention
     usual = {**usual, "full_attention": usual["indexed_attention"]}
     c.defaults = {**c.defaults, "rope_parameters": usual}
-    changes = _layer_changes(c, n)
-    if changes is None and set(kinds) != {"indexed"}:
+    known = {*DOTS_SIZES.values(), "num_key_value_heads", "head_dim"}
+    changes = layer_changes(c, n, known)
+    if "per_layer_config" not in c.fields and set(kinds) != {"indexed"}:
         raise c.error("per_layer_config", "the field is missing; give the sizes of these layers")
     if c.get("use_dsa") is not None:
         raise c.error("use_dsa", "the field changes layer_types; delete it and give layer_types")
@@ -197,7 +178,7 @@ def dots3_note(c: Config) -> Model:
         if kind == "local":
             more = {"window": c.whole("sliding_window")}
         mixer = latent_attention(c, positions, kind=name, **fields, **more)
-        of_layer = (changes or {}).get(i, {})
+        of_layer = changes.get(i, {})
         for ours, theirs in DOTS_SIZES.items():
             if theirs in of_layer:
                 mixer[ours] = of_layer[theirs]

@@ -81,7 +81,7 @@ def jamba(c: Config) -> Model:
     n = c.whole("num_hidden_layers")
     c.read.add("num_logits_to_keep")
     full = attention(c, NO_POSITIONS)
-    rank = c.get("mamba_dt_rank")
+    rank = c.get("mamba_dt_rank") if "mamba_dt_rank" in c.fields else "auto"
     width = c.whole("hidden_size")
     state: Plain = {
         "kind": "mamba",

@@ -16,6 +16,7 @@ from moenas.huggingface.parts import (
     refuse_beside,
     rope,
     router,
+    softcap,
     whole_model,
 )
 from moenas.huggingface.softmax_families import (
@@ -208,7 +209,7 @@ def beam(c: Config) -> Model:
         c,
         norm_position="sandwich",
         depth_scale=True,
-        logit_softcap=c.number("final_logit_softcapping") or None,
+        logit_softcap=softcap(c),
     )
     return whole, mixed_layers(mixers, sparse, experts, dense(c))
 

@@ -167,6 +167,9 @@ def check_with_transformers(out: Path, model: Any, tolerance: float = 1e-5) -> N
     wanted = model(tokens())
     assert wanted.std() > 0.01
     torch.testing.assert_close(theirs.eval()(tokens()).logits, wanted, rtol=0, atol=tolerance)
+    prompt = tokens()[:1, :4]
+    continued = theirs.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(continued[0, 4:], model.generate(prompt, 8)[0, -8:])
     # transformers writes the model back under the same names, in the same shapes.
     theirs.save_pretrained(out / "again")
     ours, again = (
@@ -225,6 +228,10 @@ def test_the_class_of_a_family_is_the_one_of_transformers() -> None:
         (
             layers({"kind": "mamba", "d_inner": 64}, DENSE),
             "nearest is jamba: layer 0 mixer.inner_norm is false, the family has true",
+        ),
+        (  # Mixtral would make the weight of the one expert 1
+            layers(ATTENTION, EXPERTS | {"router": {"preset": "switch"}}),
+            "nearest is qwen3_moe: layer 0 mixer.qk_norm is none, the family has head",
         ),
         (
             layers(ATTENTION, EXPERTS | {"activation": "relu2"}),
