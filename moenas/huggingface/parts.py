@@ -326,7 +326,7 @@ def moe(c: Config, n_experts: str, d_expert: str, router: Plain, **fields: Any) 
 
 def router(c: Config, *, top_k: str = "num_experts_per_tok", normalize: bool, **more: Any) -> Plain:
     """Return a router; its auxiliary loss is that of all layers, as transformers counts it."""
-    coef = c.number("router_aux_loss_coef")
+    coef = 0.0 if c.is_null("router_aux_loss_coef") else c.number("router_aux_loss_coef")
     plain: Plain = {"top_k": c.whole(top_k), "normalize": normalize, **more}
     if "balance" not in plain:
         loss: Plain = {"kind": "aux_loss", "coef": coef}

@@ -392,7 +392,7 @@ def ernie4_5_moe(c: Config) -> Model:
     start, step = c.whole("moe_layer_start_index"), c.whole("moe_layer_interval")
     end = c.get("moe_layer_end_index", -1)
     end = n - 1 if end == -1 else end
-    coef = c.number("router_aux_loss_coef", 0.001)
+    coef = 0.0 if c.is_null("router_aux_loss_coef") else c.number("router_aux_loss_coef", 0.001)
     balance: Plain = {"kind": "bias_and_loss", "coef": coef}
     route = router(c, top_k="moe_k", normalize=True, balance=balance)
     shared = c.whole_or_none("moe_num_shared_experts") or 0

@@ -59,6 +59,7 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("jamba_v0_1", {"mamba_dt_rank": "auto"}),
     ("command", {"norm_topk_prob": False}),
     ("qwen3_30b_a3b", {"mlp_only_layers": None}),
+    ("granite_3_0_1b_a400m", {"router_aux_loss_coef": None}),
     ("gemma4", {"per_layer_config": None}),
     ("gemma4", {"final_logit_softcapping": None}),
     ("mimo_v2_flash", {"sliding_window_size": 3}),
@@ -158,6 +159,9 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("ling_hybrid", {"tie_word_embeddings": True}, "tie_word_embeddings", "true"),
     ("jetmoe_8b", {"rms_norm_eps": 1e-5}, "rms_norm_eps", "1e-06"),
     ("granite_3_0_1b_a400m", {"embedding_multiplier": None}, "embedding_multiplier", "null"),
+    ("nemotron_3_nano", {"mamba_proj_bias": True}, "mamba_proj_bias", "true"),
+    ("nemotron_3_nano", {"n_shared_experts": 2}, "n_shared_experts", "2"),
+    ("nemotron_3_nano", {"tie_word_embeddings": True}, "tie_word_embeddings", "true"),
     ("mimo_v2_flash", {"attention_value_scale": 0.0}, "attention_value_scale", "other than 0"),
 ]
 
