@@ -32,10 +32,17 @@ def four_norms(*names: str) -> Mapping[str, str]:
 class Layout:
     """The names of a family, below the prefix of a layer; a prefix ends with a dot."""
 
+    root: str = "model."
+    """Prefix of all weights but those of the head."""
+    embedding: str = "embed_tokens"
     final_norm: str = "norm"
-    """The norm before the head, below the prefix of the model."""
+    """The norm before the head."""
     norms: Mapping[str, str] = field(default_factory=two_norms)
     """Norm of ours -> its name."""
+    one_part: bool = False
+    """Whether each layer is a mixer or a feed-forward layer alone."""
+    mixer: str | None = None
+    """Prefix of every mixer; None: each kind has its own."""
     out: str = "o_proj"
     """The output of attention."""
     qk_norms: tuple[str, str] = ("q_norm", "k_norm")
@@ -49,9 +56,9 @@ class Layout:
     bias: str | None = None
     """The bias of the selection."""
     network: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
-    """Gate, value and output of a network; two: gate and value are one matrix."""
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """Gate, value and output of an expert."""
+    """Gate, value and output of a network; two: without a gate, or with both in one matrix."""
+    expert: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Gate, value and output of an expert; two: without a gate."""
     shared: str = "mlp.shared_experts."
     stacks: Callable[[Layout, Weights], Named] | None = None
     """Writes the experts as stacked matrices; None: a matrix for each expert."""
@@ -65,6 +72,8 @@ class Layout:
     """Whether the weight of a norm is written as its distance from 1."""
     gated_queries: bool = False
     """Whether each head has its queries and then its gates in one matrix."""
+    rates: tuple[int, ...] = (-1,)
+    """Shape of the decay rates of Kimi delta attention."""
     writes_no_shared: bool = False
     """Whether a mixture without shared experts still has their matrices, of width 0."""
 
@@ -218,6 +227,34 @@ LAYOUTS = {
             "norm2.before": "post_attention_layernorm",
             "norm2.after": "post_mlp_layernorm",
         },
+    ),
+    "nemotron_h": Layout(
+        root="backbone.",
+        embedding="embeddings",
+        final_norm="norm_f",
+        one_part=True,
+        norms=two_norms("norm", "norm"),
+        mixer="mixer.",
+        dense="mixer.",
+        experts="mixer.",
+        bias="mixer.gate.e_score_correction_bias",
+        network=("up_proj", "down_proj"),
+        expert=("up_proj", "down_proj"),
+        shared="mixer.shared_experts.",
+    ),
+    "kimi_linear": replace(
+        MIXTRAL,
+        dense="block_sparse_moe.",
+        bias="block_sparse_moe.gate.e_score_correction_bias",
+        shared="block_sparse_moe.shared_experts.",
+        rates=(1, 1, -1, 1),
+    ),
+    "bailing_hybrid": replace(
+        LATENT,
+        embedding="word_embeddings",
+        mixer="attention.",
+        out="dense",
+        bias="mlp.gate.expert_bias",
     ),
 }
 """`model_type` -> the names of its weights, as its released files have them."""

@@ -27,25 +27,36 @@ def published_weights(family: str, whole: Plain, blocks: list[Plain], state: Wei
         MoenasError: if a weight has no place in the family.
     """
     layout, rest = LAYOUTS[family], dict(state)
-    named = {"model.embed_tokens.weight": rest.pop("embedding")}
+    named = {f"{layout.root}{layout.embedding}.weight": rest.pop("embedding")}
     for name in ("norm", "head"):
         for suffix in ("weight", "bias"):
             if (tensor := rest.pop(f"{name}.{suffix}", None)) is not None:
-                theirs = f"model.{layout.final_norm}" if name == "norm" else "lm_head"
+                theirs = f"{layout.root}{layout.final_norm}" if name == "norm" else "lm_head"
                 named[f"{theirs}.{suffix}"] = (
                     tensor - 1 if layout.from_one and name == "norm" else tensor
                 )
     if layout.norm_bias:
         named.setdefault("model.norm.bias", torch.zeros_like(named["model.norm.weight"]))
+    number = 0
     for i, block in enumerate(blocks):
         prefix = f"blocks.{i}."
         layer = {n.removeprefix(prefix): rest.pop(n) for n in list(rest) if n.startswith(prefix)}
-        for name, tensor in layer_weights(layout, block, layer):
-            named[f"model.layers.{i}.{name}"] = tensor
-        rest |= {prefix + name: tensor for name, tensor in layer.items()}
+        for part, weights in parts_of(block, layer) if layout.one_part else [(block, layer)]:
+            for name, tensor in layer_weights(layout, part, weights):
+                named[f"{layout.root}layers.{number}.{name}"] = tensor
+            rest |= {prefix + name: tensor for name, tensor in weights.items()}
+            number += 1
     if rest:
         raise MoenasError(f"{family} has no place for the weights {', '.join(sorted(rest))}")
     return {name: tensor.detach().clone().contiguous() for name, tensor in named.items()}
+
+
+def parts_of(block: Plain, layer: Weights) -> list[tuple[Plain, Weights]]:
+    """Return the mixer and the feed-forward layer of a block, each as a block with its weights."""
+    second = {n: x for n, x in layer.items() if n.startswith(("norm2.", "ffn."))}
+    first = {n: x for n, x in layer.items() if n not in second}
+    parts = [({**block, "ffn": None}, first), ({**block, "mixer": None}, second)]
+    return [(one, weights) for one, weights in parts if one["mixer"] or one["ffn"]]
 
 
 def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
@@ -62,12 +73,13 @@ def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
             elif layout.norm_bias and not (ours == "norm2" and block["parallel"]):
                 yield f"{theirs}.{suffix}", torch.zeros_like(tensor)
     mixer, ffn = _part(layer, "mixer."), _part(layer, "ffn.")
-    prefix, write = MIXERS.get(block["mixer"]["kind"], ("self_attn.", attention))
-    for name, tensor in write(layout, block["mixer"], mixer):
-        yield f"{prefix}{name}", tensor
-    if block["ffn"]["kind"] == "moe":
+    if block["mixer"]:
+        prefix, write = MIXERS.get(block["mixer"]["kind"], ("self_attn.", attention))
+        for name, tensor in write(layout, block["mixer"], mixer):
+            yield f"{prefix if layout.mixer is None else layout.mixer}{name}", tensor
+    if block["ffn"] and block["ffn"]["kind"] == "moe":
         yield from mixture(layout, ffn)
-    else:
+    elif block["ffn"]:
         yield from network(layout, layout.dense, ffn)
     layer |= {f"mixer.{name}": tensor for name, tensor in mixer.items()}
     layer |= {f"ffn.{name}": tensor for name, tensor in ffn.items()}
@@ -162,7 +174,9 @@ def latent_attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
     yield "kv_a_proj_with_mqa.weight", turned(down, 1, len(down))
     yield "kv_a_layernorm.weight", part.pop("keys.norm.weight")
     yield "kv_b_proj.weight", part.pop("keys.up.weight")
-    yield "o_proj.weight", part.pop("out.weight")
+    yield f"{layout.out}.weight", part.pop("out.weight")
+    if "gate.weight" in part:
+        yield f"{layout.output_gate}.weight", part.pop("gate.weight")
     if "indexer.query.weight" in part:
         yield from token_indexer(layout, mixer, part)
 
@@ -207,6 +221,36 @@ def gated_delta(layout: Layout, mixer: Plain, part: Weights) -> Named:
     yield "out_proj.weight", part.pop("out.weight")
 
 
+KIMI_DELTA = {
+    "decay.dt_bias": "dt_bias",
+    "decay.project.weight": "f_proj.weight",
+    "decay.project.down.weight": "f_a_proj.weight",
+    "decay.project.up.weight": "f_b_proj.weight",
+    "gate.weight": "g_proj.weight",
+    "gate.down.weight": "g_a_proj.weight",
+    "gate.up.weight": "g_b_proj.weight",
+    "norm.weight": "o_norm.weight",
+}
+"""Weight of Kimi delta attention of ours -> its name."""
+
+
+def kimi_delta(layout: Layout, mixer: Plain, part: Weights) -> Named:
+    """Yield Kimi delta attention, whose queries, keys and values have kernels of their own."""
+    heads, key, value = mixer["n_heads"], mixer["key_dim"], mixer["value_dim"]
+    sizes = {"q": heads * key, "k": heads * key, "v": heads * value}
+    rows = part.pop("project.weight").split([*sizes.values(), heads])
+    for name, tensor in zip((*sizes, "b"), rows, strict=True):
+        yield f"{name}_proj.weight", tensor
+    kernels = part.pop("convolution.weight").split([*sizes.values()])
+    for name, tensor in zip(sizes, kernels, strict=True):
+        yield f"{name}_conv1d.weight", tensor.unsqueeze(1)
+    yield "A_log", part.pop("decay.log_rate").view(layout.rates)
+    yield f"{layout.out}.weight", part.pop("out.weight")
+    for ours, theirs in KIMI_DELTA.items():
+        if ours in part:
+            yield theirs, part.pop(ours)
+
+
 STATE_SPACE = {
     "project": "in_proj",
     "convolution": "conv1d",
@@ -249,6 +293,7 @@ def renamed(names: dict[str, str]) -> Callable[[Layout, Plain, Weights], Named]:
 MIXERS: dict[str, tuple[str, Callable[[Layout, Plain, Weights], Named]]] = {
     "latent_attention": ("self_attn.", latent_attention),
     "gated_delta": ("linear_attn.", gated_delta),
+    "kimi_delta": ("self_attn.", kimi_delta),
     "mamba": ("mamba.", renamed(STATE_SPACE)),
     "mamba2": ("mamba.", renamed(STATE_SPACE)),
     "short_conv": ("conv.", renamed(SHORT_CONV)),
@@ -296,7 +341,8 @@ def separate(layout: Layout, part: Weights) -> Named:
     """Yield a matrix for each gate, value and output of an expert; ours lie as (E, in, out)."""
     up, down = part.pop("experts.up").mT, part.pop("experts.down").mT
     for e in range(len(up)):
-        for name, tensor in zip(layout.expert, (*up[e].chunk(2), down[e]), strict=True):
+        matrices = (*up[e].chunk(len(layout.expert) - 1), down[e])
+        for name, tensor in zip(layout.expert, matrices, strict=True):
             yield f"{layout.experts}experts.{e}.{name}.weight", tensor
 
 

@@ -294,5 +294,8 @@ WRITERS: dict[str, tuple[str, Callable[[Layers], Plain]]] = {
     "afmoe": ("AfmoeForCausalLM", windowed_writers.afmoe),
     "cohere2_moe": ("Cohere2MoeForCausalLM", windowed_writers.cohere2_moe),
     "axk1": ("AXK1ForCausalLM", recent_writers.axk1),
+    "nemotron_h": ("NemotronHForCausalLM", hybrid_writers.nemotron_h),
+    "kimi_linear": ("KimiLinearForCausalLM", hybrid_writers.kimi_linear),
+    "bailing_hybrid": ("BailingHybridForCausalLM", hybrid_writers.bailing_hybrid),
 }
 """`model_type` -> the class of transformers and the writer, in the order of preference."""

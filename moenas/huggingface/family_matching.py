@@ -111,6 +111,9 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
         for x in _unequal("", layers.whole, theirs.whole)
         if x != ("norm", "layernorm", "layernorm_bias")  # a bias of 0 is written
     ]
+    if len(theirs.blocks) != len(layers.blocks):
+        sizes = len(layers.blocks), len(theirs.blocks)
+        return [*unequal, Difference("the number of blocks", *sizes, weight=REFUSED_WEIGHT)]
     places: dict[tuple[str, str, str], tuple[Difference, list[int]]] = {}
     for i, (ours, other) in enumerate(zip(layers.blocks, theirs.blocks, strict=True)):
         for path, a, b in _unequal("", _evaluated(ours), _evaluated(other)):

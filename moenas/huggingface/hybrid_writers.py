@@ -7,7 +7,11 @@ from moenas.huggingface.layer_fields import (
     expert_fields,
     first_dense,
     head_fields,
+    heads_alone,
+    latent_fields,
+    layer_words,
     scaled_weights,
+    shared_experts,
     whole_fields,
 )
 from moenas.huggingface.windowed_writers import PER_TOKEN, granitemoeshared
@@ -62,7 +66,7 @@ def jamba(m: Layers) -> Plain:
     experts = expert_fields(m, "num_experts", "d_expert", PER_TOKEN)
     return {
         **whole_fields(m),
-        **{k: v for k, v in head_fields(m).items() if not k.startswith("rope")},
+        **heads_alone(m),
         **{k: v for k, v in experts.items() if k != "d_expert"},
         **{theirs: state.get(ours) for theirs, ours in names.items()},
         "num_experts": m.experts.get("n_experts", 1),
@@ -100,3 +104,65 @@ def lfm2_moe(m: Layers) -> Plain:
         "norm_topk_prob": scaled["norm_topk_prob"],
         "use_expert_bias": True,
     }
+
+
+def nemotron_h(m: Layers) -> Plain:
+    """Nemotron-H: each layer is one part."""
+    state, words = m.first("mixer", "mamba2"), {"mamba2": "mamba", "dense": "mlp"}
+    parts = [part["kind"] for x in m.blocks for part in (x["mixer"], x["ffn"]) if part]
+    names = {
+        "mamba_num_heads": "n_heads",
+        "mamba_head_dim": "head_dim",
+        "ssm_state_size": "d_state",
+        "n_groups": "n_state_groups",
+        "conv_kernel": "d_conv",
+        "use_conv_bias": "conv_bias",
+        "use_bias": "proj_bias",
+        "time_step_min": "dt_floor",
+    }
+    whole = whole_fields(m, "layer_norm_epsilon")
+    return {
+        **{k: v for k, v in whole.items() if k != "hidden_act"},
+        **heads_alone(m),
+        "num_hidden_layers": len(parts),
+        **{theirs: state.get(ours) for theirs, ours in names.items()},
+        **expert_fields(m, "n_routed_experts", "moe_intermediate_size", PER_TOKEN),
+        **scaled_weights(m),
+        "layers_block_type": [words.get(kind, kind) for kind in parts],
+        "moe_shared_expert_intermediate_size": m.experts.get("d_shared"),
+        "intermediate_size": m.dense.get("d_ff"),
+    }
+
+
+def _kimi(m: Layers) -> Plain:
+    """Write Kimi delta attention, latent attention and experts beside shared ones."""
+    delta, scaled = m.first("mixer", "kimi_delta"), scaled_weights(m)
+    return {
+        **whole_fields(m),
+        **latent_fields(m),
+        **expert_fields(m, "num_experts", "moe_intermediate_size", "num_experts_per_token"),
+        "linear_head_dim": delta.get("key_dim"),
+        "linear_num_heads": delta.get("n_heads"),
+        "linear_conv_kernel_dim": delta.get("d_conv"),
+        "layer_types": [
+            "linear_attention" if kind == "kimi_delta" else "full_attention" for kind in kinds(m)
+        ],
+        "moe_renormalize": scaled["norm_topk_prob"],
+        "routed_scaling_factor": scaled["routed_scaling_factor"],
+        "num_expert_group": scaled["n_group"],
+        "topk_group": scaled["topk_group"],
+        "num_shared_experts": shared_experts(m),
+        "intermediate_size": m.dense.get("d_ff"),
+        "mlp_layer_types": layer_words(m),
+    }
+
+
+def kimi_linear(m: Layers) -> Plain:
+    """Kimi Linear: its latent attention has no positions, and queries of one matrix."""
+    return {k: v for k, v in _kimi(m).items() if k != "q_lora_rank" and not k.startswith("rope")}
+
+
+def bailing_hybrid(m: Layers) -> Plain:
+    """Ling hybrid: bounded decays, and gates in latent attention."""
+    limit = m.first("mixer", "kimi_delta").get("decay_limit")
+    return {**_kimi(m), "kda_lower_bound": None if limit is None else -limit}

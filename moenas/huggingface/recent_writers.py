@@ -104,7 +104,7 @@ def llama4_text(m: Layers) -> Plain:
     """Llama 4, the text model."""
     mixers = [block["mixer"] or {} for block in m.blocks]
     still = [x for x in mixers if x.get("rope") and not x["rope"]["partial_rotary_factor"]]
-    tempered = next((x for x in still if x["floor_scale"]), None)
+    tempered = next((x for x in still if x.get("floor_scale")), None)
     scales = {} if tempered is None else {k: tempered[k] for k in ("floor_scale", "attn_scale")}
     return {
         **whole_fields(m),

@@ -71,6 +71,9 @@ FAMILY = {
     "trinity_mini": "afmoe",
     "command": "cohere2_moe",
     "axk1": "axk1",
+    "nemotron_3_nano": "nemotron_h",
+    "kimi_linear_48b_a3b": "kimi_linear",
+    "ling_hybrid": "bailing_hybrid",
     "qwen3_5_35b_a3b": "qwen3_next",
 }
 """Model of the parity tests -> the first family of the writers that equals it."""
