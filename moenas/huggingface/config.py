@@ -36,6 +36,8 @@ _WITHOUT_EFFECT = """
 """
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 """Fields that change no logit of a model without dropout: training, tokens, kernels, storage."""
+NULL_IS_USUAL = ("num_key_value_heads", "head_dim")
+"""Whole numbers whose null follows from other fields."""
 T = TypeVar("T")
 
 
@@ -115,7 +117,9 @@ class Config:
         )
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """Return a whole number of at least 0; a missing one is an error."""
+        """Return a whole number of at least 0; a missing one is an error, as null mostly is."""
+        if self.is_null(name) and name not in NULL_IS_USUAL:
+            raise self.error(name, "null is not a whole number; give one, or delete the field")
         value = self.whole_or_none(name, default)
         if value is None:
             raise self.error(name, "the field is missing; give a whole number")

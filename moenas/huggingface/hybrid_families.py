@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from moenas.huggingface.config import Config
 from moenas.huggingface.parts import (
+    BESIDE,
     NO_CHOICE,
     attention,
     biased_router,
+    check_positions,
     dense,
     groups,
     head_dim,
@@ -76,6 +78,8 @@ def mimo_v2_flash(c: Config) -> Model:
     types = c.kinds("layer_types", n, SLIDING)
     types = types or [i > 0 and (i + 1) % 6 > 0 for i in range(n)]
     c.expect("attention_bias", False)
+    refuse_beside(c, *BESIDE)
+    check_positions(c, [("full_attention", "sliding_attention")[one] for one in types])
     window = c.whole("sliding_window")
     if (before := c.whole_or_none("sliding_window_size")) is not None:  # beside the token itself
         window = before + 1

@@ -41,6 +41,8 @@ def mistral4(c: Config) -> Model:
     """Mistral Small 4: softmax scores, and a temperature of late positions."""
     c.expect("attention_bias", False)
     scaling = rope_section(c)
+    if not scaling.fields:  # the family fills in all positions, with its own theta
+        refuse_beside(c, "rope_theta")
     tempered: Plain = {}
     if beta := scaling.number("llama_4_scaling_beta"):
         length = scaling.whole("original_max_position_embeddings")

@@ -162,6 +162,9 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("nemotron_3_nano", {"mamba_proj_bias": True}, "mamba_proj_bias", "true"),
     ("nemotron_3_nano", {"n_shared_experts": 2}, "n_shared_experts", "2"),
     ("nemotron_3_nano", {"tie_word_embeddings": True}, "tie_word_embeddings", "true"),
+    ("mimo_v2_flash", {"rope_theta": 1e4}, "rope_theta", "does not read"),
+    ("mistral4", {"rope_parameters": None, "rope_theta": 1e4}, "rope_theta", "does not read"),
+    ("kimi_k2", {"n_group": None}, "n_group", "null"),
     ("mimo_v2_flash", {"attention_value_scale": 0.0}, "attention_value_scale", "other than 0"),
 ]
 
