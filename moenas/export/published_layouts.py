@@ -248,6 +248,7 @@ LAYOUTS = {
         bias="block_sparse_moe.gate.e_score_correction_bias",
         shared="block_sparse_moe.shared_experts.",
         rates=(1, 1, -1, 1),
+        writes_no_shared=True,
     ),
     "bailing_hybrid": replace(
         LATENT,

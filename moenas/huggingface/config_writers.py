@@ -21,6 +21,7 @@ from moenas.huggingface.layer_fields import (
     shared_experts,
     typed_windows,
     whole_fields,
+    windows,
 )
 from moenas.records import Plain
 
@@ -154,7 +155,7 @@ def gpt_oss(m: Layers) -> Plain:
     return {
         **whole_fields(m),
         **head_fields(m),
-        **{k: v for k, v in typed_windows(m).items() if k != "use_sliding_window"},
+        **windows(m),
         **expert_fields(m, "num_local_experts", "intermediate_size", "num_experts_per_tok"),
         "attention_bias": m.attention.get("qkv_bias", False),
         "swiglu_limit": m.experts.get("gate_limit"),

@@ -25,6 +25,8 @@ KIND_WEIGHT, REFUSED_WEIGHT = 8, 100
 """Fields that another kind of part, or sizes that the family refuses, count as in a ranking."""
 NULLABLE = ("sliding_window", "q_lora_rank", "attention_value_scale", "final_logit_softcapping")
 """Fields whose null is no absence: families have other defaults."""
+CACHED = ("attention", "latent_attention")
+"""Mixers by whose cache transformers counts tokens: 5.23 runs no model without one of them."""
 SHOWN = 6
 """Most differences that an error lists."""
 
@@ -114,6 +116,8 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
     if len(theirs.blocks) != len(layers.blocks):
         sizes = len(layers.blocks), len(theirs.blocks)
         return [*unequal, Difference("the number of blocks", *sizes, weight=REFUSED_WEIGHT)]
+    if not any(block["mixer"] and block["mixer"]["kind"] in CACHED for block in layers.blocks):
+        unequal.append(Difference("the number of attention layers", 0, "1 or more"))
     places: dict[tuple[str, str, str], tuple[Difference, list[int]]] = {}
     for i, (ours, other) in enumerate(zip(layers.blocks, theirs.blocks, strict=True)):
         for path, a, b in _unequal("", _evaluated(ours), _evaluated(other)):

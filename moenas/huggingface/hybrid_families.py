@@ -87,8 +87,10 @@ def mimo_v2_flash(c: Config) -> Model:
     wide = c.whole("v_head_dim")
     full = attention(c, rope(c, "full_attention"), v_head_dim=wide)
     heads = c.whole_or_none("swa_num_key_value_heads")
-    near = attention(c, rope(c, "sliding_attention"), v_head_dim=wide, **local)
-    near["n_kv_heads"] = heads or 2 * full["n_kv_heads"]
+    near = full
+    if any(types):
+        near = attention(c, rope(c, "sliding_attention"), v_head_dim=wide, **local)
+        near["n_kv_heads"] = heads or 2 * full["n_kv_heads"]
     if c.get("attention_value_scale", 1) == 0:  # any other scale is a part of the weights
         raise c.no_counterpart("attention_value_scale", 0, ["a number other than 0"])
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))

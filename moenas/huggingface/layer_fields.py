@@ -164,8 +164,13 @@ def typed_windows(m: Layers) -> Plain:
 
 
 def windows(m: Layers) -> Plain:
-    """Write the window of each layer for families without `use_sliding_window`."""
-    return {k: v for k, v in typed_windows(m).items() if k != "use_sliding_window"}
+    """Write the window of each layer for families without `use_sliding_window`.
+
+    Without windows the size is left out: these families have no null for it.
+    """
+    fields = typed_windows(m)
+    used = fields.pop("use_sliding_window")
+    return fields if used else {"layer_types": fields["layer_types"]}
 
 
 def rope_by_kind(m: Layers, *, partial: bool = False) -> Plain:

@@ -72,10 +72,9 @@ def beside_shared(c: Config, n_experts: str, route: Plain) -> Plain:
 
 
 def local_positions(c: Config, types: list[bool], **fields: object) -> list[Plain]:
-    """Return mixers of which those with a window alone have positions; without windows all have."""
-    window = c.whole_or_none("sliding_window")
-    local = attention(c, rope(c), window=window, **fields)
-    full = attention(c, NO_POSITIONS if window else rope(c), **fields)
+    """Return mixers of which those with a window alone have positions."""
+    local = attention(c, rope(c), window=c.whole("sliding_window"), **fields)
+    full = attention(c, NO_POSITIONS, **fields)
     return [local if one else full for one in types]
 
 

@@ -230,7 +230,8 @@ def test_the_class_of_a_family_is_the_one_of_transformers() -> None:
         ),
         (
             layers({"kind": "mamba", "d_inner": 64}, DENSE),
-            "nearest is jamba: layer 0 mixer.inner_norm is false, the family has true",
+            "nearest is jamba: the number of attention layers is 0, the family has 1 or more; layer 0"
+            " mixer.inner_norm is false",
         ),
         (  # Mixtral would make the weight of the one expert 1
             layers(ATTENTION, EXPERTS | {"router": {"preset": "switch"}}),
