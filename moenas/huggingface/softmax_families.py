@@ -145,7 +145,7 @@ def qwen3(c: Config) -> Model:
 def qwen_sparse(c: Config, n_layers: int) -> list[bool]:
     """Return which layers of a Qwen mixture have experts."""
     step, only = c.whole("decoder_sparse_step", 1), c.get("mlp_only_layers")
-    only = [] if only is None else only
+    only = c.defaults.get("mlp_only_layers", []) if only is None else only
     if not isinstance(only, list):
         raise c.error("mlp_only_layers", "give a list of numbers of layers")
     return [step > 0 and (i + 1) % step == 0 and i not in only for i in range(n_layers)]

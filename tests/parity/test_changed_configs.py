@@ -59,6 +59,7 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("jamba_v0_1", {"mamba_dt_rank": "auto"}),
     ("command", {"norm_topk_prob": False}),
     ("qwen3_30b_a3b", {"mlp_only_layers": None}),
+    ("flint", {"mlp_only_layers": None}),
     ("granite_3_0_1b_a400m", {"router_aux_loss_coef": None}),
     ("gemma4", {"per_layer_config": None}),
     ("gemma4", {"final_logit_softcapping": None}),
