@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from moenas.records import Evaluation, ObjectiveInfo, View
 from moenas.report import figures
+from moenas.report.seed_noise_text import seed_intervals
 
 TITLE = "Pareto front"
 SHOWN_OBJECTIVES = 4
@@ -33,11 +34,17 @@ CORNER = {"x": 0.58, "y": 0.36, "yanchor": "top"}
 BIGRAM_LINE = {"color": figures.VERMILION, "dash": "dash", "width": 1.2}
 """A model that knows only the previous token reaches this loss."""
 
+BARS = {"color": figures.GREEN, "thickness": 1, "width": 3}
+"""Intervals of means over seeds."""
+
 Pair = tuple[ObjectiveInfo, ObjectiveInfo]
 
 
 def figure(view: View) -> go.Figure:
-    """Draw each pair of objectives: dominated points, members of the front and their envelope."""
+    """Draw each pair of objectives: dominated points, members of the front and their envelope.
+
+    Members that were trained with further seeds have their mean and its interval, too.
+    """
     infos = figures.objectives(view)
     if not figures.complete(view):
         return figures.blank(TITLE, "no candidate is complete yet")
@@ -88,6 +95,7 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
     others = figures.thin(others, SHOWN_DOMINATED // share)
     step_x, step_y = _envelope(members, pair)
     members = figures.thin(members, SHOWN_MEMBERS // share)
+    intervals = _intervals(view, members, pair)
     numbers = _numbers(view, members, pair, share) if len(members) <= NUMBERED else None
     return [
         go.Scatter(
@@ -125,7 +133,50 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
             textfont={"size": 10},
             textposition="top right",
         ),
+        *([intervals.update(showlegend=legend)] if intervals else []),
     ]
+
+
+def _intervals(
+    view: View, members: list[Evaluation], pair: tuple[ObjectiveInfo | None, ObjectiveInfo]
+) -> go.Scatter | None:
+    """Return the means over seeds of replicated members, with their 95 % intervals.
+
+    An axis without an objective is that of the trial numbers. None: nothing differs between seeds.
+    """
+    by_trial = seed_intervals(view)
+    shown = [(e, by_trial[e.trial]) for e in members if by_trial.get(e.trial)]
+    noisy = {name for _, intervals in shown for name in intervals}
+    if not any(info and info.name in noisy for info in pair):
+        return None
+    bars: dict[str, Any] = {}
+    for axis, info in zip("xy", pair, strict=True):
+        if info is None:
+            bars[axis] = [e.trial for e, _ in shown]
+            continue
+        own = [intervals.get(info.name, (e.values[info.name], 0.0)) for e, intervals in shown]
+        bars[axis] = figures.rounded([mean for mean, _ in own])
+        if info.name in noisy:
+            halves = figures.rounded([half for _, half in own])
+            bars[f"error_{axis}"] = {"type": "data", "array": halves, **BARS}
+    return go.Scatter(
+        **bars,
+        hovertemplate="%{hovertext}<extra></extra>",
+        hovertext=[
+            "<br>".join(
+                [f"<b>trial {e.trial}</b>, mean over seeds"]
+                + [
+                    f"{name} {figures.quantity(mean)} +- {figures.quantity(half)}"
+                    for name, (mean, half) in intervals.items()
+                ]
+            )
+            for e, intervals in shown
+        ],
+        legendgroup="seeds",
+        marker={"color": figures.GREEN, "size": 6, "symbol": "diamond-open"},
+        mode="markers",
+        name="mean over seeds, 95 % interval",
+    )
 
 
 def _numbers(view: View, members: list[Evaluation], pair: Pair, share: int) -> list[str]:
@@ -242,6 +293,8 @@ def _best_so_far(view: View, info: ObjectiveInfo) -> go.Figure:
         line={"color": figures.BLUE, "shape": "hv"},
         name="best so far",
     )
+    if intervals := _intervals(view, figures.members(view), (None, info)):
+        drawn.add_trace(intervals)
     _axis(drawn.update_yaxes, info, values)
     drawn.update_xaxes(title_text="trial")
     drawn.update_layout(legend=BELOW, margin_b=92)

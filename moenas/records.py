@@ -481,3 +481,5 @@ class View:
     """Trial -> hole -> drawn value."""
     rungs: list[RungResult] = field(default_factory=list)
     """Results at the rungs of early stopping, in order of rungs and trials."""
+    replicates: list[Evaluation] = field(default_factory=list)
+    """Trials that were trained again with further seeds, in order of trials and seeds."""

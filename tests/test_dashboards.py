@@ -14,7 +14,7 @@ import plotly.io
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy import stats
 
 from moenas.records import Evaluation, RungResult, View
 from moenas.report import figures
@@ -87,6 +87,9 @@ STRANGE = {
             for e in made_up_views.view(6).evaluations
         ],
     ),
+    "replicates of trials that are gone": replace(
+        made_up_views.view(6), replicates=[replace(made_up_views.view(1).evaluations[0], trial=99)]
+    ),
     "no architectures": replace(made_up_views.view(6), architectures={}),
     "a guest's architecture": replace(
         made_up_views.view(6), architectures={i: {"width": 3} for i in range(20)}
@@ -156,6 +159,51 @@ def test_a_hover_on_the_front_has_the_trial_the_units_and_the_architecture():
         assert "nats/token" in text
         assert "ms/token" in text
         assert "attention 3q/1kv" in text
+
+
+def replicated(n_objectives: int) -> View:
+    """A study in which each member has two further seeds, of other losses."""
+    view = made_up_views.view(20, n_objectives)
+    by_trial = {e.trial: e for e in view.evaluations}
+    again = [
+        replace(e, seed=seed, values=e.values | {"val_loss": e.values["val_loss"] + gap})
+        for e in (by_trial[trial] for trial in view.front)
+        for seed, gap in ((1, 0.01), (2, 0.03))
+    ]
+    return replace(view, replicates=again)
+
+
+@pytest.mark.parametrize("n_objectives", [1, 2, 3])
+def test_members_with_further_seeds_have_the_mean_and_its_95_percent_interval(n_objectives):
+    view = replicated(n_objectives)
+    members = {e.trial: e for e in figures.members(view)}
+    # SciPy's t interval of the mean of two, with the deviation pooled over three seeds of each.
+    squares = sum(
+        sum((gap - 0.04 / 3) ** 2 for gap in (0, 0.01, 0.03)) for _ in range(len(members))
+    )
+    degrees = 2 * len(members)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(squares / degrees / 2)
+    traces = named(drawn("front", view), "mean over seeds")
+    with_loss = [trace for trace in traces if trace.error_x.array or trace.error_y.array]
+    assert len(with_loss) == len(traces) == {1: 1, 2: 1, 3: 2}[n_objectives]
+    for trace in traces:
+        places, bars = (trace.x, trace.error_x) if trace.error_x.array else (trace.y, trace.error_y)
+        wanted = [e.values["val_loss"] + 0.02 for e in members.values()]
+        assert list(places) == pytest.approx(wanted, rel=1e-4)
+        assert list(bars.array) == pytest.approx([half] * len(members), rel=1e-4)
+        for trial, text in zip(members, trace.hovertext, strict=True):
+            assert f"<b>trial {trial}</b>" in text
+            assert "+-" in text
+
+
+def test_without_further_seeds_the_front_has_no_intervals():
+    equal = replicated(2)
+    same = [
+        replace(row, values=next(e for e in equal.evaluations if e.trial == row.trial).values)
+        for row in equal.replicates
+    ]
+    for view in (made_up_views.view(20), replace(equal, replicates=same)):
+        assert named(drawn("front", view), "mean over seeds") == []
 
 
 def test_a_hover_says_that_a_model_may_look_ahead():
@@ -521,7 +569,7 @@ def test_the_agreement_of_rungs_is_scipys_correlation():
     for rung, shown in enumerate(line.y, start=1):
         results = [r for r in view.rungs if r.rung == rung]
         pairs = [(r.val_loss, final[r.trial]) for r in results]
-        assert shown == pytest.approx(spearmanr(pairs).statistic, abs=1e-4)
+        assert shown == pytest.approx(stats.spearmanr(pairs).statistic, abs=1e-4)
     assert line.y[0] < line.y[-1]
     assert list(line.x) == ["8.19k", "16.4k", "32.8k"]
     bars = {trace.name: list(trace.y) for trace in drawn("rungs", view).data[1:]}

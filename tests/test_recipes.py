@@ -19,7 +19,10 @@ UNSURE = re.compile(r"^( ?trials # and # differ|next:| moenas |\[#/#\]| # of # d
 
 def without_numbers(line: str) -> str:
     """Return a line whose numbers, spaces, rules and device are one sign each."""
-    line = re.sub(r"^measured on .*", "measured on #", line)
+    line = re.sub(r"^(measured on) .*", r"\1 #", line)
+    line = re.sub(
+        r"^(decode_ms on|  by the calibration of \S+ on) .* \(decode,", r"\1 # (decode,", line
+    )
     line = re.sub(r"[0-9][0-9.,e]*[kMGT]?(e[+-]?[0-9]+)?", "#", line)
     return re.sub(r" +", " ", re.sub(r"-{3,}", "---", line)).rstrip()
 

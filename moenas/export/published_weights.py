@@ -6,113 +6,16 @@ each takes the tensors of its part, so that none is written twice and none is le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moenas.errors import MoenasError
+from moenas.export.published_layouts import LAYOUTS, Layout, Named, Weights
 from moenas.records import Plain
 
-Weights: TypeAlias = "dict[str, Tensor]"
-Named: TypeAlias = "Iterator[tuple[str, Tensor]]"
-
 # Shapes: E experts, D model width, F width of a network, H heads of W elements.
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The names of a family; a prefix ends with a dot."""
-
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
-    """Norms of the mixer and of the feed-forward layer."""
-    qk_norms: tuple[str, str] = ("q_norm", "k_norm")
-    dense: str = "mlp."
-    experts: str = "mlp."
-    """Prefix of a mixture of experts."""
-    router: str = "gate"
-    bias: str | None = None
-    """The bias of the selection, below the prefix of the mixture."""
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """Gate, value and output of an expert."""
-    shared: str = "shared_experts."
-    stacks: Callable[[Layout, Weights], Named] | None = None
-    """Writes the experts as stacked matrices; None: a matrix for each expert."""
-    neighbours: bool = False
-    """Whether rotary positions turn pairs of neighbours; ours turn pairs of halves."""
-    norm_bias: bool = False
-    """Whether every norm has a bias; without one of ours it is 0."""
-    indexer_neighbours: bool = False
-    """Whether those of a token indexer do."""
-    from_one: bool = False
-    """Whether the weight of a norm is written as its distance from 1."""
-    gated_queries: bool = False
-    """Whether each head has its queries and then its gates in one matrix."""
-    writes_no_shared: bool = False
-    """Whether a mixture without shared experts still has their matrices, of width 0."""
-
-
-def gate_up(layout: Layout, part: Weights) -> Named:
-    """Yield gpt-oss's stacks, in which gates and values alternate."""
-    yield layout.experts + "experts.gate_up_proj", alternating(part.pop("experts.up"))
-    yield layout.experts + "experts.down_proj", part.pop("experts.down")
-    if "experts.up_bias.weight" in part:
-        up = alternating(part.pop("experts.up_bias.weight"))
-        yield layout.experts + "experts.gate_up_proj_bias", up
-        yield layout.experts + "experts.down_proj_bias", part.pop("experts.down_bias.weight")
-
-
-def plain_stacks(layout: Layout, part: Weights) -> Named:
-    """Yield Llama 4's stacks, which lie as ours, (E, D, 2 F) and (E, F, D)."""
-    yield layout.experts + "experts.gate_up_proj", part.pop("experts.up")
-    yield layout.experts + "experts.down_proj", part.pop("experts.down")
-
-
-def linear_stacks(layout: Layout, part: Weights) -> Named:
-    """Yield Granite's stacks, (E, 2 F, D) and (E, D, F)."""
-    yield layout.experts + "input_linear.weight", part.pop("experts.up").mT
-    yield layout.experts + "output_linear.weight", part.pop("experts.down").mT
-
-
-BIASED = Layout(bias="gate.e_score_correction_bias", writes_no_shared=True)
-MIXTRAL = Layout(experts="block_sparse_moe.", expert=("w1", "w3", "w2"))
-LAYOUTS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "olmoe"), Layout()),
-    "mixtral": MIXTRAL,
-    "phimoe": replace(MIXTRAL, norm_bias=True),
-    "stablelm": Layout(norm_bias=True),
-    "qwen2_moe": Layout(shared="shared_expert."),
-    "flex_olmo": Layout(norms=("post_attention_layernorm", "post_feedforward_layernorm")),
-    "granitemoe": Layout(experts="block_sparse_moe.", router="router.layer", stacks=linear_stacks),
-    "gpt_oss": Layout(router="router", stacks=gate_up),
-    "glm4_moe": BIASED,
-    "dots1": BIASED,
-    "deepseek_v3": replace(BIASED, neighbours=True),
-    "deepseek_v2": Layout(neighbours=True, writes_no_shared=True),
-    "glm4_moe_lite": replace(BIASED, neighbours=True),
-    "minimax_m2": replace(MIXTRAL, bias="e_score_correction_bias"),
-    "ernie4_5_moe": Layout(bias="moe_statics.e_score_correction_bias", neighbours=True),
-    "hunyuan_v1_moe": Layout(
-        qk_norms=("query_layernorm", "key_layernorm"), router="gate.wg", shared="shared_mlp."
-    ),
-    "qwen3_next": Layout(shared="shared_expert.", from_one=True, gated_queries=True),
-    "llama4_text": Layout(
-        dense="feed_forward.",
-        experts="feed_forward.",
-        router="router",
-        shared="shared_expert.",
-        stacks=plain_stacks,
-        neighbours=True,
-    ),
-    "deepseek_v32": replace(BIASED, neighbours=True),
-    "glm_moe_dsa": replace(BIASED, neighbours=True, indexer_neighbours=True),
-    "exaone_moe": replace(BIASED, bias="e_score_correction_bias"),
-    "hy_v3": replace(BIASED, router="router.gate", bias="expert_bias", shared="shared_mlp."),
-    "mellum": Layout(),
-}
-"""`model_type` -> the names of its weights, as its released files have them."""
 
 
 def published_weights(family: str, whole: Plain, blocks: list[Plain], state: Weights) -> Weights:
@@ -124,30 +27,45 @@ def published_weights(family: str, whole: Plain, blocks: list[Plain], state: Wei
         MoenasError: if a weight has no place in the family.
     """
     layout, rest = LAYOUTS[family], dict(state)
-    named = {"model.embed_tokens.weight": rest.pop("embedding")}
+    named = {f"{layout.root}{layout.embedding}.weight": rest.pop("embedding")}
     for name in ("norm", "head"):
         for suffix in ("weight", "bias"):
             if (tensor := rest.pop(f"{name}.{suffix}", None)) is not None:
-                theirs = "model.norm" if name == "norm" else "lm_head"
+                theirs = f"{layout.root}{layout.final_norm}" if name == "norm" else "lm_head"
                 named[f"{theirs}.{suffix}"] = (
                     tensor - 1 if layout.from_one and name == "norm" else tensor
                 )
     if layout.norm_bias:
         named.setdefault("model.norm.bias", torch.zeros_like(named["model.norm.weight"]))
+    number = 0
     for i, block in enumerate(blocks):
         prefix = f"blocks.{i}."
         layer = {n.removeprefix(prefix): rest.pop(n) for n in list(rest) if n.startswith(prefix)}
-        for name, tensor in layer_weights(layout, block, layer):
-            named[f"model.layers.{i}.{name}"] = tensor
-        rest |= {prefix + name: tensor for name, tensor in layer.items()}
+        for part, weights in parts_of(block, layer) if layout.one_part else [(block, layer)]:
+            for name, tensor in layer_weights(layout, part, weights):
+                named[f"{layout.root}layers.{number}.{name}"] = tensor
+            rest |= {prefix + name: tensor for name, tensor in weights.items()}
+            number += 1
     if rest:
         raise MoenasError(f"{family} has no place for the weights {', '.join(sorted(rest))}")
     return {name: tensor.detach().clone().contiguous() for name, tensor in named.items()}
 
 
+def parts_of(block: Plain, layer: Weights) -> list[tuple[Plain, Weights]]:
+    """Return the mixer and the feed-forward layer of a block, each as a block with its weights."""
+    second = {n: x for n, x in layer.items() if n.startswith(("norm2.", "ffn."))}
+    first = {n: x for n, x in layer.items() if n not in second}
+    parts = [({**block, "ffn": None}, first), ({**block, "mixer": None}, second)]
+    return [(one, weights) for one, weights in parts if one["mixer"] or one["ffn"]]
+
+
 def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
     """Yield the weights of a layer; those that were taken are no longer in `layer`."""
-    for ours, theirs in zip(("norm1", "norm2"), layout.norms, strict=True):
+    if "scale" in layer:
+        yield "layer_scalar", layer.pop("scale")
+    if "sum_norm.weight" in layer:
+        yield from beside_network(layout, layer)
+    for ours, theirs in layout.norms.items():
         for suffix in ("weight", "bias"):
             if f"{ours}.{suffix}" in layer:
                 tensor = layer.pop(f"{ours}.{suffix}")
@@ -155,15 +73,33 @@ def layer_weights(layout: Layout, block: Plain, layer: Weights) -> Named:
             elif layout.norm_bias and not (ours == "norm2" and block["parallel"]):
                 yield f"{theirs}.{suffix}", torch.zeros_like(tensor)
     mixer, ffn = _part(layer, "mixer."), _part(layer, "ffn.")
-    prefix, write = MIXERS.get(block["mixer"]["kind"], ("self_attn.", attention))
-    for name, tensor in write(layout, block["mixer"], mixer):
-        yield f"{prefix}{name}", tensor
-    if block["ffn"]["kind"] == "moe":
+    if block["mixer"]:
+        prefix, write = MIXERS.get(block["mixer"]["kind"], ("self_attn.", attention))
+        for name, tensor in write(layout, block["mixer"], mixer):
+            yield f"{prefix if layout.mixer is None else layout.mixer}{name}", tensor
+    if block["ffn"] and block["ffn"]["kind"] == "moe":
         yield from mixture(layout, ffn)
-    else:
-        yield from network(layout.dense, ffn)
+    elif block["ffn"]:
+        yield from network(layout, layout.dense, ffn)
     layer |= {f"mixer.{name}": tensor for name, tensor in mixer.items()}
     layer |= {f"ffn.{name}": tensor for name, tensor in ffn.items()}
+
+
+def beside_network(layout: Layout, layer: Weights) -> Named:
+    """Yield Gemma 4's mixture beside a dense network, and the norms of both and of their sum."""
+    names = {
+        "norm2.after": "post_feedforward_layernorm_1",
+        "shortcut.before": "pre_feedforward_layernorm_2",
+        "shortcut.after": "post_feedforward_layernorm_2",
+        "sum_norm": "post_feedforward_layernorm",
+    }
+    for ours, theirs in names.items():
+        yield f"{theirs}.weight", layer.pop(f"{ours}.weight")
+    part = _part(layer, "shortcut.ffn.")
+    yield "router.scale", part.pop("router.enter.norm.weight")
+    yield "router.per_expert_scale", part.pop("router.weights.expert_scale")
+    yield from mixture(layout, part)
+    layer |= {f"shortcut.ffn.{name}": tensor for name, tensor in part.items()}
 
 
 def _part(layer: Weights, prefix: str) -> Weights:
@@ -172,30 +108,52 @@ def _part(layer: Weights, prefix: str) -> Weights:
 
 
 def attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
-    """Yield softmax attention: queries, keys and values lie in one matrix of ours."""
+    """Yield softmax attention: queries, keys and values lie in one matrix of ours.
+
+    Keys can serve as values, and the keys of an earlier layer can serve this one.
+    """
     n, n_kv, width = mixer["n_heads"], mixer["n_kv_heads"], mixer["head_dim"]
     heads = {"q": (n, width), "k": (n_kv, width), "v": (n_kv, mixer["v_head_dim"])}
     turning = round(width * mixer["rope"]["partial_rotary_factor"])
-    for suffix in ("weight", "bias"):
-        if f"qkv.{suffix}" not in part:
-            continue
-        sizes = [number * size for number, size in heads.values()]
-        for name, tensor in zip(heads, part.pop(f"qkv.{suffix}").split(sizes), strict=True):
-            if layout.neighbours and name != "v":
-                tensor = neighbours(tensor, *heads[name], turning)
-            if layout.gated_queries and name == "q":
-                gates = part.pop(f"gate.{suffix}").unflatten(0, (n, width))
-                tensor = torch.cat((tensor.unflatten(0, (n, width)), gates), dim=1).flatten(0, 1)
-            yield f"{name}_proj.{suffix}", tensor
-    for name, theirs in zip("qk", layout.qk_norms, strict=True):
-        if f"norm.{name}.weight" in part:
-            tensor = part.pop(f"norm.{name}.weight")
+    own = "".join(heads) if not mixer["k_eq_v"] else "qk"
+    for stem, names in (("qkv", own), ("qkv.qkv", own), ("queries.project", "q")):
+        for suffix in ("weight", "bias"):
+            if f"{stem}.{suffix}" not in part:
+                continue
+            sizes = [heads[name][0] * heads[name][1] for name in names]
+            for name, tensor in zip(names, part.pop(f"{stem}.{suffix}").split(sizes), strict=True):
+                if layout.neighbours and name != "v":
+                    tensor = neighbours(tensor, *heads[name], turning)
+                if layout.gated_queries and name == "q":
+                    gates = part.pop(f"gate.{suffix}").unflatten(0, (n, width))
+                    tensor = torch.cat((tensor.unflatten(0, (n, width)), gates), dim=1)
+                    tensor = tensor.flatten(0, 1)
+                yield f"{name}_proj.{suffix}", tensor
+    q_norm, k_norm = layout.qk_norms
+    for ours, theirs in {"norm.q": q_norm, "norm.k": k_norm, "queries.norm": q_norm}.items():
+        if f"{ours}.weight" in part:
+            tensor = part.pop(f"{ours}.weight")
             yield f"{theirs}.weight", tensor - 1 if layout.from_one else tensor
-    yield "o_proj.weight", part.pop("out.weight")
-    if "out.bias" in part:
-        yield "o_proj.bias", part.pop("out.bias")
-    if "attend.sinks" in part:
-        yield "sinks", part.pop("attend.sinks")
+    for ours, theirs in {
+        "out.weight": f"{layout.out}.weight",
+        "out.bias": f"{layout.out}.bias",
+        "attend.sinks": layout.sinks,
+        "gate.weight": f"{layout.output_gate}.weight",
+        "gate.head_bias": "gate_bias",
+    }.items():
+        if ours in part:
+            yield theirs, part.pop(ours)
+    if "indexer.query.weight" in part:
+        yield from block_indexer(layout, part)
+
+
+def block_indexer(layout: Layout, part: Weights) -> Named:
+    """Yield the block indexer of MiniMax-M3."""
+    names = {"query": "q_proj", "key": "k_proj", "query_norm": "q_norm", "key_norm": "k_norm"}
+    for ours, theirs in names.items():
+        tensor = part.pop(f"indexer.{ours}.weight")
+        is_distance = layout.from_one and ours.endswith("norm")
+        yield f"indexer.{theirs}.weight", tensor - 1 if is_distance else tensor
 
 
 def latent_attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
@@ -216,7 +174,9 @@ def latent_attention(layout: Layout, mixer: Plain, part: Weights) -> Named:
     yield "kv_a_proj_with_mqa.weight", turned(down, 1, len(down))
     yield "kv_a_layernorm.weight", part.pop("keys.norm.weight")
     yield "kv_b_proj.weight", part.pop("keys.up.weight")
-    yield "o_proj.weight", part.pop("out.weight")
+    yield f"{layout.out}.weight", part.pop("out.weight")
+    if "gate.weight" in part:
+        yield f"{layout.output_gate}.weight", part.pop("gate.weight")
     if "indexer.query.weight" in part:
         yield from token_indexer(layout, mixer, part)
 
@@ -261,19 +221,92 @@ def gated_delta(layout: Layout, mixer: Plain, part: Weights) -> Named:
     yield "out_proj.weight", part.pop("out.weight")
 
 
+KIMI_DELTA = {
+    "decay.dt_bias": "dt_bias",
+    "decay.project.weight": "f_proj.weight",
+    "decay.project.down.weight": "f_a_proj.weight",
+    "decay.project.up.weight": "f_b_proj.weight",
+    "gate.weight": "g_proj.weight",
+    "gate.down.weight": "g_a_proj.weight",
+    "gate.up.weight": "g_b_proj.weight",
+    "norm.weight": "o_norm.weight",
+}
+"""Weight of Kimi delta attention of ours -> its name."""
+
+
+def kimi_delta(layout: Layout, mixer: Plain, part: Weights) -> Named:
+    """Yield Kimi delta attention, whose queries, keys and values have kernels of their own."""
+    heads, key, value = mixer["n_heads"], mixer["key_dim"], mixer["value_dim"]
+    sizes = {"q": heads * key, "k": heads * key, "v": heads * value}
+    rows = part.pop("project.weight").split([*sizes.values(), heads])
+    for name, tensor in zip((*sizes, "b"), rows, strict=True):
+        yield f"{name}_proj.weight", tensor
+    kernels = part.pop("convolution.weight").split([*sizes.values()])
+    for name, tensor in zip(sizes, kernels, strict=True):
+        yield f"{name}_conv1d.weight", tensor.unsqueeze(1)
+    yield "A_log", part.pop("decay.log_rate").view(layout.rates)
+    yield f"{layout.out}.weight", part.pop("out.weight")
+    for ours, theirs in KIMI_DELTA.items():
+        if ours in part:
+            yield theirs, part.pop(ours)
+
+
+STATE_SPACE = {
+    "project": "in_proj",
+    "convolution": "conv1d",
+    "choose.project": "x_proj",
+    "choose.dt": "dt_proj",
+    "choose.dt_bias": "dt_proj.bias",
+    "choose.norms.0": "dt_layernorm",
+    "choose.norms.1": "b_layernorm",
+    "choose.norms.2": "c_layernorm",
+    "dt_bias": "dt_bias",
+    "log_rate": "A_log",
+    "skip": "D",
+    "norm": "norm",
+    "out": "out_proj",
+}
+"""Part of a Mamba or Mamba-2 layer of ours -> its name."""
+SHORT_CONV = {"project": "in_proj", "convolution": "conv", "out": "out_proj"}
+"""Part of a gated short convolution of ours -> its name (LFM2)."""
+
+
+def renamed(names: dict[str, str]) -> Callable[[Layout, Plain, Weights], Named]:
+    """Return what yields the weights of a mixer under other names.
+
+    The kernels of a convolution, (C, K), are written with a dimension of 1, (C, 1, K).
+    """
+
+    def write(layout: Layout, mixer: Plain, part: Weights) -> Named:
+        for ours, theirs in names.items():
+            if ours in part:
+                yield theirs, part.pop(ours)
+            for suffix in ("weight", "bias"):
+                if f"{ours}.{suffix}" in part:
+                    tensor = part.pop(f"{ours}.{suffix}")
+                    is_kernel = ours == "convolution" and suffix == "weight"
+                    yield f"{theirs}.{suffix}", tensor.unsqueeze(1) if is_kernel else tensor
+
+    return write
+
+
 MIXERS: dict[str, tuple[str, Callable[[Layout, Plain, Weights], Named]]] = {
     "latent_attention": ("self_attn.", latent_attention),
     "gated_delta": ("linear_attn.", gated_delta),
+    "kimi_delta": ("self_attn.", kimi_delta),
+    "mamba": ("mamba.", renamed(STATE_SPACE)),
+    "mamba2": ("mamba.", renamed(STATE_SPACE)),
+    "short_conv": ("conv.", renamed(SHORT_CONV)),
 }
 """Kind of a mixer -> the prefix of its weights and what writes them; others are attention."""
 
 
-def network(prefix: str, part: Weights, ours: str = "") -> Named:
+def network(layout: Layout, prefix: str, part: Weights, ours: str = "") -> Named:
     """Yield a gated network: gate and value lie in one matrix of ours."""
-    gate, value = part.pop(f"{ours}up.weight").chunk(2)
-    yield f"{prefix}gate_proj.weight", gate
-    yield f"{prefix}up_proj.weight", value
-    yield f"{prefix}down_proj.weight", part.pop(f"{ours}down.weight")
+    *inputs, output = layout.network
+    for name, tensor in zip(inputs, part.pop(f"{ours}up.weight").chunk(len(inputs)), strict=True):
+        yield f"{prefix}{name}.weight", tensor
+    yield f"{prefix}{output}.weight", part.pop(f"{ours}down.weight")
 
 
 def mixture(layout: Layout, part: Weights) -> Named:
@@ -287,7 +320,7 @@ def mixture(layout: Layout, part: Weights) -> Named:
         bias = part.pop("balance.bias", None)
         bias = router.new_zeros(n_experts) if bias is None else bias
         # ERNIE's bias has one row for each kind of tokens; text is the first.
-        yield prefix + layout.bias, bias.unsqueeze(0) if "statics" in layout.bias else bias
+        yield layout.bias, bias.unsqueeze(0) if "statics" in layout.bias else bias
     if layout.stacks is not None:
         yield from layout.stacks(layout, part)
     else:
@@ -295,27 +328,22 @@ def mixture(layout: Layout, part: Weights) -> Named:
     if "shared.gate.weight" in part:
         yield f"{prefix}shared_expert_gate.weight", part.pop("shared.gate.weight")
     if "shared.up.weight" in part:
-        yield from network(prefix + layout.shared, part, "shared.")
+        yield from network(layout, layout.shared, part, "shared.")
     elif layout.writes_no_shared:
         empty = {
             "up.weight": router.new_empty(0, d_model),
             "down.weight": router.new_empty(d_model, 0),
         }
-        yield from network(prefix + layout.shared, empty)
+        yield from network(layout, layout.shared, empty)
 
 
 def separate(layout: Layout, part: Weights) -> Named:
     """Yield a matrix for each gate, value and output of an expert; ours lie as (E, in, out)."""
     up, down = part.pop("experts.up").mT, part.pop("experts.down").mT
     for e in range(len(up)):
-        for name, tensor in zip(layout.expert, (*up[e].chunk(2), down[e]), strict=True):
+        matrices = (*up[e].chunk(len(layout.expert) - 1), down[e])
+        for name, tensor in zip(layout.expert, matrices, strict=True):
             yield f"{layout.experts}experts.{e}.{name}.weight", tensor
-
-
-def alternating(x: Tensor) -> Tensor:
-    """Return two halves of the last dimension as alternating elements."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.stack((first, second), dim=-1).flatten(-2)
 
 
 def neighbours(x: Tensor, n_heads: int, width: int, turning: int) -> Tensor:

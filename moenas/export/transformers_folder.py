@@ -41,6 +41,8 @@ def write(trial: TrainedTrial, folder: Path) -> None:
     files = {"config.json": config, "moenas.json": data}
     tokenizer = _tokenizer(trial)
     files |= tokenizer
+    if config.get("output_hidden_states"):  # of a pass: `generate` returns tokens alone
+        files["generation_config.json"] = {"output_hidden_states": False}
     for name, content in files.items():
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -36,6 +36,8 @@ _WITHOUT_EFFECT = """
 """
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())
 """Fields that change no logit of a model without dropout: training, tokens, kernels, storage."""
+NULL_IS_USUAL = ("num_key_value_heads", "head_dim")
+"""Whole numbers whose null follows from other fields."""
 T = TypeVar("T")
 
 
@@ -59,9 +61,17 @@ class Config:
         self.prefix = prefix
         self.defaults = table["defaults"]
         self.aliases = table["aliases"]
-        self.fields = {self.aliases.get(name, name): node for name, node in fields.items()}
-        self.written = {self.aliases.get(name, name): name for name in fields}
+        self.fields: dict[str, Node] = {}
+        self.written: dict[str, str] = {}
         self.read: set[str] = set()
+        for name, node in fields.items():
+            known = self.aliases.get(name, name)
+            other = self.written.setdefault(known, name)
+            if other != name and self.fields[known].plain != node.plain:
+                raise self.error(
+                    known, f"the field is {name}, too, which has another value; delete one of them"
+                )
+            self.fields[known] = node
 
     def error(self, name: str, message: str) -> SpaceError:
         """Build the error for a field, at its place in the file if it is there."""
@@ -85,6 +95,12 @@ class Config:
         value = self.defaults.get(name)
         return default if value is None else value
 
+    def is_null(self, name: str) -> bool:
+        """Return whether the file has null for a field for which the family has a value."""
+        name = self.aliases.get(name, name)
+        is_written = name in self.fields and self.fields[name].value is None
+        return is_written and self.defaults.get(name) is not None
+
     def _typed(
         self, name: str, default: Any, is_right: Callable[[Any], bool], what: str
     ) -> Any | None:
@@ -101,14 +117,18 @@ class Config:
         )
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """Return a whole number of at least 0; a missing one is an error."""
+        """Return a whole number of at least 0; a missing one is an error, as null mostly is."""
+        if self.is_null(name) and name not in NULL_IS_USUAL:
+            raise self.error(name, "null is not a whole number; give one, or delete the field")
         value = self.whole_or_none(name, default)
         if value is None:
             raise self.error(name, "the field is missing; give a whole number")
         return value
 
     def number(self, name: str, default: float = 0.0) -> float:
-        """Return a number."""
+        """Return a number; a missing one, or null where the family has none, is the default."""
+        if self.is_null(name) and not default:
+            raise self.error(name, "null is not a number; give one, or delete the field")
         value = self._typed(name, default, lambda x: type(x) in (int, float), "a number")
         return float(default if value is None else value)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moenas.huggingface import recent_writers
+from moenas.huggingface import hybrid_writers, recent_writers, windowed_writers
 from moenas.huggingface.layer_fields import (
     Layers,
     expert_fields,
@@ -21,6 +21,7 @@ from moenas.huggingface.layer_fields import (
     shared_experts,
     typed_windows,
     whole_fields,
+    windows,
 )
 from moenas.records import Plain
 
@@ -145,18 +146,8 @@ def phimoe(m: Layers) -> Plain:
 
 def granitemoe(m: Layers) -> Plain:
     """Granite 3.0 MoE."""
-    mixer = m.attention
-    scale = mixer.get("scale") or mixer.get("head_dim", 1) ** -0.5
-    return {
-        **whole_fields(m),
-        **head_fields(m),
-        **expert_fields(m, "num_local_experts", "intermediate_size", "num_experts_per_tok"),
-        "attention_bias": mixer.get("qkv_bias", False),
-        "attention_multiplier": scale,
-        "embedding_multiplier": m.whole["embedding_multiplier"],
-        "residual_multiplier": m.whole["residual_multiplier"],
-        "logits_scaling": 1 / m.whole["logit_multiplier"],
-    }
+    shared = windowed_writers.granitemoeshared(m)
+    return {k: v for k, v in shared.items() if k != "shared_intermediate_size"}
 
 
 def gpt_oss(m: Layers) -> Plain:
@@ -164,7 +155,7 @@ def gpt_oss(m: Layers) -> Plain:
     return {
         **whole_fields(m),
         **head_fields(m),
-        **{k: v for k, v in typed_windows(m).items() if k != "use_sliding_window"},
+        **windows(m),
         **expert_fields(m, "num_local_experts", "intermediate_size", "num_experts_per_tok"),
         "attention_bias": m.attention.get("qkv_bias", False),
         "swiglu_limit": m.experts.get("gate_limit"),
@@ -288,6 +279,24 @@ WRITERS: dict[str, tuple[str, Callable[[Layers], Plain]]] = {
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", recent_writers.glm_moe_dsa),
     "exaone_moe": ("ExaoneMoeForCausalLM", recent_writers.exaone_moe),
     "hy_v3": ("HYV3ForCausalLM", recent_writers.hy_v3),
-    "mellum": ("MellumForCausalLM", recent_writers.mellum),
+    "mellum": ("MellumForCausalLM", windowed_writers.mellum),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", windowed_writers.granitemoeshared),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", windowed_writers.granitemoe_swa),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", hybrid_writers.granitemoehybrid),
+    "jamba": ("JambaForCausalLM", hybrid_writers.jamba),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", hybrid_writers.lfm2_moe),
+    "minimax_m3_vl_text": ("MiniMaxM3VLForCausalLM", windowed_writers.minimax_m3_vl_text),
+    "gemma4_text": ("Gemma4ForCausalLM", windowed_writers.gemma4_text),
+    "flint": ("FlintForCausalLM", windowed_writers.flint),
+    "laguna": ("LagunaForCausalLM", windowed_writers.laguna),
+    "kolibri1": ("Kolibri1ForCausalLM", windowed_writers.kolibri1),
+    "beam": ("BeamForCausalLM", windowed_writers.beam),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", windowed_writers.mimo_v2_flash),
+    "afmoe": ("AfmoeForCausalLM", windowed_writers.afmoe),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", windowed_writers.cohere2_moe),
+    "axk1": ("AXK1ForCausalLM", recent_writers.axk1),
+    "nemotron_h": ("NemotronHForCausalLM", hybrid_writers.nemotron_h),
+    "kimi_linear": ("KimiLinearForCausalLM", hybrid_writers.kimi_linear),
+    "bailing_hybrid": ("BailingHybridForCausalLM", hybrid_writers.bailing_hybrid),
 }
 """`model_type` -> the class of transformers and the writer, in the order of preference."""

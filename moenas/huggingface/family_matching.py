@@ -23,6 +23,10 @@ BIASED = ("bias", "bias_and_loss", "quantile")
 """Kinds of balancing whose bias selects experts in evaluation, too."""
 KIND_WEIGHT, REFUSED_WEIGHT = 8, 100
 """Fields that another kind of part, or sizes that the family refuses, count as in a ranking."""
+NULLABLE = ("sliding_window", "q_lora_rank", "attention_value_scale", "final_logit_softcapping")
+"""Fields whose null is no absence: families have other defaults."""
+CACHED = ("attention", "latent_attention")
+"""Mixers by whose cache transformers counts tokens: 5.23 runs no model without one of them."""
 SHOWN = 6
 """Most differences that an error lists."""
 
@@ -83,8 +87,7 @@ def layers_of_architecture(architecture: Architecture) -> Layers:
 def written_config(family: str, layers: Layers, context: int) -> Plain:
     """Return the config.json that the writer of a family makes; see `config_writers`."""
     name, write = WRITERS[family]
-    nullable = ("sliding_window", "q_lora_rank")
-    fields = {k: v for k, v in write(layers).items() if v is not None or k in nullable}
+    fields = {k: v for k, v in write(layers).items() if v is not None or k in NULLABLE}
     return {
         "architectures": [name],
         "model_type": family,
@@ -110,6 +113,11 @@ def differences(layers: Layers, family: str, config: Plain) -> list[Difference]:
         for x in _unequal("", layers.whole, theirs.whole)
         if x != ("norm", "layernorm", "layernorm_bias")  # a bias of 0 is written
     ]
+    if len(theirs.blocks) != len(layers.blocks):
+        sizes = len(layers.blocks), len(theirs.blocks)
+        return [*unequal, Difference("the number of blocks", *sizes, weight=REFUSED_WEIGHT)]
+    if not any(block["mixer"] and block["mixer"]["kind"] in CACHED for block in layers.blocks):
+        unequal.append(Difference("the number of attention layers", 0, "1 or more"))
     places: dict[tuple[str, str, str], tuple[Difference, list[int]]] = {}
     for i, (ours, other) in enumerate(zip(layers.blocks, theirs.blocks, strict=True)):
         for path, a, b in _unequal("", _evaluated(ours), _evaluated(other)):

@@ -11,9 +11,11 @@ from moenas.huggingface.parts import (
     activation,
     attention,
     check_positions,
+    layer_changes,
     refuse_beside,
     rope,
     router,
+    softcap,
     whole_model,
 )
 from moenas.huggingface.softmax_families import SLIDING, Model
@@ -53,7 +55,7 @@ def gemma4_text(c: Config) -> Model:
         c,
         norm_position="sandwich",
         embedding_multiplier=math.sqrt(c.whole("hidden_size")),
-        logit_softcap=c.number("final_logit_softcapping") or None,
+        logit_softcap=softcap(c),
     )
     return whole, blocks
 
@@ -72,8 +74,6 @@ def _mixer(c: Config, layer: int, types: list[bool], first_shared: int) -> Plain
         source = max(i for i in range(first_shared) if types[i] == local)
         fields["kv_source"] = first_shared - source
     positions = rope(c, kind, kept=("rope_theta",))
-    if "scaling" not in positions:  # transformers reads the share for other types alone
-        positions.pop("partial_rotary_factor", None)
     mixer = attention(c, positions, **fields)
     return mixer | _sizes(c, layer, local)
 
@@ -85,21 +85,13 @@ def _sizes(c: Config, layer: int, local: bool) -> Plain:
         kv_heads = c.whole_or_none("num_global_key_value_heads")
     c.read |= {"head_dim", "num_global_key_value_heads", "per_layer_config"}
     changes: Plain = {} if local else {"head_dim": head_dim, "num_key_value_heads": kv_heads}
-    given = c.get("per_layer_config")
-    if given is not None:
-        if not isinstance(given, dict) or not all(isinstance(x, dict) for x in given.values()):
-            raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
-        by_layer = {int(key): sizes for key, sizes in given.items() if str(key).isdigit()}
-        changes = by_layer.get(layer, {})
+    if "per_layer_config" in c.fields:
+        names = ("head_dim", "num_key_value_heads")
+        changes = layer_changes(c, c.whole("num_hidden_layers"), names).get(layer, {})
     sizes: Plain = {"head_dim": c.whole("head_dim")}
     for name, ours in (("head_dim", "head_dim"), ("num_key_value_heads", "n_kv_heads")):
         if (size := changes.get(name)) is not None:
-            if type(size) is not int or size < 1:
-                raise c.error("per_layer_config", f"layer {layer}: {name} is not a whole number")
             sizes[ours] = size
-    if unknown := set(changes) - {"head_dim", "num_key_value_heads"}:
-        name = sorted(map(str, unknown))[0]
-        raise c.error("per_layer_config", f"layer {layer}: {name} has no counterpart")
     return sizes
 
 

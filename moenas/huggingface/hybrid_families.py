@@ -7,13 +7,17 @@ from collections.abc import Callable
 
 from moenas.huggingface.config import Config
 from moenas.huggingface.parts import (
+    BESIDE,
+    NO_CHOICE,
     attention,
     biased_router,
+    check_positions,
     dense,
     groups,
     head_dim,
     latent_attention,
     moe,
+    refuse_beside,
     rope,
     router,
     whole_model,
@@ -44,11 +48,14 @@ def llama4_text(c: Config) -> Model:
     still: Plain = {}
     if c.get("attn_temperature_tuning"):
         still = {"floor_scale": c.whole("floor_scale"), "attn_scale": c.number("attn_scale")}
-    c.read |= {"floor_scale", "attn_scale", "layer_types"}
+    c.read |= {"floor_scale", "attn_scale"}
     interval = c.whole("no_rope_layer_interval", 4)
     turns = c.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(n)]
     if not isinstance(turns, list) or len(turns) != n:
         raise c.error("no_rope_layers", f"give a list of one number for each of the {n} layers")
+    types = c.kinds("layer_types", n, {"chunked_attention": True, "full_attention": False})
+    if types not in (None, [bool(turn) for turn in turns]):
+        raise c.error("layer_types", "other layers have positions by no_rope_layers; give the same")
     fields: Plain = {"qkv_bias": bias, "out_bias": bias}
     mixers = [
         attention(c, positions, **fields, **turning)
@@ -57,7 +64,8 @@ def llama4_text(c: Config) -> Model:
         for turn in turns
     ]
     step = c.whole("interleave_moe_layer_step", 1)
-    sparse = c.get("moe_layers") or list(range(step - 1, n, step))
+    sparse = c.get("moe_layers")
+    sparse = list(range(step - 1, n, step)) if sparse is None else sparse
     network = dense(c, "intermediate_size_mlp")
     route = router(c, normalize=False, score="sigmoid", weight_on="input")
     experts = moe(c, "num_local_experts", "intermediate_size", route, n_shared_experts=1)
@@ -70,13 +78,21 @@ def mimo_v2_flash(c: Config) -> Model:
     types = c.kinds("layer_types", n, SLIDING)
     types = types or [i > 0 and (i + 1) % 6 > 0 for i in range(n)]
     c.expect("attention_bias", False)
-    local: Plain = {"window": c.whole("sliding_window"), "sinks": True}
+    refuse_beside(c, *BESIDE)
+    check_positions(c, [("full_attention", "sliding_attention")[one] for one in types])
+    window = c.whole("sliding_window")
+    if (before := c.whole_or_none("sliding_window_size")) is not None:  # beside the token itself
+        window = before + 1
+    local: Plain = {"window": window, "sinks": True}
     wide = c.whole("v_head_dim")
     full = attention(c, rope(c, "full_attention"), v_head_dim=wide)
     heads = c.whole_or_none("swa_num_key_value_heads")
-    near = attention(c, rope(c, "sliding_attention"), v_head_dim=wide, **local)
-    near["n_kv_heads"] = heads or 2 * full["n_kv_heads"]
-    c.read.add("attention_value_scale")
+    near = full
+    if any(types):
+        near = attention(c, rope(c, "sliding_attention"), v_head_dim=wide, **local)
+        near["n_kv_heads"] = heads or 2 * full["n_kv_heads"]
+    if c.get("attention_value_scale", 1) == 0:  # any other scale is a part of the weights
+        raise c.no_counterpart("attention_value_scale", 0, ["a number other than 0"])
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))
     network = dense(c)
     mixers = [near if sliding else full for sliding in types]
@@ -227,6 +243,7 @@ def kimi_linear(c: Config) -> Model:
     experts = moe(c, "num_experts", "moe_intermediate_size", route, n_shared_experts=shared)
     network = dense(c)
     mixers = [linear if is_linear else full for is_linear in types]
+    c.expect("tie_word_embeddings", False)  # the family ties nothing, whatever the field says
     return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, network)
 
 
@@ -235,8 +252,14 @@ def dbrx(c: Config) -> Model:
     inner, feed = c.section("attn_config"), c.section("ffn_config")
     heads, width = c.whole("n_heads"), c.whole("d_model")
     positions = rope(c)
-    if inner.get("rope_theta"):
-        positions["theta"] = inner.number("rope_theta")
+    inner.read.add("rope_theta")
+    if inner.get("rope_theta") not in (None, positions["theta"]):
+        raise inner.error(
+            "rope_theta",
+            f"the family does not read this field, its theta is {positions['theta']:g}; give"
+            " rope_parameters.rope_theta the same value",
+        )
+    c.expect("tie_word_embeddings", False)
     c.read.add("num_key_value_heads")
     mixer: Plain = {
         "kind": "attention",
@@ -251,8 +274,11 @@ def dbrx(c: Config) -> Model:
             "moe_normalize_expert_weights", feed.get("moe_normalize_expert_weights"), [1]
         )
     coef = feed.number("moe_loss_weight")
+    top_k = feed.whole("moe_top_k")
+    if top_k == 1:
+        raise feed.error("moe_top_k", NO_CHOICE)
     route: Plain = {
-        "top_k": feed.whole("moe_top_k"),
+        "top_k": top_k,
         "normalize": None,
         "balance": {"kind": "aux_loss", "coef": coef} if coef else "none",
     }
@@ -275,10 +301,13 @@ def dbrx(c: Config) -> Model:
 def jetmoe(c: Config) -> Model:
     """JetMoE: experts of heads, then experts of networks; two blocks a layer."""
     c.expect("activation_function", "silu")
+    c.expect("rms_norm_eps", 1e-6)  # that of the norms of the blocks, whatever the field says
     n_kv_heads, top_k = c.whole("num_key_value_heads"), c.whole("num_experts_per_tok")
     coef = c.number("aux_loss_coef")
     balance = {"kind": "aux_loss", "coef": coef} if coef else "none"
-    route: Plain = {"top_k": top_k, "normalize": None if top_k == 1 else True, "balance": balance}
+    route: Plain = {"top_k": top_k, "normalize": True, "balance": balance}
+    if top_k == 1:
+        raise c.error("num_experts_per_tok", NO_CHOICE)
     c.expect("num_attention_heads", n_kv_heads * top_k)
     n_experts = c.whole("num_local_experts")
     heads: Plain = {
@@ -330,6 +359,7 @@ def bailing_hybrid(c: Config) -> Model:
     experts = moe(c, "num_experts", "moe_intermediate_size", route, n_shared_experts=shared)
     network = dense(c)
     mixers = [linear if is_linear else full for is_linear in types]
+    c.expect("tie_word_embeddings", False)  # the family ties nothing, whatever the field says
     return whole_model(c), mixed_layers(mixers, is_sparse(c, n), experts, network)
 
 
@@ -342,9 +372,11 @@ def cohere2_moe(c: Config) -> Model:
     c.expect("expert_selection_fn", "softmax")
     c.read |= {"shared_expert_combination_strategy", "first_k_dense_replace"}
     c.expect("rms_norm_eps", None)
+    refuse_beside(c, "rope_scaling")
     local = attention(c, rope(c), window=c.whole("sliding_window"))
     full = attention(c, NO_POSITIONS)
-    route = router(c, normalize=c.flag("norm_topk_prob", True), balance=dict(AUX_LOSS))
+    c.read.add("norm_topk_prob")  # of sigmoid scores alone
+    route = router(c, normalize=True, balance=dict(AUX_LOSS))
     experts = moe(c, "num_experts", "intermediate_size", route)
     if c.kinds("mlp_layer_types", n, {"sparse": True}) is None:
         c.expect("first_k_dense_replace", None, 0)

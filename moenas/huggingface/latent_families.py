@@ -9,6 +9,7 @@ from moenas.huggingface.parts import (
     check_positions,
     groups,
     latent_attention,
+    layer_changes,
     refuse_beside,
     rope,
     rope_section,
@@ -40,6 +41,8 @@ def mistral4(c: Config) -> Model:
     """Mistral Small 4: softmax scores, and a temperature of late positions."""
     c.expect("attention_bias", False)
     scaling = rope_section(c)
+    if not scaling.fields:  # the family fills in all positions, with its own theta
+        refuse_beside(c, "rope_theta")
     tempered: Plain = {}
     if beta := scaling.number("llama_4_scaling_beta"):
         length = scaling.whole("original_max_position_embeddings")
@@ -86,9 +89,6 @@ def _indexed(c: Config, indexers: list[bool] | None = None, name: str = "") -> M
     c.expect("mlp_bias", False)
     c.kinds("layer_types", n, {"indexed_attention": True})
     positions = rope(c)
-    share = positions.pop("partial_rotary_factor", None)  # no default position has a share
-    if share is not None and "scaling" in positions:
-        raise c.no_counterpart("partial_rotary_factor", share, [1])
     own = indexers or [True] * n
     if not own[0]:
         raise c.error(name, "the first layer has no earlier indexer to share; give it one")
@@ -103,8 +103,11 @@ def _indexed(c: Config, indexers: list[bool] | None = None, name: str = "") -> M
 
 
 INDEXERS = {"full": True, "shared": False}
-PATTERN = {"F": True, "S": False, **INDEXERS}
-"""Words for a layer with an indexer of its own, and for one that reads the one before."""
+LETTERS = {"F": True, "S": False}
+"""Words and letters for a layer with an indexer of its own, and for one that reads the one before.
+
+`index_topk_pattern` is a text of letters or a list of words.
+"""
 
 
 def glm_moe_dsa(c: Config) -> Model:
@@ -116,12 +119,12 @@ def glm_moe_dsa(c: Config) -> Model:
         return _indexed(c, own, "indexer_types")
     pattern = c.get("index_topk_pattern")
     if pattern is not None:
-        is_list = isinstance(pattern, (str, list)) and len(pattern) == n
-        if not is_list or any(one not in PATTERN for one in pattern):
-            raise c.no_counterpart(
-                "index_topk_pattern", pattern, [f"F or S for each of {n} layers"]
-            )
-        return _indexed(c, [PATTERN[one] for one in pattern], "index_topk_pattern")
+        known = LETTERS if isinstance(pattern, str) else INDEXERS
+        is_right = isinstance(pattern, (str, list)) and len(pattern) == n
+        if not is_right or any(one not in known for one in pattern):
+            forms = [f"a text of F or S for each of {n} layers", "a list of full or shared"]
+            raise c.no_counterpart("index_topk_pattern", pattern, forms)
+        return _indexed(c, [known[one] for one in pattern], "index_topk_pattern")
     step = max(c.whole("index_topk_freq", 1), 1)
     offset = c.whole("index_skip_topk_offset", 2)
     shared = [max(i - offset + 1, 0) % step > 0 for i in range(n)]
@@ -144,27 +147,6 @@ DOTS_SIZES = {
 """Field of latent attention -> field of dots 3 that `per_layer_config` can change."""
 
 
-def _layer_changes(c: Config, n_layers: int) -> dict[int, Plain] | None:
-    """Return the sizes that `per_layer_config` changes, by the number of the layer."""
-    given = c.get("per_layer_config")
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
-    known = {*DOTS_SIZES.values(), "num_key_value_heads", "head_dim"}
-    for key, sizes in given.items():
-        if str(key) not in map(str, range(n_layers)):
-            raise c.error("per_layer_config", f"{key!r} is not the number of a layer")
-        if not isinstance(sizes, dict):
-            raise c.error("per_layer_config", f"layer {key}: give an object of sizes")
-        for name, size in sizes.items():
-            if name not in known:
-                raise c.error("per_layer_config", f"layer {key}: {name} has no counterpart")
-            if type(size) is not int or size < 1:
-                raise c.error("per_layer_config", f"layer {key}: {name} is not a whole number")
-    return {int(key): sizes for key, sizes in given.items()}
-
-
 def dots3_note(c: Config) -> Model:
     """dots 3 Note, the text model: indexed layers, and layers with a window of other sizes."""
     n, eps = c.whole("num_hidden_layers"), c.number("rms_norm_eps")
@@ -177,8 +159,9 @@ def dots3_note(c: Config) -> Model:
     usual = c.defaults["rope_parameters"]  # the default model has no layer of full attention
     usual = {**usual, "full_attention": usual["indexed_attention"]}
     c.defaults = {**c.defaults, "rope_parameters": usual}
-    changes = _layer_changes(c, n)
-    if changes is None and set(kinds) != {"indexed"}:
+    known = {*DOTS_SIZES.values(), "num_key_value_heads", "head_dim"}
+    changes = layer_changes(c, n, known)
+    if "per_layer_config" not in c.fields and set(kinds) != {"indexed"}:
         raise c.error("per_layer_config", "the field is missing; give the sizes of these layers")
     if c.get("use_dsa") is not None:
         raise c.error("use_dsa", "the field changes layer_types; delete it and give layer_types")
@@ -197,7 +180,7 @@ def dots3_note(c: Config) -> Model:
         if kind == "local":
             more = {"window": c.whole("sliding_window")}
         mixer = latent_attention(c, positions, kind=name, **fields, **more)
-        of_layer = (changes or {}).get(i, {})
+        of_layer = changes.get(i, {})
         for ours, theirs in DOTS_SIZES.items():
             if theirs in of_layer:
                 mixer[ours] = of_layer[theirs]

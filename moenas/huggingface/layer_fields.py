@@ -91,6 +91,8 @@ def rope_fields(mixer: Plain, *, partial: bool = False) -> Plain:
     share, theta = rope["partial_rotary_factor"], rope["theta"] or 10000.0
     scaling = {k: v for k, v in (rope["scaling"] or {}).items() if v is not None}
     kind = scaling.pop("kind", "default")
+    if kind == "proportional":  # the share of the pairs that turn
+        share, partial = scaling.pop("fraction"), True
     if kind == "yarn" and mixer["kind"] == "latent_attention" and mixer["scale"]:
         scaling |= latent_yarn(mixer, scaling["factor"])
     fields: Plain = {
@@ -159,6 +161,35 @@ def typed_windows(m: Layers) -> Plain:
         "use_sliding_window": window is not None,
         "layer_types": types,
     }
+
+
+def windows(m: Layers) -> Plain:
+    """Write the window of each layer for families without `use_sliding_window`.
+
+    Without windows the size is left out: these families have no null for it.
+    """
+    fields = typed_windows(m)
+    used = fields.pop("use_sliding_window")
+    return fields if used else {"layer_types": fields["layer_types"]}
+
+
+def rope_by_kind(m: Layers, *, partial: bool = False) -> Plain:
+    """Write the positions of layers with a window and without one; null: none has positions."""
+    mixers = [block["mixer"] or {} for block in m.blocks]
+    positions: Plain = {}
+    for kind, local in (("full_attention", False), ("sliding_attention", True)):
+        of_kind = [x for x in mixers if x.get("rope") and (x.get("window") is not None) == local]
+        turned = (x for x in of_kind if x["rope"]["partial_rotary_factor"])
+        if mixer := next(turned, None):
+            positions[kind] = rope_fields(mixer, partial=partial)["rope_parameters"]
+        elif of_kind:
+            positions[kind] = None
+    return {"rope_parameters": positions}
+
+
+def heads_alone(m: Layers) -> Plain:
+    """Write the heads of softmax attention, without their positions."""
+    return {k: v for k, v in head_fields(m).items() if not k.startswith("rope")}
 
 
 def expert_fields(m: Layers, n_experts: str, d_expert: str, top_k: str) -> Plain:

@@ -16,6 +16,8 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "geglu_tanh",
 }
 """`hidden_act` of a gated network -> its activation in a space file."""
+NO_CHOICE = "a router learns nothing where the weight of its 1 expert is always 1; give 2 or more"
+"""Why a family with normalized weights cannot have one expert for each token."""
 BIAS_RATE = 0.001
 """Step of a selection bias, which configurations leave out (DeepSeek-V3, arXiv 2412.19437, 4.2)."""
 
@@ -35,6 +37,15 @@ KEPT = ("rope_theta", "partial_rotary_factor")
 """Fields of positions whose default of the family holds beside those of the file."""
 BESIDE = ("rope_theta", "partial_rotary_factor", "rope_scaling")
 """Fields of positions that older files have beside `rope_parameters`."""
+_PARTIAL = """
+    glm4_moe glm4_moe_lite laguna mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text
+    qwen3_5_moe_text qwen3_next solar_open stablelm beam dots3_note_text mistral4
+"""
+PARTIAL = frozenset(_PARTIAL.split())
+"""Families that read `partial_rotary_factor`; the others turn whole heads, whatever it is.
+
+The last three have rules of their own for it.
+"""
 
 
 def rope_section(c: Config, kind: str | None = None, kept: Iterable[str] = KEPT) -> Config:
@@ -43,15 +54,16 @@ def rope_section(c: Config, kind: str | None = None, kept: Iterable[str] = KEPT)
     A `rope_scaling` goes before `rope_parameters`, as in transformers. Where the file has fields,
     the family gives the missing ones of `kept` alone.
     """
-    section = c.section("rope_parameters")
+    section, name = c.section("rope_parameters"), "rope_parameters"
     if c.get("rope_scaling"):
-        defaults, section = section.defaults, c.section("rope_scaling")
+        defaults, section, name = section.defaults, c.section("rope_scaling"), "rope_scaling"
         section.defaults = defaults
     if kind is not None and kind in (section.fields or section.defaults):
         section = section.section(kind)
     elif kind is not None and _is_by_kind(section):
         raise c.error("rope_parameters", f"the field has no object for the layers of {kind}")
-    if section.fields:  # the file replaces the scaling that the family has
+    replaced = section.fields or (name in c.fields and c.get(name) == {})
+    if replaced:  # the file replaces the scaling that the family has
         section.defaults = {k: v for k, v in section.defaults.items() if k in kept}
     return section
 
@@ -100,6 +112,14 @@ def refuse_beside(c: Config, *names: str) -> None:
             )
 
 
+def inside_or_beside(c: Config, section: Config, name: str, usual: float) -> float:
+    """Return a number of the positions: of their object, of the field beside it, of the family."""
+    section.read.add(name)
+    is_beside = name in c.fields and c.get(name) is not None
+    holder = c if is_beside and name not in section.fields else section
+    return holder.number(name, usual)
+
+
 def rope(
     c: Config,
     kind: str | None = None,
@@ -114,15 +134,10 @@ def rope(
     """
     scaling = rope_section(c, kind, kept)
     c.read |= {"rope_scaling", "rope_theta", "partial_rotary_factor"}
-    values: dict[str, Any] = {}
-    for name, usual in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
-        beside = name in c.fields and c.get(name) is not None
-        holder = c if beside and name not in scaling.fields else scaling
-        values[name] = holder.number(name, usual)
-        scaling.read.add(name)
-    plain: Plain = {"theta": values["rope_theta"]}
-    if values["partial_rotary_factor"] != 1:
-        plain["partial_rotary_factor"] = values["partial_rotary_factor"]
+    plain: Plain = {"theta": inside_or_beside(c, scaling, "rope_theta", 10000.0)}
+    share = inside_or_beside(c, scaling, "partial_rotary_factor", 1.0)
+    if share != 1:
+        plain["partial_rotary_factor"] = share
     kinds = {
         "default": None,
         "linear": _linear,
@@ -143,12 +158,22 @@ def rope(
         plain["scaling"] = {"kind": name, **reader(c, scaling)}
     if name == "proportional":  # the share of the pairs that turn
         plain["scaling"]["fraction"] = plain.pop("partial_rotary_factor", 1.0)
+    elif c.family not in PARTIAL and plain.pop("partial_rotary_factor", 1) != 1 and reader:
+        holder = scaling if "partial_rotary_factor" in scaling.fields else c
+        raise holder.no_counterpart("partial_rotary_factor", share, [1])
     scaling.check_all_read()
     return plain
 
 
+def _required(s: Config, name: str) -> float:
+    """Return a number that this type of scaling needs."""
+    if s.get(name) is None:
+        raise s.error(name, "this type of positions needs the field; give a number")
+    return s.number(name)
+
+
 def _linear(c: Config, s: Config) -> Plain:
-    return {"factor": s.number("factor", 1.0)}
+    return {"factor": _required(s, "factor")}
 
 
 def _proportional(c: Config, s: Config) -> Plain:
@@ -157,10 +182,10 @@ def _proportional(c: Config, s: Config) -> Plain:
 
 def _llama3(c: Config, s: Config) -> Plain:
     return {
-        "factor": s.number("factor", 1.0),
+        "factor": _required(s, "factor"),
         "original_max_position_embeddings": _original(c, s),
-        "low_freq_factor": s.number("low_freq_factor", 1.0),
-        "high_freq_factor": s.number("high_freq_factor", 4.0),
+        "low_freq_factor": _required(s, "low_freq_factor"),
+        "high_freq_factor": _required(s, "high_freq_factor"),
     }
 
 
@@ -170,7 +195,7 @@ def _original(c: Config, s: Config) -> int:
 
 def _yarn(c: Config, s: Config) -> Plain:
     """Return YaRN; the ratio of `mscale` and `mscale_all_dim` scales cosines and sines."""
-    factor = s.number("factor", 1.0)
+    factor = _required(s, "factor")
     plain: Plain = {
         "factor": factor,
         "original_max_position_embeddings": _original(c, s),
@@ -193,10 +218,16 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def attention(c: Config, positions: Plain, **fields: Any) -> Plain:
     """Return softmax attention with the heads of the configuration."""
-    n_heads = c.whole("num_attention_heads")
+    n_heads, width = c.whole("num_attention_heads"), head_dim(c)
+    share = positions.get("partial_rotary_factor", 1)
+    turned = int(width * share)
+    if turned % 2:
+        raise c.no_counterpart("partial_rotary_factor", share, ["an even number of dimensions"])
+    if share != 1:  # transformers rounds down, and a space file to an even number
+        positions = positions | {"partial_rotary_factor": turned / width if width else share}
     return {
         "kind": "attention",
-        "head_dim": head_dim(c),
+        "head_dim": width,
         "n_heads": n_heads,
         "n_kv_heads": c.whole("num_key_value_heads", n_heads),
         "rope": positions,
@@ -226,6 +257,10 @@ FIXED_HEADS = frozenset(_FIXED_HEADS.split())
 """Families whose width of a head has a default that does not follow hidden_size."""
 
 
+TURNED_HEADS = frozenset({"deepseek_v3", "axk1", "longcat_flash"})
+"""Families of latent attention that turn `head_dim` dimensions, if the file has this field."""
+
+
 def latent_attention(
     c: Config, positions: Plain, *, kind: str | None = None, **fields: Any
 ) -> Plain:
@@ -235,6 +270,12 @@ def latent_attention(
     """
     nope, turned = c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim")
     c.read |= {"qk_head_dim", "head_dim", "num_key_value_heads", "rope_interleave"}
+    sizes = {"qk_head_dim": nope + turned}
+    if c.family in TURNED_HEADS:
+        sizes["head_dim"] = turned
+    for name, size in sizes.items():
+        if name in c.fields and c.get(name) not in (None, size):
+            raise c.no_counterpart(name, c.get(name), [size])
     plain: Plain = {
         "kind": "latent_attention",
         "n_heads": c.whole("num_attention_heads"),
@@ -285,13 +326,13 @@ def moe(c: Config, n_experts: str, d_expert: str, router: Plain, **fields: Any) 
 
 def router(c: Config, *, top_k: str = "num_experts_per_tok", normalize: bool, **more: Any) -> Plain:
     """Return a router; its auxiliary loss is that of all layers, as transformers counts it."""
-    coef = c.number("router_aux_loss_coef")
+    coef = 0.0 if c.is_null("router_aux_loss_coef") else c.number("router_aux_loss_coef")
     plain: Plain = {"top_k": c.whole(top_k), "normalize": normalize, **more}
     if "balance" not in plain:
         loss: Plain = {"kind": "aux_loss", "coef": coef}
         plain |= {"balance": loss, "loss_reduce": "pooled"} if coef else {"balance": "none"}
     if plain["top_k"] == 1 and plain["normalize"]:
-        plain["normalize"] = None
+        raise c.error(top_k, NO_CHOICE)
     return plain
 
 
@@ -303,8 +344,44 @@ def biased_router(c: Config, **fields: Any) -> Plain:
 
 def groups(c: Config, score: str, n: str = "n_group", top: str = "topk_group") -> Plain:
     """Return a selection within the best groups of experts, or nothing for one group."""
-    n_groups, top_groups = c.whole_or_none(n) or 1, c.whole_or_none(top) or 1
+    n_groups, top_groups = c.whole(n, 1), c.whole(top, 1)
+    for name, value in ((n, n_groups), (top, top_groups)):
+        if not value:
+            raise c.no_counterpart(name, value, ["1 or more"])
     if n_groups == top_groups:
         return {}
     fields = {"n_groups": n_groups, "top_groups": top_groups, "group_score": score}
     return {"selection": {"kind": "top_k", **fields}}
+
+
+def softcap(c: Config, name: str = "final_logit_softcapping") -> float | None:
+    """Return the bound of the logits, or None; the family divides by a 0, too."""
+    if c.get(name) is None:
+        return None
+    cap = c.number(name)
+    if cap <= 0:
+        raise c.no_counterpart(name, cap, ["null", "a number above 0"])
+    return cap
+
+
+def layer_changes(c: Config, n_layers: int, known: Iterable[str]) -> dict[int, Plain]:
+    """Return the sizes that `per_layer_config` changes, by the number of the layer.
+
+    Null, as transformers has it, changes none.
+    """
+    given = c.get("per_layer_config")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise c.error("per_layer_config", "give an object of objects by the numbers of layers")
+    for key, sizes in given.items():
+        if str(key) not in map(str, range(n_layers)):
+            raise c.error("per_layer_config", f"{key!r} is not the number of a layer")
+        if not isinstance(sizes, dict):
+            raise c.error("per_layer_config", f"layer {key}: give an object of sizes")
+        for name, size in sizes.items():
+            if name not in known:
+                raise c.error("per_layer_config", f"layer {key}: {name} has no counterpart")
+            if type(size) is not int or size < 1:
+                raise c.error("per_layer_config", f"layer {key}: {name} is not a whole number")
+    return {int(key): sizes for key, sizes in given.items()}

@@ -9,20 +9,14 @@ from moenas.huggingface.layer_fields import (
     head_fields,
     latent_fields,
     layer_words,
-    rope_fields,
     scaled_weights,
     shared_experts,
-    typed_windows,
     whole_fields,
+    windows,
 )
 from moenas.records import Plain
 
 PER_TOKEN = "num_experts_per_tok"
-
-
-def windows(m: Layers) -> Plain:
-    """Write the window of each layer for families without `use_sliding_window`."""
-    return {k: v for k, v in typed_windows(m).items() if k != "use_sliding_window"}
 
 
 def indexed(m: Layers) -> Plain:
@@ -41,6 +35,11 @@ def indexed(m: Layers) -> Plain:
         "index_head_dim": indexer.get("head_dim"),
         "index_topk": indexer.get("top_k"),
     }
+
+
+def axk1(m: Layers) -> Plain:
+    """A.X K1: DeepSeek-V3 with a norm of the output of each mixture."""
+    return {k: v for k, v in indexed(m).items() if not k.startswith("index_")}
 
 
 def glm_moe_dsa(m: Layers) -> Plain:
@@ -77,28 +76,6 @@ def hy_v3(m: Layers) -> Plain:
     }
 
 
-def mellum(m: Layers) -> Plain:
-    """Mellum: positions by the kind of the layers."""
-    heads = {k: v for k, v in head_fields(m).items() if not k.startswith("rope")}
-    mixers = [block["mixer"] or {} for block in m.blocks]
-    positions: Plain = {}
-    for kind, local in (("full_attention", False), ("sliding_attention", True)):
-        of_kind = (x for x in mixers if x.get("rope") and (x.get("window") is not None) == local)
-        if mixer := next(of_kind, None):
-            positions[kind] = rope_fields(mixer)["rope_parameters"]
-    return {
-        **whole_fields(m),
-        **heads,
-        **windows(m),
-        **expert_fields(m, "num_local_experts", "moe_intermediate_size", PER_TOKEN),
-        "rope_parameters": positions,
-        "norm_topk_prob": m.router.get("normalize"),
-        "mlp_layer_types": layer_words(m),
-        "intermediate_size": m.dense.get("d_ff"),
-        "attention_bias": m.attention.get("qkv_bias", False),
-    }
-
-
 def qwen3_next(m: Layers) -> Plain:
     """Qwen3-Next: gated delta nets and gated attention."""
     names = {
@@ -127,7 +104,7 @@ def llama4_text(m: Layers) -> Plain:
     """Llama 4, the text model."""
     mixers = [block["mixer"] or {} for block in m.blocks]
     still = [x for x in mixers if x.get("rope") and not x["rope"]["partial_rotary_factor"]]
-    tempered = next((x for x in still if x["floor_scale"]), None)
+    tempered = next((x for x in still if x.get("floor_scale")), None)
     scales = {} if tempered is None else {k: tempered[k] for k in ("floor_scale", "attn_scale")}
     return {
         **whole_fields(m),

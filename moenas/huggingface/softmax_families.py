@@ -14,9 +14,12 @@ from moenas.huggingface.parts import (
     biased_router,
     dense,
     groups,
+    head_dim,
+    inside_or_beside,
     latent_attention,
     moe,
     rope,
+    rope_section,
     router,
     whole_model,
 )
@@ -141,7 +144,8 @@ def qwen3(c: Config) -> Model:
 
 def qwen_sparse(c: Config, n_layers: int) -> list[bool]:
     """Return which layers of a Qwen mixture have experts."""
-    step, only = c.whole("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
+    step, only = c.whole("decoder_sparse_step", 1), c.get("mlp_only_layers")
+    only = c.defaults.get("mlp_only_layers", []) if only is None else only
     if not isinstance(only, list):
         raise c.error("mlp_only_layers", "give a list of numbers of layers")
     return [step > 0 and (i + 1) % step == 0 and i not in only for i in range(n_layers)]
@@ -183,11 +187,13 @@ def phimoe(c: Config) -> Model:
     """Phi-3.5-MoE: biases, LayerNorm, and the weights of SparseMixer."""
     n = c.whole("num_hidden_layers")
     jitter = c.number("router_jitter_noise")
+    if jitter <= 0:  # the margin of SparseMixer, too
+        raise c.no_counterpart("router_jitter_noise", jitter, ["a number above 0"])
     c.expect("num_experts_per_tok", 2)  # the code chooses two, whatever the field says
     route = router(
         c,
         normalize=False,
-        selection={"kind": "top_k", "sparsemixer_eps": jitter or 0.01},
+        selection={"kind": "top_k", "sparsemixer_eps": jitter},
         logits={"kind": "linear", "jitter": jitter},
     )
     bias = c.flag("attention_bias") or None
@@ -308,9 +314,12 @@ def dots1(c: Config) -> Model:
 
 
 def deepseek_v3(c: Config) -> Model:
-    """DeepSeek-V3, Kimi K2 and Moonlight."""
+    """DeepSeek-V3, Kimi K2, Moonlight and GLM-4.7-Flash."""
     c.expect("attention_bias", False)
-    mixer = latent_attention(c, rope(c))
+    positions = rope(c)
+    if share := positions.get("partial_rotary_factor"):
+        raise c.no_counterpart("partial_rotary_factor", share, [1])
+    mixer = latent_attention(c, positions)
     experts = biased_experts(c, "n_routed_experts", groups(c, "top2_sum"))
     return with_first_dense(c, [mixer] * c.whole("num_hidden_layers"), experts)
 
@@ -320,7 +329,7 @@ def deepseek_v2(c: Config) -> Model:
     c.expect("attention_bias", False)
     c.expect("mlp_bias", False)
     c.expect("scoring_func", "softmax")
-    c.expect("norm_topk_prob", False)
+    c.expect("norm_topk_prob", False, None)
     c.expect("topk_method", "greedy", "group_limited_greedy")
     limited = c.get("topk_method") == "group_limited_greedy"
     selection = groups(c, "max") if limited else {}
@@ -383,14 +392,14 @@ def ernie4_5_moe(c: Config) -> Model:
     start, step = c.whole("moe_layer_start_index"), c.whole("moe_layer_interval")
     end = c.get("moe_layer_end_index", -1)
     end = n - 1 if end == -1 else end
-    coef = c.number("router_aux_loss_coef", 0.001)
+    coef = 0.0 if c.is_null("router_aux_loss_coef") else c.number("router_aux_loss_coef", 0.001)
     balance: Plain = {"kind": "bias_and_loss", "coef": coef}
     route = router(c, top_k="moe_k", normalize=True, balance=balance)
     shared = c.whole_or_none("moe_num_shared_experts") or 0
     width = "moe_intermediate_size"
     experts = moe(c, "moe_num_experts", width, route, n_shared_experts=shared)
     network = dense(c)
-    c.read.add("moe_norm_min")
+    c.expect("moe_norm_min", c.defaults["moe_norm_min"])
     return whole_model(c), [
         {"mixer": mixer, "ffn": experts if (i + 1) % step == 0 and start <= i <= end else network}
         for i in range(n)
@@ -419,16 +428,14 @@ def hunyuan_v1_moe(c: Config) -> Model:
 
 def _alpha_rope(c: Config) -> Plain:
     """Return positions whose theta is multiplied by alpha^(d / (d - 2)), d the width of a head."""
-    from moenas.huggingface.parts import head_dim
-
-    for name in ("rope_parameters", "rope_scaling"):
-        section = c.section(name)
-        if section.get("rope_type", section.get("type")) == "dynamic" and section.number("alpha"):
-            width = head_dim(c)
-            theta = float(c.get("rope_theta") or section.get("rope_theta") or 10000.0)
-            c.read |= {"rope_theta", "rope_scaling", "rope_parameters"}
-            return {"theta": theta * section.number("alpha") ** (width / (width - 2))}
-    return rope(c)
+    section = rope_section(c)
+    kind = section.get("rope_type") or section.get("type")
+    if kind != "dynamic" or not section.number("alpha"):
+        return rope(c)
+    width = head_dim(c)
+    theta = inside_or_beside(c, section, "rope_theta", 10000.0)
+    c.read |= {"rope_theta", "rope_scaling", "rope_parameters"}
+    return {"theta": theta * section.number("alpha") ** (width / (width - 2))}
 
 
 def aria_text(c: Config) -> Model:

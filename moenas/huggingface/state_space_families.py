@@ -81,7 +81,7 @@ def jamba(c: Config) -> Model:
     n = c.whole("num_hidden_layers")
     c.read.add("num_logits_to_keep")
     full = attention(c, NO_POSITIONS)
-    rank = c.get("mamba_dt_rank")
+    rank = c.get("mamba_dt_rank") if "mamba_dt_rank" in c.fields else "auto"
     width = c.whole("hidden_size")
     state: Plain = {
         "kind": "mamba",
@@ -133,7 +133,8 @@ def nemotron_h(c: Config) -> Model:
         raise c.error("layers_block_type", "the field is missing; give a word for each layer")
     c.expect("mlp_hidden_act", "relu2")
     c.expect("mamba_hidden_act", "silu")
-    for name in ("attention_bias", "mlp_bias", "use_bias"):
+    # The family ties nothing, and `use_bias` is its field for the biases of Mamba-2.
+    for name in ("attention_bias", "mlp_bias", "mamba_proj_bias", "tie_word_embeddings"):
         c.expect(name, False)
     c.read |= {"sliding_window", "rope_parameters", "rope_theta"}
     eps = c.number("layer_norm_epsilon")
@@ -146,7 +147,7 @@ def nemotron_h(c: Config) -> Model:
         "n_state_groups": c.whole("n_groups"),
         "d_conv": c.whole("conv_kernel"),
         "conv_bias": c.flag("use_conv_bias", True),
-        "proj_bias": c.flag("mamba_proj_bias"),
+        "proj_bias": c.flag("use_bias"),
         "dt_floor": c.number("time_step_min", 0.001),
         "inner_eps": eps,
     }
@@ -165,9 +166,10 @@ def nemotron_h(c: Config) -> Model:
 def _nemotron_experts(c: Config) -> Plain:
     scale, normalize = c.number("routed_scaling_factor", 1.0), c.flag("norm_topk_prob", True)
     route = biased_router(c, normalize=normalize, scale=scale, **groups(c, "top2_sum"))
+    c.expect("n_shared_experts", 1)  # the code has one network, whatever the field says
     fields: Plain = {
         "activation": "relu2",
-        "n_shared_experts": c.whole("n_shared_experts"),
+        "n_shared_experts": 1,
         "d_shared": c.whole("moe_shared_expert_intermediate_size"),
         "d_latent": c.whole_or_none("moe_latent_size"),
     }

@@ -16,6 +16,7 @@ from moenas.huggingface.parts import (
     refuse_beside,
     rope,
     router,
+    softcap,
     whole_model,
 )
 from moenas.huggingface.softmax_families import (
@@ -71,10 +72,9 @@ def beside_shared(c: Config, n_experts: str, route: Plain) -> Plain:
 
 
 def local_positions(c: Config, types: list[bool], **fields: object) -> list[Plain]:
-    """Return mixers of which those with a window alone have positions; without windows all have."""
-    window = c.whole_or_none("sliding_window")
-    local = attention(c, rope(c), window=window, **fields)
-    full = attention(c, NO_POSITIONS if window else rope(c), **fields)
+    """Return mixers of which those with a window alone have positions."""
+    local = attention(c, rope(c), window=c.whole("sliding_window"), **fields)
+    full = attention(c, NO_POSITIONS, **fields)
     return [local if one else full for one in types]
 
 
@@ -208,7 +208,7 @@ def beam(c: Config) -> Model:
         c,
         norm_position="sandwich",
         depth_scale=True,
-        logit_softcap=c.number("final_logit_softcapping") or None,
+        logit_softcap=softcap(c),
     )
     return whole, mixed_layers(mixers, sparse, experts, dense(c))
 

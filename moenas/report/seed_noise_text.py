@@ -8,8 +8,7 @@ from typing import Any
 
 from moenas.grammar.summary import compact
 from moenas.predict.seed_noise import ObjectiveNoise, SeedNoise, seed_noise
-from moenas.records import Evaluation, Plain
-from moenas.store import replicates
+from moenas.records import Evaluation, Plain, View
 from moenas.store.store import Store
 
 SAME_DEVICE = ("kind", "name", "dtype")
@@ -24,32 +23,15 @@ def seed_report(store: Store, name: str) -> Plain | None:
     A replicate counts if it is complete, and was measured on the device and with the versions of
     its trial: one value is compared with its like.
     """
-    rows = replicates.rows(store, name)
+    rows = store.replicates(name)
     if not rows:
         return None
     view = store.front_view(name)
     directions = view.study.directions
-    complete = {
-        e.trial: e
-        for e in store.evaluations(name)
-        if e.status == "complete" and not e.is_copy and e.values.keys() >= directions.keys()
-    }
-    counted: dict[int, list[Evaluation]] = {}
-    left_out = 0
-    for row in rows:
-        own = complete.get(row.trial)
-        if own is None or row.status != "complete" or not _is_like(row, own):
-            left_out += 1
-            continue
-        counted.setdefault(row.trial, []).append(row)
-    noise = seed_noise(
-        {trial: e.values for trial, e in complete.items()},
-        {trial: [e.values for e in found] for trial, found in counted.items()},
-        list(directions),
-    )
+    noise, left_out = _noise(store.evaluations(name), rows, directions)
     if noise is None:
         return None
-    front = [e.trial for e in view.members if e.trial in complete]
+    front = [e.trial for e in view.members if e.trial in noise.means]
     members = _members(noise, front, directions)
     noisy = [name for name in directions if noise.is_noisy(name)]
     return {
@@ -62,6 +44,55 @@ def seed_report(store: Store, name: str) -> Plain | None:
         "pairs": {key: _pairs(members, noise.objectives[key], key) for key in noisy},
         "left_out": left_out,
     }
+
+
+def seed_intervals(view: View) -> dict[int, dict[str, tuple[float, float]]]:
+    """Return trial -> objective -> mean over seeds and half of its 95 % interval.
+
+    These are the trials with replicates that count, and the objectives that differ between seeds;
+    see `seed_report`.
+    """
+    directions = view.study.directions
+    noise, _ = _noise(view.evaluations, view.replicates, directions)
+    if noise is None:
+        return {}
+    noisy = [name for name in directions if noise.is_noisy(name)]
+    return {
+        trial: {
+            key: (
+                noise.means[trial][key],
+                noise.objectives[key].half_width(noise.mean_seeds[trial]),
+            )
+            for key in noisy
+        }
+        for trial, seeds in noise.seeds.items()
+        if seeds > 1
+    }
+
+
+def _noise(
+    evaluations: Sequence[Evaluation], rows: Sequence[Evaluation], directions: dict[str, str]
+) -> tuple[SeedNoise | None, int]:
+    """Return the noise between seeds, and the number of replicates that do not count."""
+    complete = {
+        e.trial: e
+        for e in evaluations
+        if e.status == "complete" and not e.is_copy and e.values.keys() >= directions.keys()
+    }
+    counted: dict[int, list[Evaluation]] = {}
+    left_out = 0
+    for row in rows:
+        own = complete.get(row.trial)
+        if own is None or row.status != "complete" or not _is_like(row, own):
+            left_out += 1
+            continue
+        counted.setdefault(row.trial, []).append(row)
+    noise = seed_noise(
+        {trial: e.values for trial, e in complete.items()},
+        {trial: [e.values for e in alike] for trial, alike in counted.items()},
+        list(directions),
+    )
+    return noise, left_out
 
 
 def _members(noise: SeedNoise, front: Sequence[int], directions: dict[str, str]) -> list[Plain]:

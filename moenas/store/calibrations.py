@@ -1,8 +1,10 @@
-"""Calibrations as rows: one for each set of parts, device and workload, the newest one."""
+"""Calibrations as rows: the newest of each set of parts and workload, and those of studies."""
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select
+from datetime import UTC, datetime
+
+from sqlalchemy import Connection, insert, select
 
 from moenas.records import Calibration
 from moenas.store import statements, tables
@@ -41,6 +43,29 @@ def of_workload(store: StoreReader, parts_sha256: str, workload: str) -> Calibra
         return None if plain is None else Calibration.parse(plain)
 
     return store.query(read)
+
+
+def of_study(store: Store, study: str, parts_sha256: str, workload: str) -> Calibration | None:
+    """Return the calibration of a study under a workload: the first that a run of it found.
+
+    It is stored with the study, so a newer one changes nothing there.
+    """
+    table, newest = tables.study_calibration, tables.calibration
+    own = (table.c.study == study) & (table.c.workload == workload)
+    same = (newest.c.parts_sha256 == parts_sha256) & (newest.c.workload == workload)
+
+    def change(connection: Connection) -> Calibration | None:
+        plain = connection.scalar(select(table.c.calibration).where(own))
+        if plain is None:
+            plain = connection.scalar(select(newest.c.calibration).where(same))
+            if plain is None:
+                return None
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            row = {"study": study, "workload": workload, "taken_at": now, "calibration": plain}
+            connection.execute(insert(table), row)
+        return Calibration.parse(plain)
+
+    return store.apply(study, change)
 
 
 def workloads(store: StoreReader, parts_sha256: str, objective: str) -> list[str]:

@@ -186,8 +186,15 @@ class StoreReader:
             "architectures": lambda: self.architectures(name),
             "params": lambda: self.params(name),
             "rungs": lambda: self.rung_results(name),
+            "replicates": lambda: self.replicates(name),
         }
         return row_readers.StoredView.of(record, front, history, later)
+
+    @again
+    def replicates(self, name: str) -> list[Evaluation]:
+        """Return the trials that were trained again, in order of trials and seeds."""
+        with self._reading(name) as connection:
+            return row_readers.replicates(connection, name)
 
     @again
     def architectures(self, name: str) -> dict[int, Plain]:

@@ -10,7 +10,6 @@ from sqlalchemy import Connection, delete, insert, select
 
 from moenas.records import Evaluation, Plain
 from moenas.store import mapping, statements, study_events, tables
-from moenas.store.reader import StoreReader
 from moenas.store.store import Store
 
 
@@ -37,21 +36,6 @@ def add(store: Store, found: Evaluation) -> None:
         study_events.append(connection, found.study, "trial_replicated", told)
 
     store.apply(found.study, change)
-
-
-def rows(store: StoreReader, study: str) -> list[Evaluation]:
-    """Return the replicates of a study in order of trials and seeds."""
-    return store.read(study, lambda connection: read(connection, study))
-
-
-def read(connection: Connection, study: str) -> list[Evaluation]:
-    """Return the replicates of a study in order of trials and seeds."""
-    table = tables.replicate
-    if not statements.exists(connection, table):
-        return []  # a reader does not change a database of an older schema
-    wanted = select(table.c.evaluation).where(table.c.study == study)
-    found = connection.scalars(wanted.order_by(table.c.trial, table.c.seed))
-    return [Evaluation.parse(plain) for plain in found]
 
 
 def drop(connection: Connection, study: str) -> None:

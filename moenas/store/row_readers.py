@@ -123,6 +123,16 @@ class StoredView(View):
         return self.__dict__[name]
 
 
+def replicates(connection: Connection, study: str) -> list[Evaluation]:
+    """Return the replicates of a study in order of trials and seeds."""
+    table = tables.replicate
+    if not statements.exists(connection, table):
+        return []  # a reader does not change a database of an older schema
+    wanted = select(table.c.evaluation).where(table.c.study == study)
+    rows = connection.scalars(wanted.order_by(table.c.trial, table.c.seed))
+    return [Evaluation.parse(plain) for plain in rows]
+
+
 def studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
     """Return the study of a name, or all of them, oldest first."""
     wanted = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)

@@ -38,6 +38,7 @@ OWN: tuple[Table, ...] = (
     tables.run,
     tables.change,
     tables.reference,
+    tables.study_calibration,
     tables.hypervolume,
     tables.candidate,
     tables.enqueued,

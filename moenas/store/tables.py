@@ -326,6 +326,17 @@ calibration = Table(
     Column("calibration", Json, nullable=False),
 )
 
+# The calibration that a study found first: a newer one changes no refusal of the study.
+study_calibration = Table(
+    "moenas_study_calibration",
+    metadata,
+    _of_study(),
+    Column("workload", String(255), primary_key=True),
+    Column("taken_at", String(32), nullable=False),
+    # The whole record.
+    Column("calibration", Json, nullable=False),
+)
+
 driver = Table(
     "moenas_driver",
     metadata,

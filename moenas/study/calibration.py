@@ -315,18 +315,16 @@ def stored_calibration(
     space: Space, objective: Objective, storage: str | None, device: torch.device
 ) -> Calibration | None:
     """Return the calibration of an objective for this space, this device and these settings."""
+    key = workload_key(space, objective, device)
     try:
-        return stored_in(Store.open(storage), space, objective, device)
+        return calibrations.of_workload(Store.open(storage), parts_digest(space), key)
     except StorageError:  # there is no database yet
         return None
 
 
-def stored_in(
-    store: Store, space: Space, objective: Objective, device: torch.device
-) -> Calibration | None:
-    """Return the same from an open database."""
-    key = workload_of(objective.name, space.measure, device).key
-    return calibrations.of_workload(store, parts_digest(space), key)
+def workload_key(space: Space, objective: Objective, device: torch.device) -> str:
+    """Return the key of the workload of a latency of a space on a device."""
+    return workload_of(objective.name, space.measure, device).key
 
 
 def predicted_latency(space: Space, storage: str | None, n_draws: int = DRAWS) -> list[Plain]:
@@ -378,7 +376,7 @@ def calibration_summary(calibration: Calibration) -> Plain:
 
 def _missing(space: Space, objective: Objective, storage: str | None, device: torch.device) -> str:
     """Say that there is no calibration, and for what there is one."""
-    wanted = workload_of(objective.name, space.measure, device).key
+    wanted = workload_key(space, objective, device)
     text = f"no calibration for [{wanted}]"
     try:
         others = calibrations.workloads(Store.open(storage), parts_digest(space), objective.name)

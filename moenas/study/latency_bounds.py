@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from moenas.evaluate import devices
 from moenas.predict.block_latency import predicted
-from moenas.study.calibration import latency_objectives, stored_in
+from moenas.store import calibrations
+from moenas.study.calibration import latency_objectives, parts_digest, workload_key
 
 if TYPE_CHECKING:
     from moenas.grammar.requirements import Requirement
@@ -31,13 +32,18 @@ class LatencyBounds:
         self._bounds: list[tuple[Requirement, Calibration]] = []
 
     def open(self, device: str) -> None:
-        """Read the calibrations for the bounds of the space; `device` is that of the pool."""
-        known = {
-            objective.name: stored_in(
-                self._store.store, self._space, objective, devices.named(device)
-            )
-            for objective in latency_objectives(self._space)
-        }
+        """Take the calibrations for the bounds of the space; `device` is that of the pool.
+
+        A study keeps the one that it took first under a workload.
+        """
+        bounded = {requirement.bounded_latency for requirement in self._space.requirements}
+        known: dict[str, Calibration | None] = {}
+        parts = parts_digest(self._space)
+        for objective in latency_objectives(self._space):
+            if objective.name in bounded:
+                key = workload_key(self._space, objective, devices.named(device))
+                store, study = self._store.store, self._store.name
+                known[objective.name] = calibrations.of_study(store, study, parts, key)
         self._bounds = [
             (requirement, calibration)
             for requirement in self._space.requirements

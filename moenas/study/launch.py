@@ -18,7 +18,7 @@ from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
 from moenas.report.seed_noise_text import seed_report
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
-from moenas.store import attempts, replicates
+from moenas.store import attempts
 from moenas.store.files import check_wanted_root
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
@@ -302,7 +302,7 @@ def dry_run(
         refuse_changes(known, space, corpus)
         store = Store.open(storage)
         done, front = attempts.evaluated(store, space.name), len(store.front(space.name))
-        replicated = len(replicates.rows(store, space.name))
+        replicated = len(store.replicates(space.name))
     total = (trials or space.search.trials) if known is None else _total(known, space, trials)
     count = 1 if workers == "inline" else workers
     left = max(0, total - done)

@@ -30,7 +30,7 @@ def missing_replicates(session: Session) -> list[Replicate]:
     search, store, name = session.space.search, session.store.store, session.name
     if search.replicates < 2:
         return []
-    known = {(row.trial, row.seed) for row in replicates.rows(store, name)}
+    known = {(row.trial, row.seed) for row in store.replicates(name)}
     seeds = range(search.seed + 1, search.seed + search.replicates)
     front = store.front(name)
     return [(trial, seed) for seed in seeds for trial in front if (trial, seed) not in known]

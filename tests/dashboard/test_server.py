@@ -28,6 +28,7 @@ from moenas.errors import InputError, NotFoundError
 from moenas.grammar.brief import brief
 from moenas.report import figures, summary
 from moenas.resources import parse_yaml
+from moenas.store import replicates
 from moenas.store.store import Store
 
 pytestmark = pytest.mark.integration
@@ -177,6 +178,19 @@ def test_the_study_s_note_has_objectives_data_entropy_and_device(published):
 def test_publishing_again_writes_nothing(published, writes):
     dashboard.publish(published, "made_up")
     assert writes == []
+
+
+def test_a_replicate_is_published(published, writes):
+    member = next(e for e in VIEW.evaluations if e.trial == published.front("made_up")[0])
+    for seed in (1, 2):
+        loss = member.values["val_loss"] + 0.1 * seed
+        again = replace(member, seed=seed, values=member.values | {"val_loss": loss})
+        replicates.add(published, again)
+    dashboard.publish(published, "made_up")
+    study = study_of(published, "made_up")
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    figure = optuna_dashboard._custom_plot_data.get_plotly_graph_objects(attributes)
+    assert "mean over seeds, 95 % interval" in figure["front"]
 
 
 def better(published):

@@ -48,6 +48,7 @@ INDEX = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 INDEXED, FULL, SLIDING = "indexed_attention", "full_attention", "sliding_attention"
 KINDS = {"layer_types": [SLIDING, FULL], "sliding_window": 8}
 TURNS = {"rope_type": "default", "rope_theta": 5e5}
+LINEAR = TURNS | {"rope_type": "linear", "factor": 2.0}
 BOTH = {FULL: TURNS, SLIDING: TURNS | {"rope_theta": 1e3}}
 DOTS = LATENT | INDEX | {"layer_types": [INDEXED, INDEXED], "head_dim": 24}
 FULL_DOTS = DOTS | {"layer_types": [INDEXED, FULL], "per_layer_config": {}}
@@ -137,6 +138,9 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("glm_moe_dsa", {"index_topk_pattern": "SF"}, "index_topk_pattern", "first layer"),
     ("glm_moe_dsa", {"index_topk_pattern": "FX"}, "index_topk_pattern", "FX"),
     ("glm_moe_dsa", {"index_topk_pattern": "F"}, "index_topk_pattern", "2 layers"),
+    # transformers takes the words of a list as they are, so F and S would be no "shared".
+    ("glm_moe_dsa", {"index_topk_pattern": ["F", "S"]}, "index_topk_pattern", "full or shared"),
+    ("glm_moe_dsa", {"index_topk_pattern": ["full", 0]}, "index_topk_pattern", "full or shared"),
     ("stablelm", {"head_dim": 16}, "head_dim", "8"),
     ("mistral4", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types", "first_k_dense"),
     ("hy_v3", {"num_shared_experts": 0}, "num_shared_experts", "1 or more"),
@@ -153,6 +157,16 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("gemma4_text", {"num_kv_shared_layers": 1}, "num_kv_shared_layers", "each kind"),
     ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers", "each kind"),
     ("gemma4_text", {"per_layer_config": []}, "per_layer_config", "object"),
+    ("gemma4_text", {"per_layer_config": {"one": {}}}, "per_layer_config", "'one'"),
+    ("gemma4_text", {"per_layer_config": {"2": {}}}, "per_layer_config", "'2'"),
+    ("gemma4_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping", "above 0"),
+    ("beam", {"final_logit_softcapping": 0.0}, "final_logit_softcapping", "above 0"),
+    (
+        "gemma4_text",
+        {"rope_parameters": BOTH | {SLIDING: LINEAR | {"partial_rotary_factor": 0.5}}},
+        "rope_parameters.sliding_attention.partial_rotary_factor",
+        "0.5",
+    ),
     ("gemma4_text", {"per_layer_config": {"1": {"v_dim": 4}}}, "per_layer_config", "v_dim"),
     ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 0}}}, "per_layer_config", "head_dim"),
     ("gemma4_text", {"rope_parameters": {FULL: TURNS}}, "rope_parameters", SLIDING),
@@ -201,6 +215,7 @@ def test_a_field_that_would_give_another_model_is_refused(
 ACCEPTED: list[tuple[str, Plain]] = [
     *((family, {}) for family in FAMILIES),
     ("dots3_note_text", FULL_DOTS),
+    ("dots3_note_text", FULL_DOTS | {"per_layer_config": None}),
     ("dots3_note_text", FULL_DOTS | {"rope_parameters": {INDEXED: TURNS, FULL: TURNS}}),
     ("dots3_note_text", FULL_DOTS | {"rope_parameters": TURNS | {"rope_theta": 3e4}}),
     (
@@ -232,6 +247,9 @@ ACCEPTED: list[tuple[str, Plain]] = [
     ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 16, "num_key_value_heads": 4}}}),
     ("gemma4_text", {"layer_types": [FULL, SLIDING]}),
+    ("gemma4_text", {"per_layer_config": None, "global_head_dim": 24}),
+    ("gemma4_text", {"per_layer_config": {}}),
+    ("gemma4_text", {"final_logit_softcapping": None}),
     ("gemma4_text", {"layer_types": [FULL, FULL], "num_kv_shared_layers": 1}),
     ("minimax_m3_vl_text", {"rope_parameters": TURNS | {"partial_rotary_factor": 0.5}}),
     ("minimax_m3_vl_text", RELEASED_M3),

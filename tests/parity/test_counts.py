@@ -96,6 +96,7 @@ DBRX: dict[str, Any] = {
     "n_layers": 40,
     "attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0},
     "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 DEEPSEEK_V2_LITE: dict[str, Any] = {
     "hidden_size": 2048,

@@ -18,7 +18,7 @@ from trained_shelf import Shelf
 
 from moenas.errors import InputError
 from moenas.export.formats import export
-from moenas.export.published_weights import LAYOUTS
+from moenas.export.published_layouts import LAYOUTS
 from moenas.huggingface.config_writers import WRITERS
 from moenas.huggingface.family_matching import family_config
 from moenas.model.architecture import Architecture
@@ -53,6 +53,28 @@ FAMILY = {
     "exaone_moe": "exaone_moe",
     "hy_v3": "glm4_moe",
     "mellum": "mellum",
+    "granitemoeshared": "granitemoeshared",
+    "granitemoe_swa": "granitemoe_swa",
+    "granite_4_0_h_tiny": "granitemoehybrid",
+    "jamba_v0_1": "jamba",
+    "lfm2_8b_a1b": "lfm2_moe",
+    "minimax_m3": "minimax_m3_vl_text",
+    "minimax_m3_sparse": "minimax_m3_vl_text",
+    "gemma4": "gemma4_text",
+    "gemma4_dense": "gemma4_text",
+    "flint": "flint",
+    "laguna": "laguna",
+    "laguna_by_element": "laguna",
+    "kolibri1": "kolibri1",
+    "beam": "beam",
+    "mimo_v2_flash": "mimo_v2_flash",
+    "trinity_mini": "afmoe",
+    "command": "cohere2_moe",
+    "axk1": "axk1",
+    "nemotron_3_nano": "nemotron_h",
+    "kimi_linear_48b_a3b": "kimi_linear",
+    "ling_hybrid": "bailing_hybrid",
+    "qwen3_5_35b_a3b": "qwen3_next",
 }
 """Model of the parity tests -> the first family of the writers that equals it."""
 
@@ -148,6 +170,9 @@ def check_with_transformers(out: Path, model: Any, tolerance: float = 1e-5) -> N
     wanted = model(tokens())
     assert wanted.std() > 0.01
     torch.testing.assert_close(theirs.eval()(tokens()).logits, wanted, rtol=0, atol=tolerance)
+    prompt = tokens()[:1, :4]
+    continued = theirs.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert torch.equal(continued[0, 4:], model.generate(prompt, 8)[0, -8:])
     # transformers writes the model back under the same names, in the same shapes.
     theirs.save_pretrained(out / "again")
     ours, again = (
@@ -205,7 +230,12 @@ def test_the_class_of_a_family_is_the_one_of_transformers() -> None:
         ),
         (
             layers({"kind": "mamba", "d_inner": 64}, DENSE),
-            "layer 0 mixer.kind is mamba, the family has",
+            "nearest is jamba: the number of attention layers is 0, the family has 1 or more; layer 0"
+            " mixer.inner_norm is false",
+        ),
+        (  # Mixtral would make the weight of the one expert 1
+            layers(ATTENTION, EXPERTS | {"router": {"preset": "switch"}}),
+            "nearest is qwen3_moe: layer 0 mixer.qk_norm is none, the family has head",
         ),
         (
             layers(ATTENTION, EXPERTS | {"activation": "relu2"}),

@@ -8,7 +8,7 @@ from typing import Any
 
 from concurrency import together
 
-from moenas.records import Calibration
+from moenas.records import Calibration, StudyRecord
 from moenas.store import calibrations
 from moenas.store.store import Store
 
@@ -47,6 +47,21 @@ def test_the_newest_one_of_the_same_parts_and_workload_is_kept(database_url: str
     assert calibrations.workloads(store, MADE.parts_sha256, "decode_ms") == [MADE.workload]
 
 
+def test_a_study_keeps_the_calibration_that_it_took_first(database_url: str) -> None:
+    store = Store.open(database_url, create=True)
+    for name in ("x", "y"):
+        store.create_study(StudyRecord(name, "", [], {}, "", [], {}, {}, 1))
+    parts, workload = MADE.parts_sha256, MADE.workload
+    assert calibrations.of_study(store, "x", parts, workload) is None
+    calibrations.add(store, MADE)
+    assert calibrations.of_study(store, "x", parts, workload) == MADE
+    later = replace(MADE, reference_ms=5.0)
+    calibrations.add(store, later)
+    assert calibrations.of_study(store, "x", parts, workload) == MADE
+    assert calibrations.of_study(store, "y", parts, workload) == later
+    assert calibrations.of_study(store, "y", parts, f"{workload}0") is None
+
+
 def test_another_workload_or_other_parts_have_none(database_url: str) -> None:
     store = Store.open(database_url, create=True)
     calibrations.add(store, MADE)
@@ -60,7 +75,8 @@ def test_a_reader_of_an_older_schema_finds_none_and_changes_nothing(tmp_path: Pa
     url = f"sqlite:///{tmp_path}/old.db"
     store = Store.open(url, create=True)
     with store.engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE moenas_calibration")
+        for table in ("calibration", "study_calibration"):
+            connection.exec_driver_sql(f"DROP TABLE moenas_{table}")
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0009'")
     store.engine.dispose()
     old = Store.open(url)

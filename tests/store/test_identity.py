@@ -93,6 +93,7 @@ def test_a_copy_in_another_folder_finds_the_weights_of_the_original(tmp_path: Pa
 LATER_TABLES = (
     "database", "change", "ended", "rung", "run", "reuse", "enqueued", "event", "event_counter",
     "runner", "token", "audit", "submission", "replicate", "reservation", "calibration",
+    "study_calibration",
 )  # fmt: skip
 """Tables that the first schema does not have."""
 

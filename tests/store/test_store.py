@@ -633,7 +633,7 @@ def test_a_newer_schema_is_refused(store, url, create):
     store.create_study(a_study())
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0010\)"):
+    with pytest.raises(StorageError, match=r"newer moenas \(schema 9999, this one knows 0011\)"):
         Store.open(url, create=create)
     assert sql(store, "SELECT version_num FROM moenas_alembic_version") == [("9999",)]
 

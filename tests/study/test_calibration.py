@@ -227,6 +227,24 @@ def test_what_an_earlier_run_has_drawn_is_not_refused_by_a_newer_calibration() -
         assert constraints[trial]["decode_ms < 1e-6"] == row.violations["decode_ms < 1e-6"]
 
 
+def test_a_newer_calibration_changes_no_refusal_of_a_study() -> None:
+    wanted = bounded("decode_ms < 1e-6")
+    first = with_interval(0.1)
+
+    def stop(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises((MoenasError, KeyboardInterrupt)):
+        run(wanted, workers="inline", listeners=[stop])
+    # By this one no candidate would be refused, and another latency be predicted.
+    calibrations.add(Store.open(), replace(first, log_error=20.0, reference_ms=1e3))
+    rows = ended(wanted)
+    assert len(rows) == 6
+    for row in rows:
+        architecture = wanted.architecture(Store.open().architecture("s", row.trial))
+        assert row.metrics == {"predicted_decode_ms": predicted(first, architecture).value}
+
+
 def test_a_latency_that_is_measured_again_changes_its_constraint() -> None:
     text = bounded("decode_ms < 1e6").text.replace("sampler: tpe", "sampler: grid")
     study = run(Space.parse(text, "s.yaml"), trials=6, workers="inline")

@@ -14,7 +14,6 @@ from moenas.errors import InputError
 from moenas.evaluate import devices
 from moenas.records import Evaluation, Job
 from moenas.space.space import Space
-from moenas.store import replicates
 from moenas.study.estimate import estimate
 from moenas.study.launch import dry_run, run
 
@@ -67,7 +66,7 @@ def test_a_finished_study_has_the_replicates_of_its_front_left() -> None:
     estimate = dry_run(Space.parse(more, "s.yaml"), trials=5)
     assert (estimate.candidates, estimate.replicates) == (0, 2 * len(study.front()))
     run(Space.parse(more, "s.yaml"), trials=5, workers="inline")
-    assert len(replicates.rows(study.store, "s")) == 2 * len(study.front())
+    assert len(study.store.replicates("s")) == 2 * len(study.front())
     assert dry_run(Space.parse(more, "s.yaml"), trials=5).replicates == 0
 
 

@@ -233,7 +233,7 @@ def test_a_reader_of_a_database_of_the_former_schema_reads_it(evaluated: list[Jo
     run(small("one"), trials=2, workers="inline")
     with sqlite3.connect("moenas.db") as database:
         later = ("event", "event_counter", "runner", "token", "audit", "submission", "replicate")
-        later += ("reservation", "calibration")
+        later += ("reservation", "calibration", "study_calibration")
         for table in ("reuse", "enqueued", "run", *later):
             database.execute(f"DROP TABLE moenas_{table}")
         database.execute("UPDATE moenas_alembic_version SET version_num = '0005'")

@@ -55,7 +55,7 @@ def small(name: str = "s", count: int = 3, seed: int = 3) -> Space:
 
 def seeds_of(study: Study) -> dict[int, list[int]]:
     seeds: dict[int, list[int]] = {}
-    for row in replicates.rows(study.store, study.name):
+    for row in study.store.replicates(study.name):
         seeds.setdefault(row.trial, []).append(row.seed)
     return seeds
 
@@ -69,7 +69,7 @@ def test_each_member_of_the_front_is_trained_with_the_next_seeds(evaluated: list
     assert seeds_of(study) == {trial: [4, 5] for trial in sorted(front)}
     assert len(evaluated) == 6 + 2 * len(front)
     assert [job.keeps_weights for job in evaluated] == [True] * 6 + [False] * 2 * len(front)
-    for row in replicates.rows(study.store, "s"):
+    for row in study.store.replicates("s"):
         job = next(j for j in evaluated if (j.trial, j.seed) == (row.trial, row.seed))
         assert job.architecture == study.store.architecture("s", row.trial)
         assert row.values["val_loss"] != study.evaluation(row.trial).values["val_loss"]
@@ -83,7 +83,7 @@ def test_the_front_stays_that_of_the_search(evaluated: list[Job]) -> None:
     assert [m.values for m in plain.front()] == [m.values for m in study.front()]
     assert all(m.seeds == 1 and m.probability is None for m in plain.front())
     for member in study.front():
-        rows = replicates.rows(study.store, "more")
+        rows = study.store.replicates("more")
         losses = [row.values["val_loss"] for row in rows if row.trial == member.trial]
         assert member.seeds == 3
         assert member.means is not None
@@ -135,7 +135,7 @@ def test_evaluations_of_a_study_of_that_seed_are_replicates(evaluated: list[Job]
     before = len(evaluated)
     study = run(small("s", 2), workers="inline")
     assert len(evaluated) == before + 6, "every replicate was found"
-    for row in replicates.rows(study.store, "s"):
+    for row in study.store.replicates("s"):
         assert row.reused_from is not None
         source = other.evaluation(row.reused_from["trial"])
         assert row.reused_from["study"] == "other"
@@ -147,7 +147,7 @@ def test_evaluations_of_a_study_of_that_seed_are_replicates(evaluated: list[Job]
 
 def test_only_like_is_compared_with_like(evaluated: list[Job]) -> None:
     study = run(small(), workers="inline")
-    rows = replicates.rows(study.store, "s")
+    rows = study.store.replicates("s")
     other = dataclasses.replace(rows[0], device=rows[0].device | {"name": "Another CPU"})
     replicates.add(study.store, other)
     report = seed_report(study.store, "s")
@@ -178,7 +178,7 @@ def test_a_replicate_that_fails_is_a_row_with_a_reason(
 ) -> None:
     fail_seeds(monkeypatch, (5,), Failure("diverged", "the loss is not finite"))
     study = run(small(), workers="inline")
-    rows = replicates.rows(study.store, "s")
+    rows = study.store.replicates("s")
     assert {row.status for row in rows if row.seed == 5} == {"failed"}
     assert "diverged" in str(next(row for row in rows if row.seed == 5).failure)
     assert {member.seeds for member in study.front()} == {2}
@@ -226,7 +226,7 @@ def test_a_replicate_is_the_evaluation_of_a_study_of_its_seed(tmp_path: Path) ->
     study = run(Space.parse(one, "s.yaml"), trials=1, workers="inline")
     other = space(text, name="two").text.replace("seed: 3", "seed: 4")
     second = run(Space.parse(other, "s.yaml"), trials=1, workers="inline")
-    (row,) = replicates.rows(study.store, "one")
+    (row,) = study.store.replicates("one")
     wanted = second.evaluation(0)
     assert (row.seed, row.status) == (4, "complete")
     assert row.values["val_loss"] == wanted.values["val_loss"]

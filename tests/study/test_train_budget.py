@@ -18,7 +18,7 @@ from moenas.report.space_check import check_report
 from moenas.space.sections import Budget, Recipe
 from moenas.space.space import Space
 from moenas.space.stored_form import digest, with_current_defaults
-from moenas.store import replicates, spending
+from moenas.store import spending
 from moenas.store.store import Store
 from moenas.study.estimate import estimate
 from moenas.study.launch import dry_run, run
@@ -153,7 +153,7 @@ def test_every_candidate_trains_for_the_steps_that_fit_in_the_seconds() -> None:
 
 def test_a_replicate_trains_on_the_tokens_of_its_trial() -> None:
     study = run(timed().with_search(sampler="grid", trials=2, replicates=2), workers="inline")
-    rows = replicates.rows(study.store, study.name)
+    rows = study.store.replicates(study.name)
     assert rows
     for row in rows:
         assert row.status == "complete", row.failure

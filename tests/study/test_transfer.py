@@ -372,7 +372,7 @@ def test_a_killed_rename_of_the_former_schema_is_finished(
     copy_study(source.store, "s", store)
     rename_study(store, "s", "t", "somebody")
     with store.engine.begin() as connection:
-        for table in ("reservation", "calibration"):
+        for table in ("reservation", "calibration", "study_calibration"):
             connection.exec_driver_sql(f"DROP TABLE moenas_{table}")
         connection.exec_driver_sql("UPDATE moenas_alembic_version SET version_num = '0008'")
         columns = ", ".join(c.name for c in tables.study.c if c.name != "name")
