@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, g
 
 from moenas.errors import SpaceError
 from moenas.grammar.conditions import Conditions, Scalar, Values
+from moenas.grammar.derived import MODEL_WIDTH, derived_value
 from moenas.records import Cost, Plain
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def setting(
     multiple: int | None = None,
     why: str | None = None,
     without_effect: Conditions | Mapping[str, Values] = (),
+    derived: str | None = None,
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
@@ -41,10 +43,17 @@ def setting(
     reason for the bounds; an error says it. `without_effect` maps other fields of the component to
     values: where they have these, the field has no effect and is not drawn. It then needs a
     default. Several mappings are alternatives.
+
+    `derived` is an expression of other fields of the component and of `d_model`, such as
+    `d_model / head_dim`; see `moenas.grammar.derived`. The default is then null, which stands for
+    the value of the expression. The meaning says so.
     """
+    if derived is not None:
+        default, doc = None, f"{doc}; null: {derived}"
     conditions = (without_effect,) if isinstance(without_effect, Mapping) else without_effect
-    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "why": why}
-    return dataclasses.field(default=default, metadata={**metadata, "without_effect": conditions})
+    bounds = {"low": low, "high": high, "multiple": multiple, "why": why}
+    metadata = {"doc": doc, **bounds, "without_effect": conditions, "derived": derived}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class Field:
     """The reason for the bounds."""
     without_effect: Conditions = ()
     """Values of other fields beside which this one has no effect."""
+    derived: str | None = None
+    """The expression of other fields that null stands for."""
 
     @property
     def required(self) -> bool:
@@ -202,20 +213,18 @@ class Component:
             plain[name] = value
         return plain
 
-    def brief(self) -> Plain:
-        """Return the component as a JSON object without the fields that have their defaults.
+    def resolved(self, name: str, d_model: int | None = None) -> Any:
+        """Return a field, or what its null stands for at a model width.
 
-        A component inside it whose fields all have their defaults is written as its kind.
+        None if the field is null and has no derived default, or if that is no whole number.
         """
-        short: Plain = {} if self.kind is None else {"kind": self.kind}
-        for name, value in self._not_default():
-            if isinstance(value, Component):
-                value = value.brief()
-                value = value["kind"] if list(value) == ["kind"] else value
-            elif isinstance(value, tuple):
-                value = [x.brief() if isinstance(x, Component) else x for x in value]
-            short[name] = value
-        return short
+        value, expression = getattr(self, name), fields(type(self))[name].derived
+        if value is not None or expression is None:
+            return value
+        return derived_value(
+            expression,
+            lambda other: d_model if other == MODEL_WIDTH else self.resolved(other, d_model),
+        )
 
     def fingerprint_data(self) -> Plain:
         """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
@@ -366,6 +375,7 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         multiple=meta.get("multiple"),
         why=meta.get("why"),
         without_effect=meta.get("without_effect", ()),
+        derived=meta.get("derived"),
     )
 
 

@@ -419,7 +419,12 @@ def defaults() -> str:
 
 
 def _on_file(field: Field) -> list[object]:
-    """Return [] for a required plain field, else its default and the family of its value."""
+    """Return [] for a required plain field, else its default and the family of its value.
+
+    A derived default follows as the third item.
+    """
+    if field.derived is not None:
+        return [field.default, None, field.derived]
     family = None if field.component is None else field.component.__name__.lower()
     if field.required:
         return [] if family is None else [NO_DEFAULT, family]

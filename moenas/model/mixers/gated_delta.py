@@ -32,8 +32,8 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
 
     n_heads: int = setting("heads of the values and the state", low=1, high=MOST)
     n_key_heads: int | None = setting(
-        "heads of queries and keys, each shared by n_heads / n_key_heads; null: n_heads",
-        default=None,
+        "heads of queries and keys, each shared by n_heads / n_key_heads",
+        derived="n_heads",
         low=1,
     )
     key_dim: int = setting("width of a query or key of a head", low=8, high=MOST, multiple=8)
@@ -44,7 +44,7 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
     @property
     def key_heads(self) -> int:
         """Heads of queries and keys."""
-        return self.n_key_heads or self.n_heads
+        return int(self.resolved("n_key_heads"))
 
     @property
     def widths(self) -> tuple[int, int]:

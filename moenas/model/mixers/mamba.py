@@ -180,8 +180,8 @@ class MambaMixer(Mixer, kind="mamba"):
     d_inner: int = setting("channels", low=8, multiple=8)
     d_state: int = setting("numbers in the state of a channel", default=16, low=1)
     dt_rank: int | None = setting(
-        "rank of the projection to the time steps; null: d_model / 16, rounded up",
-        default=None,
+        "rank of the projection to the time steps",
+        derived="ceil(d_model / 16)",
         low=1,
     )
     d_conv: int = setting("tokens under the convolution", default=4, low=2)
@@ -197,7 +197,7 @@ class MambaMixer(Mixer, kind="mamba"):
 
     def dt_rank_at(self, d_model: int) -> int:
         """Return the rank of the projection to the time steps."""
-        return self.dt_rank or -(-d_model // 16)
+        return int(self.resolved("dt_rank", d_model))
 
     def canonical_at(self, d_model: int) -> Self:
         """Write out the rank, and reset inner_eps if there are no inner norms."""

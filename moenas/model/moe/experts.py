@@ -52,8 +52,8 @@ class MoEFFN(Activated, FFN, kind="moe"):
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
     n_shared_experts: int = setting("experts that every token passes", default=0, low=0)
     d_shared: int | None = setting(
-        "width of a shared expert; null: d_expert",
-        default=None,
+        "width of a shared expert",
+        derived="d_expert",
         low=8,
         multiple=8,
         without_effect={"n_shared_experts": one_of(0)},
@@ -96,7 +96,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
     @property
     def shared_width(self) -> int:
         """Width of all shared experts together: n of width w are one of width n w."""
-        return self.n_shared_experts * (self.d_shared or self.d_expert)
+        return self.n_shared_experts * int(self.resolved("d_shared"))
 
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
