@@ -56,8 +56,8 @@ def _largest(effects: list[HoleEffect]) -> list[HoleEffect]:
         holes.setdefault(effect.hole, []).append(effect)
 
     def spread(hole: str) -> float:
-        found = [effect.effect for effect in holes[hole]]
-        return min(found) - max(found)
+        sizes = [effect.effect for effect in holes[hole]]
+        return min(sizes) - max(sizes)
 
     chosen = sorted(holes, key=spread)[:SHOWN]
     return [effect for hole in chosen for effect in holes[hole]]

@@ -247,10 +247,10 @@ def _map(path: str, dtype: str) -> Shard:
     Raises:
         ValueError: if it is of another type than when the space was checked.
     """
-    found = token_files.inspect(path, dtype)
-    if found.dtype != dtype:
-        raise ValueError(f"'{path}' holds {found.dtype}, not {dtype}")
-    return found.map()
+    token_file = token_files.inspect(path, dtype)
+    if token_file.dtype != dtype:
+        raise ValueError(f"'{path}' holds {token_file.dtype}, not {dtype}")
+    return token_file.map()
 
 
 _DIGESTS: dict[str, str] = {}
@@ -268,13 +268,13 @@ def _known_digest(paths: list[str], splits: list[TokenArray]) -> str:
 
 def stamps(paths: list[str]) -> list[list[object]]:
     """Return what changes of each file with its content: place, size and times."""
-    found: list[list[object]] = []
+    stamped: list[list[object]] = []
     for path in paths:
         with suppress(OSError):
             stat = os.stat(path)
             inode = stat.st_dev, stat.st_ino, stat.st_size
-            found.append([path, *inode, stat.st_mtime_ns, stat.st_ctime_ns])
-    return found
+            stamped.append([path, *inode, stat.st_mtime_ns, stat.st_ctime_ns])
+    return stamped
 
 
 def digest_of(splits: Sequence[TokenArray]) -> str:

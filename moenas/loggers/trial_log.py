@@ -85,7 +85,9 @@ def _numbers(evaluation: Evaluation) -> dict[str, float]:
         "seconds": evaluation.seconds,
     }
     return {
-        f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()
+        f"{group}/{name}": value
+        for group, group_values in groups.items()
+        for name, value in group_values.items()
     }
 
 

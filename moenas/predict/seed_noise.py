@@ -131,30 +131,31 @@ def seed_noise(
     deviation is pooled over all seeds, as degrees of freedom are few.
     """
     rows = {trial: [own, *replicates.get(trial, ())] for trial, own in values.items()}
-    groups = [found for found in rows.values() if len(found) > 1]
+    groups = [trial_values for trial_values in rows.values() if len(trial_values) > 1]
     if not groups:
         return None
-    degrees = sum(len(found) - 1 for found in groups)
+    degrees = sum(len(trial_values) - 1 for trial_values in groups)
     noise = {}
     for name in objectives:
         squares = 0.0
-        for found in groups:
-            numbers = np.array([row[name] for row in found])
+        for trial_values in groups:
+            numbers = np.array([row[name] for row in trial_values])
             if numbers.min() < numbers.max():  # the mean of equal numbers rounds
                 squares += float(((numbers - numbers.mean()) ** 2).sum())
         noise[name] = ObjectiveNoise(math.sqrt(squares / degrees), degrees)
     counted = {
-        trial: found[1:] if len(found) > UNSELECTED else found for trial, found in rows.items()
+        trial: trial_values[1:] if len(trial_values) > UNSELECTED else trial_values
+        for trial, trial_values in rows.items()
     }
     means = {
-        trial: {name: _mean([row[name] for row in found]) for name in objectives}
-        for trial, found in counted.items()
+        trial: {name: _mean([row[name] for row in trial_values]) for name in objectives}
+        for trial, trial_values in counted.items()
     }
     return SeedNoise(
         noise,
         means,
-        seeds={trial: len(found) for trial, found in rows.items()},
-        mean_seeds={trial: len(found) for trial, found in counted.items()},
+        seeds={trial: len(trial_values) for trial, trial_values in rows.items()},
+        mean_seeds={trial: len(trial_values) for trial, trial_values in counted.items()},
     )
 
 

@@ -160,9 +160,12 @@ def status_report(store: Store, name: str) -> Plain:
     summary = store.summary(name)
     study = summary.study
     own = store.query(lambda connection: submissions.submitted(connection, name))
-    driver, found = store.driver(name), store.read(name, lambda connection: pace(connection, name))
+    driver, study_pace = (
+        store.driver(name),
+        store.read(name, lambda connection: pace(connection, name)),
+    )
     left = max(0, study.trials - summary.evaluated)
-    per_hour = found.candidates_per_hour
+    per_hour = study_pace.candidates_per_hour
     return {
         "study": name,
         "state": own.state if own is not None else command_state(store, name),
@@ -176,7 +179,7 @@ def status_report(store: Store, name: str) -> Plain:
         "repeated": summary.repeated,
         "left": left,
         "running_in": driver,
-        "running": found.running if driver is not None else [],
+        "running": study_pace.running if driver is not None else [],
         "candidates_per_hour": per_hour,
         # The pace is that of the search: further seeds of the front are trained after it.
         "seconds_left": 3600 * left / per_hour if driver and per_hour and left else None,

@@ -59,10 +59,10 @@ def matching(folder: StorePath, pattern: str) -> list[StorePath]:
         StorageLostError: if an object store cannot be reached.
     """
     try:
-        found: list[StorePath] = list(folder.glob(pattern))
+        paths: list[StorePath] = list(folder.glob(pattern))
     except OSError as error:
         raise StorageLostError(f"{folder}: cannot be read: {error.strerror}") from error
-    return sorted(found, key=str)
+    return sorted(paths, key=str)
 
 
 def write_whole(path: StorePath, data: bytes) -> None:

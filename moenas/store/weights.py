@@ -308,8 +308,8 @@ def missing_weights(runs: StorePath, study: str, trials: Iterable[int]) -> list[
             break
         if isinstance(root, ObjectPath):
             files = matching(study_folder(root, study), f"*/{FILE}")
-            found = {path.parent.name for path in files}
-            missing = [trial for trial in missing if str(trial) not in found]
+            stored = {path.parent.name for path in files}
+            missing = [trial for trial in missing if str(trial) not in stored]
         else:
             missing = [t for t in missing if not weights_path(root, study, t).is_file()]
     return missing

@@ -193,8 +193,9 @@ def test_a_stored_architecture_keeps_its_fingerprint_and_cost(number: int) -> No
     assert architecture.fingerprint == stored["fingerprint"]
     assert architecture.cost(64).plain() == stored["cost"]
     assert Architecture.parse(architecture.plain()) == architecture
-    assert Architecture.parse(brief(stored["architecture"])) == architecture
-    assert brief(stored["architecture"]) == architecture.brief()
+    short = brief(stored["architecture"])
+    assert Architecture.parse(short).canonical() == architecture.canonical()
+    assert short == brief(architecture.plain())
 
 
 FORMER = """
