@@ -47,8 +47,9 @@ def layers(shape: tuple[int, int, int], x: Tensor) -> dict[str, Work]:
 
 def models(shape: tuple[int, int, int], sequences: int) -> dict[str, Work]:
     """Return one decoding step of the models as calls, ours first; each forgets its token again."""
-    ours = peers.architecture(*shape).build(seed=0).eval()
-    theirs = peers.model_of(ours, "grouped_mm").eval()
+    architecture = peers.architecture(*shape)
+    ours = architecture.build(seed=0).eval()
+    theirs = peers.model_of(architecture, ours, "grouped_mm").eval()
     past, token = torch.randint(4096, (sequences, PAST)), torch.randint(4096, (sequences, 1))
     cache = ours.new_cache(sequences, PAST + 1)
     their_cache = transformers.DynamicCache(config=theirs.config)

@@ -29,6 +29,7 @@ from moenas.evaluate.isolation import put_back
 from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.step_time import require_named_device, require_steps, time_step
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.subject import Subject, Training, excerpts
 from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validation_loss
@@ -335,15 +336,8 @@ class _Run:
         lock = subject.device_lock
         with lock.shared():
             heads = build_heads(recipe.heads, subject.architecture, subject.device, subject.seed)
-        run = TrainingRun(
-            model,
-            corpus,
-            recipe,
-            subject.seed,
-            gate=lock,
-            deadline=self.deadline,
-            heads=heads,
-        )
+        inputs = TrainingInputs(model, corpus, recipe, subject.seed, heads)
+        run = TrainingRun(inputs, gate=lock, deadline=self.deadline)
         saved = self.job.checkpoint
         if self.job.checkpoint_at is not None:
             saved = read_stored(self.job.checkpoint_at)

@@ -88,6 +88,8 @@ class Remeasurer:
         study = StudyStore(store, space.name)
         self._jobs = Jobs(study, space, corpus, elsewhere=elsewhere)
         self._results = ResultProcessor(study, space)
+        self._constraints: dict[int, dict[str, float]] = {}
+        """Number of a trial that was judged -> violations of requirements of the trained model."""
 
     def run(
         self,
@@ -195,7 +197,8 @@ class Remeasurer:
             return merged
         architecture = Architecture.parse(result.job.architecture)
         complete = replace(merged, status="complete", failure=None, violations={})
-        return self._results.judged(architecture, complete)
+        judged, self._constraints[known.trial] = self._results.judge(architecture, complete)
+        return judged
 
     def _copies(self, done: Sequence[Evaluation]) -> list[Evaluation]:
         """Return the copies of measured trials with their values."""
@@ -234,7 +237,13 @@ class Remeasurer:
         ]
 
     def _trained_violations(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return by how much each requirement of the trained model is broken, over 0, or met."""
+        """Return by how much each requirement of the trained model is broken, over 0, or met.
+
+        A copy has those of the trial that it copies.
+        """
+        source = int(evaluation.metrics.get("copied_from", evaluation.trial))
+        if source in self._constraints:
+            return self._constraints[source]
         wanted = any(requirement.trained for requirement in self._space.requirements)
         if not wanted or evaluation.status == "failed":
             return {}

@@ -107,12 +107,21 @@ class ResultProcessor:
         It is failed if a value cannot be used, infeasible if the trained model breaks a
         requirement.
         """
+        return self.judge(architecture, evaluation)[0]
+
+    def judge(
+        self, architecture: Architecture | None, evaluation: Evaluation
+    ) -> tuple[Evaluation, dict[str, float]]:
+        """Return what `judged` does, and the violation of each requirement of the trained model.
+
+        See `Space.trained_violations`; there are none if the evaluation failed.
+        """
         evaluation = self._refuse_other_device(evaluation)
         if evaluation.status == "failed":
-            return evaluation
+            return evaluation, {}
         why = unusable({name: evaluation.values.get(name, math.nan) for name in self._names})
         if why is not None:
-            return failed(evaluation, "error", why)
+            return failed(evaluation, "error", why), {}
         return self._apply_trained_requirements(architecture, self._rescale_latency(evaluation))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
@@ -200,17 +209,17 @@ class ResultProcessor:
 
     def _apply_trained_requirements(
         self, architecture: Architecture | None, evaluation: Evaluation
-    ) -> Evaluation:
+    ) -> tuple[Evaluation, dict[str, float]]:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
-            return evaluation
+            return evaluation, {}
         violations = self._space.trained_violations(
             architecture, evaluation.routing, evaluation.values
         )
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
-            return evaluation
-        return replace(evaluation, status="infeasible", violations=broken)
+            return evaluation, violations
+        return replace(evaluation, status="infeasible", violations=broken), violations
 
 
 def failed(evaluation: Evaluation, kind: FailureKind, message: str) -> Evaluation:
