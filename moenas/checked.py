@@ -96,7 +96,7 @@ def _copied(value: object, depth: int, left: list[int]) -> Any:
 
 
 def _shown(value: object) -> str:
-    """Show a stranger's value in a message."""
+    """Show a value from another process in a message."""
     try:
         return clean(repr(value), 100)
     except BaseException:

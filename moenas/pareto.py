@@ -245,7 +245,7 @@ def _exclusive(point: Losses, others: Losses, corner: Losses) -> float:
     return max(0.0, box - _volume(np.maximum(others, point), corner))
 
 
-def gain(
+def hypervolume_improvement(
     values: ArrayLike,
     point: Sequence[float],
     reference: Sequence[float],

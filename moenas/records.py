@@ -130,7 +130,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class Job(_Record):
-    """Everything that a stranger machine needs to evaluate one candidate."""
+    """Everything that a remote worker needs to evaluate one candidate."""
 
     study: str
     trial: int

@@ -173,7 +173,7 @@ class CollapseDetector:
         """Layer -> (E,) slots of each expert over these rows."""
         self._fixed = {layer for layer, moe in layers if isinstance(moe.router.selection, Hash)}
 
-    def judge(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
+    def update(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
         """Take in a row; return layer and share of dead experts of the first that collapsed."""
         if self.max_dead is None:
             return None

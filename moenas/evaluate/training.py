@@ -115,7 +115,7 @@ class TrainingRun:
             point["routing"] = [reading.rounded_row(names) for reading in readings]
         if (
             start >= recipe.warmup * total
-            and (collapsed := self.collapse.judge(readings)) is not None
+            and (collapsed := self.collapse.update(readings)) is not None
         ):
             layer, share = collapsed
             self._collapsed = CollapsedError(

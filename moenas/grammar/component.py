@@ -88,7 +88,7 @@ class Field:
         """The field has no default."""
         return self.default is dataclasses.MISSING
 
-    def wanted(self) -> str:
+    def accepts_text(self) -> str:
         """Say in words what the field accepts."""
         if self.choices:
             return "one of " + ", ".join(str(c) for c in self.choices)
@@ -111,10 +111,10 @@ class Field:
             words += f" of at most {self.high:g}"
         return words + (" or null" if self.optional else "")
 
-    def reject(self, value: Any) -> str | None:
+    def error_for(self, value: Any) -> str | None:
         """Return why `value` is not accepted here, or None if it is."""
         if value is None:
-            return None if self.optional else f"is empty; give {self.wanted()}"
+            return None if self.optional else f"is empty; give {self.accepts_text()}"
         if self.choices and value in self.choices and type(value) in map(type, self.choices):
             return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -127,14 +127,14 @@ class Field:
             or (isinstance(value, str) and str in self.scalars)
         )
         if self.choices or not fits:
-            return f"{value!r} is not {self.wanted()}"
+            return f"{value!r} is not {self.accepts_text()}"
         if number and (
             (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
             or (self.multiple is not None and value % self.multiple)
         ):
             reason = f"; {self.why}" if self.why else ""
-            return f"{value!r} is not {self.wanted()}{reason}"
+            return f"{value!r} is not {self.accepts_text()}{reason}"
         return None
 
     def convert(self, value: Any) -> Any:
@@ -193,7 +193,7 @@ class Component:
         """
         return None
 
-    def invalid_together(self) -> str | Conflict | None:
+    def invalid_as_a_whole(self) -> str | Conflict | None:
         """Return why items of its lists do not go together, or None. Asked of a whole alone."""
         return None
 

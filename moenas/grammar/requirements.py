@@ -107,10 +107,10 @@ def parse_requirement(
     text: str,
     mark: SourceLocation,
     known: set[str],
-    several: Mapping[str, list[str]] | None = None,
+    ambiguous: Mapping[str, list[str]] | None = None,
     former: Mapping[str, str] | None = None,
 ) -> Requirement:
-    """Read one requirement; `several` maps names that are ambiguous to those to write instead.
+    """Read one requirement; `ambiguous` maps names of several fields to those to write instead.
 
     `former` maps former names of fields to their present places; such names are read as well.
 
@@ -135,8 +135,8 @@ def parse_requirement(
     _check_logic(tree, names, mark, known)
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.expr)):
         name = _dotted(node)
-        if name in names and several and name in several:
-            which = " or ".join(several[name])
+        if name in names and ambiguous and name in ambiguous:
+            which = " or ".join(ambiguous[name])
             raise _refuse(node, mark, f"'{name}' is a field of several parts; write {which}")
     former_names = (f"{mark}: require: {line}" for line in present.replaced)
     return Requirement(text, tree, frozenset(names), mark, tuple(former_names))

@@ -365,7 +365,7 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
         SpaceError: if fields do not go together; it names their place.
     """
     component: Component = _fill(tree, Answers.of(suggest), "")
-    if whole and (reason := component.invalid_together()) is not None:
+    if whole and (reason := component.invalid_as_a_whole()) is not None:
         raise conflict(component, reason)
     return component
 

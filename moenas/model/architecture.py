@@ -112,7 +112,7 @@ class Architecture(Component):
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
 
-    def invalid_together(self) -> Conflict | None:
+    def invalid_as_a_whole(self) -> Conflict | None:
         """Return why a layer cannot read what it would of an earlier one, or None."""
         mixers = [layer.mixer for layer in self.layers]
         return kv_source_error(mixers, self.d_model) or index_source_error(mixers)
@@ -290,7 +290,7 @@ class Architecture(Component):
         known = dict[int, dict[str, float | str]]()
         for layer in layers:  # equal layers are one object, most of the time
             if id(layer) not in known:
-                known[id(layer)] = field_names.named(
+                known[id(layer)] = field_names.by_unique_suffix(
                     whole | field_names.scalars(layer, field_names.LAYER)
                 )
         return [known[id(layer)] for layer in layers]

@@ -64,7 +64,7 @@ def _others(field: Field, value: Scalar) -> list[Scalar]:
     return [
         field.convert(x)
         for x in tried
-        if x is not None and x != value and field.reject(x) is None  # null may spell the value
+        if x is not None and x != value and field.error_for(x) is None  # null may spell the value
     ]
 
 

@@ -340,7 +340,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _accepted(field: Field) -> str:
     if field.component is None:
-        return field.wanted()
+        return field.accepts_text()
     name = _heading(field.component)
     return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
 

@@ -81,7 +81,7 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
     return None
 
 
-def beat(connection: Connection, study: str, owner: str) -> None:
+def renew(connection: Connection, study: str, owner: str) -> None:
     """Say that the driver lives.
 
     Raises:

@@ -27,7 +27,7 @@ def register(connection: Connection) -> str:
     return number
 
 
-def beat(connection: Connection, number: str) -> bool:
+def renew(connection: Connection, number: str) -> bool:
     """Say that a server lives; False if another one has taken over its studies."""
     this = runner.c.id == number
     now = clock(connection)

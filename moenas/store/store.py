@@ -221,7 +221,7 @@ class Store(StoreReader):
 
     @again
     def claim(self, name: str) -> None:
-        """Become the driver of a study, until `release`; `beat` at least every 10 s.
+        """Become the driver of a study, until `release`; `renew` at least every 10 s.
 
         Raises:
             StudyBusyError: if another driver lives, in this process or in any other.
@@ -238,7 +238,7 @@ class Store(StoreReader):
         """Become the driver of a study in the transaction that gives it this name."""
         leases.claim(connection, name, self._owner)
 
-    def beat(self, name: str) -> submissions.State | None:
+    def renew(self, name: str) -> submissions.State | None:
         """Say that this driver lives; one that fails is not tried again.
 
         Returns `paused` or `cancelled` if a user of a server has asked for the end of this driver.
@@ -250,7 +250,7 @@ class Store(StoreReader):
         self._database.check_identity()
         with self._changing(name) as connection:
             self._database.check_identity(connection)
-            leases.beat(connection, name, self._owner)
+            leases.renew(connection, name, self._owner)
             return submissions.wanted_end(connection, name)
 
     def release(self, name: str) -> None:

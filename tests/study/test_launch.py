@@ -654,11 +654,11 @@ def test_a_lease_outlives_what_another_process_cannot_see(
     ends_with: Exception | None,
     after: int,
 ) -> None:
-    """Each beat takes 5 s by this clock, and 30 s after the last good one began it is over."""
+    """Each renewal takes 5 s by this clock, and 30 s after the last good one began it is over."""
     run(space(), trials=1, workers="inline")
     now, beaten, over = [0.0], [0], threading.Event()
 
-    def beat(self: Store, name: str) -> None:
+    def renew(self: Store, name: str) -> None:
         now[0] += 5.0
         outcome = outcomes[beaten[0]] if beaten[0] < len(outcomes) else None
         beaten[0] += 1
@@ -667,7 +667,7 @@ def test_a_lease_outlives_what_another_process_cannot_see(
         elif outcome is not None:
             raise outcome
 
-    monkeypatch.setattr(Store, "beat", beat)
+    monkeypatch.setattr(Store, "renew", renew)
     monkeypatch.setattr(heartbeat, "BEAT", 0.001)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with heartbeat.StudyLease(Store.open(), "s") as lease:

@@ -49,8 +49,8 @@ def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: i
     # 2. A stable sort by expert: `order` (N,) is the slot of each row, `ends` (E,) where the rows
     #    of each expert end.
     slots, order = slots.sort(stable=True)
-    numbers = torch.arange(n_experts, device=slots.device, dtype=slots.dtype)
-    ends = torch.searchsorted(slots, numbers, right=True, out_int32=True)
+    expert_ids = torch.arange(n_experts, device=slots.device, dtype=slots.dtype)
+    ends = torch.searchsorted(slots, expert_ids, right=True, out_int32=True)
     if multiple == 1:
         empty = None if kept is None else (slots == n_experts).unsqueeze(-1)
         return ExpertRows(order, ends, empty, kept is None)
@@ -161,8 +161,8 @@ def rows_by_token(
     if tokens is None:
         return TokenRows(slot // top_k, row, None, n_tokens)
     by_token, order = tokens.to(smallest_integer(n_tokens)).sort(stable=True)
-    numbers = torch.arange(n_tokens, device=slot.device, dtype=by_token.dtype)
-    first = torch.searchsorted(by_token, numbers)
+    token_ids = torch.arange(n_tokens, device=slot.device, dtype=by_token.dtype)
+    first = torch.searchsorted(by_token, token_ids)
     token = tokens.index_select(0, slot)
     return TokenRows(token, row.index_select(0, order), first, n_tokens)
 

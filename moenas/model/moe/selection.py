@@ -342,7 +342,7 @@ class Threshold(ExpertSelection):
         self.decay = decay
         self.register_buffer("cutoff", torch.zeros(n_experts))
         self.register_buffer("known", torch.zeros(()))  # 1 once there are thresholds
-        self.seen: Tensor | None = None
+        self.batch_cutoff: Tensor | None = None
 
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
@@ -350,8 +350,8 @@ class Threshold(ExpertSelection):
         """Select by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:
-            room = math.ceil(self.top_k * n_tokens / n_experts)
-            self.seen = ranked.detach().topk(room, dim=0).values[-1]
+            capacity = math.ceil(self.top_k * n_tokens / n_experts)
+            self.batch_cutoff = ranked.detach().topk(capacity, dim=0).values[-1]
         best = ranked.topk(min(2 * self.top_k, n_experts), dim=-1)
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
@@ -362,8 +362,8 @@ class Threshold(ExpertSelection):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the thresholds towards those of the last training batch."""
-        if self.seen is not None:
-            moved = self.decay * self.cutoff + (1 - self.decay) * self.seen
-            self.cutoff.copy_(torch.where(self.known > 0, moved, self.seen))
+        if self.batch_cutoff is not None:
+            moved = self.decay * self.cutoff + (1 - self.decay) * self.batch_cutoff
+            self.cutoff.copy_(torch.where(self.known > 0, moved, self.batch_cutoff))
             self.known.fill_(1)
-        self.seen = None
+        self.batch_cutoff = None
