@@ -186,11 +186,6 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_yaml(path: Path) -> Node:
-    """Read a YAML file strictly; see `parse_yaml`."""
-    return parse_yaml(read_text(path), str(path))
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes YAML that `parse_yaml` reads back."""
 

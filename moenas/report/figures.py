@@ -297,19 +297,3 @@ def _draw(path: Path, view: View) -> go.Figure:
         message = f"{path}: {error_line(error)}"
     warnings.warn(message, RuntimeWarning, stacklevel=3)
     return blank(path.stem, message)
-
-
-def write_html(view: View, path: Path) -> None:
-    """Write the figures as one page that needs no network; see `figures`."""
-    parts: list[str] = []
-    for name, figure in figures(view).items():
-        script = not parts  # plotly's own script, 5 MB, goes in once
-        body = figure.to_html(full_html=False, include_plotlyjs=script, default_height="520px")
-        parts.append(f'<section id="{escape(name)}">{body}</section>')
-    title = escape(view.study.name)
-    style = "body{font-family:Helvetica,Arial,sans-serif;max-width:960px;margin:2em auto}"
-    path.write_text(
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>",
-        encoding="utf-8",
-    )

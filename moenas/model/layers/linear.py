@@ -2,9 +2,8 @@
 
 Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
 is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
-Every module keeps each argument of its constructor as an attribute of the same name. A module
-with a method `start(generator)` draws the first values of its own parameters by it. The weights
-that write into the residual stream are found by their names: see `output_projections`.
+A module with a method `start(generator)` draws the first values of its own parameters by it. The
+weights that write into the residual stream are found by their names: see `output_projections`.
 """
 
 from __future__ import annotations

@@ -95,10 +95,31 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         )
 
 
-class Mamba2(nn.Module):
-    """out(norm(scan(convolution(project(x))), gate)), with a decay for each head."""
+class DecayingHeads(nn.Module):
+    """The parts of a mixer whose heads have a state that decays, with a rate for each head."""
 
     matrices: tuple[str, ...] = ()
+
+    def __init__(
+        self, project: Linear, convolution: Convolution, norm: GatedNorm, out: Linear, n_heads: int
+    ) -> None:
+        super().__init__()
+        self.project = project
+        self.convolution = convolution
+        self.norm = norm
+        self.out = out
+        self.n_heads = n_heads
+        self.log_rate = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw rates from 1 to 16 and time steps within DT_RANGE, as in Mamba-2."""
+        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
+        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
+
+
+class Mamba2(DecayingHeads):
+    """out(norm(scan(convolution(project(x))), gate)), with a decay for each head."""
 
     def __init__(
         self,
@@ -109,21 +130,9 @@ class Mamba2(nn.Module):
         n_heads: int,
         dt_floor: float,
     ) -> None:
-        super().__init__()
-        self.project = project
-        self.convolution = convolution
-        self.norm = norm
-        self.out = out
-        self.n_heads = n_heads
+        super().__init__(project, convolution, norm, out, n_heads)
         self.dt_floor = dt_floor
-        self.log_rate = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.skip = nn.Parameter(torch.ones(n_heads))
-
-    def start(self, generator: torch.Generator) -> None:
-        """Draw rates from 1 to 16 and time steps within DT_RANGE."""
-        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
-        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
