@@ -15,6 +15,7 @@ from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
 from moenas.grammar.conditions import Values
 from moenas.grammar.requirements import LATENCIES, TRAINED
+from moenas.markdown import table_lines
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
 from moenas.space import space
@@ -333,9 +334,7 @@ def _objectives() -> Iterator[str]:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
-    cells = [head, ["---"] * len(head), *rows]
-    texts = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in cells)
-    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
+    return "".join(f"{line}\n" for line in table_lines(head, rows))
 
 
 def _accepted(field: Field) -> str:
