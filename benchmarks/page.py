@@ -46,7 +46,7 @@ PAGE = """\
 # Benchmarks of speed
 
 Each ratio compares times of two sides that run alternately in one process, so it holds on other
-machines of the same kind. Below 1 is faster. Milliseconds are those of this machine. The first
+machines of the same kind. Below 1 is faster. Milliseconds were measured on this machine. The first
 lines of each file in `benchmarks/` say how it measures. `python benchmarks/page.py` writes this
 page{how}. Other work on the machine changes the ratios: two runs of one command differed by up to
 0.1.

@@ -188,7 +188,7 @@ def _values(sent: object, job: Job, status: str) -> dict[str, float]:
 
 
 def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]:
-    """Return objective -> details; those of a latency must be what a study can reckon with."""
+    """Return objective -> details; details of a latency must be numbers that a study can use."""
     if not isinstance(sent, Mapping):
         raise ValueError(f"measurements is {_shown(sent)}, not an object")
     measurements = {}
@@ -208,7 +208,7 @@ def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]
 
 
 def require_timed(details: Plain) -> None:
-    """Raise ValueError if details with a `reference_key` are not those of a timed latency."""
+    """Raise ValueError if details with a `reference_key` do not describe a timed latency."""
     key = details["reference_key"]
     if not isinstance(key, str) or not 0 < len(key) <= 1000:
         raise ValueError(f"reference_key is {_shown(key)}, not a short text")

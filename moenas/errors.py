@@ -138,7 +138,7 @@ class NotFoundError(InputError):
 
 
 class ConflictError(InputError):
-    """The state or the name of a study does not allow what was asked."""
+    """The state or the name of a study does not allow the request."""
 
 
 class StorageError(InputError):

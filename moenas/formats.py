@@ -1,4 +1,4 @@
-"""Files that hold text or tokens in a format of their own, told by their first bytes."""
+"""Formats of files that hold text or tokens, detected by their first bytes."""
 
 from __future__ import annotations
 

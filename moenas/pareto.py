@@ -90,8 +90,8 @@ def non_dominated(values: ArrayLike, directions: Sequence[str]) -> NDArray[np.bo
 def _minimal(losses: Losses) -> NDArray[np.bool_]:
     """Return the mask of `non_dominated` for losses.
 
-    In lexicographic order a point is dominated only by points before it, so the first of those
-    that remain is on the front and strikes out what it dominates.
+    In lexicographic order a point is dominated only by points before it, so the first remaining
+    point is on the front and strikes out the points that it dominates.
     """
     order = np.lexsort(losses.T[::-1])
     rest, keep = losses[order], np.zeros(len(losses), dtype=np.bool_)
@@ -352,7 +352,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """By how much the hypervolume of a is larger than that of b."""
+        """The hypervolume of a minus the hypervolume of b."""
         return self.hypervolume_a - self.hypervolume_b
 
 
@@ -364,7 +364,7 @@ def compare(
 ) -> Comparison:
     """Compare the fronts of two sets of points.
 
-    Without a reference point, that of all points of both sets is taken. Coverage is the C metric
+    Without a reference point, the one of all points of both sets is taken. Coverage is the C metric
     of Zitzler and Thiele (1998, "Multiobjective optimization using evolutionary algorithms").
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

@@ -26,7 +26,7 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Watchers:
-    """Who is told of a run beside the terminal."""
+    """Listeners of a run beside the terminal."""
 
     log: Sequence[str]
     """Texts of `--log`."""

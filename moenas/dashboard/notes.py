@@ -167,6 +167,6 @@ def former_note(view: View, trial: int) -> str:
 # --- publish -----------------------------------------------------------------------------------
 
 PUBLISHED = "moenas:published"
-"""System attribute of the study: what was written -> digest, so that it is written once."""
+"""System attribute of the study: name of a note or figure -> digest, so that it is written once."""
 STATE, MEMBERS = "state", "members"
 """Keys of the state and the front that were written: what shows only these is not drawn again."""

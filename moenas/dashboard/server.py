@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = "moenas:published"
-"""System attribute of the study: what was written -> digest, so that it is written once."""
+"""System attribute of the study: name of a note or figure -> digest, so that it is written once."""
 STATE, MEMBERS = "state", "members"
 """Keys of the state and the front that were written: what shows only these is not drawn again."""
 
@@ -89,7 +89,8 @@ the grey of the texts has a contrast of about 4 to 1 on both."""
 
 
 def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:
-    """Return key -> text of the notes to write: `note:` the study's, `note:12` that of trial 12.
+    """Return key -> text of the notes to write: `note:` is the study's note, `note:12` the note of
+    trial 12.
 
     The note of a member of the front never changes, so one that is `known` is not made again.
     """
@@ -125,7 +126,7 @@ PATCHED_VERSION = "0.21."
 def patch_dashboard() -> bool:
     """Close four gaps of optuna-dashboard under Optuna 5, for this process; say whether it did.
 
-    - It reads constraints where Optuna 4 kept them, so those of `Trial.set_constraint` do not
+    - It reads constraints where Optuna 4 kept them, so constraints of `Trial.set_constraint` do not
       show. Here a trial is sent with the values of `FrozenTrial.constraints`.
     - Its best trials ignore constraints, and with three objectives it finds them by comparing all
       pairs in Python at every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.

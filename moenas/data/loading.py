@@ -85,7 +85,7 @@ def _counted(
     lengths: Mapping[str, list[int]],
     tokenizer: TokenizerFile | None = None,
 ) -> Corpus:
-    """Count the tokens of text; `lengths` are those of its parts in tokens."""
+    """Count the tokens of text; `lengths` are the lengths of its parts in tokens."""
     vocab_size, more = 256, dict(text.details)
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
@@ -172,8 +172,8 @@ def from_manifest(manifest: Plain, train: TokenArray, val: TokenArray) -> Corpus
 def _load_tokens(section: Plain) -> Corpus:
     """Map arrays of tokens into memory.
 
-    They are read whole, so that their digest is that of what is in them now; what was counted is
-    kept under that digest.
+    They are read whole, so that the digest describes their present content. Counts are kept under
+    this digest.
     """
     vocab_size = section["vocab_size"]
     listed = [_listed(section.get(key)) for key in ("tokens", "val")]

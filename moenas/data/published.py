@@ -24,7 +24,7 @@ from moenas.store.files import make_folder, path_at, sync_folder
 from moenas.store.object_path import ObjectPath, StorePath
 
 FOLDER = "corpora"
-"""Folder beside those of the studies of a database."""
+"""Folder beside the folders of the studies of a database."""
 ALIGNMENT = 64
 """Bytes; the splits begin at a multiple, so that they can be mapped with any dtype."""
 

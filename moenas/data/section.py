@@ -35,7 +35,7 @@ VAL_WORDS, TRAIN_WORDS, TEST_WORDS = {"val", "valid", "validation"}, {"train"}, 
 
 
 def parse(node: Node) -> Plain:
-    """Read the `data` section of a space file; what comes back reads as itself again.
+    """Read the `data` section of a space file; reading the result again changes nothing.
 
     `stdlib` and `pydoc` become {"kind": ...}; paths become absolute (relative ones start from
     the folder where moenas runs), folders and patterns the files in them, and what the files say
@@ -190,7 +190,8 @@ def _text_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
 
 
 def _text_folder(item: Node, key: str, folder: str) -> tuple[list[str], list[str]]:
-    """Return the files of a folder, which may be a data set of Hugging Face, and those of val."""
+    """Return the files of a folder, which may be a data set of Hugging Face, and the files of
+    val."""
     if text_columns.is_dataset(folder):
         listed, val = _checked(item, key, lambda: text_columns.dataset_files(folder))
     else:

@@ -40,7 +40,7 @@ GIVEN = "val is given"
 
 
 Named = tuple[str, bytes]
-"""A text and what it is called."""
+"""A text and its name."""
 
 
 @dataclass

@@ -189,7 +189,7 @@ def dataset_files(folder: str) -> tuple[list[str], list[str]]:
     Of a dictionary of splits, `train` trains; the first of VAL_SPLITS validates.
 
     Raises:
-        DataError: if a file of it is missing or not what it should be.
+        DataError: if one of its files is missing or has another format.
     """
     if os.path.isfile(os.path.join(folder, "state.json")):
         return _arrow_files(folder), []

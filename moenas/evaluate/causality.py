@@ -147,7 +147,7 @@ def _first_leak(model: Model, text: Tensor, cuts: list[int]) -> Leak | None:
         leak, bound = None, FLOAT32_TOLERANCE
     if leak is not None:
         return leak
-    # 3. Three texts in float32: a near-tie occurs in one of them, a leak in all.
+    # 3. Three texts in float32: a near-tie occurs in one text, a leak in all.
     again = (_parts(text, model.vocab_size, turn) for turn in range(3))
     leaks = [_search(model, _named_run(model), pair, cuts, bound) for pair in again]
     return leaks[0] if all(leaks) else None

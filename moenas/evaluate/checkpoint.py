@@ -51,7 +51,7 @@ def restore(run: TrainingRun, state: Mapping[str, Tensor]) -> None:
     """Give a run that has taken no step the state that `save` returned.
 
     Raises:
-        CandidateError: if the state is not that of a run of this architecture.
+        CandidateError: if the state does not belong to a run of this architecture.
     """
     device = next(run.model.parameters()).device
     optimizer, trainee = run.steps.optimizer, run.steps.trainee

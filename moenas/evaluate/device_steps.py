@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 class DeviceSteps:
     """The steps of one training run, on the device of the model.
 
-    The numbers are those of a step that asks the host, up to the order of sums: AdamW's own kernel
+    The numbers equal the numbers of `HostSteps`, up to the order of sums. AdamW's own kernel
     divides the gradients by the clipping factor, and skips a step whose gradient is not finite.
     """
 

@@ -1,4 +1,4 @@
-"""The device that a job names, a process that is made ready for it, and what it leaves there."""
+"""The device of a job: a process is prepared for it, and freed of its memory afterwards."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def count_outline(architecture: Architecture, context: int) -> Flops:
     except (NotImplementedError, RuntimeError) as error:
         raise CandidateError(
             "flops_per_token: a part needs the values of tensors, which are counted by their shapes"
-            f" alone: {error_line(error)}; let its shapes follow from those of its input"
+            f" alone: {error_line(error)}; let its shapes follow from the shapes of its input"
         ) from error
 
 

@@ -140,7 +140,7 @@ def _groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> Ite
 def _limits(
     root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup"
 ) -> Iterator[tuple[int, int]]:
-    """Yield the limit of each control group that has one, and what it leaves."""
+    """Yield the limit of each control group that has one, and the bytes that are free below it."""
     for line in _lines(own):
         number, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -165,7 +165,8 @@ def _limits(
 
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> tuple[int, int] | None:
-    """Return the limit of a control group and what it leaves; None if it has none."""
+    """Return the limit of a control group and the bytes that are free below it; None if it has
+    none."""
     most, used = (next(iter(_lines(folder / name)), "") for name in (limit, usage))
     if not most.strip().isdigit() or not used.strip().isdigit():
         return None
@@ -270,7 +271,7 @@ def require_fit(
     if it fits into its share of the whole: what the others hold is not free any more.
 
     Raises:
-        NoRoomError: with what it needs and what there is.
+        NoRoomError: with the bytes that it needs and the bytes that are free.
     """
     result = fit(architecture, recipe, device, training=training, sharers=sharers)
     if not (result.fits or result.fits_share(all_bytes(device))):

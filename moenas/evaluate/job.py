@@ -127,7 +127,8 @@ class _Run:
         return None if limit is None else self.began + limit
 
     def resume(self, before: Evaluation) -> None:
-        """Take in what was measured before the pause; its time counts towards the time limit."""
+        """Take in the measurements from before the pause; their time counts towards the time
+        limit."""
         self.values, self.measurements = dict(before.values), dict(before.measurements)
         self.curve, self.seconds = list(before.curve), dict(before.seconds)
         self.began -= self.seconds.get("total", 0.0)
@@ -183,9 +184,9 @@ class _Run:
             self.measure_all(subject, objectives)
 
     def fix_tokens(self, subject: Subject) -> None:
-        """Set the training tokens under a budget of seconds: those of a former run, or timed now.
+        """Set the training tokens under a budget of seconds: from a former run, or timed now.
 
-        Timing leaves no trace: the training is that of a job with these tokens.
+        Timing leaves no trace: a job with these tokens trains in the same way.
         """
         job, recipe = self.job, subject.recipe
         before: dict[str, float] = (job.paused or job.known or {}).get("metrics", {})

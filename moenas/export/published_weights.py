@@ -45,7 +45,7 @@ class Layout:
     norm_bias: bool = False
     """Whether every norm has a bias; without one of ours it is 0."""
     indexer_neighbours: bool = False
-    """Whether those of a token indexer do."""
+    """Whether rotary positions of a token indexer turn pairs of neighbours."""
     from_one: bool = False
     """Whether the weight of a norm is written as its distance from 1."""
     gated_queries: bool = False

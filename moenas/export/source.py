@@ -28,7 +28,7 @@ from moenas.errors import InputError
 WIDTH = 100
 """Columns of the written text."""
 ON_CUDA = "on_cuda"
-"""The function whose call as a condition marks what is left out."""
+"""The function whose call as a condition marks code that is left out."""
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 """What lifted code may import."""
 
@@ -314,7 +314,8 @@ class SourceClosure:
                     waiting += ast.iter_child_nodes(at)
 
     def dropped(self, node: Definition) -> list[ast.stmt]:
-        """Return what is left out: methods that nothing mentions, and forms for one device."""
+        """Return the code that is left out: methods that nothing mentions, and forms for one
+        device."""
         methods = [
             x
             for x in (node.body if isinstance(node, ast.ClassDef) else ())

@@ -67,7 +67,7 @@ class Field:
     choices: tuple[Scalar, ...]
     """The values of a Literal that the field accepts; empty if any value of the type will do."""
     component: type[Component] | None
-    """The family that stands here, if the field is a component."""
+    """The family of the field's value, if it is a component."""
     is_list: bool
     """The field is a list of components, or of scalars if it has no `component`."""
     optional: bool
@@ -170,7 +170,7 @@ class Component:
     former: ClassVar[Mapping[str, str]] = {}
     """Former name of a field -> its present place: `field`, `field.inner`, or `field.kind` if the
     former field was the name of a kind. Space files and stored architectures may use these names.
-    Fingerprints are made of them, so that those of earlier versions stay valid."""
+    Fingerprints are made of them, so that fingerprints of earlier versions stay valid."""
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

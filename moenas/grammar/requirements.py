@@ -24,14 +24,17 @@ LARGEST = 1e30
 TRAINED = {
     "max_vio": ("max_vio", "the largest load of an expert over the mean, minus 1"),
     "load_cv": ("cv", "standard deviation of the loads over their mean"),
-    "load_entropy": ("entropy", "entropy of the shares of the load over that of an even one"),
+    "load_entropy": (
+        "entropy",
+        "entropy of the shares of the load over the entropy of an even load",
+    ),
     "dead_experts": ("dead", "experts with less than 1 % of the mean load"),
     "dropped_share": ("dropped", "share of the slots without room at the capacity of training"),
     "logit_rms": ("logit_rms", "root of the mean square of the router's logits"),
     "logit_max": ("logit_max", "the largest absolute logit of the router"),
 }
-"""Names of what is known of a layer's routing once it was trained, over the text of validation: the
-key of a row of it, and what it is."""
+"""Names of statistics of a trained layer's routing over the text of validation -> the key of a row,
+and the meaning."""
 
 LATENCIES = {
     "decode_ms": "the measured time of one decoding step",

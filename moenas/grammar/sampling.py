@@ -83,7 +83,7 @@ class Hole:
 
 
 def holes(tree: Tree) -> Iterator[Hole]:
-    """Yield every hole that can have an effect; of a varied group of layers those of its first.
+    """Yield every hole that can have an effect; in a varied group of layers only the first layer's.
 
     A hole of a named layer is yielded where the layer is used first.
     """
@@ -243,7 +243,7 @@ class Answers:
 
     @classmethod
     def of(cls, suggest: Suggest) -> Answers:
-        """Return answers that are given already, or those of another source."""
+        """Return answers that are given already, or answers of another source."""
         return suggest if isinstance(suggest, cls) else cls(suggest)
 
     def width(self, fit: Fit) -> int:

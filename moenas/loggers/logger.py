@@ -94,7 +94,7 @@ class Logger(ToleratedListener):
         self._waiting.put(item)
 
     def _work(self, waiting: queue.Queue[TrialLog | None]) -> None:
-        """Write what comes until None or the first failure."""
+        """Write the records that come until None or the first failure."""
         try:
             while (item := waiting.get()) is not None:
                 self.write(item)

@@ -92,7 +92,7 @@ def _numbers(evaluation: Evaluation) -> dict[str, float]:
 
 
 def point_numbers(point: CurvePoint) -> dict[str, float]:
-    """Return the numbers of a point of a learning curve, those of its routing included."""
+    """Return the numbers of a point of a learning curve, with the statistics of its routing."""
     plain: dict[str, Any] = dict(point)
     numbers = {
         f"train/{name}": value for name, value in plain.items() if name not in ("tokens", "routing")

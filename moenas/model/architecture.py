@@ -282,7 +282,7 @@ class Architecture(Component):
 
         The fields of the architecture, of the layer, of its parts and of their routers in canonical
         form, `n_layers`, and the kinds as `mixer` and `ffn`: see `field_names`. Fields that are
-        null are left out, and so are names that mean several fields of the layer.
+        null and names that mean several fields of the layer are left out.
         """
         whole = field_names.scalars(self, field_names.WHOLE)
         layers = self.canonical().layers
@@ -359,7 +359,7 @@ class Model(LayerStack):
     ) -> Tensor:
         """Return the float32 logits (B, S, V) of the token after each of `tokens` (B, S), int64.
 
-        With a cache, `tokens` continue those that it has seen. Computes in `dtype`, or in that
+        With a cache, `tokens` continue those that it has seen. Computes in `dtype`, or in the dtype
         of the parameters.
         """
         logits: Tensor = self.head(self.hidden(tokens, cache, dtype), self.embedding)

@@ -36,7 +36,7 @@ class BlockGroup(Component):
     """
 
     repeat: int = setting(
-        "how often the block or the pattern stands here", default=1, low=1, high=1000
+        "how often the block or the pattern is repeated", default=1, low=1, high=1000
     )
     vary: bool = setting("draw each of the layers by itself", default=False)
     mixer: Mixer | None = setting("how a token reads the tokens before it", default=None)
@@ -73,7 +73,7 @@ class BlockGroup(Component):
     )
     ffn_norm: NormPosition | None = setting(
         "where the norms of ffn and shortcut are; null: as norm_position of the model says (A.X"
-        " K1: sandwich around its mixtures alone). A parallel block has those of mixer_norm",
+        " K1: sandwich around its mixtures alone). A parallel block has the norms of mixer_norm",
         default=None,
         without_effect=(
             {"ffn": one_of(None)},

@@ -58,7 +58,7 @@ class ResidualAdd(nn.Module):
         return self.add(x, y, norm)
 
     def normed_output(self, y: Tensor, norm: Any) -> Tensor:
-        """Return the output of a part, normed where its norm stands there."""
+        """Return the output of a part, after its norm if the norm is on the output."""
         if self.norm_position == "output":
             y = norm(y)
         elif self.norm_position == "sandwich":

@@ -47,8 +47,8 @@ def size(length: Any) -> Any:
 def matrices(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module itself that are weights: drawn at random, and decaying.
 
-    The attribute `matrices` names them: a bias, stacked for experts, has two axes and is none, and
-    nor is a rate. Of a module without it they are those with two axes or more.
+    The attribute `matrices` names them: a bias that is stacked for experts has two axes and is no
+    matrix. A rate is none either. Of a module without it they are those with two axes or more.
     """
     own = dict(module.named_parameters(recurse=False))
     named = getattr(module, "matrices", None)

@@ -56,8 +56,8 @@ class AttentionMixer(Mixer, kind="attention"):
     """Causal softmax attention with rotary positions.
 
     Multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150), by the number
-    of key-value heads. A window or chunk bounds what a token sees, not what the cache keeps, and
-    the FLOPs are those of the full square with a mask.
+    of key-value heads. A window or chunk bounds what a token sees, not what the cache keeps. The
+    FLOPs count the full square with a mask.
     """
 
     head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)

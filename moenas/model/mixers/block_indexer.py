@@ -32,13 +32,13 @@ class BlockIndexer(Component):
     """
 
     head_dim: int = setting(
-        "width of an index head; the first elements turn as those of the attention do",
+        "width of an index head; its first elements turn as in the attention",
         low=8,
         high=MOST,
         multiple=8,
     )
     block: int = setting("tokens of a block, which begins at a multiple of it", low=1, high=1 << 20)
-    top_blocks: int = setting("blocks that a token reads, those of local_blocks included", low=1)
+    top_blocks: int = setting("blocks that a token reads, local_blocks included", low=1)
     local_blocks: int = setting(
         "blocks that a token always reads: its own, and those just before", default=1, low=1
     )

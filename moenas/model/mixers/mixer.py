@@ -10,7 +10,7 @@ from torch import Tensor
 from moenas.grammar.component import Part
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, K key-value heads, C width
-# of a head, L tokens so far, those of the cache included.
+# of a head, L tokens so far, with the tokens in the cache.
 
 
 MOST = 2**16
@@ -42,7 +42,7 @@ class KVCache:
         self.values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, K, S, C) keys and values and return those of all tokens so far.
+        """Append (B, K, S, C) keys and values; return the keys and values of all tokens so far.
 
         The room is taken at the first call, in the dtype and on the device of `keys`. Keys and
         values may differ in width.

@@ -14,11 +14,12 @@ from moenas.model.layer_inputs import LayerInputs, ReadsInputs, SharedKV
 
 
 class SharesKV(ReadsInputs):
-    """A mixer that shares keys, values or a bias table with later ones, or reads those of earlier.
+    """A mixer that shares keys, values or a bias table with later mixers, or reads an earlier
+    one's.
 
-    `kv_source` n: its keys are those of the n-th mixer before that has its own, None: its own.
-    `bias_shared`: whether the table of its position bias is that of the nearest mixer before that
-    has one, None: it needs none.
+    `kv_source` n: it reads the keys of the n-th earlier mixer that has its own, None: its own.
+    `bias_shared`: whether it reads the bias table of the nearest earlier mixer that has one, None:
+    it needs no table.
     """
 
     def __init__(self, kv_source: int | None, bias_shared: bool | None) -> None:

@@ -31,7 +31,7 @@ class TokenIndexer(Component):
 
     n_heads: int = setting("heads of the index scores", low=1, high=MOST)
     head_dim: int = setting(
-        "width of a head; the first elements, rope_dim of them, have a position",
+        "width of a head; the first rope_dim elements have a position",
         low=8,
         high=MOST,
         multiple=8,
@@ -172,7 +172,7 @@ class IndexedSelection(nn.Module):
 
 
 class IndexedCache(KVCache):
-    """A cache with the keys of an indexer beside those of the attention."""
+    """A cache with the keys of an indexer beside the keys of the attention."""
 
     def __init__(self, batch: int, context: int) -> None:
         super().__init__(batch, context)

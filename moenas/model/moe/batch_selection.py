@@ -74,10 +74,10 @@ class BaseSelection(Selection, kind="base"):
 class Base(ExpertSelection):
     """In training a balanced assignment of the most logits, at most ceil(T / E) tokens an expert.
 
-    An auction (Bertsekas, 1992): each token without an expert offers its best one what it gains
-    over the second best, plus a step; an expert keeps its highest offers, and its price is the
-    least of them. The step is `share` of the spread of the logits, so that the rounds are bounded
-    at any size of them; their sum is within T steps of the largest there is.
+    An auction (Bertsekas, 1992): Each token without an expert makes an offer to its best expert:
+    the gain over the second best, plus a step. An expert keeps its highest offers. Its price is the
+    least offer that it keeps. The step is `share` of the spread of the logits, so that the rounds
+    are bounded at any size of them; their sum is within T steps of the largest there is.
     """
 
     capturable = False  # in training the number of rounds depends on values

@@ -35,7 +35,7 @@ class ExpertRows(NamedTuple):
 
 
 def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: int) -> ExpertRows:
-    """Lay out rows so that those of each expert lie together, `multiple` times a whole number.
+    """Lay out rows so that the rows of each expert lie together, `multiple` times a whole number.
 
     Slots that are not `kept` have no row of an expert. With a multiple over 1 the host waits for
     the number of rows.
@@ -104,8 +104,8 @@ def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
     """Return which slots of `experts` (B, S, K) are among the first `capacity` at their expert.
 
-    Each sequence counts for itself and slots come in the order of the tokens, all of a token's
-    slots before those of the next: what comes later never takes the place of what came earlier.
+    Each sequence counts for itself. Slots come in the order of the tokens, so a later token never
+    takes the place of an earlier one.
     """
     batch = torch.arange(experts.shape[0], device=experts.device).view(-1, 1, 1)
     slots = (experts + n_experts * batch).flatten()
@@ -135,7 +135,7 @@ class TokenRows(NamedTuple):
     token: Tensor
     """(N,) the token of each row."""
     rows: Tensor
-    """(N,) the rows of the first token, then those of the second, and so on."""
+    """(N,) the rows of the first token, then the rows of the second, and so on."""
     first: Tensor | None
     """(T,) where the rows of each token begin in `rows`; None: all have equally many."""
     n_tokens: int
@@ -194,7 +194,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _SumRows(torch.autograd.Function):
-    """Tokens from rows; the gradient of a row is that of its token."""
+    """Tokens from rows; a row has the gradient of its token."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, at: TokenRows) -> Tensor:
@@ -224,7 +224,7 @@ def grouped_on_cuda(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Return `grouped` of any number of matrices, with a gradient of 0 where there are no rows.
 
     torch takes groups from the first row on. So a later part of the stack begins with the matrix
-    before it, whose group is all rows before; what it gives is not used.
+    before it, whose group is all rows before; its products are not used.
     """
     if gradient_unwritten(rows.device):
         stack = _ZeroWithoutRows.apply(stack, ends)  # type: ignore[no-untyped-call]
@@ -266,8 +266,8 @@ class _ZeroWithoutRows(torch.autograd.Function):
 def gradient_unwritten(device: torch.device) -> bool:
     """Whether a grouped product leaves the gradients of matrices without rows as they were.
 
-    So it is from compute capability 10 on (pytorch issue 172439). The fast path that this file is
-    written for is that of 9 (H100, H200).
+    So it is from compute capability 10 on (pytorch issue 172439). This file is written for the fast
+    path of capability 9 (H100, H200).
     """
     known = torch.cuda.is_available() and device.type == "cuda"
     return known and torch.cuda.get_device_capability(device)[0] >= 10

@@ -269,7 +269,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None = None) -> Tensor:
         """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts.
 
-        Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
+        Slots that are not `kept`, in the shape of `choice.experts`, add nothing; slots of experts
         from number E on must not be kept.
         """
         if traced(x):
@@ -291,7 +291,7 @@ class Experts(nn.Module):
         # gradient of its input: both sides are masked then.
         masked = None if all_read and self.weight_on == "output" else empty
         rows = rows if masked is None else rows.masked_fill(masked, 0)
-        # Numbers from E on are those of zero experts, whose rows are empty.
+        # Zero experts have numbers from E on; their rows are empty.
         expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
         # 3. One grouped product for all experts up, (N, 2 F or F), one down, (N, D).
         h = grouped(rows, self.up.to(x.dtype), ends)

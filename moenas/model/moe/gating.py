@@ -83,7 +83,7 @@ class Weights(nn.Module):
     A weight is the score of the expert, divided by the sum of the chosen if `normalize`, times
     `scale`, times a trained factor of the expert if there are `n_scales` (Gemma 4). With a `top_p`
     only the first experts of a token count that reach this share of all its scores together (arXiv
-    2403.07652). With an `eps` the weights are those of SparseMixer in place of scores.
+    2403.07652). With an `eps`, SparseMixer gives the weights in place of the scores.
     """
 
     matrices: tuple[str, ...] = ()
@@ -155,7 +155,7 @@ class Weights(nn.Module):
         Experts are taken one after another. The weight of one with the logit z is its softmax over
         those not taken before it whose logit z_j is at most 2 eps max(|z_j|, z) below.
         """
-        # 1. Logits z of the chosen experts (T, K, 1) against those of all experts (T, 1, E).
+        # 1. Logits z of the chosen experts (T, K, 1) against the logits of all experts (T, 1, E).
         best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)
         # 2. Leave out experts that are too far below: z - z_j > 2 eps max(|z_j|, z), (T, K, E).
         far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)

@@ -39,8 +39,8 @@ def _aux_loss(coef: float, **fields: Any) -> Plain:
 
 
 # What depends on the number of experts (groups) is left out of the presets. A coefficient is the
-# published number, and loss_reduce says of which loss: a router_aux_loss_coef of a released
-# configuration is that of the pooled loss.
+# published number, and loss_reduce says of which loss. A router_aux_loss_coef of a released
+# configuration belongs to the pooled loss.
 _MIXTRAL: Plain = {
     "top_k": 2,
     "normalize": True,

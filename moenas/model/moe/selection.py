@@ -361,7 +361,7 @@ class Threshold(ExpertSelection):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the thresholds towards those of the last training batch."""
+        """Move the thresholds towards the cutoffs of the last training batch."""
         if self.batch_cutoff is not None:
             moved = self.decay * self.cutoff + (1 - self.decay) * self.batch_cutoff
             self.cutoff.copy_(torch.where(self.known > 0, moved, self.batch_cutoff))
