@@ -65,7 +65,7 @@ ratios for bfloat16 mean little.
 
 
 def table(command: str, extra: list[str]) -> str:
-    """Run a benchmark and return its command and what it prints."""
+    """Run a benchmark; return its command and output."""
     name, *flags = command.split()
     flags += [flag for flag in extra if flag not in flags]
     run = [sys.executable, str(HERE / name), *flags]

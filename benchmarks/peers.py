@@ -25,8 +25,9 @@ CONTEXT = 32768
 """Positions of the configuration of a model, in tokens."""
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-"""Those of transformers that run on a CPU; the others need kernels for a GPU. `batched_mm` copies
-the weights of an expert for every slot: 17 GB for 2048 tokens of 2 experts of 3 x 256 x 512."""
+"""Implementations of transformers that run on a CPU; the others need kernels for a GPU.
+`batched_mm` copies the weights of an expert for every slot: 17 GB for 2048 tokens of 2 experts of 3
+x 256 x 512."""
 
 
 def machine() -> str:
@@ -40,7 +41,7 @@ def machine() -> str:
 
 
 def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
-    """Return the seconds that a call takes, and what it returns.
+    """Return the seconds that a call takes, and its result.
 
     CPU time with one thread, else wall time.
     """
@@ -53,7 +54,7 @@ def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
 def block_of(moe: MoE, implementation: str, dtype: torch.dtype) -> Qwen3MoeSparseMoeBlock:
     """Return the layer of Qwen3-MoE with the weights of ours, in the type that it computes in.
 
-    Those of the experts are copies, as theirs lie the other way round.
+    The weights of the experts are copies, because theirs lie the other way round.
     """
     experts: Any = moe.experts
     logits: Any = moe.router.logits
@@ -87,7 +88,7 @@ def architecture(n_experts: int, top_k: int, d_expert: int) -> Architecture:
 def model_of(architecture: Architecture, ours: Model, implementation: str) -> Any:
     """Return the model of transformers with the function and the weights of ours.
 
-    Its configuration and its weights are those of `moenas export --format transformers`.
+    It has the configuration and the weights that `moenas export --format transformers` writes.
     """
     (_, moe), *_ = ours.moe_layers()
     plain = family_config(architecture, CONTEXT)

@@ -2,7 +2,8 @@
 
     python benchmarks/zoo.py > docs/zoo.md
 
-Counted by arithmetic from the files. Name, source and what was published stand in their comments.
+Counted by arithmetic from the files. Their comments give the name, the source and the published
+numbers.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def figure(view: View) -> go.Figure:
 
 
 def _subtitle(info: ObjectiveInfo, n: int, n_holes: int) -> str:
-    text = f"mean {info.name} against that of all {n} candidates, at equal active parameters"
+    text = f"mean {info.name} against the mean of all {n} candidates, at equal active parameters"
     return f"{text}; {SHOWN} of {n_holes} holes" if n_holes > SHOWN else text
 
 

@@ -15,13 +15,13 @@ Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
 TRAINING = 3
-"""Operations of a training step over those of its forward pass."""
+"""Operations of a training step over the operations of its forward pass."""
 
 
 def training_flops(cost: Mapping[str, Any]) -> float:
     """Return the forward FLOPs of a token in training, by the stored cost of a candidate.
 
-    With heads for multi-token prediction they are more than those of the model.
+    With heads for multi-token prediction they exceed the FLOPs of the model.
     """
     return float(cost.get("training_flops_per_token") or cost.get("flops_per_token") or 0)
 
@@ -266,7 +266,7 @@ class CurvePoint(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation(_Record):
-    """What came of one candidate; a failure is an evaluation too."""
+    """The result of one candidate; a failure is an evaluation too."""
 
     study: str
     trial: int

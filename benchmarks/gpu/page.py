@@ -115,7 +115,7 @@ def figures(results: Results) -> Iterator[str]:
 
 
 def all_values(values: list[Value]) -> str:
-    """Write one value, or those of several processes."""
+    """Write one value, or the values of several processes."""
     return ", ".join(shown(value) for value in values)
 
 

@@ -89,8 +89,7 @@ the grey of the texts has a contrast of about 4 to 1 on both."""
 
 
 def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:
-    """Return key -> text of the notes to write: `note:` is the study's note, `note:12` the note of
-    trial 12.
+    """Return key -> text of the notes to write: `note:` for the study, `note:12` for trial 12.
 
     The note of a member of the front never changes, so one that is `known` is not made again.
     """

@@ -190,8 +190,7 @@ def _text_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
 
 
 def _text_folder(item: Node, key: str, folder: str) -> tuple[list[str], list[str]]:
-    """Return the files of a folder, which may be a data set of Hugging Face, and the files of
-    val."""
+    """Return the files of a folder or of a data set of Hugging Face, and the files of val."""
     if text_columns.is_dataset(folder):
         listed, val = _checked(item, key, lambda: text_columns.dataset_files(folder))
     else:

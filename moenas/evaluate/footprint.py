@@ -165,8 +165,7 @@ def _limits(
 
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> tuple[int, int] | None:
-    """Return the limit of a control group and the bytes that are free below it; None if it has
-    none."""
+    """Return the limit of a control group and the bytes free below it; None if it has none."""
     most, used = (next(iter(_lines(folder / name)), "") for name in (limit, usage))
     if not most.strip().isdigit() or not used.strip().isdigit():
         return None

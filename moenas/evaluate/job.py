@@ -127,8 +127,7 @@ class _Run:
         return None if limit is None else self.began + limit
 
     def resume(self, before: Evaluation) -> None:
-        """Take in the measurements from before the pause; their time counts towards the time
-        limit."""
+        """Take in the measurements from before the pause; their time counts for the time limit."""
         self.values, self.measurements = dict(before.values), dict(before.measurements)
         self.curve, self.seconds = list(before.curve), dict(before.seconds)
         self.began -= self.seconds.get("total", 0.0)

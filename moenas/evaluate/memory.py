@@ -57,8 +57,8 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
 
     On a CPU that is the sum of live tensor storages, which depends on the program alone: neither
     on the allocator nor on what else the process keeps. On CUDA it is the allocator's peak of
-    requested bytes, less what lived before and is not in `held`: whole blocks would depend on what
-    was cached before.
+    requested bytes, less the tensors that lived before and are not in `held`. Whole blocks would
+    depend on the cache of the allocator.
     """
     held = list(held)
     if device.type != "cuda":
@@ -80,8 +80,8 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
 def _warm_up(device: torch.device) -> None:
     """Let the libraries of CUDA take their workspaces, which they keep, out of torch's allocator.
 
-    cuBLAS takes 32 MiB at its first product on a stream, and so does cuBLASLt. Without this the
-    peak would depend on whether anything was computed before.
+    cuBLAS and cuBLASLt take 32 MiB each at their first product on a stream. Without this the peak
+    would depend on whether anything was computed before.
     """
     for stream in (torch.cuda.current_stream(device), side_stream(device)):
         with torch.cuda.stream(stream):

@@ -314,8 +314,7 @@ class SourceClosure:
                     waiting += ast.iter_child_nodes(at)
 
     def dropped(self, node: Definition) -> list[ast.stmt]:
-        """Return the code that is left out: methods that nothing mentions, and forms for one
-        device."""
+        """Return the code to leave out: methods that nothing mentions, and forms for one device."""
         methods = [
             x
             for x in (node.body if isinstance(node, ast.ClassDef) else ())

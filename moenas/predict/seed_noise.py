@@ -49,7 +49,7 @@ class ObjectiveNoise:
     def half_width(self, *seeds: int) -> float:
         """Return the half width of the 95 % interval of a mean over seeds.
 
-        Of two numbers of seeds, it is that of the difference of two means.
+        For two numbers of seeds, it is the half width of the difference of two means.
         """
         from scipy.stats import t
 
@@ -125,9 +125,9 @@ def seed_noise(
 ) -> SeedNoise | None:
     """Return the noise between seeds; None if no trial has a replicate.
 
-    `values` are those of the search, of every complete trial; `replicates` those of further seeds.
+    `values` come from the search, for every complete trial; `replicates` come from further seeds.
     The value of the search has selected the trial for the front, so it is too good on average. From
-    UNSELECTED further seeds on, a mean is that of the further seeds alone, which is unbiased. The
+    UNSELECTED further seeds on, a mean is over the further seeds alone, which is unbiased. The
     deviation is pooled over all seeds, as degrees of freedom are few.
     """
     rows = {trial: [own, *replicates.get(trial, ())] for trial, own in values.items()}
@@ -160,7 +160,7 @@ def seed_noise(
 
 
 def _mean(numbers: Sequence[float]) -> float:
-    """Return the mean; that of equal numbers is the number itself, without rounding."""
+    """Return the mean; of equal numbers it is the number itself, without rounding."""
     if min(numbers) == max(numbers):
         return numbers[0]
     return math.fsum(numbers) / len(numbers)

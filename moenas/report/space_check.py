@@ -18,7 +18,7 @@ DRAWS, DRAWN_LAYERS = 200, 20_000
 """Random architectures that `check` looks at, and how many layers they have in all."""
 SHOWN_DRAWS = 3
 SHOWN_POINTS = 10**40
-"""From this many points on, their number is told by its digits."""
+"""From this many points on, the number of digits is printed in place of the number."""
 COSTS = ("params", "active_params", "flops_per_token")
 COMPUTE_OPTIMAL = 20
 """Tokens a parameter of compute-optimal dense models: Hoffmann et al., 2022, arXiv 2203.15556,

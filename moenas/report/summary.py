@@ -181,7 +181,7 @@ def status_report(store: Store, name: str) -> Plain:
         "running_in": driver,
         "running": study_pace.running if driver is not None else [],
         "candidates_per_hour": per_hour,
-        # The pace is that of the search: further seeds of the front are trained after it.
+        # The pace counts the search alone: further seeds of the front are trained after it.
         "seconds_left": 3600 * left / per_hour if driver and per_hour and left else None,
         "ended": store.ended(name),
         "failures": summary.failures,
@@ -352,7 +352,7 @@ def trial_text(report: Plain, *, full: bool = False) -> str:
 
 
 def _details(report: Plain, name: str) -> str:
-    """Say how sure a measured value is, or what it must not be mistaken for."""
+    """Say how sure a measured value is, or that it is not comparable."""
     details = report["measurements"].get(name, {})
     if "acausal" in details:
         seen = " and ".join(details["acausal"]) or "no pass that was tried"

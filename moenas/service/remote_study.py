@@ -130,7 +130,7 @@ class RemoteStudy:
         return report
 
     def architecture(self, trial: int) -> Architecture:
-        """Return the architecture of a trial; its components must be those of moenas."""
+        """Return the architecture of a trial; all its components must belong to moenas."""
         from moenas.model.architecture import Architecture
 
         return Architecture.parse(self._get(f"/trials/{int(trial)}")["architecture"])

@@ -231,7 +231,7 @@ class _Sink(io.RawIOBase):
         return len(data)
 
     def take(self) -> bytes:
-        """Return what was written since the last call."""
+        """Return the text that was written since the last call."""
         written = bytes(self._held)
         self._held.clear()
         return written

@@ -43,7 +43,8 @@ def without_effect(tree: Tree) -> list[str]:
 
 
 def _written(tree: Tree) -> Iterator[tuple[Record, str, Fixed]]:
-    """Yield the scalar fields that the user wrote; those of a preset or a default share a place."""
+    """Yield the scalar fields that the user wrote; fields of a preset or a default share a
+    place."""
     if isinstance(tree, Listing):
         for item in tree.items:
             yield from _written(item)

@@ -22,7 +22,7 @@ def read_one_fit(tree: Tree) -> Fit | None:
     for fit in fits(tree):
         if first is not None and fit.mark != first.mark:
             raise SpaceError(
-                f"a second fit, beside that of {first.path}; a space has one: give a number or a"
+                f"a second fit, beside the fit of {first.path}; a space has one: give a number or a"
                 " range here",
                 location=fit.mark,
                 path=fit.path,

@@ -13,7 +13,7 @@ from moenas.model.architecture import Architecture
 from moenas.resources import Node
 
 KEY = "layer"
-"""The key that names a layer in a mapping; fields beside it win over those of the layer."""
+"""The key that names a layer in a mapping; fields beside it win over the layer's fields."""
 ITEM = re.compile(r"\bblocks(\.choice\.\d+)?\.\d+(\.choice\.\d+)*$")
 """The path of a block in a list: a word there can be nothing but the name of a layer."""
 

@@ -103,10 +103,11 @@ architecture:
 objectives: [active_params, flops_per_token]
 ```
 
-A name is only a spelling: the fingerprint and the cost are those of the architecture written out.
-A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each candidate,
-and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it again. A layer
-may use other layers. A name that is unknown, unused or the name of a kind is an error.
+A name is only a spelling: fingerprint and cost are the same as if the architecture were written
+out. A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each
+candidate, and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it
+again. A layer may use other layers. A name that is unknown, unused or the name of a kind is an
+error.
 """
 
 FIT = """\
@@ -121,8 +122,8 @@ d_expert: {fit: {active_params: 20e6, within: 0.01}}
 
 The target is `active_params`, `params`, `total_params`, `flops_per_token` or `weight_bytes`, as in
 `require`. `within` is the largest accepted difference over the target; without it the cost is
-exactly the target. `multiple_of: 64` asks for wider steps than those of the field. The field is a
-width, such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
+exactly the target. `multiple_of: 64` asks for wider steps than the field has. The field is a width,
+such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
 architecture has a plain number.
 
 A fit is also a requirement. A candidate is infeasible if the nearest width misses the target, or if
@@ -204,11 +205,12 @@ DATA_KEYS = {
 }
 
 AFTER_DATA = """\
-A relative path starts from the current directory. `architecture.vocab_size` must be at least that
-of the data; it is 256 for bytes. The first bytes of a file tell its format, and `moenas check` says
-what each is. If the names of all tables or token files of a folder or a pattern say train, val
-(valid, validation) or test, they are these splits; test is left out. Tables and tokenizers need
-`pip install 'moenas[data]'`. Encoded text is kept in the cache of the user, `~/.cache/moenas`.
+A relative path starts from the current directory. `architecture.vocab_size` must be at least the
+vocabulary of the data, which is 256 for bytes. The first bytes of a file tell its format, and
+`moenas check` says what each is. If the names of all tables or token files of a folder or a pattern
+say train, val (valid, validation) or test, they are these splits; test is left out. Tables and
+tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the cache of the user,
+`~/.cache/moenas`.
 """
 
 OVERRIDES = """\

@@ -66,7 +66,7 @@ def matching(folder: StorePath, pattern: str) -> list[StorePath]:
 
 
 def write_whole(path: StorePath, data: bytes) -> None:
-    """Write a file by a draft beside it, whose name begins with a dot and that of the file.
+    """Write a file by a draft beside it, whose name is a dot, the name of the file, and a suffix.
 
     An object store shows an object only once it is whole, and needs no draft.
     """

@@ -92,8 +92,8 @@ def ensure_identity(
 ) -> Identity:
     """Write down where a database lies and where its weights go; return its identity.
 
-    A copy of a database gets a uuid of its own, so that its weights never replace those of the
-    original; it still finds the weights that it was copied with.
+    A copy of a database gets a uuid of its own, so that its weights do not replace the weights of
+    the original; it still finds the weights that it was copied with.
 
     Raises:
         InputError: if $MOENAS_RUNS, `wanted`, would split the weights over two folders.
@@ -219,7 +219,7 @@ def _former(base: StorePath, name: str) -> StorePath:
 
 
 def _inside(base: Root | ObjectPath, name: str) -> Root | ObjectPath:
-    """Return a root of one database below that of several."""
+    """Return the root of one database below the root of several."""
     if isinstance(base, ObjectPath):
         return base / name
     root = Root(base / name)

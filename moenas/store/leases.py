@@ -16,7 +16,7 @@ STALE_S = 30.0
 """A driver that was not seen for this long is taken for dead."""
 
 AHEAD_S = 2.0
-"""A heartbeat so far in the future is that of a host with another clock."""
+"""A heartbeat so far in the future comes from a host with another clock."""
 
 
 def clock(connection: Connection) -> float:
@@ -48,7 +48,7 @@ def holder(connection: Connection, study: str) -> str | None:
     ahead = row.heartbeat - now
     seen = f"last seen {max(0.0, -ahead):.0f} s ago"
     if ahead > AHEAD_S:
-        seen = f"its clock is {ahead:.0f} s ahead of that of this host"
+        seen = f"its clock is {ahead:.0f} s ahead of the clock of this host"
     return f"pid {row.pid} on host {row.host} ({seen})"
 
 

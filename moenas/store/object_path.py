@@ -142,7 +142,8 @@ class ObjectPath:
         return [self / name for name in sorted(names - {self.name, ""})]
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Yield the objects below whose parts match those of a pattern; `*` matches a dot too."""
+        """Yield the objects below whose parts match the parts of a pattern; `*` matches a dot
+        too."""
         parts = pattern.split("/")
         for name in self._below():
             own = name.split("/")

@@ -124,7 +124,7 @@ class StoredView(View):
 
 
 def studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
-    """Return the study of a name, or all of them, oldest first."""
+    """Return the study of a name, or all studies, oldest first."""
     wanted = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)
     infos = select(tables.objective).order_by(tables.objective.c.position)
     if name is not None:

@@ -24,7 +24,7 @@ class Spending:
     train_tokens: float = 0.0
     """Up to the last row of each learning curve, failed candidates included."""
     train_flops: float = 0.0
-    """TRAINING times the forward FLOPs of these tokens, those of prediction heads included."""
+    """TRAINING times the forward FLOPs of these tokens, prediction heads included."""
 
     def plain(self) -> Plain:
         """Return the record as a JSON object."""

@@ -143,7 +143,7 @@ class Store(StoreReader):
         waiting.
 
         Raises:
-            StorageError: if the tables are those of another version of Optuna.
+            StorageError: if another version of Optuna wrote the tables.
         """
         from moenas.store.optuna_storage import open_storage
 
@@ -371,7 +371,8 @@ class Store(StoreReader):
             return front
 
     def _write(self, connection: Connection, evaluation: Evaluation, *, replaces: bool) -> None:
-        """Store an evaluation and its effect; it may replace that of an earlier attempt."""
+        """Store an evaluation and its effect; it may replace the evaluation of an earlier
+        attempt."""
         name, trial = evaluation.study, evaluation.trial
         record = row_readers.studies(connection, name)[0]
         now = _now()

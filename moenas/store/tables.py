@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 NAME_LENGTH = 512
-"""Longest name of a study: that of Optuna's own column."""
+"""Longest name of a study: the length of Optuna's own column."""
 
 Name = String(NAME_LENGTH)
 Json = JSON(none_as_null=True)
@@ -233,7 +233,7 @@ replicate = Table(
     "moenas_replicate",
     metadata,
     *_of_trial(),
-    # Seed of the initial weights and of the order of the data; not that of the study.
+    # Seed of the initial weights and of the order of the data; not the seed of the study.
     Column("seed", BigInteger, primary_key=True, autoincrement=False),
     Column("recorded_at", String(32), nullable=False),
     Column("status", String(16), nullable=False),

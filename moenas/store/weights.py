@@ -97,7 +97,7 @@ def place(runs: StorePath, study: str, trial: int) -> Plain | None:
 
 
 def write_draft(to: Plain, write: Callable[[str], object]) -> WeightsFile | None:
-    """Let `write` fill a file beside that of a trial's weights; return it once it is on the disk.
+    """Let `write` fill a draft beside the weights of a trial; return it once it is on the disk.
 
     None if this process does not share the driver's file system, or cannot write there.
 

@@ -203,7 +203,7 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Plain]:
             f"packed in the format {version}, this moenas knows {VERSION}; upgrade moenas"
         )
     if sorted(names) != sorted([MANIFEST, *sizes]):
-        raise _ContentError(f"its members are not those of {MANIFEST}; pack the study again")
+        raise _ContentError(f"its members differ from {MANIFEST}; pack the study again")
     for member, (size, _) in sizes.items():
         if not MEMBER.fullmatch(member) or archive.getinfo(member).file_size != size:
             raise _ContentError(f"'{member}' is not as {MANIFEST} says; pack the study again")

@@ -21,7 +21,7 @@ REPORT_S = 10.0
 
 
 class Budget:
-    """What a study has spent, against what it may spend."""
+    """The spending of a study, against its budgets."""
 
     def __init__(self, store: StudyStore, stop: Stop | None) -> None:
         self._store, self._stop = store, stop

@@ -86,7 +86,7 @@ def device_of(space: Space, name: str | None = None) -> torch.device:
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """One model and what was measured of it."""
+    """One model and its measurements."""
 
     architecture: Architecture
     latencies: dict[str, Measurement]

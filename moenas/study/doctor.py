@@ -51,7 +51,7 @@ def examine(store: Store, name: str) -> list[Finding]:
     """Compare both stores, the front, the weights and the files of a study; change nothing.
 
     Raises:
-        StudyBusyError: if a process runs the study: what it is writing would be taken for damage.
+        StudyBusyError: if a process runs the study: its unfinished writes would look like damage.
     """
     _require_rest(store, name)
     record = store.study(name)

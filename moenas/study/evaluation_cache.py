@@ -28,7 +28,7 @@ class EvaluationCache:
 
     An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
     objectives, files of components, device and versions are the same. Under a budget of seconds
-    the training tokens must be the same, too; those of a candidate that is not timed are unknown.
+    the training tokens must be the same, too; a candidate that is not timed has no known number.
     """
 
     def __init__(self, store: StudyStore, space: Space) -> None:
@@ -39,7 +39,7 @@ class EvaluationCache:
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
-        """Look for studies that were evaluated as this one is; `device` is that of the pool."""
+        """Look for studies that were evaluated as this one is; `device` is the pool's device."""
         space = self._space
         own, cached_device = self._store.study(), devices.named(device)
         dtype = training_dtype(space.train, cached_device)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from moenas.study.candidate import Candidate
 
 MARGIN = 2.0
-"""Factor on the width of an interval, in logarithms, outside of which a latency certainly is not:
-the interval is that of untrained routers, and one of ten models lies outside of it."""
+"""Factor on the width of an interval, in logarithms, within which a latency certainly is: the
+interval holds for untrained routers, and one of ten models lies outside of it."""
 
 
 class LatencyBounds:
@@ -31,7 +31,7 @@ class LatencyBounds:
         self._bounds: list[tuple[Requirement, Calibration]] = []
 
     def open(self, device: str) -> None:
-        """Read the calibrations for the bounds of the space; `device` is that of the pool."""
+        """Read the calibrations for the bounds of the space; `device` is the pool's device."""
         known = {
             objective.name: stored_in(
                 self._store.store, self._space, objective, devices.named(device)

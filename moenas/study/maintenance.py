@@ -131,8 +131,8 @@ def enqueue(
 ) -> list[Plain]:
     """Let a stored study evaluate some architectures next, also while a process runs it.
 
-    `refs` are those of `search.start_from`; `names` says what to store for some of them. Returns a
-    row for each architecture: source, fingerprint, and the trial that evaluates it or has
+    `refs` have the form of `search.start_from`; `names` says what to store for some of them.
+    Returns a row for each architecture: source, fingerprint, and the trial that evaluates it or has
     evaluated it.
 
     Raises:

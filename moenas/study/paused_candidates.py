@@ -100,7 +100,7 @@ class PausedCandidates:
         return True
 
     def job_fields(self, candidate: Candidate) -> Plain:
-        """Return what the job of a candidate has beside that of others.
+        """Return the fields that only the job of a paused candidate has.
 
         A candidate whose checkpoint cannot be read is trained again from its start.
         """

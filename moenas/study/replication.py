@@ -39,10 +39,10 @@ def missing_replicates(session: Session) -> list[Replicate]:
 class Replication:
     """Trains each member of the front of a finished search with `search.replicates` - 1 seeds.
 
-    The seeds follow that of the study. A seed decides the initial weights and the order of the
-    data; everything else is that of the search. Each replicate is a row of its own as soon as it
-    is finished, so an interrupted run goes on with those that are missing. The front and the
-    values of its members stay those of the search.
+    The seeds follow the seed of the study. A seed decides the initial weights and the order of the
+    data; everything else is as in the search. Each replicate is a row of its own as soon as it is
+    finished, so an interrupted run goes on with those that are missing. The front and the values of
+    its members stay as the search left them.
     """
 
     def __init__(self, session: Session, jobs: Jobs) -> None:

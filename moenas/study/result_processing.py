@@ -41,7 +41,7 @@ class ResultProcessor:
         """Under a budget of seconds, the name of the device that all candidates train on."""
 
     def add(self, evaluation: Evaluation) -> None:
-        """Take in a stored evaluation: its device is that of the study's latencies."""
+        """Take in a stored evaluation: its device becomes the device of the study's latencies."""
         if evaluation.status == "complete":
             self._trained_on = self._trained_on or evaluation.device.get("name")
             for name, details in evaluation.measurements.items():
@@ -78,7 +78,7 @@ class ResultProcessor:
     def _paused(self, evaluation: Evaluation, result: Result) -> Evaluation:
         """Return the evaluation of a candidate that paused; write its checkpoint.
 
-        It is failed if a latency was timed on another device than those of the study, or if there
+        It is failed if a latency was timed on another device than before in the study, or if there
         is no checkpoint.
         """
         evaluation = self._refuse_other_device(self._rescale_latency(evaluation))
@@ -125,7 +125,7 @@ class ResultProcessor:
         return self._apply_trained_requirements(architecture, self._rescale_latency(evaluation))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
-        """Return the evaluation of an earlier trial of the same model as that of a candidate.
+        """Return the evaluation of an earlier trial of the same model, for a candidate.
 
         The second item says why the weights are not copied, if they are not.
         """
@@ -149,9 +149,9 @@ class ResultProcessor:
         return copied, warning
 
     def reuse(self, candidate: Candidate, source: Evaluation) -> Evaluation | None:
-        """Return an evaluation of another study as that of a candidate; None if it cannot be.
+        """Return an evaluation of another study for a candidate; None if it cannot be reused.
 
-        It cannot be if its weights are gone, or its latencies are those of another reference time.
+        It cannot be reused if its weights are gone, or its latencies have another reference time.
         """
         if source.weights_sha256 is not None:
             place = self._store.runs, self._study, source.trial, candidate.number
@@ -186,7 +186,7 @@ class ResultProcessor:
             ) from error
 
     def _refuse_other_device(self, evaluation: Evaluation) -> Evaluation:
-        """Refuse a candidate whose seconds of training were those of another device model."""
+        """Refuse a candidate that another device model trained, under a budget of seconds."""
         name, first = evaluation.device.get("name"), self._trained_on
         if not self._space.train.has_time_budget or first is None or name == first:
             return evaluation
@@ -194,7 +194,7 @@ class ResultProcessor:
         return failed(evaluation, "refused", text)
 
     def _rescale_latency(self, evaluation: Evaluation) -> Evaluation:
-        """Express latencies by the study's reference times; refuse those of another device."""
+        """Express latencies by the study's reference times; refuse latencies of another device."""
         keys = {
             name: (details["reference_key"], details["reference_ms"])
             for name, details in evaluation.measurements.items()

@@ -158,7 +158,7 @@ def finish_renames(store: Store, present: str) -> None:
 
 
 def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
-    """Put the rows of the new name in place of those of the old one, which stays reserved."""
+    """Replace the rows of the old name by rows of the new name; the old name stays reserved."""
     new = study_rows.name_of(rows)
     submitted = submissions.find(connection, name, lock=True)
     if submitted is not None:

@@ -151,9 +151,9 @@ def _draw_scalar(field: Field, rng: random.Random) -> Any:
 def check_part(kind: type[Component], instances: int = 10) -> None:
     """Check a kind of mixer, feed-forward layer, score or selection inside random small models.
 
-    Plain data read back as the same part; the cost is that of the built model; weights are all
-    set by the seed; the output is finite, looks at no later token, and is the same with a cache;
-    every parameter gets a gradient; the code can be exported.
+    Plain data read back as the same part; the cost equals the cost of the built model; weights are
+    all set by the seed; the output is finite, looks at no later token, and is the same with a
+    cache; every parameter gets a gradient; the code can be exported.
 
     Raises:
         InputError: naming the part, its fields and what does not hold.
@@ -435,7 +435,7 @@ def check_source(section: Plain) -> None:
 
 
 def check_file(path: Path) -> Iterator[str]:
-    """Check a Python file by what it defines; yield a line for each thing that holds.
+    """Check a Python file by its definitions; yield a line for each check that passes.
 
     Raises:
         InputError: naming what does not hold, or saying that the file defines nothing of ours.

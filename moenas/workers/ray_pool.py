@@ -273,7 +273,7 @@ class RayPool:
         return results
 
     def _has_room(self) -> bool:
-        """Whether a job must have begun by now: others do not use what it needs."""
+        """Whether a job must have begun by now: no other job uses the resources that it needs."""
         if self._cluster.head is not None and self._cluster.users == 1:
             return True
         asked = {"CPU": self._search.cpus, "GPU": self._search.gpus or 0.0}
@@ -352,7 +352,5 @@ def _result(job: Job, said: Any) -> Result:
     try:
         sent = json.loads(said["evaluation"])
     except (KeyError, TypeError, ValueError) as error:
-        return Result(
-            job, Failure("invalid", f"what came back is no evaluation: {error_line(error)}")
-        )
+        return Result(job, Failure("invalid", f"the result is no evaluation: {error_line(error)}"))
     return checked_result(job, sent, said.get("weights"))

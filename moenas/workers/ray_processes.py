@@ -82,9 +82,8 @@ class FreshProcesses:
 
     def __init__(self, ray: Any, evaluate: Evaluate, search: Search) -> None:
         self._ray, self._evaluate, self._gpus = ray, evaluate, search.gpus or 0.0
-        # max_calls in the decorator, not in options: a process, and what it holds of a GPU, must
-        # not outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for
-        # ever.
+        # max_calls in the decorator, not in options: a process, and its memory on a GPU, must not
+        # outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for ever.
         self._remote = ray.remote(max_calls=1, max_retries=0)(work).options(
             num_cpus=search.cpus, num_gpus=self._gpus, num_returns="streaming", name="_work"
         )
