@@ -109,8 +109,8 @@ def model_of(architecture: Architecture, ours: Model, implementation: str) -> An
 def agree(ours: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Stop unless two functions give the same (B, S, ...) for `x`, up to the rounding of its type.
 
-    A tenth of the tokens may differ: where the logits of a router nearly tie, rounding chooses, and
-    theirs are rounded to the 8 bits of bfloat16, ours are not.
+    A tenth of the tokens may differ: where the logits of a router nearly tie, rounding chooses.
+    Their logits are rounded to the 8 bits of bfloat16, ours are not.
     """
     a, b = ours(x).detach().float(), wanted(x).detach().float()
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1)

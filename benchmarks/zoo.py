@@ -36,7 +36,7 @@ proportions.
 Of the active parameters all are counted that one token passes through, of an input embedding with
 a table of its own one row. FLOPs are for a token of the forward pass at a context of 4,096, two for
 each multiply-add; `moenas check` counts at `train.context`, 128 if the file says nothing, and
-`moenas check zoo/mixtral_8x7b train.context=4096 train.tokens=1e6` at that of the table.
+`moenas check zoo/mixtral_8x7b train.context=4096 train.tokens=1e6` at the context of the table.
 Published figures are rounded, and often leave out embeddings.
 
 | file | source | parameters | active | GFLOP/token | published | same as in transformers |

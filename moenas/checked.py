@@ -114,9 +114,7 @@ def checked_evaluation(sent: object, job: Job) -> Evaluation:
     for name in ("study", "trial", "attempt"):
         received, wanted = sent.get(name), getattr(job, name)
         if type(received) is not type(wanted) or received != wanted:
-            raise ValueError(
-                f"{name} is {_shown(received)}, and that of the job is {_shown(wanted)}"
-            )
+            raise ValueError(f"{name} is {_shown(received)}, but the job has {_shown(wanted)}")
     status = sent.get("status")
     if status not in ("complete", "failed", "paused"):
         raise ValueError(f"status is {_shown(status)}; a worker says complete, failed or paused")

@@ -59,9 +59,9 @@ class Cost:
     product (a multiplication and an addition), attention over the full context, nothing for
     element-wise work. A training step costs about three times that."""
     kv_bytes_per_token: int = 0
-    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16): keys and
-    values of every token, those behind a window or chunk too; of latent attention the latent and
-    the rotary key. A state of fixed size adds 0."""
+    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16). It holds
+    keys and values of every token, also behind a window or chunk. Latent attention has the latent
+    and the rotary key. A state of fixed size adds 0."""
 
     def __init__(
         self,

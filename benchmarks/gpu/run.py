@@ -2,12 +2,11 @@
 
     python benchmarks/gpu/run.py [--budget SECONDS] [--only NAMES] [--into FOLDER] [--page]
 
-Each group of figures is a process of its own with a time limit: one that crashes or hangs costs its
-own figures, and of these only those that it had not told. While a group measures, the process of
-the next one imports its libraries and waits. After each group benchmarks/results/gpu-<card>.json
-and docs/gpu.md are rewritten, and copied to $OUT if that is set. With --only the other groups keep
-the figures of an earlier run. Without a GPU everything runs dry, on tiny sizes, and is written to
-build/gpu.
+Each group of figures is a process of its own with a time limit. A process that crashes or hangs
+costs only the figures that it had not reported. While a group measures, the process of the next one
+imports its libraries and waits. After each group benchmarks/results/gpu-<card>.json and docs/gpu.md
+are rewritten, and copied to $OUT if that is set. With --only the other groups keep the figures of
+an earlier run. Without a GPU everything runs dry, on tiny sizes, and is written to build/gpu.
 """
 
 from __future__ import annotations

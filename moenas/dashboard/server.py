@@ -84,8 +84,8 @@ ON_THE_PAGE: Plain = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
 }
-"""The dashboard shows one figure in its light and its dark mode: the card shines through, and
-the grey of the texts has a contrast of about 4 to 1 on both."""
+"""The dashboard shows one figure in its light and its dark mode. Its background is transparent. The
+grey of the texts has a contrast of about 4 to 1 on both."""
 
 
 def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:
@@ -127,8 +127,8 @@ def patch_dashboard() -> bool:
 
     - It reads constraints where Optuna 4 kept them, so constraints of `Trial.set_constraint` do not
       show. Here a trial is sent with the values of `FrozenTrial.constraints`.
-    - Its best trials ignore constraints, and with three objectives it finds them by comparing all
-      pairs in Python at every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.
+    - Its best trials ignore constraints. With three objectives it compares all pairs in Python at
+      every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.
     - It collects the search space from all trials at every poll, unless one is running. Here
       it goes on from the first that was not finished.
     - Figures come in the order of a set, another in each process. Here they are in reading order.
@@ -235,8 +235,8 @@ class LoopbackGuard:
 
     Listening on loopback keeps other machines out, but not the web pages in the user's browser. A
     page can let its own name point to 127.0.0.1 (then `Host` names it), or send requests across
-    (then `Origin` does). Of what changes the database only notes are let through: trials and
-    studies have their record in moenas' own tables, which the dashboard knows nothing of.
+    (then `Origin` does). Of the requests that change the database only notes are allowed. Trials
+    and studies have their record in moenas' own tables, which the dashboard does not know.
     """
 
     def __init__(self, app: WSGIApplication) -> None:

@@ -194,8 +194,8 @@ def require_utf8(name: str, text: bytes) -> None:
 def columns(paths: list[str], column: str, val: list[str] | None = None) -> Text:
     """Return the texts of a column of JSON Lines, Parquet or Arrow files; each row is a document.
 
-    The files `val` are the validation split; without them a row validates by the digest of its
-    text, so that equal rows are in one split.
+    The files `val` are the validation split. Without them the digest of its text decides the split
+    of a row, so that equal rows are in one split.
 
     Raises:
         DataError: naming file and row of what cannot be read.

@@ -27,8 +27,9 @@ TRAINED, HELD = 16, 4
 """Bytes of a parameter in training (weight, gradient, two moments in float32) and out of it."""
 
 KEPT = 4
-"""More bytes than a pass keeps for its gradient, for each of its operations: of 30 random models of
-all parts the most was 0.8, the median 0.3. Only what may be too much is worked out exactly."""
+"""Upper bound of the bytes that a pass keeps for its gradient, for each of its operations. Over 30
+random models of all parts the most was 0.8, the median 0.3. Only what may be too much is worked out
+exactly."""
 
 
 # --- memory that a candidate needs -------------------------------------------------------------
@@ -98,9 +99,9 @@ def holding_bytes(architecture: Architecture) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that this process can still take on a device; None if it is unknown.
 
-    On a CPU the least of what the kernel calls available and what every control group above this
-    process leaves; files in the page cache count as free. On CUDA what the driver and torch's
-    allocator have left.
+    On a CPU it is the least of the memory that the kernel calls available, and of the free memory
+    of each control group above this process. Files in the page cache count as free. On CUDA what
+    the driver and torch's allocator have left.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -266,8 +267,9 @@ def require_fit(
 ) -> None:
     """Refuse a candidate that does not fit its device.
 
-    It fits if all that share the device would fit into what is free, as at the start of a run, or
-    if it fits into its share of the whole: what the others hold is not free any more.
+    It fits if all that share the device would fit into the free memory, as at the start of a run.
+    It also fits if it fits into its share of the whole, because the others may hold their shares
+    already.
 
     Raises:
         NoRoomError: with the bytes that it needs and the bytes that are free.

@@ -65,10 +65,10 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     it must be. A candidate
     that pauses at a rung has the status `paused`, and its checkpoint in place of the weights.
 
-    Objectives are measured as cheaply as they can be: those that need the cost first, then those
-    that need the model, then, after training, the rest; nothing is built or trained that none of
-    them needs. A failure of the candidate is an evaluation with the status `failed` and a reason,
-    and with all that was measured before.
+    Cheap objectives are measured first: objectives that need the cost, then objectives that need
+    the model, then, after training, the rest. Nothing is built or trained that no objective needs.
+    A failure of the candidate is an evaluation with the status `failed` and a reason, and with all
+    that was measured before.
     """
     run = _Run(job)
     failure = None
@@ -257,7 +257,7 @@ class _Run:
         self.train(subject)
         if self.paused:
             return
-        if self.job.keeps_weights:  # now: they are those of the stored loss
+        if self.job.keeps_weights:  # now: they belong to the stored loss
             self.weights = _weights(subject, self.job)
         self.measure(subject, [o for o in objectives if o.needs == "training"])
 

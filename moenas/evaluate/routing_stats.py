@@ -158,11 +158,11 @@ class RoutingAccumulator:
 class CollapseDetector:
     """Looks out for layers whose router sends almost everything to few experts.
 
-    Judged over 4 rows of the curve at a time, and over as many more as it takes until each expert
-    could have had 100 slots: over fewer slots a rare expert looks like a dead one. A router without
-    balancing often leaves 15 of 16 experts idle for a row or two after warm-up and then finds them
-    again: no expert counts that had a share of the load in any of the rows. Layers that choose by a
-    fixed hash are left out, for nothing about them can collapse.
+    It judges over 4 rows of the curve at a time, and over more until each expert could have had 100
+    slots. Over fewer slots a rare expert looks like a dead one. A router without balancing often
+    leaves 15 of 16 experts idle for a row or two after warm-up, and then uses them again. So an
+    expert with a share of the load in any of the rows does not count as dead. Layers that choose by
+    a fixed hash are left out, for nothing about them can collapse.
     """
 
     def __init__(self, layers: Layers, max_dead: float | None) -> None:

@@ -1,10 +1,10 @@
 """From a built model to the Python text that builds it again without moenas.
 
 Two readings make the text. The constructor calls are recorded while the model is built, so that
-`build()` is one literal expression. The definitions are copied from their files unchanged:
-every class, function and constant that the calls reach through the names in the code, and of a
-class only the methods that something mentions. Code under `if on_cuda(...)` is left out: it is
-another implementation for one device. Code that needs moenas raises InputError.
+`build()` is one literal expression. The definitions are copied from their files unchanged: every
+class, function and constant that the calls reach through the names in the code. Of a class only the
+mentioned methods are copied. Code under `if on_cuda(...)` is left out: it is another implementation
+for one device. Code that needs moenas raises InputError.
 """
 
 from __future__ import annotations

@@ -58,8 +58,7 @@ def load_stored(space: Plain, *, allow_code: bool) -> None:
     """Load the files of parts that a stored space uses, if the user allows it.
 
     A database is not code: another user may have written its content. A file that lies at its path
-    with the stored digest, where nobody else can have put it, is the user's own, and counts as
-    allowed.
+    with the stored digest, where nobody else can have put it, counts as allowed.
 
     Raises:
         InputError: if a text is not the one that its digest names, or is not allowed.

@@ -31,8 +31,8 @@ class BlockGroup(Component):
     """`repeat` equal blocks after one another, or a pattern of blocks `repeat` times.
 
     A block has a mixer, a feed-forward layer or both. A pattern is a list of groups instead. A
-    mixer alone in a block and an ffn alone in the next are the same as one block of both, and are
-    counted as one layer.
+    mixer alone in a block and an ffn alone in the next are the same as one block of both. They
+    count as one layer.
     """
 
     repeat: int = setting(
@@ -336,10 +336,10 @@ def is_mixture(part: Part | None) -> bool:
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
-    Such a pair computes the same as one block at every position of the norm, with four exceptions:
-    a shortcut is added or a factor multiplied between them, the shortcut beside the ffn has a norm
-    of its own there, or both are mixtures of experts. Delays count the new blocks. Nothing changes
-    if a part depends on its layer index.
+    Such a pair computes the same as one block at every position of the norm, with four exceptions.
+    A shortcut is added between them, or a factor is multiplied between them. The shortcut beside
+    the ffn has a norm of its own there. Both are mixtures of experts. Delays count the new blocks.
+    Nothing changes if a part depends on its layer index.
     """
     different = {id(layer): layer for layer in layers}.values()
     if any(part.layer_indexed for layer in different for part in layer.parts.values()):

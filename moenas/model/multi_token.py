@@ -30,12 +30,12 @@ class MultiTokenPrediction(Component):
     """`mtp`: heads beside the model in training; head k predicts the token after the next k.
 
     The sequential modules of DeepSeek-V3 (arXiv 2412.19437, section 2.2). Head k joins the output
-    of head k - 1, or of the model, with the embedding of the k-th next token: both have an
-    RMSNorm, and a matrix maps 2 d_model to d_model (equation 21). A block follows, then a norm as
-    before the head of the model, and that head (equation 23). The block is made as the last one of
-    the model, with keys and values of its own. The model's embedding and head are used. The
-    training loss is the loss of the next token plus `weight` times the mean loss of the heads
-    (equation 25). Neither the validation loss nor a stored or exported model has the heads.
+    of head k - 1, or of the model, with the embedding of the k-th next token. Both have an RMSNorm,
+    and a matrix maps 2 d_model to d_model (equation 21). A block follows, then a norm as before the
+    head of the model, and that head (equation 23). The block is made as the last one of the model,
+    with keys and values of its own. The model's embedding and head are used. The training loss is
+    the loss of the next token plus `weight` times the mean loss of the heads (equation 25). Neither
+    the validation loss nor a stored or exported model has the heads.
     """
 
     depth: int = setting("heads, one after another", default=1, low=1, high=16)

@@ -31,11 +31,11 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 def latency_terms(architecture: Architecture, batch: int, context: int, tokens: int) -> Terms:
     """Return the terms of one pass of a model: the sum over its blocks, and the head.
 
-    The pass has `tokens` new tokens in `batch` sequences, each of which sees `context` tokens. Of
-    each part of a block, by its kind, there are the floating-point operations, the weights that
-    are read at most, and the bytes of the key-value cache. A word of a block, such as
-    `block.ffn.activation=gelu`, counts the blocks that hold it. A number, such as
-    `block.ffn.n_experts`, is the sum over the blocks.
+    The pass has `tokens` new tokens in `batch` sequences, each of which sees `context` tokens. Each
+    kind of part has three terms: the floating-point operations, the weights that are read at most,
+    and the bytes of the key-value cache. A word of a block, such as `block.ffn.activation=gelu`,
+    counts the blocks that hold it. A number, such as `block.ffn.n_experts`, is the sum over the
+    blocks.
     """
     layers = architecture.canonical().layers
     terms = defaultdict[str, float](float, {MODEL: 1.0, LAYERS: float(len(layers))})
@@ -132,8 +132,8 @@ def error_bound(errors: Sequence[float], coverage: float) -> tuple[float, float]
     """Return the bound of the absolute error of a further model, and its coverage.
 
     `errors` has an error for each of n models outside the fit. The bound is the k-th smallest
-    absolute error with k = ceil((n + 1) coverage): a further model of the same distribution lies
-    within it with at least that probability, whatever the distribution (split conformal prediction,
+    absolute error with k = ceil((n + 1) coverage): A further model of the same distribution lies
+    within it with at least this probability, whatever the distribution (split conformal prediction,
     Lei et al., arXiv 1604.04173, section 2.2). Too few models give the largest error, and k / (n +
     1).
 

@@ -78,11 +78,11 @@ class SeedNoise:
     ) -> dict[int, float]:
         """Return trial -> probability that no other trial dominates it.
 
-        All values are drawn together from their posterior: in each draw the variance of an
-        objective is degrees * deviation^2 / chi-squared(degrees), and the value of a trial is
-        normal around its mean with the variance over the seeds in it. That is the posterior
-        of a one-way layout with equal variances under the prior 1 / variance (Gelman et al.,
-        Bayesian Data Analysis, 3rd ed., section 3.2).
+        All values are drawn together from their posterior. In each draw the variance of an
+        objective is degrees * deviation^2 / chi-squared(degrees). The value of a trial is normal
+        around its mean, with this variance over its number of seeds. That is the posterior of a
+        one-way layout with equal variances under the prior 1 / variance (Gelman et al., Bayesian
+        Data Analysis, 3rd ed., section 3.2).
         """
         names = list(directions)
         sign = np.array([1.0 if directions[name] == "minimize" else -1.0 for name in names])

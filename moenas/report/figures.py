@@ -19,8 +19,9 @@ from moenas.grammar.summary import compact, one_line
 from moenas.records import Evaluation, ObjectiveInfo, View
 from moenas.resources import listing, load_module, take
 
-# After Okabe and Ito's palette, which colour-blind readers can tell apart: without yellow and
-# black, and with a lighter blue, for one is lost on white paper and the others on a dark page.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Yellow is left out, because it
+# is lost on white paper. Black is left out and blue is lighter, because they are lost on a dark
+# page.
 BLUE, VERMILION, GREEN = "#2484CE", "#D55E00", "#009E73"
 COLOURS = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", "#8C6BB1", "#8A6D3B")
 GREY = "#9AA0A6"
@@ -251,8 +252,8 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     that say `NEEDS = "training"` are left out of a study that does not train, and those that say
     `NEEDS = "rungs"` of one without results at rungs.
 
-    A file that does not run, or does not give a figure, becomes a figure that says so: a study
-    must not end because of a picture of it.
+    A file that does not run, or does not give a figure, becomes a figure that says so. A study must
+    not end because of a picture.
     """
     files = listing("dashboards", ".py")
     names = [name for name in ORDER if name in files]

@@ -22,7 +22,7 @@ def seed_report(store: Store, name: str) -> Plain | None:
     """Return what the replicates of a study say of its front; None without replicates.
 
     A replicate counts if it is complete, and was measured on the device and with the versions of
-    its trial: one value is compared with its like.
+    its trial.
     """
     rows = replicates.rows(store, name)
     if not rows:

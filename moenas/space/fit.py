@@ -39,8 +39,8 @@ def fit_cost(fit: Fit, cost: Cost) -> int:
 def solve(tree: Tree, fit: Fit, answers: Answers, cost_of: Callable[[Architecture], Cost]) -> None:
     """Set the width of the fit to the one whose cost is nearest to the target.
 
-    The cost grows with the width, so the first width that reaches the target is found by doubling
-    and bisection; it or the one before it is the nearest. A draw without the field stays as it is.
+    The cost grows with the width. So doubling and bisection find the first width that reaches the
+    target. This width or the one before it is the nearest. A draw without the field stays as it is.
 
     Raises:
         SpaceError: if the fields do not go together at a width that is tried.

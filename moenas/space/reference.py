@@ -71,7 +71,7 @@ HOLE_FORMS = {
 }
 
 AFTER_HOLES = """\
-A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
+A group of blocks with `vary: true` draws each of its layers by itself. A group of n layers with c
 variants each has c to the power of n points.
 
 A bare word is a component of that kind with its defaults: `balance: bias` is
@@ -170,10 +170,10 @@ A comparison with one of these names is decided after training, by the routing o
 text or by the measured latency. The worst layer counts. A candidate that violates it is infeasible.
 Its values are kept, but it is never on the front. The sampler gets the amount of the violation.
 
-A requirement on a latency needs that objective. Where `moenas calibrate` has stored a prediction,
-a bound such as `decode_ms < 5` refuses a candidate before training if it is certainly broken: the
-whole interval of the prediction, taken twice as wide, is outside, and no part of the model is
-larger than in the measured ones.
+A requirement on a latency needs that objective. Where `moenas calibrate` has stored a prediction, a
+bound such as `decode_ms < 5` can refuse a candidate before training. The bound must be certainly
+broken: the whole interval of the prediction, taken twice as wide, is outside. No part of the model
+may be larger than in the measured models.
 """
 
 DATA_FORMS = {
@@ -207,10 +207,10 @@ DATA_KEYS = {
 AFTER_DATA = """\
 A relative path starts from the current directory. `architecture.vocab_size` must be at least the
 vocabulary of the data, which is 256 for bytes. The first bytes of a file tell its format, and
-`moenas check` says what each is. If the names of all tables or token files of a folder or a pattern
-say train, val (valid, validation) or test, they are these splits; test is left out. Tables and
-tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the cache of the user,
-`~/.cache/moenas`.
+`moenas check` says what each is. The names of all tables or token files of a folder or a pattern
+may say train, val (valid, validation) or test. Then they are these splits, and test is left out.
+Tables and tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the cache of the
+user, `~/.cache/moenas`.
 """
 
 OVERRIDES = """\

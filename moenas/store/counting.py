@@ -15,8 +15,9 @@ def is_evaluated(
 ) -> bool:
     """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
 
-    Complete, failed and stopped candidates count. A draw that breaks a requirement before it is
-    built, a copy of an earlier trial of the same model and a trial of another program do not.
+    Complete, failed and stopped candidates count. Three kinds do not: a draw that breaks a
+    requirement before it is built, a copy of an earlier trial of the same model, and a trial of
+    another program.
     """
     if "copied_from" in metrics:
         return False

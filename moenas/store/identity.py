@@ -93,7 +93,7 @@ def ensure_identity(
     """Write down where a database lies and where its weights go; return its identity.
 
     A copy of a database gets a uuid of its own, so that its weights do not replace the weights of
-    the original; it still finds the weights that it was copied with.
+    the original. It still finds the weights that it was copied with.
 
     Raises:
         InputError: if $MOENAS_RUNS, `wanted`, would split the weights over two folders.
@@ -187,8 +187,8 @@ def _check_whole(known: Identity, name: str, root: StorePath) -> None:
 def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -> Root | ObjectPath:
     """Return the root of the weights of a database, and those where they may also lie.
 
-    It is in $MOENAS_RUNS, a folder or a URL; or else in the one that is written down; or else in
-    moenas_runs beside the SQLite file, or in the folder that this process began in.
+    It is in $MOENAS_RUNS, a folder or a URL, or else in the root that the database names. Without
+    both it is in moenas_runs beside the SQLite file, or in the folder that this process began in.
     """
     beside = (path.parent if path else folder) / FOLDER
     base: Root | ObjectPath = Root(beside)

@@ -56,8 +56,8 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
     """Make `owner` the driver of a study; the caller's transaction has locked the study's row.
 
     Returns who runs it, if another one lives: its process is there and it was seen lately. A
-    heartbeat in the future is brought back to now, so that it counts for `STALE_S` and no longer;
-    a living driver writes a new one.
+    heartbeat in the future is brought back to now, so that it counts for `STALE_S` and no longer. A
+    living driver writes a new one.
     """
     row, now = _row(connection, study), clock(connection)
     if row is not None and row.owner != owner and is_alive(row, now):

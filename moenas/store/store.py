@@ -59,8 +59,8 @@ def _now(precision: str = "milliseconds") -> str:
 class Store(StoreReader):
     """The studies of one database, and the folder of their weights.
 
-    Every method is one transaction, which is tried again for a limited time when it fails for a
-    reason that passes: a lock, a restart of the server, a full disk. One that names a study raises
+    Every method is one transaction. It is tried again for a limited time if it fails for a reason
+    that passes: a lock, a restart of the server, a full disk. One that names a study raises
     NotFoundError if there is none of that name, and StorageLostError if the database cannot be
     reached any more.
     """
@@ -122,9 +122,8 @@ class Store(StoreReader):
     def runs(self) -> Root | ObjectPath:
         """Where the weights of this database lie, and of no other one.
 
-        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was
-        opened; or else in the root that the database names, or in moenas_runs/ beside the SQLite
-        file.
+        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was opened. Else it
+        is in the root that the database names, or in moenas_runs/ beside the SQLite file.
         """
         database = self._database
         return identity.runs(

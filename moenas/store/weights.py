@@ -40,8 +40,8 @@ SLUG = 40
 def weights_path(runs: StorePath, study: str, trial: int) -> StorePath:
     """Return `runs/<study>/<trial>/model.safetensors`, always inside `runs`.
 
-    The study's folder is its name in lower-case letters, digits and hyphens, and ten digits of
-    the name's digest: no name can leave `runs`, and no two names share a folder.
+    The study's folder is its name in lower-case letters, digits and hyphens, and ten digits of the
+    name's digest. So no name can leave `runs`, and no two names share a folder.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")[:SLUG].strip("-") or "study"
     digest = sha256(study.encode("utf-8", "surrogatepass"))
@@ -234,8 +234,8 @@ def copy_weights(
     The other trial is one of the study `of`, or of the same study.
 
     They are one file under two names, or two files where the file system has no hard links. A
-    reader finds what it finds while `write_weights` is at work; that replaces one name alone.
-    Raises OSError if the disk refuses.
+    reader may read while `write_weights` works: that replaces one name alone. Raises OSError if the
+    disk refuses.
 
     Raises:
         InputError: as `read_weights` does.

@@ -1,9 +1,8 @@
 """A study as one zip file: packed, and unpacked into another database.
 
-The members are `manifest.json` with the digest of each other member, `space.yaml`,
-`rows/TABLE.jsonl` for each table that has rows, and `weights/SHA256.safetensors` for each file of
-weights or checkpoint.
-The same rows always give the same bytes.
+The members are `manifest.json` with the digest of each other member, `space.yaml`, and
+`rows/TABLE.jsonl` for each table that has rows. Each file of weights or checkpoint is
+`weights/SHA256.safetensors`. The same rows always give the same bytes.
 """
 
 from __future__ import annotations
@@ -195,9 +194,9 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Plain]:
         version, members = manifest["version"], dict(manifest["members"])
         sizes = {member: (int(m["size"]), str(m["sha256"])) for member, m in members.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _ContentError(f"{MANIFEST} is not that of a packed study") from None
+        raise _ContentError(f"{MANIFEST} does not describe a packed study") from None
     if not known or not isinstance(version, int):
-        raise _ContentError(f"{MANIFEST} is not that of a packed study")
+        raise _ContentError(f"{MANIFEST} does not describe a packed study")
     if version != VERSION:
         raise _ContentError(
             f"packed in the format {version}, this moenas knows {VERSION}; upgrade moenas"

@@ -104,7 +104,8 @@ def calibrate(
 
     A third of the models set the interval, and a quarter test it. Both are random draws, and are
     not in the fit. The fit has the other models, chosen from many draws so that their numbers of
-    parameters lie evenly among them, and a model of one block for each different block of these.
+    parameters lie evenly among them. It also has a model of one block for each different block of
+    these models.
 
     Raises:
         InputError: if no objective of the space is a latency, the device is not here, the database

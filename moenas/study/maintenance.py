@@ -174,9 +174,9 @@ def remeasure(
 ) -> Remeasured:
     """Measure objectives of finished trials again, from their stored weights.
 
-    `objective` is a name or a file, and may be one that the study does not have: its values are
-    then stored beside the others and do not change the front. A `pool` replaces `workers` and
-    `address`, and the caller closes it.
+    `objective` is a name or a file. The study need not have it: its values are then stored beside
+    the others and do not change the front. A `pool` replaces `workers` and `address`, and the
+    caller closes it.
 
     Raises:
         InputError: if there is nothing to measure, or the study's corpus has changed.

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class PausedCandidates:
     """The candidates of a study that wait at a rung.
 
-    Order of writes at a rung: the checkpoint under a name of its own, the row of the rung, then the
-    checkpoint of the rung before is removed. A promotion is a row before the job is started. So a
-    run that was killed continues each candidate from its latest row.
+    Order of writes at a rung: the checkpoint under a name of its own, then the row of the rung.
+    Then the checkpoint of the rung before is removed. A promotion is a row before the job is
+    started. So a run that was killed continues each candidate from its latest row.
     """
 
     def __init__(self, store: StudyStore, space: Space, events: EventEmitter) -> None:

@@ -190,7 +190,7 @@ class ResultProcessor:
         name, first = evaluation.device.get("name"), self._trained_on
         if not self._space.train.has_time_budget or first is None or name == first:
             return evaluation
-        text = f"trained on [{name}], and the seconds of this study are those of [{first}]"
+        text = f"trained on [{name}], but the seconds of this study are for [{first}]"
         return failed(evaluation, "refused", text)
 
     def _rescale_latency(self, evaluation: Evaluation) -> Evaluation:
@@ -202,7 +202,7 @@ class ResultProcessor:
         }
         for name, (key, _) in keys.items():
             if (first := self._timed.get(name, key)) != key:
-                text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
+                text = f"'{name}' was timed on [{key}], but before in this study on [{first}]"
                 return failed(evaluation, "refused", text)
         fixed = {key: self._store.set_reference_ms(key, ms) for key, ms in keys.values()}
         return apply_reference_times(evaluation, fixed)

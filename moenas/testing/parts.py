@@ -60,7 +60,7 @@ def random_architecture(
 ) -> Architecture:
     """Return a valid architecture with every field at random, as small as the fields allow.
 
-    With a `kind` of mixer or feed-forward layer, every layer has it; with one of score or
+    With a `kind` of mixer or feed-forward layer, every layer has it. With a `kind` of score or
     selection, every layer is a mixture of experts whose router has it. `given` sets fields of the
     architecture, e.g. `vocab_size=256`.
 
@@ -151,9 +151,9 @@ def _draw_scalar(field: Field, rng: random.Random) -> Any:
 def check_part(kind: type[Component], instances: int = 10) -> None:
     """Check a kind of mixer, feed-forward layer, score or selection inside random small models.
 
-    Plain data read back as the same part; the cost equals the cost of the built model; weights are
-    all set by the seed; the output is finite, looks at no later token, and is the same with a
-    cache; every parameter gets a gradient; the code can be exported.
+    Plain data read back as the same part. The cost equals the cost of the built model. The seed
+    sets all weights. The output is finite, looks at no later token, and is the same with a cache.
+    Every parameter gets a gradient. The code can be exported.
 
     Raises:
         InputError: naming the part, its fields and what does not hold.
@@ -397,8 +397,8 @@ def _evaluation(trial: int, architecture: Architecture) -> Evaluation:
 def check_source(section: Plain) -> None:
     """Check the corpus of a `data` section.
 
-    Tokens are below its vocabulary; targets are the tokens one place later; batches are the same
-    when asked for again and differ by step and seed; validation windows do not overlap.
+    Tokens are below its vocabulary. Targets are the tokens one place later. Batches are the same
+    when asked for again, and differ by step and seed. Validation windows do not overlap.
 
     Raises:
         InputError: naming the corpus and what does not hold.

@@ -319,7 +319,7 @@ class RayPool:
             ours = task.pid is None and self._killed_stopped >= task.submitted
             kind: FailureKind = "environment" if ours else "crashed"
             return Failure(kind, f"{process} died ({type(error).__name__})", trace)
-        gone = f"the node of {process} went away or lost what it sent ({type(error).__name__})"
+        gone = f"the node of {process} went away or lost its result ({type(error).__name__})"
         return Failure("environment", gone, trace)
 
     def _out_of_memory(self, task: _Task, what: str, trace: str) -> Failure:

@@ -16,8 +16,8 @@ from moenas.workers.results import Evaluate
 ON_CPU, IN_TURN = 1, 50
 """Jobs of a process if the space names no number: on a CPU, and where a start costs too much."""
 TURN_S = 300.0
-"""Seconds after which a process of a full cluster ends between two jobs, so that the jobs of other
-studies, which wait in Ray's queue, get its place."""
+"""Seconds after which a process of a full cluster ends between two jobs. Jobs of other studies,
+which wait in Ray's queue, then get its place."""
 IDLE_S = 60.0
 """Seconds without a job after which a process ends, as it holds its part of the cluster."""
 

@@ -410,7 +410,9 @@ def test_a_heartbeat_in_the_future_counts_no_longer_than_others(store, url):
         )
     other = Store.open(url)
     assert "its clock is 86" in other.driver("x")
-    with pytest.raises(StudyBusyError, match=r"its clock is 86... s ahead of the clock of this host"):
+    with pytest.raises(
+        StudyBusyError, match=r"its clock is 86... s ahead of the clock of this host"
+    ):
         other.claim("x")
     with pytest.raises(StudyBusyError, match="last seen 0 s ago"):
         other.claim("x")

@@ -572,7 +572,7 @@ def test_a_latency_of_another_device_is_refused() -> None:
     failure = study.evaluation(4).failure
     assert failure is not None
     assert failure.kind == "refused"
-    assert "timed on [gpu y], and those of this study on [cpu x]" in failure.message
+    assert "timed on [gpu y], but before in this study on [cpu x]" in failure.message
 
 
 # --- crashes and interrupts --------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The small layers that every part is made of: matrix products, and a short causal convolution.
 
-Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
-is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
-A module with a method `start(generator)` draws the first values of its own parameters by it. The
-weights that write into the residual stream are found by their names: see `output_projections`.
+Parameters are float32 masters. Activations have the dtype of `x`, and a weight is cast where it is
+used. So a model computes in bfloat16 without autocast and without a second copy of itself. A module
+with a method `start(generator)` draws the first values of its own parameters by it. The weights
+that write into the residual stream are found by their names: see `output_projections`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def output_projections(part: Any) -> list[nn.Parameter]:
 
     The output is proportional to them, biases and experts that pass their input on aside. They are
     found from the part on by the names in WRITES, or in the attribute `writes` of a module that has
-    others; a module with none of them writes by its `weight`.
+    others. A module with none of these names writes by its `weight`.
     """
     weights: list[nn.Parameter] = []
     for name in getattr(part, "writes", WRITES):

@@ -25,10 +25,10 @@ class BlockIndexer(Component):
     MiniMax Sparse Attention (MiniMax-M3, 2026; released code): each key-value head has an index
     head, with one index key for all. The score of a key is q k, of normed and turned q and k. A
     block has the largest score of its keys. It has no effect on a context of up to `top_blocks`
-    blocks. The language model loss does not reach the indexer: it learns, as the token indexer of
-    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1.1), by the divergence of its scores from the
-    attention weights, of each key-value head by itself. FLOPs count the scores of all pairs on
-    contexts above `top_blocks` blocks, and not what the divergence takes in training.
+    blocks. The language model loss does not reach the indexer. It learns by the divergence of its
+    scores from the attention weights, as the token indexer of DeepSeek-V3.2 (arXiv 2512.02556,
+    section 2.1.1). Each key-value head has a divergence of its own. FLOPs count the scores of all
+    pairs on contexts above `top_blocks` blocks, and not what the divergence takes in training.
     """
 
     head_dim: int = setting(

@@ -82,4 +82,4 @@ class StateCache:
     def check_batch(self, batch: int) -> None:
         """Raise ValueError if the state is of another number of sequences; 1 would be repeated."""
         if self.state is not None and len(self.state) != batch:
-            raise ValueError(f"{batch} sequences; the cache holds those of {len(self.state)}")
+            raise ValueError(f"{batch} sequences; the cache is for {len(self.state)}")

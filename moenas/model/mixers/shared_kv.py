@@ -99,7 +99,7 @@ def link_layers(mixers: Sequence[Any]) -> None:
 
 
 def kv_source_error(mixers: Sequence[Any], d_model: int) -> Conflict | None:
-    """Return which mixer cannot read what it would of an earlier one, and why, or None.
+    """Return which mixer cannot read keys or a table of an earlier one, and why, or None.
 
     The mixers are records, by layers; None where a layer has none.
     """
@@ -128,7 +128,7 @@ def _source_error(
         )
     if table is not None and _table(mixer, d_model) != _table(mixers[table], d_model):
         return (
-            f"position_bias is that of layer {table}, and their n_heads or"
+            f"position_bias is shared with layer {table}, and their n_heads or"
             " num_buckets differ; make them equal"
         )
     return None

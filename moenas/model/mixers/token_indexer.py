@@ -78,7 +78,8 @@ def index_source_error(mixers: Sequence[Any]) -> Conflict | None:
             reason = "no layer before it has an indexer; give it one, or leave index_shared out"
             return Conflict(mixer, f"layer {i}: index_shared: {reason}")
         if source.window != mixer.window:
-            reason = f"its window is {mixer.window}, that of the indexer is {source.window}"
+            reason = f"its window is {mixer.window}, and the window of the indexer is"
+            f" {source.window}"
             return Conflict(mixer, f"layer {i}: index_shared: {reason}; make them equal")
     return None
 

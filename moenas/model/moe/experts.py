@@ -236,10 +236,10 @@ class ExpertBias(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks in two stacked matrices; each slot passes through one of them.
 
-    Slots are sorted by expert, so that each expert's rows lie together and one grouped matrix
-    product serves all of them: no loop, no wait of the host for the device. A matrix lies as a
-    product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it up to
-    1.5 times as fast as the transposed form.
+    Slots are sorted by expert, so that each expert's rows lie together. One grouped matrix product
+    serves all experts, without a loop and without a wait of the host for the device. A matrix lies
+    as a product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it
+    up to 1.5 times as fast as the transposed form.
     """
 
     matrices = ("up", "down")
@@ -335,15 +335,15 @@ class Experts(nn.Module):
         """Return what `forward` does, with sums in one order.
 
         A weight on the output is multiplied with the hidden layer, which is narrower for
-        fine-grained experts: the projection after it is linear, up to its bias.
+        fine-grained experts. The projection after it is linear, up to its bias.
         """
         experts = choice.experts
         laid = sort_slots(experts, self.n_experts, kept, 1)
         at = rows_by_token(laid, len(x), experts.shape[1], choice.tokens)
         slot, ends, empty, _ = laid
         weights = choice.weights.flatten().index_select(0, slot).unsqueeze(-1).to(x.dtype)
-        # Rows without an expert are never written, in either direction: each tensor that meets
-        # such a row is masked, so that nothing of them comes through.
+        # Rows without an expert are not written, forward or backward. Each tensor with such a row
+        # is masked, so that their content has no effect.
         weights = weights if empty is None else weights.masked_fill(empty, 0)
         rows = rows_of(x, at)
         rows = rows * weights if self.weight_on == "input" else rows
