@@ -162,7 +162,7 @@ class CollapseDetector:
     slots. Over fewer slots a rare expert looks like a dead one. A router without balancing often
     leaves 15 of 16 experts idle for a row or two after warm-up, and then uses them again. So an
     expert with a share of the load in any of the rows does not count as dead. Layers that choose by
-    a fixed hash are left out, for nothing about them can collapse.
+    a fixed hash are left out, because they cannot collapse.
     """
 
     def __init__(self, layers: Layers, max_dead: float | None) -> None:
