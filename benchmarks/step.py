@@ -3,12 +3,12 @@
     python benchmarks/step.py [--quick] [--threads 1] [--rounds 10] [--keep]
 
 A model of the Qwen3-MoE family: 4 layers of width 256, 4 heads of 64 with 2 for keys and values, a
-vocabulary of 4096; 8 sequences of 256 tokens. Both start from the same weights; first their logits
-and losses are compared. A step is forward, cross entropy and the router's auxiliary loss, backward,
-and torch's fused AdamW. The models take turns; the ratio is the median of the ratios of each turn.
-With one thread CPU time counts, which other work on the machine disturbs less, else wall time. With
---keep the process keeps freed memory, as it does in training by moenas. Both gain by it, and more
-if a step makes bigger tensors.
+vocabulary of 4096. A step has 8 sequences of 256 tokens. Both start from the same weights; first
+their logits and losses are compared. A step is forward, cross entropy and the router's auxiliary
+loss, backward, and torch's fused AdamW. The models take turns; the ratio is the median of the
+ratios of each turn. With one thread CPU time counts, which other work on the machine disturbs less,
+else wall time. With --keep the process keeps freed memory, as it does in training by moenas. Both
+gain by it, and more if a step makes bigger tensors.
 """
 
 from __future__ import annotations

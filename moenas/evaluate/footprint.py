@@ -99,7 +99,7 @@ def holding_bytes(architecture: Architecture) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that this process can still take on a device; None if it is unknown.
 
-    On a CPU it is the least of the memory that the kernel calls available, and of the free memory
+    On a CPU it is the least of two: the memory that the kernel calls available, and the free memory
     of each control group above this process. Files in the page cache count as free. On CUDA what
     the driver and torch's allocator have left.
     """

@@ -320,9 +320,9 @@ class Part(Component):
     def surplus_flops(self, d_model: int, context: int) -> int:
         """Return the operations of a pass beyond `context * flops_per_token` of the cost.
 
-        For one sequence of `context` tokens: operations that a count of the built part finds and
-        the cost leaves out, such as rows that carry nothing. Operations that the cost was rounded
-        up by are subtracted.
+        The numbers are for one sequence of `context` tokens. A count of the built part finds
+        operations that the cost leaves out, such as rows that carry nothing. Operations that the
+        cost was rounded up by are subtracted.
         """
         return 0
 

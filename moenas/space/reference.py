@@ -181,8 +181,8 @@ DATA_FORMS = {
     " tests, near-duplicates and licence headers are left out",
     "`pydoc`": "the topics of Python's language reference, as bytes",
     "`{files: [PATH, ...]}`": "your own text: files, folders and patterns such as `texts/*.md`."
-    " Text files are read as bytes. Of Parquet and Arrow tables, data sets of Hugging Face that"
-    " `save_to_disk` wrote, and JSON Lines one column of text is read, each row as a document",
+    " Text files are read as bytes. Parquet and Arrow tables, data sets of Hugging Face that"
+    " `save_to_disk` wrote, and JSON Lines. One column of text is read, each row as a document",
     "`{tokens: [PATH, ...], vocab_size: N}`": "memory-mapped arrays of tokens, in order: `.npy`,"
     " raw as nanoGPT writes them, llm.c with its header, and Megatron (`.bin` beside `.idx`)."
     " Patterns and folders are sorted by name, numbers by value. In a folder, the words train and"
@@ -190,9 +190,9 @@ DATA_FORMS = {
 }
 
 DATA_KEYS = {
-    "`val`": "files, folders or patterns of the validation split. Without it 5% are held back: of"
-    " text some files or the ends of files, of a column the rows with the lowest digests, of"
-    " tokens the end",
+    "`val`": "files, folders or patterns of the validation split. Without it 5% are held back:"
+    " some files or the ends of files of text, the rows of a column with the lowest digests, the"
+    " end of tokens",
     "`text_column`": "the column of text of tables and JSON Lines; default: `text`, or the only"
     " column of text. JSON Lines are read as bytes without it",
     "`tokenizer`": "a `tokenizer.json` of the library tokenizers. Text is encoded with it, and it"

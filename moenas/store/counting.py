@@ -16,8 +16,7 @@ def is_evaluated(
     """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
 
     Complete, failed and stopped candidates count. Three kinds do not: a draw that breaks a
-    requirement before it is built, a copy of an earlier trial of the same model, and a trial of
-    another program.
+    requirement before training, a copy of an earlier trial, and a trial of another program.
     """
     if "copied_from" in metrics:
         return False

@@ -117,9 +117,9 @@ class Database:
         Without `create` nothing is written, and files in read-only folders can be read.
 
         Raises:
-            StorageError: naming the URL and the way out, if the database cannot be opened, or
-                with `create` not be written; if it has none of our tables, or tables of a newer
-                moenas. Nothing was written then.
+            StorageError: naming the URL and the way out. The database cannot be opened, or with
+                `create` not be written, or it has none of our tables, or tables of a newer moenas.
+                Nothing was written then.
         """
         given = storage_url(url)
         path = file_of(given)

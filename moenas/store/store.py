@@ -59,8 +59,8 @@ def _now(precision: str = "milliseconds") -> str:
 class Store(StoreReader):
     """The studies of one database, and the folder of their weights.
 
-    Every method is one transaction. It is tried again for a limited time if it fails for a reason
-    that passes: a lock, a restart of the server, a full disk. One that names a study raises
+    Every method is one transaction. It is tried again for a limited time if the reason of a failure
+    passes: a lock, a restart of the server, a full disk. One that names a study raises
     NotFoundError if there is none of that name, and StorageLostError if the database cannot be
     reached any more.
     """

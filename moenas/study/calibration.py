@@ -108,9 +108,9 @@ def calibrate(
     these models.
 
     Raises:
-        InputError: if no objective of the space is a latency, the device is not here, the database
-            cannot be made, or the space has fewer than FEWEST different feasible models that fit
-            the device; nothing is written.
+        InputError: if no objective of the space is a latency, the device is not here, or the
+            database cannot be made. Also if the space has fewer than FEWEST different feasible
+            models that fit the device. Nothing is written.
     """
     objectives, chosen = latency_objectives(space), device_of(space, device)
     if not objectives:

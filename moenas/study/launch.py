@@ -243,14 +243,12 @@ def run(
     With `fresh` no evaluation of another study is reused.
 
     Raises:
-        InputError: if a budget names another device, nothing in the space is feasible, an entry of
-            `search.start_from` is not in the space, or the study has another space or corpus;
-            nothing is written.
-        StudyBusyError: if another process runs it.
-        NoCandidateError: if not one trial is complete at the end.
-        EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
-        StudyStoppedError: if several candidates in a row fail for one reason.
-        Interrupted: on Ctrl-C or SIGTERM.
+        InputError: if a budget names another device, or nothing in the space is feasible. Also if
+        an entry of `search.start_from` is not in the space, or the study has another space or
+        corpus. Nothing is written. StudyBusyError: if another process runs it. NoCandidateError: if
+        not one trial is complete at the end. EnvironmentFaultError: if the machine fails every
+        candidate, such as by a full disk. StudyStoppedError: if several candidates in a row fail
+        for one reason. Interrupted: on Ctrl-C or SIGTERM.
     """
     elsewhere = pool is not None or names_cluster(address)
     corpus, first = check_start(space, storage, elsewhere=elsewhere)

@@ -130,8 +130,8 @@ def distances(start: int, length: int, first: int, device: torch.device) -> Tens
 def alibi_slopes(n_heads: int) -> list[float]:
     """Return the slopes of H heads: 2^(-8 / n), 2^(-16 / n), ... for n heads, a power of 2.
 
-    Other numbers of heads have the slopes of the next lower power, then every second slope of twice
-    as many heads, as in the released code.
+    Other numbers of heads have the slopes of the next lower power. Then comes every second slope of
+    twice as many heads, as in the released code.
     """
     n = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]

@@ -76,8 +76,9 @@ class Base(ExpertSelection):
 
     An auction (Bertsekas, 1992): Each token without an expert makes an offer to its best expert:
     the gain over the second best, plus a step. An expert keeps its highest offers. Its price is the
-    least offer that it keeps. The step is `share` of the spread of the logits, so that the rounds
-    are bounded at any size of them; their sum is within T steps of the largest there is.
+    least offer that it keeps. The step is `share` of the spread of the logits, so that the number
+    of rounds is bounded for logits of any size. The sum of the chosen logits is within T steps of
+    the largest possible one.
     """
 
     capturable = False  # in training the number of rounds depends on values

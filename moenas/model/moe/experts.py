@@ -237,9 +237,9 @@ class Experts(nn.Module):
     """E feed-forward networks in two stacked matrices; each slot passes through one of them.
 
     Slots are sorted by expert, so that each expert's rows lie together. One grouped matrix product
-    serves all experts, without a loop and without a wait of the host for the device. A matrix lies
-    as a product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it
-    up to 1.5 times as fast as the transposed form.
+    serves all experts, without a loop and without a wait of the host for the device. A matrix is
+    stored as a product reads it, (in, out), as in gpt-oss. With few rows, as in decoding, a CPU
+    reads it up to 1.5 times as fast as the transposed form.
     """
 
     matrices = ("up", "down")

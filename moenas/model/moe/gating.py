@@ -152,9 +152,9 @@ class Weights(nn.Module):
     def sparsemixer_weights(self, logits: Tensor, experts: Tensor) -> Tensor:
         """Return SparseMixer's weights (T, K) (GRIN, arXiv 2409.12136; released Phi-3.5-MoE).
 
-        Experts are taken one after another. An expert with the logit z has as weight its softmax
-        over itself and the experts not taken before it whose logit z_j is at most 2 eps max(|z_j|,
-        z) below.
+        Experts are taken one after another. The weight of an expert with the logit z is its softmax
+        over a set. The set has the experts not taken before it whose logit z_j is at most 2 eps
+        max(|z_j|, z) below z.
         """
         # 1. Logits z of the chosen experts (T, K, 1) against the logits of all experts (T, 1, E).
         best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)

@@ -106,8 +106,8 @@ class TokenChoice:
     sparsemixer_eps: float | None = setting(
         "weights of SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
         " 2409.12136): the softmax over the logits of experts not taken before it that are at"
-        " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
-        " not by the paper's estimator. null: by the scores",
+        " most 2 eps max(|z|, its own) below its own. The gradient of that weight trains it, not"
+        " the paper's estimator. null: by the scores",
         default=None,
         low=1e-4,
     )
