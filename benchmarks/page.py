@@ -38,7 +38,8 @@ Former commands read the whole study. On the same database and machine they took
 status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB. `Study.front()` took 10.5
 s and 682 MB. The first publishing took 30.2 s and a later one 13.8 s, with 688 MB. Other work ran
 on the two cores meanwhile, so CPU seconds say more than seconds. The first publishing writes a note
-for each of the 352 members of the front. A later one writes the notes that changed. """,
+for each of the 352 members of the front. A later one writes the notes that changed.
+""",
 }
 """Heading -> what is said before its runs."""
 PAGE = """\
