@@ -92,6 +92,8 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
 class GatedDelta(DecayingHeads):
     """out(norm(rule(convolution(q, k, v), decay, beta)) * silu(gate))."""
 
+    matrices: tuple[str, ...] = ()
+
     def __init__(
         self,
         project: Linear,

@@ -98,8 +98,6 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
 class DecayingHeads(nn.Module):
     """The parts of a mixer whose heads have a state that decays, with a rate for each head."""
 
-    matrices: tuple[str, ...] = ()
-
     def __init__(
         self, project: Linear, convolution: Convolution, norm: GatedNorm, out: Linear, n_heads: int
     ) -> None:
@@ -120,6 +118,8 @@ class DecayingHeads(nn.Module):
 
 class Mamba2(DecayingHeads):
     """out(norm(scan(convolution(project(x))), gate)), with a decay for each head."""
+
+    matrices: tuple[str, ...] = ()
 
     def __init__(
         self,
