@@ -105,7 +105,7 @@ class RemoteStudy:
         return [FrontPoint.parse(point) for point in self._get("/history")["points"]]
 
     def report(self) -> Plain:
-        """Return what the study shows of its space; see `moenas report -o json`."""
+        """Return the insights of a study; see `moenas report -o json`."""
         return dict(self._get("/report", timeout=SLOW_S))
 
     def evaluation(self, trial: int) -> Evaluation:

@@ -138,7 +138,7 @@ def _figures(service: ServiceState, name: str) -> schemas.Figures:
 
 @router.get("/studies/{name}/report")
 async def get_report(service: Service, name: str) -> schemas.Report:
-    """Return what the study shows of its space: importance of holes, effects of their values."""
+    """Return the insights of a study: importance of holes, effects of their values."""
     return await service.wait(_report, service, name)
 
 
