@@ -103,7 +103,7 @@ def test_a_reading_begins_anew() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators that make the host wait for the device, or read what it holds."""
+    """Counts the operators that make the host wait for the device, or read its memory."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The training run: what it repeats, when it stops, what it says of itself and of the routing."""
+"""The training run: it repeats bit for bit, stops early, and reports itself and the routing."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_model_py_holds_what_is_used_and_no_more(seed: int, tmp_path: Path) -> N
     classes = {n for n, node in defined.items() if isinstance(node, ast.ClassDef)}
     modules = {n for n in classes if issubclass(getattr(module, n), torch.nn.Module)}
     # Experts names the class of its biases, and blocks the classes of layers that are told more,
-    # whether there are any or not. The loss of an indexer is added to those of routers.
+    # whether there are any or not. The loss of an indexer is added to the losses of routers.
     named = {"ExpertBias", "LayerIndexed", "ReadsInputs"}
     if "IndexedSelection" in built:
         named |= {

@@ -298,7 +298,7 @@ PATH = "blocks.0.ffn.router."
 
 
 def test_points_of_an_earlier_version_are_points_of_this_one() -> None:
-    """36 former points answered every hole; of these, 12 differ."""
+    """36 former points answered every hole; 12 of them differ."""
     space = Space.parse(FORMER, "mine.yaml")
     points = Points(space)
     for top_k in (1, 2):

@@ -1,4 +1,4 @@
-"""What a GPU computes of every kind of part is what a CPU computes, or what it computes twice."""
+"""A GPU computes the same as a CPU for every kind of part, or the same when it repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A database knows which one it is, and its weights never replace those of another."""
+"""A database knows which one it is, and its weights do not replace another's."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def test_a_known_model_is_copied(jobs: list[Job]) -> None:
 
 @pytest.mark.parametrize("fault", [None, "timeout", "diverged"])
 def test_a_model_in_flight_is_waited_for(jobs: list[Job], fault: str | None) -> None:
-    """What would end alike is not trained again: a timeout may end otherwise."""
+    """A model that would fail again is not trained again; a timeout may end otherwise."""
     study = run(space(), trials=1, workers="inline")
     same = {"d_model": 24, "blocks.0.repeat": 4, "blocks.0.ffn": "dense"}
     same |= {"blocks.0.ffn.dense.d_ff": 112}
