@@ -1,4 +1,4 @@
-"""The check of what a worker sends: nothing that is not an evaluation of the job goes further."""
+"""The check of a worker's result: it must be an evaluation of the job."""
 
 from __future__ import annotations
 

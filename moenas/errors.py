@@ -1,4 +1,4 @@
-"""The exception tree: what can go wrong, and the exit code that each kind ends with.
+"""The exception tree: kinds of errors, and the exit code of each.
 
 MoenasError                      1   anything that moenas itself raises
 |-- InputError                   2   what the user wrote or named is wrong; no study was created

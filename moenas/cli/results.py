@@ -1,4 +1,4 @@
-"""What commands write about a study: its front, the next commands, and its expected cost."""
+"""Output of commands about a study: its front, the next commands, and its expected cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moenas run` tells others of a run: progress, loggers, and a command at its end."""
+"""Listeners of `moenas run`: the progress, loggers, and a command at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dashboard's notes say of a study and of a trial, in Markdown."""
+"""The dashboard's notes on a study and on a trial, in Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a corpus is, as `moenas check` says it: the formats of its files, its tokens, its words."""
+"""The description of a corpus in `moenas check`: formats of its files, tokens, vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `data` of a space file: which corpus is meant, and the files that it names."""
+"""The section `data` of a space file: the corpus and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types that candidates compute in, by what the device has instructions for."""
+"""The data types that candidates compute in, by the instructions of the device."""
 
 from __future__ import annotations
 

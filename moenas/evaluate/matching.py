@@ -1,4 +1,4 @@
-"""A corpus against the space that trains on it: what is wrong, and what should be known."""
+"""A corpus against the space that trains on it: errors and warnings."""
 
 from __future__ import annotations
 

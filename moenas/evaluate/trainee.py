@@ -1,4 +1,4 @@
-"""What a run trains: a model, and the heads for further tokens that training has beside it."""
+"""The modules of a training run: a model, and its heads for further tokens."""
 
 from __future__ import annotations
 

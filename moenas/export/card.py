@@ -1,4 +1,4 @@
-"""What an export says of its trial: every number as data, and a README for people."""
+"""The description of an exported trial: its numbers as data, and a README for people."""
 
 from __future__ import annotations
 

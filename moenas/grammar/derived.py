@@ -1,4 +1,4 @@
-"""Derived defaults: what null stands for in a field whose value follows from other fields."""
+"""Derived defaults: the value that null stands for, by an expression of other fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws from a space: its holes, and what fills them."""
+"""Draws from a space: its holes and their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loggers share: a thread that writes, so that neither failure nor delay harms a run."""
+"""The base of the loggers: a thread writes, so that failures and delays do not harm a run."""
 
 from __future__ import annotations
 

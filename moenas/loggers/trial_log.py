@@ -1,4 +1,4 @@
-"""What is logged of one event: a trial with its numbers, its learning curve and its routing."""
+"""The log of one event: a trial with its numbers, its learning curve and its routing."""
 
 from __future__ import annotations
 

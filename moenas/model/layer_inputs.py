@@ -1,4 +1,4 @@
-"""What the layers of one pass read beside the tokens that they map."""
+"""The inputs of the layers of one pass beside the tokens that they map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-token prediction: heads that only training has, which predict further tokens."""
+"""Multi-token prediction: heads for further tokens, in training alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `moenas check` prints of a space: its size, its costs, its corpus and some draws."""
+"""The output of `moenas check` on a space: its size, its costs, its corpus and some draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line prints: rows and texts of a study, a front and a trial."""
+"""Output of the command line: rows and texts of a study, a front and a trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Events of studies as server-sent events: what is stored, then what is added, each once."""
+"""Events of studies as server-sent events: stored ones, then new ones, each once."""
 
 from __future__ import annotations
 

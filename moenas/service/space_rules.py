@@ -1,4 +1,4 @@
-"""What a submitted space may name: no code and no file of the server, unless it was allowed."""
+"""Rules for submitted spaces: no code and no file of the server, unless it was allowed."""
 
 from __future__ import annotations
 

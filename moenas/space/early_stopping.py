@@ -1,4 +1,4 @@
-"""Early stopping: which candidates end before the last training token, decided at the rungs."""
+"""Early stopping: candidates that end before the last training token, decided at the rungs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which finished trials count towards the total that a study is to evaluate."""
+"""The finished trials that count towards the total of a study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which database this is: its uuid, its file, and the folder of its weights."""
+"""The identity of a database: its uuid, its file, and the folder of its weights."""
 
 from __future__ import annotations
 

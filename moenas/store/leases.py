@@ -1,4 +1,4 @@
-"""Which process runs a study: one at a time, by a row that it keeps fresh."""
+"""Leases: one process at a time runs a study, by a row that it renews."""
 
 from __future__ import annotations
 

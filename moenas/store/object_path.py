@@ -1,4 +1,4 @@
-"""Paths below a URL: what the store of weights needs of pathlib, for the file systems of fsspec."""
+"""Paths below a URL: the part of pathlib's interface for weights, on file systems of fsspec."""
 
 from __future__ import annotations
 

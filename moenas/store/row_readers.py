@@ -1,4 +1,4 @@
-"""What a reader of a study asks the database for, and no more: counts, the front, one trial."""
+"""Queries of a reader of a study: counts, the front, one trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers that start drivers: each has a row that it keeps fresh, and what a dead one left."""
+"""Servers that start drivers: each renews a row; another takes over from a dead one."""
 
 from __future__ import annotations
 

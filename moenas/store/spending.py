@@ -1,4 +1,4 @@
-"""What a study has spent over all its runs: wall time, training tokens and training FLOPs."""
+"""The spending of a study over all its runs: wall time, training tokens and training FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of the studies: every statement of SQL that is ours."""
+"""The store of studies: transactions on the tables of moenas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Submitted studies: the queue, its states, and what users change of it, as rows."""
+"""Submitted studies: the queue, its states, and changes by users, as rows."""
 
 from __future__ import annotations
 

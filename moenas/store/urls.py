@@ -1,4 +1,4 @@
-"""URLs of databases: read, and shown to people without what is secret in them."""
+"""URLs of databases: read, and shown to people without secrets."""
 
 from __future__ import annotations
 

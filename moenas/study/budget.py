@@ -1,4 +1,4 @@
-"""The budgets of `search.stop`: what a study has spent over all its runs, and which is used up."""
+"""The budgets of `search.stop`: the spending of a study, and the budget that is used up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may change of a study between two runs: its resources, and what the user accepts."""
+"""Allowed changes of a study between two runs: its resources, and changes that the user accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a stored study, and the repair of it."""
+"""Problems of a stored study, and their repair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a study will take, before it starts: training tokens, training FLOPs and hours."""
+"""The cost of a study before it starts: training tokens, training FLOPs and hours."""
 
 from __future__ import annotations
 

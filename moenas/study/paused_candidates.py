@@ -1,4 +1,4 @@
-"""Candidates that paused at a rung: which train on, which are stopped, and their checkpoints."""
+"""Candidates that paused at a rung: promotion, stop, and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contract tests for what people add: components, objectives, figures and corpora."""
+"""Contract tests for users' files: components, objectives, figures and corpora."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Ray cluster must be for a run: there, with this moenas, large enough, and not busy."""
+"""Requirements on a Ray cluster: it is there, has this moenas, is large enough and not busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in a worker process of Ray: one job or several, and the end of all that they start."""
+"""The worker process of Ray: it runs one job or several, and ends all that they start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block indexer: which blocks of earlier tokens an attention layer reads (MiniMax-M3)."""
+"""The block indexer: it selects the blocks of earlier tokens that attention reads (MiniMax-M3)."""
 
 from __future__ import annotations
 

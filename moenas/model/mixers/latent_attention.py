@@ -1,4 +1,4 @@
-"""Attention whose keys and values are read out of one small latent. Kinds: latent_attention."""
+"""Attention whose keys and values come from one small latent. Kinds: latent_attention."""
 
 from __future__ import annotations
 

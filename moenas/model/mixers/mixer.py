@@ -1,4 +1,4 @@
-"""Mixers: how a token reads the tokens before it; what their kinds share."""
+"""The family of mixers: how a token reads the tokens before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Position biases: what is added to a score by the distance of its tokens. Kinds: alibi, t5."""
+"""Position biases: a term of a score by the distance of its tokens. Kinds: alibi, t5."""
 
 from __future__ import annotations
 

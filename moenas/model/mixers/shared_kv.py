@@ -1,4 +1,4 @@
-"""What a mixer reads of an earlier one: keys and values, and the table of a position bias."""
+"""Keys, values and tables of position biases that a mixer shares with later ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token indexer: which earlier tokens an attention layer reads (DeepSeek sparse attention)."""
+"""The token indexer: it selects the earlier tokens that attention reads (DeepSeek-V3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mixtures of networks and mixtures of attention heads share: routing, capacity, balancing."""
+"""The base of mixtures of networks and of attention heads: routing, capacity, balancing."""
 
 from __future__ import annotations
 

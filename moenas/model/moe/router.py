@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, with which weights, and how the load is balanced."""
+"""Routers: the experts of a token, their weights, and the balancing of the load."""
 
 from __future__ import annotations
 
