@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/asks.py [SAMPLER...]
 
 The trials are random draws of the space `tiny` with made-up values; nothing is trained. The first
-ask of a process reads the study and fits everything. Later asks use what it kept, each after one
-more finished trial. Seconds are CPU seconds of the process. Prints a table in Markdown.
+ask of a process reads the study and fits everything. Later asks use its cache, each after one more
+finished trial. Seconds are CPU seconds of the process. Prints a table in Markdown.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def ask(app: Any, after: int) -> tuple[float, dict[str, Any]]:
 
 
 def polls(storage: Any, n_trials: int) -> Polls:
-    """Ask for the whole study twice, then for what came after its last trial."""
+    """Ask for the whole study twice, then for the trials after its last trial."""
     app: Any = optuna_dashboard.wsgi(storage)
     pages = []
     for after in (0, 0, n_trials):

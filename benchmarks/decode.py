@@ -1,11 +1,11 @@
-"""Time of batched decoding, over that of transformers: an MoE layer, and a whole model's step.
+"""Time of batched decoding over the time in transformers: an MoE layer, and a whole model's step.
 
     python benchmarks/decode.py [--quick] [--threads 1] [--rounds 21]
 
 T sequences get one token each, without gradients. `layer` is the MoE layer of width 256 against the
 Qwen3-MoE layer with the same weights, by each of its implementations. `model` is one token through
 4 such layers with attention over 128 cached tokens and a vocabulary of 4096, against its
-implementation grouped_mm. All take turns; the ratio is that of the median times, CPU time with one
+implementation grouped_mm. All take turns; the ratio compares the median times, CPU time with one
 thread, else wall time.
 """
 
@@ -47,8 +47,9 @@ def layers(shape: tuple[int, int, int], x: Tensor) -> dict[str, Work]:
 
 def models(shape: tuple[int, int, int], sequences: int) -> dict[str, Work]:
     """Return one decoding step of the models as calls, ours first; each forgets its token again."""
-    ours = peers.architecture(*shape).build(seed=0).eval()
-    theirs = peers.model_of(ours, "grouped_mm").eval()
+    architecture = peers.architecture(*shape)
+    ours = architecture.build(seed=0).eval()
+    theirs = peers.model_of(architecture, ours, "grouped_mm").eval()
     past, token = torch.randint(4096, (sequences, PAST)), torch.randint(4096, (sequences, 1))
     cache = ours.new_cache(sequences, PAST + 1)
     their_cache = transformers.DynamicCache(config=theirs.config)

@@ -1,8 +1,8 @@
 """How much a measured latency varies from round to round: absolute, and as a paired ratio.
 
-`python benchmarks/latency.py [--rounds N] [--busy N]` times three candidates in turn, first with
-nothing of ours beside them, then with busy processes that know of no lease, and prints for each the
-coefficient of variation over the rounds of the median time and of the value that moenas stores.
+`python benchmarks/latency.py [--rounds N] [--busy N]` times three candidates in turn. First nothing
+of ours runs beside them, then busy processes that know of no lease. It prints for each the
+coefficient of variation over the rounds: of the median time, and of the value that moenas stores.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ A row for each number of experts E and of chosen experts K, with m = T K / E, th
 expert. A step routes new tokens and goes through router, dispatch, experts and combination forward
 and backward, from empty gradients. `moenas` also counts its load and works out its balance losses,
 and goes backward through them; the others have none. `eager`, `grouped_mm` and `batched_mm` are the
-Qwen3-MoE layer of transformers with the same weights; batched_mm copies an expert's weights for
-every slot, which for these 2048 tokens takes over 6 GB for each expert of a token: `--batched` adds
-it at 64 tokens. All take turns. A ratio is that of the least times: CPU time with one thread, which
+Qwen3-MoE layer of transformers with the same weights. batched_mm copies an expert's weights for
+every slot. For these 2048 tokens it takes over 6 GB for each expert of a token: `--batched` adds it
+at 64 tokens. All take turns. A ratio compares the least times: CPU time with one thread, which
 other work on the machine disturbs less, else wall time.
 """
 
@@ -47,7 +47,7 @@ class Cell:
         return self.tokens * self.top_k // self.n_experts
 
     def ratios(self) -> list[float]:
-        """Return the time of each MoE layer over that of the dense layer."""
+        """Return the time of each MoE layer over the time of the dense layer."""
         dense, *others = self.seconds.values()
         return [x / dense for x in others]
 

@@ -1,7 +1,7 @@
 """Write docs/architecture.md and its picture docs/packages.svg from the code.
 
-`python benchmarks/packages.py FOLDER` writes both into a folder. The order of the packages is that
-of tests/test_order.py, and what a package holds is the first line of its docstring.
+`python benchmarks/packages.py FOLDER` writes both into a folder. tests/test_order.py has the order
+of the packages. The first line of a package's docstring says what it holds.
 """
 
 from __future__ import annotations

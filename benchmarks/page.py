@@ -2,7 +2,7 @@
 
     python benchmarks/page.py [--quick] > docs/benchmarks.md
 
-It takes about 15 minutes, in which nothing else should run: with two threads on two cores that
+It takes about 15 minutes, in which nothing else should run. With two threads on two cores that
 other work uses, the threads wait for each other.
 """
 
@@ -35,10 +35,10 @@ RUNS = {
 NOTES = {
     "Reading a large study": """\
 Former commands read the whole study. On the same database and machine they took, imports included:
-status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB, `Study.front()` 10.5 s
-and 682 MB, the first publishing 30.2 s and a later one 13.8 s, with 688 MB. Other work ran on the
-two cores meanwhile, so CPU seconds say more than seconds. The first publishing writes a note for
-each of the 352 members of the front. A later one writes the notes that changed.
+status 10.5 s and 686 MB, front 11.1 s and 686 MB, show 7.1 s and 687 MB. `Study.front()` took 10.5
+s and 682 MB. The first publishing took 30.2 s and a later one 13.8 s, with 688 MB. Other work ran
+on the two cores meanwhile, so CPU seconds say more than seconds. The first publishing writes a note
+for each of the 352 members of the front. A later one writes the notes that changed.
 """,
 }
 """Heading -> what is said before its runs."""
@@ -46,7 +46,7 @@ PAGE = """\
 # Benchmarks of speed
 
 Each ratio compares times of two sides that run alternately in one process, so it holds on other
-machines of the same kind. Below 1 is faster. Milliseconds are those of this machine. The first
+machines of the same kind. Below 1 is faster. Milliseconds were measured on this machine. The first
 lines of each file in `benchmarks/` say how it measures. `python benchmarks/page.py` writes this
 page{how}. Other work on the machine changes the ratios: two runs of one command differed by up to
 0.1.
@@ -65,7 +65,7 @@ ratios for bfloat16 mean little.
 
 
 def table(command: str, extra: list[str]) -> str:
-    """Run a benchmark and return its command and what it prints."""
+    """Run a benchmark; return its command and output."""
     name, *flags = command.split()
     flags += [flag for flag in extra if flag not in flags]
     run = [sys.executable, str(HERE / name), *flags]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +14,20 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moenas.evaluate.dtypes import has_bfloat16
+from moenas.export.published_weights import published_weights
+from moenas.huggingface.family_matching import family_config, layers_of_architecture
 from moenas.model import MoE
 from moenas.model.architecture import Architecture, Model
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
-from families import QWEN3_MOE
-from weights import rows_of, to_theirs
-
 T = TypeVar("T")
 
+CONTEXT = 32768
+"""Positions of the configuration of a model, in tokens."""
+
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-"""Those of transformers that run on a CPU; the others need kernels for a GPU. `batched_mm` copies
-the weights of an expert for every slot: 17 GB for 2048 tokens of 2 experts of 3 x 256 x 512."""
+"""Implementations of transformers that run on a CPU; the others need kernels for a GPU.
+`batched_mm` copies the weights of an expert for every slot: 17 GB for 2048 tokens of 2 experts of 3
+x 256 x 512."""
 
 
 def machine() -> str:
@@ -40,7 +41,7 @@ def machine() -> str:
 
 
 def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
-    """Return the seconds that a call takes, and what it returns.
+    """Return the seconds that a call takes, and its result.
 
     CPU time with one thread, else wall time.
     """
@@ -53,7 +54,7 @@ def timed(work: Callable[..., T], *given: Any) -> tuple[float, T]:
 def block_of(moe: MoE, implementation: str, dtype: torch.dtype) -> Qwen3MoeSparseMoeBlock:
     """Return the layer of Qwen3-MoE with the weights of ours, in the type that it computes in.
 
-    Those of the experts are copies, as theirs lie the other way round.
+    The weights of the experts are copies, because theirs lie the other way round.
     """
     experts: Any = moe.experts
     logits: Any = moe.router.logits
@@ -84,39 +85,32 @@ def architecture(n_experts: int, top_k: int, d_expert: int) -> Architecture:
     )
 
 
-def model_of(ours: Model, implementation: str) -> Any:
-    """Return the model of transformers that computes what a model of `architecture` computes."""
+def model_of(architecture: Architecture, ours: Model, implementation: str) -> Any:
+    """Return the model of transformers with the function and the weights of ours.
+
+    It has the configuration and the weights that `moenas export --format transformers` writes.
+    """
     (_, moe), *_ = ours.moe_layers()
-    mixer: Any = ours.blocks[0].mixer
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.d_model,
-        num_hidden_layers=len(ours.blocks),
-        num_attention_heads=mixer.qkv.n_heads,
-        num_key_value_heads=mixer.qkv.n_kv_heads,
-        head_dim=mixer.qkv.head_dim,
-        moe_intermediate_size=moe.experts.width,
-        num_experts=moe.experts.n_experts,
-        num_experts_per_tok=moe.router.top_k,
-        norm_topk_prob=True,
-        router_aux_loss_coef=moe.balance.aux_coef,
-        tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": mixer.rotary.theta},
+    plain = family_config(architecture, CONTEXT)
+    config = transformers.AutoConfig.for_model(**plain, router_aux_loss_coef=moe.balance.aux_coef)
+    layers = layers_of_architecture(architecture)
+    family = plain["model_type"]
+    weights = published_weights(family, layers.whole, layers.blocks, ours.state_dict())
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.Qwen3MoeForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
         attn_implementation="sdpa",
         experts_implementation=implementation,
     )
-    theirs = transformers.Qwen3MoeForCausalLM(config)
-    state = theirs.state_dict()
-    rows = rows_of(QWEN3_MOE.table, state, len(ours.blocks))
-    theirs.load_state_dict(to_theirs(rows, dict(ours.state_dict()), state))
-    return theirs
 
 
 def agree(ours: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Stop unless two functions give the same (B, S, ...) for `x`, up to the rounding of its type.
 
-    A tenth of the tokens may differ: where the logits of a router nearly tie, rounding chooses, and
-    theirs are rounded to the 8 bits of bfloat16, ours are not.
+    A tenth of the tokens may differ: where the logits of a router nearly tie, rounding chooses.
+    Their logits are rounded to the 8 bits of bfloat16, ours are not.
     """
     a, b = ours(x).detach().float(), wanted(x).detach().float()
     errors = (a - b).norm(dim=-1) / b.norm(dim=-1)

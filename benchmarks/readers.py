@@ -1,7 +1,7 @@
 """Seconds and memory of the commands that read a large study: status, front, show, publishing.
 
 `python benchmarks/readers.py` makes a database of 3,000 trained trials, each with 40 rows of curve
-and 4 layers of experts, and prints a row for each command. A process of its own runs each command;
+and 4 layers of experts. It prints a row for each command. A process of its own runs each command;
 the row `imports` is one that only imports what the command needs.
 """
 

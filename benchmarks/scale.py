@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/scale.py [--trials 100 1000 10000] [--postgresql]
     OMP_NUM_THREADS=1 python benchmarks/scale.py --workers 1000 --trials 4000
 
-Each number is the mean over the last 100 trials before a size, in CPU milliseconds of the process,
-so that other work of the machine does not count. The sampler is `random`: the cost of others is
-that of `benchmarks/asks.py`. Optuna's loop asks for, draws and tells the same parameters and values
-in a database of its own; it stores no architecture, evaluation or front. With `--workers` a pool
-answers in simulated time: the clock also runs while the driver computes, and the share of the time
-that workers are busy is printed.
+Each number is the mean over the last 100 trials before a size. It counts CPU milliseconds of the
+process, so that other work of the machine does not count. The sampler is `random`:
+`benchmarks/asks.py` measures the cost of others. Optuna's loop asks for, draws and tells the same
+parameters and values in a database of its own; it stores no architecture, evaluation or front. With
+`--workers` a pool answers in simulated time. The clock also runs while the driver computes. The
+share of the time that workers are busy is printed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The service under load: 50 submitted studies, 100 watchers, and an hour's worth of events.
 
-`python benchmarks/service.py` starts `moenas serve` on a database with a study of 300 trials,
+`python benchmarks/service.py` starts `moenas serve` on a database with a study of 300 trials. It
 submits 50 studies and lets 100 clients follow two streams of events for each. Drivers run as usual,
 one at a time. A writer then stores the events of an hour in which every study finishes a trial each
-30 s: first at a steady pace, then as fast as the database takes them. Clients read meanwhile. It
-prints a table and writes benchmarks/results/service.json.
+30 s. It writes first at a steady pace, then as fast as the database takes them. Clients read
+meanwhile. It prints a table and writes benchmarks/results/service.json.
 """
 
 from __future__ import annotations

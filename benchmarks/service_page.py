@@ -1,8 +1,8 @@
 """Write the transcript of docs/service.md: its commands are run against a real server.
 
 `python benchmarks/service_page.py` runs every command behind `$ ` of the first block, in an empty
-folder with the Python of the page as submit.py, and puts the outputs in the place of the former
-ones. The port of the page is replaced by a free one meanwhile.
+folder with the Python of the page as submit.py. It replaces the former outputs. The port of the
+page is replaced by a free one meanwhile.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Time of a training step of a whole model, over that of the same model in transformers.
+"""Time of a training step of a whole model, over the time of the same model in transformers.
 
     python benchmarks/step.py [--quick] [--threads 1] [--rounds 10] [--keep]
 
 A model of the Qwen3-MoE family: 4 layers of width 256, 4 heads of 64 with 2 for keys and values, a
-vocabulary of 4096; 8 sequences of 256 tokens. Both start from the same weights; first their logits
-and losses are compared. A step is forward, cross entropy and the router's auxiliary loss, backward,
-and torch's fused AdamW. The models take turns; the ratio is the median of those of each turn, CPU
-time with one thread, which other work on the machine disturbs less, else wall time. With --keep the
-process keeps freed memory, as it does in training by moenas, and both gain by it: the bigger the
-tensors that a step makes, the more.
+vocabulary of 4096. A step has 8 sequences of 256 tokens. Both start from the same weights; first
+their logits and losses are compared. A step is forward, cross entropy and the router's auxiliary
+loss, backward, and torch's fused AdamW. The models take turns; the ratio is the median of the
+ratios of each turn. With one thread CPU time counts, which other work on the machine disturbs less,
+else wall time. With --keep the process keeps freed memory, as it does in training by moenas. Both
+gain by it, and more if a step makes bigger tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from moenas.evaluate.malloc import tune_malloc
-from moenas.model.architecture import Model
+from moenas.model.architecture import Architecture, Model
 
 BATCH, CONTEXT = 8, 256
 SHAPES = [(16, 2, 512), (64, 8, 128)]
@@ -59,9 +59,9 @@ def our_step(model: Model) -> Step:
     return Step(model.train(), loss)
 
 
-def their_step(model: Model, implementation: str) -> Step:
+def their_step(architecture: Architecture, model: Model, implementation: str) -> Step:
     """Return the step of the same model in transformers."""
-    theirs = peers.model_of(model, implementation).train()
+    theirs = peers.model_of(architecture, model, implementation).train()
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         output = theirs(
@@ -74,9 +74,10 @@ def their_step(model: Model, implementation: str) -> Step:
 
 def measure(shape: tuple[int, int, int], against: tuple[str, ...], rounds: int) -> list[str]:
     """Return the rows of one shape, after checking that all compute the same loss."""
-    model = peers.architecture(*shape).build(seed=0)
+    architecture = peers.architecture(*shape)
+    model = architecture.build(seed=0)
     steps = {"moenas": our_step(model)}
-    steps |= {f"transformers {name}": their_step(model, name) for name in against}
+    steps |= {f"transformers {name}": their_step(architecture, model, name) for name in against}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         text = torch.randint(4096, (BATCH, CONTEXT + 1))
@@ -98,8 +99,9 @@ def measure(shape: tuple[int, int, int], against: tuple[str, ...], rounds: int) 
 
 def check(shape: tuple[int, int, int]) -> None:
     """Stop unless the logits agree."""
-    model = peers.architecture(*shape).build(seed=0).eval()
-    theirs = peers.model_of(model, "eager").eval()
+    architecture = peers.architecture(*shape)
+    model = architecture.build(seed=0).eval()
+    theirs = peers.model_of(architecture, model, "eager").eval()
     tokens = torch.randint(4096, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)

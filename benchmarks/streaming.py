@@ -1,9 +1,9 @@
 """Share of a training step that batches from memory-mapped shards take.
 
-`python benchmarks/streaming.py` writes shards of random tokens, trains the median candidate of the
-space `tiny` for some steps, and prints a row for each source: microseconds that a batch takes, and
-their share of a training step on this machine. The page cache holds the files, as it does for any
-corpus below the size of the memory.
+`python benchmarks/streaming.py` writes shards of random tokens, and trains the median candidate of
+the space `tiny` for some steps. It prints a row for each source: microseconds that a batch takes,
+and their share of a training step on this machine. The page cache holds the files, as it does for
+any corpus below the size of the memory.
 """
 
 from __future__ import annotations

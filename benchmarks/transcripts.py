@@ -1,8 +1,8 @@
 """Write the transcripts and the picture of a front in the documents from a real study.
 
-`make transcripts` runs the study `tiny` if it is not finished, then every command that stands
-behind `$ moenas` in README.md and docs/, and puts its output in the place of the former one. An
-output that ends with `...` keeps its number of lines. Commands that write or serve are left alone.
+`make transcripts` runs the study `tiny` if it is not finished. Then it runs every command behind `$
+moenas` in README.md and docs/, and replaces its output. An output that ends with `...` keeps its
+number of lines. Commands that write or serve are left alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/zoo.py > docs/zoo.md
 
-Counted by arithmetic from the files. Name, source and what was published stand in their comments.
+Counted by arithmetic from the files. Their comments give the name, the source and the published
+numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ proportions.
 Of the active parameters all are counted that one token passes through, of an input embedding with
 a table of its own one row. FLOPs are for a token of the forward pass at a context of 4,096, two for
 each multiply-add; `moenas check` counts at `train.context`, 128 if the file says nothing, and
-`moenas check zoo/mixtral_8x7b train.context=4096 train.tokens=1e6` at that of the table.
+`moenas check zoo/mixtral_8x7b train.context=4096 train.tokens=1e6` at the context of the table.
 Published figures are rounded, and often leave out embeddings.
 
 | file | source | parameters | active | GFLOP/token | published | same as in transformers |
@@ -43,11 +44,11 @@ Published figures are rounded, and often leave out embeddings.
 {rows}
 
 - counts: the exact numbers of parameters, all and active, of the whole model as transformers 5.23.0
-  defines it (`make test-slow`, tests/parity/test_counts.py); of Switch its decoder without
-  cross-attention, of LongCat-Flash without what nothing reads. For DeepSeekMoE it is GLM's
-  definition with the sizes of DeepSeekMoE; transformers has the model itself as
-  `DeepseekOcr2TextModel`, with as many parameters. Arctic, GLaM, Grok-1,
-  GShard, Hunyuan-Large, Ling-mini, Pangu Pro MoE, SmallThinker and Step-3 are not in transformers.
+  defines it (`make test-slow`, tests/parity/test_counts.py). Of Switch the decoder counts, without
+  cross-attention. LongCat-Flash counts without weights that nothing reads. For DeepSeekMoE it is
+  GLM's definition with the sizes of DeepSeekMoE; transformers has the model itself as
+  `DeepseekOcr2TextModel`, with as many parameters. Arctic, GLaM, Grok-1, GShard, Hunyuan-Large,
+  Ling-mini, Pangu Pro MoE, SmallThinker and Step-3 are not in transformers.
 - logits: the file, made small, and a small random model of transformers give the same logits with
   the weights of either, in float32 to 1e-5, and 1e-4 for Jamba and Kimi
   Linear (tests/parity/test_models.py).

@@ -72,8 +72,8 @@ def _subtitle(n_shown: int, n_others: int, n_members: int) -> str:
 
 def _points(evaluation: Evaluation) -> list[tuple[float, float]]:
     """Return (tokens, training loss) of the rows that have a finite one."""
-    found = [(row.get("tokens"), row.get("train_loss")) for row in evaluation.curve]
-    return [(t, loss) for t, loss in found if t and loss is not None and math.isfinite(loss)]
+    points = [(row.get("tokens"), row.get("train_loss")) for row in evaluation.curve]
+    return [(t, loss) for t, loss in points if t and loss is not None and math.isfinite(loss)]
 
 
 def _curve(evaluation: Evaluation) -> Curve:

@@ -60,14 +60,14 @@ def figure(view: View) -> go.Figure:
 
 def _layers(evaluation: Evaluation) -> list[Plain]:
     """Return the rows of the layers whose domains are known, as many as can be shown."""
-    found: list[Plain] = []
+    shown: list[Plain] = []
     width = 0
     for row in sorted(evaluation.routing, key=lambda row: int(row["layer"])):
         experts = max(map(len, (row.get("domains") or {}).values()), default=0)
-        if experts and (not found or width + experts <= MOST_EXPERTS):
-            found.append(row)
+        if experts and (not shown or width + experts <= MOST_EXPERTS):
+            shown.append(row)
             width += experts
-    return found
+    return shown
 
 
 def _map(evaluation: Evaluation) -> go.Heatmap:

@@ -45,7 +45,7 @@ def figure(view: View) -> go.Figure:
 
 
 def _subtitle(info: ObjectiveInfo, n: int, n_holes: int) -> str:
-    text = f"mean {info.name} against that of all {n} candidates, at equal active parameters"
+    text = f"mean {info.name} against the mean of all {n} candidates, at equal active parameters"
     return f"{text}; {SHOWN} of {n_holes} holes" if n_holes > SHOWN else text
 
 
@@ -56,8 +56,8 @@ def _largest(effects: list[HoleEffect]) -> list[HoleEffect]:
         holes.setdefault(effect.hole, []).append(effect)
 
     def spread(hole: str) -> float:
-        found = [effect.effect for effect in holes[hole]]
-        return min(found) - max(found)
+        sizes = [effect.effect for effect in holes[hole]]
+        return min(sizes) - max(sizes)
 
     chosen = sorted(holes, key=spread)[:SHOWN]
     return [effect for hole in chosen for effect in holes[hole]]

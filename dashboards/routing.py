@@ -52,12 +52,12 @@ def figure(view: View) -> go.Figure:
     )
     for index, evaluation in enumerate(shown):
         row, column = index // columns + 1, index % columns + 1
-        found = _columns(evaluation, MOST_CELLS // len(shown))
-        drawn.add_trace(_map(evaluation.trial, found), row=row, col=column)
+        trial_columns = _columns(evaluation, MOST_CELLS // len(shown))
+        drawn.add_trace(_map(evaluation.trial, trial_columns), row=row, col=column)
         last = index + columns >= len(shown)
         drawn.update_xaxes(title_text="tokens" if last else "", row=row, col=column)
         title = "layer" if column == 1 else ""
-        drawn.update_yaxes(_layers(found[0][1]), title_text=title, row=row, col=column)
+        drawn.update_yaxes(_layers(trial_columns[0][1]), title_text=title, row=row, col=column)
     drawn.update_xaxes(showgrid=False, tickformat="~s", nticks=5)
     drawn.update_annotations(font_size=12)
     drawn.update_layout(coloraxis=figures.load_colours(), margin_t=96)
@@ -66,7 +66,7 @@ def figure(view: View) -> go.Figure:
 
 def _columns(evaluation: Evaluation, cells: int) -> list[tuple[float, Column]]:
     """Return tokens and loads of the rows of the curve that know them, the layers in order."""
-    found = []
+    columns = []
     for row in evaluation.curve:
         layers = {int(r["layer"]): r.get("load") or [] for r in row.get("routing") or []}
         kept: Column = {}
@@ -75,9 +75,9 @@ def _columns(evaluation: Evaluation, cells: int) -> list[tuple[float, Column]]:
             if (ratios := figures.load_ratios(load)) and (not kept or size <= MOST_EXPERTS):
                 kept[layer] = ratios
         if row.get("tokens") and kept:
-            found.append((float(row["tokens"]), kept))
-    height = sum(map(len, found[0][1].values())) if found else 1
-    return figures.thin(found, max(2, cells // height))
+            columns.append((float(row["tokens"]), kept))
+    height = sum(map(len, columns[0][1].values())) if columns else 1
+    return figures.thin(columns, max(2, cells // height))
 
 
 def _map(trial: int, columns: list[tuple[float, Column]]) -> go.Heatmap:

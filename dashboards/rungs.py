@@ -21,8 +21,8 @@ def figure(view: View) -> go.Figure:
         for e in view.evaluations
         if e.status == "complete" and not e.is_copy and "val_loss" in e.metrics
     }
-    found = list(rank_agreements(view.rungs, final).values())
-    if not found:
+    agreements = list(rank_agreements(view.rungs, final).values())
+    if not agreements:
         return figures.blank(TITLE, "the study has no rungs, or no candidate has reached one yet")
     drawn = make_subplots(
         rows=2,
@@ -30,14 +30,14 @@ def figure(view: View) -> go.Figure:
         shared_xaxes=True,
         row_heights=[0.6, 0.4],
         vertical_spacing=0.08,
-        figure=figures.drawing(TITLE, _subtitle(found)),
+        figure=figures.drawing(TITLE, _subtitle(agreements)),
     )
-    places = [short(rung.tokens) for rung in found]
-    drawn.add_trace(_correlations(places, found), row=1, col=1)
-    for name, counts, colour in _bars(found):
+    places = [short(rung.tokens) for rung in agreements]
+    drawn.add_trace(_correlations(places, agreements), row=1, col=1)
+    for name, counts, colour in _bars(agreements):
         drawn.add_bar(x=places, y=counts, name=name, marker_color=colour, row=2, col=1)
     drawn.update_yaxes(title_text="rank correlation", range=[-0.05, 1.05], row=1, col=1)
-    if any((rung.correlation or 0) < 0 for rung in found):
+    if any((rung.correlation or 0) < 0 for rung in agreements):
         drawn.update_yaxes(range=[-1.05, 1.05], row=1, col=1)
     drawn.update_yaxes(title_text="candidates", rangemode="tozero", row=2, col=1)
     drawn.update_xaxes(type="category")
@@ -46,16 +46,16 @@ def figure(view: View) -> go.Figure:
     return drawn
 
 
-def _subtitle(found: list[RankAgreement]) -> str:
+def _subtitle(agreements: list[RankAgreement]) -> str:
     text = "Spearman's correlation of the losses at a rung with the final ones"
-    if any(rung.correlation is not None and rung.pairs < MIN_PAIRS for rung in found):
+    if any(rung.correlation is not None and rung.pairs < MIN_PAIRS for rung in agreements):
         text += f"; hollow: fewer than {MIN_PAIRS} candidates have both"
     return text
 
 
-def _correlations(places: list[str], found: list[RankAgreement]) -> go.Scatter:
+def _correlations(places: list[str], agreements: list[RankAgreement]) -> go.Scatter:
     """Return the line of correlations; a rung with few pairs has a hollow point."""
-    pairs = zip(places, found, strict=True)
+    pairs = zip(places, agreements, strict=True)
     known = [(place, rung) for place, rung in pairs if rung.correlation is not None]
     return go.Scatter(
         x=[x for x, _ in known],
@@ -73,10 +73,10 @@ def _correlations(places: list[str], found: list[RankAgreement]) -> go.Scatter:
     )
 
 
-def _bars(found: list[RankAgreement]) -> list[tuple[str, list[int], str]]:
+def _bars(agreements: list[RankAgreement]) -> list[tuple[str, list[int], str]]:
     """Return the parts of each rung's candidates: their name, counts and colour."""
-    stayed = [rung.reached - rung.promoted for rung in found]
+    stayed = [rung.reached - rung.promoted for rung in agreements]
     return [
-        ("trained on", [rung.promoted for rung in found], figures.BLUE),
+        ("trained on", [rung.promoted for rung in agreements], figures.BLUE),
         ("stopped or paused", stayed, figures.GREY),
     ]

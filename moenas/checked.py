@@ -1,4 +1,4 @@
-"""The check of what a worker sends: nothing that is not an evaluation of the job goes further."""
+"""The check of a worker's result: it must be an evaluation of the job."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _copied(value: object, depth: int, left: list[int]) -> Any:
 
 
 def _shown(value: object) -> str:
-    """Show a stranger's value in a message."""
+    """Show a value from another process in a message."""
     try:
         return clean(repr(value), 100)
     except BaseException:
@@ -114,9 +114,7 @@ def checked_evaluation(sent: object, job: Job) -> Evaluation:
     for name in ("study", "trial", "attempt"):
         received, wanted = sent.get(name), getattr(job, name)
         if type(received) is not type(wanted) or received != wanted:
-            raise ValueError(
-                f"{name} is {_shown(received)}, and that of the job is {_shown(wanted)}"
-            )
+            raise ValueError(f"{name} is {_shown(received)}, but the job has {_shown(wanted)}")
     status = sent.get("status")
     if status not in ("complete", "failed", "paused"):
         raise ValueError(f"status is {_shown(status)}; a worker says complete, failed or paused")
@@ -188,7 +186,7 @@ def _values(sent: object, job: Job, status: str) -> dict[str, float]:
 
 
 def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]:
-    """Return objective -> details; those of a latency must be what a study can reckon with."""
+    """Return objective -> details; details of a latency must be numbers that a study can use."""
     if not isinstance(sent, Mapping):
         raise ValueError(f"measurements is {_shown(sent)}, not an object")
     measurements = {}
@@ -208,7 +206,7 @@ def _measurements(sent: object, values: Mapping[str, float]) -> dict[str, Plain]
 
 
 def require_timed(details: Plain) -> None:
-    """Raise ValueError if details with a `reference_key` are not those of a timed latency."""
+    """Raise ValueError if details with a `reference_key` do not describe a timed latency."""
     key = details["reference_key"]
     if not isinstance(key, str) or not 0 < len(key) <= 1000:
         raise ValueError(f"reference_key is {_shown(key)}, not a short text")

@@ -1,4 +1,4 @@
-"""The exception tree: what can go wrong, and the exit code that each kind ends with.
+"""The exception tree: kinds of errors, and the exit code of each.
 
 MoenasError                      1   anything that moenas itself raises
 |-- InputError                   2   what the user wrote or named is wrong; no study was created
@@ -138,7 +138,7 @@ class NotFoundError(InputError):
 
 
 class ConflictError(InputError):
-    """The state or the name of a study does not allow what was asked."""
+    """The state or the name of a study does not allow the request."""
 
 
 class StorageError(InputError):

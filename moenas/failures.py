@@ -1,4 +1,4 @@
-"""What went wrong, told from an exception: whose fault it is, and a text that can be stored."""
+"""Failures by their exceptions: whose fault each is, and a text that can be stored."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def origin(error: BaseException) -> str:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception, what it was raised from, and the members of a group."""
+    """Yield an exception, its causes, and the members of a group."""
     waiting, seen = [error], set[int]()
     while waiting and len(seen) < 100:
         one = waiting.pop()

@@ -1,11 +1,11 @@
-"""Files that hold text or tokens in a format of their own, told by their first bytes."""
+"""Formats of files that hold text or tokens, detected by their first bytes."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
 
-_UNPACK = "unpack it, and name what was in it"
+_UNPACK = "unpack it, and name the files inside"
 HEAD = 16
 """Bytes from the start of a file that tell its format."""
 PARQUET, ARROW, ARROW_STREAM = "Parquet", "Arrow", "Arrow stream"

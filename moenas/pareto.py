@@ -27,8 +27,8 @@ MARGIN = 0.1
 EXACT_OBJECTIVES = 5
 """The hypervolume of more objectives is approximate.
 
-The exact one takes 0.09 s for 3,000 points of 5 objectives, 2.3 s for 1,000 points of 6 and 3.5 s
-for 300 points of 7 (moocore, one core); its time grows without a bound.
+The exact one takes 0.09 s for 3,000 points of 5 objectives. It takes 2.3 s for 1,000 points of 6
+objectives, and 3.5 s for 300 points of 7 (moocore, one core). Its time grows without a bound.
 """
 RAYS = 8192
 """Directions that an approximate hypervolume is measured in."""
@@ -90,8 +90,8 @@ def non_dominated(values: ArrayLike, directions: Sequence[str]) -> NDArray[np.bo
 def _minimal(losses: Losses) -> NDArray[np.bool_]:
     """Return the mask of `non_dominated` for losses.
 
-    In lexicographic order a point is dominated only by points before it, so the first of those
-    that remain is on the front and strikes out what it dominates.
+    In lexicographic order a point is dominated only by points before it. So the first remaining
+    point is on the front, and strikes out the points that it dominates.
     """
     order = np.lexsort(losses.T[::-1])
     rest, keep = losses[order], np.zeros(len(losses), dtype=np.bool_)
@@ -130,8 +130,8 @@ def reference_point(values: ArrayLike, directions: Sequence[str]) -> list[float]
     """Return the common reference point of a study: the worst of all points, and a bit beyond.
 
     Each coordinate is the worst value of its objective over all points given (not over the front
-    alone) plus 10 % of the range, so that the extreme members of the front have a volume too.
-    Where the range is zero, 10 % of the value's size is added; where that is zero, 1.
+    alone) plus 10 % of the range. So the extreme members of the front have a volume, too. Where the
+    range is zero, 10 % of the value's size is added; where that is zero, 1.
     """
     losses = _losses(values, directions)
     if not len(losses):
@@ -209,11 +209,11 @@ def _rays(n_objectives: int) -> Losses:
 def _reach(losses: Losses, corner: Losses, widths: Losses, after_each: bool = False) -> Losses:
     """Return the share of the box that points dominate, by directions.
 
-    From the corner a ray passes through dominated space up to the farthest reach of any point;
-    the mean of that length to the power of the number of objectives is the volume, up to a factor
-    (Deng and Zhang 2019, "Approximating hypervolume and hypervolume contributions using polar
-    coordinate"). The factor is such that the box itself has its own volume. With `after_each`
-    there is the share after each point in turn; it never falls.
+    From the corner a ray passes through dominated space up to the farthest reach of any point. The
+    mean of this length to the power of the number of objectives is the volume, up to a factor (Deng
+    and Zhang 2019, "Approximating hypervolume and hypervolume contributions using polar
+    coordinate"). The factor is such that the box itself has its own volume. With `after_each` there
+    is the share after each point in turn; it never falls.
     """
     rays, n = _rays(losses.shape[1]), losses.shape[1]
     factor = 1.0 / float(((1.0 / rays.max(axis=1)) ** n).mean())
@@ -245,7 +245,7 @@ def _exclusive(point: Losses, others: Losses, corner: Losses) -> float:
     return max(0.0, box - _volume(np.maximum(others, point), corner))
 
 
-def gain(
+def hypervolume_improvement(
     values: ArrayLike,
     point: Sequence[float],
     reference: Sequence[float],
@@ -278,8 +278,8 @@ def _approximate(losses: Losses, corner: Losses) -> list[float]:
 def knee(values: ArrayLike, directions: Sequence[str]) -> int:
     """Return the row of the front's knee: the point farthest below the plane of its extremes.
 
-    The front is scaled to [0, 1] in each objective between its best and its worst member; the
-    plane goes through the unit points, so the knee has the smallest sum of scaled losses. For two
+    The front is scaled to [0, 1] in each objective between its best and its worst member. The plane
+    goes through the unit points, so the knee has the smallest sum of scaled losses. For two
     objectives this is the knee of Das (1999), farthest from the chord between the extremes. Of
     equally good rows the first is taken.
     """
@@ -352,7 +352,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """By how much the hypervolume of a is larger than that of b."""
+        """The hypervolume of a minus the hypervolume of b."""
         return self.hypervolume_a - self.hypervolume_b
 
 
@@ -364,7 +364,7 @@ def compare(
 ) -> Comparison:
     """Compare the fronts of two sets of points.
 
-    Without a reference point, that of all points of both sets is taken. Coverage is the C metric
+    Without a reference point, the one of all points of both sets is taken. Coverage is the C metric
     of Zitzler and Thiele (1998, "Multiobjective optimization using evolutionary algorithms").
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Processes of this machine: which one lives, what it started, and how all of that is ended."""
+"""Processes of this machine: which one lives, its children, and how all of them are ended."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ Plain = dict[str, Any]
 """A JSON object: strings, numbers, booleans, None, lists and objects of these."""
 
 TRAINING = 3
-"""Operations of a training step over those of its forward pass."""
+"""Operations of a training step over the operations of its forward pass."""
 
 
 def training_flops(cost: Mapping[str, Any]) -> float:
     """Return the forward FLOPs of a token in training, by the stored cost of a candidate.
 
-    With heads for multi-token prediction they are more than those of the model.
+    With heads for multi-token prediction they exceed the FLOPs of the model.
     """
     return float(cost.get("training_flops_per_token") or cost.get("flops_per_token") or 0)
 
@@ -59,9 +59,9 @@ class Cost:
     product (a multiplication and an addition), attention over the full context, nothing for
     element-wise work. A training step costs about three times that."""
     kv_bytes_per_token: int = 0
-    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16): keys and
-    values of every token, those behind a window or chunk too; of latent attention the latent and
-    the rotary key. A state of fixed size adds 0."""
+    """Growth of the key-value cache per token of context, 2 bytes an element (bfloat16). It holds
+    keys and values of every token, also behind a window or chunk. Latent attention has the latent
+    and the rotary key. A state of fixed size adds 0."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class Job(_Record):
-    """Everything that a stranger machine needs to evaluate one candidate."""
+    """Everything that a remote worker needs to evaluate one candidate."""
 
     study: str
     trial: int
@@ -266,7 +266,7 @@ class CurvePoint(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation(_Record):
-    """What came of one candidate; a failure is an evaluation too."""
+    """The result of one candidate; a failure is an evaluation too."""
 
     study: str
     trial: int

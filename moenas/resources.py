@@ -44,7 +44,7 @@ class Node:
     key_mark: SourceLocation | None = None
     """Where the key stands, if the node is the value of one."""
     path: str | None = None
-    """The path of the definition that stands here in place of a name."""
+    """The path of the definition that replaces a name here."""
     hole: str | None = None
     """The path that names the hole here, if other places have the same hole."""
 
@@ -67,7 +67,7 @@ class Node:
         return cls(plain, mark)
 
     def error(self, path: str, message: str, *, key: bool = False) -> SpaceError:
-        """Build the error for this place, or for that of the node's key."""
+        """Build the error for this place, or for the place of the node's key."""
         mark = self.key_mark if key and self.key_mark else self.mark
         return SpaceError(message, location=mark, path=path)
 
@@ -186,11 +186,6 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_yaml(path: Path) -> Node:
-    """Read a YAML file strictly; see `parse_yaml`."""
-    return parse_yaml(read_text(path), str(path))
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes YAML that `parse_yaml` reads back."""
 
@@ -225,7 +220,7 @@ SUGGESTED = 3
 
 
 def listing(folder: str, suffix: str) -> dict[str, Path]:
-    """Return name -> path of what `folder` offers; the folder here shadows what was shipped."""
+    """Return name -> path of the files of `folder`; the folder here shadows the shipped one."""
     paths: dict[str, Path] = {}
     for place in (shipped(folder), Path(folder)):
         for path in sorted(place.glob(f"*{suffix}")):
@@ -235,7 +230,7 @@ def listing(folder: str, suffix: str) -> dict[str, Path]:
 
 
 def find(folder: str, suffix: str, ref: str) -> Path:
-    """Resolve a reference: a path as given, then the folder here, then what was shipped.
+    """Resolve a reference: a path as given, then the folder here, then the shipped folder.
 
     A name may lead into a folder below, like `zoo/mixtral_8x7b`. The folder may be left out where
     only one folder below has the name.

@@ -19,7 +19,7 @@ from moenas.passwords import hide
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Characters that move a cursor, change colours or the order of reading: not tab and newline."""
 CLOSED_PIPE = 141
-"""Exit code when the reader of stdout has gone: that of a process killed by SIGPIPE."""
+"""Exit code when the reader of stdout has gone: as of a process killed by SIGPIPE."""
 
 
 class OutputError(MoenasError):
@@ -46,7 +46,8 @@ def say(text: str = "") -> None:
 
 
 def columns() -> int | None:
-    """Return how wide stdout is: that of a terminal, or COLUMNS; None: as wide as one likes."""
+    """Return the width of stdout in columns, by the terminal or COLUMNS; None: as wide as one
+    likes."""
     if os.environ.get("COLUMNS", "").isdecimal():
         return int(os.environ["COLUMNS"]) or None
     try:
@@ -71,7 +72,7 @@ def emit(text: str) -> None:
 
 
 def flush() -> None:
-    """Bring to stdout what was written; raises as `emit` does."""
+    """Flush stdout; raises as `emit` does."""
     if sys.stdout is None:
         return
     try:

@@ -18,6 +18,6 @@ needs = "training"
 
 
 def measure(subject: Subject) -> Measurement:
-    """Return the number, with that of each layer."""
+    """Return the number, and the number of each layer."""
     layers = {str(row["layer"]): int(row["dead"]) for row in subject.training.routing}
     return Measurement(sum(layers.values()), {"dead": layers})

@@ -1,8 +1,8 @@
 """Time of one decoding step of the trained model: one new token for each sequence of a batch.
 
 `measure.decode_batch` sequences, each with a key-value cache of `measure.decode_context` tokens of
-real text; the routing is that of the trained router. The value is the median ratio to a fixed
-reference model, timed in pairs, times the reference's time on this device.
+real text; the trained router routes. The value is the median ratio to a fixed reference model,
+timed in pairs, times the reference's time on this device.
 """
 
 from __future__ import annotations

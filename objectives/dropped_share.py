@@ -20,6 +20,6 @@ needs = "training"
 
 
 def measure(subject: Subject) -> Measurement:
-    """Return the mean share, with that of each layer."""
+    """Return the mean share, and the share of each layer."""
     layers = {str(row["layer"]): float(row["dropped"]) for row in subject.training.routing}
     return Measurement(fmean(layers.values()) if layers else 0.0, {"dropped": layers})

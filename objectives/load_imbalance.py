@@ -21,6 +21,6 @@ needs = "training"
 
 
 def measure(subject: Subject) -> Measurement:
-    """Return the mean MaxVio, with that of each layer."""
+    """Return the mean MaxVio, and the MaxVio of each layer."""
     layers = {str(row["layer"]): float(row["max_vio"]) for row in subject.training.routing}
     return Measurement(fmean(layers.values()) if layers else 0.0, {"max_vio": layers})

@@ -1,8 +1,8 @@
 """Time of one forward pass of the trained model over a prompt.
 
-`measure.prefill_batch` prompts of `measure.prefill_tokens` tokens of real text, from an empty
-cache to the logits; the routing is that of the trained router. The value is the median ratio to a
-fixed reference model, timed in pairs, times the reference's time on this device.
+`measure.prefill_batch` prompts of `measure.prefill_tokens` tokens of real text, from an empty cache
+to the logits; the trained router routes. The value is the median ratio to a fixed reference model,
+timed in pairs, times the reference's time on this device.
 """
 
 from __future__ import annotations

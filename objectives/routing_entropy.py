@@ -20,6 +20,6 @@ needs = "training"
 
 
 def measure(subject: Subject) -> Measurement:
-    """Return the mean entropy, with that of each layer."""
+    """Return the mean entropy, and the entropy of each layer."""
     layers = {str(row["layer"]): float(row["entropy"]) for row in subject.training.routing}
     return Measurement(fmean(layers.values()) if layers else 1.0, {"entropy": layers})

@@ -1,8 +1,8 @@
 """Validation loss of the trained model, nats per token.
 
 The mean cross-entropy of next-token prediction over `train.val_tokens` tokens that no training
-step has seen. Read it beside the corpus's held-out bigram loss, which `bigram_loss` of every
-evaluation holds: a model above it has learned less than a table of token pairs. The loss of a model
+step has seen. Compare it with the corpus's held-out bigram loss, which `bigram_loss` of every
+evaluation holds. A model above it has learned less than a table of token pairs. The loss of a model
 with `allow_acausal: true` is better than what it can write; the details say so under `acausal`.
 """
 

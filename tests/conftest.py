@@ -142,6 +142,15 @@ def root_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one CPU thread: the same run then gives the same numbers to the last bit."""
+    from moenas.evaluate.threads import cpu_threads
+
+    with cpu_threads(1):
+        yield
+
+
+@pytest.fixture
 def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder with a small corpus, and leave the dashboard alone."""
     (tmp_path / "corpus.txt").write_text("".join(f"line {i} of {i * i}\n" for i in range(800)))

@@ -65,7 +65,7 @@ def check_cost(architecture: Architecture, length: int) -> None:
 def no_row_is_idle(architecture: Architecture, length: int) -> bool:
     """Whether every slot of a mixture meets one network, so that only roundings are surplus.
 
-    Nor is there a sink, which is a key that the cost leaves out.
+    There is no sink either, because the cost leaves out its key.
     """
     if any(getattr(layer.mixer, "sinks", False) for layer in architecture.layers):
         return False
@@ -174,7 +174,7 @@ def check_spellings(plain: Plain, seed: int) -> None:
 
 
 def assert_same_function(one: Architecture, other: Architecture) -> None:
-    """Both start from the same weights, and compute and train alike from any.
+    """Both start from the same weights, and compute and train in the same way from any.
 
     Where two feed-forward layers are written as one or change places, weights are carried over, and
     logits and losses are compared. Two spellings may round differently, and a rounding can carry a

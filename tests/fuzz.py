@@ -130,7 +130,7 @@ _CHANGES: list[Callable[[Any, random.Random], None]] = [
 
 
 def outcome(text: str) -> tuple[str, float, int]:
-    """Read a space; return what it says, its seconds of CPU and the peak memory in bytes.
+    """Read a space; return its output, its seconds of CPU and the peak memory in bytes.
 
     Anything but a space or an InputError goes through: it is a fault.
     """

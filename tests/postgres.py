@@ -21,7 +21,7 @@ import sqlalchemy
 
 
 def server_programs() -> Path | None:
-    """The folder of initdb and postgres: the system's newest, else that of a wheel."""
+    """The folder of initdb and postgres: the system's newest, else from a wheel."""
     system = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     newest = sorted(system, key=lambda path: int(path.parts[-3]))
     if newest:

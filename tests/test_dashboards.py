@@ -483,17 +483,6 @@ def test_a_figure_that_fails_says_so_in_its_place(tmp_path, monkeypatch, source,
     assert reason in made["bad"].layout.annotations[0].text
 
 
-def test_the_page_has_every_figure_and_asks_no_other_machine(tmp_path):
-    path = tmp_path / "page.html"
-    figures.write_html(made_up_views.view(5, name="a <study>"), path)
-    page = path.read_text(encoding="utf-8")
-    for name in NAMES:
-        assert f'<section id="{name}">' in page
-    assert "a &lt;study&gt;" in page
-    assert 'src="http' not in page
-    assert page.count("plotly.js v") <= 2  # the script is there once
-
-
 def untrained(view: View) -> View:
     """The same study, had it measured costs and latencies alone."""
     bare: dict[str, Any] = {"curve": [], "routing": [], "metrics": {}, "weights_sha256": None}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
     former
     __init__ errors
-    passwords records formats processes
+    passwords records formats markdown processes
     failures folders terminal
     checked resources pareto
     grammar store

@@ -208,14 +208,14 @@ def test_an_approximate_hypervolume_is_near_the_exact_one(objectives, points):
     volumes = [p.hypervolume for p in history(losses, directions, corner, range(points))]
     assert volumes == sorted(volumes)
     assert volumes[-1] == pytest.approx(exact, rel=0.1)
-    last = pareto.gain(losses[:-1], losses[-1], corner, directions)
+    last = pareto.hypervolume_improvement(losses[:-1], losses[-1], corner, directions)
     assert volumes[-2] + last == pytest.approx(volumes[-1])
 
 
 def test_ten_objectives_and_hundreds_of_points_take_no_second():
     losses, directions, corner = sphere(600, 10), ["minimize"] * 10, [1.1] * 10
     began = time.process_time()
-    pareto.gain(losses[:-1], losses[-1], corner, directions)
+    pareto.hypervolume_improvement(losses[:-1], losses[-1], corner, directions)
     history(losses, directions, corner, range(600))
     assert time.process_time() - began < 1.0
 
@@ -237,7 +237,7 @@ def test_no_finite_value_gives_a_number_that_is_not_finite(data, objectives):
     corner = reference_point(points, directions)
     volumes = [p.hypervolume for p in history(points, directions, corner, range(len(points)))]
     volumes += [*corner, hypervolume(points, corner, directions)]
-    volumes.append(pareto.gain(points[:-1], points[-1], corner, directions))
+    volumes.append(pareto.hypervolume_improvement(points[:-1], points[-1], corner, directions))
     assert np.isfinite(volumes).all()
     assert volumes[: len(points)] == sorted(volumes[: len(points)])
 

@@ -223,9 +223,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     binary = tmp_path / "x.yaml"
     binary.write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match=r"x\.yaml: not UTF-8"):
-        refs.read_yaml(binary)
+        refs.read_text(binary)
     with pytest.raises(InputError, match="cannot be read"):
-        refs.read_yaml(tmp_path)
+        refs.read_text(tmp_path)
 
 
 # --- files of the working directory ----------------------------------------------------------------

@@ -29,7 +29,8 @@ def sized(full: T, tiny: T) -> T:
 
 
 def machine() -> dict[str, Any]:
-    """Return the card, what it has, and the versions of what runs on it; `card` None without."""
+    """Return the card, its memory and processors, and the versions of the libraries on it; `card`
+    None without."""
     facts: dict[str, Any] = {
         "card": None,
         "date": datetime.now(UTC).date().isoformat(),
@@ -89,7 +90,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 30, warm_up: int = 5
 
 
 def seconds(work: Callable[[], T]) -> tuple[float, T]:
-    """Return the wall time of one call, until the device has done it, and what it returns."""
+    """Return the wall time of one call, until the device has done it, and its result."""
     synchronize()
     began = time.perf_counter()
     result = work()
@@ -102,8 +103,8 @@ def captured(
 ) -> tuple[Callable[[], None], T]:
     """Capture a call in a CUDA graph; return its replay, and the output that replays write into.
 
-    Warm-up and capture run on one stream, which waits for what was queued before. Autograd keeps
-    the stream of the first use with a parameter: what ran on a side stream names it.
+    Warm-up and capture run on one stream, which waits for the work that was queued before. Autograd
+    keeps the stream of the first use with a parameter: what ran on a side stream names it.
     """
     before = torch.cuda.current_stream()
     stream, graph = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()

@@ -14,11 +14,11 @@ class Group:
     name: str
     about: str
     seconds: int
-    """What it is expected to take."""
+    """The expected time."""
     limit: int
     """When it is ended, in seconds."""
     module: str = ""
-    """The module of `measure`; empty: that of the name."""
+    """The module of `measure`; empty: the module of the name."""
     function: str = "measure"
     turns: int = 1
     """Processes that measure the same, one after another; the spread between them is a figure."""

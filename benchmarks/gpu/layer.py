@@ -1,7 +1,7 @@
-"""A training step of an MoE layer over that of a dense layer of the same active FLOPs.
+"""A training step of an MoE layer over a step of a dense layer of the same active FLOPs.
 
-Times are those of replayed CUDA graphs, as moenas trains. `launched` beside them are those of steps
-that the host launches kernel by kernel.
+Times are of replayed CUDA graphs, as moenas trains. `launched` beside them are times of steps that
+the host launches kernel by kernel.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def measure(report: Report) -> None:
 
 
 def pytest_run(report: Report, options: list[str]) -> tuple[int, list[str]]:
-    """Run pytest in the root of the repository; return its exit code and what it printed."""
+    """Run pytest in the root of the repository; return its exit code and output."""
     fixed = ["-m", "gpu", "-p", "no:cacheprovider", "--tb=short", "--color=no"]
     line = [sys.executable, "-m", "pytest", *fixed, *options]
     lines = []

@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Return what it is called in figures: d512 L8 E64k8."""
+        """Return its name in figures: d512 L8 E64k8."""
         ffn = f"E{self.n_experts}k{self.top_k}" if self.n_experts else "dense"
         return f"d{self.d_model} L{self.layers} {ffn}"
 

@@ -18,8 +18,8 @@ page. For a machine without a network, `make gpu-prepare` elsewhere puts wheels 
 `bash benchmarks/gpu/run.sh` there installs them and runs the same. Each group is a process of its
 own with a time limit; what a group has found until then is kept. `python benchmarks/gpu/run.py`
 takes `--only NAMES` for some groups and `--budget SECONDS` for another limit in all. Results lie in
-`benchmarks/results/gpu-<card>.json`, and in `$OUT` too if that is set: a file brought from another
-machine goes into that folder, and `make docs` draws this page from all of them. Without a GPU the
+`benchmarks/results/gpu-<card>.json`, and in `$OUT` too if that is set. A file brought from another
+machine goes into that folder. `make docs` draws this page from all of them. Without a GPU the
 command runs dry: on tiny sizes, whose figures mean nothing.
 """
 NO_CARD = "No GPU was available yet. This page has no measured numbers."
@@ -115,7 +115,7 @@ def figures(results: Results) -> Iterator[str]:
 
 
 def all_values(values: list[Value]) -> str:
-    """Write one value, or those of several processes."""
+    """Write one value, or the values of several processes."""
     return ", ".join(shown(value) for value in values)
 
 

@@ -55,7 +55,7 @@ class Report:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Work on a part of a group; what it raises is written down, and the next part begins."""
+        """Work on a part of a group; an exception is written down, and the next part begins."""
         try:
             yield
         except Exception as error:

@@ -19,7 +19,7 @@ WITHOUT = "none"
 
 @dataclass
 class Found:
-    """What came of one group."""
+    """The results of one group."""
 
     status: str
     """done; failed, where a part raised an error; crashed; timed out; no time left."""

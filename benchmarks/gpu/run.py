@@ -2,12 +2,11 @@
 
     python benchmarks/gpu/run.py [--budget SECONDS] [--only NAMES] [--into FOLDER] [--page]
 
-Each group of figures is a process of its own with a time limit: one that crashes or hangs costs its
-own figures, and of these only those that it had not told. While a group measures, the process of
-the next one imports what it needs and waits. After each group benchmarks/results/gpu-<card>.json
-and docs/gpu.md are rewritten, and copied to $OUT if that is set. With --only the other groups
-keep the figures of an earlier run. Without a GPU everything runs dry, on tiny sizes, and is written
-to build/gpu.
+Each group of figures is a process of its own with a time limit. A process that crashes or hangs
+costs only the figures that it had not reported. While a group measures, the process of the next one
+imports its libraries and waits. After each group benchmarks/results/gpu-<card>.json and docs/gpu.md
+are rewritten, and copied to $OUT if that is set. With --only the other groups keep the figures of
+an earlier run. Without a GPU everything runs dry, on tiny sizes, and is written to build/gpu.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def command_of(group: Group, figures: Path) -> list[str]:
 
 
 class Process:
-    """The process of one group: it imports what it needs, and waits for its turn."""
+    """The process of one group: it imports its libraries, and waits for its turn."""
 
     def __init__(self, command: list[str], figures: Path, tell: Tell) -> None:
         self.figures = figures
@@ -104,7 +103,7 @@ class Process:
             os.kill(self.process.pid, number)
 
     def end(self, grace: float) -> None:
-        """Wait a little for the process to end, and end it and what it started."""
+        """Wait a little for the process to end; then end it and its children."""
         if grace:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
@@ -179,7 +178,7 @@ class Run:
         return Process(self.command(group, figures), figures, self.tell)
 
     def _one(self, group: Group, turn: int, process: Process, waiting: Process | None) -> None:
-        """Give one process its turn, and take in what it found."""
+        """Give one process its turn, and take in its results."""
         limit = min(float(group.limit), self.left - GRACE)
         name = f"{group.name} {turn + 1} of {group.turns}" if group.turns > 1 else group.name
         if limit < max(LEAST, group.seconds / 2):
@@ -211,7 +210,7 @@ class Run:
     def write(self) -> None:
         """Write the results and the page, and copy them to $OUT."""
         if not self.results.machine:
-            return  # no group came so far as to say what it runs on
+            return  # no group came so far as to name its device
         into = self.into or (ROOT if self.results.card else ROOT / "build" / "gpu")
         folder = into / "benchmarks" / "results"
         whole = self._with_earlier(folder)
@@ -300,7 +299,7 @@ def main(given: list[str] | None = None) -> int:
     try:
         code = run.go()
     except KeyboardInterrupt:
-        run.tell("interrupted; what was found is written")
+        run.tell("interrupted; the results so far are written")
         return 130
     run.tell(card_state())
     return code

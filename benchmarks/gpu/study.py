@@ -68,7 +68,7 @@ def one_study(report: Report, workers: Workers, overrides: list[str]) -> None:
     report.figure("candidates an hour", 3600 * len(complete) / took, "", f"{took:.0f} s in all")
     if len(ends) > 1:
         steady = 3600 * (len(ends) - 1) / (ends[-1] - ends[0])
-        text = f"from the end of the first, after {ends[0]:.0f} s, to that of the last"
+        text = f"from the end of the first, after {ends[0]:.0f} s, to the end of the last"
         report.figure("candidates an hour after the first", steady, "", text)
     report.figure("complete", len(complete), "candidates", f"of {space.search.trials}")
     failed = sum(row.status == "failed" for row in rows)

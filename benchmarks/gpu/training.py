@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from gpu.card import GPU, synchronize
 from gpu.models import corpus
 from moenas.evaluate.device_steps import WARM_UP, DeviceSteps
+from moenas.evaluate.steps import TrainingInputs
 from moenas.model.architecture import Model
 from moenas.space.sections import Recipe
 
@@ -16,7 +17,7 @@ from moenas.space.sections import Recipe
 @contextmanager
 def opened(model: Model, recipe: Recipe, seed: int = 0) -> Iterator[DeviceSteps]:
     """Open a run whose tokens lie on the device, and free it at the end."""
-    steps = DeviceSteps(model.train(), corpus(), recipe, seed)
+    steps = DeviceSteps(TrainingInputs(model.train(), corpus(), recipe, seed))
     steps.load(0, recipe.steps)
     try:
         yield steps

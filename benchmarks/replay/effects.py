@@ -1,6 +1,6 @@
 """Expected losses of a factorial table: main effects of all holes, and interactions of two.
 
-A recorded loss has the noise of one seed. The rows of a factorial design share effects, so a linear
+A recorded loss has the noise of one seed. The rows of a factorial design share effects. So a linear
 model of them averages the noise away (Box, Hunter and Hunter, Statistics for Experimenters, ch. 5).
 It shares no code with the surrogate of the sampler `gray_box`.
 """

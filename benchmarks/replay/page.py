@@ -41,9 +41,9 @@ HEAD = """\
 `python benchmarks/search.py --page` writes this page. Each method searches the table of
 [benchmarks/moe_table](../benchmarks/moe_table/README.md), in simulated time with real
 evaluations. The objectives are `val_loss` and `flops_per_token`. The share is the hypervolume of
-what was found, in units of the true front's. Training FLOPs are counted, also those of candidates
-that are stopped early. The budget is the training of so many candidates of mean size;
-{predicted:.1%} of the points were not trained, and their losses are predicted.
+the front so far, in units of the true front's. Training FLOPs are counted, also of candidates that
+are stopped early. The budget is the training of so many candidates of mean size; {predicted:.1%} of
+the points were not trained, and their losses are predicted.
 
 The true front holds expected losses, so a lucky seed is worth nothing. They come from a linear
 model of all choices and their pairs; losses that are left out of it are {judge_error:.4f} nats

@@ -28,7 +28,7 @@ class Proposal:
 
 
 class Method(Protocol):
-    """A search method: a sampler, and what it decides at the rungs."""
+    """A search method: a sampler, and its decisions at the rungs."""
 
     def ask(self) -> Proposal | None:
         """Propose a candidate; None if it has none now."""

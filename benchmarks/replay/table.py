@@ -46,12 +46,12 @@ class Table:
         return self._means[fingerprint]
 
     def losses(self, fingerprint: str) -> list[float]:
-        """Return the losses at all rungs, nats per token; the last one is that of the end."""
+        """Return the losses at all rungs, nats per token; the last one is the loss at the end."""
         row = self.row(fingerprint)
         return [float(row[f"loss_{rung}"]) for rung in range(1, RUNGS + 1)]
 
     def training_flops(self, fingerprint: str) -> float:
-        """Return the FLOPs of a whole training: 3 times those of the forward passes."""
+        """Return the FLOPs of a whole training: 3 times the FLOPs of the forward passes."""
         return 3 * float(self.row(fingerprint)["flops_per_token"]) * self.tokens
 
 

@@ -23,7 +23,7 @@ def calibrate(
     device: Annotated[
         str | None,
         typer.Option(
-            metavar="cpu|cuda", help="Device to measure on. Default: that of the candidates."
+            metavar="cpu|cuda", help="Device to measure on. Default: where candidates run."
         ),
     ] = None,
     models: Annotated[

@@ -107,7 +107,7 @@ def _write_error(error: MoenasError) -> None:
     """Write an error to stderr; with `-o json`, also its fields to stdout as a JSON object."""
     say(f"moenas: {error}")
     if is_json_wanted():
-        # The exit code is that of the error, whether or not stdout can be written.
+        # The error decides the exit code, whether or not stdout can be written.
         with contextlib.suppress(MoenasError, SystemExit):
             emit(to_json(hide_in(error.plain())))
             terminal.flush()

@@ -15,7 +15,7 @@ def start_text(start: str | None, sizes: list[str]) -> str:
     """Return the text of a new space file.
 
     `start` is the name of a space, or the path of a config.json of Hugging Face or of a folder
-    with one. `sizes` are those of `--shrink`.
+    with one. `sizes` come from `--shrink`.
 
     Raises:
         InputError: if the model cannot be read, or has no counterpart in a space file.

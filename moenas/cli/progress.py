@@ -30,7 +30,7 @@ LAST = 6
 def listener(name: str, units: Mapping[str, str]) -> Iterator[Listener]:
     """Yield the listener of a run: a live table on a terminal, else lines on stderr.
 
-    `name` is that of the study. `units` gives the unit of each objective.
+    `name` names the study. `units` gives the unit of each objective.
     """
     if sys.stderr is None:
         yield lambda _: None

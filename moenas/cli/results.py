@@ -1,4 +1,4 @@
-"""What commands write of a study: its front, what to type next, and what it will take."""
+"""Output of commands about a study: its front, the next commands, and its expected cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moenas.terminal import emit, say
 
 
 def write_front(report: Plain, output: Output) -> None:
-    """Write the front to stdout; what it is measured on goes to stderr."""
+    """Write the front to stdout, and its device and data to stderr."""
     from moenas.report.front_report import front_rows
 
     is_short = output is Output.table

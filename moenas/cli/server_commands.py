@@ -20,7 +20,7 @@ def _write(detail: Plain, output: Output) -> None:
     row = {"study": detail["name"], "state": detail["state"], "trials": detail["trials"]}
     write_rows([row], output, single=True)
     if detail["driver_running"] and detail["state"] in ("paused", "cancelled"):
-        say("its driver ends after what it is writing")
+        say("its driver finishes its current write and ends")
 
 
 @commands.command()

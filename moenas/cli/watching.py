@@ -1,4 +1,4 @@
-"""What `moenas run` tells others of a run: progress, loggers, and a command at its end."""
+"""Listeners of `moenas run`: the progress, loggers, and a command at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Watchers:
-    """Who is told of a run beside the terminal."""
+    """Listeners of a run beside the terminal."""
 
     log: Sequence[str]
     """Texts of `--log`."""

@@ -1,10 +1,9 @@
-"""What the dashboard's notes say of a study and of a trial, in Markdown."""
+"""The dashboard's notes on a study and on a trial, in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from moenas.grammar.brief import brief
+from moenas.markdown import table_lines
 from moenas.records import Evaluation, Plain, View
 from moenas.report import figures
 from moenas.resources import to_yaml
@@ -26,7 +25,9 @@ def study_note(view: View) -> str:
         f" {counts['failed']} failed, {counts['infeasible']} infeasible,{stopped}"
         f" {study.trials} trials asked for.",
         "",
-        *_table(("objective", "direction", "unit", "best", "what it is"), _objective_rows(view)),
+        *table_lines(
+            ("objective", "direction", "unit", "best", "what it is"), _objective_rows(view)
+        ),
         "",
         "**Data.** " + ", ".join(_data_words(study.data)),
     ]
@@ -91,7 +92,7 @@ def trial_note(view: View, evaluation: Evaluation) -> str:
         [
             "**On the Pareto front.** " + figures.described(view, trial),
             "",
-            *_table(("number", "value", "unit", "how sure"), _number_rows(view, evaluation)),
+            *table_lines(("number", "value", "unit", "how sure"), _number_rows(view, evaluation)),
             "",
             f"Fingerprint `{evaluation.fingerprint}`, seed {evaluation.seed}, measured on"
             f" {_device_words(evaluation.device) or 'an unknown device'}.",
@@ -163,14 +164,9 @@ def former_note(view: View, trial: int) -> str:
     return f"No longer on the Pareto front{by}."
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [head, ("---",) * len(head), *rows]
-    return ["| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines]
-
-
 # --- publish -----------------------------------------------------------------------------------
 
 PUBLISHED = "moenas:published"
-"""System attribute of the study: what was written -> digest, so that it is written once."""
+"""System attribute of the study: name of a note or figure -> digest, so that it is written once."""
 STATE, MEMBERS = "state", "members"
 """Keys of the state and the front that were written: what shows only these is not drawn again."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 PUBLISHED = "moenas:published"
-"""System attribute of the study: what was written -> digest, so that it is written once."""
+"""System attribute of the study: name of a note or figure -> digest, so that it is written once."""
 STATE, MEMBERS = "state", "members"
 """Keys of the state and the front that were written: what shows only these is not drawn again."""
 
@@ -85,12 +85,12 @@ ON_THE_PAGE: Plain = {
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
 }
-"""The dashboard shows one figure in its light and its dark mode: the card shines through, and
-the grey of the texts has a contrast of about 4 to 1 on both."""
+"""The dashboard shows one figure in its light and its dark mode. Its background is transparent. The
+grey of the texts has a contrast of about 4 to 1 on both."""
 
 
 def _notes(view: View, before: dict[str, str], known: dict[str, str]) -> dict[str, str]:
-    """Return key -> text of the notes to write: `note:` the study's, `note:12` that of trial 12.
+    """Return key -> text of the notes to write: `note:` for the study, `note:12` for trial 12.
 
     The note of a member of the front never changes, so one that is `known` is not made again.
     """
@@ -126,10 +126,10 @@ PATCHED_VERSION = "0.21."
 def patch_dashboard() -> bool:
     """Close four gaps of optuna-dashboard under Optuna 5, for this process; say whether it did.
 
-    - It reads constraints where Optuna 4 kept them, so those of `Trial.set_constraint` do not
+    - It reads constraints where Optuna 4 kept them, so constraints of `Trial.set_constraint` do not
       show. Here a trial is sent with the values of `FrozenTrial.constraints`.
-    - Its best trials ignore constraints, and with three objectives it finds them by comparing all
-      pairs in Python at every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.
+    - Its best trials ignore constraints. With three objectives it compares all pairs in Python at
+      every poll: 16 s at 5,000 trials. Here Optuna's own function finds them.
     - It collects the search space from all trials at every poll, unless one is running. Here
       it goes on from the first that was not finished.
     - Figures come in the order of a set, another in each process. Here they are in reading order.
@@ -236,8 +236,8 @@ class LoopbackGuard:
 
     Listening on loopback keeps other machines out, but not the web pages in the user's browser. A
     page can let its own name point to 127.0.0.1 (then `Host` names it), or send requests across
-    (then `Origin` does). Of what changes the database only notes are let through: trials and
-    studies have their record in moenas' own tables, which the dashboard knows nothing of.
+    (then `Origin` does). Of the requests that change the database only notes are allowed. Trials
+    and studies have their record in moenas' own tables, which the dashboard does not know.
     """
 
     def __init__(self, app: WSGIApplication) -> None:

@@ -1,4 +1,4 @@
-"""The held-out loss of a bigram model: what is reached by knowing the previous token alone."""
+"""The held-out loss of a bigram model, which knows the previous token alone."""
 
 from __future__ import annotations
 

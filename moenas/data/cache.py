@@ -42,13 +42,13 @@ def load(section: Plain, digest: str, published: Plain | None = None) -> Corpus:
     except (InputError, OSError) as error:
         wrong = error
     try:
-        found = fetch(published, digest)
+        loaded = fetch(published, digest)
     except DataError as error:
         here = f"{wrong}" if wrong else f"its files here have the digest {corpus.sha256[:12]}"
         raise DataError(f"{here}; {error}", path="data") from error
     _FETCHED.clear()
-    _FETCHED[digest] = found
-    return found
+    _FETCHED[digest] = loaded
+    return loaded
 
 
 def _load(section: Plain, digest: str) -> Corpus:

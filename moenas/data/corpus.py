@@ -76,7 +76,7 @@ class Corpus:
     def crops(self, steps: Sequence[int], batch: int, context: int, seed: int) -> Tokens:
         """Return the crops of several steps, (n, batch, context + 1), in a small integer type.
 
-        Its first `context` tokens are those of `batch`, its last ones the tokens that follow them.
+        Its first `context` tokens are the inputs of `batch`, its last `context` tokens the targets.
         """
         starts = np.stack([self._starts(step, batch, context, seed) for step in steps])
         crops = self.train[starts[:, :, None] + np.arange(context + 1)]

@@ -1,4 +1,4 @@
-"""What a corpus is, as `moenas check` says it: the formats of its files, its tokens, its words."""
+"""The description of a corpus in `moenas check`: formats of its files, tokens, vocabulary."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TEXT = "text"
 
 def formats(section: Plain) -> dict[str, int]:
     """Return how many files of each format a section names; {} where it names none."""
-    found = Counter[str]()
+    n_files = Counter[str]()
     for path in paths({**section, "tokenizer": None}):
         if section["kind"] == "tokens":
-            found[token_files.inspect(path, section["dtype"]).format] += 1
+            n_files[token_files.inspect(path, section["dtype"]).format] += 1
         else:
             default = text_columns.JSON_LINES if section.get("text_column") else TEXT
-            found[text_columns.text_format(path) or default] += 1
-    return dict(found)
+            n_files[text_columns.text_format(path) or default] += 1
+    return dict(n_files)
 
 
 def report(section: Plain, corpus: Corpus) -> Plain:
@@ -44,23 +44,23 @@ def report(section: Plain, corpus: Corpus) -> Plain:
     }
 
 
-def line(found: Plain) -> str:
+def line(corpus: Plain) -> str:
     """Lay out what `report` found in one line."""
-    counted = found["formats"].items()
+    counted = corpus["formats"].items()
     files = ", ".join(f"{n} file{'s' if n > 1 else ''} of {name}" for name, n in counted)
-    told = f"corpus: {files or found['name']}"
-    if found["text_column"]:
-        told += f", column '{found['text_column']}'"
-    tokenizer = found["tokenizer"]
+    told = f"corpus: {files or corpus['name']}"
+    if corpus["text_column"]:
+        told += f", column '{corpus['text_column']}'"
+    tokenizer = corpus["tokenizer"]
     if tokenizer:
         end = tokenizer["end_of_text"]
         told += f", with {os.path.basename(tokenizer['path'])}"
-        told += f" and {end} after each document" if end and found["kind"] != "tokens" else ""
-    elif found["kind"] == "tokens":
-        told += f" ({found['dtype']})"
+        told += f" and {end} after each document" if end and corpus["kind"] != "tokens" else ""
+    elif corpus["kind"] == "tokens":
+        told += f" ({corpus['dtype']})"
     else:
         told += ", as bytes"
     return (
-        f"{told}; {found['train_tokens']:,} tokens to train on, {found['val_tokens']:,} to validate"
-        f" on ({found['split']}), vocabulary {found['vocab_size']:,}"
+        f"{told}; {corpus['train_tokens']:,} tokens to train on, {corpus['val_tokens']:,} to"
+        f" validate on ({corpus['split']}), vocabulary {corpus['vocab_size']:,}"
     )

@@ -1,4 +1,4 @@
-"""Domains: what kind of text each token of a corpus comes from, as runs of tokens."""
+"""Domains: the kind of text that each token of a corpus comes from, as runs of tokens."""
 
 from __future__ import annotations
 

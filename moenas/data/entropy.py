@@ -1,4 +1,4 @@
-"""What a corpus is made of by counting: tokens, pairs of neighbours, their entropy, a digest."""
+"""Counts of a corpus: tokens, pairs of neighbours, their entropy, a digest."""
 
 from __future__ import annotations
 

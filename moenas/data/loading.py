@@ -85,7 +85,7 @@ def _counted(
     lengths: Mapping[str, list[int]],
     tokenizer: TokenizerFile | None = None,
 ) -> Corpus:
-    """Count the tokens of text; `lengths` are those of its parts in tokens."""
+    """Count the tokens of text; `lengths` are the lengths of its parts in tokens."""
     vocab_size, more = 256, dict(text.details)
     if tokenizer is not None:
         vocab_size = tokenizer.vocab_size
@@ -172,8 +172,8 @@ def from_manifest(manifest: Plain, train: TokenArray, val: TokenArray) -> Corpus
 def _load_tokens(section: Plain) -> Corpus:
     """Map arrays of tokens into memory.
 
-    They are read whole, so that their digest is that of what is in them now; what was counted is
-    kept under that digest.
+    They are read whole, so that the digest describes their present content. Counts are kept under
+    this digest.
     """
     vocab_size = section["vocab_size"]
     listed = [_listed(section.get(key)) for key in ("tokens", "val")]
@@ -247,10 +247,10 @@ def _map(path: str, dtype: str) -> Shard:
     Raises:
         ValueError: if it is of another type than when the space was checked.
     """
-    found = token_files.inspect(path, dtype)
-    if found.dtype != dtype:
-        raise ValueError(f"'{path}' holds {found.dtype}, not {dtype}")
-    return found.map()
+    token_file = token_files.inspect(path, dtype)
+    if token_file.dtype != dtype:
+        raise ValueError(f"'{path}' holds {token_file.dtype}, not {dtype}")
+    return token_file.map()
 
 
 _DIGESTS: dict[str, str] = {}
@@ -268,13 +268,13 @@ def _known_digest(paths: list[str], splits: list[TokenArray]) -> str:
 
 def stamps(paths: list[str]) -> list[list[object]]:
     """Return what changes of each file with its content: place, size and times."""
-    found: list[list[object]] = []
+    stamped: list[list[object]] = []
     for path in paths:
         with suppress(OSError):
             stat = os.stat(path)
             inode = stat.st_dev, stat.st_ino, stat.st_size
-            found.append([path, *inode, stat.st_mtime_ns, stat.st_ctime_ns])
-    return found
+            stamped.append([path, *inode, stat.st_mtime_ns, stat.st_ctime_ns])
+    return stamped
 
 
 def digest_of(splits: Sequence[TokenArray]) -> str:

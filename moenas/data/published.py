@@ -24,7 +24,7 @@ from moenas.store.files import make_folder, path_at, sync_folder
 from moenas.store.object_path import ObjectPath, StorePath
 
 FOLDER = "corpora"
-"""Folder beside those of the studies of a database."""
+"""Folder beside the folders of the studies of a database."""
 ALIGNMENT = 64
 """Bytes; the splits begin at a multiple, so that they can be mapped with any dtype."""
 
@@ -90,9 +90,9 @@ def fetch(address: Plain, digest: str) -> Corpus:
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".draft-") as folder:
             draft = Path(folder, path.name)
             path.download(str(draft))
-            found = _opened(draft, digest)
+            corpus = _opened(draft, digest)
             os.replace(draft, kept)
-        return found
+        return corpus
     except OSError as error:
         raise DataError(f"{path}: cannot be fetched: {error.strerror}", path="data") from error
 
@@ -109,13 +109,13 @@ def _opened(path: Path, digest: str) -> Corpus:
             tokens,
             [manifest["train_tokens"], manifest["train_tokens"] + manifest["val_tokens"]],
         )
-        found = loading.digest_of([train, val])
-        if found == digest and not len(rest):
+        digest_read = loading.digest_of([train, val])
+        if digest_read == digest and not len(rest):
             return loading.from_manifest(manifest, train, val)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a corpus of moenas: {error}", path="data") from None
     raise DataError(
-        f"{path}: its digest is {found[:12]}, not {digest[:12]}; remove the file, and the next run"
-        " writes it again",
+        f"{path}: its digest is {digest_read[:12]}, not {digest[:12]}; remove the file, and the"
+        " next run writes it again",
         path="data",
     )

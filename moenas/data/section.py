@@ -1,4 +1,4 @@
-"""The section `data` of a space file: which corpus is meant, and the files that it names."""
+"""The section `data` of a space file: the corpus and its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VAL_WORDS, TRAIN_WORDS, TEST_WORDS = {"val", "valid", "validation"}, {"train"}, 
 
 
 def parse(node: Node) -> Plain:
-    """Read the `data` section of a space file; what comes back reads as itself again.
+    """Read the `data` section of a space file; reading the result again changes nothing.
 
     `stdlib` and `pydoc` become {"kind": ...}; paths become absolute (relative ones start from
     the folder where moenas runs), folders and patterns the files in them, and what the files say
@@ -66,11 +66,11 @@ def parse(node: Node) -> Plain:
 
 def paths(section: Plain) -> list[str]:
     """Return every file that a section, as `parse` gives it, names."""
-    found: list[str] = []
+    named_paths: list[str] = []
     for key in ("files", "tokens", "val", "tokenizer"):
         value = section.get(key) or []
-        found += [value] if isinstance(value, str) else value
-    return found
+        named_paths += [value] if isinstance(value, str) else value
+    return named_paths
 
 
 def _kind(node: Node, value: dict[str, Node]) -> str:
@@ -81,12 +81,12 @@ def _kind(node: Node, value: dict[str, Node]) -> str:
             near = suggestion(str(kind.plain), KEYS)
             raise kind.error("data", f"no corpus {kind.plain!r}.{near} Right would be: {WANTED}")
         return kind.value
-    found = next((kind for kind in ("files", "tokens") if kind in value), None)
-    if found is None:
+    kind_given = next((kind for kind in ("files", "tokens") if kind in value), None)
+    if kind_given is None:
         keys = ", ".join(value) or "nothing"
         near = next(filter(None, (suggestion(key, KEYS) for key in value)), "")
         raise node.error("data", f"names no corpus ({keys}).{near} Right would be: {WANTED}")
-    return found
+    return kind_given
 
 
 def _need(node: Node, value: dict[str, Node], key: str, wanted: str) -> Node:
@@ -135,12 +135,12 @@ def _checked(node: Node, key: str, look: Callable[[], Found]) -> Found:
 
 def _files_below(folder: str) -> list[str]:
     """Return the files of a folder and its folders that are neither hidden nor empty."""
-    found = []
+    kept = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = [os.path.join(base, name) for name in names if not name.startswith(".")]
-        found += [path for path in inside if not os.path.isfile(path) or os.path.getsize(path)]
-    return sorted(found)
+        kept += [path for path in inside if not os.path.isfile(path) or os.path.getsize(path)]
+    return sorted(kept)
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _text_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
 
     The second list has the files of the split of a data set that validates.
     """
-    found: set[str] = set()
+    train: set[str] = set()
     val: list[str] = []
     for item, text in _items(node, key):
         if os.path.isdir(text):
@@ -183,14 +183,14 @@ def _text_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
                 val += more
         for path in [*listed, *val]:
             _check_text(item, key, path)
-        found.update(listed)
-    if not found:
+        train.update(listed)
+    if not train:
         raise node.error(key, "is empty; give at least one path or pattern")
-    return sorted(found), val
+    return sorted(train), val
 
 
 def _text_folder(item: Node, key: str, folder: str) -> tuple[list[str], list[str]]:
-    """Return the files of a folder, which may be a data set of Hugging Face, and those of val."""
+    """Return the files of a folder or of a data set of Hugging Face, and the files of val."""
     if text_columns.is_dataset(folder):
         listed, val = _checked(item, key, lambda: text_columns.dataset_files(folder))
     else:
@@ -240,25 +240,25 @@ def _column(node: Node, named: Node | None, files: list[str]) -> str | None:
     if named is not None and not isinstance(named.value, str):
         raise named.error("data.text_column", f"{named.plain!r} is not the name of a column")
     wanted = None if named is None else str(named.value)
-    found: dict[str | None, str] = {}
+    columns: dict[str | None, str] = {}
     for path in files:
         if text_columns.text_format(path) is not None:
             look = _column_look(path, wanted)
-            found.setdefault(_checked(named or node, "data.text_column", look), path)
+            columns.setdefault(_checked(named or node, "data.text_column", look), path)
         elif wanted is not None:
             _checked(named or node, "data.text_column", _row_look(path, wanted))
-            found.setdefault(wanted, path)
+            columns.setdefault(wanted, path)
         else:
-            found.setdefault(None, path)
-    if len(found) > 1:
-        (a, first), (b, second) = list(found.items())[:2]
+            columns.setdefault(None, path)
+    if len(columns) > 1:
+        (a, first), (b, second) = list(columns.items())[:2]
         said = ["text" if name is None else f"a table of the column {name!r}" for name in (a, b)]
         raise node.error(
             "data.files",
             f"'{first}' is {said[0]}, '{second}' is {said[1]}; name files of one kind by a pattern"
             " such as 'texts/*.parquet'",
         )
-    return next(iter(found))
+    return next(iter(columns))
 
 
 def _column_look(path: str, wanted: str | None) -> Callable[[], str]:
@@ -283,18 +283,18 @@ def _parse_tokenizer(value: dict[str, Node]) -> Plain:
     named = None if end is None else str(end.value)
     ends = "end_of_text" not in value or end is not None
     path = _tokenizer_path(node)
-    found = _checked(
+    tokenizer = _checked(
         end or node, "data.tokenizer", lambda: tokenizer_file.read(path, named, ends=ends)
     )
     size = _given(value, "vocab_size")
-    if size is not None and _vocab_size(size) != found.vocab_size:
+    if size is not None and _vocab_size(size) != tokenizer.vocab_size:
         raise size.error(
-            "data.vocab_size", f"{size.plain!r} is not the {found.vocab_size} of '{path}'"
+            "data.vocab_size", f"{size.plain!r} is not the {tokenizer.vocab_size} of '{path}'"
         )
     return {
         "tokenizer": path,
-        "end_of_text": found.end_of_text,
-        "vocab_size": found.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "vocab_size": tokenizer.vocab_size,
     }
 
 
@@ -338,11 +338,13 @@ def _parse_tokens(node: Node, value: dict[str, Node]) -> Plain:
         ("data.val", val_node or tokens, val),
     ):
         for path in listed:
-            found = _check_tokens(place, key, path, wanted)
-            if found.dtype != wanted:
-                shape = f" in shape ({found.tokens},)" if found.format == formats.NPY else ""
+            token_file = _check_tokens(place, key, path, wanted)
+            if token_file.dtype != wanted:
+                shape = (
+                    f" in shape ({token_file.tokens},)" if token_file.format == formats.NPY else ""
+                )
                 raise place.error(
-                    key, f"'{path}' holds {found.dtype}{shape}; give one row of {wanted}"
+                    key, f"'{path}' holds {token_file.dtype}{shape}; give one row of {wanted}"
                 )
     section: Plain = {"kind": "tokens", "tokens": _one_or_all(train)}
     section |= {"vocab_size": vocab_size, "dtype": wanted}
@@ -364,12 +366,12 @@ def _vocabulary(node: Node, value: dict[str, Node]) -> tuple[int, str | None]:
     if named is not None and "vocab_size" not in value:
         return known, path
     size = _need(node, value, "vocab_size", "the number of different tokens, or a `tokenizer`")
-    found = _vocab_size(size)
-    if found < known:
+    given_size = _vocab_size(size)
+    if given_size < known:
         raise size.error(
             "data.vocab_size", f"{size.plain!r} is below the {known} tokens of '{path}'"
         )
-    return found, path
+    return given_size, path
 
 
 def _size_look(path: str) -> Callable[[], int]:
@@ -423,9 +425,9 @@ def _token_paths(node: Node, key: str) -> tuple[list[str], list[str]]:
 def _matched(item: Node, key: str, text: str) -> list[str]:
     """Return the files of tokens that a pattern matches, by name; numbers count as numbers."""
     matched = [path for path in glob(text, recursive=True) if not os.path.isdir(path)]
-    found = {path for path in matched if not path.endswith(".idx")}
-    if found:
-        return sorted(found, key=_natural)
+    shards = {path for path in matched if not path.endswith(".idx")}
+    if shards:
+        return sorted(shards, key=_natural)
     if glob(text) or any(sign in text for sign in "*?["):
         raise item.error(key, f"'{item.value}' matches no file of tokens")
     raise item.error(key, f"'{item.value}' does not exist (looked at {text})")

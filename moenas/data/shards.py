@@ -55,27 +55,27 @@ class ShardedTokens:
         first = number.flat[0]
         if (number == first).all():
             return self._gathered(int(first), key)
-        found = np.empty(key.shape, dtype=self.dtype)
+        gathered = np.empty(key.shape, dtype=self.dtype)
         for one in np.unique(number):
             here = number == one
-            found[here] = self._gathered(int(one), key[here])
-        return found
+            gathered[here] = self._gathered(int(one), key[here])
+        return gathered
 
     def _gathered(self, number: int, places: Tokens) -> Tokens:
         """Return the tokens at some places, which all lie in one shard."""
         tokens = self.shards[number].tokens
-        found: Tokens = tokens[places - (self._ends[number] - len(tokens))]
-        return found
+        gathered: Tokens = tokens[places - (self._ends[number] - len(tokens))]
+        return gathered
 
     def part(self, start: int, stop: int) -> ShardedTokens:
         """Return the tokens from `start` to before `stop`, as views of the shards."""
-        found = []
+        parts = []
         for shard, end in zip(self.shards, self._ends.tolist(), strict=True):
             begin = end - len(shard.tokens)
             low, high = max(start, begin) - begin, min(stop, end) - begin
             if low < high:
-                found.append(Shard(shard.path, shard.tokens[low:high], shard.start + low))
-        return ShardedTokens(found or [Shard(self.shards[0].path, self.shards[0].tokens[:0])])
+                parts.append(Shard(shard.path, shard.tokens[low:high], shard.start + low))
+        return ShardedTokens(parts or [Shard(self.shards[0].path, self.shards[0].tokens[:0])])
 
     def place(self, at: int) -> tuple[str, int]:
         """Return the file of a token and its place there."""

@@ -40,7 +40,7 @@ GIVEN = "val is given"
 
 
 Named = tuple[str, bytes]
-"""A text and what it is called."""
+"""A text and its name."""
 
 
 @dataclass
@@ -164,7 +164,7 @@ def files(paths: list[str], val: list[str] | None = None, *, is_utf8: bool = Fal
 
 def _different(paths: list[str], is_utf8: bool) -> list[Named]:
     """Return the files of different content."""
-    found: dict[bytes, Named] = {}
+    by_text: dict[bytes, Named] = {}
     for path in paths:
         try:
             text = Path(path).read_bytes()
@@ -172,8 +172,8 @@ def _different(paths: list[str], is_utf8: bool) -> list[Named]:
             raise DataError(f"{path}: cannot be read: {error.strerror}", path="data") from None
         if is_utf8:
             require_utf8(path, text)
-        found.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
-    return list(found.values())
+        by_text.setdefault(text.replace(b"\r\n", b"\n"), (path, text))
+    return list(by_text.values())
 
 
 def require_utf8(name: str, text: bytes) -> None:
@@ -194,14 +194,14 @@ def require_utf8(name: str, text: bytes) -> None:
 def columns(paths: list[str], column: str, val: list[str] | None = None) -> Text:
     """Return the texts of a column of JSON Lines, Parquet or Arrow files; each row is a document.
 
-    The files `val` are the validation split; without them a row validates by the digest of its
-    text, so that equal rows are in one split.
+    The files `val` are the validation split. Without them the digest of its text decides the split
+    of a row, so that equal rows are in one split.
 
     Raises:
         DataError: naming file and row of what cannot be read.
     """
     rule = GIVEN if val else f"val if sha256(row) is in the lowest {TAIL:.0%}"
-    found = Text("files", {"text_column": column}, rule)
+    text_read = Text("files", {"text_column": column}, rule)
     domain = domains.of_files([*paths, *(val or [])])
     for path, split in [
         *((path, "train") for path in paths),
@@ -211,11 +211,11 @@ def columns(paths: list[str], column: str, val: list[str] | None = None) -> Text
         for row in text_columns.rows(path, column):
             text = row.encode("utf-8", "replace")
             low = split == "val" or (not val and text_columns.is_low(text, TAIL))
-            (found.val if low else found.train).append(text.rstrip(b"\r\n") + b"\n")
-            found.domains["val" if low else "train"].append(domain[path])
+            (text_read.val if low else text_read.train).append(text.rstrip(b"\r\n") + b"\n")
+            text_read.domains["val" if low else "train"].append(domain[path])
             digest.update(text + b"\n")
             size, count = size + len(text), count + 1
-        found.files.append(
+        text_read.files.append(
             {
                 "path": path,
                 "bytes": size,
@@ -224,7 +224,7 @@ def columns(paths: list[str], column: str, val: list[str] | None = None) -> Text
                 "split": split if val else "both",
             }
         )
-    return found
+    return text_read
 
 
 def without_licence(text: bytes) -> bytes:

@@ -36,8 +36,8 @@ def text_format(path: str) -> str | None:
         OSError: if the file cannot be read.
     """
     with open(path, "rb") as file:
-        found = formats.file_format(file.read(formats.HEAD))
-    return found if found in formats.TABLES else None
+        detected = formats.file_format(file.read(formats.HEAD))
+    return detected if detected in formats.TABLES else None
 
 
 def text_column(path: str, wanted: str | None) -> str:
@@ -189,7 +189,7 @@ def dataset_files(folder: str) -> tuple[list[str], list[str]]:
     Of a dictionary of splits, `train` trains; the first of VAL_SPLITS validates.
 
     Raises:
-        DataError: if a file of it is missing or not what it should be.
+        DataError: if one of its files is missing or has another format.
     """
     if os.path.isfile(os.path.join(folder, "state.json")):
         return _arrow_files(folder), []
@@ -197,8 +197,8 @@ def dataset_files(folder: str) -> tuple[list[str], list[str]]:
     if not isinstance(splits, list) or "train" not in splits:
         raise DataError(f"'{folder}' has no split 'train'; name the folder of one", path="data")
     val = next((split for split in VAL_SPLITS if split in splits), None)
-    found = _arrow_files(os.path.join(folder, "train"))
-    return found, _arrow_files(os.path.join(folder, val)) if val else []
+    train_files = _arrow_files(os.path.join(folder, "train"))
+    return train_files, _arrow_files(os.path.join(folder, val)) if val else []
 
 
 def _arrow_files(folder: str) -> list[str]:
@@ -219,11 +219,11 @@ def _arrow_files(folder: str) -> list[str]:
 
 def _json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}", path="data") from None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise DataError(f"'{path}' is no JSON object", path="data")
-    return found
+    return content

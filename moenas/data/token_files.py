@@ -1,4 +1,4 @@
-"""Files of tokens: what each is, told by its header or its index, and its memory-mapped array."""
+"""Files of tokens: the format, by the header or the index, and the memory-mapped array."""
 
 from __future__ import annotations
 

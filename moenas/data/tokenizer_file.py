@@ -122,15 +122,15 @@ def _tokenizer(text: str, path: str = "tokenizer.json") -> Tokenizer:
     except ImportError:
         raise DataError(f"a tokenizer needs the library tokenizers: {EXTRA}", path="data") from None
     try:
-        found = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"'{path}' is no tokenizer.json of the library tokenizers: {reason}", path="data"
         ) from None
-    found.no_truncation()
-    found.no_padding()
-    return found
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def version() -> str:

@@ -102,9 +102,9 @@ def find_leaks(model: Model, text: Tensor, mask_boundaries: Collection[int] = ()
     the model and of the generators is restored.
 
     Cuts lie after the first and before the last token, and at two positions inside chunks. More
-    cuts lie at the ends of the first two chunks of a scan and at each of `mask_boundaries`, where
-    an error by one position shows. The test misses leaks that need more tokens or other texts, and
-    changes below FLOAT32_TOLERANCE of the largest logit in float32.
+    cuts lie at the ends of the first two chunks of a scan and at each of `mask_boundaries`. An
+    error by one position shows there. The test misses leaks that need more tokens or other texts,
+    and changes below FLOAT32_TOLERANCE of the largest logit in float32.
 
     A suspected leak is repeated in float64, where rounding is 1e8 times smaller. In float32, other
     numbers of rows for the experts change the rounding, which can flip a near-tie of two experts.
@@ -147,7 +147,7 @@ def _first_leak(model: Model, text: Tensor, cuts: list[int]) -> Leak | None:
         leak, bound = None, FLOAT32_TOLERANCE
     if leak is not None:
         return leak
-    # 3. Three texts in float32: a near-tie occurs in one of them, a leak in all.
+    # 3. Three texts in float32: a near-tie occurs in one text, a leak in all.
     again = (_parts(text, model.vocab_size, turn) for turn in range(3))
     leaks = [_search(model, _named_run(model), pair, cuts, bound) for pair in again]
     return leaks[0] if all(leaks) else None

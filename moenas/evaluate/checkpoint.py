@@ -1,10 +1,10 @@
 """Checkpoints of a training run: saved between two points of its curve, and restored later.
 
 A checkpoint is a safetensors file, so that reading one runs no code. It holds the weights and
-buffers of the model and of its heads for further tokens, the moments and step counts of the
-optimizer, the state of the generators that training uses, and the expert loads that the collapse
-detector has added up. The routing meter is empty between two points. The size is about 12 bytes a
-parameter.
+buffers of the model and of its heads for further tokens. It holds the moments and step counts of
+the optimizer, and the state of the generators that training uses. It holds the expert loads that
+the collapse detector has added up. The routing meter is empty between two points. The size is about
+12 bytes a parameter.
 
 On a CPU a restored run gives the weights of an uninterrupted one to the last bit. State of a user's
 module outside of its parameters and buffers is not saved.
@@ -51,7 +51,7 @@ def restore(run: TrainingRun, state: Mapping[str, Tensor]) -> None:
     """Give a run that has taken no step the state that `save` returned.
 
     Raises:
-        CandidateError: if the state is not that of a run of this architecture.
+        CandidateError: if the state does not belong to a run of this architecture.
     """
     device = next(run.model.parameters()).device
     optimizer, trainee = run.steps.optimizer, run.steps.trainee

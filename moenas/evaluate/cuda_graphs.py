@@ -15,7 +15,8 @@ from moenas.failures import is_out_of_memory, located
 
 faults: list[str] = []
 """Why captures of this process failed. PyTorch's allocator and random generator may be left as in
-the middle of a capture: no other is tried, and a worker process ends after its candidate."""
+the middle of a capture. So no other capture is tried, and a worker process ends after its
+candidate."""
 
 
 class CaptureError(RuntimeError):

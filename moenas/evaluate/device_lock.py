@@ -65,10 +65,10 @@ def _require_locks(handle: int) -> None:
 class DeviceLock:
     """Keeps this user's other work off a device of this host while something is timed there.
 
-    Two files are locked with flock(2). Work holds `main` shared for one step. A timer holds the
-    `gate`, which every step passes through before it takes `main`: no new step begins, the
-    running ones end, and `main` is the timer's. The kernel releases both when a process dies. The
-    two locks do not nest, and one object serves one thread.
+    Two files are locked with flock(2). Work holds `main` shared for one step. Every step passes the
+    `gate` before it takes `main`. A timer holds the `gate`: no new step begins, the running ones
+    end, and the timer takes `main`. The kernel releases both when a process dies. The two locks do
+    not nest, and one object serves one thread.
 
     `key` names the device on this host. `synchronize` waits until the device has done all
     that it was given; a step has not ended before.

@@ -14,16 +14,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import torch
 from torch import Tensor, nn
 
-from moenas.data.corpus import Corpus
 from moenas.evaluate.cuda_graphs import CaptureError, capture, side_stream
 from moenas.evaluate.dtypes import training_dtype
-from moenas.evaluate.optimizer import AdamW, schedule
-from moenas.evaluate.routing_stats import RoutingAccumulator
-from moenas.evaluate.steps import ROWS, Gate, Sums, diverged, out_of_time
-from moenas.evaluate.trainee import Trainee
-from moenas.model.architecture import Model
-from moenas.model.multi_token import PredictionHeads
-from moenas.space.sections import Recipe
+from moenas.evaluate.optimizer import schedule
+from moenas.evaluate.steps import ROWS, Gate, Sums, TrainingInputs, diverged, out_of_time
 
 # Shapes: B sequences of S tokens, n steps.
 
@@ -40,22 +34,16 @@ _log = logging.getLogger(__name__)
 class DeviceSteps:
     """The steps of one training run, on the device of the model.
 
-    The numbers are those of a step that asks the host, up to the order of sums: AdamW's own kernel
+    The numbers equal the numbers of `HostSteps`, up to the order of sums. AdamW's own kernel
     divides the gradients by the clipping factor, and skips a step whose gradient is not finite.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        corpus: Corpus,
-        recipe: Recipe,
-        seed: int,
-        heads: PredictionHeads | None = None,
-    ) -> None:
+    def __init__(self, inputs: TrainingInputs) -> None:
+        recipe = inputs.recipe
         assert recipe.lr is not None
-        self.trainee = Trainee(model, heads)
-        self.corpus, self.recipe, self.seed = corpus, recipe, seed
-        self.device = device = next(model.parameters()).device
+        self.trainee = inputs.trainee
+        self.corpus, self.recipe, self.seed = inputs.corpus, recipe, inputs.seed
+        self.device = device = inputs.device
         self.dtype = training_dtype(recipe, device)
         # A graph is captured on the stream that its warm-up ran on: autograd keeps the stream of
         # the first use with each parameter.
@@ -71,8 +59,7 @@ class DeviceSteps:
         """Why there is no graph, if a capture was tried."""
         self._tried, self._group, self.last_loss = False, 1, math.nan
         with self._on_stream():
-            self.optimizer = AdamW(model, recipe, heads)
-            self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
+            self.optimizer, self.meter = inputs.build_optimizer(), inputs.build_meter()
             rates = [recipe.lr * schedule(step, recipe) for step in range(recipe.steps)]
             self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
             self._at = torch.zeros(1, dtype=torch.int64, device=device)  # the step

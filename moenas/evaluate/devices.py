@@ -1,4 +1,4 @@
-"""The device that a job names, a process that is made ready for it, and what it leaves there."""
+"""The device of a job: a process is prepared for it, and freed of its memory afterwards."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def tidy(device: torch.device) -> str | None:
     """Free what a candidate has left in this process; say why the device is lost, if it is.
 
     An error inside a kernel, such as a failed assertion or an illegal address, ends the CUDA
-    context: every later call fails, until the process ends.
+    context. Every later call of the process fails.
     """
     gc.collect()
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""The types that candidates compute in, by what the device has instructions for."""
+"""The data types that candidates compute in, by the instructions of the device."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def training_dtype(recipe: Recipe, device: torch.device | str) -> torch.dtype:
 def deployed_dtype(protocol: Protocol, device: torch.device | str) -> torch.dtype:
     """Return the type of the weights and activations of a model whose latency is measured.
 
-    `auto` is bfloat16 on a GPU that has it, and float32 on a CPU: there a decoding step of a small
-    model takes about twice as long in bfloat16, for it is made of small operations.
+    `auto` is bfloat16 on a GPU that has it, and float32 on a CPU. On a CPU a decoding step of a
+    small model consists of small operations, and takes about twice as long in bfloat16.
     """
     on_gpu = torch.device(device).type == "cuda"
     return _named(protocol.dtype, on_gpu and has_bfloat16(device))

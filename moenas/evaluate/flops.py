@@ -109,9 +109,9 @@ _NO_PRODUCTS = """
     detach clone lift_fresh empty_like ones_like
 """
 NO_PRODUCTS = frozenset(f"aten::{name}" for name in _NO_PRODUCTS.split())
-"""Operators, beside fvcore's own list of those that only move or compare, that hold no matrix
-product: norms, activations, reductions, arithmetic by element, choosing and moving rows. They count
-as nothing, by the convention of `Cost.flops_per_token`. An operator in no list is an error."""
+"""Operators without a matrix product that fvcore's own list lacks: norms, activations, reductions,
+arithmetic by element, choosing and moving rows. They count as nothing, by the convention of
+`Cost.flops_per_token`. An operator in no list is an error."""
 
 
 class _Lower(nn.Module):
@@ -177,7 +177,7 @@ def count_outline(architecture: Architecture, context: int) -> Flops:
     except (NotImplementedError, RuntimeError) as error:
         raise CandidateError(
             "flops_per_token: a part needs the values of tensors, which are counted by their shapes"
-            f" alone: {error_line(error)}; let its shapes follow from those of its input"
+            f" alone: {error_line(error)}; let its shapes follow from the shapes of its input"
         ) from error
 
 

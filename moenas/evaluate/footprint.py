@@ -27,8 +27,9 @@ TRAINED, HELD = 16, 4
 """Bytes of a parameter in training (weight, gradient, two moments in float32) and out of it."""
 
 KEPT = 4
-"""More bytes than a pass keeps for its gradient, for each of its operations: of 30 random models of
-all parts the most was 0.8, the median 0.3. Only what may be too much is worked out exactly."""
+"""Upper bound of the bytes that a pass keeps for its gradient, for each of its operations. Over 30
+random models of all parts the most was 0.8, the median 0.3. Only what may be too much is worked out
+exactly."""
 
 
 # --- memory that a candidate needs -------------------------------------------------------------
@@ -98,9 +99,9 @@ def holding_bytes(architecture: Architecture) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that this process can still take on a device; None if it is unknown.
 
-    On a CPU the least of what the kernel calls available and what every control group above this
-    process leaves; files in the page cache count as free. On CUDA what the driver and torch's
-    allocator have left.
+    On a CPU it is the least of two: the memory that the kernel calls available, and the free memory
+    of each control group above this process. Files in the page cache count as free. On CUDA what
+    the driver and torch's allocator have left.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -140,7 +141,7 @@ def _groups(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> Ite
 def _limits(
     root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup"
 ) -> Iterator[tuple[int, int]]:
-    """Yield the limit of each control group that has one, and what it leaves."""
+    """Yield the limit of each control group that has one, and the bytes that are free below it."""
     for line in _lines(own):
         number, controllers, path = line.split(":", 2)
         names = controllers.split(",")
@@ -165,7 +166,7 @@ def _limits(
 
 
 def _left(folder: Path, limit: str, usage: str, cached: str) -> tuple[int, int] | None:
-    """Return the limit of a control group and what it leaves; None if it has none."""
+    """Return the limit of a control group and the bytes free below it; None if it has none."""
     most, used = (next(iter(_lines(folder / name)), "") for name in (limit, usage))
     if not most.strip().isdigit() or not used.strip().isdigit():
         return None
@@ -266,11 +267,12 @@ def require_fit(
 ) -> None:
     """Refuse a candidate that does not fit its device.
 
-    It fits if all that share the device would fit into what is free, as at the start of a run, or
-    if it fits into its share of the whole: what the others hold is not free any more.
+    It fits if all that share the device would fit into the free memory, as at the start of a run.
+    It also fits if it fits into its share of the whole, because the others may hold their shares
+    already.
 
     Raises:
-        NoRoomError: with what it needs and what there is.
+        NoRoomError: with the bytes that it needs and the bytes that are free.
     """
     result = fit(architecture, recipe, device, training=training, sharers=sharers)
     if not (result.fits or result.fits_share(all_bytes(device))):

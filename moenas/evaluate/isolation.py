@@ -1,4 +1,4 @@
-"""What the code of a candidate changes of this process is put back after it."""
+"""Changes of this process by the code of a candidate are undone after it."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from moenas.evaluate.isolation import put_back
 from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.step_time import require_named_device, require_steps, time_step
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.subject import Subject, Training, excerpts
 from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.training import TrainingRun, rung_tokens, validate, validation_loss
@@ -64,10 +65,10 @@ def evaluate(job: Job) -> tuple[Evaluation, bytes | WeightsFile | None]:
     it must be. A candidate
     that pauses at a rung has the status `paused`, and its checkpoint in place of the weights.
 
-    Objectives are measured as cheaply as they can be: those that need the cost first, then those
-    that need the model, then, after training, the rest; nothing is built or trained that none of
-    them needs. A failure of the candidate is an evaluation with the status `failed` and a reason,
-    and with all that was measured before.
+    Cheap objectives are measured first: objectives that need the cost, then objectives that need
+    the model, then, after training, the rest. Nothing is built or trained that no objective needs.
+    A failure of the candidate is an evaluation with the status `failed` and a reason, and with all
+    that was measured before.
     """
     run = _Run(job)
     failure = None
@@ -126,7 +127,7 @@ class _Run:
         return None if limit is None else self.began + limit
 
     def resume(self, before: Evaluation) -> None:
-        """Take in what was measured before the pause; its time counts towards the time limit."""
+        """Take in the measurements from before the pause; their time counts for the time limit."""
         self.values, self.measurements = dict(before.values), dict(before.measurements)
         self.curve, self.seconds = list(before.curve), dict(before.seconds)
         self.began -= self.seconds.get("total", 0.0)
@@ -182,9 +183,9 @@ class _Run:
             self.measure_all(subject, objectives)
 
     def fix_tokens(self, subject: Subject) -> None:
-        """Set the training tokens under a budget of seconds: those of a former run, or timed now.
+        """Set the training tokens under a budget of seconds: from a former run, or timed now.
 
-        Timing leaves no trace: the training is that of a job with these tokens.
+        Timing leaves no trace: a job with these tokens trains in the same way.
         """
         job, recipe = self.job, subject.recipe
         before: dict[str, float] = (job.paused or job.known or {}).get("metrics", {})
@@ -256,7 +257,7 @@ class _Run:
         self.train(subject)
         if self.paused:
             return
-        if self.job.keeps_weights:  # now: they are those of the stored loss
+        if self.job.keeps_weights:  # now: they belong to the stored loss
             self.weights = _weights(subject, self.job)
         self.measure(subject, [o for o in objectives if o.needs == "training"])
 
@@ -335,15 +336,8 @@ class _Run:
         lock = subject.device_lock
         with lock.shared():
             heads = build_heads(recipe.heads, subject.architecture, subject.device, subject.seed)
-        run = TrainingRun(
-            model,
-            corpus,
-            recipe,
-            subject.seed,
-            gate=lock,
-            deadline=self.deadline,
-            heads=heads,
-        )
+        inputs = TrainingInputs(model, corpus, recipe, subject.seed, heads)
+        run = TrainingRun(inputs, gate=lock, deadline=self.deadline)
         saved = self.job.checkpoint
         if self.job.checkpoint_at is not None:
             saved = read_stored(self.job.checkpoint_at)

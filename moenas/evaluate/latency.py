@@ -292,7 +292,7 @@ def candidate_latency(
 ) -> Measurement:
     """Time a phase of a candidate on text of the validation split, in ms; see `measure_latency`.
 
-    `context` is the tokens in the cache of each sequence at decoding, or those of each prompt.
+    `context` is the number of tokens in the cache of each sequence at decoding, or of each prompt.
     """
     protocol, device = subject.protocol, subject.device
     dtype = deployed_dtype(protocol, device)

@@ -1,4 +1,4 @@
-"""A corpus against the space that trains on it: what is wrong, and what should be known."""
+"""A corpus against the space that trains on it: errors and warnings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW, WINDOWS = 48, 512
 MOST = 1 << 25
 """Training tokens in which they are looked for."""
 LEAK = 0.2
-"""Share of them, found word for word, from which on it is said."""
+"""Least share of windows that occur word for word in the training text, for a warning."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """An odd number: its powers are invertible modulo 2^64."""
 

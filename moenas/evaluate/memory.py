@@ -31,7 +31,7 @@ class _LiveTensors(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        meta = storage.device.type == "meta"  # without an address; so are those of fake tensors
+        meta = storage.device.type == "meta"  # without an address, as fake tensors are
         address, size = storage._cdata if meta else storage.data_ptr(), storage.nbytes()
         if not size or address in self.storages:
             return
@@ -55,10 +55,10 @@ class _LiveTensors(TorchDispatchMode):
 def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
     """Run `work` and return the peak of bytes that it and the tensors in `held` take at once.
 
-    On a CPU that is the sum of live tensor storages, which depends on the program alone: neither
-    on the allocator nor on what else the process keeps. On CUDA it is the allocator's peak of
-    requested bytes, less what lived before and is not in `held`: whole blocks would depend on what
-    was cached before.
+    On a CPU that is the sum of live tensor storages. It depends on the program alone, not on the
+    allocator or other tensors of the process. On CUDA it is the allocator's peak of requested
+    bytes, less the tensors that lived before and are not in `held`. Whole blocks would depend on
+    the cache of the allocator.
     """
     held = list(held)
     if device.type != "cuda":
@@ -80,8 +80,8 @@ def peak_bytes(work: Callable[[], object], held: Iterable[Tensor], device: torch
 def _warm_up(device: torch.device) -> None:
     """Let the libraries of CUDA take their workspaces, which they keep, out of torch's allocator.
 
-    cuBLAS takes 32 MiB at its first product on a stream, and so does cuBLASLt. Without this the
-    peak would depend on whether anything was computed before.
+    cuBLAS and cuBLASLt take 32 MiB each at their first product on a stream. Without this the peak
+    would depend on whether anything was computed before.
     """
     for stream in (torch.cuda.current_stream(device), side_stream(device)):
         with torch.cuda.stream(stream):

@@ -158,11 +158,11 @@ class RoutingAccumulator:
 class CollapseDetector:
     """Looks out for layers whose router sends almost everything to few experts.
 
-    Judged over 4 rows of the curve at a time, and over as many more as it takes until each expert
-    could have had 100 slots: over fewer a rare expert is not told from a dead one. A router
-    without balancing often leaves 15 of 16 experts idle for a row or two after warm-up and then
-    finds them again: no expert counts that had a share of the load in any of the rows. Layers that
-    choose by a fixed hash are left out, for nothing about them can collapse.
+    It judges over 4 rows of the curve at a time, and over more until each expert could have had 100
+    slots. Over fewer slots a rare expert looks like a dead one. A router without balancing often
+    leaves 15 of 16 experts idle for a row or two after warm-up, and then uses them again. So an
+    expert with a share of the load in any of the rows does not count as dead. Layers that choose by
+    a fixed hash are left out, because they cannot collapse.
     """
 
     def __init__(self, layers: Layers, max_dead: float | None) -> None:
@@ -173,7 +173,7 @@ class CollapseDetector:
         """Layer -> (E,) slots of each expert over these rows."""
         self._fixed = {layer for layer, moe in layers if isinstance(moe.router.selection, Hash)}
 
-    def judge(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
+    def update(self, readings: Iterable[RoutingStats]) -> tuple[int, float] | None:
         """Take in a row; return layer and share of dead experts of the first that collapsed."""
         if self.max_dead is None:
             return None
@@ -194,9 +194,9 @@ def routing_health(load: Tensor) -> RoutingRow:
     """Say how evenly slots fell on experts, from their (E,) counts.
 
     load: share of each expert, adding up to 1. max_vio: largest load over mean load, minus 1
-    (arXiv 2408.15664, eq. 4). cv: standard deviation over mean. entropy: that of the shares over
-    log E, 1 when even. dead: experts with less than 1 % of the mean load. Without any slot all
-    are dead, and the other figures 0.
+    (arXiv 2408.15664, eq. 4). cv: standard deviation over mean. entropy: entropy of the shares over
+    log E, 1 when even. dead: experts with less than 1 % of the mean load. Without any slot all are
+    dead, and the other figures 0.
     """
     share = load.double() / load.sum().clamp_min(1)
     relative = share * len(share)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moenas.errors import InputError, TimeLimitError
 from moenas.evaluate.devices import device_name, is_called
 from moenas.evaluate.footprint import require_fit
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.threads import cpu_threads
 from moenas.evaluate.training import open_steps
 from moenas.model.multi_token import build_heads
@@ -93,7 +94,7 @@ def time_step(
     with cpu_threads(recipe.threads), lock.exclusive():
         model = architecture.build(device, seed)
         heads = build_heads(recipe.heads, architecture, device, seed)
-        steps = open_steps(model, corpus, probe, seed, heads)
+        steps = open_steps(TrainingInputs(model, corpus, probe, seed, heads))
         steps.trainee.train()
         try:
             steps.advance(warm_up, None, deadline)

@@ -33,6 +33,37 @@ class Gate(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainingInputs:
+    """What a training run trains, and on what."""
+
+    model: Model
+    corpus: Corpus
+    recipe: Recipe
+    seed: int
+    """Orders the data; it is the same for every candidate of a study."""
+    heads: PredictionHeads | None = None
+    """The heads for further tokens, if the recipe has them: see `build_heads`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+    @property
+    def trainee(self) -> Trainee:
+        """The model with its heads."""
+        return Trainee(self.model, self.heads)
+
+    def build_optimizer(self) -> AdamW:
+        """Build the optimizer of the model and its heads."""
+        return AdamW(self.model, self.recipe, self.heads)
+
+    def build_meter(self) -> RoutingAccumulator:
+        """Build the counts of the routing of the model, by domain of the corpus."""
+        return RoutingAccumulator(self.model.moe_layers(), len(self.corpus.domain_names))
+
+
+@dataclass(frozen=True)
 class Sums:
     """What the steps of a row of the learning curve gave."""
 
@@ -93,19 +124,11 @@ def out_of_time(step: int, recipe: Recipe) -> TimeLimitError:
 class HostSteps:
     """The steps of one run, with one look at the loss and the gradient of each."""
 
-    def __init__(
-        self,
-        model: Model,
-        corpus: Corpus,
-        recipe: Recipe,
-        seed: int,
-        heads: PredictionHeads | None = None,
-    ) -> None:
-        self.trainee = Trainee(model, heads)
-        self.corpus, self.recipe, self.seed = corpus, recipe, seed
-        self.dtype = training_dtype(recipe, next(model.parameters()).device)
-        self.optimizer = AdamW(model, recipe, heads)
-        self.meter = RoutingAccumulator(model.moe_layers(), len(corpus.domain_names))
+    def __init__(self, inputs: TrainingInputs) -> None:
+        self.trainee = inputs.trainee
+        self.corpus, self.recipe, self.seed = inputs.corpus, inputs.recipe, inputs.seed
+        self.dtype = training_dtype(inputs.recipe, inputs.device)
+        self.optimizer, self.meter = inputs.build_optimizer(), inputs.build_meter()
         self.done = 0
         self.last_loss = math.nan
 

@@ -22,7 +22,7 @@ from moenas.space.sections import Protocol, Recipe
 
 @dataclass(frozen=True)
 class Training:
-    """What came of the run of one candidate."""
+    """The results of the training of one candidate."""
 
     val_loss: float
     """Nats per token."""
@@ -92,7 +92,7 @@ class Subject:
 
     @property
     def training(self) -> Training:
-        """What came of the training."""
+        """The results of the training."""
         if self.trained is None:
             raise CandidateError('the model is not trained yet; write needs = "training"')
         return self.trained

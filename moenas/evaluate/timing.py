@@ -106,10 +106,10 @@ def replayed(run: Run, device: torch.device) -> Run:
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return a confidence interval for the median, with at least 95 % coverage from 6 values on.
 
-    It runs from the j-th smallest to the j-th largest value, with the largest j for which a
-    binomial (n, 1/2) falls below j in at most 2.5 % of cases: it supposes nothing of the
-    distribution (David and Nagaraja, Order Statistics, section 7.1). Fewer than 6 values give
-    their range.
+    It runs from the j-th smallest to the j-th largest value. j is the largest number for which a
+    binomial (n, 1/2) falls below j in at most 2.5 % of cases. It supposes nothing about the
+    distribution (David and Nagaraja, Order Statistics, section 7.1). Fewer than 6 values give their
+    range.
     """
     ordered, n = sorted(values), len(values)
     rank, below = 0, 1
@@ -170,11 +170,11 @@ class Pairs:
 def time_pairs(candidate: Run, reference: Run, protocol: Protocol, clock: Clock) -> Pairs:
     """Time both sides in turn, in random order within each pair, until the ratio is known.
 
-    A sample is one untimed run, which warms the caches that the other side has used, and then as
-    many as make both samples equally long: were one much shorter, the scheduler would interrupt
-    the other more often, and the ratio would depend on who else is there. It ends when the ratio's
-    interval is as narrow as `protocol.precision`, after `max_repeats` pairs, or after
-    `max_seconds` and 3 pairs.
+    A sample begins with one untimed run, which warms the caches that the other side has used. Then
+    come as many runs as make both samples equally long. If one were much shorter, the scheduler
+    would interrupt the other more often. The ratio would then depend on other processes. It ends
+    when the ratio's interval is as narrow as `protocol.precision`, after `max_repeats` pairs, or
+    after `max_seconds` and 3 pairs.
     """
     pairs, order = Pairs(), random.Random(0)
     quickest = [_quickest(run, clock) for run in (candidate, reference)]

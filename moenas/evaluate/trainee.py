@@ -1,4 +1,4 @@
-"""What a run trains: a model, and the heads for further tokens that training has beside it."""
+"""The modules of a training run: a model, and its heads for further tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Trainee:
         return [self.model] if self.heads is None else [self.model, self.heads]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the weights with their names, those of the heads after HEADS."""
+        """Yield the weights with their names; names of weights of the heads begin with HEADS."""
         yield from self.model.named_parameters()
         if self.heads is not None:
             yield from ((HEADS + name, w) for name, w in self.heads.named_parameters())
@@ -41,7 +41,7 @@ class Trainee:
         return [module for stack in self.stacks() for module in stack.modules()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return weights and buffers by name, those of the heads after HEADS."""
+        """Return weights and buffers by name; names of the heads begin with HEADS."""
         state = dict(self.model.state_dict())
         if self.heads is not None:
             state |= {HEADS + name: value for name, value in self.heads.state_dict().items()}

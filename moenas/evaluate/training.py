@@ -15,7 +15,7 @@ from moenas.evaluate.device_steps import DeviceSteps
 from moenas.evaluate.malloc import tune_malloc
 from moenas.evaluate.optimizer import schedule
 from moenas.evaluate.routing_stats import CollapseDetector, RoutingAccumulator
-from moenas.evaluate.steps import Gate, HostSteps, Steps, row_ends
+from moenas.evaluate.steps import Gate, HostSteps, Steps, TrainingInputs, row_ends
 from moenas.evaluate.threads import cpu_threads
 from moenas.model.architecture import Model
 from moenas.model.multi_token import PredictionHeads
@@ -41,10 +41,8 @@ class Validation:
 class TrainingRun:
     """The run of one candidate for `recipe.steps` steps, with about 40 points of its curve.
 
-    `recipe.lr` must be set (see `learning_rate`), and `heads` given if the recipe has them: see
-    `build_heads`. `seed` orders the data; it is the same for
-    every candidate of a study. `deadline` is a moment of `time.monotonic`. On a CPU with one
-    thread the same run gives the same weights to the last bit.
+    `recipe.lr` must be set (see `learning_rate`). `deadline` is a moment of `time.monotonic`. On a
+    CPU with one thread the same run gives the same weights to the last bit.
 
     Between two points `checkpoint.save` can save the run, and `checkpoint.restore` continue it in
     another process.
@@ -52,21 +50,19 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Model,
-        corpus: Corpus,
-        recipe: Recipe,
-        seed: int,
+        inputs: TrainingInputs,
         *,
         gate: Gate | None = None,
         deadline: float | None = None,
-        heads: PredictionHeads | None = None,
     ) -> None:
+        recipe, corpus = inputs.recipe, inputs.corpus
         assert recipe.lr is not None
-        assert (heads is None) == (recipe.heads is None), "the heads are not those of the recipe"
+        has_heads = inputs.heads is not None
+        assert has_heads == (recipe.heads is not None), "heads and recipe do not belong together"
         tune_malloc()
-        self.model, self.recipe = model, recipe
-        self.steps = open_steps(model, corpus, recipe, seed, heads)
-        self.collapse = CollapseDetector(model.moe_layers(), recipe.max_dead)
+        self.model, self.recipe = inputs.model, recipe
+        self.steps = open_steps(inputs)
+        self.collapse = CollapseDetector(self.model.moe_layers(), recipe.max_dead)
         self.seconds = 0.0
         """Seconds of training up to the latest point."""
         self._domain_names, self._gate, self._deadline = corpus.domain_names, gate, deadline
@@ -119,7 +115,7 @@ class TrainingRun:
             point["routing"] = [reading.rounded_row(names) for reading in readings]
         if (
             start >= recipe.warmup * total
-            and (collapsed := self.collapse.judge(readings)) is not None
+            and (collapsed := self.collapse.update(readings)) is not None
         ):
             layer, share = collapsed
             self._collapsed = CollapsedError(
@@ -145,8 +141,8 @@ def train(
     heads: PredictionHeads | None = None,
 ) -> Iterator[CurvePoint]:
     """Train a model in place and yield the points of its curve; see `TrainingRun`."""
-    run = TrainingRun(model, corpus, recipe, seed, gate=gate, deadline=deadline, heads=heads)
-    yield from run.points()
+    inputs = TrainingInputs(model, corpus, recipe, seed, heads)
+    yield from TrainingRun(inputs, gate=gate, deadline=deadline).points()
 
 
 def rung_tokens(recipe: Recipe) -> list[int]:
@@ -160,16 +156,9 @@ def rung_tokens(recipe: Recipe) -> list[int]:
     return [step * recipe.batch * recipe.context for step in sorted(steps)]
 
 
-def open_steps(
-    model: Model,
-    corpus: Corpus,
-    recipe: Recipe,
-    seed: int,
-    heads: PredictionHeads | None = None,
-) -> Steps:
+def open_steps(inputs: TrainingInputs) -> Steps:
     """Return the steps of a run: on a GPU none of them makes the host wait."""
-    on_cuda = next(model.parameters()).device.type == "cuda"
-    return (DeviceSteps if on_cuda else HostSteps)(model, corpus, recipe, seed, heads)
+    return (DeviceSteps if inputs.device.type == "cuda" else HostSteps)(inputs)
 
 
 def validation_loss(model: Model, corpus: Corpus, recipe: Recipe) -> float:

@@ -32,8 +32,8 @@ def measure_untrained(
 ) -> dict[str, Measurement]:
     """Build a model and measure some latencies of it; return objective -> measurement.
 
-    The protocol, the lock of the device and the text are those of a study. The weights are the
-    first ones of the seed of the space, so the routers are untrained.
+    The protocol, the lock of the device and the text are the same as in a study. The weights are
+    the first ones of the seed of the space, so the routers are untrained.
 
     Raises:
         NoRoomError: if the model does not fit the device.

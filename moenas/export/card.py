@@ -1,4 +1,4 @@
-"""What an export says of its trial: every number as data, and a README for people."""
+"""The description of an exported trial: its numbers as data, and a README for people."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import moenas
 from moenas.export.trained_trial import TrainedTrial
+from moenas.markdown import table_lines
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
 from moenas.store.weights import FILE
@@ -68,10 +69,7 @@ def _words(text: object) -> str:
 
 
 def _table(title: str, rows: Mapping[str, object]) -> str:
-    lines = [
-        "| {} | {} |".format(*(str(x).replace("|", "\\|") for x in row)) for row in rows.items()
-    ]
-    return "\n".join([f"| {title} | |", "|---|---|", *lines])
+    return "\n".join(table_lines((title, ""), rows.items()))
 
 
 def readme(config: Plain, architecture: Architecture, *, intro: str, use: str, files: str) -> str:

@@ -85,8 +85,8 @@ _USE = """\
 ## Fine-tune
 
 `python finetune.py data.txt --out tuned --steps 200` trains the model further and writes a folder
-like this one. {data} Its default learning rate is a tenth of that of the training. A step of your
-own training loop does this:
+like this one. {data} Its default learning rate is a tenth of the rate of the training. A step of
+your own training loop does this:
 
     net.train()
     loss = net.loss(inputs, targets)           # (batch, tokens) each; nats a token{loop}"""
@@ -245,7 +245,7 @@ with torch.no_grad():
 
 
 def check(folder: Path, architecture: Architecture, weights: bytes) -> None:
-    """Compare the logits of the folder, in a process without moenas, with those of our model.
+    """Compare the logits of the folder, in a process without moenas, with the logits of our model.
 
     Both compute in float32 on one CPU thread.
 

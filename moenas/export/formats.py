@@ -36,7 +36,7 @@ NOTES = {
         "next: onnxruntime.InferenceSession('{folder}/model.onnx')",
     ),
 }
-"""Format -> what a person is told of a finished export."""
+"""Format -> the message about a finished export."""
 
 
 def export(
@@ -48,7 +48,7 @@ def export(
     format: str = "folder",
     allow_code: bool = False,
 ) -> Path:
-    """Write a trained trial in a format into the folder `out`, and check what was written.
+    """Write a trained trial in a format into the folder `out`, and check the folder.
 
     On any error `out` is as it was. With `allow_code` the Python files that the database holds
     for the study are run; see `user_parts.load_stored`.
@@ -57,7 +57,7 @@ def export(
         NotFoundError: if there is no such study or trial, or its weights are gone.
         InputError: if the trial has no trained weights, the format cannot hold its architecture,
             or `out` is in use or cannot be written.
-        MoenasError: if what was written computes other logits.
+        MoenasError: if the export computes other logits.
     """
     if format not in WRITERS:
         raise InputError(f"format: {format!r} is unknown; moenas writes {', '.join(WRITERS)}")

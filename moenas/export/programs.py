@@ -195,7 +195,7 @@ for batch in batches:
 
 
 def compare(trial: TrainedTrial, folder: Path, script: str) -> None:
-    """Compare the logits of a script that runs the folder with those of the model.
+    """Compare the logits of a script that runs the folder with the logits of the model.
 
     Raises:
         MoenasError: if the script fails, or a logit differs by more than TOLERANCE.

@@ -1,7 +1,7 @@
 """The weights of a model in the names, shapes and orders that a family of Hugging Face publishes.
 
-A layout says how a family names its weights. One function for each part of a layer splits ours;
-each takes the tensors of its part, so that none is written twice and none is left.
+A layout says how a family names its weights. One function for each part of a layer splits our
+tensors. Each takes the tensors of its part, so that none is written twice and none is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """From a built model to the Python text that builds it again without moenas.
 
 Two readings make the text. The constructor calls are recorded while the model is built, so that
-`build()` is one literal expression. The definitions are copied from their files unchanged:
-every class, function and constant that the calls reach through the names in the code, and of a
-class only the methods that something mentions. Code under `if on_cuda(...)` is left out: it is
-another implementation for one device. Code that needs moenas raises InputError.
+`build()` is one literal expression. The definitions are copied from their files unchanged: every
+class, function and constant that the calls reach through the names in the code. Of a class only the
+mentioned methods are copied. Code under `if on_cuda(...)` is left out: it is another implementation
+for one device. Code that needs moenas raises InputError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moenas.errors import InputError
 WIDTH = 100
 """Columns of the written text."""
 ON_CUDA = "on_cuda"
-"""The function whose call as a condition marks what is left out."""
+"""The function whose call as a condition marks code that is left out."""
 LIBRARIES = {"torch", *sys.stdlib_module_names}
 """What lifted code may import."""
 
@@ -314,7 +314,7 @@ class SourceClosure:
                     waiting += ast.iter_child_nodes(at)
 
     def dropped(self, node: Definition) -> list[ast.stmt]:
-        """Return what is left out: methods that nothing mentions, and forms for one device."""
+        """Return the code to leave out: methods that nothing mentions, and forms for one device."""
         methods = [
             x
             for x in (node.body if isinstance(node, ast.ClassDef) else ())

@@ -1,4 +1,4 @@
-"""A trained trial of a store: what every format of an export is made from."""
+"""A trained trial of a store, from which every format of an export is made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The format `transformers`: config.json and weights as a family of Hugging Face has them.
 
-transformers loads such a folder, and so does what reads its format. moenas does not import it.
+transformers and other programs of this format load such a folder. moenas does not import it.
 """
 
 from __future__ import annotations
@@ -137,10 +137,10 @@ _ID_SAMPLE = """\
 _BYTES = "The model was trained on bytes: token i is the byte i, and no token ends a text."
 _NO_TOKENIZER = """\
 The study was given token arrays without a tokenizer, so there is none here: copy yours into this
-folder. No token ends a text in config.json; set `eos_token_id` to that of your tokenizer."""
+folder. No token ends a text in config.json; set `eos_token_id` to the token of your tokenizer."""
 _STORED_TOKENIZER = """\
 `tokenizer.json` is the tokenizer of the study. No token ends a text in config.json; set
-`eos_token_id` to that of the tokenizer."""
+`eos_token_id` to the token of the tokenizer."""
 _LENGTH = """\
 `max_position_embeddings` is the length that the model was trained at."""
 _FILES = """\

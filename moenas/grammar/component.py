@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast, g
 
 from moenas.errors import SpaceError
 from moenas.grammar.conditions import Conditions, Scalar, Values
+from moenas.grammar.derived import MODEL_WIDTH, derived_value
 from moenas.records import Cost, Plain
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def setting(
     multiple: int | None = None,
     why: str | None = None,
     without_effect: Conditions | Mapping[str, Values] = (),
+    derived: str | None = None,
 ) -> Any:
     """Declare a field of a component: its meaning (with unit and source), default and bounds.
 
@@ -41,10 +43,17 @@ def setting(
     reason for the bounds; an error says it. `without_effect` maps other fields of the component to
     values: where they have these, the field has no effect and is not drawn. It then needs a
     default. Several mappings are alternatives.
+
+    `derived` is an expression of other fields of the component and of `d_model`, such as
+    `d_model / head_dim`; see `moenas.grammar.derived`. The default is then null, which stands for
+    the value of the expression. The meaning says so.
     """
+    if derived is not None:
+        default, doc = None, f"{doc}; null: {derived}"
     conditions = (without_effect,) if isinstance(without_effect, Mapping) else without_effect
-    metadata = {"doc": doc, "low": low, "high": high, "multiple": multiple, "why": why}
-    return dataclasses.field(default=default, metadata={**metadata, "without_effect": conditions})
+    bounds = {"low": low, "high": high, "multiple": multiple, "why": why}
+    metadata = {"doc": doc, **bounds, "without_effect": conditions, "derived": derived}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Field:
     choices: tuple[Scalar, ...]
     """The values of a Literal that the field accepts; empty if any value of the type will do."""
     component: type[Component] | None
-    """The family that stands here, if the field is a component."""
+    """The family of the field's value, if it is a component."""
     is_list: bool
     """The field is a list of components, or of scalars if it has no `component`."""
     optional: bool
@@ -71,13 +80,15 @@ class Field:
     """The reason for the bounds."""
     without_effect: Conditions = ()
     """Values of other fields beside which this one has no effect."""
+    derived: str | None = None
+    """The expression of other fields that null stands for."""
 
     @property
     def required(self) -> bool:
         """The field has no default."""
         return self.default is dataclasses.MISSING
 
-    def wanted(self) -> str:
+    def accepts_text(self) -> str:
         """Say in words what the field accepts."""
         if self.choices:
             return "one of " + ", ".join(str(c) for c in self.choices)
@@ -100,10 +111,10 @@ class Field:
             words += f" of at most {self.high:g}"
         return words + (" or null" if self.optional else "")
 
-    def reject(self, value: Any) -> str | None:
+    def error_for(self, value: Any) -> str | None:
         """Return why `value` is not accepted here, or None if it is."""
         if value is None:
-            return None if self.optional else f"is empty; give {self.wanted()}"
+            return None if self.optional else f"is empty; give {self.accepts_text()}"
         if self.choices and value in self.choices and type(value) in map(type, self.choices):
             return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -116,14 +127,14 @@ class Field:
             or (isinstance(value, str) and str in self.scalars)
         )
         if self.choices or not fits:
-            return f"{value!r} is not {self.wanted()}"
+            return f"{value!r} is not {self.accepts_text()}"
         if number and (
             (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
             or (self.multiple is not None and value % self.multiple)
         ):
             reason = f"; {self.why}" if self.why else ""
-            return f"{value!r} is not {self.wanted()}{reason}"
+            return f"{value!r} is not {self.accepts_text()}{reason}"
         return None
 
     def convert(self, value: Any) -> Any:
@@ -159,7 +170,7 @@ class Component:
     former: ClassVar[Mapping[str, str]] = {}
     """Former name of a field -> its present place: `field`, `field.inner`, or `field.kind` if the
     former field was the name of a kind. Space files and stored architectures may use these names.
-    Fingerprints are made of them, so that those of earlier versions stay valid."""
+    Fingerprints are made of them, so that fingerprints of earlier versions stay valid."""
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -182,7 +193,7 @@ class Component:
         """
         return None
 
-    def invalid_together(self) -> str | Conflict | None:
+    def invalid_as_a_whole(self) -> str | Conflict | None:
         """Return why items of its lists do not go together, or None. Asked of a whole alone."""
         return None
 
@@ -202,20 +213,18 @@ class Component:
             plain[name] = value
         return plain
 
-    def brief(self) -> Plain:
-        """Return the component as a JSON object without the fields that have their defaults.
+    def resolved(self, name: str, d_model: int | None = None) -> Any:
+        """Return a field, or what its null stands for at a model width.
 
-        A component inside it whose fields all have their defaults is written as its kind.
+        None if the field is null and has no derived default, or if that is no whole number.
         """
-        short: Plain = {} if self.kind is None else {"kind": self.kind}
-        for name, value in self._not_default():
-            if isinstance(value, Component):
-                value = value.brief()
-                value = value["kind"] if list(value) == ["kind"] else value
-            elif isinstance(value, tuple):
-                value = [x.brief() if isinstance(x, Component) else x for x in value]
-            short[name] = value
-        return short
+        value, expression = getattr(self, name), fields(type(self))[name].derived
+        if value is not None or expression is None:
+            return value
+        return derived_value(
+            expression,
+            lambda other: d_model if other == MODEL_WIDTH else self.resolved(other, d_model),
+        )
 
     def fingerprint_data(self) -> Plain:
         """Return the JSON object that a fingerprint is made of: fields that differ from defaults.
@@ -311,8 +320,9 @@ class Part(Component):
     def surplus_flops(self, d_model: int, context: int) -> int:
         """Return the operations of a pass beyond `context * flops_per_token` of the cost.
 
-        Of one sequence of `context` tokens: what a count of the built part finds and the cost
-        leaves out, such as rows that carry nothing, less what the cost was rounded up by.
+        The numbers are for one sequence of `context` tokens. A count of the built part finds
+        operations that the cost leaves out, such as rows that carry nothing. Operations that the
+        cost was rounded up by are subtracted.
         """
         return 0
 
@@ -366,6 +376,7 @@ def _field(declared: dataclasses.Field[Any], hint: Any) -> Field:
         multiple=meta.get("multiple"),
         why=meta.get("why"),
         without_effect=meta.get("without_effect", ()),
+        derived=meta.get("derived"),
     )
 
 

@@ -33,7 +33,7 @@ def draws_each_layer(tree: Tree) -> bool:
 def count(tree: Tree) -> int:
     """Return the exact number of points, without enumeration; a continuous range counts as 1.
 
-    A record is the product of its fields, a choice the sum of its options, a varied group of n
+    A record is the product of its fields, a choice the sum of its options. A varied group of n
     layers with c variants each is c ** n. A hole of a named layer is one hole in all its uses. A
     field without effect has one value.
     """

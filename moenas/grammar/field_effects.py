@@ -1,4 +1,4 @@
-"""Which fields of a component have an effect beside the others, and the order of drawing."""
+"""The fields of a component that have an effect beside the others, and the order of drawing."""
 
 from __future__ import annotations
 

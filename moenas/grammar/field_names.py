@@ -1,7 +1,7 @@
-"""The names of fields that a requirement can use: the end of a field's path, if only one has it.
+"""The names of fields that a requirement can use: suffixes of a field's path that no other has.
 
 The path of a field is `architecture.d_model`, `block.mixer.scale` or `block.ffn.router.scale`. Its
-names are the ends of it: `block.mixer.scale`, `mixer.scale` and `scale`.
+suffixes are `block.mixer.scale`, `mixer.scale` and `scale`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ OF_A_GROUP = (f"{LAYER}.repeat", f"{LAYER}.vary")
 
 
 @cache
-def ends(path: str) -> tuple[str, ...]:
-    """Return a dotted path and every end of it, the shortest first."""
+def suffixes(path: str) -> tuple[str, ...]:
+    """Return the suffixes of a dotted path, the shortest first; the path itself is the last."""
     steps = path.split(".")
     return tuple(".".join(steps[-n:]) for n in range(1, len(steps) + 1))
 
 
-def named(values: Mapping[str, V]) -> dict[str, V]:
-    """Return path -> value under every name that is the end of one of the paths only."""
-    return {end: values[path] for end, path in _names_of(tuple(values))}
+def by_unique_suffix(values: Mapping[str, V]) -> dict[str, V]:
+    """Return the values under every suffix that only one of the paths has."""
+    return {suffix: values[path] for suffix, path in _names_of(tuple(values))}
 
 
 @lru_cache(maxsize=1024)
 def _names_of(paths: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return every name that is the end of one of the paths only, with that path."""
-    often = Counter(end for path in paths for end in ends(path))
-    return tuple((end, path) for path in paths for end in ends(path) if often[end] == 1)
+    """Return every suffix that only one of the paths has, with that path."""
+    counts = Counter(suffix for path in paths for suffix in suffixes(path))
+    return tuple(
+        (suffix, path) for path in paths for suffix in suffixes(path) if counts[suffix] == 1
+    )
 
 
 def scalars(component: Component, path: str) -> dict[str, float | str]:
@@ -61,7 +63,7 @@ def scalars(component: Component, path: str) -> dict[str, float | str]:
     return {inner: value for inner, value in values.items() if inner not in OF_A_GROUP}
 
 
-def declared(root: type[Component]) -> set[str]:
+def declared_paths(root: type[Component]) -> set[str]:
     """Return the paths of all fields that a component of a class can hold, and of those in it."""
     todo, seen = [(root, WHOLE)], set[tuple[type[Component], str]]()
     names = set[str]()
@@ -99,29 +101,29 @@ def ambiguous(tree: Tree) -> dict[str, list[str]]:
 
     Options exclude one another, so a name that no two of them use together is not ambiguous.
     """
-    often, paths = _often(tree, WHOLE), set[str]()
+    counts, paths = _suffix_counts(tree, WHOLE), set[str]()
     _collect(tree, WHOLE, paths)
     places_by_name: dict[str, list[str]] = {}
     for path in sorted(paths):
-        own = next((end for end in ends(path) if often[end] == 1), path)
-        for end in ends(path):
-            if often[end] > 1:
-                places_by_name.setdefault(end, []).append(own)
+        own = next((suffix for suffix in suffixes(path) if counts[suffix] == 1), path)
+        for suffix in suffixes(path):
+            if counts[suffix] > 1:
+                places_by_name.setdefault(suffix, []).append(own)
     return places_by_name
 
 
-def _often(tree: Tree, path: str) -> Counter[str]:
-    """Return how many fields of one layer, at most, each name is the end of."""
+def _suffix_counts(tree: Tree, path: str) -> Counter[str]:
+    """Return for each suffix how many fields of one layer have it, at most."""
     if isinstance(tree, Choice):
-        return reduce(or_, (_often(option, path) for option in tree.options))
+        return reduce(or_, (_suffix_counts(option, path) for option in tree.options))
     if isinstance(tree, Listing):
-        return reduce(or_, (_often(item, LAYER) for item in tree.items))
-    counts = Counter(ends(path))
+        return reduce(or_, (_suffix_counts(item, LAYER) for item in tree.items))
+    counts = Counter(suffixes(path))
     if isinstance(tree, Record):
         for name, value in tree.fields.items():
             if fields(tree.cls)[name].component is tree.cls and not isinstance(value, Fixed):
-                return _often(value, LAYER)  # a pattern, whose groups hold the fields
-            counts += _often(value, join(path, name))
+                return _suffix_counts(value, LAYER)  # a pattern, whose groups hold the fields
+            counts += _suffix_counts(value, join(path, name))
     return counts
 
 

@@ -76,9 +76,9 @@ def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
     hole = "int" if whole else "float"
     keys = check_hole_keys(node, hole, path)
     if field.component is not None or not ({int, float} & set(field.scalars)):
-        raise node.error(path, f"a range is not allowed here; give {field.wanted()}")
+        raise node.error(path, f"a range is not allowed here; give {field.accepts_text()}")
     if not whole and float not in field.scalars:
-        raise node.error(path, f"a 'float' range is not allowed here; give {field.wanted()}")
+        raise node.error(path, f"a 'float' range is not allowed here; give {field.accepts_text()}")
     ends = keys[hole]
     if not isinstance(ends.value, list) or len(ends.value) != 2:
         raise ends.error(path, f"'{hole}' needs two numbers: [low, high]")
@@ -86,7 +86,7 @@ def read_range(field: Field, node: Node, path: str, *, whole: bool) -> Range:
         number = isinstance(end.value, int | float) and not isinstance(end.value, bool)
         if not number or (whole and not float(cast(float, end.value)).is_integer()):
             raise end.error(path, f"{end.plain!r} is not a {'whole ' if whole else ''}number")
-        if (reason := field.reject(end.value)) is not None:
+        if (reason := field.error_for(end.value)) is not None:
             raise end.error(path, reason)
     low, high = (_end(field, cast(float, end.value), whole) for end in ends.value)
     if low > high:
@@ -114,7 +114,7 @@ def read_fit(field: Field, node: Node, path: str) -> Fit:
         if key != FIT:
             raise value.error(join(path, key), "not allowed beside 'fit'", key=True)
     if field.multiple is None or field.component is not None:
-        raise node.error(path, f"a 'fit' is for widths; give {field.wanted()}")
+        raise node.error(path, f"a 'fit' is for widths; give {field.accepts_text()}")
     inner, place = keys[FIT], join(path, FIT)
     example = "write {active_params: 20e6, within: 0.01}"
     if not isinstance(inner.value, dict):

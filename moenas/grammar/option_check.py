@@ -80,7 +80,7 @@ def _same(a: Scalar, b: Scalar) -> bool:
 
 
 class _Asked(RandomSuggest):
-    """Draws at random and notes what was asked for, and the answers."""
+    """Draws at random, and notes the holes that were asked for and the answers."""
 
     def __init__(self, seed: int, forced: Mapping[str, Any]) -> None:
         super().__init__(seed, forced)

@@ -24,14 +24,17 @@ LARGEST = 1e30
 TRAINED = {
     "max_vio": ("max_vio", "the largest load of an expert over the mean, minus 1"),
     "load_cv": ("cv", "standard deviation of the loads over their mean"),
-    "load_entropy": ("entropy", "entropy of the shares of the load over that of an even one"),
+    "load_entropy": (
+        "entropy",
+        "entropy of the shares of the load over the entropy of an even load",
+    ),
     "dead_experts": ("dead", "experts with less than 1 % of the mean load"),
     "dropped_share": ("dropped", "share of the slots without room at the capacity of training"),
     "logit_rms": ("logit_rms", "root of the mean square of the router's logits"),
     "logit_max": ("logit_max", "the largest absolute logit of the router"),
 }
-"""Names of what is known of a layer's routing once it was trained, over the text of validation: the
-key of a row of it, and what it is."""
+"""Names of statistics of a trained layer's routing over the text of validation -> the key of a row,
+and the meaning."""
 
 LATENCIES = {
     "decode_ms": "the measured time of one decoding step",
@@ -107,10 +110,10 @@ def parse_requirement(
     text: str,
     mark: SourceLocation,
     known: set[str],
-    several: Mapping[str, list[str]] | None = None,
+    ambiguous: Mapping[str, list[str]] | None = None,
     former: Mapping[str, str] | None = None,
 ) -> Requirement:
-    """Read one requirement; `several` maps names that are ambiguous to those to write instead.
+    """Read one requirement; `ambiguous` maps names of several fields to those to write instead.
 
     `former` maps former names of fields to their present places; such names are read as well.
 
@@ -135,8 +138,8 @@ def parse_requirement(
     _check_logic(tree, names, mark, known)
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.expr)):
         name = _dotted(node)
-        if name in names and several and name in several:
-            which = " or ".join(several[name])
+        if name in names and ambiguous and name in ambiguous:
+            which = " or ".join(ambiguous[name])
             raise _refuse(node, mark, f"'{name}' is a field of several parts; write {which}")
     former_names = (f"{mark}: require: {line}" for line in present.replaced)
     return Requirement(text, tree, frozenset(names), mark, tuple(former_names))

@@ -1,4 +1,4 @@
-"""Draws from a space: its holes, and what fills them."""
+"""Draws from a space: its holes and their values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Hole:
 
 
 def holes(tree: Tree) -> Iterator[Hole]:
-    """Yield every hole that can have an effect; of a varied group of layers those of its first.
+    """Yield every hole that can have an effect; in a varied group of layers only the first layer's.
 
     A hole of a named layer is yielded where the layer is used first.
     """
@@ -243,7 +243,7 @@ class Answers:
 
     @classmethod
     def of(cls, suggest: Suggest) -> Answers:
-        """Return answers that are given already, or those of another source."""
+        """Return answers that are given already, or answers of another source."""
         return suggest if isinstance(suggest, cls) else cls(suggest)
 
     def width(self, fit: Fit) -> int:
@@ -365,7 +365,7 @@ def drawn(tree: Tree, suggest: Suggest, *, whole: bool = True) -> Component:
         SpaceError: if fields do not go together; it names their place.
     """
     component: Component = _fill(tree, Answers.of(suggest), "")
-    if whole and (reason := component.invalid_together()) is not None:
+    if whole and (reason := component.invalid_as_a_whole()) is not None:
         raise conflict(component, reason)
     return component
 

@@ -1,4 +1,4 @@
-"""Names of other libraries and papers, and what a space file calls them."""
+"""Names of other libraries and papers, and their names in a space file."""
 
 from __future__ import annotations
 

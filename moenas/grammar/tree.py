@@ -86,7 +86,7 @@ def read(family: type[Component], node: Node, path: str = "", name: str = "") ->
         if key in written:
             trees[key] = _read_field(field, written[key], join(path, key))
         elif field.required:
-            raise node.error(path, f"'{key}' is missing; give {field.wanted()} ({field.doc})")
+            raise node.error(path, f"'{key}' is missing; give {field.accepts_text()} ({field.doc})")
         else:
             trees[key] = _read_default(field, node.mark, join(path, key))
     if not isinstance(trees.get("vary", node), Fixed | Node):
@@ -140,21 +140,21 @@ def _read_field(field: Field, node: Node, path: str) -> Tree:
         if not field.is_list:
             return read(component, node, path, field.name)
         if not isinstance(node.value, list) or not node.value:
-            raise node.error(path, f"{node.plain!r} is not {field.wanted()}")
+            raise node.error(path, f"{node.plain!r} is not {field.accepts_text()}")
         items = (
             read(component, item, join(path, i), field.name) for i, item in enumerate(node.value)
         )
         return Listing(tuple(items), node.mark)
     if field.is_list and field.component is None:
         if not isinstance(node.value, list):
-            raise node.error(path, f"{_short(node.plain)} is not {field.wanted()}")
+            raise node.error(path, f"{_short(node.plain)} is not {field.accepts_text()}")
         for i, item in enumerate(node.value):
             if not isinstance(item.value, str):
                 raise item.error(join(path, i), f"{_short(item.plain)} is not a word")
         return Listing(tuple(Fixed(cast(str, x.value), x.mark) for x in node.value), node.mark)
     if isinstance(node.value, dict | list):
-        raise node.error(path, f"{_short(node.plain)} is not {field.wanted()}")
-    if (reason := field.reject(node.value)) is not None:
+        raise node.error(path, f"{_short(node.plain)} is not {field.accepts_text()}")
+    if (reason := field.error_for(node.value)) is not None:
         raise node.error(path, reason)
     return Fixed(field.convert(node.value), node.mark)
 
@@ -249,7 +249,7 @@ def parse(
         SpaceError: naming the field that is wrong.
     """
     component = construct(read(cls, Node.wrap(dict(plain), mark)))
-    if whole and (reason := component.invalid_together()) is not None:
+    if whole and (reason := component.invalid_as_a_whole()) is not None:
         raise conflict(component, reason)
     return cast(C, component)
 

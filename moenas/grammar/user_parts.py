@@ -14,7 +14,7 @@ from moenas.records import Plain
 
 @dataclass(frozen=True)
 class UserFile:
-    """One file of parts and what it says, so that it can be loaded where the file is not."""
+    """One file of parts and its text, so that it can be loaded where the file is not."""
 
     path: str
     source: str
@@ -57,9 +57,8 @@ def load_all(sources: Mapping[str, str]) -> None:
 def load_stored(space: Plain, *, allow_code: bool) -> None:
     """Load the files of parts that a stored space uses, if the user allows it.
 
-    A database is not code: what it holds may have been written by another user. A file that lies
-    at its path with the stored digest, where nobody else can have put it, is the user's own, and
-    counts as allowed.
+    A database is not code: another user may have written its content. A file that lies at its path
+    with the stored digest, where nobody else can have put it, counts as allowed.
 
     Raises:
         InputError: if a text is not the one that its digest names, or is not allowed.

@@ -1,4 +1,4 @@
-"""What the loggers share: a thread that writes, so that neither failure nor delay harms a run."""
+"""The base of the loggers: a thread writes, so that failures and delays do not harm a run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Logger(ToleratedListener):
         self._waiting.put(item)
 
     def _work(self, waiting: queue.Queue[TrialLog | None]) -> None:
-        """Write what comes until None or the first failure."""
+        """Write the records that come until None or the first failure."""
         try:
             while (item := waiting.get()) is not None:
                 self.write(item)

@@ -1,4 +1,4 @@
-"""What is logged of one event: a trial with its numbers, its learning curve and its routing."""
+"""The log of one event: a trial with its numbers, its learning curve and its routing."""
 
 from __future__ import annotations
 
@@ -85,12 +85,14 @@ def _numbers(evaluation: Evaluation) -> dict[str, float]:
         "seconds": evaluation.seconds,
     }
     return {
-        f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()
+        f"{group}/{name}": value
+        for group, group_values in groups.items()
+        for name, value in group_values.items()
     }
 
 
 def point_numbers(point: CurvePoint) -> dict[str, float]:
-    """Return the numbers of a point of a learning curve, those of its routing included."""
+    """Return the numbers of a point of a learning curve, with the statistics of its routing."""
     plain: dict[str, Any] = dict(point)
     numbers = {
         f"train/{name}": value for name, value in plain.items() if name not in ("tokens", "routing")

@@ -21,9 +21,9 @@ SERVICE_WAIT_S = 120.0
 class WandbLogger(Logger):
     """Writes a run for each trial into the group of its study, and a run `study`.
 
-    The step metric of a curve is `tokens`; that of the study is `evaluated`. Loads of experts are
-    histograms. Drawn values are the config of a run. $WANDB_MODE and $WANDB_DIR apply. Neither
-    code nor facts of this machine are sent.
+    The step metric of a curve is `tokens`; the step metric of the study is `evaluated`. Loads of
+    experts are histograms. Drawn values are the config of a run. $WANDB_MODE and $WANDB_DIR apply.
+    Neither code nor facts of this machine are sent.
     """
 
     tool = "Weights & Biases"

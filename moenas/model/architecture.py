@@ -112,8 +112,8 @@ class Architecture(Component):
             return "positions: 'learned' needs max_positions; give it, at least the context"
         return None
 
-    def invalid_together(self) -> Conflict | None:
-        """Return why a layer cannot read what it would of an earlier one, or None."""
+    def invalid_as_a_whole(self) -> Conflict | None:
+        """Return why a layer cannot read keys, a table or an index of an earlier one, or None."""
         mixers = [layer.mixer for layer in self.layers]
         return kv_source_error(mixers, self.d_model) or index_source_error(mixers)
 
@@ -148,8 +148,9 @@ class Architecture(Component):
     def canonical(self) -> Self:
         """Return the canonical form: architectures that train and compute the same have one.
 
-        Canonical parts, patterns written out, a mixer in one block with the ffn after it, each run
-        of equal layers as one group, and fields without effect at their defaults. It is kept.
+        It has canonical parts and no patterns. A mixer is in one block with the ffn after it, and
+        each run of equal layers is one group. Fields without effect have their defaults. It is
+        kept.
         """
         if KEPT not in self.__dict__:
             canonical = self.__dict__[KEPT] = self._canonical()
@@ -280,9 +281,10 @@ class Architecture(Component):
     def names(self) -> list[dict[str, float | str]]:
         """Return for each canonical layer the names that a requirement can use, and their values.
 
-        The fields of the architecture, of the layer, of its parts and of their routers in canonical
-        form, `n_layers`, and the kinds as `mixer` and `ffn`: see `field_names`. Fields that are
-        null are left out, and so are names that mean several fields of the layer.
+        The names are the fields of the architecture, of the layer, of its parts and of their
+        routers in canonical form. `n_layers` and the kinds, as `mixer` and `ffn`, are added: see
+        `field_names`. Fields that are null and names that mean several fields of the layer are left
+        out.
         """
         whole = field_names.scalars(self, field_names.WHOLE)
         layers = self.canonical().layers
@@ -290,7 +292,7 @@ class Architecture(Component):
         known = dict[int, dict[str, float | str]]()
         for layer in layers:  # equal layers are one object, most of the time
             if id(layer) not in known:
-                known[id(layer)] = field_names.named(
+                known[id(layer)] = field_names.by_unique_suffix(
                     whole | field_names.scalars(layer, field_names.LAYER)
                 )
         return [known[id(layer)] for layer in layers]
@@ -326,8 +328,8 @@ class Model(LayerStack):
     """A decoder-only language model: embedding, blocks, norm, head.
 
     `n_residual_branches` parts add to the residual stream: mixers, feed-forward layers and
-    shortcuts, counted in the canonical architecture, so that all spellings get
-    the same initial weights. A mixture with its shared experts counts as one.
+    shortcuts. They are counted in the canonical architecture, so that all spellings get the same
+    initial weights. A mixture with its shared experts counts as one.
     """
 
     matrices = ("embedding",)
@@ -359,7 +361,7 @@ class Model(LayerStack):
     ) -> Tensor:
         """Return the float32 logits (B, S, V) of the token after each of `tokens` (B, S), int64.
 
-        With a cache, `tokens` continue those that it has seen. Computes in `dtype`, or in that
+        With a cache, `tokens` continue those that it has seen. Computes in `dtype`, or in the dtype
         of the parameters.
         """
         logits: Tensor = self.head(self.hidden(tokens, cache, dtype), self.embedding)

@@ -31,12 +31,12 @@ class BlockGroup(Component):
     """`repeat` equal blocks after one another, or a pattern of blocks `repeat` times.
 
     A block has a mixer, a feed-forward layer or both. A pattern is a list of groups instead. A
-    mixer alone in a block and an ffn alone in the next are the same as one block of both, and are
-    counted as one layer.
+    mixer alone in a block and an ffn alone in the next are the same as one block of both. They
+    count as one layer.
     """
 
     repeat: int = setting(
-        "how often the block or the pattern stands here", default=1, low=1, high=1000
+        "how often the block or the pattern is repeated", default=1, low=1, high=1000
     )
     vary: bool = setting("draw each of the layers by itself", default=False)
     mixer: Mixer | None = setting("how a token reads the tokens before it", default=None)
@@ -73,7 +73,7 @@ class BlockGroup(Component):
     )
     ffn_norm: NormPosition | None = setting(
         "where the norms of ffn and shortcut are; null: as norm_position of the model says (A.X"
-        " K1: sandwich around its mixtures alone). A parallel block has those of mixer_norm",
+        " K1: sandwich around its mixtures alone). A parallel block has the norms of mixer_norm",
         default=None,
         without_effect=(
             {"ffn": one_of(None)},
@@ -336,10 +336,10 @@ def is_mixture(part: Part | None) -> bool:
 def merge_half_blocks(layers: Sequence[BlockGroup]) -> tuple[BlockGroup, ...]:
     """Return canonical layers, each mixer alone in one block with the ffn alone after it.
 
-    Such a pair computes the same as one block at every position of the norm, with four exceptions:
-    a shortcut is added or a factor multiplied between them, the shortcut beside the ffn has a norm
-    of its own there, or both are mixtures of experts. Delays count the new blocks. Nothing changes
-    if a part depends on its layer index.
+    Such a pair computes the same as one block at every position of the norm, with four exceptions.
+    A shortcut is added between them, or a factor is multiplied between them. The shortcut beside
+    the ffn has a norm of its own there. Both are mixtures of experts. Delays count the new blocks.
+    Nothing changes if a part depends on its layer index.
     """
     different = {id(layer): layer for layer in layers}.values()
     if any(part.layer_indexed for layer in different for part in layer.parts.values()):

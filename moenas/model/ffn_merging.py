@@ -19,7 +19,7 @@ def merge_ffns(ffn: FFN, beside: FFN) -> FFN | None:
     """Return the one layer that is the sum of two canonical ones of the same input, or None.
 
     A network without biases beside another is a wider one, and beside a mixture it is a shared
-    expert. The weights of the two, laid end to end, are those of the one.
+    expert. The one has the weights of the two, laid end to end.
     """
     if type(beside) is not DenseFFN or type(ffn) not in (DenseFFN, MoEFFN) or beside.bias:
         return None

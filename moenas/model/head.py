@@ -49,7 +49,7 @@ class Head(nn.Module):
     def loss(self, x: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy of (B, S, D) in nats a token.
 
-        Many logits are made and used by pieces of tokens, which takes the memory of these alone, in
+        Many logits are made and used by pieces of tokens. This takes the memory of one piece, in
         the same time: on a CPU in float32, from torch 2.13 on.
         """
         many = targets.numel() * self.vocab_size >= MANY_LOGITS

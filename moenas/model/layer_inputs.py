@@ -1,4 +1,4 @@
-"""What the layers of one pass read beside the tokens that they map."""
+"""The inputs of the layers of one pass beside the tokens that they map."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class LayerInputs:
         self.cache = cache
         """The cache of the mixer of the current block, None without one."""
         self.shared_kv = shared_kv
-        """What mixers share with those of later blocks; None in a layer outside of a model."""
+        """Data that mixers share with mixers of later blocks; None in a layer outside of a
+        model."""
         self.pending_shortcuts = pending_shortcuts
         """(B, S, D) outputs of shortcuts to be added at the end of this block, of the next one, and
         so on. None in a block outside of a model: there each joins at the end of its own block."""

@@ -34,7 +34,8 @@ class LayerStack(nn.Module):
         return [(i, part) for i, part in self.parts() if isinstance(part, RoutedLayer)]
 
     def parts(self) -> list[tuple[int, nn.Module]]:
-        """Return mixers and feed-forward layers, those of shortcuts, too, with their layers."""
+        """Return mixers and feed-forward layers, with shortcuts, and the numbers of their
+        layers."""
         by_layer = [(x.mixer, x.ffn, x.shortcut and x.shortcut.ffn) for x in self.stacked()]
         return [(i, part) for i, parts in enumerate(by_layer) for part in parts if part is not None]
 

@@ -1,4 +1,4 @@
-"""Multi-token prediction: heads that only training has, which predict further tokens."""
+"""Multi-token prediction: heads for further tokens, in training alone."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class MultiTokenPrediction(Component):
     """`mtp`: heads beside the model in training; head k predicts the token after the next k.
 
     The sequential modules of DeepSeek-V3 (arXiv 2412.19437, section 2.2). Head k joins the output
-    of head k - 1, or of the model, with the embedding of the k-th next token: both have an
-    RMSNorm, and a matrix maps 2 d_model to d_model (equation 21). A block follows, then a norm as
-    before the head of the model, and that head (equation 23). The block is made as the last one of
-    the model, with keys and values of its own. The embedding and the head are those of the model.
-    The training loss is that of the next token plus `weight` times the mean of the losses of the
-    heads (equation 25). Neither the validation loss nor a stored or exported model has the heads.
+    of head k - 1, or of the model, with the embedding of the k-th next token. Both have an RMSNorm,
+    and a matrix maps 2 d_model to d_model (equation 21). A block follows, then a norm as before the
+    head of the model, and that head (equation 23). The block is made as the last one of the model,
+    with keys and values of its own. The model's embedding and head are used. The training loss is
+    the loss of the next token plus `weight` times the mean loss of the heads (equation 25). Neither
+    the validation loss nor a stored or exported model has the heads.
     """
 
     depth: int = setting("heads, one after another", default=1, low=1, high=16)
@@ -48,7 +48,7 @@ class MultiTokenPrediction(Component):
     def block(self, architecture: Architecture) -> BlockGroup:
         """Return the block of each head: the last of the model, reading no earlier layer.
 
-        Its attention has no indexer where that of the model reads the indexer of another layer.
+        Its attention has no indexer if the model's attention reads the indexer of another layer.
         """
         layer = architecture.canonical().layers[-1]
         mixer: Any = layer.mixer
@@ -90,7 +90,7 @@ class MultiTokenPrediction(Component):
     ) -> PredictionHeads:
         """Build the heads without drawing weights; on the meta device they take no memory.
 
-        They are those of the canonical form, so that equal models get equal heads.
+        They come from the canonical form, so that equal models get equal heads.
         """
         architecture = architecture.canonical()
         block, stream = self.block(architecture), architecture.stream
@@ -110,7 +110,7 @@ class MultiTokenPrediction(Component):
     def build(
         self, architecture: Architecture, device: torch.device | str = "cpu", seed: int = 0
     ) -> PredictionHeads:
-        """Build the heads and draw their weights, as those of a model; see `initialise`."""
+        """Build the heads and draw their weights as for a model; see `initialise`."""
         heads = self.outline(architecture, device)
         initialise(heads, seed + SEEDS)
         return heads

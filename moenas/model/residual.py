@@ -58,7 +58,7 @@ class ResidualAdd(nn.Module):
         return self.add(x, y, norm)
 
     def normed_output(self, y: Tensor, norm: Any) -> Tensor:
-        """Return the output of a part, normed where its norm stands there."""
+        """Return the output of a part, after its norm if the norm is on the output."""
         if self.norm_position == "output":
             y = norm(y)
         elif self.norm_position == "sandwich":
@@ -112,8 +112,8 @@ class ResidualConfig:
     def build_join(self, part: int) -> ResidualAdd:
         """Build what adds a part to the stream; `part` is its number in the model, from 1.
 
-        With a depth scale, part i is divided by sqrt(i + 1), and the stream multiplied by
-        sqrt(i / (i + 1)) (Beam): a sum of independent terms of equal size keeps its size.
+        With a depth scale, part i is divided by sqrt(i + 1), and the stream multiplied by sqrt(i /
+        (i + 1)) (Beam). So a sum of independent terms of equal size keeps its size.
         """
         if not self.depth_scale:
             return ResidualAdd(self.norm_position, self.multiplier, self.skip)

@@ -29,13 +29,13 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def latency_terms(architecture: Architecture, batch: int, context: int, tokens: int) -> Terms:
-    """Return the terms of one pass of a model: those of its blocks, added up, and of its head.
+    """Return the terms of one pass of a model: the sum over its blocks, and the head.
 
-    The pass has `tokens` new tokens in `batch` sequences, each of which sees `context` tokens. Of
-    each part of a block, by its kind, there are the floating-point operations, the weights that
-    are read at most, and the bytes of the key-value cache. A word of a block, such as
-    `block.ffn.activation=gelu`, counts the blocks that hold it. A number, such as
-    `block.ffn.n_experts`, is the sum over the blocks.
+    The pass has `tokens` new tokens in `batch` sequences, each of which sees `context` tokens. Each
+    kind of part has three terms: the floating-point operations, the weights that are read at most,
+    and the bytes of the key-value cache. A word of a block, such as `block.ffn.activation=gelu`,
+    counts the blocks that hold it. A number, such as `block.ffn.n_experts`, is the sum over the
+    blocks.
     """
     layers = architecture.canonical().layers
     terms = defaultdict[str, float](float, {MODEL: 1.0, LAYERS: float(len(layers))})
@@ -83,7 +83,7 @@ class BlockLatency:
         """Fit non-negative coefficients to the latencies of some models, all above 0.
 
         The sum of squared relative errors is least, with a ridge penalty (scipy's `nnls`; Lawson
-        and Hanson, Solving Least Squares Problems, chapter 23). The penalty is that of PENALTIES
+        and Hanson, Solving Least Squares Problems, chapter 23). The penalty is the one in PENALTIES
         with the least leave-one-out error.
         """
         names = sorted({name for row in rows for name, amount in row.items() if amount})
@@ -131,10 +131,11 @@ def _left_out_error(matrix: Array, penalty: float) -> float:
 def error_bound(errors: Sequence[float], coverage: float) -> tuple[float, float]:
     """Return the bound of the absolute error of a further model, and its coverage.
 
-    `errors` are those of n models outside the fit. The bound is the k-th smallest absolute error
-    with k = ceil((n + 1) coverage): a further model of the same distribution lies within it with
-    at least that probability, whatever the distribution (split conformal prediction, Lei et al.,
-    arXiv 1604.04173, section 2.2). Too few models give the largest error, and k / (n + 1).
+    `errors` has an error for each of n models outside the fit. The bound is the k-th smallest
+    absolute error with k = ceil((n + 1) coverage): A further model of the same distribution lies
+    within it with at least this probability, whatever the distribution (split conformal prediction,
+    Lei et al., arXiv 1604.04173, section 2.2). Too few models give the largest error, and k / (n +
+    1).
 
     Raises:
         ValueError: without an error.
@@ -166,7 +167,7 @@ def predicted(
 ) -> Predicted:
     """Return the latency of a model by a calibration.
 
-    `reference_ms` is the reference time of a study; None takes that of the calibration.
+    `reference_ms` is the reference time of a study; None takes the calibration's.
     """
     terms = workload_terms(architecture, calibration.settings)
     sums = BlockLatency(calibration.coefficients, calibration.highest)

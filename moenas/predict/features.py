@@ -1,4 +1,4 @@
-"""Features of an architecture: what a surrogate of an objective sees of it."""
+"""Features of an architecture: the inputs of a surrogate."""
 
 from __future__ import annotations
 

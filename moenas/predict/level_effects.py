@@ -29,7 +29,7 @@ class LevelEffect:
     n: int
     """Candidates with this level."""
     effect: float
-    """Adjusted mean of the level minus that of all candidates, in the objective's unit."""
+    """Adjusted mean of the level minus the mean of all candidates, in the objective's unit."""
     half_width: float | None
     """Half of the 95 % confidence interval; None with too few candidates."""
 
@@ -83,7 +83,7 @@ def level_effects(values: ArrayLike, sizes: ArrayLike, levels: Sequence[str]) ->
     """Return the effect of each level on values (N,), adjusted for the logarithm of sizes (N,).
 
     It is an analysis of covariance: value = c + a x + b x^2 + effect of the level, x the logarithm
-    of the size. The effects, weighted by their counts, add up to 0. The interval is that of a
+    of the size. The effects, weighted by their counts, add up to 0. The interval belongs to a
     least-squares estimate with normal errors of one variance.
     """
     y, logs = np.asarray(values, dtype=np.float64), np.log2(np.asarray(sizes, dtype=np.float64))

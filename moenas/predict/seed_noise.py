@@ -49,7 +49,7 @@ class ObjectiveNoise:
     def half_width(self, *seeds: int) -> float:
         """Return the half width of the 95 % interval of a mean over seeds.
 
-        Of two numbers of seeds, it is that of the difference of two means.
+        For two numbers of seeds, it is the half width of the difference of two means.
         """
         from scipy.stats import t
 
@@ -78,11 +78,11 @@ class SeedNoise:
     ) -> dict[int, float]:
         """Return trial -> probability that no other trial dominates it.
 
-        All values are drawn together from their posterior: in each draw the variance of an
-        objective is degrees * deviation^2 / chi-squared(degrees), and the value of a trial is
-        normal around its mean with the variance over the seeds in it. That is the posterior
-        of a one-way layout with equal variances under the prior 1 / variance (Gelman et al.,
-        Bayesian Data Analysis, 3rd ed., section 3.2).
+        All values are drawn together from their posterior. In each draw the variance of an
+        objective is degrees * deviation^2 / chi-squared(degrees). The value of a trial is normal
+        around its mean, with this variance over its number of seeds. That is the posterior of a
+        one-way layout with equal variances under the prior 1 / variance (Gelman et al., Bayesian
+        Data Analysis, 3rd ed., section 3.2).
         """
         names = list(directions)
         sign = np.array([1.0 if directions[name] == "minimize" else -1.0 for name in names])
@@ -125,41 +125,42 @@ def seed_noise(
 ) -> SeedNoise | None:
     """Return the noise between seeds; None if no trial has a replicate.
 
-    `values` are those of the search, of every complete trial; `replicates` those of further seeds.
+    `values` come from the search, for every complete trial; `replicates` come from further seeds.
     The value of the search has selected the trial for the front, so it is too good on average. From
-    UNSELECTED further seeds on, a mean is that of the further seeds alone, which is unbiased. The
+    UNSELECTED further seeds on, a mean is over the further seeds alone, which is unbiased. The
     deviation is pooled over all seeds, as degrees of freedom are few.
     """
     rows = {trial: [own, *replicates.get(trial, ())] for trial, own in values.items()}
-    groups = [found for found in rows.values() if len(found) > 1]
+    groups = [trial_values for trial_values in rows.values() if len(trial_values) > 1]
     if not groups:
         return None
-    degrees = sum(len(found) - 1 for found in groups)
+    degrees = sum(len(trial_values) - 1 for trial_values in groups)
     noise = {}
     for name in objectives:
         squares = 0.0
-        for found in groups:
-            numbers = np.array([row[name] for row in found])
+        for trial_values in groups:
+            numbers = np.array([row[name] for row in trial_values])
             if numbers.min() < numbers.max():  # the mean of equal numbers rounds
                 squares += float(((numbers - numbers.mean()) ** 2).sum())
         noise[name] = ObjectiveNoise(math.sqrt(squares / degrees), degrees)
     counted = {
-        trial: found[1:] if len(found) > UNSELECTED else found for trial, found in rows.items()
+        trial: trial_values[1:] if len(trial_values) > UNSELECTED else trial_values
+        for trial, trial_values in rows.items()
     }
     means = {
-        trial: {name: _mean([row[name] for row in found]) for name in objectives}
-        for trial, found in counted.items()
+        trial: {name: _mean([row[name] for row in trial_values]) for name in objectives}
+        for trial, trial_values in counted.items()
     }
     return SeedNoise(
         noise,
         means,
-        seeds={trial: len(found) for trial, found in rows.items()},
-        mean_seeds={trial: len(found) for trial, found in counted.items()},
+        seeds={trial: len(trial_values) for trial, trial_values in rows.items()},
+        mean_seeds={trial: len(trial_values) for trial, trial_values in counted.items()},
     )
 
 
 def _mean(numbers: Sequence[float]) -> float:
-    """Return the mean; that of equal numbers is the number itself, without rounding."""
+    """Return the mean; of equal numbers it is the number itself, without rounding."""
     if min(numbers) == max(numbers):
         return numbers[0]
     return math.fsum(numbers) / len(numbers)

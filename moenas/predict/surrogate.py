@@ -29,9 +29,9 @@ LENGTH_BOUNDS, NOISE_BOUNDS = (-5.0, 10.0), (-9.0, 2.0)
 class Surrogate:
     """A Gaussian process with noise: Matern 5/2 kernel, a length scale for each feature.
 
-    The hyperparameters are those of the largest posterior density. The logarithm of a length scale
-    has a normal prior with mean sqrt(2) + log(D) / 2 and deviation sqrt(3) for D features (Hvarfner
-    et al., arXiv 2402.02229). So a dozen evaluations of thirty features do not overfit.
+    The hyperparameters have the largest posterior density. The logarithm of a length scale has a
+    normal prior with mean sqrt(2) + log(D) / 2 and deviation sqrt(3) for D features (Hvarfner et
+    al., arXiv 2402.02229). So a dozen evaluations of thirty features do not overfit.
     """
 
     def __init__(self, features: Array, values: Array, seed: int = 0) -> None:

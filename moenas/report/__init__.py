@@ -1,1 +1,1 @@
-"""What is read from stored rows: text, tables and figures."""
+"""Reports from stored rows: text, tables and figures."""

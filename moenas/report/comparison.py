@@ -13,8 +13,8 @@ from moenas.store.row_readers import FrontView
 def comparison_report(a: FrontView, b: FrontView) -> Plain:
     """Compare the fronts of two studies over the objectives that both have.
 
-    Both hypervolumes are measured from one reference point, that of all members of both fronts.
-    Over fewer objectives than a study has, members of its own front may dominate one another.
+    Both hypervolumes are measured from one reference point, of all members of both fronts. Over
+    fewer objectives than a study has, members of its own front may dominate one another.
     `coverage.a` is the share of b's front that a member of a equals or dominates (the C metric of
     Zitzler and Thiele, 1998).
 

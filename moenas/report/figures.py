@@ -19,8 +19,9 @@ from moenas.grammar.summary import compact, one_line
 from moenas.records import Evaluation, ObjectiveInfo, View
 from moenas.resources import listing, load_module, take
 
-# After Okabe and Ito's palette, which colour-blind readers can tell apart: without yellow and
-# black, and with a lighter blue, for one is lost on white paper and the others on a dark page.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Yellow is left out, because it
+# is lost on white paper. Black is left out and blue is lighter, because they are lost on a dark
+# page.
 BLUE, VERMILION, GREEN = "#2484CE", "#D55E00", "#009E73"
 COLOURS = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", "#8C6BB1", "#8A6D3B")
 GREY = "#9AA0A6"
@@ -251,8 +252,8 @@ def figures(view: View, *, same_front: bool = False) -> dict[str, go.Figure]:
     that say `NEEDS = "training"` are left out of a study that does not train, and those that say
     `NEEDS = "rungs"` of one without results at rungs.
 
-    A file that does not run, or does not give a figure, becomes a figure that says so: a study
-    must not end because of a picture of it.
+    A file that does not run, or does not give a figure, becomes a figure that says so. A study must
+    not end because of a picture.
     """
     files = listing("dashboards", ".py")
     names = [name for name in ORDER if name in files]
@@ -297,19 +298,3 @@ def _draw(path: Path, view: View) -> go.Figure:
         message = f"{path}: {error_line(error)}"
     warnings.warn(message, RuntimeWarning, stacklevel=3)
     return blank(path.stem, message)
-
-
-def write_html(view: View, path: Path) -> None:
-    """Write the figures as one page that needs no network; see `figures`."""
-    parts: list[str] = []
-    for name, figure in figures(view).items():
-        script = not parts  # plotly's own script, 5 MB, goes in once
-        body = figure.to_html(full_html=False, include_plotlyjs=script, default_height="520px")
-        parts.append(f'<section id="{escape(name)}">{body}</section>')
-    title = escape(view.study.name)
-    style = "body{font-family:Helvetica,Arial,sans-serif;max-width:960px;margin:2em auto}"
-    path.write_text(
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{style}</style></head><body><h1>{title}</h1>{''.join(parts)}</body></html>",
-        encoding="utf-8",
-    )

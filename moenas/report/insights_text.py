@@ -1,4 +1,4 @@
-"""The report on a study as text: what `moenas report` prints."""
+"""The report on a study as text, for `moenas report`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from moenas.records import Calibration, Plain
 
 
 def calibration_text(calibration: Calibration) -> list[str]:
-    """Return lines on a calibration: what was measured, and how well it predicts."""
+    """Return lines on a calibration: its measurements, and how well it predicts."""
     fitted, tested = calibration.fitted, calibration.tested
     roles = [row["role"] for row in calibration.held_out]
     lines = [
@@ -75,6 +75,6 @@ def predicted_text(rows: list[Plain], calibrate: str | None = None) -> list[str]
         )
         if row["beyond"]:
             lines.append(
-                f"  {row['beyond']} of these architectures are larger than what was measured"
+                f"  {row['beyond']} of these architectures are larger than the measured ones"
             )
     return lines

@@ -21,7 +21,7 @@ def seed_report(store: Store, name: str) -> Plain | None:
     """Return what the replicates of a study say of its front; None without replicates.
 
     A replicate counts if it is complete, and was measured on the device and with the versions of
-    its trial: one value is compared with its like.
+    its trial.
     """
     rows = store.replicates(name)
     if not rows:
@@ -36,8 +36,8 @@ def seed_report(store: Store, name: str) -> Plain | None:
     noisy = [name for name in directions if noise.is_noisy(name)]
     return {
         "objectives": {
-            key: {"deviation": found.deviation, "degrees": found.degrees}
-            for key, found in noise.objectives.items()
+            key: {"deviation": noise_of.deviation, "degrees": noise_of.degrees}
+            for key, noise_of in noise.objectives.items()
         },
         "noisy": noisy,
         "members": members,
@@ -136,12 +136,12 @@ def _pairs(members: Sequence[Plain], noise: ObjectiveNoise, key: str) -> list[Pl
     ]
 
 
-def with_seeds(rows: list[Plain], found: Plain | None, *, short_form: bool) -> list[Plain]:
+def with_seeds(rows: list[Plain], seeds: Plain | None, *, short_form: bool) -> list[Plain]:
     """Return the rows of a front with the columns of their replicates."""
-    if found is None:
+    if seeds is None:
         return rows
-    members = {member["trial"]: member for member in found["members"]}
-    return [_with_seeds(row, members.get(row["trial"]), found["noisy"], short_form) for row in rows]
+    members = {member["trial"]: member for member in seeds["members"]}
+    return [_with_seeds(row, members.get(row["trial"]), seeds["noisy"], short_form) for row in rows]
 
 
 def _with_seeds(
@@ -149,29 +149,29 @@ def _with_seeds(
 ) -> dict[str, Any]:
     last: Plain = {key: row[key] for key in ("fingerprint", "architecture") if key in row}
     rest = {key: value for key, value in row.items() if key not in last}
-    found = member or {"seeds": 1, "probability": None, "values": {}}
-    values = found["values"].items()
+    known = member or {"seeds": 1, "probability": None, "values": {}}
+    values = known["values"].items()
     if not short_form:
         rest |= {
-            "seeds": found["seeds"],
+            "seeds": known["seeds"],
             "means": {key: value["mean"] for key, value in values},
             "half_widths": {key: value["half_width"] for key, value in values},
-            "probability": found["probability"],
+            "probability": known["probability"],
         }
         return rest | last
     for key, value in values:
         if key in noisy:
             rest[key] = f"{compact(value['mean'])} +- {compact(value['half_width'])}"
-    chance = None if found["probability"] is None else f"{found['probability']:.2f}"
-    return rest | {"seeds": found["seeds"], "P(front)": chance} | last
+    chance = None if known["probability"] is None else f"{known['probability']:.2f}"
+    return rest | {"seeds": known["seeds"], "P(front)": chance} | last
 
 
-def caption(found: Plain | None) -> list[str]:
+def caption(report: Plain | None) -> list[str]:
     """Say what the columns of the replicates are."""
-    if found is None:
+    if report is None:
         return []
-    noisy = ", ".join(found["noisy"])
-    selected = [m["trial"] for m in found["members"] if m["mean_seeds"] == m["seeds"]]
+    noisy = ", ".join(report["noisy"])
+    selected = [m["trial"] for m in report["members"] if m["mean_seeds"] == m["seeds"]]
     seeds = "the seeds" if selected else "the further seeds"
     lines = [
         f"{noisy}: mean over {seeds} of a trial +- half of its 95 % interval; P(front):"
@@ -186,11 +186,11 @@ def caption(found: Plain | None) -> list[str]:
     return lines
 
 
-def seed_lines(found: Plain) -> list[str]:
+def seed_lines(seeds: Plain) -> list[str]:
     """Lay out the replicates of a study for a terminal."""
     lines = []
-    for key in found["noisy"]:
-        noise, pairs = found["objectives"][key], found["pairs"][key]
+    for key in seeds["noisy"]:
+        noise, pairs = seeds["objectives"][key], seeds["pairs"][key]
         lines.append(
             f"{key}: seeds of one model differ by a standard deviation of"
             f" {compact(noise['deviation'])} ({noise['degrees']} degrees of freedom)"
@@ -208,11 +208,11 @@ def seed_lines(found: Plain) -> list[str]:
                 f"  trials {first} and {second} differ by {compact(pair['difference'])}, less than"
                 f" {compact(pair['noise'])}: which is better is not known"
             )
-    if not found["noisy"]:
+    if not seeds["noisy"]:
         lines.append("the seeds of each model have equal values")
-    if found["left_out"]:
+    if seeds["left_out"]:
         lines.append(
-            f"{found['left_out']} replicates are left out: failed, or measured on another device"
+            f"{seeds['left_out']} replicates are left out: failed, or measured on another device"
             " or with other versions than their trial"
         )
     return lines

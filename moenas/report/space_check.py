@@ -1,4 +1,4 @@
-"""What `moenas check` prints of a space: its size, its costs, its corpus and some draws."""
+"""The output of `moenas check` on a space: its size, its costs, its corpus and some draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAWS, DRAWN_LAYERS = 200, 20_000
 """Random architectures that `check` looks at, and how many layers they have in all."""
 SHOWN_DRAWS = 3
 SHOWN_POINTS = 10**40
-"""From this many points on, their number is told by its digits."""
+"""From this many points on, the number of digits is printed in place of the number."""
 COSTS = ("params", "active_params", "flops_per_token")
 COMPUTE_OPTIMAL = 20
 """Tokens a parameter of compute-optimal dense models: Hoffmann et al., 2022, arXiv 2203.15556,
@@ -48,10 +48,10 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
     corpus = open_corpus(space)
     single = space.size == 1 and space.continuous == 0
     tries = list(space.feasible(1 if single else n_draws))
-    drawn = [found for found in tries if not isinstance(found, str)]
-    refused = Counter(found for found in tries if isinstance(found, str))
+    drawn = [draw for draw in tries if not isinstance(draw, str)]
+    refused = Counter(draw for draw in tries if isinstance(draw, str))
     shown = drawn or [space.require_feasible()]
-    found: Plain = {
+    checked: Plain = {
         "name": space.name,
         "valid": True,
         "points": space.size if space.size < SHOWN_POINTS else about(space.size),
@@ -67,29 +67,29 @@ def check_report(space: Space, n_draws: int | None = None) -> Plain:
     costs = [space.cost_record(architecture) for architecture in shown]
     for name in costs[0]:
         values = [cost[name] for cost in costs]
-        found[name] = values[0] if single else {"min": min(values), "max": max(values)}
-    found["corpus"] = description.report(space.data, corpus)
-    found["bigram_loss"] = corpus.bigram_loss
-    found["tokens_per_parameter"] = _tokens_per_parameter(space, costs)
-    found["notes"] = [
+        checked[name] = values[0] if single else {"min": min(values), "max": max(values)}
+    checked["corpus"] = description.report(space.data, corpus)
+    checked["bigram_loss"] = corpus.bigram_loss
+    checked["tokens_per_parameter"] = _tokens_per_parameter(space, costs)
+    checked["notes"] = [
         *_epochs(space, corpus, costs),
         *without_effect(space.tree),
         *notes(space, corpus),
         *room(space, shown),
     ]
-    found["draws"] = [
+    checked["draws"] = [
         {**{name: cost[name] for name in COSTS}, "architecture": one_line(architecture.plain())}
         for cost, architecture in zip(costs, shown[:SHOWN_DRAWS], strict=False)
     ]
-    return found
+    return checked
 
 
 def _binding(space: Space, n_draws: int) -> str | None:
     """Say which requirement binds, where nearly all draws are infeasible."""
     from moenas.space.feasibility import binding
 
-    found = binding(space, n_draws)
-    return None if found is None else str(found)
+    binding_requirement = binding(space, n_draws)
+    return None if binding_requirement is None else str(binding_requirement)
 
 
 def about(count: int) -> str:
@@ -125,46 +125,48 @@ def _epochs(space: Space, corpus: Corpus, costs: list[dict[str, int]]) -> list[s
     ]
 
 
-def check_text(found: Plain) -> str:
+def check_text(checked: Plain) -> str:
     """Lay out what `check_report` found."""
     from moenas.data.description import line as corpus_line
 
-    points = found["points"]
+    points = checked["points"]
     if isinstance(points, int):
         more = f" ({about(points)})" if points >= 10**9 else ""
         points = f"{points:,} points{more}"
     else:
         points = f"{points} points"
-    if found["continuous"]:
-        points += f" times {found['continuous']} continuous ranges"
-    lines = [f"{found['name']}: valid; {points}, {len(found['holes'])} holes"]
-    lines.append(f"objectives: {', '.join(found['objectives'])}")
-    context = f"FLOPs at a context of {found['context']} tokens"
-    if not isinstance(found["params"], dict):
-        lines += [f"{name}: {found[name]:,}" for name in COSTS]
+    if checked["continuous"]:
+        points += f" times {checked['continuous']} continuous ranges"
+    lines = [f"{checked['name']}: valid; {points}, {len(checked['holes'])} holes"]
+    lines.append(f"objectives: {', '.join(checked['objectives'])}")
+    context = f"FLOPs at a context of {checked['context']} tokens"
+    if not isinstance(checked["params"], dict):
+        lines += [f"{name}: {checked[name]:,}" for name in COSTS]
         lines[-1] += f" ({context})"
     else:
-        lines.append(f"{found['feasible']} of {found['drawn']} random draws are feasible")
-        lines += [f"  refused {n} times: {text}" for text, n in list(found["refused"].items())[:5]]
-        lines += [f"  {found['binding']}"] if found["binding"] else []
-        if found["feasible"]:
+        lines.append(f"{checked['feasible']} of {checked['drawn']} random draws are feasible")
+        lines += [
+            f"  refused {n} times: {text}" for text, n in list(checked["refused"].items())[:5]
+        ]
+        lines += [f"  {checked['binding']}"] if checked["binding"] else []
+        if checked["feasible"]:
             lines.append(f"over the feasible draws ({context}):")
         else:
             lines.append(f"of the first feasible one that further draws gave ({context}):")
         for name in COSTS:
-            low, high = found[name]["min"], found[name]["max"]
+            low, high = checked[name]["min"], checked[name]["max"]
             lines.append(f"  {name:<16} {short(low):>7} to {short(high)}")
-    lines.append(corpus_line(found["corpus"]))
-    ratio = found["tokens_per_parameter"]
+    lines.append(corpus_line(checked["corpus"]))
+    ratio = checked["tokens_per_parameter"]
     if ratio is not None and ratio["max"] < COMPUTE_OPTIMAL:
         lines.append(
             f"training: {ratio['min']:.2g} to {ratio['max']:.2g} tokens for each active parameter;"
             f" compute-optimal training of dense models takes {COMPUTE_OPTIMAL} (Hoffmann et al.,"
             " 2022)"
         )
-    if found["bigram_loss"] is not None:
-        loss = found["bigram_loss"]
+    if checked["bigram_loss"] is not None:
+        loss = checked["bigram_loss"]
         lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
-    lines += found["notes"]
-    lines += ["for example:", table(found["draws"])]
+    lines += checked["notes"]
+    lines += ["for example:", table(checked["draws"])]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What the command line prints: rows and texts of a study, a front and a trial."""
+"""Output of the command line: rows and texts of a study, a front and a trial."""
 
 from __future__ import annotations
 
@@ -160,9 +160,12 @@ def status_report(store: Store, name: str) -> Plain:
     summary = store.summary(name)
     study = summary.study
     own = store.query(lambda connection: submissions.submitted(connection, name))
-    driver, found = store.driver(name), store.read(name, lambda connection: pace(connection, name))
+    driver, study_pace = (
+        store.driver(name),
+        store.read(name, lambda connection: pace(connection, name)),
+    )
     left = max(0, study.trials - summary.evaluated)
-    per_hour = found.candidates_per_hour
+    per_hour = study_pace.candidates_per_hour
     return {
         "study": name,
         "state": own.state if own is not None else command_state(store, name),
@@ -176,9 +179,9 @@ def status_report(store: Store, name: str) -> Plain:
         "repeated": summary.repeated,
         "left": left,
         "running_in": driver,
-        "running": found.running if driver is not None else [],
+        "running": study_pace.running if driver is not None else [],
         "candidates_per_hour": per_hour,
-        # The pace is that of the search: further seeds of the front are trained after it.
+        # The pace counts the search alone: further seeds of the front are trained after it.
         "seconds_left": 3600 * left / per_hour if driver and per_hour and left else None,
         "ended": store.ended(name),
         "failures": summary.failures,
@@ -349,7 +352,7 @@ def trial_text(report: Plain, *, full: bool = False) -> str:
 
 
 def _details(report: Plain, name: str) -> str:
-    """Say how sure a measured value is, or what it must not be mistaken for."""
+    """Say how sure a measured value is, or that it is not comparable."""
     details = report["measurements"].get(name, {})
     if "acausal" in details:
         seen = " and ".join(details["acausal"]) or "no pass that was tried"

@@ -18,7 +18,7 @@ from moenas.service.remote_study import RemoteStudy
 
 
 def connect(url: str | None = None, token: str | None = None) -> Server:
-    """Return a server; without arguments, that of $MOENAS_SERVER with the token $MOENAS_TOKEN.
+    """Return a server; without arguments, the server $MOENAS_SERVER with the token $MOENAS_TOKEN.
 
     Raises:
         InputError: if there is no URL, no server answers there, or it refuses the token.
@@ -166,7 +166,8 @@ class Server(ServerConnection):
         return sorted(rows, key=_age)
 
     def devices(self) -> list[Plain]:
-        """Return the devices of the server's machine; `nodes` gives those of its Ray cluster."""
+        """Return the devices of the server's machine; `nodes` gives the nodes of its Ray
+        cluster."""
         return list(self.request("GET", "/v1/devices")["devices"])
 
     def nodes(self) -> list[Plain]:

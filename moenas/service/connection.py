@@ -138,7 +138,7 @@ def answer_of(response: httpx.Response) -> Any:
     """Return the JSON of an answer.
 
     Raises:
-        InputError: if it is none, as that of a login page is.
+        InputError: if it is no such answer, for example a login page.
     """
     try:
         return response.json()

@@ -110,7 +110,8 @@ def _require_own(connection: Connection, name: str, user: Identity) -> Submissio
     if not may_change(user, submission):
         raise Problem(
             403,
-            f"study '{name}' is that of '{submission.user_name}', who or an admin may change it",
+            f"study '{name}' belongs to '{submission.user_name}', who may change it, as an admin"
+            f" may",
         )
     return submission
 

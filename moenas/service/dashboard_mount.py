@@ -23,7 +23,7 @@ class Dashboard:
     """The dashboard as a WSGI application that is made at its first request.
 
     Its own guard answers loopback names alone. The gate has checked Host and Origin before, so the
-    guard is told a loopback name; what it refuses beside notes stays refused.
+    guard gets a loopback name; its other refusals stay.
     """
 
     def __init__(self, store: Store) -> None:

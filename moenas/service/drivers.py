@@ -27,7 +27,7 @@ TAIL_BYTES, TAIL_LINES = 8192, 12
 
 @dataclass(frozen=True)
 class DriverProcess:
-    """A process, told from a later one with the same pid."""
+    """A process, which differs from a later one with the same pid."""
 
     machine: str
     pid: int
@@ -36,7 +36,7 @@ class DriverProcess:
 
     @property
     def is_local(self) -> bool:
-        """Whether this machine and its process namespace are those of the process."""
+        """Whether the process is on this machine and in this process namespace."""
         return self.machine == machine()
 
     @property
@@ -64,8 +64,8 @@ class Drivers:
     def folder(self, study: str) -> Path:
         """Return the folder of a study's space file and log, directly below the work folder.
 
-        Earlier versions renamed submitted studies to any text. A name that cannot be that of a
-        folder has the folder `_` and a digest; no name of a submission begins with `_`.
+        Earlier versions renamed submitted studies to any text. A name that no folder can have gets
+        the folder `_` and a digest; no name of a submission begins with `_`.
         """
         name = study if STUDY_NAME.match(study) else f"_{sha256(study.encode())[:16]}"
         return self._settings.work_dir.absolute() / name

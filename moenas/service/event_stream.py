@@ -1,4 +1,4 @@
-"""Events of studies as server-sent events: what is stored, then what is added, each once."""
+"""Events of studies as server-sent events: stored ones, then new ones, each once."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class _Recent:
 class EventHub:
     """Reads new events of followed studies once, and wakes the streams that wait for them.
 
-    All but `_read` runs in the event loop. The events of a look are read in the state of the
-    database in which the counters were read, so that no event is missed between two looks.
+    All but `_read` runs in the event loop. Events and counters are read in one state of the
+    database, so that no event is missed between two looks.
     """
 
     def __init__(self, store: Store) -> None:
@@ -199,7 +199,7 @@ async def stream(
             if events:
                 last = events[-1].id
                 yield "".join(event.text for event in events)
-            else:  # a rename has taken away what was counted
+            else:  # a rename has taken away the counted events
                 last = max(last, counted)
             if any(event.kind == "deleted" for event in events):
                 return

@@ -254,7 +254,7 @@ async def _body(headers: Headers, receive: Receive) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return what gives a body that was read already, then what comes after it."""
+    """Return a receiver that gives a body that was read already, then later messages."""
     is_given = False
 
     async def replay() -> Message:

@@ -79,7 +79,7 @@ def _page(
 
 @router.get("/assets/{name}")
 def get_asset(name: str) -> Response:
-    """Return a style sheet or a script; plotly.js is that of the installed package."""
+    """Return a style sheet or a script; plotly.js comes from the installed package."""
     if name not in ASSETS:
         raise Problem(404, f"no asset {name!r}")
     headers = {"Cache-Control": "max-age=3600"}

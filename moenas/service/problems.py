@@ -108,7 +108,7 @@ def _of_validation(error: RequestValidationError) -> Problem:
 
 
 def _documented_methods(app: FastAPI, path: str) -> list[str]:
-    """Return the methods of a path; the router tells those of its first route alone."""
+    """Return the methods of a path; the router knows only the methods of its first route."""
     for template, methods in app.openapi()["paths"].items():
         pattern = "[^/]+".join(map(re.escape, re.split(r"\{[^}]*\}", template)))
         if re.fullmatch(pattern, path):

@@ -105,7 +105,7 @@ class RemoteStudy:
         return [FrontPoint.parse(point) for point in self._get("/history")["points"]]
 
     def report(self) -> Plain:
-        """Return what the study shows of its space; see `moenas report -o json`."""
+        """Return the insights of a study; see `moenas report -o json`."""
         return dict(self._get("/report", timeout=SLOW_S))
 
     def evaluation(self, trial: int) -> Evaluation:
@@ -130,7 +130,7 @@ class RemoteStudy:
         return report
 
     def architecture(self, trial: int) -> Architecture:
-        """Return the architecture of a trial; its components must be those of moenas."""
+        """Return the architecture of a trial; all its components must belong to moenas."""
         from moenas.model.architecture import Architecture
 
         return Architecture.parse(self._get(f"/trials/{int(trial)}")["architecture"])

@@ -111,7 +111,7 @@ class Runner:
         """Say that this server lives, and take over what dead ones have left."""
         if time.monotonic() < self._beaten + BEAT_S:
             return
-        if not self._store.transact(lambda c: runners.beat(c, self.id)):
+        if not self._store.transact(lambda c: runners.renew(c, self.id)):
             self.id = self._store.transact(runners.register)
         taken = self._store.transact(lambda c: runners.take_over(c, self.id))
         if taken:

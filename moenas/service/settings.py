@@ -1,4 +1,4 @@
-"""What `moenas serve` is started with, and the combinations that it refuses."""
+"""The settings of `moenas serve`, and the combinations that it refuses."""
 
 from __future__ import annotations
 

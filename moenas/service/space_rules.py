@@ -1,4 +1,4 @@
-"""What a submitted space may name: no code and no file of the server, unless it was allowed."""
+"""Rules for submitted spaces: no code and no file of the server, unless it was allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_allowed(text: str, source: str, overrides: tuple[str, ...], rules: S
     Raises:
         SpaceError: with line and column of what is not allowed, or of invalid YAML.
     """
-    from moenas.space.overrides import override  # loads PyTorch, which the API never does
+    from moenas.space.overrides import override  # loads PyTorch; the API does not load it
 
     root = parse_yaml(text, source)
     if not isinstance(root.value, dict):

@@ -1,4 +1,4 @@
-"""What the routes of a server share: its store, queue, sessions, events and task processes."""
+"""The shared state of the routes: store, queue, sessions, events and task processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user may do with a study now: the rules that the routes hold and the pages show."""
+"""Actions that a user may take on a study now: rules of the routes and the pages."""
 
 from __future__ import annotations
 

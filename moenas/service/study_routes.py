@@ -138,7 +138,7 @@ def _figures(service: ServiceState, name: str) -> schemas.Figures:
 
 @router.get("/studies/{name}/report")
 async def get_report(service: Service, name: str) -> schemas.Report:
-    """Return what the study shows of its space: importance of holes, effects of their values."""
+    """Return the insights of a study: importance of holes, effects of their values."""
     return await service.wait(made_report, service, name)
 
 
@@ -231,7 +231,7 @@ class _Sink(io.RawIOBase):
         return len(data)
 
     def take(self) -> bytes:
-        """Return what was written since the last call."""
+        """Return the text that was written since the last call."""
         written = bytes(self._held)
         self._held.clear()
         return written

@@ -1,4 +1,4 @@
-"""What responses say of studies and trials, from stored rows; nothing here needs PyTorch."""
+"""Responses on studies and trials from stored rows, without PyTorch."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class TaskLostError(MoenasError):
 
 
 def _serve(connection: Connection) -> None:
-    """Run what comes over the connection, until it is closed."""
+    """Run the tasks that come over the connection, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes it
     while True:
         try:
@@ -63,9 +63,9 @@ class TaskProcess:
         """Run a function of a module in the process and return its result.
 
         Raises:
-            MoenasError: that of the function.
-            TaskTimeoutError: after `timeout` seconds; the process is ended.
-            TaskLostError: if the process dies, or the function raises another exception.
+            MoenasError: as the function raised it. TaskTimeoutError: after `timeout` seconds; the
+            process is ended. TaskLostError: if the process dies, or the function raises another
+            exception.
         """
         with self._lock:
             connection, process = self._ready()

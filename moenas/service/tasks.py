@@ -1,4 +1,4 @@
-"""What a server does with PyTorch, in a process of its own: checks, reports, exports, devices."""
+"""Tasks of a server with PyTorch, in a process of their own: checks, reports, exports, devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Early stopping: which candidates end before the last training token, decided at the rungs."""
+"""Early stopping: candidates that end before the last training token, decided at the rungs."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class SuccessiveHalving(EarlyStopping, kind="successive_halving"):
     """Asynchronous successive halving (ASHA; arXiv 1810.05934, algorithm 2) for several objectives.
 
     A candidate trains on if it is among the best 1 / reduction_factor of those that have reached
-    its rung. The order is that of non-dominated fronts, and within a front by an epsilon-net
-    (arXiv 2106.12639). It compares the loss at the rung and the objectives that are measured before
-    training. If another objective needs training, flops_per_token replaces it. With one
-    objective, this is ASHA. The number that trains on is rounded down. Once all candidates are
-    drawn, it is rounded up. Then the paused ones are stopped.
+    its rung. The order is by non-dominated fronts, and within a front by an epsilon-net (arXiv
+    2106.12639). It compares the loss at the rung and the objectives that are measured before
+    training. If another objective needs training, flops_per_token replaces it. With one objective,
+    this is ASHA. The number that trains on is rounded down. Once all candidates are drawn, it is
+    rounded up. Then the paused ones are stopped.
     """
 
     reduction_factor: float = setting(

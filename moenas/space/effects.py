@@ -43,7 +43,8 @@ def without_effect(tree: Tree) -> list[str]:
 
 
 def _written(tree: Tree) -> Iterator[tuple[Record, str, Fixed]]:
-    """Yield the scalar fields that the user wrote; those of a preset or a default share a place."""
+    """Yield the scalar fields that the user wrote; fields of a preset or a default share a
+    place."""
     if isinstance(tree, Listing):
         for item in tree.items:
             yield from _written(item)
@@ -64,7 +65,7 @@ def _others(field: Field, value: Scalar) -> list[Scalar]:
     return [
         field.convert(x)
         for x in tried
-        if x is not None and x != value and field.reject(x) is None  # null may spell the value
+        if x is not None and x != value and field.error_for(x) is None  # null may spell the value
     ]
 
 

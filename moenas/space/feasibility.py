@@ -1,4 +1,4 @@
-"""Which requirement binds: the one that keeps most draws of a space from being feasible."""
+"""The binding requirement: it makes most draws of a space infeasible."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def read_one_fit(tree: Tree) -> Fit | None:
     for fit in fits(tree):
         if first is not None and fit.mark != first.mark:
             raise SpaceError(
-                f"a second fit, beside that of {first.path}; a space has one: give a number or a"
+                f"a second fit, beside the fit of {first.path}; a space has one: give a number or a"
                 " range here",
                 location=fit.mark,
                 path=fit.path,
@@ -39,8 +39,8 @@ def fit_cost(fit: Fit, cost: Cost) -> int:
 def solve(tree: Tree, fit: Fit, answers: Answers, cost_of: Callable[[Architecture], Cost]) -> None:
     """Set the width of the fit to the one whose cost is nearest to the target.
 
-    The cost grows with the width, so the first width that reaches the target is found by doubling
-    and bisection; it or the one before it is the nearest. A draw without the field stays as it is.
+    The cost grows with the width. So doubling and bisection find the first width that reaches the
+    target. This width or the one before it is the nearest. A draw without the field stays as it is.
 
     Raises:
         SpaceError: if the fields do not go together at a width that is tried.

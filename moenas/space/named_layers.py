@@ -13,7 +13,7 @@ from moenas.model.architecture import Architecture
 from moenas.resources import Node
 
 KEY = "layer"
-"""The key that names a layer in a mapping; fields beside it win over those of the layer."""
+"""The key that names a layer in a mapping; fields beside it win over the layer's fields."""
 ITEM = re.compile(r"\bblocks(\.choice\.\d+)?\.\d+(\.choice\.\d+)*$")
 """The path of a block in a list: a word there can be nothing but the name of a layer."""
 
@@ -21,8 +21,8 @@ ITEM = re.compile(r"\bblocks(\.choice\.\d+)?\.\d+(\.choice\.\d+)*$")
 def expand(architecture: Node, layers: Node | None) -> Node:
     """Return the architecture with the definition of each named layer in place of its name.
 
-    The definition stays at its own place and path, so errors point there, and its holes have one
-    name each, `layers.NAME.FIELD`, however often the layer is used.
+    The definition stays at its own place and path, so errors point there. Each of its holes has one
+    name, `layers.NAME.FIELD`, however often the layer is used.
 
     Raises:
         SpaceError: at a name that is unknown, unused, the name of a kind, or inside itself.

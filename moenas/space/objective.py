@@ -60,8 +60,8 @@ class Objective:
         """Measure a subject; a plain number becomes a measurement without details.
 
         Raises:
-            CandidateError: naming file and line, if what comes back is not a finite number of
-                a size below 1e150, or the details are not a JSON object of at most 64 KiB. What
+            CandidateError: naming file and line. The returned value is not a finite number of a
+                size below 1e150, or the details are not a JSON object of at most 64 KiB. What
                 `measure` itself raises goes through.
         """
         measured = self.function(subject)

@@ -15,6 +15,7 @@ from moenas.grammar.brief import NO_DEFAULT
 from moenas.grammar.component import Component, Field, Part, fields
 from moenas.grammar.conditions import Values
 from moenas.grammar.requirements import LATENCIES, TRAINED
+from moenas.markdown import table_lines
 from moenas.model.architecture import Architecture
 from moenas.records import Cost, Plain
 from moenas.space import space
@@ -70,7 +71,7 @@ HOLE_FORMS = {
 }
 
 AFTER_HOLES = """\
-A group of blocks with `vary: true` draws each of its layers by itself: a group of n layers with c
+A group of blocks with `vary: true` draws each of its layers by itself. A group of n layers with c
 variants each has c to the power of n points.
 
 A bare word is a component of that kind with its defaults: `balance: bias` is
@@ -102,10 +103,11 @@ architecture:
 objectives: [active_params, flops_per_token]
 ```
 
-A name is only a spelling: the fingerprint and the cost are those of the architecture written out.
-A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each candidate,
-and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it again. A layer
-may use other layers. A name that is unknown, unused or the name of a kind is an error.
+A name is only a spelling: fingerprint and cost are the same as if the architecture were written
+out. A hole in a named layer is one hole, named `layers.NAME.FIELD`. It is drawn once for each
+candidate, and all uses have its value, as all layers of a `repeat` do. `vary` does not draw it
+again. A layer may use other layers. A name that is unknown, unused or the name of a kind is an
+error.
 """
 
 FIT = """\
@@ -120,8 +122,8 @@ d_expert: {fit: {active_params: 20e6, within: 0.01}}
 
 The target is `active_params`, `params`, `total_params`, `flops_per_token` or `weight_bytes`, as in
 `require`. `within` is the largest accepted difference over the target; without it the cost is
-exactly the target. `multiple_of: 64` asks for wider steps than those of the field. The field is a
-width, such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
+exactly the target. `multiple_of: 64` asks for wider steps than the field has. The field is a width,
+such as `d_expert`, `d_ff` or `d_model`. A fit is no hole, and no sampler sees it. The stored
 architecture has a plain number.
 
 A fit is also a requirement. A candidate is infeasible if the nearest width misses the target, or if
@@ -168,10 +170,10 @@ A comparison with one of these names is decided after training, by the routing o
 text or by the measured latency. The worst layer counts. A candidate that violates it is infeasible.
 Its values are kept, but it is never on the front. The sampler gets the amount of the violation.
 
-A requirement on a latency needs that objective. Where `moenas calibrate` has stored a prediction,
-a bound such as `decode_ms < 5` refuses a candidate before training if it is certainly broken: the
-whole interval of the prediction, taken twice as wide, is outside, and no part of the model is
-larger than in the measured ones.
+A requirement on a latency needs that objective. Where `moenas calibrate` has stored a prediction, a
+bound such as `decode_ms < 5` can refuse a candidate before training. The bound must be certainly
+broken: the whole interval of the prediction, taken twice as wide, is outside. No part of the model
+may be larger than in the measured models.
 """
 
 DATA_FORMS = {
@@ -179,8 +181,8 @@ DATA_FORMS = {
     " tests, near-duplicates and licence headers are left out",
     "`pydoc`": "the topics of Python's language reference, as bytes",
     "`{files: [PATH, ...]}`": "your own text: files, folders and patterns such as `texts/*.md`."
-    " Text files are read as bytes. Of Parquet and Arrow tables, data sets of Hugging Face that"
-    " `save_to_disk` wrote, and JSON Lines one column of text is read, each row as a document",
+    " Text files are read as bytes. Parquet and Arrow tables, data sets of Hugging Face that"
+    " `save_to_disk` wrote, and JSON Lines. One column of text is read, each row as a document",
     "`{tokens: [PATH, ...], vocab_size: N}`": "memory-mapped arrays of tokens, in order: `.npy`,"
     " raw as nanoGPT writes them, llm.c with its header, and Megatron (`.bin` beside `.idx`)."
     " Patterns and folders are sorted by name, numbers by value. In a folder, the words train and"
@@ -188,9 +190,9 @@ DATA_FORMS = {
 }
 
 DATA_KEYS = {
-    "`val`": "files, folders or patterns of the validation split. Without it 5% are held back: of"
-    " text some files or the ends of files, of a column the rows with the lowest digests, of"
-    " tokens the end",
+    "`val`": "files, folders or patterns of the validation split. Without it 5% are held back:"
+    " some files or the ends of files of text, the rows of a column with the lowest digests, the"
+    " end of tokens",
     "`text_column`": "the column of text of tables and JSON Lines; default: `text`, or the only"
     " column of text. JSON Lines are read as bytes without it",
     "`tokenizer`": "a `tokenizer.json` of the library tokenizers. Text is encoded with it, and it"
@@ -203,11 +205,12 @@ DATA_KEYS = {
 }
 
 AFTER_DATA = """\
-A relative path starts from the current directory. `architecture.vocab_size` must be at least that
-of the data; it is 256 for bytes. The first bytes of a file tell its format, and `moenas check` says
-what each is. If the names of all tables or token files of a folder or a pattern say train, val
-(valid, validation) or test, they are these splits; test is left out. Tables and tokenizers need
-`pip install 'moenas[data]'`. Encoded text is kept in the cache of the user, `~/.cache/moenas`.
+A relative path starts from the current directory. `architecture.vocab_size` must be at least the
+vocabulary of the data, which is 256 for bytes. The first bytes of a file tell its format, and
+`moenas check` says what each is. The names of all tables or token files of a folder or a pattern
+may say train, val (valid, validation) or test. Then they are these splits, and test is left out.
+Tables and tokenizers need `pip install 'moenas[data]'`. Encoded text is kept in the cache of the
+user, `~/.cache/moenas`.
 """
 
 OVERRIDES = """\
@@ -333,14 +336,12 @@ def _objectives() -> Iterator[str]:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
-    cells = [head, ["---"] * len(head), *rows]
-    texts = ((" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in cells)
-    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
+    return "".join(f"{line}\n" for line in table_lines(head, rows))
 
 
 def _accepted(field: Field) -> str:
     if field.component is None:
-        return field.wanted()
+        return field.accepts_text()
     name = _heading(field.component)
     return f"{'list of ' if field.is_list else ''}[`{name}`](#{name})"
 
@@ -419,7 +420,12 @@ def defaults() -> str:
 
 
 def _on_file(field: Field) -> list[object]:
-    """Return [] for a required plain field, else its default and the family of its value."""
+    """Return [] for a required plain field, else its default and the family of its value.
+
+    A derived default follows as the third item.
+    """
+    if field.derived is not None:
+        return [field.default, None, field.derived]
     family = None if field.component is None else field.component.__name__.lower()
     if field.required:
         return [] if family is None else [NO_DEFAULT, family]

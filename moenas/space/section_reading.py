@@ -27,11 +27,11 @@ S = TypeVar("S", bound=Component)
 
 def known_names() -> set[str]:
     """Return every name that a requirement may use: costs, and ends of the paths of fields."""
-    paths = field_names.declared(Architecture) | {f"{field_names.WHOLE}.n_layers"}
+    paths = field_names.declared_paths(Architecture) | {f"{field_names.WHOLE}.n_layers"}
     return {
         *Cost().plain(),
         "total_params",
-        *(end for path in paths for end in field_names.ends(path)),
+        *(suffix for path in paths for suffix in field_names.suffixes(path)),
     }
 
 
@@ -89,12 +89,12 @@ def read_requirements(node: Node | None, tree: Tree) -> Iterator[Requirement]:
         return
     if not isinstance(node.value, list):
         raise node.error("require", "write a list of comparisons: [active_params < 2e6]")
-    known, several = known_names() | {*TRAINED, *LATENCIES}, field_names.ambiguous(tree)
+    known, ambiguous = known_names() | {*TRAINED, *LATENCIES}, field_names.ambiguous(tree)
     former = field_names.former(Architecture)
     for item in node.value:
         if not isinstance(item.value, str):
             raise item.error("require", f"{item.plain!r} is not a comparison in text")
-        yield parse_requirement(item.value, item.mark, known, several, former)
+        yield parse_requirement(item.value, item.mark, known, ambiguous, former)
 
 
 def require_measured(requirements: Sequence[Requirement], objectives: Sequence[Objective]) -> None:

@@ -1,4 +1,4 @@
-"""A space file: an architecture with holes, what it must meet, and how to search it."""
+"""A space file: an architecture with holes, its requirements, and how to search it."""
 
 from __future__ import annotations
 
@@ -306,8 +306,8 @@ class Space:
     ) -> dict[str, float]:
         """Return the same of the requirements that are decided after training.
 
-        `routing` and `values` are those of an evaluation. A model without MoE layers breaks none
-        on the routing.
+        `routing` and `values` come from an evaluation. A model without MoE layers breaks none on
+        the routing.
         """
         wanted = [r for r in self.requirements if r.trained]
         if not wanted:
@@ -374,7 +374,7 @@ class Space:
         return self._counted(lambda: architecture.cost(self.train.context))
 
     def training_cost(self, architecture: Architecture) -> Cost:
-        """Return the cost in training: that of the model, and of heads that `train.mtp` adds.
+        """Return the cost in training: of the model, and of the heads that `train.mtp` adds.
 
         Raises:
             PartError: if a part of the user's does not count its own.

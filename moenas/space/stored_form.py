@@ -1,4 +1,4 @@
-"""The plain form of a space as studies store it: its digest, and that of an earlier version."""
+"""The plain form of a space as studies store it: its digest, now and in an earlier version."""
 
 from __future__ import annotations
 

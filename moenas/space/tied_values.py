@@ -1,7 +1,7 @@
 """Tied values: `{same_as: blocks.0.mixer.n_kv_heads}` has the value that is chosen there.
 
-A tie is put in place before the architecture is read: the node that it names stands there a second
-time, and its hole has one name in both places, as a hole of a named layer has.
+A tie is put in place before the architecture is read: the node that it names is used a second time.
+Its hole has one name in both places, as a hole of a named layer has.
 """
 
 from __future__ import annotations

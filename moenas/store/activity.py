@@ -10,7 +10,7 @@ from moenas.store import statements, tables
 def last_activity(connection: Connection) -> dict[str, str]:
     """Return study -> time of its newest row, UTC in ISO 8601.
 
-    The rows are those of the study, its attempts, its evaluations and its end.
+    The rows belong to the study, its attempts, its evaluations and its end.
     """
     study, attempt = tables.study, tables.attempt
     sources = [

@@ -1,4 +1,4 @@
-"""What is stored of a trial before its evaluation: that it was asked for, and its attempts."""
+"""Rows of a trial before its evaluation: the candidate and its attempts."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def checkpoint_at(runs: StorePath, study: str, trial: int, rung: int, digest: st
 
 
 def remove_checkpoints(runs: StorePath, study: str, trial: int, but: int | None = None) -> None:
-    """Remove the checkpoints of a trial, except for that of one rung."""
+    """Remove the checkpoints of a trial, except for one rung."""
     folder = weights_path(runs, study, trial).parent
     with contextlib.suppress(OSError):
         for path in [*folder.glob(f"{NAME}*"), *folder.glob(f".{NAME}*")]:

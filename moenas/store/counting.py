@@ -1,4 +1,4 @@
-"""Which finished trials count towards the total that a study is to evaluate."""
+"""The finished trials that count towards the total of a study."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def is_evaluated(
 ) -> bool:
     """Say whether a trial counts towards `search.trials`: a worker evaluated its model.
 
-    Complete, failed and stopped candidates count. A draw that breaks a requirement before it is
-    built, a copy of an earlier trial of the same model and a trial of another program do not.
+    Complete, failed and stopped candidates count. Three kinds do not: a draw that breaks a
+    requirement before training, a copy of an earlier trial, and a trial of another program.
     """
     if "copied_from" in metrics:
         return False

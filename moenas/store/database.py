@@ -35,7 +35,7 @@ VERSION = sqlalchemy.table(VERSION_TABLE, sqlalchemy.column("version_num"))
 
 
 def engine_arguments(url: URL) -> dict[str, Any]:
-    """Return the arguments of every engine on this URL, that of Optuna included."""
+    """Return the arguments of every engine on this URL, Optuna's included."""
     if url.drivername == "sqlite":
         return {"connect_args": {"timeout": BUSY_S}}
     seconds = url.query.get("connect_timeout", CONNECT_S)
@@ -117,9 +117,9 @@ class Database:
         Without `create` nothing is written, and files in read-only folders can be read.
 
         Raises:
-            StorageError: naming the URL and the way out, if the database cannot be opened, or
-                with `create` not be written; if it has none of our tables or those of a newer
-                moenas. Nothing was written then.
+            StorageError: naming the URL and the way out. The database cannot be opened, or with
+                `create` not be written, or it has none of our tables, or tables of a newer moenas.
+                Nothing was written then.
         """
         given = storage_url(url)
         path = file_of(given)

@@ -1,4 +1,4 @@
-"""What a database says when it fails: whether it passes, and what to do about it."""
+"""Errors of a database: whether they pass, and the way out."""
 
 from __future__ import annotations
 

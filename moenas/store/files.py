@@ -59,14 +59,14 @@ def matching(folder: StorePath, pattern: str) -> list[StorePath]:
         StorageLostError: if an object store cannot be reached.
     """
     try:
-        found: list[StorePath] = list(folder.glob(pattern))
+        paths: list[StorePath] = list(folder.glob(pattern))
     except OSError as error:
         raise StorageLostError(f"{folder}: cannot be read: {error.strerror}") from error
-    return sorted(found, key=str)
+    return sorted(paths, key=str)
 
 
 def write_whole(path: StorePath, data: bytes) -> None:
-    """Write a file by a draft beside it, whose name begins with a dot and that of the file.
+    """Write a file by a draft beside it, whose name is a dot, the name of the file, and a suffix.
 
     An object store shows an object only once it is whole, and needs no draft.
     """

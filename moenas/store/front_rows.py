@@ -79,7 +79,10 @@ def advance(
     corner = _widen(connection, record, point)
     moved = corner != record.reference_point
     if latest and not moved:
-        gain = pareto.gain(values, point, list(corner.values()), directions) if entered else 0.0
+        gain = 0.0
+        if entered:
+            reference_point = list(corner.values())
+            gain = pareto.hypervolume_improvement(values, point, reference_point, directions)
         row["hypervolume"] = min(latest.hypervolume + gain, pareto.LARGEST)
     connection.execute(insert(hypervolume), row)
     if moved:

@@ -44,13 +44,13 @@ class StudyLease:
         """Beat on through errors that pass, for as long as a run waits for its database.
 
         Another process may take over after STALE_S, if it reaches the database and this one does
-        not. The next beat says so then, and no result of this process counts any more.
+        not. The next heartbeat says so then, and no result of this process counts any more.
         """
         good, limit = time.monotonic(), max(self._store.patience, STALE_S - BEAT)
         while not self._end.wait(BEAT):
             began = time.monotonic()
             try:
-                self.wanted_end = self._store.beat(self._name)
+                self.wanted_end = self._store.renew(self._name)
                 good = began
             except Exception as error:
                 gone = isinstance(error, StudyBusyError | ReplacedError)

@@ -1,4 +1,4 @@
-"""Which database this is: its uuid, its file, and the folder of its weights."""
+"""The identity of a database: its uuid, its file, and the folder of its weights."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def ensure_identity(
 ) -> Identity:
     """Write down where a database lies and where its weights go; return its identity.
 
-    A copy of a database gets a uuid of its own, so that its weights never replace those of the
-    original; it still finds the weights that it was copied with.
+    A copy of a database gets a uuid of its own, so that its weights do not replace the weights of
+    the original. It still finds the weights that it was copied with.
 
     Raises:
         InputError: if $MOENAS_RUNS, `wanted`, would split the weights over two folders.
@@ -187,8 +187,8 @@ def _check_whole(known: Identity, name: str, root: StorePath) -> None:
 def runs(known: Identity, path: Path | None, wanted: str | None, folder: Path) -> Root | ObjectPath:
     """Return the root of the weights of a database, and those where they may also lie.
 
-    It is in $MOENAS_RUNS, a folder or a URL; or else in the one that is written down; or else in
-    moenas_runs beside the SQLite file, or in the folder that this process began in.
+    It is in $MOENAS_RUNS, a folder or a URL, or else in the root that the database names. Without
+    both it is in moenas_runs beside the SQLite file, or in the folder that this process began in.
     """
     beside = (path.parent if path else folder) / FOLDER
     base: Root | ObjectPath = Root(beside)
@@ -219,7 +219,7 @@ def _former(base: StorePath, name: str) -> StorePath:
 
 
 def _inside(base: Root | ObjectPath, name: str) -> Root | ObjectPath:
-    """Return a root of one database below that of several."""
+    """Return the root of one database below the root of several."""
     if isinstance(base, ObjectPath):
         return base / name
     root = Root(base / name)

@@ -1,4 +1,4 @@
-"""Which process runs a study: one at a time, by a row that it keeps fresh."""
+"""Leases: one process at a time runs a study, by a row that it renews."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STALE_S = 30.0
 """A driver that was not seen for this long is taken for dead."""
 
 AHEAD_S = 2.0
-"""A heartbeat so far in the future is that of a host with another clock."""
+"""A heartbeat so far in the future comes from a host with another clock."""
 
 
 def clock(connection: Connection) -> float:
@@ -48,7 +48,7 @@ def holder(connection: Connection, study: str) -> str | None:
     ahead = row.heartbeat - now
     seen = f"last seen {max(0.0, -ahead):.0f} s ago"
     if ahead > AHEAD_S:
-        seen = f"its clock is {ahead:.0f} s ahead of that of this host"
+        seen = f"its clock is {ahead:.0f} s ahead of the clock of this host"
     return f"pid {row.pid} on host {row.host} ({seen})"
 
 
@@ -56,8 +56,8 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
     """Make `owner` the driver of a study; the caller's transaction has locked the study's row.
 
     Returns who runs it, if another one lives: its process is there and it was seen lately. A
-    heartbeat in the future is brought back to now, so that it counts for `STALE_S` and no longer;
-    a living driver writes a new one.
+    heartbeat in the future is brought back to now, so that it counts for `STALE_S` and no longer. A
+    living driver writes a new one.
     """
     row, now = _row(connection, study), clock(connection)
     if row is not None and row.owner != owner and is_alive(row, now):
@@ -81,7 +81,7 @@ def claim(connection: Connection, study: str, owner: str) -> str | None:
     return None
 
 
-def beat(connection: Connection, study: str, owner: str) -> None:
+def renew(connection: Connection, study: str, owner: str) -> None:
     """Say that the driver lives.
 
     Raises:

@@ -34,8 +34,8 @@ LATER = ("curve", "routing")
 def storable(plain: Any) -> Any:
     """Return plain data as every database takes it.
 
-    A number that is not finite becomes None. What is not Unicode text, or is the character NUL,
-    is spelt as an escape: the message of a failure must never be what cannot be stored.
+    A number that is not finite becomes None. Bytes that are not Unicode text and the character NUL
+    are spelt as escapes, so that every message of a failure can be stored.
     """
     if isinstance(plain, dict):
         return {storable(key): storable(entry) for key, entry in plain.items()}

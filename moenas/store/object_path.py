@@ -1,4 +1,4 @@
-"""Paths below a URL: what the store of weights needs of pathlib, for the file systems of fsspec."""
+"""Paths below a URL: the part of pathlib's interface for weights, on file systems of fsspec."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class ObjectPath:
         from fsspec.core import url_to_fs
 
         # A listing that is kept would hide what another process writes.
-        found: tuple[Any, str] = url_to_fs(self.url, use_listings_cache=False)
-        return found
+        opened: tuple[Any, str] = url_to_fs(self.url, use_listings_cache=False)
+        return opened
 
     @contextmanager
     def _open_system(self) -> Iterator[tuple[Any, str]]:
@@ -124,25 +124,26 @@ class ObjectPath:
         """Yield the names of the objects below, without this prefix."""
         with self._open_system() as (system, path):
             try:
-                found = system.find(path)
+                paths = system.find(path)
             except FileNotFoundError:
-                found = []
+                paths = []
             prefix = f"{path.rstrip('/')}/"
-            names = [str(each) for each in found if str(each).startswith(prefix)]
+            names = [str(each) for each in paths if str(each).startswith(prefix)]
         yield from (name.removeprefix(prefix) for name in names)
 
     def children(self) -> list[ObjectPath]:
         """Return the objects and the prefixes directly below; what lies deeper is not listed."""
         with self._open_system() as (system, path):
             try:
-                found = system.ls(path, detail=False)
+                paths = system.ls(path, detail=False)
             except FileNotFoundError:
-                found = []
-        names = {str(each).rstrip("/").rpartition("/")[2] for each in found}
+                paths = []
+        names = {str(each).rstrip("/").rpartition("/")[2] for each in paths}
         return [self / name for name in sorted(names - {self.name, ""})]
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """Yield the objects below whose parts match those of a pattern; `*` matches a dot too."""
+        """Yield the objects below whose parts match the parts of a pattern; `*` matches a dot
+        too."""
         parts = pattern.split("/")
         for name in self._below():
             own = name.split("/")

@@ -4,7 +4,7 @@ Optuna closes a trial for ever once it is told. Three cases need more: another p
 trial of ours, a failed trial is to run again, and an objective was measured again. Both stores
 live in one database, so that a correction is one transaction with our own rows.
 
-The tables are those of Optuna's own models; `pyproject.toml` pins the major version.
+The tables belong to Optuna's own models; `pyproject.toml` pins the major version.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def set_outcome(
 ) -> None:
     """Close a trial with this state and these values, whatever it says now.
 
-    `constraints` take the place of those of the same names; others stay.
+    `constraints` replace constraints of the same names; others stay.
 
     Raises:
         StorageLostError: if Optuna has no such trial.

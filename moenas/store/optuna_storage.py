@@ -64,7 +64,7 @@ REPEATED = (
 """Calls of RDBStorage that are one transaction each, and safe to repeat.
 
 A new trial whose commit was not answered stays behind as RUNNING, and is evaluated by the next
-run. Every other call sets what it is given, or reads.
+run. Every other call sets its arguments, or reads.
 """
 
 
@@ -103,7 +103,7 @@ class Storage(RDBStorage):
         Raises:
             KeyError: if there is no such trial.
             UpdateFinishedTrialError: if it is finished.
-            ValueError: if a parameter has a distribution that does not fit those of other trials.
+            ValueError: if a parameter has a distribution that does not fit the other trials.
         """
 
         def change() -> None:
@@ -294,7 +294,7 @@ def open_storage(database: Database, *, serving: bool) -> Storage:
     `serving`, for a process that shows studies, reading does not keep the driver waiting.
 
     Raises:
-        StorageError: if the tables are those of another version of Optuna.
+        StorageError: if another version of Optuna wrote the tables.
     """
     try:
         with database.setting_up():

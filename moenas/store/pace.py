@@ -17,7 +17,7 @@ class Pace:
 
     running: list[Plain]
     """{trial, attempt, started_at} of each trial that a worker evaluates; UTC in ISO 8601. They
-    are those of the latest run, also if it was killed."""
+    belong to the latest run, also if it was killed."""
     candidates_per_hour: float | None
     """Of the latest run that evaluated a candidate, or of the run that is going on; None before
     its first evaluated candidate. Copies and reused evaluations do not count."""

@@ -1,4 +1,4 @@
-"""What is read of the studies of one database."""
+"""Reads of the studies of one database."""
 
 from __future__ import annotations
 

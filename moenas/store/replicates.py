@@ -13,29 +13,31 @@ from moenas.store import mapping, statements, study_events, tables
 from moenas.store.store import Store
 
 
-def add(store: Store, found: Evaluation) -> None:
+def add(store: Store, replicate: Evaluation) -> None:
     """Store a replicate, without its curve and its routing; its seed names it.
 
     A row of the same seed is replaced.
     """
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    plain = replace(found, curve=[], routing=[]).plain()
-    plain["failure"] = mapping.failure_json(found.failure)
-    row: Plain = {"study": found.study, "trial": found.trial, "seed": found.seed}
-    row |= {"recorded_at": now, "status": found.status, "evaluation": mapping.storable(plain)}
+    plain = replace(replicate, curve=[], routing=[]).plain()
+    plain["failure"] = mapping.failure_json(replicate.failure)
+    row: Plain = {"study": replicate.study, "trial": replicate.trial, "seed": replicate.seed}
+    row |= {"recorded_at": now, "status": replicate.status, "evaluation": mapping.storable(plain)}
     table = tables.replicate
-    same = statements.of_trial(table, found.study, found.trial) & (table.c.seed == found.seed)
+    same = statements.of_trial(table, replicate.study, replicate.trial) & (
+        table.c.seed == replicate.seed
+    )
 
     def change(connection: Connection) -> None:
         if connection.scalar(select(table.c.recorded_at).where(same)) == now:
             return  # this transaction was committed before its answer was lost
         connection.execute(delete(table).where(same))
         connection.execute(insert(table), row)
-        told: Plain = {"trial": found.trial, "seed": found.seed, "status": found.status}
-        told["values"] = statements.finite(found.values)
-        study_events.append(connection, found.study, "trial_replicated", told)
+        told: Plain = {"trial": replicate.trial, "seed": replicate.seed, "status": replicate.status}
+        told["values"] = statements.finite(replicate.values)
+        study_events.append(connection, replicate.study, "trial_replicated", told)
 
-    store.apply(found.study, change)
+    store.apply(replicate.study, change)
 
 
 def drop(connection: Connection, study: str) -> None:

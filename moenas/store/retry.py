@@ -1,4 +1,4 @@
-"""What fails for a reason that passes is tried again, with growing pauses, for a limited time."""
+"""Retries after passing errors, with growing pauses, for a limited time."""
 
 from __future__ import annotations
 

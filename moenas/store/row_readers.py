@@ -1,4 +1,4 @@
-"""What a reader of a study asks the database for, and no more: counts, the front, one trial."""
+"""Queries of a reader of a study: counts, the front, one trial."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def replicates(connection: Connection, study: str) -> list[Evaluation]:
 
 
 def studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
-    """Return the study of a name, or all of them, oldest first."""
+    """Return the study of a name, or all studies, oldest first."""
     wanted = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)
     infos = select(tables.objective).order_by(tables.objective.c.position)
     if name is not None:

@@ -1,4 +1,4 @@
-"""Rows of the rungs: results of candidates in training, and what each continues from."""
+"""Rows of the rungs: results of candidates in training, and their checkpoints."""
 
 from __future__ import annotations
 

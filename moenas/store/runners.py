@@ -1,4 +1,4 @@
-"""Servers that start drivers: each has a row that it keeps fresh, and what a dead one left."""
+"""Servers that start drivers: each renews a row; another takes over from a dead one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def register(connection: Connection) -> str:
     return number
 
 
-def beat(connection: Connection, number: str) -> bool:
+def renew(connection: Connection, number: str) -> bool:
     """Say that a server lives; False if another one has taken over its studies."""
     this = runner.c.id == number
     now = clock(connection)

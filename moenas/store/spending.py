@@ -1,4 +1,4 @@
-"""What a study has spent over all its runs: wall time, training tokens and training FLOPs."""
+"""The spending of a study over all its runs: wall time, training tokens and training FLOPs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Spending:
     train_tokens: float = 0.0
     """Up to the last row of each learning curve, failed candidates included."""
     train_flops: float = 0.0
-    """TRAINING times the forward FLOPs of these tokens, those of prediction heads included."""
+    """TRAINING times the forward FLOPs of these tokens, prediction heads included."""
 
     def plain(self) -> Plain:
         """Return the record as a JSON object."""

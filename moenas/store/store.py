@@ -1,4 +1,4 @@
-"""What is known of the studies: every statement of SQL that is ours."""
+"""The store of studies: transactions on the tables of moenas."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _now(precision: str = "milliseconds") -> str:
 class Store(StoreReader):
     """The studies of one database, and the folder of their weights.
 
-    Every method is one transaction, which is tried again for a limited time when it fails for a
-    reason that passes: a lock, a restart of the server, a full disk. One that names a study raises
+    Every method is one transaction. It is tried again for a limited time if the reason of a failure
+    passes: a lock, a restart of the server, a full disk. One that names a study raises
     NotFoundError if there is none of that name, and StorageLostError if the database cannot be
     reached any more.
     """
@@ -122,9 +122,8 @@ class Store(StoreReader):
     def runs(self) -> Root | ObjectPath:
         """Where the weights of this database lie, and of no other one.
 
-        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was
-        opened; or else in the root that the database names, or in moenas_runs/ beside the SQLite
-        file.
+        It is in $MOENAS_RUNS, a folder or a URL, if that was set when the store was opened. Else it
+        is in the root that the database names, or in moenas_runs/ beside the SQLite file.
         """
         database = self._database
         return identity.runs(
@@ -143,7 +142,7 @@ class Store(StoreReader):
         waiting.
 
         Raises:
-            StorageError: if the tables are those of another version of Optuna.
+            StorageError: if another version of Optuna wrote the tables.
         """
         from moenas.store.optuna_storage import open_storage
 
@@ -221,7 +220,7 @@ class Store(StoreReader):
 
     @again
     def claim(self, name: str) -> None:
-        """Become the driver of a study, until `release`; `beat` at least every 10 s.
+        """Become the driver of a study, until `release`; `renew` at least every 10 s.
 
         Raises:
             StudyBusyError: if another driver lives, in this process or in any other.
@@ -238,7 +237,7 @@ class Store(StoreReader):
         """Become the driver of a study in the transaction that gives it this name."""
         leases.claim(connection, name, self._owner)
 
-    def beat(self, name: str) -> submissions.State | None:
+    def renew(self, name: str) -> submissions.State | None:
         """Say that this driver lives; one that fails is not tried again.
 
         Returns `paused` or `cancelled` if a user of a server has asked for the end of this driver.
@@ -250,7 +249,7 @@ class Store(StoreReader):
         self._database.check_identity()
         with self._changing(name) as connection:
             self._database.check_identity(connection)
-            leases.beat(connection, name, self._owner)
+            leases.renew(connection, name, self._owner)
             return submissions.wanted_end(connection, name)
 
     def release(self, name: str) -> None:
@@ -371,7 +370,8 @@ class Store(StoreReader):
             return front
 
     def _write(self, connection: Connection, evaluation: Evaluation, *, replaces: bool) -> None:
-        """Store an evaluation and its effect; it may replace that of an earlier attempt."""
+        """Store an evaluation and its effect; it may replace the evaluation of an earlier
+        attempt."""
         name, trial = evaluation.study, evaluation.trial
         record = row_readers.studies(connection, name)[0]
         now = _now()

@@ -265,7 +265,7 @@ def write(connection: Connection, rows: StudyRows) -> None:
 def write_own(connection: Connection, rows: StudyRows) -> None:
     """Insert the rows of our own tables; as `write`.
 
-    The row of the study is the first, so that of two writers one waits and fails.
+    The row of the study is the first. So if there are two writers, one waits and fails.
     """
     try:
         _insert(connection, tables.study, rows[tables.study.name])

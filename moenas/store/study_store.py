@@ -1,4 +1,4 @@
-"""One study of a store: what a run reads and writes, without the study's name in every call."""
+"""One study of a store: reads and writes of a run, without the study's name in every call."""
 
 from __future__ import annotations
 

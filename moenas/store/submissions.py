@@ -1,4 +1,4 @@
-"""Submitted studies: the queue, its states, and what users change of it, as rows."""
+"""Submitted studies: the queue, its states, and changes by users, as rows."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def _tell(connection: Connection, user_name: str, name: str, kind: str, data: Pl
 
 
 def pause(connection: Connection, name: str, user_name: str) -> Submission:
-    """Let a study stop until it is resumed; its driver ends after what it is writing.
+    """Let a study stop until it is resumed; its driver finishes its current write and ends.
 
     Raises:
         ConflictError: if the study is over.
@@ -284,7 +284,7 @@ def forget(connection: Connection, name: str) -> None:
 
 
 def rename(connection: Connection, name: str, new: str, overrides: list[str]) -> None:
-    """Give a submitted study another name; `overrides` are those of its next driver."""
+    """Give a submitted study another name; `overrides` are used by its next driver."""
     _set(connection, name, {"study": new, "overrides": overrides})
 
 

@@ -1,11 +1,11 @@
 """The tables of a study, as the newest migration leaves them.
 
-A study is one row of moenas_study and one of moenas_objective for each objective. A trial is a
-row of moenas_candidate once it was asked for, a row of moenas_attempt each time that it was
-started, and a row of moenas_evaluation with its values, curve and routing once something came of
-it. The evaluation of a later attempt takes the place of a failed one; moenas_attempt keeps why
-the earlier one failed. What is compared, sorted or plotted is a column; the rest is JSON, and
-`column ->> 'key'` reads it on PostgreSQL and on SQLite 3.38 or later. Times are UTC, ISO 8601.
+A study is one row of moenas_study and one of moenas_objective for each objective. A trial has a row
+of moenas_candidate once it was asked for. It has a row of moenas_attempt for each start. Once it
+has a result, it has a row of moenas_evaluation, with rows for values, curve and routing. The
+evaluation of a later attempt takes the place of a failed one; moenas_attempt keeps why the earlier
+one failed. What is compared, sorted or plotted is a column; the rest is JSON, and `column ->>
+'key'` reads it on PostgreSQL and on SQLite 3.38 or later. Times are UTC, ISO 8601.
 
 Rows refer to Optuna's by study name and trial number, never by a foreign key: with one,
 `optuna.delete_study` would fail in silence.
@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 
 NAME_LENGTH = 512
-"""Longest name of a study: that of Optuna's own column."""
+"""Longest name of a study: the length of Optuna's own column."""
 
 Name = String(NAME_LENGTH)
 Json = JSON(none_as_null=True)
@@ -233,7 +233,7 @@ replicate = Table(
     "moenas_replicate",
     metadata,
     *_of_trial(),
-    # Seed of the initial weights and of the order of the data; not that of the study.
+    # Seed of the initial weights and of the order of the data; not the seed of the study.
     Column("seed", BigInteger, primary_key=True, autoincrement=False),
     Column("recorded_at", String(32), nullable=False),
     Column("status", String(16), nullable=False),
@@ -391,7 +391,7 @@ runner = Table(
     metadata,
     # Names one server that starts drivers, from its start to its end.
     Column("id", String(32), primary_key=True),
-    # The columns are those of moenas_driver.
+    # The columns are the same as in moenas_driver.
     Column("host", String(255), nullable=False),
     Column("machine", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
@@ -435,7 +435,7 @@ submission = Table(
     Column("runner", String(32)),
     # The total that the driver was started with.
     Column("driven_trials", Integer),
-    # The columns are those of moenas_driver.
+    # The columns are the same as in moenas_driver.
     Column("driver_machine", String(255)),
     Column("driver_pid", Integer),
     Column("driver_born", String(64), key="driver_process_start"),

@@ -1,4 +1,4 @@
-"""URLs of databases: read, and shown to people without what is secret in them."""
+"""URLs of databases: read, and shown to people without secrets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NESTED = re.compile(r"://|password", re.IGNORECASE)
 
 
 def storage_url(text: str | None) -> URL:
-    """Return the URL given, that of $MOENAS_STORAGE or $OPTUNA_STORAGE, or sqlite:///moenas.db.
+    """Return the URL given, or $MOENAS_STORAGE, or $OPTUNA_STORAGE, or sqlite:///moenas.db.
 
     `postgres://` and `postgresql://` mean psycopg 3.
 
@@ -78,7 +78,7 @@ def _is_cut(url: URL) -> bool:
 
 
 def shown(url: URL | str) -> str:
-    """Return a URL, or what was given for one, as people may see it: without its secrets.
+    """Return a URL, or a text given for one, as people may see it: without its secrets.
 
     Of a text that is not a whole URL, all that could belong to a password is left out.
     """

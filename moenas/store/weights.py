@@ -40,8 +40,8 @@ SLUG = 40
 def weights_path(runs: StorePath, study: str, trial: int) -> StorePath:
     """Return `runs/<study>/<trial>/model.safetensors`, always inside `runs`.
 
-    The study's folder is its name in lower-case letters, digits and hyphens, and ten digits of
-    the name's digest: no name can leave `runs`, and no two names share a folder.
+    The study's folder is its name in lower-case letters, digits and hyphens, and ten digits of the
+    name's digest. So no name can leave `runs`, and no two names share a folder.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")[:SLUG].strip("-") or "study"
     digest = sha256(study.encode("utf-8", "surrogatepass"))
@@ -97,7 +97,7 @@ def place(runs: StorePath, study: str, trial: int) -> Plain | None:
 
 
 def write_draft(to: Plain, write: Callable[[str], object]) -> WeightsFile | None:
-    """Let `write` fill a file beside that of a trial's weights; return it once it is on the disk.
+    """Let `write` fill a draft beside the weights of a trial; return it once it is on the disk.
 
     None if this process does not share the driver's file system, or cannot write there.
 
@@ -234,8 +234,8 @@ def copy_weights(
     The other trial is one of the study `of`, or of the same study.
 
     They are one file under two names, or two files where the file system has no hard links. A
-    reader finds what it finds while `write_weights` is at work; that replaces one name alone.
-    Raises OSError if the disk refuses.
+    reader may read while `write_weights` works: that replaces one name alone. Raises OSError if the
+    disk refuses.
 
     Raises:
         InputError: as `read_weights` does.
@@ -308,8 +308,8 @@ def missing_weights(runs: StorePath, study: str, trials: Iterable[int]) -> list[
             break
         if isinstance(root, ObjectPath):
             files = matching(study_folder(root, study), f"*/{FILE}")
-            found = {path.parent.name for path in files}
-            missing = [trial for trial in missing if str(trial) not in found]
+            stored = {path.parent.name for path in files}
+            missing = [trial for trial in missing if str(trial) not in stored]
         else:
             missing = [t for t in missing if not weights_path(root, study, t).is_file()]
     return missing

@@ -1,9 +1,8 @@
 """A study as one zip file: packed, and unpacked into another database.
 
-The members are `manifest.json` with the digest of each other member, `space.yaml`,
-`rows/TABLE.jsonl` for each table that has rows, and `weights/SHA256.safetensors` for each file of
-weights or checkpoint.
-The same rows always give the same bytes.
+The members are `manifest.json` with the digest of each other member, `space.yaml`, and
+`rows/TABLE.jsonl` for each table that has rows. Each file of weights or checkpoint is
+`weights/SHA256.safetensors`. The same rows always give the same bytes.
 """
 
 from __future__ import annotations
@@ -195,15 +194,15 @@ def _manifest(archive: zipfile.ZipFile) -> dict[str, Plain]:
         version, members = manifest["version"], dict(manifest["members"])
         sizes = {member: (int(m["size"]), str(m["sha256"])) for member, m in members.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise _ContentError(f"{MANIFEST} is not that of a packed study") from None
+        raise _ContentError(f"{MANIFEST} does not describe a packed study") from None
     if not known or not isinstance(version, int):
-        raise _ContentError(f"{MANIFEST} is not that of a packed study")
+        raise _ContentError(f"{MANIFEST} does not describe a packed study")
     if version != VERSION:
         raise _ContentError(
             f"packed in the format {version}, this moenas knows {VERSION}; upgrade moenas"
         )
     if sorted(names) != sorted([MANIFEST, *sizes]):
-        raise _ContentError(f"its members are not those of {MANIFEST}; pack the study again")
+        raise _ContentError(f"its members differ from {MANIFEST}; pack the study again")
     for member, (size, _) in sizes.items():
         if not MEMBER.fullmatch(member) or archive.getinfo(member).file_size != size:
             raise _ContentError(f"'{member}' is not as {MANIFEST} says; pack the study again")

@@ -1,4 +1,4 @@
-"""The budgets of `search.stop`: what a study has spent over all its runs, and which is used up."""
+"""The budgets of `search.stop`: the spending of a study, and the budget that is used up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPORT_S = 10.0
 
 
 class Budget:
-    """What a study has spent, against what it may spend."""
+    """The spending of a study, against its budgets."""
 
     def __init__(self, store: StudyStore, stop: Stop | None) -> None:
         self._store, self._stop = store, stop

@@ -86,7 +86,7 @@ def device_of(space: Space, name: str | None = None) -> torch.device:
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """One model and what was measured of it."""
+    """One model and its measurements."""
 
     architecture: Architecture
     latencies: dict[str, Measurement]
@@ -104,12 +104,13 @@ def calibrate(
 
     A third of the models set the interval, and a quarter test it. Both are random draws, and are
     not in the fit. The fit has the other models, chosen from many draws so that their numbers of
-    parameters lie evenly among them, and a model of one block for each different block of these.
+    parameters lie evenly among them. It also has a model of one block for each different block of
+    these models.
 
     Raises:
-        InputError: if no objective of the space is a latency, the device is not here, the database
-            cannot be made, or the space has fewer than FEWEST different feasible models that fit
-            the device; nothing is written.
+        InputError: if no objective of the space is a latency, the device is not here, or the
+            database cannot be made. Also if the space has fewer than FEWEST different feasible
+            models that fit the device. Nothing is written.
     """
     objectives, chosen = latency_objectives(space), device_of(space, device)
     if not objectives:

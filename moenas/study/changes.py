@@ -1,4 +1,4 @@
-"""What may change of a study between two runs: its resources, and what the user accepts."""
+"""Allowed changes of a study between two runs: its resources, and changes that the user accepts."""
 
 from __future__ import annotations
 
@@ -118,13 +118,14 @@ def version_changes(known: StudyRecord, versions: dict[str, str]) -> str | None:
 
 
 def _is_same(stored: str, objective: Objective) -> bool:
-    """Whether a stored digest is that of an objective; older studies hold that of its text."""
+    """Whether a stored digest belongs to an objective; older studies hold the digest of its
+    text."""
     former = () if objective.from_user else OBJECTIVE_DIGESTS.get(objective.name, ())
     return stored in (objective.info().sha256, sha256(objective.source.encode()), *former)
 
 
 def _with_objectives_of(space: Space, stored: Plain) -> Plain:
-    """Write the digests of objectives that say the same as those of the space."""
+    """Write the digests of objectives that say the same as the objectives of the space."""
     present = deepcopy(stored)
     for entry in present.get("objectives", []):
         for objective in space.objectives:

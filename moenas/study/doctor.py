@@ -1,4 +1,4 @@
-"""What is wrong with a stored study, and the repair of it."""
+"""Problems of a stored study, and their repair."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def examine(store: Store, name: str) -> list[Finding]:
     """Compare both stores, the front, the weights and the files of a study; change nothing.
 
     Raises:
-        StudyBusyError: if a process runs the study: what it is writing would be taken for damage.
+        StudyBusyError: if a process runs the study: its unfinished writes would look like damage.
     """
     _require_rest(store, name)
     record = store.study(name)

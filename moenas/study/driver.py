@@ -42,8 +42,8 @@ class Driver:
     """The one process that asks and tells a study's sampler and writes its rows.
 
     Order of writes for a result: the file of the weights, a file with the result, our rows in one
-    transaction, then Optuna's. So each trial that Optuna holds for RUNNING at the start of a run
-    has a stored evaluation to be told from, or a file to be recorded, or is evaluated again. It
+    transaction, then Optuna's. At the start of a run Optuna holds some trials for RUNNING. Each has
+    a stored evaluation, which is told, or a file, which is recorded, or it is evaluated again. It
     keeps its number and its parameters, for Optuna stored them when they were drawn.
 
     An exception between the draw of a candidate and its commit makes the trial fail. Only the
@@ -169,7 +169,7 @@ class Driver:
         is_new = not asked.trial.params
         drawn = self.trials.draw(asked.trial)
         candidate = Candidate.from_draw(asked.trial, drawn, self.session.space)
-        # What was drawn by an earlier run goes on, whatever calibration there is now.
+        # A candidate that an earlier run drew goes on, whatever calibration there is now.
         if is_new and self.session.duplicates.source(candidate) is None:
             self.session.latency_bounds.apply(candidate)
         number = candidate.number

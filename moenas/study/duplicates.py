@@ -25,7 +25,7 @@ class DuplicateModels:
     def add(self, evaluation: Evaluation) -> None:
         """Remember a finished trial if another trial of its model would have the same result.
 
-        Recipe, data and seed are those of the study, so that a model that diverged diverges again.
+        Recipe, data and seed are the study's, so that a model that diverged diverges again.
         """
         trained = evaluation.status != "failed" and bool(evaluation.values)
         trained |= evaluation.status == "stopped"

@@ -1,4 +1,4 @@
-"""What a study will take, before it starts: training tokens, training FLOPs and hours."""
+"""The cost of a study before it starts: training tokens, training FLOPs and hours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FEW = 3
 SIMILAR = 4.0
 """Factor between the training FLOPs of two candidates up to which they are of similar size."""
 DRAWS, DRAWN_LAYERS = 50, 10_000
-"""Random architectures whose mean cost estimates that of the candidates."""
+"""Random architectures whose mean cost estimates the mean cost of the candidates."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def estimate(
 
     None takes the replicates that a new study of so many candidates is expected to have.
 
-    The throughput is that of evaluations in the database on a device of this name. If there are
+    The throughput comes from evaluations in the database on a device of this name. If there are
     fewer than FEW and a corpus is given, the candidate of median cost is trained for some steps.
 
     Raises:

@@ -28,7 +28,7 @@ class EvaluationCache:
 
     An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
     objectives, files of components, device and versions are the same. Under a budget of seconds
-    the training tokens must be the same, too; those of a candidate that is not timed are unknown.
+    the training tokens must be the same, too; a candidate that is not timed has no known number.
     """
 
     def __init__(self, store: StudyStore, space: Space) -> None:
@@ -39,7 +39,7 @@ class EvaluationCache:
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
-        """Look for studies that were evaluated as this one is; `device` is that of the pool."""
+        """Look for studies that were evaluated as this one is; `device` is the pool's device."""
         space = self._space
         own, cached_device = self._store.study(), devices.named(device)
         dtype = training_dtype(space.train, cached_device)
@@ -67,8 +67,10 @@ class EvaluationCache:
             return None
         own = self._space.search.seed if seed is None else seed
         studies = [name for name, theirs in self._studies.items() if theirs == own]
-        found = self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
-        for evaluation in found:
+        candidates = (
+            self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
+        )
+        for evaluation in candidates:
             if self._is_same(evaluation, own, tokens):
                 return evaluation
         if seed is None or not self._studies:
@@ -99,21 +101,20 @@ class EvaluationCache:
 
         store = self._store.store
         for study, trial in store.query(read):
-            found = store.evaluation(study, trial)
-            if found is not None:
-                yield found
+            if (stored := store.evaluation(study, trial)) is not None:
+                yield stored
 
-    def _is_same(self, found: Evaluation, seed: int, tokens: int | None) -> bool:
+    def _is_same(self, evaluation: Evaluation, seed: int, tokens: int | None) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""
         here = versions()
         return (
-            not found.is_copy
-            and found.reused_from is None
-            and found.seed == seed
-            and (tokens is None or found.metrics.get("train_tokens") == tokens)
-            and all(found.device.get(key) == self._device[key] for key in SAME_DEVICE)
-            and all(found.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
-            and found.values.keys() >= {objective.name for objective in self._space.objectives}
+            not evaluation.is_copy
+            and evaluation.reused_from is None
+            and evaluation.seed == seed
+            and (tokens is None or evaluation.metrics.get("train_tokens") == tokens)
+            and all(evaluation.device.get(key) == self._device[key] for key in SAME_DEVICE)
+            and all(evaluation.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
+            and evaluation.values.keys() >= {objective.name for objective in self._space.objectives}
         )
 
 

@@ -75,6 +75,18 @@ class Front:
             f" {', '.join(self.directions)}; hypervolume {volume})"
         )
 
+    @property
+    def knee(self) -> Member:
+        """The member with the smallest sum of scaled losses; see `moenas.pareto.knee`.
+
+        Raises:
+            InputError: if the front is empty.
+        """
+        from moenas import pareto
+
+        values = [[member.values[name] for name in self.directions] for member in self.members]
+        return self.members[pareto.knee(values, list(self.directions.values()))]
+
     def dataframe(self) -> pandas.DataFrame:
         """Return a row for each member: trial, values, the architecture in one line."""
         import pandas

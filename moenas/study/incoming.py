@@ -39,7 +39,7 @@ DRAFT = ".incoming-"
 OBJECT_DRAFT = re.compile(re.escape(DRAFT) + r"([0-9a-f]{8,10})-[0-9a-f]{16}")
 """The name of a draft in an object store: when it began, in seconds since 1970."""
 LONGEST_COPY_S = 7 * 24 * 3600.0
-"""Seconds after which a draft in an object store is that of a process that was killed."""
+"""Seconds after which a draft in an object store counts as left by a process that was killed."""
 PIECE = 1 << 20
 """Bytes that are read at a time."""
 
@@ -143,8 +143,8 @@ class IncomingStudy:
         """Copy a file; it is on the disk when this returns.
 
         Raises:
-            InputError: if its SHA-256 is another one than that of the rows.
-            MachineError: if the disk refuses.
+            InputError: if its SHA-256 differs from the SHA-256 in the rows. MachineError: if the
+            disk refuses.
         """
         try:
             if file.sha256 in self._added:
@@ -201,7 +201,8 @@ class IncomingStudy:
         return path
 
     def _make_draft(self) -> StorePath:
-        """Make a folder that is locked while this process lives; remove those of dead ones."""
+        """Make a folder that is locked while this process lives; remove folders of dead
+        processes."""
         root = self._store.runs
         if isinstance(root, ObjectPath):
             _sweep_objects(root)

@@ -1,4 +1,4 @@
-"""What a study says of its space: importances of holes, effects of values, growth of the front."""
+"""Insights of a study: importances of holes, effects of values, growth of the front."""
 
 from __future__ import annotations
 

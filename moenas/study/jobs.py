@@ -1,4 +1,4 @@
-"""Jobs of one study: what each has from the space, the corpus and the study's reference times."""
+"""Jobs of one study, from the space, the corpus and the study's reference times."""
 
 from __future__ import annotations
 

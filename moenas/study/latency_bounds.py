@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from moenas.study.candidate import Candidate
 
 MARGIN = 2.0
-"""Factor on the width of an interval, in logarithms, outside of which a latency certainly is not:
-the interval is that of untrained routers, and one of ten models lies outside of it."""
+"""Factor on the width of an interval, in logarithms, within which a latency certainly is. The
+interval itself holds for untrained routers, and one of ten models lies outside of it."""
 
 
 class LatencyBounds:

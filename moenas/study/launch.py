@@ -77,12 +77,13 @@ class Study:
 
     @property
     def record(self) -> StudyRecord:
-        """What was stored when the study began."""
+        """The settings that were stored when the study began."""
         return self.store.study(self.name)
 
     @property
     def changes(self) -> list[Plain]:
-        """What was accepted after the start, in order: {changed_at, what, before, after}."""
+        """Changes that were accepted after the start, in order: {changed_at, what, before,
+        after}."""
         return self.store.read(self.name, lambda c: repairs.changes(c, self.name))
 
     @property
@@ -236,20 +237,18 @@ def run(
     `trials` is how many candidates the study is to evaluate in total, failed ones included. Draws
     that are infeasible and models that are evaluated already are recorded and do not count. None
     takes what the space file says, or what an earlier run asked for if that is more. `workers` and
-    `address` are those of `open_pool`; a `pool` replaces both, and the caller closes it. Each of
-    the `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may
-    have other files than before: finished trials are measured again by them, and the change is
-    stored. With `fresh` no evaluation of another study is reused.
+    `address` go to `open_pool`; a `pool` replaces both, and the caller closes it. Each of the
+    `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may have
+    other files than before: finished trials are measured again by them, and the change is stored.
+    With `fresh` no evaluation of another study is reused.
 
     Raises:
-        InputError: if a budget names another device, nothing in the space is feasible, an entry of
-            `search.start_from` is not in the space, or the study has another space or corpus;
-            nothing is written.
-        StudyBusyError: if another process runs it.
-        NoCandidateError: if not one trial is complete at the end.
-        EnvironmentFaultError: if the machine fails every candidate, such as by a full disk.
-        StudyStoppedError: if several candidates in a row fail for one reason.
-        Interrupted: on Ctrl-C or SIGTERM.
+        InputError: if a budget names another device, or nothing in the space is feasible. Also if
+        an entry of `search.start_from` is not in the space, or the study has another space or
+        corpus. Nothing is written. StudyBusyError: if another process runs it. NoCandidateError: if
+        not one trial is complete at the end. EnvironmentFaultError: if the machine fails every
+        candidate, such as by a full disk. StudyStoppedError: if several candidates in a row fail
+        for one reason. Interrupted: on Ctrl-C or SIGTERM.
     """
     elsewhere = pool is not None or names_cluster(address)
     corpus, first = check_start(space, storage, elsewhere=elsewhere)
@@ -288,7 +287,7 @@ def dry_run(
     trials: int | None = None,
     workers: Workers = None,
 ) -> Estimate:
-    """Check all that `run` checks before it writes, and estimate what is left of the study.
+    """Check all that `run` checks before it writes, and estimate the rest of the study.
 
     Raises:
         InputError: as `run`.
@@ -306,7 +305,7 @@ def dry_run(
     total = (trials or space.search.trials) if known is None else _total(known, space, trials)
     count = 1 if workers == "inline" else workers
     left = max(0, total - done)
-    # The front of a search that is over is known; that of another one grows.
+    # The front of a search that is over is known; the front of a search that goes on grows.
     expected = expected_replicates(space, total if left else 0, front)
     return estimate(
         space,
@@ -319,7 +318,7 @@ def dry_run(
 
 
 def require_named_device(space: Space) -> None:
-    """Refuse a budget of seconds on another device than that of the candidates here.
+    """Refuse a budget of seconds on another device than the candidates here had.
 
     Raises:
         SpaceError: at the budget in the space file.

@@ -131,8 +131,8 @@ def enqueue(
 ) -> list[Plain]:
     """Let a stored study evaluate some architectures next, also while a process runs it.
 
-    `refs` are those of `search.start_from`; `names` says what to store for some of them. Returns a
-    row for each architecture: source, fingerprint, and the trial that evaluates it or has
+    `refs` have the form of `search.start_from`; `names` says what to store for some of them.
+    Returns a row for each architecture: source, fingerprint, and the trial that evaluates it or has
     evaluated it.
 
     Raises:
@@ -174,9 +174,9 @@ def remeasure(
 ) -> Remeasured:
     """Measure objectives of finished trials again, from their stored weights.
 
-    `objective` is a name or a file, and may be one that the study does not have: its values are
-    then stored beside the others and do not change the front. A `pool` replaces `workers` and
-    `address`, and the caller closes it.
+    `objective` is a name or a file. The study need not have it: its values are then stored beside
+    the others and do not change the front. A `pool` replaces `workers` and `address`, and the
+    caller closes it.
 
     Raises:
         InputError: if there is nothing to measure, or the study's corpus has changed.

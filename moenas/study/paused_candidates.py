@@ -1,4 +1,4 @@
-"""Candidates that paused at a rung: which train on, which are stopped, and their checkpoints."""
+"""Candidates that paused at a rung: promotion, stop, and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 class PausedCandidates:
     """The candidates of a study that wait at a rung.
 
-    Order of writes at a rung: the checkpoint under a name of its own, the row of the rung, then the
-    checkpoint of the rung before is removed. A promotion is a row before the job is started. So a
-    run that was killed continues each candidate from its latest row.
+    Order of writes at a rung: the checkpoint under a name of its own, then the row of the rung.
+    Then the checkpoint of the rung before is removed. A promotion is a row before the job is
+    started. So a run that was killed continues each candidate from its latest row.
     """
 
     def __init__(self, store: StudyStore, space: Space, events: EventEmitter, rungs: Rungs) -> None:
@@ -101,7 +101,7 @@ class PausedCandidates:
         return True
 
     def job_fields(self, candidate: Candidate) -> Plain:
-        """Return what the job of a candidate has beside that of others.
+        """Return the fields that only the job of a paused candidate has.
 
         A candidate whose checkpoint cannot be read is trained again from its start.
         """

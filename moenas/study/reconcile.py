@@ -1,4 +1,4 @@
-"""Our rows of a study against Optuna's: what differs, and how each difference is repaired.
+"""Our rows of a study against Optuna's: the differences, and the repair of each.
 
 Ours are the truth for every trial that we asked for: they were written first, and measured. Another
 program may tell, fail, add, ask or delete trials in Optuna's tables.

@@ -43,7 +43,7 @@ class Remeasured:
     trials: list[int]
     """Trials that were measured."""
     complete: int
-    """Of these, how many are complete now."""
+    """How many of these trials are complete now."""
     failed: int
 
 
@@ -82,12 +82,14 @@ class Remeasurer:
     def __init__(
         self, store: Store, space: Space, corpus: Corpus, *, elsewhere: bool = False
     ) -> None:
-        """Take the study and its corpus; `elsewhere` is that of `Jobs`."""
+        """Take the study and its corpus; `elsewhere` goes to `Jobs`."""
         self._store, self._space = store, space
         self._record = store.study(space.name)
         study = StudyStore(store, space.name)
         self._jobs = Jobs(study, space, corpus, elsewhere=elsewhere)
         self._results = ResultProcessor(study, space)
+        self._constraints: dict[int, dict[str, float]] = {}
+        """Number of a trial that was judged -> violations of requirements of the trained model."""
 
     def run(
         self,
@@ -153,7 +155,7 @@ class Remeasurer:
                 " weights; there is nothing to measure again"
             )
         for other in stored if trial is not None else ():
-            if other.trial != trial:  # latencies of one device stay those of one device
+            if other.trial != trial:  # all latencies of a study come from one device
                 self._results.add(other)
         return evaluations
 
@@ -195,7 +197,8 @@ class Remeasurer:
             return merged
         architecture = Architecture.parse(result.job.architecture)
         complete = replace(merged, status="complete", failure=None, violations={})
-        return self._results.judged(architecture, complete)
+        judged, self._constraints[known.trial] = self._results.judge(architecture, complete)
+        return judged
 
     def _copies(self, done: Sequence[Evaluation]) -> list[Evaluation]:
         """Return the copies of measured trials with their values."""
@@ -234,7 +237,13 @@ class Remeasurer:
         ]
 
     def _trained_violations(self, evaluation: Evaluation) -> dict[str, float]:
-        """Return by how much each requirement of the trained model is broken, over 0, or met."""
+        """Return by how much each requirement of the trained model is broken, over 0, or met.
+
+        A copy has the violations of its source.
+        """
+        source = int(evaluation.metrics.get("copied_from", evaluation.trial))
+        if source in self._constraints:
+            return self._constraints[source]
         wanted = any(requirement.trained for requirement in self._space.requirements)
         if not wanted or evaluation.status == "failed":
             return {}

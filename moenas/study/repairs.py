@@ -49,7 +49,7 @@ def replace_evaluations(
     record: StudyRecord,
     replacements: Sequence[Replacement],
 ) -> None:
-    """Store evaluations in place of those of the same attempts, and measure the front again."""
+    """Replace evaluations of the same attempts, and measure the front again."""
     for replacement in replacements:
         evaluation = replacement.evaluation
         evaluated = tables.evaluation.c

@@ -39,10 +39,10 @@ def missing_replicates(session: Session) -> list[Replicate]:
 class Replication:
     """Trains each member of the front of a finished search with `search.replicates` - 1 seeds.
 
-    The seeds follow that of the study. A seed decides the initial weights and the order of the
-    data; everything else is that of the search. Each replicate is a row of its own as soon as it
-    is finished, so an interrupted run goes on with those that are missing. The front and the
-    values of its members stay those of the search.
+    The seeds follow the seed of the study. A seed decides the initial weights and the order of the
+    data; everything else is as in the search. Each replicate is a row of its own as soon as it is
+    finished, so an interrupted run goes on with those that are missing. The front and the values of
+    its members stay as the search left them.
     """
 
     def __init__(self, session: Session, jobs: Jobs) -> None:
@@ -100,9 +100,9 @@ class Replication:
 
     def _handle(self, result: Result) -> Replicate | None:
         """Record a result; return its replicate if it is to be tried again."""
-        job, found = result.job, result.outcome
+        job, outcome = result.job, result.outcome
         one = (job.trial, job.seed)
-        failure = found if isinstance(found, Failure) else found.failure
+        failure = outcome if isinstance(outcome, Failure) else outcome.failure
         if failure is not None and failure.kind == ENVIRONMENT:
             self._faults[one] += 1
             if self._faults[one] >= TRIES:
@@ -117,11 +117,13 @@ class Replication:
                 return one
         known = self._store.evaluation(job.trial)
         assert known is not None
-        if isinstance(found, Failure):
-            found = replace(known, status="failed", values={}, measurements={}, failure=found)
-        elif found.status == "complete":
-            found = self._session.results.judged(Architecture.parse(job.architecture), found)
-        self._record(replace(found, fingerprint=known.fingerprint, cost=known.cost, seed=job.seed))
+        if isinstance(outcome, Failure):
+            outcome = replace(known, status="failed", values={}, measurements={}, failure=outcome)
+        elif outcome.status == "complete":
+            outcome = self._session.results.judged(Architecture.parse(job.architecture), outcome)
+        self._record(
+            replace(outcome, fingerprint=known.fingerprint, cost=known.cost, seed=job.seed)
+        )
         return None
 
     def _reused(self, one: Replicate) -> bool:
@@ -134,7 +136,7 @@ class Replication:
         if source is None:
             return False
         names = [objective.name for objective in self._space.objectives]
-        found = replace(
+        replicate = replace(
             source,
             study=self._store.name,
             trial=trial,
@@ -145,16 +147,16 @@ class Replication:
             weights_sha256=None,
             reused_from={"study": source.study, "trial": source.trial},
         )
-        judged = self._session.results.judged(None, found)
+        judged = self._session.results.judged(None, replicate)
         if judged.status == "complete":
             self._record(judged)
         return judged.status == "complete"
 
-    def _record(self, found: Evaluation) -> None:
+    def _record(self, replicate: Evaluation) -> None:
         """Store a replicate and tell the listeners."""
-        replicates.add(self._store.store, replace(found, weights_sha256=None))
-        text = f"seed {found.seed}"
-        if found.reused_from is not None:
-            text += f", reused from trial {found.reused_from['trial']}"
-            text += f" of study '{found.reused_from['study']}'"
-        self._session.events.emit("replicated", found.trial, text, found)
+        replicates.add(self._store.store, replace(replicate, weights_sha256=None))
+        text = f"seed {replicate.seed}"
+        if replicate.reused_from is not None:
+            text += f", reused from trial {replicate.reused_from['trial']}"
+            text += f" of study '{replicate.reused_from['study']}'"
+        self._session.events.emit("replicated", replicate.trial, text, replicate)

@@ -41,7 +41,7 @@ class ResultProcessor:
         """Under a budget of seconds, the name of the device that all candidates train on."""
 
     def add(self, evaluation: Evaluation) -> None:
-        """Take in a stored evaluation: its device is that of the study's latencies."""
+        """Take in a stored evaluation: its device becomes the device of the study's latencies."""
         if evaluation.status == "complete":
             self._trained_on = self._trained_on or evaluation.device.get("name")
             for name, details in evaluation.measurements.items():
@@ -78,7 +78,7 @@ class ResultProcessor:
     def _paused(self, evaluation: Evaluation, result: Result) -> Evaluation:
         """Return the evaluation of a candidate that paused; write its checkpoint.
 
-        It is failed if a latency was timed on another device than those of the study, or if there
+        It is failed if a latency was timed on another device than before in the study, or if there
         is no checkpoint.
         """
         evaluation = self._refuse_other_device(self._rescale_latency(evaluation))
@@ -107,16 +107,25 @@ class ResultProcessor:
         It is failed if a value cannot be used, infeasible if the trained model breaks a
         requirement.
         """
+        return self.judge(architecture, evaluation)[0]
+
+    def judge(
+        self, architecture: Architecture | None, evaluation: Evaluation
+    ) -> tuple[Evaluation, dict[str, float]]:
+        """Return what `judged` does, and the violation of each requirement of the trained model.
+
+        See `Space.trained_violations`; there are none if the evaluation failed.
+        """
         evaluation = self._refuse_other_device(evaluation)
         if evaluation.status == "failed":
-            return evaluation
+            return evaluation, {}
         why = unusable({name: evaluation.values.get(name, math.nan) for name in self._names})
         if why is not None:
-            return failed(evaluation, "error", why)
+            return failed(evaluation, "error", why), {}
         return self._apply_trained_requirements(architecture, self._rescale_latency(evaluation))
 
     def copy(self, candidate: Candidate, source: int) -> tuple[Evaluation, str | None]:
-        """Return the evaluation of an earlier trial of the same model as that of a candidate.
+        """Return the evaluation of an earlier trial of the same model, for a candidate.
 
         The second item says why the weights are not copied, if they are not.
         """
@@ -140,9 +149,9 @@ class ResultProcessor:
         return copied, warning
 
     def reuse(self, candidate: Candidate, source: Evaluation) -> Evaluation | None:
-        """Return an evaluation of another study as that of a candidate; None if it cannot be.
+        """Return an evaluation of another study for a candidate; None if it cannot be reused.
 
-        It cannot be if its weights are gone, or its latencies are those of another reference time.
+        It cannot be reused if its weights are gone, or its latencies have another reference time.
         """
         if source.weights_sha256 is not None:
             place = self._store.runs, self._study, source.trial, candidate.number
@@ -177,15 +186,15 @@ class ResultProcessor:
             ) from error
 
     def _refuse_other_device(self, evaluation: Evaluation) -> Evaluation:
-        """Refuse a candidate whose seconds of training were those of another device model."""
+        """Refuse a candidate that another device model trained, under a budget of seconds."""
         name, first = evaluation.device.get("name"), self._trained_on
         if not self._space.train.has_time_budget or first is None or name == first:
             return evaluation
-        text = f"trained on [{name}], and the seconds of this study are those of [{first}]"
+        text = f"trained on [{name}], but the seconds of this study are for [{first}]"
         return failed(evaluation, "refused", text)
 
     def _rescale_latency(self, evaluation: Evaluation) -> Evaluation:
-        """Express latencies by the study's reference times; refuse those of another device."""
+        """Express latencies by the study's reference times; refuse latencies of another device."""
         keys = {
             name: (details["reference_key"], details["reference_ms"])
             for name, details in evaluation.measurements.items()
@@ -193,24 +202,24 @@ class ResultProcessor:
         }
         for name, (key, _) in keys.items():
             if (first := self._timed.get(name, key)) != key:
-                text = f"'{name}' was timed on [{key}], and those of this study on [{first}]"
+                text = f"'{name}' was timed on [{key}], but before in this study on [{first}]"
                 return failed(evaluation, "refused", text)
         fixed = {key: self._store.set_reference_ms(key, ms) for key, ms in keys.values()}
         return apply_reference_times(evaluation, fixed)
 
     def _apply_trained_requirements(
         self, architecture: Architecture | None, evaluation: Evaluation
-    ) -> Evaluation:
+    ) -> tuple[Evaluation, dict[str, float]]:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
-            return evaluation
+            return evaluation, {}
         violations = self._space.trained_violations(
             architecture, evaluation.routing, evaluation.values
         )
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
-            return evaluation
-        return replace(evaluation, status="infeasible", violations=broken)
+            return evaluation, violations
+        return replace(evaluation, status="infeasible", violations=broken), violations
 
 
 def failed(evaluation: Evaluation, kind: FailureKind, message: str) -> Evaluation:

@@ -1,4 +1,4 @@
-"""What one run knows of its study: both stores in agreement, its trials, progress and events."""
+"""The session of one run: both stores in agreement, its trials, progress and events."""
 
 from __future__ import annotations
 

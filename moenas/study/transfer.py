@@ -140,8 +140,8 @@ def rename_study(store: Store, name: str, new: str, user_name: str) -> Transferr
 def _finish(store: Store, present: str) -> None:
     """Remove the files below the former names of a study, and free these names.
 
-    The claim on the study keeps other processes from the same: a new study of a name that one of
-    them has freed must not lose its files.
+    The claim on the study keeps other processes from doing the same. A new study of a name that one
+    of them has freed must not lose its files.
 
     Raises:
         StudyBusyError: if a process runs the study, or renames it.
@@ -158,7 +158,7 @@ def finish_renames(store: Store, present: str) -> None:
 
 
 def _rename(connection: Connection, name: str, rows: StudyRows, user_name: str) -> None:
-    """Put the rows of the new name in place of those of the old one, which stays reserved."""
+    """Replace the rows of the old name by rows of the new name; the old name stays reserved."""
     new = study_rows.name_of(rows)
     submitted = submissions.find(connection, name, lock=True)
     if submitted is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "uncommitted"
-"""Folder beside those of a study's trials."""
+"""Folder beside the folders of a study's trials."""
 
 
 class UncommittedResults:
@@ -36,8 +36,8 @@ class UncommittedResults:
     def holding(self, evaluation: Evaluation) -> Iterator[None]:
         """Keep a result in a file until the block has ended without an exception.
 
-        A file that cannot be written, as on a full disk, is no reason not to try the commit; nor
-        is a result that is not JSON, which the commit will refuse. The folder stays for the next
+        The commit is tried even if a file cannot be written, as on a full disk. The same holds for
+        a result that is not JSON, which the commit will refuse. The folder stays for the next
         result, because a new folder costs one more wait for the disk.
         """
         path = self._folder / f"{evaluation.trial}-{evaluation.attempt}.json"

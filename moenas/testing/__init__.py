@@ -1,1 +1,1 @@
-"""Contract tests for what people add: components, objectives, figures and corpora."""
+"""Contract tests for users' files: components, objectives, figures and corpora."""

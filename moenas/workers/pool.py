@@ -103,9 +103,9 @@ class Inline:
     def wait(self, timeout: float) -> list[Result]:
         """Evaluate the next job, however long it takes.
 
-        What its code changes of this process is put back, what it prints goes to stderr, and
-        whatever it raises is its failure. Ctrl-C, SIGTERM and SIGHUP end the wait, even if its code
-        swallows the exception.
+        Changes of this process by its code are undone. Its output goes to stderr. An exception of
+        any kind is its failure. Ctrl-C, SIGTERM and SIGHUP end the wait, even if its code swallows
+        the exception.
         """
         from moenas.evaluate.devices import named, prepare_process
         from moenas.evaluate.isolation import put_back, stdout_to_stderr
@@ -140,7 +140,7 @@ class Inline:
             self._lost = f"trial {result.job.trial} ended with an error of CUDA: {why}"
 
     def close(self) -> None:
-        """Forget what was not begun."""
+        """Forget the jobs that have not begun."""
         self._jobs.clear()
 
 
@@ -160,7 +160,7 @@ HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def _signals() -> Iterator[list[int]]:
     """Note which of SIGINT, SIGTERM and SIGHUP came, and hand them to the handlers that were there.
 
-    So an interrupt by the user is told from a KeyboardInterrupt that a candidate raises.
+    So an interrupt by the user differs from a KeyboardInterrupt that a candidate raises.
     """
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():

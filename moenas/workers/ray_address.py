@@ -1,4 +1,4 @@
-"""What a Ray cluster must be for a run: there, with this moenas, large enough, and not busy."""
+"""Requirements on a Ray cluster: it is there, has this moenas, is large enough and not busy."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def _greet(address: str) -> None:
 def with_share(ray: Any, search: Search, workers: int | None, *, usable: bool = True) -> Search:
     """Return the search with a number for `gpus`.
 
-    Where it is null, `workers` candidates have equal shares of all GPUs, or ON_A_GPU have each one;
-    0 where there is no GPU, or where it is not `usable` by PyTorch.
+    Where it is null, `workers` candidates have equal shares of all GPUs, or ON_A_GPU have each one.
+    It is 0 where there is no GPU, or where PyTorch cannot use it (`usable`).
     """
     if search.gpus is not None:
         return search

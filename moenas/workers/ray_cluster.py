@@ -229,7 +229,8 @@ def _init(address: str) -> Any:
 
 
 def _forget_token() -> None:
-    """Make Ray read its settings and token again, because it caches those of the first cluster."""
+    """Make Ray read its settings and token again, because it caches the settings and the token of
+    the first cluster."""
     with suppress(ImportError, AttributeError):
         import ray
 

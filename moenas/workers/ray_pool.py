@@ -273,7 +273,7 @@ class RayPool:
         return results
 
     def _has_room(self) -> bool:
-        """Whether a job must have begun by now: others do not use what it needs."""
+        """Whether a job must have begun by now: no other job uses the resources that it needs."""
         if self._cluster.head is not None and self._cluster.users == 1:
             return True
         asked = {"CPU": self._search.cpus, "GPU": self._search.gpus or 0.0}
@@ -319,7 +319,7 @@ class RayPool:
             ours = task.pid is None and self._killed_stopped >= task.submitted
             kind: FailureKind = "environment" if ours else "crashed"
             return Failure(kind, f"{process} died ({type(error).__name__})", trace)
-        gone = f"the node of {process} went away or lost what it sent ({type(error).__name__})"
+        gone = f"the node of {process} went away or lost its result ({type(error).__name__})"
         return Failure("environment", gone, trace)
 
     def _out_of_memory(self, task: _Task, what: str, trace: str) -> Failure:
@@ -352,7 +352,5 @@ def _result(job: Job, said: Any) -> Result:
     try:
         sent = json.loads(said["evaluation"])
     except (KeyError, TypeError, ValueError) as error:
-        return Result(
-            job, Failure("invalid", f"what came back is no evaluation: {error_line(error)}")
-        )
+        return Result(job, Failure("invalid", f"the result is no evaluation: {error_line(error)}"))
     return checked_result(job, sent, said.get("weights"))

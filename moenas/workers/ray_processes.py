@@ -16,8 +16,8 @@ from moenas.workers.results import Evaluate
 ON_CPU, IN_TURN = 1, 50
 """Jobs of a process if the space names no number: on a CPU, and where a start costs too much."""
 TURN_S = 300.0
-"""Seconds after which a process of a full cluster ends between two jobs, so that the jobs of other
-studies, which wait in Ray's queue, get its place."""
+"""Seconds after which a process of a full cluster ends between two jobs. Jobs of other studies,
+which wait in Ray's queue, then get its place."""
 IDLE_S = 60.0
 """Seconds without a job after which a process ends, as it holds its part of the cluster."""
 
@@ -82,9 +82,8 @@ class FreshProcesses:
 
     def __init__(self, ray: Any, evaluate: Evaluate, search: Search) -> None:
         self._ray, self._evaluate, self._gpus = ray, evaluate, search.gpus or 0.0
-        # max_calls in the decorator, not in options: a process, and what it holds of a GPU, must
-        # not outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for
-        # ever.
+        # max_calls in the decorator, not in options: a process, and its memory on a GPU, must not
+        # outlive its job. max_retries=0: Ray would run a crashed job again, out of memory for ever.
         self._remote = ray.remote(max_calls=1, max_retries=0)(work).options(
             num_cpus=search.cpus, num_gpus=self._gpus, num_returns="streaming", name="_work"
         )

@@ -1,4 +1,4 @@
-"""What runs in a worker process of Ray: one job or several, and the end of all that they start."""
+"""The worker process of Ray: it runs one job or several, and ends all that they start."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Printed(io.TextIOBase):
         return len(text)
 
     def text(self) -> str:
-        """Return what was kept, and how much more there was."""
+        """Return the kept output, and the number of characters that were dropped."""
         more = self._length - SAID
         return "".join(self._parts) + (f"\n... and {more} characters more" if more > 0 else "")
 
@@ -64,8 +64,8 @@ def work(evaluate: Evaluate, job: Plain, gpus: float) -> Iterator[Any]:
 class Worker:
     """Works on jobs one after another in one process; it is an actor of Ray.
 
-    After each job the process is as it was before, as far as `isolation.put_back` says. What the
-    job started is ended, and what it left in memory is freed.
+    After each job the process is as it was before, as far as `isolation.put_back` says. Processes
+    that the job started are ended, and its memory is freed.
     """
 
     def __init__(self, evaluate: Evaluate, gpus: float) -> None:
@@ -100,7 +100,7 @@ class Worker:
 
 
 def _failure_in(reply: Plain) -> Failure | None:
-    """Return the failure that a reply tells of: that of the job, or of its evaluation."""
+    """Return the failure in a reply: of the job, or of its evaluation."""
     failure = reply.get("failure")
     if failure is None and "evaluation" in reply:
         evaluation = json.loads(reply["evaluation"])
@@ -155,7 +155,7 @@ def _reply(evaluate: Evaluate, job: Plain, gpus: float) -> Plain:
         try:
             reply["evaluation"] = json.dumps(plain_json(plain, REPLY_BYTES))
         except ValueError as error:
-            reply["failure"] = Failure("invalid", f"what came back is no evaluation: {error}")
+            reply["failure"] = Failure("invalid", f"the result is no evaluation: {error}")
         known = weights is None or isinstance(weights, bytes | WeightsFile)
         reply["weights"] = weights if known else ""
     except BaseException as error:

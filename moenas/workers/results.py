@@ -1,4 +1,4 @@
-"""What a pool of jobs is, and what comes back from one."""
+"""A pool of jobs, and the results that it returns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Evaluate = Callable[[Job], tuple[Evaluation, Weights | None]]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job."""
+    """The result of a job."""
 
     job: Job
     outcome: Evaluation | Failure
@@ -62,7 +62,7 @@ class Pool(Protocol):
 
 
 def checked_result(job: Job, sent: object, weights: object) -> Result:
-    """Return the result of a job from what came back for it; what is no evaluation is a Failure."""
+    """Return the result of a job from its reply; a reply that is no evaluation is a Failure."""
     try:
         if isinstance(sent, Evaluation):
             sent = sent.plain()
@@ -70,7 +70,7 @@ def checked_result(job: Job, sent: object, weights: object) -> Result:
         taken = _checked_weights(weights, job, evaluation.weights_sha256)
     except Exception as error:
         text = clean(str(error) if type(error) is ValueError else error_line(error), MESSAGE)
-        return Result(job, Failure("invalid", f"what came back is no evaluation: {text}"))
+        return Result(job, Failure("invalid", f"the result is no evaluation: {text}"))
     if evaluation.failure is not None and evaluation.failure.kind == "environment":
         return Result(job, evaluation.failure)
     return Result(job, evaluation, taken)

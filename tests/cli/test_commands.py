@@ -169,7 +169,7 @@ def test_init_writes_a_file_that_checks_and_a_schema_that_accepts_it(moenas: Run
     text = Path("mine.yaml").read_text()
     assert text.startswith("# yaml-language-server: $schema=moenas.schema.json\n")
     schema = json.loads(Path("moenas.schema.json").read_text())
-    jsonschema.validate(refs.read_yaml(Path("mine.yaml")).plain, schema)
+    jsonschema.validate(refs.parse_yaml(Path("mine.yaml").read_text(), "mine.yaml").plain, schema)
     assert schema == json.loads(moenas("schema").out)
     assert "valid" in moenas("check", "mine.yaml").out
     refused = moenas("init", "mine.yaml")
@@ -187,7 +187,7 @@ def test_init_writes_the_model_of_a_configuration_smaller(moenas: Run) -> None:
     assert "30,532,122,624 parameters" in Path("whole.yaml").read_text()  # that of zoo.md
     sizes = ("--shrink", "d_model=128,n_layers=4", "--shrink", "vocab_size=256")
     assert moenas("init", "small.yaml", "--from", ".", *sizes).code == 0
-    plain = refs.read_yaml(Path("small.yaml")).plain["architecture"]
+    plain = refs.parse_yaml(Path("small.yaml").read_text(), "small.yaml").plain["architecture"]
     assert (plain["d_model"], plain["vocab_size"]) == (128, 256)
     (group,) = plain["blocks"]
     assert (group["repeat"], group["ffn"]["n_experts"], group["ffn"]["d_expert"]) == (4, 128, 48)

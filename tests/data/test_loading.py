@@ -195,7 +195,7 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
 
 
 def test_the_order_of_data_is_the_same_in_every_release(tmp_path: Path) -> None:
-    """Pinned: another order would make losses incomparable with those of stored studies."""
+    """Pinned: another order would make losses incomparable with losses of stored studies."""
     corpus = corpus_of(tmp_path, 5000)
     assert corpus.batch(0, 4, 8, seed=0)[0][:, 0].tolist() == [107, 328, 7, 348]
 

@@ -1,4 +1,4 @@
-"""The section `data` of a space file: what it may name, and what is told of what it names."""
+"""The section `data` of a space file: the corpora that it may name, and their description."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_a_leak_of_long_sequences_is_found(hook: Callable[..., Tensor]) -> None:
 
 
 def test_rounding_in_float32_is_no_leak() -> None:
-    """A part whose sums are rounded by what comes later: in float64 nothing of it is left."""
+    """A part whose rounding depends on later tokens: in float64 the difference vanishes."""
 
     def rounded(module: nn.Module, given: Any, y: Tensor) -> Tensor:
         if y.dtype == torch.float64:

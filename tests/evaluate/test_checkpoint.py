@@ -17,6 +17,7 @@ from jobs import PLAIN, RECIPE, MakeJob, guest, without_times
 from moenas.errors import CandidateError
 from moenas.evaluate import checkpoint
 from moenas.evaluate.job import evaluate
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.training import TrainingRun
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Job, Plain, WeightsFile
@@ -173,12 +174,12 @@ def test_loads_of_the_collapse_detector_survive(make_job: MakeJob) -> None:
     corpus = cache.load(job.data, job.data_sha256)
     plain = Architecture.parse(job.architecture)
     recipe = replace(RECIPE, lr=0.01, warmup=0.0)
-    run = TrainingRun(plain.build(seed=0), corpus, recipe, 0)
+    run = TrainingRun(TrainingInputs(plain.build(seed=0), corpus, recipe, 0))
     points = run.points()
     next(points)
     next(points)
     saved = checkpoint.save(run)
-    fresh = TrainingRun(plain.build(seed=1), corpus, recipe, 0)
+    fresh = TrainingRun(TrainingInputs(plain.build(seed=1), corpus, recipe, 0))
     checkpoint.restore(fresh, saved)
     assert fresh.collapse.rows == run.collapse.rows == 2
     assert fresh.collapse.loads.keys() == run.collapse.loads.keys() == {1}

@@ -21,7 +21,7 @@ from moenas.data.domains import Domains, table
 from moenas.errors import DivergedError, TimeLimitError
 from moenas.evaluate.device_steps import DeviceSteps
 from moenas.evaluate.footprint import _Shapes as AnyGroupedProduct
-from moenas.evaluate.steps import HostSteps, Steps
+from moenas.evaluate.steps import HostSteps, Steps, TrainingInputs
 from moenas.evaluate.training import row_ends, train
 from moenas.model.architecture import Architecture, Model
 from moenas.records import Plain
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_steps_that_ask_the_host(forms: Any, name: str)
         torch.manual_seed(0)
         model = architecture(ROUTERS[name]).build(seed=0)
         with form():
-            numbers, readings = run(kind(model, corpus(), RECIPE, 3), model, RECIPE)
+            numbers, readings = run(kind(TrainingInputs(model, corpus(), RECIPE, 3)), model, RECIPE)
         rows.append((numbers, readings, model.state_dict()))
     (host, host_routing, host_weights), (device, device_routing, weights) = rows
     np.testing.assert_allclose(device, host, rtol=5e-5)
@@ -96,7 +96,7 @@ def test_a_gradient_is_not_clipped_where_clipping_is_off() -> None:
     recipe, norms = replace(RECIPE, grad_clip=0.0), []
     for kind in (HostSteps, DeviceSteps):
         model = architecture({"top_k": 2}).build(seed=0)
-        norms.append(run(kind(model, corpus(), recipe, 3), model, recipe)[0])
+        norms.append(run(kind(TrainingInputs(model, corpus(), recipe, 3)), model, recipe)[0])
     np.testing.assert_allclose(norms[1], norms[0], rtol=5e-5)
 
 
@@ -106,7 +106,7 @@ def test_domains_are_counted_in_the_last_row_alone() -> None:
     for kind in (HostSteps, DeviceSteps):
         model = architecture({"top_k": 2}).build(seed=0)
         recipe = replace(RECIPE, tokens=80 * 64)
-        readings = run(kind(model, text, recipe, 3), model, recipe)[1]
+        readings = run(kind(TrainingInputs(model, text, recipe, 3)), model, recipe)[1]
         assert not any(reading.domains.any() for row in readings[:-1] for reading in row)
         assert readings[-1][0].domains.sum() == 2 * 2 * 64  # two steps of a row, top 2
         rows.append(readings[-1][0].domains.sum(dim=-1))
@@ -118,7 +118,7 @@ def test_a_run_that_diverges_names_the_first_bad_step() -> None:
     for kind in (HostSteps, DeviceSteps):
         model = architecture({}).build(seed=0)
         recipe = replace(RECIPE, tokens=400 * 64)  # rows of 10 steps
-        steps: Steps = kind(model, corpus(), recipe, 3)
+        steps: Steps = kind(TrainingInputs(model, corpus(), recipe, 3))
         steps.advance(10, None, None)
         with torch.no_grad():
             model.embedding[0, 0] = math.nan
@@ -131,7 +131,7 @@ def test_a_run_that_diverges_names_the_first_bad_step() -> None:
 
 def test_the_deadline_ends_a_run() -> None:
     model = architecture({}).build(seed=0)
-    steps = DeviceSteps(model, corpus(), RECIPE, 3)
+    steps = DeviceSteps(TrainingInputs(model, corpus(), RECIPE, 3))
     with pytest.raises(TimeLimitError, match="step 0 of 40"):
         steps.advance(5, None, time.monotonic() - 1)
 
@@ -151,7 +151,7 @@ class Counted:
 def test_the_device_is_held_for_groups_of_steps() -> None:
     model = architecture({}).build(seed=0)
     recipe = replace(RECIPE, tokens=4000 * 64)
-    steps, gate = DeviceSteps(model, corpus(), recipe, 3), Counted()
+    steps, gate = DeviceSteps(TrainingInputs(model, corpus(), recipe, 3)), Counted()
     steps.advance(20, gate, None)
     assert gate.times == 20  # how long a step takes is not known yet
     steps.advance(40, gate, None)
@@ -162,7 +162,7 @@ def test_the_device_is_held_for_groups_of_steps() -> None:
 def test_a_step_reads_nothing_on_the_host(name: str) -> None:
     """Tensors of the meta device have no values to read."""
     model = architecture(ROUTERS[name]).outline("meta")
-    steps = DeviceSteps(model, corpus(), replace(RECIPE, dtype="bfloat16"), 3)
+    steps = DeviceSteps(TrainingInputs(model, corpus(), replace(RECIPE, dtype="bfloat16"), 3))
     model.train()
     steps.load(0, 3)
     with cuda_forms(), AnyGroupedProduct(), WithoutAdamW():
@@ -197,7 +197,7 @@ def on_gpu(name: str, recipe: Recipe = ON_GPU) -> tuple[DeviceSteps, Model]:
     """A run that is warmed up, with all its tokens on the device."""
     torch.manual_seed(0)
     model = architecture(ROUTERS[name]).build("cuda", 0).train()
-    steps = DeviceSteps(model, corpus(), recipe, 3)
+    steps = DeviceSteps(TrainingInputs(model, corpus(), recipe, 3))
     steps.load(0, recipe.steps)
     for _ in range(4):
         steps.step()
@@ -299,7 +299,7 @@ def test_a_run_leaves_no_memory_behind() -> None:
 def test_tokens_stay_where_a_graph_reads_them(steps: int) -> None:
     model = architecture({}).build(seed=0)
     recipe, places = replace(RECIPE, tokens=steps * 64), set()
-    run, start = DeviceSteps(model, corpus(), recipe, 3), 0
+    run, start = DeviceSteps(TrainingInputs(model, corpus(), recipe, 3)), 0
     for end in row_ends(recipe.steps):
         run.load(start, end)
         places.add(run._crops.data_ptr())

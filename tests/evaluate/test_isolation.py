@@ -1,4 +1,4 @@
-"""What a candidate's code changes of the process is put back."""
+"""Changes of the process by a candidate's code are undone."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def test_a_failing_guest_is_a_row_with_a_reason(make_job: MakeJob, source: str, 
     assert ("ZeroDivisionError" in reason.traceback) == ("1 / 0" in source)
     assert "x" not in evaluation.values
     assert evaluation.values["total_params"] == evaluation.cost["params"]
-    # What was trained can be measured again.
+    # A trained model can be measured again.
     assert (weights is not None) == (evaluation.metrics != {})
 
 
@@ -558,7 +558,8 @@ def test_what_ends_an_interpreter_is_a_failure_of_the_candidate(
 
 
 def test_names_of_a_timed_latency_are_kept_for_it(make_job: MakeJob) -> None:
-    """A study moves such a value to its reference time, so that of a user's objective must fit."""
+    """A study moves such a value to its reference time, so a user's objective must give one that
+    fits."""
     imports = "import moenas; m = subject.time('prefill'); d = m.details; "
     bodies = {
         "timed": "return m",

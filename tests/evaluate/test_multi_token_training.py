@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,25 +15,20 @@ from moenas.evaluate import checkpoint, footprint
 from moenas.evaluate.device_steps import DeviceSteps
 from moenas.evaluate.memory import peak_bytes
 from moenas.evaluate.optimizer import AdamW
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.training import TrainingRun, train, validate
 from moenas.model.architecture import Architecture, Model
 from moenas.model.multi_token import MultiTokenPrediction, build_heads
 from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Budget, Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 MTP = MultiTokenPrediction(depth=2, weight=0.5)
 RECIPE = Recipe(
     tokens=10 * 64, context=16, batch=4, lr=0.01, val_tokens=320, dtype="float32", mtp=MTP
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def corpus() -> Corpus:
@@ -54,7 +48,7 @@ def architecture() -> Architecture:
 def run_of(recipe: Recipe) -> TrainingRun:
     one = architecture()
     heads = build_heads(recipe.heads, one, CPU, 0)
-    return TrainingRun(one.build(seed=0), corpus(), recipe, 0, heads=heads)
+    return TrainingRun(TrainingInputs(one.build(seed=0), corpus(), recipe, 0, heads))
 
 
 def trained(recipe: Recipe) -> tuple[Model, list[CurvePoint]]:
@@ -144,7 +138,7 @@ def test_steps_of_a_device_are_those_of_the_host() -> None:
     rows = list(run.points())
     one = architecture()
     model = one.build(seed=0).train()
-    steps = DeviceSteps(model, corpus(), RECIPE, 0, MTP.build(one, seed=0).train())
+    steps = DeviceSteps(TrainingInputs(model, corpus(), RECIPE, 0, MTP.build(one, seed=0).train()))
     sums = [steps.advance(end, None, None) for end in range(1, 11)]
     assert [s.loss for s in sums] == pytest.approx([r["train_loss"] for r in rows], abs=1e-5)
     assert [s.grad_norm for s in sums] == pytest.approx([r["grad_norm"] for r in rows], rel=1e-3)

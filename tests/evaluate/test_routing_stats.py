@@ -103,7 +103,7 @@ def test_a_reading_begins_anew() -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators that make the host wait for the device, or read what it holds."""
+    """Counts the operators that make the host wait for the device, or read its memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def reading(load: list[int], layer: int = 0) -> RoutingStats:
 
 
 def verdicts(watch: CollapseDetector, *loads: list[int]) -> list[tuple[int, float] | None]:
-    return [watch.judge([reading(load)]) for load in loads]
+    return [watch.update([reading(load)]) for load in loads]
 
 
 def test_a_watch_ends_only_above_its_bound() -> None:
@@ -160,7 +160,7 @@ def test_a_watch_ends_only_above_its_bound() -> None:
     assert verdicts(CollapseDetector(layers, None), *[dead] * 8) == [None] * 8
     assert verdicts(CollapseDetector(layers, 0.7), *[dead] * 4) == [None, None, None, (0, 0.75)]
     watch = CollapseDetector(layers, 0.7)
-    both = [watch.judge([reading(alive), reading(dead, 2)]) for _ in range(4)]
+    both = [watch.update([reading(alive), reading(dead, 2)]) for _ in range(4)]
     assert both == [None, None, None, (2, 0.75)]
 
 

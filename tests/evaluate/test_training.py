@@ -1,4 +1,4 @@
-"""The training run: what it repeats, when it stops, what it says of itself and of the routing."""
+"""The training run: it repeats bit for bit, stops early, and reports itself and the routing."""
 
 from __future__ import annotations
 
@@ -23,20 +23,15 @@ from moenas.data.domains import Domains, table
 from moenas.errors import CollapsedError, DivergedError, TimeLimitError
 from moenas.evaluate import checkpoint
 from moenas.evaluate.optimizer import AdamW, learning_rate, schedule
+from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.training import TrainingRun, rung_tokens, train, validate, validation_loss
 from moenas.model.architecture import Architecture, Model
 from moenas.records import CurvePoint, Plain
 from moenas.space.sections import Recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RECIPE = Recipe(tokens=40 * 64, context=16, batch=4, lr=0.01, val_tokens=320, dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def corpus() -> Corpus:
@@ -507,7 +502,7 @@ def test_a_collapse_ends_the_run_with_layer_share_and_step() -> None:
 
 def test_a_collapse_is_known_at_its_row_and_after_a_checkpoint() -> None:
     recipe = replace(RECIPE, tokens=200 * 64, max_dead=0.7)
-    run = TrainingRun(collapsing(), corpus(), recipe, 0)
+    run = TrainingRun(TrainingInputs(collapsing(), corpus(), recipe, 0))
     for point in run.points():
         if point["tokens"] == 30 * 64:
             saved = checkpoint.save(run)
@@ -516,7 +511,7 @@ def test_a_collapse_is_known_at_its_row_and_after_a_checkpoint() -> None:
                 run.require_alive()  # a run does not pause at this row
             break
         run.require_alive()
-    resumed = TrainingRun(collapsing(), corpus(), recipe, 0)
+    resumed = TrainingRun(TrainingInputs(collapsing(), corpus(), recipe, 0))
     checkpoint.restore(resumed, saved)
     with pytest.raises(CollapsedError, match=r"75% of the experts of layer 1 were dead at step 39"):
         list(resumed.points())

@@ -81,10 +81,8 @@ def small() -> Architecture:
     return random_architecture(3, vocab_size=256)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked", "one_thread")
 def test_logits_agree_to_the_last_bit_without_moenas(shelf: Shelf, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     wanted, places, described = [], [], ""
     for seed in (*range(19), 29, 41):
         architecture = random_architecture(seed, vocab_size=256).canonical()
@@ -97,7 +95,6 @@ def test_logits_agree_to_the_last_bit_without_moenas(shelf: Shelf, tmp_path: Pat
             logits = hashlib.sha256(net(tokens).numpy().tobytes()).hexdigest()
             loss = net.loss(tokens, tokens.roll(1, 1)).item().hex()
             wanted.append([logits, loss, net.generate(tokens[:, :4], 8).tolist()])
-    torch.set_num_threads(threads)
     words = "dense moe rmsnorm layernorm sigmoid softmax swiglu geglu gelu relu2 bias aux_loss head"
     for word in [*words.split(), '"tie_embeddings": true', '"n_shared_experts": 1']:
         assert word in described
@@ -139,7 +136,7 @@ def test_model_py_holds_what_is_used_and_no_more(seed: int, tmp_path: Path) -> N
     classes = {n for n, node in defined.items() if isinstance(node, ast.ClassDef)}
     modules = {n for n in classes if issubclass(getattr(module, n), torch.nn.Module)}
     # Experts names the class of its biases, and blocks the classes of layers that are told more,
-    # whether there are any or not. The loss of an indexer is added to those of routers.
+    # whether there are any or not. The loss of an indexer is added to the losses of routers.
     named = {"ExpertBias", "LayerIndexed", "ReadsInputs"}
     if "IndexedSelection" in built:
         named |= {

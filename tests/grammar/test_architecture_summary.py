@@ -66,7 +66,7 @@ def test_a_pattern_is_folded_and_a_part_is_described_once() -> None:
 
 
 def test_counts_stand_for_the_order_where_that_is_too_long() -> None:
-    """The numbers of parts add up to those of the layers."""
+    """The numbers of parts add up to the number of layers."""
     text = one_line(of_the_zoo("kimi_linear_48b_a3b"))
     mixers, networks = text.partition(": ")[2].split("; ")
     for part in (mixers, networks):

@@ -203,7 +203,7 @@ def test_each_field_with_a_condition_has_a_default_and_names_known_values() -> N
             for value in (x for values in sets for x in values.listed):
                 family = fields(cls)[name].component
                 known = family is not None and value in family.kinds
-                assert known or fields(cls)[name].reject(value) is None, (cls, name, value)
+                assert known or fields(cls)[name].error_for(value) is None, (cls, name, value)
         for field in fields(cls).values():
             conditional += bool(field.without_effect)
             assert not field.without_effect or not field.required, (cls, field.name)
@@ -219,7 +219,7 @@ def other_values(one: Component, name: str, rng: random.Random) -> Any:
     complete = [x for x, cls in kinds if not any(f.required for f in fields(cls).values())]
     if "linear" in dict(kinds) and not complete:
         return {"kind": "linear", "factor": 2.0}
-    fitting = (x for x in complete or tried if field.component or field.reject(x) is None)
+    fitting = (x for x in complete or tried if field.component or field.error_for(x) is None)
     return next(fitting, word(getattr(one, name)))
 
 

@@ -96,7 +96,7 @@ class Tracking(BaseHTTPRequestHandler):
 
     def _run(self, name: str) -> Any:
         place = Path.cwd()
-        run = place.name  # another one in each test, as MLflow keeps what it knows of a run
+        run = place.name  # another one in each test, as MLflow caches its runs
         info = {"run_id": run, "run_uuid": run, "experiment_id": "1", "run_name": name}
         info |= {"status": "RUNNING", "start_time": 1, "artifact_uri": f"{place}/artifacts"}
         return {"info": info, "data": {}}

@@ -1,4 +1,4 @@
-"""The factor of a block: its place, its count, its gradient, and what it keeps apart."""
+"""The factor of a block: its place, its count, its gradient, and the merges that it prevents."""
 
 from __future__ import annotations
 

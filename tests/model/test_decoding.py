@@ -47,7 +47,7 @@ def prompt() -> torch.Tensor:
 
 
 def test_a_draw_is_made_from_the_logits_of_all_tokens_before() -> None:
-    """The draws of a stream with a cache are those of passes over the whole sequence."""
+    """The draws of a stream with a cache equal the draws of passes over the whole sequence."""
     net = model().eval()
     for tensor in net.parameters():
         tensor.data.mul_(4)

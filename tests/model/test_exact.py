@@ -88,7 +88,7 @@ KINDS = [kind for family in (Mixer, FFN) for kind in family.kinds.values()]
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_kind_alone_is_exact(kind: type[Part], seed: int) -> None:
-    """With random values of all fields, not only those of the wide space."""
+    """With random values of all fields, not only values of the wide space."""
     architecture = random_architecture(seed, kind)
     check_cost(architecture, LENGTHS[seed])
     check_spellings(architecture.plain(), seed)

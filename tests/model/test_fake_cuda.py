@@ -188,7 +188,7 @@ def gradients(architecture: Architecture) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_kind_adds_up_in_one_order(name: str) -> None:
-    """And what it computes on CUDA is what it computes on a CPU, up to rounding."""
+    """It computes the same on CUDA and on a CPU, up to rounding."""
     plain = gradients(case(name))
     with cuda_forms(), NoCollisions():
         other = gradients(case(name))

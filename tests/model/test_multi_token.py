@@ -148,7 +148,7 @@ def test_gradients_reach_all_heads_and_the_model(name: str, norm_position: str) 
 def test_parameters_and_operations_are_counted(
     name: str, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The operations are those that fvcore counts beyond those of the model."""
+    """The operations are the ones that fvcore counts beyond the model's."""
     one, mtp = architecture(*BLOCKS[name]), MultiTokenPrediction(depth=depth)
     model, heads = pair(one, mtp)
     cost = mtp.cost(one, LENGTH)

@@ -126,7 +126,7 @@ def outcome(moe: RoutedLayer, x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_alike(moe: nn.Module) -> None:
-    """Both forms give the same, and that of CUDA adds nothing up in an unknown order."""
+    """Both forms give the same, and the form for CUDA adds nothing up in an unknown order."""
     assert isinstance(moe, RoutedLayer)
     torch.manual_seed(0)
     for parameter in moe.parameters():

@@ -1,4 +1,4 @@
-"""What a GPU computes of every kind of part is what a CPU computes, or what it computes twice."""
+"""A GPU computes the same as a CPU for every kind of part, or the same when it repeats."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from wide_space import difference, point, stir, trail
 from moenas.data.corpus import Corpus
 from moenas.evaluate.device_steps import WARM_UP, DeviceSteps
 from moenas.evaluate.latency import inference_copy, prepare
+from moenas.evaluate.steps import TrainingInputs
 from moenas.export.folder import model_source
 from moenas.model.architecture import Architecture, Model
 from moenas.resources import load_module
@@ -122,7 +123,7 @@ def test_steps_in_bfloat16_are_captured_and_equal_those_without_a_graph(
     runs = []
     for captured in (False, True):
         model = built(architecture, CUDA).train()
-        steps = DeviceSteps(model, text, RECIPE, 3)
+        steps = DeviceSteps(TrainingInputs(model, text, RECIPE, 3))
         steps.load(0, RECIPE.steps)
         while steps.done < RECIPE.steps:
             if captured and steps.done == WARM_UP:

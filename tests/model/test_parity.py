@@ -1,4 +1,4 @@
-"""Mixers against those of transformers: their random weights, loaded into ours."""
+"""Mixers against mixers of transformers: their random weights, loaded into ours."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_the_predictions_of_noise_are_not_negative() -> None:
 def test_the_bound_covers_the_wanted_share_of_models_left_out(
     errors: list[float], coverage: float
 ) -> None:
-    """Each error in turn is that of the new model: the premise of conformal prediction."""
+    """Each error in turn belongs to the new model: the premise of conformal prediction."""
     inside, said = 0, 1.0
     for i, new in enumerate(errors):
         bound, said = error_bound([e for j, e in enumerate(errors) if j != i], coverage)

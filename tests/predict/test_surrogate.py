@@ -1,4 +1,4 @@
-"""The Gaussian process: it predicts what it has not seen, and knows where it has not looked."""
+"""The Gaussian process: it predicts unseen points, and is unsure far from seen ones."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def draw(trial: optuna.Trial) -> tuple[float, float]:
 
 
 def proposals(name: str, breaks: tuple[int, ...] = (), trials: int = 24) -> list[object]:
-    """The parameters of a study that is taken up anew at some trials."""
+    """The parameters of a study that is resumed at some trials."""
     study = optuna.create_study(directions=["minimize"] * 2, sampler=make(name, CONDITIONAL, 0))
     for number in range(trials):
         if number in breaks:

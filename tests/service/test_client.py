@@ -51,7 +51,7 @@ def address(one: Served) -> Iterator[str]:
 
 
 def replace_hub(one: Served) -> ServiceState:
-    """A state with events of its own: those of the fixture belong to another event loop."""
+    """A state with events of its own: the fixture's events belong to another event loop."""
     return replace(one.service, hub=EventHub(one.service.store))
 
 

@@ -1,4 +1,4 @@
-"""Routes that change: what is checked before, who may, and what is left of it."""
+"""Routes that change: the checks before, the roles, and the rows of the audit."""
 
 from __future__ import annotations
 

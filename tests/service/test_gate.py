@@ -28,7 +28,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def routes_of(each: Any) -> Iterator[Any]:
-    """Every route of an application, those of the routers that it includes as well."""
+    """Every route of an application, and of the routers that it includes."""
     for route in each.routes:
         included = getattr(route, "original_router", None)
         if included is not None:

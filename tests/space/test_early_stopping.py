@@ -1,4 +1,4 @@
-"""The section of early stopping: its kinds, the rungs that it needs, and what it refuses."""
+"""The section of early stopping: its kinds, the rungs that it needs, and its errors."""
 
 from __future__ import annotations
 

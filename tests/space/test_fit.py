@@ -205,7 +205,9 @@ def test_only_widths_have_a_fit_and_a_space_has_one(tmp_path: Any) -> None:
     text = MOE.replace("n_experts: {choice: [4, 8]}", "n_experts: FIT").replace("expert: FIT", "8")
     with pytest.raises(SpaceError, match=r"f:10:20: .*n_experts: a 'fit' is for widths; give a wh"):
         space("params: 2e6", text.replace("d_8", "d_expert: 8"))
-    with pytest.raises(SpaceError, match=r"f:13:19: .*d_shared: a second fit, beside that of arch"):
+    with pytest.raises(
+        SpaceError, match=r"f:13:19: .*d_shared: a second fit, beside the fit of arch"
+    ):
         space("params: 2e6", MOE.replace("{choice: [null, 32]}", "FIT"))
     with pytest.raises(SpaceError, match=r"d_expert\.step: not allowed beside 'fit'"):
         Space.parse(MOE.replace("FIT", "{fit: {params: 2e6}, step: 8}"))

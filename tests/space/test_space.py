@@ -55,7 +55,7 @@ def test_every_shipped_space_is_valid_and_meets_the_schema() -> None:
     for path in paths:
         space = Space.load(str(path))
         assert space.size >= 1
-        jsonschema.validate(resources.read_yaml(path).plain, schema)
+        jsonschema.validate(resources.parse_yaml(path.read_text(), path.name).plain, schema)
 
 
 def test_a_space_shows_itself_in_one_short_line() -> None:

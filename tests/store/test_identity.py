@@ -1,4 +1,4 @@
-"""A database knows which one it is, and its weights never replace those of another."""
+"""A database knows which one it is, and its weights do not replace another's."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def running(tmp_path: Path) -> tuple[Store, Path]:
     store = Store.open(f"sqlite:///{path}", create=True)
     store.create_study(a_study())
     store.claim("x")
-    store.beat("x")
+    store.renew("x")
     return store, path
 
 
@@ -203,7 +203,7 @@ def test_a_file_that_was_deleted_ends_the_run_and_is_not_made_anew(tmp_path: Pat
     store, path = running(tmp_path)
     for each in tmp_path.glob("moenas.db*"):
         each.unlink()
-    for ask_it in (lambda: store.beat("x"), store.verify):
+    for ask_it in (lambda: store.renew("x"), store.verify):
         with pytest.raises(ReplacedError, match="was moved or deleted while it was in use"):
             ask_it()
     with pytest.raises(StorageLostError, match=r"unable to open|moved or deleted"):
@@ -217,7 +217,7 @@ def test_a_file_that_was_replaced_ends_the_run(tmp_path: Path) -> None:
     path.rename(tmp_path / "elsewhere.db")
     (tmp_path / "other.db").rename(path)
     with pytest.raises(ReplacedError, match="was replaced by another one while it was in use"):
-        store.beat("x")
+        store.renew("x")
 
 
 def test_another_database_under_the_same_name_ends_the_run(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_another_database_under_the_same_name_ends_the_run(tmp_path: Path) -> No
     with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE moenas_database SET uuid = 'another'")
     with pytest.raises(ReplacedError, match="another database than the one that was opened"):
-        store.beat("x")
+        store.renew("x")
 
 
 def test_damage_is_found_before_a_run_is_done(tmp_path: Path) -> None:

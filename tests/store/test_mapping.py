@@ -1,4 +1,4 @@
-"""What is stored has bounds, and what is read later equals what was stored."""
+"""Stored data has bounds, and is read back as it was stored."""
 
 from __future__ import annotations
 

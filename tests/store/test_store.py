@@ -376,7 +376,7 @@ def test_one_driver_at_a_time(store, url):
     assert str(refused.value).startswith(f"study 'x' is being run by {who}")
     assert str(other.driver("x")).startswith(who)
     other.release("x")
-    store.beat("x")
+    store.renew("x")
     store.release("x")
     assert store.driver("x") is None
     other.claim("x")
@@ -395,9 +395,9 @@ def test_a_driver_that_is_not_heard_of_loses_the_study(store, url):
     assert other.driver("x") is None
     other.claim("x")
     with pytest.raises(StudyBusyError, match=f"taken over by pid {os.getpid()}"):
-        store.beat("x")
+        store.renew("x")
     store.release("x")
-    other.beat("x")
+    other.renew("x")
 
 
 def test_a_heartbeat_in_the_future_counts_no_longer_than_others(store, url):
@@ -410,7 +410,9 @@ def test_a_heartbeat_in_the_future_counts_no_longer_than_others(store, url):
         )
     other = Store.open(url)
     assert "its clock is 86" in other.driver("x")
-    with pytest.raises(StudyBusyError, match=r"its clock is 86... s ahead of that of this host"):
+    with pytest.raises(
+        StudyBusyError, match=r"its clock is 86... s ahead of the clock of this host"
+    ):
         other.claim("x")
     with pytest.raises(StudyBusyError, match="last seen 0 s ago"):
         other.claim("x")

@@ -164,7 +164,7 @@ def test_a_server_that_was_taken_over_changes_nothing(store: Store) -> None:
         connection.execute(sqlalchemy.update(tables.runner).values(process_start="0", machine=""))
         connection.execute(sqlalchemy.update(tables.runner).values(heartbeat=0.0))
     assert store.transact(lambda c: runners.take_over(c, new)) == ["x"]
-    assert not store.transact(lambda c: runners.beat(c, old))
+    assert not store.transact(lambda c: runners.renew(c, old))
     end(store, "x", old, state="finished", reason=None)
     assert state(store, "x") == "running"
     end(store, "x", new, state="finished", reason=None)

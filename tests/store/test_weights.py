@@ -125,7 +125,7 @@ def test_missing_and_changed_weights_are_refused(tmp_path: Path) -> None:
 
 
 def draft(runs: Path, data: bytes = b"data", trial: int = 3) -> tuple[Plain, WeightsFile]:
-    """Where a worker is told to write, and what it writes there."""
+    """The place that a worker gets for its weights, and the file that it writes there."""
     to = place(runs, "s", trial)
     assert to is not None
     file = write_draft(to, lambda path: Path(path).write_bytes(data))

@@ -144,10 +144,16 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "cut off": (lambda: FILE.write_bytes(FILE.read_bytes()[:-100]), "or damaged"),
     "a flipped byte": (_flip_a_byte, "or damaged"),
     "another zip": (lambda: write({"a": b""}), "it has no manifest.json"),
-    "no JSON": (lambda: write({"manifest.json": b"["}), "is not that of a packed study"),
-    "another manifest": (lambda: write({"manifest.json": b"{}"}), "is not that of a packed study"),
+    "no JSON": (lambda: write({"manifest.json": b"["}), "does not describe a packed study"),
+    "another manifest": (
+        lambda: write({"manifest.json": b"{}"}),
+        "does not describe a packed study",
+    ),
     "a newer format": (lambda: write_signed(members(), version=2), "upgrade moenas"),
-    "one member more": (lambda: write(members() | {"../x": b""}), "are not those of manifest.json"),
+    "one member more": (
+        lambda: write(members() | {"../x": b""}),
+        "members differ from manifest.json",
+    ),
     "a path": (lambda: write_signed(members() | {"../x": b""}), "is not as manifest.json says"),
     "changed rows": (
         lambda: write(members() | {"space.yaml": bytes(len(members()["space.yaml"]))}),

@@ -1,4 +1,4 @@
-"""Calibrations: real measurements of small models, what `check` says by them, and what it does not."""
+"""Calibrations: real measurements of small models, and the predictions that `check` prints."""
 
 from __future__ import annotations
 

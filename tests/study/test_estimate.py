@@ -1,4 +1,4 @@
-"""What a study will take is counted exactly, and its time told from what was measured."""
+"""The cost of a study is counted exactly, and its time follows from measurements."""
 
 from __future__ import annotations
 

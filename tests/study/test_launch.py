@@ -328,7 +328,7 @@ def test_a_known_model_is_copied(jobs: list[Job]) -> None:
 
 @pytest.mark.parametrize("fault", [None, "timeout", "diverged"])
 def test_a_model_in_flight_is_waited_for(jobs: list[Job], fault: str | None) -> None:
-    """What would end alike is not trained again: a timeout may end otherwise."""
+    """A model that would fail again is not trained again; a timeout may end otherwise."""
     study = run(space(), trials=1, workers="inline")
     same = {"d_model": 24, "blocks.0.repeat": 4, "blocks.0.ffn": "dense"}
     same |= {"blocks.0.ffn.dense.d_ff": 112}
@@ -572,7 +572,7 @@ def test_a_latency_of_another_device_is_refused() -> None:
     failure = study.evaluation(4).failure
     assert failure is not None
     assert failure.kind == "refused"
-    assert "timed on [gpu y], and those of this study on [cpu x]" in failure.message
+    assert "timed on [gpu y], but before in this study on [cpu x]" in failure.message
 
 
 # --- crashes and interrupts --------------------------------------------------------------------
@@ -654,11 +654,11 @@ def test_a_lease_outlives_what_another_process_cannot_see(
     ends_with: Exception | None,
     after: int,
 ) -> None:
-    """Each beat takes 5 s by this clock, and 30 s after the last good one began it is over."""
+    """Each renewal takes 5 s by this clock, and 30 s after the last good one began it is over."""
     run(space(), trials=1, workers="inline")
     now, beaten, over = [0.0], [0], threading.Event()
 
-    def beat(self: Store, name: str) -> None:
+    def renew(self: Store, name: str) -> None:
         now[0] += 5.0
         outcome = outcomes[beaten[0]] if beaten[0] < len(outcomes) else None
         beaten[0] += 1
@@ -667,7 +667,7 @@ def test_a_lease_outlives_what_another_process_cannot_see(
         elif outcome is not None:
             raise outcome
 
-    monkeypatch.setattr(Store, "beat", beat)
+    monkeypatch.setattr(Store, "renew", renew)
     monkeypatch.setattr(heartbeat, "BEAT", 0.001)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with heartbeat.StudyLease(Store.open(), "s") as lease:

@@ -276,7 +276,7 @@ def test_a_trial_measured_on_another_device_is_refused() -> None:
     failure = load_study("s").evaluation(1).failure
     assert failure
     assert failure.message == (
-        "'val_loss' was timed on [gpu b], and those of this study on [cpu a]"
+        "'val_loss' was timed on [gpu b], but before in this study on [cpu a]"
     )
 
 

@@ -236,6 +236,13 @@ def measure(subject):
 '''
 
 
+def test_an_objective_of_the_cache_is_measured_on_models_with_a_cache(tmp_path: Path) -> None:
+    text = OBJECTIVE.replace("subject.architecture.d_model", "subject.cost.kv_bytes_per_token")
+    values = parts.check_objective(guest(tmp_path, text))
+    # Two layers, 32 channels of keys and of values, 2 bytes each.
+    assert values == {"dense": 256.0, "moe": 256.0}
+
+
 def test_a_guests_objective_is_checked(tmp_path: Path) -> None:
     (line,) = parts.check_file(guest(tmp_path, OBJECTIVE))
     assert "'guest' passes the contract test; small models: dense" in line

@@ -23,7 +23,7 @@ from moenas.records import Cost
 class ProductKeyFFN(FFN, kind="product_key"):
     """n_keys^2 vectors; a token reads the `top_k` whose keys fit its query best, for each head.
 
-    The key of vector (i, j) is the i-th key of one half beside the j-th of the other, so the best
+    The key of vector (i, j) is the i-th key of one half beside the j-th of the other. So the best
     of n_keys^2 are among the top_k^2 pairs of the best of each half.
     """
 

@@ -1,1 +1,1 @@
-"""What all parts are made of: linear maps, norms and activations."""
+"""Small modules that all parts use: linear maps, norms and activations."""

@@ -1,4 +1,4 @@
-"""The cross entropy of a head by pieces of tokens: never are the logits of all in memory."""
+"""The cross entropy of a head by pieces of tokens, without the logits of all tokens in memory."""
 
 from __future__ import annotations
 

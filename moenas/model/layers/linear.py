@@ -1,8 +1,7 @@
 """The small layers that every part is made of: matrix products, and a short causal convolution.
 
-Parameters are float32 masters. Activations flow in the dtype of `x` and a weight is cast where it
-is used, so a model computes in bfloat16 without autocast and without a second copy of itself.
-Every module keeps each argument of its constructor as an attribute of the same name. A module
+Parameters are float32 masters. Activations have the dtype of `x`, and a weight is cast where it is
+used. So a model computes in bfloat16 without autocast and without a second copy of itself. A module
 with a method `start(generator)` draws the first values of its own parameters by it. The weights
 that write into the residual stream are found by their names: see `output_projections`.
 """
@@ -24,7 +23,7 @@ def output_projections(part: Any) -> list[nn.Parameter]:
 
     The output is proportional to them, biases and experts that pass their input on aside. They are
     found from the part on by the names in WRITES, or in the attribute `writes` of a module that has
-    others; a module with none of them writes by its `weight`.
+    others. A module with none of these names writes by its `weight`.
     """
     weights: list[nn.Parameter] = []
     for name in getattr(part, "writes", WRITES):
@@ -48,8 +47,8 @@ def size(length: Any) -> Any:
 def matrices(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a module itself that are weights: drawn at random, and decaying.
 
-    The attribute `matrices` names them: a bias, stacked for experts, has two axes and is none, and
-    nor is a rate. Of a module without it they are those with two axes or more.
+    The attribute `matrices` names them: a bias that is stacked for experts has two axes and is no
+    matrix. A rate is none either. Of a module without it they are those with two axes or more.
     """
     own = dict(module.named_parameters(recurse=False))
     named = getattr(module, "matrices", None)

@@ -1,4 +1,4 @@
-"""Norms, each computed in float32: over a token, over a head, over what a gate lets through."""
+"""Norms, computed in float32: over a token, over a head, over a gated output."""
 
 from __future__ import annotations
 

@@ -56,21 +56,19 @@ class AttentionMixer(Mixer, kind="attention"):
     """Causal softmax attention with rotary positions.
 
     Multi-head, grouped-query (arXiv 2305.13245) or multi-query (arXiv 1911.02150), by the number
-    of key-value heads. A window or chunk bounds what a token sees, not what the cache keeps, and
-    the FLOPs are those of the full square with a mask.
+    of key-value heads. A window or chunk bounds what a token sees, not what the cache keeps. The
+    FLOPs count the full square with a mask.
     """
 
     head_dim: int = setting("width of a head", low=8, high=MOST, multiple=8)
-    n_heads: int | None = setting(
-        "query heads; null: d_model / head_dim", default=None, low=1, high=MOST
-    )
+    n_heads: int | None = setting("query heads", derived="d_model / head_dim", low=1, high=MOST)
     n_kv_heads: int | None = setting(
-        "key-value heads, each shared by n_heads / n_kv_heads query heads; null: n_heads",
-        default=None,
+        "key-value heads, each shared by n_heads / n_kv_heads query heads",
+        derived="n_heads",
         low=1,
     )
     v_head_dim: int | None = setting(
-        "width of the values of a head; null: head_dim", default=None, low=8, multiple=8
+        "width of the values of a head", derived="head_dim", low=8, multiple=8
     )
     q_rank: int | None = setting(
         "width of a latent of the queries, with a norm (MFA, arXiv 2412.19255; Step-3); null: no"
@@ -194,13 +192,12 @@ class AttentionMixer(Mixer, kind="attention"):
 
     def heads_at(self, d_model: int) -> tuple[int, int]:
         """Return the query heads and the key-value heads at a model width."""
-        n_heads = self.n_heads or d_model // self.head_dim
-        return n_heads, self.n_kv_heads or n_heads
+        return self.resolved("n_heads", d_model), self.resolved("n_kv_heads", d_model)
 
     @property
     def v_dim(self) -> int:
         """Width of the values of a head."""
-        return self.v_head_dim or self.head_dim
+        return int(self.resolved("v_head_dim"))
 
     @property
     def factor(self) -> float:

@@ -1,4 +1,4 @@
-"""The block indexer: which blocks of earlier tokens an attention layer reads (MiniMax-M3)."""
+"""The block indexer: it selects the blocks of earlier tokens that attention reads (MiniMax-M3)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class BlockIndexer(Component):
     MiniMax Sparse Attention (MiniMax-M3, 2026; released code): each key-value head has an index
     head, with one index key for all. The score of a key is q k, of normed and turned q and k. A
     block has the largest score of its keys. It has no effect on a context of up to `top_blocks`
-    blocks. The language model loss does not reach the indexer: it learns, as the token indexer of
-    DeepSeek-V3.2 (arXiv 2512.02556, section 2.1.1), by the divergence of its scores from the
-    attention weights, of each key-value head by itself. FLOPs count the scores of all pairs on
-    contexts above `top_blocks` blocks, and not what the divergence takes in training.
+    blocks. The language model loss does not reach the indexer. It learns by the divergence of its
+    scores from the attention weights, as the token indexer of DeepSeek-V3.2 (arXiv 2512.02556,
+    section 2.1.1). Each key-value head has a divergence of its own. FLOPs count the scores of all
+    pairs on contexts above `top_blocks` blocks, and not what the divergence takes in training.
     """
 
     head_dim: int = setting(
-        "width of an index head; the first elements turn as those of the attention do",
+        "width of an index head; its first elements turn as in the attention",
         low=8,
         high=MOST,
         multiple=8,
     )
     block: int = setting("tokens of a block, which begins at a multiple of it", low=1, high=1 << 20)
-    top_blocks: int = setting("blocks that a token reads, those of local_blocks included", low=1)
+    top_blocks: int = setting("blocks that a token reads, local_blocks included", low=1)
     local_blocks: int = setting(
         "blocks that a token always reads: its own, and those just before", default=1, low=1
     )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moenas.grammar.component import setting
 from moenas.model.layers.linear import Convolution, Linear
 from moenas.model.layers.norms import GatedNorm
-from moenas.model.mixers.mamba import first_dt_bias, first_log_rates
+from moenas.model.mixers.mamba import DecayingHeads
 from moenas.model.mixers.mixer import MOST, Mixer, StateCache
 from moenas.model.mixers.scan import delta_macs, delta_rule
 from moenas.records import Cost
@@ -32,8 +31,8 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
 
     n_heads: int = setting("heads of the values and the state", low=1, high=MOST)
     n_key_heads: int | None = setting(
-        "heads of queries and keys, each shared by n_heads / n_key_heads; null: n_heads",
-        default=None,
+        "heads of queries and keys, each shared by n_heads / n_key_heads",
+        derived="n_heads",
         low=1,
     )
     key_dim: int = setting("width of a query or key of a head", low=8, high=MOST, multiple=8)
@@ -44,7 +43,7 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
     @property
     def key_heads(self) -> int:
         """Heads of queries and keys."""
-        return self.n_key_heads or self.n_heads
+        return int(self.resolved("n_key_heads"))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -90,7 +89,7 @@ class GatedDeltaMixer(Mixer, kind="gated_delta"):
         )
 
 
-class GatedDelta(nn.Module):
+class GatedDelta(DecayingHeads):
     """out(norm(rule(convolution(q, k, v), decay, beta)) * silu(gate))."""
 
     matrices: tuple[str, ...] = ()
@@ -104,20 +103,8 @@ class GatedDelta(nn.Module):
         n_heads: int,
         n_key_heads: int,
     ) -> None:
-        super().__init__()
-        self.project = project
-        self.convolution = convolution
-        self.norm = norm
-        self.out = out
-        self.n_heads = n_heads
+        super().__init__(project, convolution, norm, out, n_heads)
         self.n_key_heads = n_key_heads
-        self.log_rate = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads))
-
-    def start(self, generator: torch.Generator) -> None:
-        """Draw rates from 1 to 16 and time steps as in Mamba-2."""
-        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
-        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""

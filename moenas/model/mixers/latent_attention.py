@@ -1,4 +1,4 @@
-"""Attention whose keys and values are read out of one small latent. Kinds: latent_attention."""
+"""Attention whose keys and values come from one small latent. Kinds: latent_attention."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LatentAttentionMixer(Mixer, kind="latent_attention"):
         "elements of a query or key without a position", low=8, high=MOST, multiple=8
     )
     rope_dim: int = setting(
-        "elements of a query or key with a position; all heads share those of the key",
+        "elements of a query or key with a position; all heads share one rotary key",
         low=2,
         high=MOST,
         multiple=2,

@@ -95,7 +95,28 @@ class Mamba2Mixer(Mixer, kind="mamba2"):
         )
 
 
-class Mamba2(nn.Module):
+class DecayingHeads(nn.Module):
+    """The parts of a mixer whose heads have a state that decays, with a rate for each head."""
+
+    def __init__(
+        self, project: Linear, convolution: Convolution, norm: GatedNorm, out: Linear, n_heads: int
+    ) -> None:
+        super().__init__()
+        self.project = project
+        self.convolution = convolution
+        self.norm = norm
+        self.out = out
+        self.n_heads = n_heads
+        self.log_rate = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw rates from 1 to 16 and time steps within DT_RANGE, as in Mamba-2."""
+        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
+        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
+
+
+class Mamba2(DecayingHeads):
     """out(norm(scan(convolution(project(x))), gate)), with a decay for each head."""
 
     matrices: tuple[str, ...] = ()
@@ -109,21 +130,9 @@ class Mamba2(nn.Module):
         n_heads: int,
         dt_floor: float,
     ) -> None:
-        super().__init__()
-        self.project = project
-        self.convolution = convolution
-        self.norm = norm
-        self.out = out
-        self.n_heads = n_heads
+        super().__init__(project, convolution, norm, out, n_heads)
         self.dt_floor = dt_floor
-        self.log_rate = nn.Parameter(torch.empty(n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(n_heads))
         self.skip = nn.Parameter(torch.ones(n_heads))
-
-    def start(self, generator: torch.Generator) -> None:
-        """Draw rates from 1 to 16 and time steps within DT_RANGE."""
-        self.log_rate.data.copy_(first_log_rates(self.n_heads, generator))
-        self.dt_bias.data.copy_(first_dt_bias(self.n_heads, generator))
 
     def forward(self, x: Tensor, cache: StateCache | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D); with a cache, `x` continues the tokens in it."""
@@ -180,8 +189,8 @@ class MambaMixer(Mixer, kind="mamba"):
     d_inner: int = setting("channels", low=8, multiple=8)
     d_state: int = setting("numbers in the state of a channel", default=16, low=1)
     dt_rank: int | None = setting(
-        "rank of the projection to the time steps; null: d_model / 16, rounded up",
-        default=None,
+        "rank of the projection to the time steps",
+        derived="ceil(d_model / 16)",
         low=1,
     )
     d_conv: int = setting("tokens under the convolution", default=4, low=2)
@@ -197,7 +206,7 @@ class MambaMixer(Mixer, kind="mamba"):
 
     def dt_rank_at(self, d_model: int) -> int:
         """Return the rank of the projection to the time steps."""
-        return self.dt_rank or -(-d_model // 16)
+        return int(self.resolved("dt_rank", d_model))
 
     def canonical_at(self, d_model: int) -> Self:
         """Write out the rank, and reset inner_eps if there are no inner norms."""

@@ -1,4 +1,4 @@
-"""Mixers: how a token reads the tokens before it; what their kinds share."""
+"""The family of mixers: how a token reads the tokens before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from moenas.grammar.component import Part
 
 # Shapes: B sequences, S tokens of a sequence, D model width, H heads, K key-value heads, C width
-# of a head, L tokens so far, those of the cache included.
+# of a head, L tokens so far, with the tokens in the cache.
 
 
 MOST = 2**16
@@ -42,7 +42,7 @@ class KVCache:
         self.values: Tensor | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (B, K, S, C) keys and values and return those of all tokens so far.
+        """Append (B, K, S, C) keys and values; return the keys and values of all tokens so far.
 
         The room is taken at the first call, in the dtype and on the device of `keys`. Keys and
         values may differ in width.
@@ -82,4 +82,4 @@ class StateCache:
     def check_batch(self, batch: int) -> None:
         """Raise ValueError if the state is of another number of sequences; 1 would be repeated."""
         if self.state is not None and len(self.state) != batch:
-            raise ValueError(f"{batch} sequences; the cache holds those of {len(self.state)}")
+            raise ValueError(f"{batch} sequences; the cache is for {len(self.state)}")

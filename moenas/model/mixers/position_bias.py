@@ -1,4 +1,4 @@
-"""Position biases: what is added to a score by the distance of its tokens. Kinds: alibi, t5."""
+"""Position biases: a term of a score by the distance of its tokens. Kinds: alibi, t5."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class T5Bias(PositionBias, kind="t5"):
         high=10**6,
     )
     shared: bool = setting(
-        "the numbers are those of the nearest layer before that has its own (T5: in all layers but"
-        " the first)",
+        "the nearest earlier layer with a table of its own gives the numbers (T5: in all layers"
+        " but the first)",
         default=False,
     )
 
@@ -130,8 +130,8 @@ def distances(start: int, length: int, first: int, device: torch.device) -> Tens
 def alibi_slopes(n_heads: int) -> list[float]:
     """Return the slopes of H heads: 2^(-8 / n), 2^(-16 / n), ... for n heads, a power of 2.
 
-    For other numbers, as the released code has it, those of the power below, then every second one
-    of twice as many heads.
+    Other numbers of heads have the slopes of the next lower power. Then comes every second slope of
+    twice as many heads, as in the released code.
     """
     n = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
@@ -193,7 +193,7 @@ class BucketBias(nn.Module):
     def forward(self, far: Tensor, table: Tensor | None = None) -> Tensor:
         """Return (H, S, L) biases at distances (S, L).
 
-        `table` (buckets, H) is that of another layer, for a shared one.
+        `table` (buckets, H) is the table of another layer, if it is shared.
         """
         firsts = self.firsts.on(far.device)
         if torch.compiler.is_compiling():  # ONNX has no search

@@ -27,8 +27,8 @@ class Heads(NamedTuple):
 class QKV(Linear):
     """The queries, keys and values of each token, in one matrix product.
 
-    `counts` are the query heads and key-value heads, `widths` those of a key and of a value; with a
-    width of 0 the keys are the values, too. With a `clip` c all are cut to -c..c.
+    `counts` are the query heads and key-value heads. `widths` are the widths of a key and of a
+    value. With a width of 0 the keys are the values, too. With a `clip` c all are cut to -c..c.
     """
 
     matrices = ("weight",)

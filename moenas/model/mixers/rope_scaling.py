@@ -281,7 +281,8 @@ class Yarn(nn.Module):
 
     def ratios(self, width: int, theta: float) -> list[float]:
         """Return the factor of the speed of each of the width / 2 pairs."""
-        # 1. The ramp begins at the pair of beta_fast rotations and ends at that of beta_slow.
+        # 1. The ramp begins at the pair of beta_fast rotations and ends at the pair of beta_slow
+        # rotations.
         low, high = self.pair(self.beta_fast, width, theta), self.pair(self.beta_slow, width, theta)
         # 2. The released code rounds both ends to whole pairs and cuts them to 0..width - 1.
         if self.truncate:

@@ -169,7 +169,7 @@ def scan_channels(
     for kept, new in zip(through[-1].unbind(1), own[-1].unbind(1), strict=True):
         before.append(state)
         state = new + kept * state
-    # 5. Add what is left of the state before the chunk.
+    # 5. Add the decayed state from before the chunk.
     states = states + reached * torch.stack(before, dim=1).unsqueeze(2)
     return states.flatten(1, 2)[:, :length], state
 

@@ -1,4 +1,4 @@
-"""What a mixer reads of an earlier one: keys and values, and the table of a position bias."""
+"""Keys, values and tables of position biases that a mixer shares with later ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from moenas.model.layer_inputs import LayerInputs, ReadsInputs, SharedKV
 
 
 class SharesKV(ReadsInputs):
-    """A mixer that shares keys, values or a bias table with later ones, or reads those of earlier.
+    """A mixer that shares keys, values or a bias table with later mixers, or reads an earlier
+    one's.
 
-    `kv_source` n: its keys are those of the n-th mixer before that has its own, None: its own.
-    `bias_shared`: whether the table of its position bias is that of the nearest mixer before that
-    has one, None: it needs none.
+    `kv_source` n: it reads the keys of the n-th earlier mixer that has its own, None: its own.
+    `bias_shared`: whether it reads the bias table of the nearest earlier mixer that has one, None:
+    it needs no table.
     """
 
     def __init__(self, kv_source: int | None, bias_shared: bool | None) -> None:
@@ -98,7 +99,7 @@ def link_layers(mixers: Sequence[Any]) -> None:
 
 
 def kv_source_error(mixers: Sequence[Any], d_model: int) -> Conflict | None:
-    """Return which mixer cannot read what it would of an earlier one, and why, or None.
+    """Return which mixer cannot read keys or a table of an earlier one, and why, or None.
 
     The mixers are records, by layers; None where a layer has none.
     """
@@ -127,7 +128,7 @@ def _source_error(
         )
     if table is not None and _table(mixer, d_model) != _table(mixers[table], d_model):
         return (
-            f"position_bias is that of layer {table}, and their n_heads or"
+            f"position_bias is shared with layer {table}, and their n_heads or"
             " num_buckets differ; make them equal"
         )
     return None

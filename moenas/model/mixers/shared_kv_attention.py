@@ -76,4 +76,4 @@ class CrossLayerAttention(SharesKV):
         return out
 
     def new_cache(self, batch: int, context: int) -> None:
-        """Return no cache: all is kept in that of the layer that is read."""
+        """Return no cache: the cache of the layer that is read holds all."""

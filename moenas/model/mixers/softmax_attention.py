@@ -71,7 +71,7 @@ SINK_WIDTH = 8
 def sink_flops(n_heads: int, widths: tuple[int, int], context: int) -> int:
     """Return what the key of a sink and its elements add to a pass over `context` tokens.
 
-    `widths` are those of a key and of a value. A pass over one token has explicit products.
+    `widths` are the widths of a key and of a value. A pass over one token has explicit products.
     """
     if context == 1:
         return 0

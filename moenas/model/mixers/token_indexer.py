@@ -1,4 +1,4 @@
-"""The token indexer: which earlier tokens an attention layer reads (DeepSeek sparse attention)."""
+"""The token indexer: it selects the earlier tokens that attention reads (DeepSeek-V3.2)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TokenIndexer(Component):
 
     n_heads: int = setting("heads of the index scores", low=1, high=MOST)
     head_dim: int = setting(
-        "width of a head; the first elements, rope_dim of them, have a position",
+        "width of a head; the first rope_dim elements have a position",
         low=8,
         high=MOST,
         multiple=8,
@@ -78,7 +78,8 @@ def index_source_error(mixers: Sequence[Any]) -> Conflict | None:
             reason = "no layer before it has an indexer; give it one, or leave index_shared out"
             return Conflict(mixer, f"layer {i}: index_shared: {reason}")
         if source.window != mixer.window:
-            reason = f"its window is {mixer.window}, that of the indexer is {source.window}"
+            reason = f"its window is {mixer.window}, and the window of the indexer is"
+            f" {source.window}"
             return Conflict(mixer, f"layer {i}: index_shared: {reason}; make them equal")
     return None
 
@@ -172,7 +173,7 @@ class IndexedSelection(nn.Module):
 
 
 class IndexedCache(KVCache):
-    """A cache with the keys of an indexer beside those of the attention."""
+    """A cache with the keys of an indexer beside the keys of the attention."""
 
     def __init__(self, batch: int, context: int) -> None:
         super().__init__(batch, context)

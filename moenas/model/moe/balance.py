@@ -319,8 +319,8 @@ class LoadBalancer(nn.Module):
 
         By quantiles it is replaced, see `quantile_bias`.
 
-        The load is that of the latest training pass since the previous step. Earlier passes since
-        that step, such as other micro-batches, do not count.
+        The load was counted in the latest training pass since the previous step. Earlier passes
+        since that step, such as other micro-batches, do not count.
         """
         ranks = self.last_ranks
         if ranks is not None and self.bias is not None and self.top_k < self.n_experts:
@@ -335,8 +335,8 @@ def total_auxiliary_loss(layers: Sequence[tuple[LoadBalancer, Routing]]) -> Tens
     """Return the weighted losses of the L layers of a model that have a router, a scalar.
 
     The reduction of each layer is its `reduce`. "sum" adds the losses of the layers, and "mean"
-    divides the sum by L (MegaBlocks). "pooled" treats the tokens of all layers as those of one:
-    E sum_i n_i P_i, with n_i the slots of a token at expert i (load_balancing_loss_func of
+    divides the sum by L (MegaBlocks). "pooled" treats the tokens of all layers as tokens of one
+    layer: E sum_i n_i P_i, with n_i the slots of a token at expert i (load_balancing_loss_func of
     transformers). An even load then gives K, not 1. Pooled layers are grouped by E, K, coefficient
     and scope, and the loss of a group is weighted by its share of the L layers.
     """

@@ -74,10 +74,11 @@ class BaseSelection(Selection, kind="base"):
 class Base(ExpertSelection):
     """In training a balanced assignment of the most logits, at most ceil(T / E) tokens an expert.
 
-    An auction (Bertsekas, 1992): each token without an expert offers its best one what it gains
-    over the second best, plus a step; an expert keeps its highest offers, and its price is the
-    least of them. The step is `share` of the spread of the logits, so that the rounds are bounded
-    at any size of them; their sum is within T steps of the largest there is.
+    An auction (Bertsekas, 1992): Each token without an expert makes an offer to its best expert:
+    the gain over the second best, plus a step. An expert keeps its highest offers. Its price is the
+    least offer that it keeps. The step is `share` of the spread of the logits, so that the number
+    of rounds is bounded for logits of any size. The sum of the chosen logits is within T steps of
+    the largest possible one.
     """
 
     capturable = False  # in training the number of rounds depends on values
@@ -103,8 +104,8 @@ class Base(ExpertSelection):
         # Without values (the meta device, fake tensors) only the shape is asked for.
         if n_experts == 1 or value.is_meta or is_fake(value):
             return torch.zeros(n_tokens, dtype=torch.int64, device=value.device)
-        # 1. Each expert takes at most `room` tokens. `offers` (T, E) holds at most one a row.
-        room = math.ceil(n_tokens / n_experts)
+        # 1. Each expert takes at most `capacity` tokens. `offers` (T, E) holds at most one a row.
+        capacity = math.ceil(n_tokens / n_experts)
         value = value.nan_to_num().double()  # a model that diverges is found by its loss
         step = (value.max() - value.min()) * self.share + 1e-9
         offers = torch.full_like(value, -math.inf)
@@ -121,7 +122,7 @@ class Base(ExpertSelection):
             made = torch.full_like(value[free], -math.inf)
             offers[free] = made.scatter(-1, chosen, prices[chosen] + rise)
             # 4. Each expert keeps its highest offers; a full one costs the least of them.
-            kept = offers.topk(room, dim=0)
+            kept = offers.topk(capacity, dim=0)
             offers = torch.full_like(value, -math.inf).scatter(0, kept.indices, kept.values)
             full = kept.values[-1] > -math.inf
             prices = torch.where(full, kept.values[-1], prices)
@@ -156,7 +157,7 @@ class ExpertChoice(ExpertSelection):
     ) -> SelectedSlots:
         """Choose by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
-        room = math.ceil(self.top_k * n_tokens / n_experts)  # tokens of an expert
-        tokens = ranked.topk(room, dim=0).indices.T  # (E, room)
+        capacity = math.ceil(self.top_k * n_tokens / n_experts)  # tokens of an expert
+        tokens = ranked.topk(capacity, dim=0).indices.T  # (E, capacity)
         experts = torch.arange(n_experts, device=tokens.device).unsqueeze(-1).expand_as(tokens)
         return SelectedSlots(experts.reshape(-1, 1), tokens.flatten())

@@ -35,7 +35,7 @@ class ExpertRows(NamedTuple):
 
 
 def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: int) -> ExpertRows:
-    """Lay out rows so that those of each expert lie together, `multiple` times a whole number.
+    """Lay out rows so that the rows of each expert lie together, `multiple` times a whole number.
 
     Slots that are not `kept` have no row of an expert. With a multiple over 1 the host waits for
     the number of rows.
@@ -49,8 +49,8 @@ def sort_slots(experts: Tensor, n_experts: int, kept: Tensor | None, multiple: i
     # 2. A stable sort by expert: `order` (N,) is the slot of each row, `ends` (E,) where the rows
     #    of each expert end.
     slots, order = slots.sort(stable=True)
-    numbers = torch.arange(n_experts, device=slots.device, dtype=slots.dtype)
-    ends = torch.searchsorted(slots, numbers, right=True, out_int32=True)
+    expert_ids = torch.arange(n_experts, device=slots.device, dtype=slots.dtype)
+    ends = torch.searchsorted(slots, expert_ids, right=True, out_int32=True)
     if multiple == 1:
         empty = None if kept is None else (slots == n_experts).unsqueeze(-1)
         return ExpertRows(order, ends, empty, kept is None)
@@ -72,9 +72,9 @@ def row_multiple(x: Tensor, experts: Tensor, n_experts: int) -> int:
 
     oneDNN compiles a kernel (2 ms) for each number of rows it has not seen, and routing makes new
     ones at every step. On a Xeon with AMX and torch 2.13 the median step of 64 experts, 8 for each
-    of 2048 tokens, took 293 ms with rows rounded to 1 in 32 of the mean load, and 164 ms with
-    these. float32 needs no such kernels. Subclasses of Tensor, such as the fake tensors of a memory
-    estimate, may hold no numbers that the host could read, so their rows are not rounded up.
+    of 2048 tokens, took 293 ms with rows rounded to 1 in 32 of the mean load. With this rule it
+    took 164 ms. float32 needs no such kernels. Subclasses of Tensor may hold no numbers that the
+    host could read, such as the fake tensors of a memory estimate. Their rows are not rounded up.
     """
     if x.device.type != "cpu" or x.dtype == torch.float32 or torch.compiler.is_compiling():
         return 1
@@ -104,8 +104,8 @@ def grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 def within_capacity(experts: Tensor, n_experts: int, capacity: int) -> Tensor:
     """Return which slots of `experts` (B, S, K) are among the first `capacity` at their expert.
 
-    Each sequence counts for itself and slots come in the order of the tokens, all of a token's
-    slots before those of the next: what comes later never takes the place of what came earlier.
+    Each sequence counts for itself. Slots come in the order of the tokens, so a later token never
+    takes the place of an earlier one.
     """
     batch = torch.arange(experts.shape[0], device=experts.device).view(-1, 1, 1)
     slots = (experts + n_experts * batch).flatten()
@@ -135,7 +135,7 @@ class TokenRows(NamedTuple):
     token: Tensor
     """(N,) the token of each row."""
     rows: Tensor
-    """(N,) the rows of the first token, then those of the second, and so on."""
+    """(N,) the rows of the first token, then the rows of the second, and so on."""
     first: Tensor | None
     """(T,) where the rows of each token begin in `rows`; None: all have equally many."""
     n_tokens: int
@@ -161,8 +161,8 @@ def rows_by_token(
     if tokens is None:
         return TokenRows(slot // top_k, row, None, n_tokens)
     by_token, order = tokens.to(smallest_integer(n_tokens)).sort(stable=True)
-    numbers = torch.arange(n_tokens, device=slot.device, dtype=by_token.dtype)
-    first = torch.searchsorted(by_token, numbers)
+    token_ids = torch.arange(n_tokens, device=slot.device, dtype=by_token.dtype)
+    first = torch.searchsorted(by_token, token_ids)
     token = tokens.index_select(0, slot)
     return TokenRows(token, row.index_select(0, order), first, n_tokens)
 
@@ -194,7 +194,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _SumRows(torch.autograd.Function):
-    """Tokens from rows; the gradient of a row is that of its token."""
+    """Tokens from rows; a row has the gradient of its token."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, at: TokenRows) -> Tensor:
@@ -224,7 +224,7 @@ def grouped_on_cuda(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Return `grouped` of any number of matrices, with a gradient of 0 where there are no rows.
 
     torch takes groups from the first row on. So a later part of the stack begins with the matrix
-    before it, whose group is all rows before; what it gives is not used.
+    before it, whose group is all rows before; its products are not used.
     """
     if gradient_unwritten(rows.device):
         stack = _ZeroWithoutRows.apply(stack, ends)  # type: ignore[no-untyped-call]
@@ -266,8 +266,8 @@ class _ZeroWithoutRows(torch.autograd.Function):
 def gradient_unwritten(device: torch.device) -> bool:
     """Whether a grouped product leaves the gradients of matrices without rows as they were.
 
-    So it is from compute capability 10 on (pytorch issue 172439). The fast path that this file is
-    written for is that of 9 (H100, H200).
+    So it is from compute capability 10 on (pytorch issue 172439). This file is written for the fast
+    path of capability 9 (H100, H200).
     """
     known = torch.cuda.is_available() and device.type == "cuda"
     return known and torch.cuda.get_device_capability(device)[0] >= 10

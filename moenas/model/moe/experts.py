@@ -52,8 +52,8 @@ class MoEFFN(Activated, FFN, kind="moe"):
     router: Router = setting("how experts are chosen, weighted and balanced", default=Router())
     n_shared_experts: int = setting("experts that every token passes", default=0, low=0)
     d_shared: int | None = setting(
-        "width of a shared expert; null: d_expert",
-        default=None,
+        "width of a shared expert",
+        derived="d_expert",
         low=8,
         multiple=8,
         without_effect={"n_shared_experts": one_of(0)},
@@ -96,7 +96,7 @@ class MoEFFN(Activated, FFN, kind="moe"):
     @property
     def shared_width(self) -> int:
         """Width of all shared experts together: n of width w are one of width n w."""
-        return self.n_shared_experts * (self.d_shared or self.d_expert)
+        return self.n_shared_experts * int(self.resolved("d_shared"))
 
     def invalid(self) -> str | None:
         """Return why the fields do not go together, or None."""
@@ -236,10 +236,10 @@ class ExpertBias(nn.Module):
 class Experts(nn.Module):
     """E feed-forward networks in two stacked matrices; each slot passes through one of them.
 
-    Slots are sorted by expert, so that each expert's rows lie together and one grouped matrix
-    product serves all of them: no loop, no wait of the host for the device. A matrix lies as a
-    product reads it, (in, out), as in gpt-oss: with few rows, as in decoding, a CPU reads it up to
-    1.5 times as fast as the transposed form.
+    Slots are sorted by expert, so that each expert's rows lie together. One grouped matrix product
+    serves all experts, without a loop and without a wait of the host for the device. A matrix is
+    stored as a product reads it, (in, out), as in gpt-oss. With few rows, as in decoding, a CPU
+    reads it up to 1.5 times as fast as the transposed form.
     """
 
     matrices = ("up", "down")
@@ -269,7 +269,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None = None) -> Tensor:
         """Return (T, D): for each of the tokens `x` (T, D) the weighted sum over its experts.
 
-        Slots that are not `kept`, in the shape of `choice.experts`, add nothing; those of experts
+        Slots that are not `kept`, in the shape of `choice.experts`, add nothing; slots of experts
         from number E on must not be kept.
         """
         if traced(x):
@@ -291,7 +291,7 @@ class Experts(nn.Module):
         # gradient of its input: both sides are masked then.
         masked = None if all_read and self.weight_on == "output" else empty
         rows = rows if masked is None else rows.masked_fill(masked, 0)
-        # Numbers from E on are those of zero experts, whose rows are empty.
+        # Zero experts have numbers from E on; their rows are empty.
         expert = experts.flatten()[slot].clamp(max=self.n_experts - 1) if self.bias else None
         # 3. One grouped product for all experts up, (N, 2 F or F), one down, (N, D).
         h = grouped(rows, self.up.to(x.dtype), ends)
@@ -335,15 +335,15 @@ class Experts(nn.Module):
         """Return what `forward` does, with sums in one order.
 
         A weight on the output is multiplied with the hidden layer, which is narrower for
-        fine-grained experts: the projection after it is linear, up to its bias.
+        fine-grained experts. The projection after it is linear, up to its bias.
         """
         experts = choice.experts
         laid = sort_slots(experts, self.n_experts, kept, 1)
         at = rows_by_token(laid, len(x), experts.shape[1], choice.tokens)
         slot, ends, empty, _ = laid
         weights = choice.weights.flatten().index_select(0, slot).unsqueeze(-1).to(x.dtype)
-        # Rows without an expert are never written, in either direction: each tensor that meets
-        # such a row is masked, so that nothing of them comes through.
+        # Rows without an expert are not written, forward or backward. Each tensor with such a row
+        # is masked, so that their content has no effect.
         weights = weights if empty is None else weights.masked_fill(empty, 0)
         rows = rows_of(x, at)
         rows = rows * weights if self.weight_on == "input" else rows

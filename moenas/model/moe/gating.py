@@ -67,9 +67,9 @@ def at_slots(table: Tensor, slots: SelectedSlots) -> Tensor:
 def chance_over_noise(clean: Tensor, spread: Tensor, noisy: Tensor, top_k: int) -> Tensor:
     """Return Phi((z_i - the K-th largest of the others with noise) / spread_i), (T, E).
 
-    Shazeer et al., arXiv 1701.06538, eq. 8 and 9; all (T, E), with K below E. It is the chance
-    to be among the K best of all experts: groups and a bias on the selection, which the paper does
-    not have, are left out.
+    Shazeer et al., arXiv 1701.06538, eq. 8 and 9; all (T, E), with K below E. It is the chance to
+    be among the K best of all experts. Groups and a bias on the selection are left out, because the
+    paper does not have them.
     """
     best = noisy.topk(top_k + 1, dim=-1).values
     bar = torch.where(noisy >= best[:, -2:-1], best[:, -1:], best[:, -2:-1])
@@ -81,9 +81,9 @@ class Weights(nn.Module):
     """The weights of the slots, and which of them count.
 
     A weight is the score of the expert, divided by the sum of the chosen if `normalize`, times
-    `scale`, times a trained factor of the expert if there are `n_scales` (Gemma 4). With a `top_p`
-    only the first experts of a token count that reach this share of all its scores together (arXiv
-    2403.07652). With an `eps` the weights are those of SparseMixer in place of scores.
+    `scale`. With `n_scales` each expert has a trained factor, too (Gemma 4). With a `top_p` only
+    the first experts of a token count that reach this share of all its scores together (arXiv
+    2403.07652). With an `eps`, SparseMixer gives the weights in place of the scores.
     """
 
     matrices: tuple[str, ...] = ()
@@ -152,10 +152,11 @@ class Weights(nn.Module):
     def sparsemixer_weights(self, logits: Tensor, experts: Tensor) -> Tensor:
         """Return SparseMixer's weights (T, K) (GRIN, arXiv 2409.12136; released Phi-3.5-MoE).
 
-        Experts are taken one after another. The weight of one with the logit z is its softmax over
-        those not taken before it whose logit z_j is at most 2 eps max(|z_j|, z) below.
+        Experts are taken one after another. The weight of an expert with the logit z is its softmax
+        over a set. The set has the experts not taken before it whose logit z_j is at most 2 eps
+        max(|z_j|, z) below z.
         """
-        # 1. Logits z of the chosen experts (T, K, 1) against those of all experts (T, 1, E).
+        # 1. Logits z of the chosen experts (T, K, 1) against the logits of all experts (T, 1, E).
         best, each = logits.gather(-1, experts).unsqueeze(-1), logits.unsqueeze(1)
         # 2. Leave out experts that are too far below: z - z_j > 2 eps max(|z_j|, z), (T, K, E).
         far = best - each > 2 * (self.eps or 0) * torch.maximum(each.abs(), best)

@@ -145,7 +145,7 @@ class HeadExperts(nn.Module):
         self.out = nn.Parameter(torch.empty(n_experts, width, d_model))
 
     def rows(self, x: Tensor, choice: RoutingDecision, kept: Tensor | None) -> ExpertRows:
-        """Return where the slots of `x` (T, D) lie, those of an expert together."""
+        """Return where the slots of `x` (T, D) lie; the slots of an expert lie together."""
         multiple = row_multiple(x, choice.experts, self.n_experts)
         return sort_slots(choice.experts, self.n_experts, kept, multiple)
 
@@ -264,8 +264,8 @@ class SharedKeys(nn.Module):
 class MoA(RoutedLayer):
     """Mixture of attention heads: sum over the chosen experts of weight * out(attend(query(x))).
 
-    Routing, balancing and statistics are those of a mixture of feed-forward experts. A dropped slot
-    adds nothing.
+    Routing, balancing and statistics are the same as for feed-forward experts. A dropped slot adds
+    nothing.
     """
 
     matrices: tuple[str, ...] = ()

@@ -39,8 +39,8 @@ def _aux_loss(coef: float, **fields: Any) -> Plain:
 
 
 # What depends on the number of experts (groups) is left out of the presets. A coefficient is the
-# published number, and loss_reduce says of which loss: a router_aux_loss_coef of a released
-# configuration is that of the pooled loss.
+# published number, and loss_reduce says of which loss. A router_aux_loss_coef of a released
+# configuration belongs to the pooled loss.
 _MIXTRAL: Plain = {
     "top_k": 2,
     "normalize": True,
@@ -62,9 +62,9 @@ PRESETS: dict[str, Plain] = {
         "top_k": 4,
         "balance": {"kind": "importance_load", "coef": 0.1},
     },
-    # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts. Not as
-    # there: the second expert is not dispatched at random, the loss counts both choices, not
-    # the first alone, and capacity is given out token by token, not to all first choices first.
+    # GShard, arXiv 2006.16668, algorithm 1: capacity of 2 slots a token over E experts. Unlike
+    # there, the second expert is not dispatched at random, and the loss counts both choices.
+    # Capacity is given out token by token, not to all first choices first.
     "gshard": {"top_k": 2, "normalize": True, "capacity_factor": 1.0, "balance": _aux_loss(0.01)},
     # Switch Transformer, arXiv 2101.03961: eq. 2 to 6; capacity 1.25, alpha 1e-2 (without
     # the jitter of the input, which section 2.4 sets to 0.01).

@@ -1,4 +1,4 @@
-"""What mixtures of networks and mixtures of attention heads share: routing, capacity, balancing."""
+"""The base of mixtures of networks and of attention heads: routing, capacity, balancing."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class RoutedLayer(nn.Module):
         experts = experts.unflatten(0, (sequences, -1))  # (B, S, K)
         # 2. The capacity: slots of an expert in one sequence. `round` takes rounding errors out.
         slots = self.capacity_factor * self.router.top_k * experts.shape[1]
-        room = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
+        fits = within_capacity(experts, n_choices + 1, math.ceil(round(slots / n_choices, 6)))
         # 3. The slots that are kept, and the fraction of the slots that are dropped.
-        kept = room.flatten(0, 1) if wanted is None else room.flatten(0, 1) & wanted
+        kept = fits.flatten(0, 1) if wanted is None else fits.flatten(0, 1) & wanted
         share = 1 - kept.float().mean()
         if wanted is not None:
             share = 1 - kept.sum() / wanted.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""Routers: which experts a token goes to, with which weights, and how the load is balanced."""
+"""Routers: the experts of a token, their weights, and the balancing of the load."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Router(Component):
         "experts chosen for a token; the mean with expert_choice and threshold", default=2, low=1
     )
     normalize: bool | None = setting(
-        "divide the weights of a token by their sum; null: only if top_k is over 1, as a single"
-        " weight would always be 1 and the router would get no gradient",
-        default=None,
+        "divide the weights of a token by their sum (with top_k 1 every weight would be 1, and the"
+        " router would get no gradient)",
+        derived="top_k > 1",
     )
     scale: float = setting("factor on the weights after that", default=1.0, low=1e-6)
     expert_scale: bool = setting(
@@ -148,7 +148,7 @@ class Router(Component):
     @property
     def normalizes(self) -> bool:
         """Whether the weights of a token are divided by their sum."""
-        return self.top_k > 1 if self.normalize is None else self.normalize
+        return bool(self.resolved("normalize"))
 
     def invalid(self) -> str | None:
         """Refuse a router that no gradient reaches, and one that looks ahead unless allowed to.

@@ -106,8 +106,8 @@ class TokenChoice:
     sparsemixer_eps: float | None = setting(
         "weights of SparseMixer (Phi-3.5-MoE, its router_jitter_noise; GRIN, arXiv"
         " 2409.12136): the softmax over the logits of experts not taken before it that are at"
-        " most 2 eps max(|z|, its own) below its own; trained by the gradient of that weight, and"
-        " not by the paper's estimator. null: by the scores",
+        " most 2 eps max(|z|, its own) below its own. The gradient of that weight trains it, not"
+        " the paper's estimator. null: by the scores",
         default=None,
         low=1e-4,
     )
@@ -342,7 +342,7 @@ class Threshold(ExpertSelection):
         self.decay = decay
         self.register_buffer("cutoff", torch.zeros(n_experts))
         self.register_buffer("known", torch.zeros(()))  # 1 once there are thresholds
-        self.seen: Tensor | None = None
+        self.batch_cutoff: Tensor | None = None
 
     def forward(
         self, ranked: Tensor, logits: Tensor, tokens: Tensor | None = None
@@ -350,8 +350,8 @@ class Threshold(ExpertSelection):
         """Select by `ranked` (T, E)."""
         n_tokens, n_experts = ranked.shape
         if self.training:
-            room = math.ceil(self.top_k * n_tokens / n_experts)
-            self.seen = ranked.detach().topk(room, dim=0).values[-1]
+            capacity = math.ceil(self.top_k * n_tokens / n_experts)
+            self.batch_cutoff = ranked.detach().topk(capacity, dim=0).values[-1]
         best = ranked.topk(min(2 * self.top_k, n_experts), dim=-1)
         cutoff = self.cutoff.float()[best.indices]
         place = torch.arange(best.indices.shape[-1], device=ranked.device)
@@ -361,9 +361,9 @@ class Threshold(ExpertSelection):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the thresholds towards those of the last training batch."""
-        if self.seen is not None:
-            moved = self.decay * self.cutoff + (1 - self.decay) * self.seen
-            self.cutoff.copy_(torch.where(self.known > 0, moved, self.seen))
+        """Move the thresholds towards the cutoffs of the last training batch."""
+        if self.batch_cutoff is not None:
+            moved = self.decay * self.cutoff + (1 - self.decay) * self.batch_cutoff
+            self.cutoff.copy_(torch.where(self.known > 0, moved, self.batch_cutoff))
             self.known.fill_(1)
-        self.seen = None
+        self.batch_cutoff = None

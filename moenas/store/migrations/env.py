@@ -1,4 +1,4 @@
-"""What Alembic runs to change the schema, over the connection that it is handed."""
+"""Alembic's environment: it changes the schema over a given connection."""
 
 from __future__ import annotations
 

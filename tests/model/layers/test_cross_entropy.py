@@ -1,4 +1,4 @@
-"""The cross entropy by pieces is that of all logits, and so are its gradients."""
+"""The cross entropy by pieces and its gradients equal the ones of all logits."""
 
 from __future__ import annotations
 

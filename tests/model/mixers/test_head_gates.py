@@ -50,7 +50,7 @@ def test_a_bias_of_the_gate_is_a_parameter_of_each_head() -> None:
 
 
 def test_a_sigmoid_gate_keeps_the_plain_form_and_the_fingerprint() -> None:
-    """The fingerprint is that of the version before there was another gate."""
+    """The fingerprint is the same as in the version before there was another gate."""
     plain = {
         "vocab_size": 64,
         "d_model": 16,

@@ -137,7 +137,7 @@ def test_a_shared_table_is_one_table() -> None:
 
 
 def test_a_table_that_is_not_there_is_refused() -> None:
-    with pytest.raises(SpaceError, match="layer 1: position_bias is that of layer 0"):
+    with pytest.raises(SpaceError, match="layer 1: position_bias is shared with layer 0"):
         two_layers(kind="t5", num_buckets=4, shared=True)
     alone = {"kind": "attention", "head_dim": 8, "position_bias": T5 | {"shared": True}}
     with pytest.raises(SpaceError, match="layer 0: position_bias is shared, but no layer before"):

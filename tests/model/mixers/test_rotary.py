@@ -396,7 +396,7 @@ def test_the_temperature_is_that_of_the_formula() -> None:
 
 @pytest.mark.parametrize("scaling", [LINEAR, YARN, LLAMA3], ids=lambda plain: plain["kind"])
 def test_an_exported_model_turns_alike(scaling: Plain) -> None:
-    """The text of the model alone, with what it was lifted from out of reach."""
+    """The exported text of the model alone, without the modules that it came from."""
     block: Plain = {
         "kind": "attention",
         "head_dim": 8,

@@ -223,7 +223,9 @@ def test_evaluation_drops_nothing() -> None:
 def test_bfloat16_agrees_with_float32(length: int, capacity_factor: float | None) -> None:
     router = router_of(top_k=2, capacity_factor=capacity_factor)
     moe = build(router=router, n_shared_experts=1)
-    x = some_tokens(2, length).bfloat16()  # the same tokens for both, so that they route alike
+    x = some_tokens(
+        2, length
+    ).bfloat16()  # the same tokens for both, so that they route in the same way
     full, half = moe(x.float()), moe(x)
     assert half.dtype == torch.bfloat16
     assert (full - half).norm() < 0.02 * full.norm()

@@ -206,7 +206,7 @@ def test_beside_a_bias_the_loss_counts_the_best_scores_without_it() -> None:
             f = 4 / (2 * 3) * sum(i in chosen for chosen in best)
             wanted += f * sum(row[i] / sum(row) for row in rows) / 3 / 2
     assert routing.balance_loss.item() == pytest.approx(wanted, abs=1e-6)
-    assert routing.load.tolist() == [6, 6, 0, 0]  # the bias follows what was sent
+    assert routing.load.tolist() == [6, 6, 0, 0]  # the bias follows the load that was sent
 
 
 def test_importance_and_load_follow_the_formula() -> None:

@@ -220,7 +220,7 @@ def test_no_network_runs_for_a_zero_expert() -> None:
 
 
 def test_zero_experts_take_no_room() -> None:
-    """Capacity is that of the experts with a network; the share dropped is of their slots."""
+    """Capacity counts experts with a network; the dropped share is of their slots."""
     router = router_of(top_k=1, capacity_factor=0.5, normalize=False)
     moe = MoEFFN(n_experts=1, n_zero_experts=1, d_expert=8, router=router).build(D_MODEL)
     fill(moe)

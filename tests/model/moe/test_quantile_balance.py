@@ -39,7 +39,7 @@ def test_the_bias_is_that_of_sorted_lists(n_tokens: int, n_experts: int, top_k: 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_assignment_comes_to_the_best_even_one(top_k: int) -> None:
-    """Nearly that of scipy: descent by one group of numbers at a time can stop at a tie."""
+    """Nearly the optimum of scipy: descent by one group of numbers at a time can stop at a tie."""
     n_tokens, n_experts = 240, 8
     ranks, bias = ranks_of(n_tokens, n_experts, 3), torch.zeros(n_experts)
     even = n_tokens * top_k // n_experts

@@ -295,7 +295,7 @@ def test_sparsemixer_takes_experts_one_after_another() -> None:
 
 
 def test_sparsemixer_weights_teach_the_router() -> None:
-    """The gradient of a weight is that of its formula, by differences in float64."""
+    """The gradient of a weight equals the gradient of its formula, by differences in float64."""
     module, x = (
         build(
             router_of(top_k=2, normalize=False, selection={"kind": "top_k", "sparsemixer_eps": 0.4})

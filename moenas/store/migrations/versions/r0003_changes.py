@@ -1,4 +1,4 @@
-"""The third schema: what was changed of a study after its start."""
+"""The third schema: changes of a study after its start."""
 
 from __future__ import annotations
 
