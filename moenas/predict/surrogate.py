@@ -47,11 +47,12 @@ class Surrogate:
         """Return the process for values (N,), N from 0, that are too few to fit it to.
 
         Each length scale is sqrt(D), as the distance of two random points grows with it. The noise
-        is that of its prior. The scale of fewer than three values is unknown, and taken as 1.
+        is that of its prior. The scale is the standard deviation of the values, and 1 where there
+        is none.
         """
         self = cls.__new__(cls)
         self._center = float(values.mean()) if len(values) else 0.0
-        self._scale = (float(values.std()) if len(values) > 2 else 0.0) or 1.0
+        self._scale = (float(values.std(ddof=1)) if len(values) > 1 else 0.0) or 1.0
         n_features = features.shape[1]
         self._lengths = torch.full((n_features,), math.sqrt(n_features), dtype=torch.float64)
         self._noise = torch.tensor(math.exp(NOISE_CENTER), dtype=torch.float64)

@@ -262,7 +262,9 @@ def _improvements(means: Array, deviations: Array, n_trials: int) -> Array:
     """
     trials, pool, spread = means[:n_trials], means[n_trials:], deviations[n_trials:]
     worst, best = means.max(axis=0), means.min(axis=0)
-    reference = worst + MARGIN * np.where(worst > best, worst - best, 1.0)
+    # Where all means are equal, the unit of the objective is that of its deviations.
+    unit = np.where(spread.any(axis=0), spread.max(axis=0), 1.0)
+    reference = worst + MARGIN * np.where(worst > best, worst - best, unit)
     # The first predicted objective is integrated, the others that are predicted are sampled.
     learned = np.flatnonzero(deviations.any(axis=0))
     first, sampled = int(learned[0]) if len(learned) else 0, learned[1:]

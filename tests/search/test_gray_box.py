@@ -193,6 +193,19 @@ def test_any_number_of_objectives_may_be_exact(objectives: str) -> None:
     assert point(space, 0, params) is not None
 
 
+@pytest.mark.parametrize("complete", [1, 2, 3, INITIAL])
+def test_proposals_do_not_depend_on_the_unit_of_an_objective(complete: int) -> None:
+    space = Space.load("tiny", [OBJECTIVES])
+    proposals = []
+    for factor in (1.0, 1000.0, 0.001):
+        trials = searched(0, complete, sampler=False)
+        for one in trials:
+            one.values = [factor * one.values[0], one.values[1]]
+        proposals.append(GrayBox(space).propose(2 * complete + 1, trials))
+    assert proposals[0] is not None
+    assert proposals[0] == proposals[1] == proposals[2]
+
+
 def test_a_point_keeps_its_own_parameters() -> None:
     """Points of one architecture, whatever other point of it was seen before."""
     space = Space.load("tiny", [OBJECTIVES])
