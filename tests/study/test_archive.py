@@ -150,7 +150,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "does not describe a packed study",
     ),
     "a newer format": (lambda: write_signed(members(), version=2), "upgrade moenas"),
-    "one member more": (lambda: write(members() | {"../x": b""}), "members differ from manifest.json"),
+    "one member more": (
+        lambda: write(members() | {"../x": b""}),
+        "members differ from manifest.json",
+    ),
     "a path": (lambda: write_signed(members() | {"../x": b""}), "is not as manifest.json says"),
     "changed rows": (
         lambda: write(members() | {"space.yaml": bytes(len(members()["space.yaml"]))}),
