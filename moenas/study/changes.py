@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from moenas.data.corpus import Corpus
     from moenas.space.space import Space
 
+FORMER_SAMPLER, FORMER_LR_SCALE = "tpe", 1.0
+"""Defaults of `search.sampler` and `train.lr_scale` in earlier versions."""
 MAX_DIFFERENCES = 20
 """Lines shown of what differs between two spaces."""
 
 
 def with_stored_defaults(space: Space, known: StudyRecord | None) -> Space:
-    """Return a space with the sampler and the `lr_scale` of its study where it names none.
+    """Return a space with a former default of its study where its file names no value.
 
-    Earlier versions had other defaults.
+    A study that began with an earlier version and no value of its own goes on with that default.
     """
     if known is None:
         return space
-    if not space.names_sampler and "sampler" in known.space.get("search", {}):
-        space = space.with_search(sampler=known.space["search"]["sampler"])
-    if not space.names_lr_scale and "lr_scale" in known.space.get("train", {}):
-        train = replace(space.train, lr_scale=known.space["train"]["lr_scale"])
-        space = replace(space, train=train)
+    if not space.names_sampler and known.space.get("search", {}).get("sampler") == FORMER_SAMPLER:
+        space = space.with_search(sampler=FORMER_SAMPLER)
+    if not space.names_lr_scale and known.space.get("train", {}).get("lr_scale") == FORMER_LR_SCALE:
+        space = replace(space, train=replace(space.train, lr_scale=FORMER_LR_SCALE))
     return space
 
 

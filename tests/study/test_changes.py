@@ -50,6 +50,9 @@ def test_a_study_that_began_with_another_default_sampler_keeps_it() -> None:
     assert study.record.space["search"]["sampler"] == "tpe"
     with pytest.raises(InputError, match=r'search\.sampler: "tpe" -> "random"'):
         run(named.with_search(sampler="random"), trials=5, pool=pool)
+    run(replace(named.with_search(sampler="random"), name="drawn"), trials=1, pool=pool)
+    with pytest.raises(InputError, match=r'search\.sampler: "random" -> "gray_box"'):
+        run(replace(unnamed, name="drawn"), trials=2, pool=pool)
     # A new study has the default of today.
     assert run(
         replace(unnamed, name="new"), trials=2, pool=pool
@@ -68,6 +71,11 @@ def test_a_study_that_began_with_another_default_lr_scale_keeps_it() -> None:
     named = Space.parse(unnamed.text, "s.yaml", ["train.lr_scale=2"])
     with pytest.raises(InputError, match=r"train\.lr_scale: 1\.0 -> 2\.0"):
         run(named, trials=3, pool=pool)
+    # A value that the study had and its file has no more is a change.
+    halved = replace(unnamed, name="halved", train=replace(unnamed.train, lr_scale=0.5))
+    run(halved, trials=1, pool=pool)
+    with pytest.raises(InputError, match=r"train\.lr_scale: 0\.5 -> null"):
+        run(replace(unnamed, name="halved"), trials=2, pool=pool)
     # A new study follows the batch.
     fresh = run(replace(unnamed, name="new"), trials=1, pool=pool)
     assert fresh.record.space["train"]["lr_scale"] is None
