@@ -5,7 +5,7 @@
 
 Each cell is an architecture with a batch and a number of steps. The rates are a grid of factors of
 sqrt(2) around the rule's; it grows until the best rate has a worse one on either side. Regret is
-the loss at the rule's rate minus the loss at the best rate of the grid, as a mean over the seeds.
+the loss at the rule's rate minus the loss at the best rate that ran, as a mean over the seeds.
 The best of several noisy means is too good by chance, so the regret is rather too large. The noise
 is the standard error of the regret over the seeds.
 
@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import torch
 from moenas.data.corpus import Corpus
 from moenas.data.loading import load
 from moenas.errors import DivergedError
-from moenas.evaluate.optimizer import BASE_WIDTH, learning_rate
+from moenas.evaluate.optimizer import BASE_STEP_TOKENS, BASE_WIDTH, learning_rate
 from moenas.evaluate.training import train, validate
 from moenas.model.architecture import Architecture
 from moenas.records import Plain
@@ -39,6 +40,8 @@ from moenas.space.sections import Recipe
 RESULTS = Path(__file__).parent / "results" / "learning_rate.json"
 HALVES = range(-2, 3)
 """Exponents of sqrt(2) of the rates that every cell is trained at, relative to the rule's."""
+EXPONENTS = [Fraction(text) for text in ("0", "1/5", "1/4", "1/3", "2/5", "1/2")]
+"""Powers of the tokens of a step that are compared."""
 ENOUGH = 0.01
 """Regret in nats below which a rate counts as the best one."""
 
@@ -133,14 +136,21 @@ class Runs:
     def loss(self, way: str, name: str, lr: float, seed: int) -> float | None:
         """Return the validation loss of a run, made now if it is missing; inf if it diverged.
 
-        None is that of a missing run where nothing is to be trained.
+        The result is None for a missing run where nothing is to be trained.
         """
+        stored = self.stored(way, name, lr, seed)
+        if stored is None and self.corpus is not None:
+            return self.make(self.corpus, way, name, lr, seed)
+        return stored
+
+    def stored(self, way: str, name: str, lr: float, seed: int) -> float | None:
+        """Return the validation loss of a run that is there, or None; inf if it diverged."""
         either = CELLS[name].architecture.d_model == BASE_WIDTH
         for row in self.rows:
             same = (row["cell"], row["seed"]) == (name, seed)
             if same and math.isclose(row["lr"], lr, rel_tol=1e-6) and (either or row["way"] == way):
                 return math.inf if row["loss"] is None else float(row["loss"])
-        return None if self.corpus is None else self.make(self.corpus, way, name, lr, seed)
+        return None
 
     def make(self, corpus: Corpus, way: str, name: str, lr: float, seed: int) -> float:
         """Train one model and keep its result."""
@@ -169,10 +179,25 @@ class Runs:
         print(text, file=sys.stderr, flush=True)
         return loss
 
+    def means(self, name: str, seeds: list[int]) -> dict[float, list[float]]:
+        """Return rate -> loss of each seed, of all rates of a cell that have a run of each seed."""
+        either = CELLS[name].architecture.d_model == BASE_WIDTH
+        rates = {
+            float(row["lr"])
+            for row in self.rows
+            if row["cell"] == name and (either or row["way"] == "rule")
+        }
+        losses = dict[float, list[float]]()
+        for rate in sorted(rates):
+            there = [self.stored("rule", name, rate, seed) for seed in seeds]
+            if None not in there:
+                losses[rate] = [loss for loss in there if loss is not None]
+        return losses
+
     def row(self, name: str, seeds: list[int]) -> Regret | None:
-        """Return the regret of the rule for a cell; None if a run is missing."""
+        """Return the regret of the rule for a cell; None if a run of its grid is missing."""
         rule = CELLS[name].rule
-        losses: dict[int, list[float]] = {}
+        losses: dict[int, float] = {}
         exponents = list(HALVES)
         while exponents:
             for exponent in exponents:
@@ -180,17 +205,28 @@ class Runs:
                 each = [self.loss("rule", name, rate, seed) for seed in seeds]
                 if None in each:
                     return None
-                losses[exponent] = [loss for loss in each if loss is not None]
-            best = min(losses, key=lambda e: statistics.fmean(losses[e]))
+                losses[exponent] = statistics.fmean(loss for loss in each if loss is not None)
+            best = min(losses, key=lambda e: losses[e])
             exponents = [e for e in (best - 1, best + 1) if e not in losses]
-        differences = [a - b for a, b in zip(losses[0], losses[best], strict=True)]
-        spread = statistics.stdev(differences) if len(seeds) > 1 and best else 0.0
-        return Regret(
-            rule * math.sqrt(2.0) ** best,
-            statistics.fmean(losses[best]),
-            statistics.fmean(losses[0]),
-            spread / math.sqrt(len(seeds)),
-        )
+        every = self.means(name, seeds)
+        ours = next(each for rate, each in every.items() if math.isclose(rate, rule, rel_tol=1e-6))
+        best_rate = min(every, key=lambda rate: statistics.fmean(every[rate]))
+        differences = [a - b for a, b in zip(ours, every[best_rate], strict=True)]
+        spread = statistics.stdev(differences) if len(seeds) > 1 else 0.0
+        ours_is_best = math.isclose(best_rate, rule, rel_tol=1e-6)
+        noise = None if ours_is_best else spread / math.sqrt(len(seeds))
+        best_loss = statistics.fmean(every[best_rate])
+        return Regret(best_rate, best_loss, statistics.fmean(ours), noise)
+
+    def interpolated(self, name: str, rate: float, seeds: list[int]) -> float | None:
+        """Return the mean loss at a rate, linear in its logarithm between two rates that ran."""
+        means = {r: statistics.fmean(each) for r, each in self.means(name, seeds).items()}
+        below, above = [r for r in means if r <= rate], [r for r in means if r >= rate]
+        if not below or not above:
+            return None
+        low, high = max(below), min(above)
+        share = 0.0 if low == high else math.log(rate / low) / math.log(high / low)
+        return (1 - share) * means[low] + share * means[high]
 
     def best_at_one_rate(self, name: str) -> tuple[float, float] | None:
         """Return the best rate for all weights of a cell, on a grid of factors of 2, and its loss.
@@ -222,13 +258,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Regret:
-    """What the rule loses to the best rate of the grid."""
+    """What the rule loses to the best rate that was tried."""
 
     best_rate: float
     best_loss: float
     rule_loss: float
-    noise: float
-    """Standard error of the regret over the seeds; 0 with one seed, or if the rule is the best."""
+    noise: float | None
+    """Standard error of the regret over the seeds; None if no rate is better than the rule's."""
 
     @property
     def nats(self) -> float:
@@ -250,10 +286,11 @@ def print_rule(runs: Runs, seeds: list[int]) -> None:
             continue
         regrets.append(row.nats)
         active = cell.architecture.cost(cell.context).active_params
+        noise = "" if row.noise is None else f" +- {row.noise:.3f}"
         print(
             f"| {name} | {active:,} | {cell.steps} x {cell.batch} | {row.best_rate:.4f}"
             f" | {row.best_loss:.3f} | {cell.rule:.4f} | {row.rule_loss:.3f}"
-            f" | {row.nats:+.3f} +- {row.noise:.3f} |"
+            f" | {row.nats:.3f}{noise} |"
         )
     if regrets:
         within = sum(regret <= ENOUGH for regret in regrets)
@@ -261,6 +298,27 @@ def print_rule(runs: Runs, seeds: list[int]) -> None:
             f"\nRegret of the rule: mean {statistics.fmean(regrets):.3f}, worst {max(regrets):.3f};"
             f" at most {ENOUGH} in {within} of {len(regrets)} cells."
         )
+
+
+def print_exponents(runs: Runs, seeds: list[int]) -> None:
+    """Print the regret of powers of the tokens of a step, over the cells that have others."""
+    print("\n| power of the tokens of a step | mean regret | worst | cells |")
+    print("|---|--:|--:|--:|")
+    for exponent in EXPONENTS:
+        regrets = []
+        for name in REPEATED:
+            cell, row = CELLS[name], runs.row(name, seeds)
+            tokens = cell.batch * cell.context
+            if row is None or tokens == BASE_STEP_TOKENS:
+                continue
+            rate = learning_rate(cell.architecture, replace(cell.recipe, lr_scale=1.0))
+            rate *= (tokens / BASE_STEP_TOKENS) ** float(exponent)
+            loss = runs.interpolated(name, rate, seeds)
+            if loss is not None:
+                regrets.append(loss - row.best_loss)
+        if regrets:
+            mean, worst = statistics.fmean(regrets), max(regrets)
+            print(f"| {exponent} | {mean:.3f} | {worst:.3f} | {len(regrets)} |")
 
 
 def print_one_rate(runs: Runs) -> None:
@@ -297,6 +355,7 @@ def main() -> None:
             for name in REPEATED:
                 runs.row(name, list(range(seeds)))
     print_rule(runs, list(range(args.seeds)))
+    print_exponents(runs, list(range(args.seeds)))
     print_one_rate(runs)
 
 

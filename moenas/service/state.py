@@ -23,8 +23,8 @@ from moenas.store.store import Store
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DRAWN = 32
-"""Studies whose figures are held."""
+KEPT = 32
+"""Studies whose figures and reports are kept."""
 WAITERS = 32
 """Requests that may wait for the task processes at a time."""
 
@@ -45,7 +45,9 @@ class ServiceState:
     drawing: TaskProcess
     """Draws figures, which takes a second of computation."""
     drawn: dict[str, tuple[int, Plain]] = field(default_factory=dict)
-    """Study -> id of its newest event, and its figures then; of the latest DRAWN studies."""
+    """Study -> id of its newest event, and its figures then; of the latest KEPT studies."""
+    reports: dict[str, tuple[int, Plain]] = field(default_factory=dict)
+    """The same with the reports."""
     waiters: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(WAITERS, "moenas-waiter")
     )

@@ -7,15 +7,16 @@ import io
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response, StreamingResponse
 
+from moenas.records import Plain
 from moenas.service import event_stream, front_schemas, schemas, study_views, tasks
-from moenas.service.state import DRAWN, Service, ServiceState, User
+from moenas.service.state import KEPT, Service, ServiceState, User
 from moenas.store import study_events
 from moenas.store.submissions import State, StudyFilter
 
@@ -125,15 +126,30 @@ def _figures(service: ServiceState, name: str) -> schemas.Figures:
     """Return the figures of a study; they are drawn once for all between two events."""
     if not study_views.begun(service.store, name):
         return schemas.Figures(figures={})
+    url = service.store.url
+    figures = _kept(
+        service,
+        service.drawn,
+        name,
+        lambda: service.drawing.call(tasks.study_figures, name, storage=url),
+    )
+    return schemas.Figures(figures=figures)
+
+
+def _kept(
+    service: ServiceState,
+    kept: dict[str, tuple[int, Plain]],
+    name: str,
+    make: Callable[[], Plain],
+) -> Plain:
+    """Return what was made of a study after its newest event; it is made now if it is missing."""
     newest = service.store.query(study_events.newest).get(name, 0)
-    known = service.drawn.get(name)
+    known = kept.get(name)
     if known is None or known[0] != newest or not newest:
-        url = service.store.url
-        known = newest, service.drawing.call(tasks.study_figures, name, storage=url)
-        service.drawn[name] = known
-        while len(service.drawn) > DRAWN:
-            service.drawn.pop(next(iter(service.drawn)), None)
-    return schemas.Figures(figures=known[1])
+        known = kept[name] = newest, make()
+        while len(kept) > KEPT:
+            kept.pop(next(iter(kept)), None)
+    return known[1]
 
 
 @router.get("/studies/{name}/report")
@@ -143,15 +159,20 @@ async def get_report(service: Service, name: str) -> schemas.Report:
 
 
 def made_report(service: ServiceState, name: str) -> schemas.Report:
-    """Let the process of the jobs make the report of a study; without trials it has the name."""
+    """Return the report of a study, made once between two events; without trials it has the name.
+
+    The process of the jobs makes it.
+    """
     if not study_views.begun(service.store, name):
         return schemas.Report(study=name)
-    report = service.jobs.call(
-        tasks.study_report,
+    url, allow_code = service.store.url, service.settings.allow_code
+    report = _kept(
+        service,
+        service.reports,
         name,
-        storage=service.store.url,
-        allow_code=service.settings.allow_code,
-        timeout=EXPORT_S,
+        lambda: service.jobs.call(
+            tasks.study_report, name, storage=url, allow_code=allow_code, timeout=EXPORT_S
+        ),
     )
     return schemas.Report(**report)
 

@@ -171,6 +171,17 @@ def test_figures_are_drawn_again_after_an_event(one: Served, store: Store) -> No
     assert one.service.drawn["made_up"] is not known
 
 
+def test_a_report_is_made_again_after_an_event(one: Served, store: Store) -> None:
+    first = get(one, f"{NAME}/report")
+    assert first["objectives"]
+    known = one.service.reports["made_up"]
+    assert get(one, f"{NAME}/report") == first
+    assert one.service.reports["made_up"] is known
+    store.transact(lambda c: study_events.append(c, "made_up", "tick", {}))
+    assert get(one, f"{NAME}/report") == first
+    assert one.service.reports["made_up"] is not known
+
+
 def test_metrics_are_in_the_form_of_prometheus(one: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
