@@ -4,10 +4,10 @@
     python benchmarks/search.py --page
 
 It replays benchmarks/moe_table in simulated time and adds each run to
-benchmarks/results/search.json, so a second start goes on. `--page` writes docs/search_benchmark.md
-and docs/search.png from these results. The page says which share of the points was not trained:
-their losses are predicted. Methods of packages that are not installed are left out, and named;
-`pip install "moenas[rivals]"` installs them.
+benchmarks/results/search.json, so a second start goes on. Remove the rows of a method whose code
+has changed. `--page` writes docs/search_benchmark.md and docs/search.png from these results. The
+page says which share of the points was not trained: their losses are predicted. Methods of packages
+that are not installed are left out, and named; `pip install "moenas[rivals]"` installs them.
 """
 
 from __future__ import annotations
