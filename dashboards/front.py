@@ -60,10 +60,14 @@ def figure(view: View) -> go.Figure:
         vertical_spacing=0.22,
         figure=drawn,
     )
+    named: set[str] = set()  # a legend has one entry for the traces of all pairs
     for index, pair in enumerate(pairs):
         row, column = index // columns + 1, index % columns + 1
-        for trace in _traces(view, pair, share=len(pairs), legend=index == 0):
-            drawn.add_trace(trace, row=row, col=column)
+        for trace in _traces(view, pair, share=len(pairs)):
+            shown = bool(len(trace.x)) and trace.legendgroup not in named
+            if shown:
+                named.add(trace.legendgroup)
+            drawn.add_trace(trace.update(showlegend=shown), row=row, col=column)
         _axes(drawn, view, pair, (row, column))
     level = figures.bigram_loss(view)
     if level is not None and "val_loss" in view.study.directions:
@@ -86,7 +90,7 @@ def _subtitle(view: View) -> str:
     return "; ".join(words)
 
 
-def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scatter]:
+def _traces(view: View, pair: Pair, *, share: int) -> list[go.Scatter]:
     """Return the dominated points, the envelope and the members of one of `share` pairs."""
     x, y = pair
     members = figures.members(view)
@@ -107,7 +111,6 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
             marker={"color": figures.GREY, "size": 6, "opacity": 0.55},
             mode="markers",
             name="dominated",
-            showlegend=legend and bool(others),
         ),
         go.Scatter(
             x=step_x,
@@ -117,7 +120,6 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
             line={"color": figures.BLUE, "width": 1.5},
             mode="lines",
             name="best of the pair",
-            showlegend=legend,
         ),
         go.Scatter(
             **_xy(members, pair),
@@ -128,12 +130,11 @@ def _traces(view: View, pair: Pair, *, share: int, legend: bool) -> list[go.Scat
             marker={"color": figures.BLUE, "size": 9, "line": figures.RIM},
             mode="markers+text" if numbers else "markers",
             name="on the front (trial)" if numbers else "on the front",
-            showlegend=legend,
             text=numbers,
             textfont={"size": 10},
             textposition="top right",
         ),
-        *([intervals.update(showlegend=legend)] if intervals else []),
+        *([intervals] if intervals else []),
     ]
 
 

@@ -196,6 +196,16 @@ def test_members_with_further_seeds_have_the_mean_and_its_95_percent_interval(n_
             assert "+-" in text
 
 
+def test_the_legend_names_the_intervals_if_the_first_pair_has_none():
+    view = replicated(3)
+    last = sorted(view.study.objectives, key=lambda info: info["name"] == "val_loss")
+    traces = drawn("front", replace(view, study=replace(view.study, objectives=last))).data
+    shown = [trace.name for trace in traces if trace.showlegend and trace.legendgroup]
+    assert [info["name"] for info in last] == ["decode_ms", "flops_per_token", "val_loss"]
+    assert sorted(shown) == sorted({trace.name for trace in traces if trace.legendgroup})
+    assert shown.count("mean over seeds, 95 % interval") == 1
+
+
 def test_without_further_seeds_the_front_has_no_intervals():
     equal = replicated(2)
     same = [

@@ -51,8 +51,8 @@ def publish(store: Store, name: str) -> None:
         NotFoundError: if there is no such study.
     """
     now, version = store.summary(name), f"{moenas.__version__}:{figures.digest()}"
-    seeds = len(store.replicates(name))
-    state = json.dumps([version, now.study.trials, now.counts, now.hypervolume, now.front, seeds])
+    seeds = store.replicates_version(name)
+    state = json.dumps([version, now.study.trials, now.counts, now.hypervolume, now.front, *seeds])
     storage = store.optuna_storage()
     sampler = optuna.samplers.RandomSampler()  # the default one would look at every trial
     study = optuna.load_study(study_name=name, storage=storage, sampler=sampler)

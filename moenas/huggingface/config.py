@@ -125,6 +125,11 @@ class Config:
             raise self.error(name, "the field is missing; give a whole number")
         return value
 
+    def whole_unless_left_out(self, name: str, derived: int) -> int:
+        """Return a whole number of the file; a missing one follows from other fields: `derived`."""
+        self.read.add(name)
+        return self.whole(name) if name in self.fields else derived
+
     def number(self, name: str, default: float = 0.0) -> float:
         """Return a number; a missing one, or null where the family has none, is the default."""
         if self.is_null(name) and not default:

@@ -29,6 +29,21 @@ FAMILIES: dict[str, Callable[[Config], Model]] = (
 )
 """`model_type` -> the function that reads a configuration of this family."""
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
+"""Names of the number of layers in the families."""
+
+
+def check_layers(config: Config) -> None:
+    """Refuse a configuration without layers.
+
+    Raises:
+        SpaceError: naming the field with the number of layers.
+    """
+    for name in LAYER_COUNTS:
+        node = config.fields.get(config.aliases.get(name, name))
+        if node is not None and node.plain == 0:
+            raise config.error(name, "a model has 1 layer or more; give a whole number above 0")
+
 
 def model_of(config: Config) -> Model:
     """Return the fields of an architecture beside its blocks, and its blocks, one a layer.
@@ -36,9 +51,10 @@ def model_of(config: Config) -> Model:
     Raises:
         SpaceError: naming the field of the configuration that has no counterpart.
     """
+    check_layers(config)
     try:
         whole, layers = FAMILIES[config.family](config)
-    except (ArithmeticError, TypeError, ValueError) as error:  # such as a count of 0
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # such as a count of 0
         message = f"a field has a value that the family cannot have: {error}"
         raise config.error("model_type", message) from None
     config.check_all_read()

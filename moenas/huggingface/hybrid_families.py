@@ -329,25 +329,36 @@ def jetmoe(c: Config) -> Model:
     return whole_model(c), [{"mixer": heads}, {"ffn": networks}] * c.whole("num_hidden_layers")
 
 
+BAILING_HEAD = 128
+"""Width of a head of `BailingHybridConfig` before it sets `head_dim` to `qk_rope_head_dim`."""
+
+
 def bailing_hybrid(c: Config) -> Model:
     """Ling hybrid: Kimi delta attention with bounded decays, and gated latent attention."""
     n, every = c.whole("num_hidden_layers"), c.whole("layer_group_size", 6)
     types = c.kinds("layer_types", n, LINEAR) or [(i + 1) % every > 0 for i in range(n)]
-    width = c.whole("linear_head_dim")
+    heads, kernel = c.whole("num_attention_heads"), c.whole("short_conv_kernel_size")
+    width = c.whole("head_dim") if "head_dim" in c.fields else BAILING_HEAD
+    width = c.whole_unless_left_out("linear_head_dim", width)
+    if c.get("q_lora_rank") is not None:
+        raise c.error(
+            "q_lora_rank",
+            "the family does not read this field: its queries have one matrix; delete the field",
+        )
     c.expect("kda_safe_gate", True)
     eps = c.number("rms_norm_eps")
     linear: Plain = {
         "kind": "kimi_delta",
-        "n_heads": c.whole("linear_num_heads"),
+        "n_heads": c.whole_unless_left_out("linear_num_heads", heads),
         "key_dim": width,
         "value_dim": width,
-        "d_conv": c.whole("linear_conv_kernel_dim", 4),
+        "d_conv": c.whole_unless_left_out("linear_conv_kernel_dim", kernel),
         "decay_limit": -c.number("kda_lower_bound", -5.0),
         "inner_eps": eps,
     }
     c.expect("attention_bias", False)
     full = latent_attention(c, rope(c), output_gate="head")
-    c.read |= {"short_conv_kernel_size", "moe_shared_expert_intermediate_size"}
+    c.read.add("moe_shared_expert_intermediate_size")
     route = biased_router(
         c,
         top_k="num_experts_per_token",

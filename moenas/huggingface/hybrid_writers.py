@@ -158,11 +158,12 @@ def _kimi(m: Layers) -> Plain:
 
 
 def kimi_linear(m: Layers) -> Plain:
-    """Kimi Linear: its latent attention has no positions, and queries of one matrix."""
-    return {k: v for k, v in _kimi(m).items() if k != "q_lora_rank" and not k.startswith("rope")}
+    """Kimi Linear: its latent attention has no positions."""
+    return {k: v for k, v in _kimi(m).items() if not k.startswith("rope")}
 
 
 def bailing_hybrid(m: Layers) -> Plain:
-    """Ling hybrid: bounded decays, and gates in latent attention."""
+    """Ling hybrid: bounded decays; its latent attention has gates, and queries of one matrix."""
     limit = m.first("mixer", "kimi_delta").get("decay_limit")
-    return {**_kimi(m), "kda_lower_bound": None if limit is None else -limit}
+    fields = {k: v for k, v in _kimi(m).items() if k != "q_lora_rank"}
+    return {**fields, "kda_lower_bound": None if limit is None else -limit}

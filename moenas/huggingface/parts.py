@@ -229,10 +229,25 @@ def attention(c: Config, positions: Plain, **fields: Any) -> Plain:
         "kind": "attention",
         "head_dim": width,
         "n_heads": n_heads,
-        "n_kv_heads": c.whole("num_key_value_heads", n_heads),
+        "n_kv_heads": kv_heads(c, n_heads),
         "rope": positions,
         **{name: value for name, value in fields.items() if value is not None},
     }
+
+
+_EQUAL_HEADS = """
+    afmoe aria_text cohere2_moe flex_olmo granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared hunyuan_v1_moe llama olmoe
+"""
+EQUAL_HEADS = frozenset(_EQUAL_HEADS.split())
+"""Families that have a head of keys for each of queries, if the file gives no number of them."""
+
+
+def kv_heads(c: Config, n_heads: int) -> int:
+    """Return the number of heads of keys and values; `n_heads` is that of queries."""
+    if c.family in EQUAL_HEADS:
+        return c.whole_unless_left_out("num_key_value_heads", n_heads)
+    return c.whole("num_key_value_heads", n_heads)
 
 
 def head_dim(c: Config) -> int:

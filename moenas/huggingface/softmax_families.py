@@ -390,7 +390,7 @@ def ernie4_5_moe(c: Config) -> Model:
     c.expect("use_bias", False)
     mixer = attention(c, rope(c))
     start, step = c.whole("moe_layer_start_index"), c.whole("moe_layer_interval")
-    end = c.get("moe_layer_end_index", -1)
+    end = c.get("moe_layer_end_index") if "moe_layer_end_index" in c.fields else -1
     end = n - 1 if end == -1 else end
     coef = 0.0 if c.is_null("router_aux_loss_coef") else c.number("router_aux_loss_coef", 0.001)
     balance: Plain = {"kind": "bias_and_loss", "coef": coef}

@@ -15,7 +15,7 @@ from moenas.pareto import is_exact
 from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Plain
 from moenas.resources import to_yaml
-from moenas.store import origins, row_readers, rungs, submissions
+from moenas.store import calibrations, origins, row_readers, rungs, submissions
 from moenas.store.activity import last_activity
 from moenas.store.pace import pace
 from moenas.store.row_readers import Summary
@@ -194,6 +194,7 @@ def status_report(store: Store, name: str) -> Plain:
         "devices": summary.devices,
         "data": {key: study.data.get(key) for key in ("name", "sha256")},
         "rungs": [asdict(agreement) for agreement in _agreements(store, name)],
+        "calibrations": calibrations.kept(store, name),
     }
 
 
@@ -281,7 +282,22 @@ def status_text(report: Plain) -> str:
     about = "" if report["hypervolume_is_exact"] else " (approximate)"
     lines.append(f"  front: {report['front']} members, hypervolume {volume}{about}")
     lines += [f"  device: {name}" for name in report["devices"]]
+    lines += [_calibration_line(row) for row in report["calibrations"]]
     return "\n".join(lines)
+
+
+def _calibration_line(row: Plain) -> str:
+    """Say which calibration refuses candidates of a study, and whether there is a newer one."""
+    newest = row["newest_made_at"]
+    newer = (
+        f"; the one of {newest} is newer and not used"
+        if newest not in (None, row["made_at"])
+        else ""
+    )
+    return (
+        f"  {row['objective']} is predicted by the calibration of {row['made_at']} on"
+        f" {row['device']}, kept since {row['taken_at']}{newer}"
+    )
 
 
 # --- a trial -----------------------------------------------------------------------------------

@@ -246,6 +246,19 @@ class RunningTrial(Model):
     started_at: str
 
 
+class KeptCalibration(Model):
+    """A calibration of a latency that a study keeps."""
+
+    objective: str
+    device: str
+    workload: str
+    made_at: str
+    taken_at: str
+    newest_made_at: str | None = Field(
+        description="When the newest one of this workload was made; the study uses its own."
+    )
+
+
 class Progress(Model):
     """How far a study is and how it does; zeros before its driver has begun."""
 
@@ -276,6 +289,10 @@ class Progress(Model):
     devices: list[str] = []
     data: dict[str, str | None] = {"name": None, "sha256": None}
     rungs: list[RungAgreement] = []
+    calibrations: list[KeptCalibration] = Field(
+        [],
+        description="Those that the study keeps: each refuses candidates by a predicted latency.",
+    )
 
 
 class StudyDetail(Study):

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, insert, select
 
-from moenas.records import Calibration
+from moenas.records import Calibration, Plain
 from moenas.store import statements, tables
 from moenas.store.reader import StoreReader
 from moenas.store.store import Store
@@ -66,6 +66,37 @@ def of_study(store: Store, study: str, parts_sha256: str, workload: str) -> Cali
         return Calibration.parse(plain)
 
     return store.apply(study, change)
+
+
+def kept(store: StoreReader, study: str) -> list[Plain]:
+    """Return the calibrations by which a study refuses candidates, and when it took each.
+
+    `newest_made_at` is that of the newest calibration of the same parts and workload: a later
+    one than `made_at` changes nothing in the study.
+    """
+    own, newest = tables.study_calibration, tables.calibration
+
+    def read(connection: Connection) -> list[Plain]:
+        if not statements.exists(connection, own):
+            return []  # a reader does not change a database of an older schema
+        wanted = select(own.c.calibration, own.c.taken_at).where(own.c.study == study)
+        rows = []
+        for plain, taken_at in connection.execute(wanted.order_by(own.c.workload)):
+            one = Calibration.parse(plain)
+            same = (newest.c.parts_sha256 == one.parts_sha256) & (newest.c.workload == one.workload)
+            rows.append(
+                {
+                    "objective": one.objective,
+                    "device": one.device["name"],
+                    "workload": one.workload,
+                    "made_at": one.made_at,
+                    "taken_at": taken_at,
+                    "newest_made_at": connection.scalar(select(newest.c.made_at).where(same)),
+                }
+            )
+        return rows
+
+    return store.query(read)
 
 
 def workloads(store: StoreReader, parts_sha256: str, objective: str) -> list[str]:

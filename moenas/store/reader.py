@@ -197,6 +197,12 @@ class StoreReader:
             return row_readers.replicates(connection, name)
 
     @again
+    def replicates_version(self, name: str) -> tuple[int, str | None]:
+        """Return the number of replicates and when the newest was recorded."""
+        with self._reading(name) as connection:
+            return row_readers.replicates_version(connection, name)
+
+    @again
     def architectures(self, name: str) -> dict[int, Plain]:
         """Return trial -> canonical architecture of all trials."""
         with self._reading(name) as connection:

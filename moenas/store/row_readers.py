@@ -133,6 +133,19 @@ def replicates(connection: Connection, study: str) -> list[Evaluation]:
     return [Evaluation.parse(plain) for plain in rows]
 
 
+def replicates_version(connection: Connection, study: str) -> tuple[int, str | None]:
+    """Return the number of replicates of a study and when the newest was recorded.
+
+    A replicate that replaces another one changes the time.
+    """
+    table = tables.replicate
+    if not statements.exists(connection, table):
+        return 0, None
+    version = select(func.count(), func.max(table.c.recorded_at)).where(table.c.study == study)
+    count, newest = connection.execute(version).one()
+    return count, newest
+
+
 def studies(connection: Connection, name: str | None = None) -> list[StudyRecord]:
     """Return the study of a name, or all studies, oldest first."""
     wanted = select(tables.study).order_by(tables.study.c.created_at, tables.study.c.name)

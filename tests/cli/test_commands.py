@@ -14,6 +14,7 @@ from command_line import Run, runner
 
 from moenas import resources as refs
 from moenas.cli import options
+from moenas.huggingface.config import families
 
 pytestmark = pytest.mark.integration
 
@@ -206,6 +207,21 @@ def test_a_field_without_a_counterpart_is_named(moenas: Run) -> None:
         Path("config.json").write_text(given)
         refused = moenas("init", "mine.yaml", "--from", "config.json")
         assert (refused.code, said in refused.err) == (2, True)
+    assert os.listdir() == ["config.json"]
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_a_configuration_without_layers_is_refused(moenas: Run, family: str) -> None:
+    plain = {"model_type": family, "num_hidden_layers": 0}
+    own = {"dbrx": "n_layers", "longcat_flash": "num_layers"}.get(family)
+    Path("config.json").write_text(json.dumps(plain))
+    refused = moenas("init", "out.yaml", "--from", "config.json")
+    assert refused.code == 2, refused.err
+    assert "num_hidden_layers: a model has 1 layer or more" in refused.err
+    if own:
+        Path("config.json").write_text(json.dumps({"model_type": family, own: 0}))
+        refused = moenas("init", "out.yaml", "--from", "config.json")
+        assert (refused.code, f"{own}: a model has 1 layer or more" in refused.err) == (2, True)
     assert os.listdir() == ["config.json"]
 
 

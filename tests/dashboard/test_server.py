@@ -193,6 +193,27 @@ def test_a_replicate_is_published(published, writes):
     assert "mean over seeds, 95 % interval" in figure["front"]
 
 
+def test_a_replicate_in_place_of_another_is_published(published):
+    trial = published.front("made_up")[0]
+    member = next(e for e in VIEW.evaluations if e.trial == trial)
+
+    def shown(gap):
+        loss = member.values["val_loss"] + gap
+        replicates.add(
+            published, replace(member, seed=1, values={**member.values, "val_loss": loss})
+        )
+        dashboard.publish(published, "made_up")
+        study = study_of(published, "made_up")
+        attributes = study._storage.get_study_system_attrs(study._study_id)
+        figure = optuna_dashboard._custom_plot_data.get_plotly_graph_objects(attributes)["front"]
+        traces = [t for t in json.loads(figure)["data"] if t.get("legendgroup") == "seeds"]
+        return traces[0]["hovertext"]
+
+    first, second = shown(0.1), shown(0.5)  # the mean is over both seeds
+    assert first != second
+    assert f"val_loss {figures.quantity(member.values['val_loss'] + 0.25)}" in second[0]
+
+
 def better(published):
     """Add a trial that dominates the front."""
     trial = len(VIEW.evaluations)

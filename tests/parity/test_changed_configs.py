@@ -70,6 +70,14 @@ ACCEPTED: list[tuple[str, Plain]] = [
         {"indexer_types": None, "index_topk_pattern": ["full", "full", "shared", "full"]},
     ),
     ("glm_moe_dsa_shared", {"indexer_types": None, "index_topk_pattern": "FSFS"}),
+    # These follow from other fields, where the file has none.
+    ("ling_hybrid", {"linear_head_dim": LEFT_OUT}),
+    ("ling_hybrid", {"linear_head_dim": LEFT_OUT, "head_dim": 16}),
+    ("ling_hybrid", {"linear_head_dim": LEFT_OUT, "head_dim": LEFT_OUT}),
+    ("ling_hybrid", {"linear_num_heads": LEFT_OUT}),
+    ("ling_hybrid", {"linear_conv_kernel_dim": LEFT_OUT, "short_conv_kernel_size": 3}),
+    ("olmoe_1b_7b", {"num_key_value_heads": LEFT_OUT}),
+    ("granite_3_0_1b_a400m", {"num_key_value_heads": LEFT_OUT}),
 ]
 
 
@@ -158,6 +166,8 @@ REFUSED: list[tuple[str, Plain, str, str]] = [
     ("command", {"rope_scaling": LINEAR}, "rope_scaling", "does not read"),
     ("kimi_linear_48b_a3b", {"tie_word_embeddings": True}, "tie_word_embeddings", "true"),
     ("ling_hybrid", {"tie_word_embeddings": True}, "tie_word_embeddings", "true"),
+    ("ling_hybrid", {"q_lora_rank": 8}, "q_lora_rank", "does not read"),
+    ("ling_hybrid", {"linear_head_dim": None}, "linear_head_dim", "null"),
     ("jetmoe_8b", {"rms_norm_eps": 1e-5}, "rms_norm_eps", "1e-06"),
     ("granite_3_0_1b_a400m", {"embedding_multiplier": None}, "embedding_multiplier", "null"),
     ("nemotron_3_nano", {"mamba_proj_bias": True}, "mamba_proj_bias", "true"),

@@ -21,6 +21,7 @@ from moenas.grammar.sampling import RandomSuggest
 from moenas.huggingface.config import WITHOUT_EFFECT, families
 from moenas.huggingface.families import FAMILIES, read_model
 from moenas.huggingface.layer_groups import groups_of
+from moenas.huggingface.parts import EQUAL_HEADS
 from moenas.huggingface.space_text import space_text
 from moenas.model.architecture import Architecture
 from moenas.space.space import Space
@@ -87,3 +88,34 @@ def test_the_defaults_are_those_of_transformers(family: str) -> None:
     ignored = (WITHOUT_EFFECT | DERIVED | {"model_type"}) - read
     known = {n for n, x in plain.items() if x not in (None, []) and n not in ignored}
     assert known - {"time_step_limit"} == set(table["defaults"])
+
+
+LATENT = {"deepseek_v2", "longcat_flash"}
+"""Families of latent attention, which do not read the number of heads of keys."""
+OTHER_RULES = {"jetmoe", "beam", "dots3_note_text"}
+"""Families whose number of heads follows from that of keys, or is refused if it differs."""
+
+
+def test_heads_of_keys_follow_those_of_queries_where_they_do_in_transformers() -> None:
+    following = set()
+    for family in FAMILIES:
+        config_class = getattr(hf, str(families()[family]["config_class"]))
+        usual = config_class().to_dict()
+        number = usual.get("num_key_value_heads")
+        if number is None or "num_attention_heads" not in usual or family in OTHER_RULES:
+            continue
+        given = 2 * usual["num_attention_heads"]
+        doubled = config_class(num_attention_heads=given).to_dict()
+        if doubled["num_key_value_heads"] != number:
+            assert doubled["num_key_value_heads"] == given
+            following.add(family)
+    assert following == EQUAL_HEADS | LATENT
+
+
+def test_the_last_layer_with_experts_of_ernie_is_the_last_layer(tmp_path: Path) -> None:
+    config = hf.Ernie4_5_MoeConfig(num_hidden_layers=30)
+    assert config.moe_layer_end_index == 29
+    plain = {"model_type": "ernie4_5_moe", "num_hidden_layers": 30}
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    _, (_, layers) = read_model(tmp_path)
+    assert [layer["ffn"]["kind"] for layer in layers] == ["dense"] + 29 * ["moe"]

@@ -54,6 +54,7 @@ MAMBA_2: Plain = {"kind": "mamba2", "n_heads": 4, "head_dim": 16, "d_state": 6, 
 OTHER_BIASES: Plain = {"proj_bias": True, "conv_bias": False}
 CONV: Plain = {"kind": "short_conv", "bias": True, "d_conv": 4}
 KIMI: Plain = {"kind": "kimi_delta", "n_heads": 4, "key_dim": 8, "value_dim": 8, "rank": 8}
+BOUNDED = KIMI | {"decay_limit": 5.0, "rank": None}
 DELTA: Plain = {"kind": "gated_delta", "n_heads": 4, "n_key_heads": 2, "key_dim": 8, "value_dim": 8}
 FACTORS: Plain = {
     "embedding_multiplier": 12.0,
@@ -102,6 +103,14 @@ WRITTEN: dict[str, tuple[str, Architecture]] = {
         model(
             block(KIMI, DENSE),
             block(LATENT | STILL | {"q_rank": None}, SIGMOID),
+            tie_embeddings=False,
+        ),
+    ),
+    "Kimi Linear with queries of low rank": (
+        "kimi_linear",
+        model(
+            block(KIMI, DENSE),
+            block(LATENT | STILL, SIGMOID),
             tie_embeddings=False,
         ),
     ),
@@ -233,6 +242,15 @@ REFUSED: dict[str, tuple[str, Architecture, str]] = {
         "kimi_linear",
         model(block(KIMI, DENSE), tie_embeddings=False),
         "attention layers",
+    ),
+    "Ling hybrid": (
+        "bailing_hybrid",
+        model(
+            block(BOUNDED, DENSE),
+            block(LATENT | {"output_gate": "head"}, SIGMOID),
+            tie_embeddings=False,
+        ),
+        "mixer.q_rank is 24, the family has null",
     ),
     "Qwen3-Next": (
         "qwen3_next",

@@ -9,6 +9,7 @@ from typing import Any
 from concurrency import together
 
 from moenas.records import Calibration, StudyRecord
+from moenas.report.summary import status_report, status_text
 from moenas.store import calibrations
 from moenas.store.store import Store
 
@@ -62,6 +63,28 @@ def test_a_study_keeps_the_calibration_that_it_took_first(database_url: str) -> 
     assert calibrations.of_study(store, "y", parts, f"{workload}0") is None
 
 
+def test_the_status_shows_the_calibration_of_a_study_and_that_there_is_a_newer_one(
+    database_url: str,
+) -> None:
+    store = Store.open(database_url, create=True)
+    store.create_study(StudyRecord("x", "", [], {}, "", [], {}, {}, 1))
+    assert calibrations.kept(store, "x") == []
+    calibrations.add(store, MADE)
+    calibrations.of_study(store, "x", MADE.parts_sha256, MADE.workload)
+    (row,) = calibrations.kept(store, "x")
+    assert row["objective"] == "decode_ms"
+    assert row["made_at"] == row["newest_made_at"] == MADE.made_at
+    line = "decode_ms is predicted by the calibration of 2026-11-27T20:00:00+00:00 on AMD EPYC"
+    report = status_report(store, "x")
+    assert report["calibrations"] == [row]
+    assert line in status_text(report)
+    assert "newer" not in status_text(report)
+    calibrations.add(store, replace(MADE, made_at="2026-11-28T20:00:00+00:00"))
+    shown = status_text(status_report(store, "x"))
+    assert line in shown
+    assert "the one of 2026-11-28T20:00:00+00:00 is newer and not used" in shown
+
+
 def test_another_workload_or_other_parts_have_none(database_url: str) -> None:
     store = Store.open(database_url, create=True)
     calibrations.add(store, MADE)
@@ -82,6 +105,7 @@ def test_a_reader_of_an_older_schema_finds_none_and_changes_nothing(tmp_path: Pa
     old = Store.open(url)
     assert calibrations.of_workload(old, MADE.parts_sha256, MADE.workload) is None
     assert calibrations.workloads(old, MADE.parts_sha256, "decode_ms") == []
+    assert calibrations.kept(old, "x") == []
     old.engine.dispose()
     migrated = Store.open(url, create=True)
     calibrations.add(migrated, MADE)
