@@ -56,12 +56,15 @@ def assert_whole(study: Study) -> None:
     assert_no_leftovers(study)
 
 
-def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gray_box, "INITIAL", 3)
     monkeypatch.setattr(gray_box, "DRAWN", 160)
     monkeypatch.setattr(gray_box, "MUTATIONS", 20)
+
+
+@pytest.mark.usefixtures("small_pools")
+def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on() -> None:
     study = run(of_tokens(5_000), pool=Trains())
     assert study.finished == "train_tokens"
     assert spending(study.store, "s").train_tokens == 256 * len(trained())
@@ -78,12 +81,10 @@ def test_a_study_with_rungs_and_asks_ahead_stops_at_its_tokens_and_goes_on(
     assert_whole(more)
 
 
+@pytest.mark.usefixtures("small_pools")
 def test_gray_box_sees_the_candidates_that_a_study_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gray_box, "INITIAL", 3)
-    monkeypatch.setattr(gray_box, "DRAWN", 160)
-    monkeypatch.setattr(gray_box, "MUTATIONS", 20)
     seen, estimated = set[int](), gray_box.GrayBox._estimated
 
     def spied(self: GrayBox, described: Described, estimate: Estimate | None) -> Evaluated | None:
