@@ -18,8 +18,8 @@ from moenas.space.space import Space
 ROOT = Path(__file__).parents[1]
 PICTURE = runpy.run_path(str(ROOT / "benchmarks" / "front_picture.py"))
 TRANSCRIPTS = runpy.run_path(str(ROOT / "benchmarks" / "transcripts.py"))
-PARAMS: dict[str, Any] = {"d_model": 128, "norm": "layernorm", "blocks.0.repeat": 2}
-TRIAL = 18
+PARAMS: dict[str, Any] = {"d_model": 64, "norm": "layernorm", "blocks.0.repeat": 2}
+TRIAL = 12
 """The candidate that the README shows; its architecture is built from the space of today."""
 
 
@@ -27,12 +27,14 @@ class Answers:
     """Answers what a draw asks for from the parameters of the candidate."""
 
     wanted = PARAMS | {
-        "blocks.0.mixer.n_kv_heads": 2,
+        "blocks.0.mixer.n_kv_heads": 1,
         "blocks.0.ffn": "moe",
-        "blocks.0.ffn.moe.n_experts": 16,
+        "blocks.0.ffn.moe.n_experts": 4,
         "blocks.0.ffn.moe.d_expert": 256,
-        "blocks.0.ffn.moe.activation": "swiglu",
-        "blocks.0.ffn.moe.router": "deepseek_v3",
+        "blocks.0.ffn.moe.activation": "relu2",
+        "blocks.0.ffn.moe.router": "option1",
+        "blocks.0.ffn.moe.router.option1.top_k": 4,
+        "blocks.0.ffn.moe.router.option1.balance": "bias",
     }
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
@@ -53,12 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     space = Space.load("tiny")
     architecture = space.architecture(space.draw(Answers()))
     cost, names = space.cost(architecture).plain(), [o.name for o in space.objectives]
-    values = {"val_loss": 2.1573, "decode_ms": 4.2121, "flops_per_token": cost["flops_per_token"]}
+    values = {"val_loss": 2.1382, "decode_ms": 0.53992, "flops_per_token": cost["flops_per_token"]}
     assert set(values) == set(names)
     evaluation = replace(
         Evaluation("tiny", TRIAL, 1, "complete", architecture.fingerprint, values=values),
-        measurements={"decode_ms": {"ratio": 0.722, "spread": 0.069, "n": 60}},
-        metrics={"val_loss": 2.1573},
+        measurements={"decode_ms": {"ratio": 0.444, "spread": 0.049, "n": 60}},
+        metrics={"val_loss": 2.1382},
         cost=cost,
         device=dict(made_up_views.DEVICE),
         weights_sha256="ab" * 32,
@@ -77,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             architectures={TRIAL: architecture.plain()},
         ),
     )
-    assert one_line(architecture.plain()).startswith("128d layernorm, 2x(attention 8q/2kv, moe")
+    assert one_line(architecture.plain()).startswith("64d layernorm, 2x(attention 4q/1kv, moe 4e")
     return place
 
 
@@ -103,7 +105,12 @@ def test_a_transcript_is_what_its_command_prints(
     printed = TRANSCRIPTS["output"](command, folder)
     wanted = [line for line in lines if line.strip()]
     shown = wanted[: wanted.index("...")] if "..." in wanted else wanted
-    assert printed[: len(shown)] == shown, "make transcripts"
+    assert unruled(printed[: len(shown)]) == unruled(shown), "make transcripts"
+
+
+def unruled(lines: list[str]) -> list[str]:
+    """Shorten the rule of a table: it is as wide as the widest row, which may not be shown."""
+    return ["---" if set(line) == {"-"} else line for line in lines]
 
 
 def test_the_picture_joins_the_best_losses_and_names_every_member() -> None:

@@ -67,7 +67,7 @@ class GrayBox:
     """Proposes the points of one study.
 
     Objectives that follow from the architecture are computed for each point of a pool. A surrogate
-    for each of the others is fitted to the complete trials. The point with the largest expected
+    for each of the others is fitted to the evaluated trials. The point with the largest expected
     improvement of the hypervolume is proposed. Running trials count with their predicted values.
     Before INITIAL trials are evaluated, the surrogates have fixed hyperparameters. Their proposals
     have good exact objectives and new features. Every second trial is drawn at random then, because

@@ -70,8 +70,9 @@ class Front:
         volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
         trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
         more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
+        plural = "" if len(self.members) == 1 else "s"
         return (
-            f"Front({len(self.members)} members: {', '.join(map(str, trials))}{more};"
+            f"Front({len(self.members)} member{plural}: {', '.join(map(str, trials))}{more};"
             f" {', '.join(self.directions)}; hypervolume {volume})"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from moenas.grammar import sampling, tree
 from moenas.grammar.counting import count
 from moenas.model import Mixer, RMSNorm
 from moenas.model.architecture import Architecture
+from moenas.model.layers.norms import NORMS, NormKind
 from moenas.records import Plain
 from moenas.resources import Node
 from moenas.testing.parts import check_part
@@ -192,7 +193,11 @@ def test_a_norm_stands_where_its_position_says(position: str) -> None:
     assert norms == {"pre": 2, "post": 1, "output": 2, "sandwich": 3}[position]
 
 
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "layernorm_bias", "nonparametric", "dyt"])
+def test_every_name_of_a_norm_has_an_entry() -> None:
+    assert get_args(NormKind) == tuple(NORMS)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_counts_its_parameters(norm: str) -> None:
     for position in ("pre", "post", "output", "sandwich"):
         blocks = [{"mixer": WHOLE, "ffn": DENSE}, {"ffn": DENSE}]

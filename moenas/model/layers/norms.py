@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,17 +14,14 @@ NormKind = Literal["rmsnorm", "layernorm", "layernorm_bias", "nonparametric", "d
 
 def build_norm(norm: str, width: int, eps: float) -> nn.Module:
     """Build a norm by its name."""
-    if norm == "rmsnorm":
-        return RMSNorm(width, eps)
-    if norm == "dyt":
-        return DynamicTanh(width)
-    return LayerNorm(width, eps, norm != "nonparametric", norm == "layernorm_bias")
+    build, _, _ = NORMS[norm]
+    return build(width, eps)
 
 
 def norm_params(norm: str, width: int) -> int:
     """Return the number of parameters of a norm."""
-    extra = {"dyt": 1}.get(norm, 0)
-    return extra + width * {"nonparametric": 0, "layernorm_bias": 2, "dyt": 2}.get(norm, 1)
+    _, each, further = NORMS[norm]
+    return each * width + further
 
 
 class RMSNorm(nn.Module):
@@ -87,6 +85,16 @@ class DynamicTanh(nn.Module):
         """Squash the last dimension; the dtype stays."""
         squashed = (x.float() * self.alpha.float()).tanh()
         return (squashed * self.weight.float() + self.bias.float()).to(x.dtype)
+
+
+NORMS: dict[str, tuple[Callable[[int, float], nn.Module], int, int]] = {
+    "rmsnorm": (RMSNorm, 1, 0),
+    "layernorm": (LayerNorm, 1, 0),
+    "layernorm_bias": (lambda width, eps: LayerNorm(width, eps, biased=True), 2, 0),
+    "nonparametric": (lambda width, eps: LayerNorm(width, eps, weighted=False), 0, 0),
+    "dyt": (lambda width, _eps: DynamicTanh(width), 2, 1),
+}
+"""Name -> how a norm is built from width and eps, parameters for each element, further ones."""
 
 
 class GatedNorm(nn.Module):
