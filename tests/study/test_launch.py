@@ -878,7 +878,8 @@ def test_a_front_shows_itself_in_one_short_line(jobs: list[Job]) -> None:
     assert front[-1] == front.members[-1]
     assert list(front) == list(front.members)
     shown = repr(front)
-    assert shown.startswith(f"Front({len(front)} members: {front[0].trial}")
+    plural = "" if len(front) == 1 else "s"
+    assert shown.startswith(f"Front({len(front)} member{plural}: {front[0].trial}")
     assert "val_loss, flops_per_token; hypervolume " in shown
     assert len(shown) < 200
 
