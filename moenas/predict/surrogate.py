@@ -66,8 +66,8 @@ class Surrogate:
         """
         other = copy.copy(self)
         x, y = self._tensors(features, values)
-        more = np.zeros(len(x)) if variances is None else variances / self._scale**2
-        other._condition(x, y, torch.from_numpy(more))
+        more = None if variances is None else torch.from_numpy(variances / self._scale**2)
+        other._condition(x, y, more)
         return other
 
     @property

@@ -89,7 +89,7 @@ def _noise(
         counted.setdefault(row.trial, []).append(row)
     noise = seed_noise(
         {trial: e.values for trial, e in complete.items()},
-        {trial: [e.values for e in alike] for trial, alike in counted.items()},
+        {trial: [e.values for e in seeds] for trial, seeds in counted.items()},
         list(directions),
     )
     return noise, left_out

@@ -122,7 +122,7 @@ class GrayBox:
         pool = self._pool(number, [known[i].described for i in front], seen)
         if not pool:
             return None
-        means, deviations = self._predict(complete, estimated, running, pool)
+        means, deviations = self._predict(known, losses, len(complete), running, pool)
         gains = _improvements(means, deviations, len(known) + len(running))
         return pool[int(np.argmax(gains))].point.params
 
@@ -144,19 +144,18 @@ class GrayBox:
 
     def _predict(
         self,
-        complete: Sequence[Evaluated],
-        estimated: Sequence[Evaluated],
+        known: Sequence[Evaluated],
+        losses: Array,
+        n_complete: int,
         running: Sequence[Described],
         pool: Sequence[Described],
     ) -> tuple[Array, Array]:
-        """Predict the values of all points, to be minimised.
+        """Predict the values of all points from the values (N, M) of the known trials, minimised.
 
-        Returns means and deviations (P, M) of complete, estimated and running trials and the pool,
-        in this order.
+        The first `n_complete` of them are complete. Returns means and deviations (P, M) of known
+        trials, running trials and the pool, in this order.
         """
-        known = [*complete, *estimated]
         points = [*(evaluated.described for evaluated in known), *running, *pool]
-        losses = self._losses(known)
         x = self._encoder.encode([p.features for p in points])
         rows = [[p.exact.get(o.name, np.nan) for o in self._objectives] for p in points]
         means = np.array(rows, dtype=np.float64) * self._signs
@@ -168,7 +167,7 @@ class GrayBox:
             if self._objectives[column].name == "val_loss":
                 variances[: len(known)] = [evaluated.variance for evaluated in known]
             fitted = self._surrogate(
-                int(column), x[there], losses[there, column], variances[there], len(complete)
+                int(column), x[there], losses[there, column], variances[there], n_complete
             )
             means[:tried, column], _ = fitted.predict(x[:tried])
             # A trial without a value counts as one that came out as predicted (the kriging believer

@@ -33,7 +33,7 @@ def finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def upsert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT whose `on_conflict_do_update` changes the row that is there already."""
+    """Return an INSERT whose `on_conflict_do_update` changes an existing row."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     statement: postgresql.Insert | sqlite.Insert = dialect.insert(table)
     return statement
