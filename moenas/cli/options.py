@@ -98,7 +98,8 @@ AcceptChanges = Annotated[
     bool,
     typer.Option(
         "--accept-changes",
-        help="Accept changed files of objectives; finished trials are measured again.",
+        help="Accept changed files of objectives; finished trials are measured again. Later"
+        " candidates are refused by the newest calibration.",
     ),
 ]
 Fresh = Annotated[

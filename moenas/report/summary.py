@@ -290,7 +290,7 @@ def _calibration_line(row: Plain) -> str:
     """Say which calibration refuses candidates of a study, and whether there is a newer one."""
     newest = row["newest_made_at"]
     newer = (
-        f"; the one of {newest} is newer and not used"
+        f"; the one of {newest} is newer; --accept-changes takes it"
         if newest not in (None, row["made_at"])
         else ""
     )

@@ -135,9 +135,9 @@ change = Table(
     # What a user accepted after the start, in order from 1.
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("changed_at", String(32), nullable=False),
-    # The objective, or "space".
+    # The objective, the calibration, or "space".
     Column("what", Text, nullable=False),
-    # Digests.
+    # Digests; of calibrations when they were made.
     Column("before", String(64), nullable=False),
     Column("after", String(64), nullable=False),
 )

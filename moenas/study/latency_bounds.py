@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moenas.evaluate import devices
 from moenas.predict.block_latency import predicted
 from moenas.store import calibrations
+from moenas.study import repairs
 from moenas.study.calibration import latency_objectives, parts_digest, workload_key
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ class LatencyBounds:
         self._store, self._space = store, space
         self._bounds: list[tuple[Requirement, Calibration]] = []
 
-    def open(self, device: str) -> None:
+    def open(self, device: str, *, newest: bool = False) -> None:
         """Take the calibrations for the bounds of the space; `device` is that of the pool.
 
-        A study keeps the one that it took first under a workload.
+        A study keeps the one that it took first under a workload. With `newest` it goes over to the
+        newest one, and the change is stored.
         """
         bounded = {requirement.bounded_latency for requirement in self._space.requirements}
         known: dict[str, Calibration | None] = {}
@@ -42,13 +44,22 @@ class LatencyBounds:
         for objective in latency_objectives(self._space):
             if objective.name in bounded:
                 key = workload_key(self._space, objective, devices.named(device))
-                store, study = self._store.store, self._store.name
-                known[objective.name] = calibrations.of_study(store, study, parts, key)
+                known[objective.name] = self._calibration(parts, key, newest)
         self._bounds = [
             (requirement, calibration)
             for requirement in self._space.requirements
             if (calibration := known.get(requirement.bounded_latency or "")) is not None
         ]
+
+    def _calibration(self, parts: str, workload: str, newest: bool) -> Calibration | None:
+        """Return the calibration of the study under a workload; None if there is none yet."""
+        store, study = self._store.store, self._store.name
+        kept = calibrations.of_study(store, study, parts, workload)
+        latest = calibrations.of_workload(store, parts, workload) if newest else None
+        if kept is None or latest is None or latest == kept:
+            return kept
+        store.apply(study, lambda c: repairs.renew_calibration(c, study, kept, latest))
+        return latest
 
     def apply(self, candidate: Candidate) -> None:
         """Add the requirements that a candidate certainly breaks to its violations."""

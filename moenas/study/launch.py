@@ -239,7 +239,8 @@ def run(
     takes what the space file says, or what an earlier run asked for if that is more. `workers` and
     `address` go to `open_pool`; a `pool` replaces both, and the caller closes it. Each of the
     `listeners` gets an `Event` for each step of a trial. With `accept_changes`, objectives may have
-    other files than before: finished trials are measured again by them, and the change is stored.
+    other files than before: finished trials are measured again by them. Later candidates are
+    refused by the newest calibration, not by the first that the study found. Both are stored.
     With `fresh` no evaluation of another study is reused.
 
     Raises:
@@ -274,7 +275,7 @@ def run(
         if session.over is None or missing_replicates(session):
             _warn_of_versions(session, known)
             jobs = Jobs(session.store, space, corpus, elsewhere=elsewhere)
-            _drive(session, jobs, open_once, lease, fresh)
+            _drive(session, jobs, open_once, lease, fresh=fresh, accept_changes=accept_changes)
         store.verify()
         session.finish()
         return Study(store, space.name)
@@ -358,7 +359,13 @@ def check_start(
 
 
 def _drive(
-    session: Session, jobs: Jobs, open_once: _PoolOpener, lease: StudyLease, fresh: bool
+    session: Session,
+    jobs: Jobs,
+    open_once: _PoolOpener,
+    lease: StudyLease,
+    *,
+    fresh: bool,
+    accept_changes: bool,
 ) -> None:
     """Bring a study to its end, then train the replicates of its front.
 
@@ -367,7 +374,7 @@ def _drive(
     """
     pool = open_once()
     if open_once.is_local:
-        session.latency_bounds.open(pool.device)
+        session.latency_bounds.open(pool.device, newest=accept_changes)
     if open_once.is_local and not fresh:
         session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from moenas import pareto
-from moenas.records import Evaluation, ObjectiveInfo, Plain, StudyRecord
+from moenas.records import Calibration, Evaluation, ObjectiveInfo, Plain, StudyRecord
 from moenas.store import (
     mapping,
     optuna_rows,
@@ -165,6 +165,21 @@ def accept(
         .where(tables.study.c.name == name)
         .values(space=mapping.storable(space), space_sha256=sha256)
     )
+
+
+def renew_calibration(
+    connection: Connection, name: str, before: Calibration, after: Calibration
+) -> None:
+    """Let a study refuse candidates by another calibration of the same workload.
+
+    What the earlier one has refused stays so.
+    """
+    table = tables.study_calibration
+    own = (table.c.study == name) & (table.c.workload == before.workload)
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    values = {"taken_at": now, "calibration": after.plain()}
+    connection.execute(update(table).where(own).values(values))
+    _log(connection, name, f"calibration {after.objective}", before.made_at, after.made_at)
 
 
 def changes(connection: Connection, name: str) -> list[Plain]:

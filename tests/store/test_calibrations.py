@@ -82,7 +82,7 @@ def test_the_status_shows_the_calibration_of_a_study_and_that_there_is_a_newer_o
     calibrations.add(store, replace(MADE, made_at="2026-11-28T20:00:00+00:00"))
     shown = status_text(status_report(store, "x"))
     assert line in shown
-    assert "the one of 2026-11-28T20:00:00+00:00 is newer and not used" in shown
+    assert "the one of 2026-11-28T20:00:00+00:00 is newer; --accept-changes takes it" in shown
 
 
 def test_another_workload_or_other_parts_have_none(database_url: str) -> None:

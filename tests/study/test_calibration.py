@@ -245,6 +245,32 @@ def test_a_newer_calibration_changes_no_refusal_of_a_study() -> None:
         assert row.metrics == {"predicted_decode_ms": predicted(first, architecture).value}
 
 
+def test_a_study_goes_over_to_the_newer_calibration_that_is_accepted() -> None:
+    wanted = bounded("decode_ms < 1e-6")
+    first = with_interval(0.1)
+
+    def stop(event: Event) -> None:
+        if event.trial == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises((MoenasError, KeyboardInterrupt)):
+        run(wanted, workers="inline", listeners=[stop])
+    n_refused = Store.open().count("s")
+    assert 1 <= n_refused < 6
+    newer = replace(first, log_error=20.0, made_at="2100-01-01T00:00:00+00:00")
+    calibrations.add(Store.open(), newer)
+    with pytest.raises(MoenasError, match="none of its 6 trials is complete"):
+        run(wanted, workers="inline", accept_changes=True)
+    rows = {row.trial: row for row in load_study("s").view.evaluations}
+    was_trained = [bool(rows[trial].curve) for trial in range(6)]
+    assert was_trained == [False] * n_refused + [True] * (6 - n_refused)
+    (change,) = load_study("s").changes
+    assert change["what"] == "calibration decode_ms"
+    assert (change["before"], change["after"]) == (first.made_at, newer.made_at)
+    (kept,) = calibrations.kept(Store.open(), "s")
+    assert kept["made_at"] == kept["newest_made_at"] == newer.made_at
+
+
 def test_a_latency_that_is_measured_again_changes_its_constraint() -> None:
     text = bounded("decode_ms < 1e6").text.replace("sampler: tpe", "sampler: grid")
     study = run(Space.parse(text, "s.yaml"), trials=6, workers="inline")
