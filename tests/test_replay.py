@@ -114,6 +114,16 @@ def test_a_repeat_costs_nothing_and_is_told(space: Space) -> None:
     )
 
 
+def test_without_the_cache_a_repeat_is_trained_again(space: Space) -> None:
+    table, points = made_up(space, 2)
+    method = Listed([points[0], points[0], points[1], points[0]])
+    progress = Simulation(table, space, method, workers=2, cache=False).run(budget=1e18)
+    assert (progress.started, progress.repeats, len(method.told)) == (4, 2, 4)
+    flops = [table.training_flops(key) for _, key in progress.found]
+    assert len(flops) == 4
+    assert progress.found[-1][0] == pytest.approx(sum(flops))
+
+
 @pytest.mark.parametrize("method", [Random, Stopping, OptunaMethod, RayTuneMethod, SyneTuneMethod])
 def test_a_method_has_what_the_simulation_calls(method: type[Method]) -> None:
     for name in ("ask", "goes_on", "resumed", "tell"):

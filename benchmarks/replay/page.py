@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from picture import save
 from plotly.subplots import make_subplots
+from replay import draws
 from replay.table import RUNGS, Table
 from scipy.stats import mannwhitneyu, t
 
@@ -61,6 +62,12 @@ A sampler that proposes an architecture again is told the known values, at no co
 that stays level belongs to a method that repeats itself, or that has stopped all other points.
 Optuna's GP sampler is not run: it takes about a minute for 40 candidates.
 
+A comma in a name separates what is added or left out:
+
+- **halving**, **predictive**: with that rule of early stopping.
+- **costs unknown**: `gray_box` predicts FLOPs too, and does not read them.
+- **repeats trained**: a repeated proposal is trained again, as without the evaluation cache.
+
 ![Share of the true hypervolume against training compute](search.png)
 """
 
@@ -88,8 +95,8 @@ def compute_to(curve: Array, share: float) -> float:
 
 
 def rivals(by_method: dict[str, Array]) -> dict[str, Array]:
-    """Return the curves of the methods that are not ours."""
-    return {name: rows for name, rows in by_method.items() if not name.startswith(OURS)}
+    """Return the curves of the methods that are not ours, without variants of them."""
+    return {n: rows for n, rows in by_method.items() if not n.startswith(OURS) and "," not in n}
 
 
 def worse(mine: Array, others: dict[str, Array]) -> int:
@@ -137,7 +144,7 @@ def tables(results: Results) -> Iterator[str]:
                 for key in ("random", best)
             ]
             points = rows.shape[1] - rows.shape[1] * FROM // 100 + 1
-            counts = name not in others and others
+            counts = name.startswith(OURS)
             cells += [f"{worse(rows, others)} of {points}" if counts else "", str(len(rows))]
             yield f"| {name} | {' | '.join(cells)} |"
         yield ""
@@ -209,6 +216,6 @@ def figure(results: Results) -> go.Figure:
 def write(results: Results, table: Table, folder: Path) -> None:
     """Write the page and the picture into a folder; the picture needs Chromium."""
     head = HEAD.format(**results, first=FROM, level=LEVEL)
-    text = "\n".join([head, *tables(results), *ranks(table)])
+    text = "\n".join([head, *tables(results), *draws.lines(), *ranks(table)])
     (folder / "search_benchmark.md").write_text(text, encoding="utf-8")
     save(figure(results), SIZE, folder / "search.png")

@@ -74,12 +74,15 @@ class Simulation:
     """One run: workers that are always busy, a clock, and a method.
 
     Compute is training FLOPs. All workers have one speed, so the time of a candidate is its FLOPs.
-    A repeated proposal of a finished or running architecture costs nothing.
+    A repeated proposal of a finished or running architecture costs nothing, but without the `cache`
+    it is trained again.
     """
 
-    def __init__(self, table: Table, space: Space, method: Method, workers: int) -> None:
+    def __init__(
+        self, table: Table, space: Space, method: Method, workers: int, *, cache: bool = True
+    ) -> None:
         self.table, self.space, self.method, self.workers = table, space, method, workers
-        self.progress = Progress()
+        self.progress, self._cache = Progress(), cache
         self._spent, self._now = 0.0, 0.0
         self._events: list[tuple[float, int, Proposal, str, int]] = []
         """End of a rung, tie break, candidate, fingerprint, rung."""
@@ -123,15 +126,15 @@ class Simulation:
             drawn = point(self.space, 0, proposal.params)
             assert drawn is not None, "the space has no requirement, so every point is feasible"
             fingerprint = drawn.architecture.fingerprint
-            if fingerprint in self._values:
-                self.progress.repeats += 1
+            known, running = fingerprint in self._values, fingerprint in self._waiting
+            self.progress.repeats += known or running
+            if self._cache and known:
                 self.method.tell(proposal.number, self._values[fingerprint])
-            elif fingerprint in self._waiting:
-                self.progress.repeats += 1
+            elif self._cache and running:
                 self._waiting[fingerprint].append(proposal.number)
             else:
                 self.progress.started += 1
-                self._waiting[fingerprint] = []
+                self._waiting.setdefault(fingerprint, [])
                 self._push(proposal, fingerprint, 1)
                 return True
         self._over = True
