@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from moenas.grammar.summary import one_line, short
 from moenas.pareto import is_exact
 from moenas.records import Evaluation, Plain, View
-from moenas.report.seed_noise import caption, seed_report, with_seeds
+from moenas.report.seed_report import caption, seed_report, with_seeds
 from moenas.report.summary import bigram_loss, cell, spans
 from moenas.store.row_readers import FrontView, as_front
 

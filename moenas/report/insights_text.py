@@ -8,7 +8,7 @@ from typing import Any
 from moenas.grammar.summary import compact
 from moenas.predict.level_effects import MIN_CANDIDATES
 from moenas.records import Plain
-from moenas.report.seed_noise import seed_lines
+from moenas.report.seed_report import seed_lines
 from moenas.report.summary import table
 
 

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from moenas.grammar.brief import brief
 from moenas.grammar.summary import compact
 from moenas.predict.level_effects import MIN_CANDIDATES
-from moenas.report.seed_noise import seed_lines
+from moenas.report.seed_report import seed_lines
 from moenas.resources import to_yaml
 from moenas.service import schemas, study_views
 from moenas.service.problems import Problem

@@ -16,7 +16,7 @@ from moenas.grammar import user_parts
 from moenas.predict.level_effects import MIN_CANDIDATES, EvaluatedDraws, drawn_holes, hole_effects
 from moenas.predict.rank_agreement import rank_agreements
 from moenas.records import Evaluation, FrontPoint, Plain
-from moenas.report.seed_noise import seed_report
+from moenas.report.seed_report import seed_report
 from moenas.search.importance import surrogate_importances
 from moenas.store import rungs
 from moenas.study.maintenance import stored_space

@@ -15,7 +15,7 @@ import optuna
 from moenas.errors import InputError, NotFoundError, SpaceError
 from moenas.grammar import user_parts
 from moenas.records import EndReason, Evaluation, Plain, StudyRecord, View
-from moenas.report.seed_noise import seed_report
+from moenas.report.seed_report import seed_report
 from moenas.search import points, samplers
 from moenas.search.start_points import StartPoint, start_points
 from moenas.store import attempts

@@ -16,7 +16,7 @@ from moenas.evaluate import devices
 from moenas.evaluate import job as measure
 from moenas.records import Failure, Job
 from moenas.report.insights_text import insights_text
-from moenas.report.seed_noise import seed_report
+from moenas.report.seed_report import seed_report
 from moenas.space.space import Space
 from moenas.store import replicates
 from moenas.study.insights import insights
