@@ -129,7 +129,7 @@ def tables(results: Results) -> Iterator[str]:
         missing = {run["method"] for run in results["runs"]} - by_method.keys()
         if missing:
             names = "; ".join(sorted(missing))
-            yield f"With fewer than {LEAST} seeds so far, and not shown: {names}."
+            yield f"Not run, or with fewer than {LEAST} seeds: {names}."
             yield ""
         heads = [f"share at {percent} %" for percent in SHOWN]
         rest = ["compute to random", "compute to rival", "worse", "seeds"]
@@ -180,22 +180,28 @@ def ranks(table: Table) -> Iterator[str]:
 
 
 def figure(results: Results) -> go.Figure:
-    """Return mean curves of all methods, a panel for each number of workers with rivals."""
+    """Return mean curves of the methods, a panel for each number of workers with rivals.
+
+    Variants of a method are in the tables alone.
+    """
     numbers = sorted({run["workers"] for run in results["runs"]})
-    numbers = [number for number in numbers if rivals(curves(results, number))]
-    names = sorted({name for number in numbers for name in curves(results, number)})
+    shown = {
+        number: {name: rows for name, rows in curves(results, number).items() if "," not in name}
+        for number in numbers
+    }
+    numbers = [number for number in numbers if rivals(shown[number])]
+    names = sorted({name for number in numbers for name in shown[number]})
     titles = [f"{number} workers" for number in numbers]
     drawn = make_subplots(cols=len(numbers), subplot_titles=titles, shared_yaxes=True)
     for column, number in enumerate(numbers, 1):
         budget = results["budgets"][str(number)]
-        for name, rows in curves(results, number).items():
+        for name, rows in shown[number].items():
             colour = COLOURS[names.index(name) % len(COLOURS)]
             x = budget * np.arange(1, rows.shape[1] + 1) / rows.shape[1]
             y = 1 - rows.mean(axis=0)
             drawn.add_scatter(
                 x=x, y=y, name=name, legendgroup=name, showlegend=column == 1, row=1, col=column,
-                line={"color": colour, "width": 3 if name.startswith(OURS) else 1.5,
-                      "dash": "dot" if "," in name else "solid"},
+                line={"color": colour, "width": 3 if name.startswith(OURS) else 1.5},
             )  # fmt: skip
         drawn.update_xaxes(title="training compute, mean candidates", row=1, col=column)
     ticks = [1.0, 0.1, 0.01, 0.001, 0.0001]
