@@ -57,7 +57,7 @@ def tell(space: Space, trials: OptunaTrials, candidate: Candidate) -> None:
     else:
         made = values(space, candidate)
         evaluation = dataclasses.replace(evaluation, status="complete", values=made)
-    trials.tell(candidate.trial, evaluation, candidate.architecture, candidate.summary)
+    trials.tell(candidate.trial, evaluation, summary=candidate.summary)
 
 
 def opened(store: Store, space: Space, sampler: str) -> OptunaTrials:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
 
 from moenas import pareto
 from moenas.predict.features import Encoder, Features, features
@@ -36,6 +37,12 @@ MUTATIONS = 200
 """Mutations of front members in a pool."""
 SAMPLES = 16
 """Joint samples of the predicted objectives beside the first one."""
+OF_THE_MODEL = (
+    "diverged", "acausal", "collapsed", "timeout", "out_of_memory", "crashed", "error",
+)  # fmt: skip
+"""Kinds of failure that similar architectures may end with, too."""
+FEASIBILITY = -1
+"""The column of the surrogate that predicts whether a point is feasible."""
 MARGIN = 0.05
 """Share of the range of an objective by which the reference point lies beyond the worst value."""
 
@@ -61,6 +68,8 @@ class Evaluated:
     """In the order of the objectives. At a rung the loss is an estimate, and others may be NaN."""
     variance: float = 0.0
     """Variance of the estimate of the loss; 0 of a complete trial."""
+    feasible: bool = True
+    """Whether the trained model meets all requirements."""
 
 
 class GrayBox:
@@ -72,6 +81,9 @@ class GrayBox:
     Before INITIAL trials are evaluated, the surrogates have fixed hyperparameters. Their proposals
     have good exact objectives and new features. Every second trial is drawn at random then, because
     the loss may depend on an exact objective in a way that no trial has shown yet.
+
+    The improvement is multiplied by the probability that the candidate is feasible, once a model
+    has failed or has broken a requirement after training (Gardner et al., ICML 2014).
 
     With early stopping, candidates at a rung count with the loss that is expected of them at the
     end. `rungs` are those of the study.
@@ -96,6 +108,7 @@ class GrayBox:
         seed alone, so a resumed study goes on as an uninterrupted one does.
         """
         complete, estimated, running = list[Evaluated](), list[Evaluated](), list[Described]()
+        fit = list[tuple[Described, bool]]()
         seen, estimates = set[str](), self.rungs.estimates()
         # In the order in which they ended, which a run of several workers has too.
         for trial in sorted(trials, key=_ended):
@@ -103,12 +116,17 @@ class GrayBox:
             if described is None:
                 continue
             seen.add(described.fingerprint)
-            if trial.state == TrialState.COMPLETE and not _is_infeasible(trial):
-                complete.append(Evaluated(described, trial.values))
+            if _is_unfit(trial):
+                fit.append((described, False))
+            if trial.state == TrialState.COMPLETE:
+                feasible = not _is_infeasible(trial)
+                complete.append(Evaluated(described, trial.values, feasible=feasible))
+                fit += [(described, True)] if feasible else []
             elif trial.state in (TrialState.RUNNING, TrialState.PRUNED):
                 evaluated = self._estimated(described, estimates.get(trial.number))
                 if evaluated is not None:
                     estimated.append(evaluated)
+                    fit += [(described, True)] if trial.state == TrialState.PRUNED else []
                 elif trial.state == TrialState.RUNNING:
                     running.append(described)
         known = [*complete, *estimated]
@@ -117,13 +135,19 @@ class GrayBox:
         if not self._encoder.names:
             return None
         losses = self._losses(known)
-        whole = np.flatnonzero(~np.isnan(losses).any(axis=1))
+        feasible = np.array([evaluated.feasible for evaluated in known], dtype=np.bool_)
+        whole = np.flatnonzero(feasible & ~np.isnan(losses).any(axis=1))
         front = whole[pareto.non_dominated(losses[whole], ["minimize"] * losses.shape[1])]
         pool = self._pool(number, [known[i].described for i in front], seen)
         if not pool:
             return None
         means, deviations = self._predict(known, losses, len(complete), running, pool)
-        gains = _improvements(means, deviations, len(known) + len(running))
+        n_trials = len(known) + len(running)
+        may_be_members = np.append(feasible, np.ones(len(running), dtype=np.bool_))
+        trial_means = means[:n_trials][may_be_members]
+        gains = _improvements(trial_means, means[n_trials:], deviations[n_trials:])
+        if not all(is_fit for _, is_fit in fit):
+            gains = gains * self._feasibility(fit, pool)
         return pool[int(np.argmax(gains))].point.params
 
     def _estimated(self, described: Described, estimate: Estimate | None) -> Evaluated | None:
@@ -178,6 +202,24 @@ class GrayBox:
             means[tried:, column], deviations[tried:, column] = believer.predict(x[tried:])
         return means, deviations
 
+    def _feasibility(
+        self, tried: Sequence[tuple[Described, bool]], pool: Sequence[Described]
+    ) -> Array:
+        """Return the probability (P,) that a point neither fails nor breaks a requirement.
+
+        `tried` says this of trials, in the order in which they ended. A process predicts -1 where
+        it is so and 1 where it is not. The probability is that of a value below 0 (least-squares
+        classification; Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006,
+        section 6.5).
+        """
+        x = self._encoder.encode([p.features for p in (*(one for one, _ in tried), *pool)])
+        labels = np.array([-1.0 if is_fit else 1.0 for _, is_fit in tried])
+        n = len(tried)
+        process = self._surrogate(FEASIBILITY, x[:n], labels, np.zeros(n), n)
+        mean, deviation = process.predict(x[n:])
+        probability: Array = ndtr(-mean / np.hypot(deviation, process.noise))
+        return probability
+
     @cached_property
     def _encoder(self) -> Encoder:
         """The columns of features; they stay the same for the whole study."""
@@ -186,7 +228,7 @@ class GrayBox:
     def _surrogate(
         self, column: int, x: Array, losses: Array, variances: Array, n_complete: int
     ) -> Surrogate:
-        """Return the surrogate of an objective given complete trials, and estimated ones after.
+        """Return the surrogate of a column given complete trials, and estimated ones after.
 
         Hyperparameters are fitted again when the complete trials have grown by a tenth, to the
         trials that were there then, so that a resumed study has the same ones. While too few are
@@ -253,19 +295,19 @@ class GrayBox:
         return described
 
 
-def _improvements(means: Array, deviations: Array, n_trials: int) -> Array:
+def _improvements(trials: Array, pool: Array, spread: Array) -> Array:
     """Return the expected improvement of the hypervolume by each point of the pool.
 
-    Means and deviations (P, M) are those of all points; the first `n_trials` are trials. The front
-    is that of predicted means, so one lucky seed does not raise it.
+    `trials` (N, M) and `pool` (P, M) are means, `spread` (P, M) the deviations of the pool. The
+    front is that of predicted means, so one lucky seed does not raise it.
     """
-    trials, pool, spread = means[:n_trials], means[n_trials:], deviations[n_trials:]
+    means = np.concatenate([trials, pool])
     worst, best = means.max(axis=0), means.min(axis=0)
     # Where all means are equal, the unit of the objective is that of its deviations.
     unit = np.where(spread.any(axis=0), spread.max(axis=0), 1.0)
     reference = worst + MARGIN * np.where(worst > best, worst - best, unit)
     # The first predicted objective is integrated, the others that are predicted are sampled.
-    learned = np.flatnonzero(deviations.any(axis=0))
+    learned = np.flatnonzero(spread.any(axis=0))
     first, sampled = int(learned[0]) if len(learned) else 0, learned[1:]
     others = [i for i in range(pool.shape[1]) if i != first]
     n_samples = SAMPLES if len(sampled) else 1
@@ -287,6 +329,13 @@ def _ended(trial: FrozenTrial) -> tuple[bool, float, int]:
     """Order trials by their end; those that run come last."""
     ended = trial.datetime_complete
     return ended is None, 0.0 if ended is None else ended.timestamp(), trial.number
+
+
+def _is_unfit(trial: FrozenTrial) -> bool:
+    """Whether a trial ended without a candidate for the front, by its architecture."""
+    if trial.state == TrialState.FAIL:
+        return trial.user_attrs.get("failure") in OF_THE_MODEL
+    return trial.state.is_finished() and _is_infeasible(trial)
 
 
 def _is_infeasible(trial: FrozenTrial) -> bool:

@@ -58,7 +58,8 @@ class Prediction:
     def chance(self, rungs: Rungs, trial: int, rung: int) -> float:
         """Return the chance that no complete candidate dominates a candidate at its end.
 
-        It is 1 while fewer than `min_complete` candidates are complete.
+        It is 1 while fewer than `min_complete` candidates are complete that have reached the rung.
+        Evaluations that were reused from another study have no rungs, and count for the front.
         """
         done = [t for t in sorted(rungs.complete) if t in rungs.results[rung]]
         if len(done) < self._settings.min_complete:
@@ -81,7 +82,7 @@ class Prediction:
                 mean, deviation = self._predicted((name, 0), rows, values)
                 drawn = mean + deviation * noise.standard_normal(SAMPLES)
             samples.append(sign * drawn)
-            front.append(sign * values)
+            front.append(sign * np.array([e.values[name] for e in rungs.complete.values()]))
         return 1.0 - dominated_share(np.stack(samples, axis=1), np.stack(front, axis=1))
 
     def _predicted(

@@ -37,6 +37,10 @@ class Setup:
     conditional: bool
     """Some parameters exist only where an option of another was drawn."""
 
+    def seed_of(self, trial: int) -> int:
+        """Return the seed of the sampler of one trial."""
+        return derived_seed(self.seed, trial)
+
 
 def derived_seed(seed: int, trial: int) -> int:
     """Return the sampler's seed for a trial: digest(study seed, trial number) as 32 bits.
@@ -47,7 +51,30 @@ def derived_seed(seed: int, trial: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{trial}".encode()).digest()[:4], "big")
 
 
-def _tpe(setup: Setup, seed: int) -> BaseSampler:
+class NumberedQMC(QMCSampler):
+    """Optuna's quasi-Monte Carlo sampler, with the point that belongs to the number of a trial.
+
+    Optuna's own takes the next point of a stored counter. A trial that is killed before its
+    parameters are stored would then get another point, and its own would be missing.
+    """
+
+    def __init__(self, seed: int, trial: int) -> None:
+        """Take the seed of the sequence, which all trials of a study share."""
+        super().__init__(
+            scramble=True,
+            seed=seed,
+            # Parameters that the first trial does not have are no part of the sequence.
+            independent_sampler=RandomSampler(seed=derived_seed(seed, trial)),
+            warn_independent_sampling=False,
+        )
+        self._trial = trial
+
+    def _find_sample_id(self, *_: object) -> int:
+        """Return the place in the sequence; the first trial of a study is an independent draw."""
+        return max(0, self._trial - 1)
+
+
+def _tpe(setup: Setup, trial: int) -> BaseSampler:
     """Tree-structured Parzen estimator, joint over parameters if the space is conditional.
 
     With several objectives: Ozaki et al., Multiobjective TPE, JAIR 2022. Over 300 trials of a
@@ -55,28 +82,38 @@ def _tpe(setup: Setup, seed: int) -> BaseSampler:
     the independent one (0.538 and 0.534) with fewer duplicates (4 and 8%) and at half the cost; on
     a space without conditions the independent form found more (0.498 and 0.467).
     """
-    return TPESampler(seed=seed, multivariate=setup.conditional, group=setup.conditional)
+    joint = setup.conditional
+    return TPESampler(seed=setup.seed_of(trial), multivariate=joint, group=joint)
+
+
+def _random(setup: Setup, trial: int) -> BaseSampler:
+    return RandomSampler(seed=setup.seed_of(trial))
 
 
 BUILDERS: dict[str, Callable[[Setup, int], BaseSampler]] = {
     "tpe": _tpe,
-    "tpe_independent": lambda _, seed: TPESampler(seed=seed, multivariate=False),
-    "nsga2": lambda _, seed: NSGAIISampler(seed=seed, population_size=POPULATION),
-    "nsga3": lambda _, seed: NSGAIIISampler(seed=seed, population_size=POPULATION),
-    "random": lambda _, seed: RandomSampler(seed=seed),
-    # One low-discrepancy sequence for all trials; Optuna stores how far it has come.
-    "qmc": lambda setup, _: QMCSampler(
-        seed=setup.seed, scramble=True, warn_independent_sampling=False
+    "tpe_independent": lambda setup, trial: TPESampler(
+        seed=setup.seed_of(trial), multivariate=False
     ),
-    "gp": lambda _, seed: GPSampler(seed=seed, warn_independent_sampling=False),
+    "nsga2": lambda setup, trial: NSGAIISampler(
+        seed=setup.seed_of(trial), population_size=POPULATION
+    ),
+    "nsga3": lambda setup, trial: NSGAIIISampler(
+        seed=setup.seed_of(trial), population_size=POPULATION
+    ),
+    "random": _random,
+    "qmc": lambda setup, trial: NumberedQMC(setup.seed, trial),
+    "gp": lambda setup, trial: GPSampler(
+        seed=setup.seed_of(trial), warn_independent_sampling=False
+    ),
     # Its points come from gray_box.GrayBox; the first of a study are random.
-    "gray_box": lambda _, seed: RandomSampler(seed=seed),
+    "gray_box": _random,
     # Its points come from evolution.Evolution.
-    "evolution": lambda _, seed: RandomSampler(seed=seed),
+    "evolution": _random,
     # The points themselves come from points.Points; no parameter is left to this sampler.
-    "grid": lambda _, seed: RandomSampler(seed=seed),
+    "grid": _random,
 }
-"""Name of `sections.SAMPLERS` -> builder.
+"""Name of `sections.SAMPLERS` -> builder, which is called with the number of the trial.
 
 `gp` takes seconds a trial and models only parameters that always exist.
 """
@@ -101,12 +138,11 @@ def make(name: str, setup: Setup, trial: int) -> BaseSampler:
     Raises:
         InputError: if there is no such sampler.
     """
-    seed = derived_seed(setup.seed, trial)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name in BUILDERS:
-            return BUILDERS[name](setup, seed)
-        return _instance(name, seed)
+            return BUILDERS[name](setup, trial)
+        return _instance(name, setup.seed_of(trial))
 
 
 def _instance(name: str, seed: int) -> BaseSampler:

@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import optuna
@@ -19,7 +18,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from moenas.errors import InputError, MoenasError, StorageLostError
@@ -28,24 +27,21 @@ from moenas.grammar.summary import one_line
 from moenas.records import Evaluation, Plain
 from moenas.search import start_points
 from moenas.search.points import Points
-from moenas.search.samplers import Setup, derived_seed, make
+from moenas.search.proposals import Proposals
 from moenas.search.start_points import StartPoint
 from moenas.store.optuna_rows import CONSTRAINTS
 from moenas.store.optuna_storage import TrialChanges
 from moenas.store.store import Store
 
 if TYPE_CHECKING:
-    from moenas.model.architecture import Architecture
-    from moenas.search.evolution import Evolution
-    from moenas.search.gray_box import GrayBox
+    from optuna.samplers import BaseSampler
+
     from moenas.search.rungs import Rungs
     from moenas.space.space import Space
     from moenas.store.optuna_storage import Param, Storage
 
 log = logging.getLogger(__name__)
 
-REPEATS = 10
-"""Draws in a row without a new candidate after which a point that was not drawn is proposed."""
 OF_THE_SAMPLER = (Exception, SystemExit)
 """What a user's sampler may raise; `sys.exit` in it must not end a run as if all was well."""
 TOLERANCE = 1e-8
@@ -136,10 +132,10 @@ class OptunaTrials:
     """Optuna's side of one study."""
 
     def __init__(self, store: Store, space: Space, rungs: Rungs | None = None) -> None:
-        self._store, self._space, self._rungs = store, space, rungs
+        self._store, self._space = store, space
         self._names = [o.name for o in space.objectives]
-        self._setup = Setup(space.search.seed, any(hole.given for hole in space.holes))
         self.points = Points(space)
+        self._proposals = Proposals(space, self.points, rungs)
         self._interrupted: deque[int] = deque()
         """Ids of trials that an earlier run left without an outcome."""
         self._active: set[int] = set()
@@ -147,7 +143,6 @@ class OptunaTrials:
         self._unwritten: dict[int, list[Param]] = {}
         """Id of a trial -> its parameters, which go with the next change of the trial."""
         self._asked = 0
-        self._of_the_user: BaseSampler | None = None
 
     def open(self) -> None:
         """Open Optuna's study, or make it.
@@ -224,8 +219,8 @@ class OptunaTrials:
     def ask(self, fruitless: int) -> Trial:
         """Return a trial that an earlier run left, or ask for a new one.
 
-        After REPEATS draws in a row without a new candidate, a point of a finite space that was
-        not drawn is proposed in place of the sampler's.
+        After some draws in a row without a new candidate, a point of a finite space that was not
+        drawn is proposed in place of the sampler's.
 
         Raises:
             SamplerFailedError: if the sampler raised; it carries the trial.
@@ -237,15 +232,16 @@ class OptunaTrials:
                 left = self._optuna._storage.get_trial(trial_id)
                 number = left.number
                 drawn = left.params
-                sampler = self._sampler(number) if drawn else self._proposing(number, fruitless)
-                self._optuna.sampler = sampler
+                self._optuna.sampler = (
+                    self._proposals.sampler(number) if drawn else self._proposed(number, fruitless)
+                )
                 trial = Trial(self._optuna, trial_id)
             else:
-                self._optuna.sampler = self._proposing(number, fruitless)
+                self._optuna.sampler = self._proposed(number, fruitless)
                 self._asked += 1
                 trial = self._optuna.ask()
                 if trial.number != number:  # an enqueued trial has an earlier number
-                    self._optuna.sampler = self._sampler(trial.number)
+                    self._optuna.sampler = self._proposals.sampler(trial.number)
         except (MoenasError, StorageInternalError):
             raise
         except OF_THE_SAMPLER as error:
@@ -335,10 +331,12 @@ class OptunaTrials:
         self,
         trial: Trial,
         evaluation: Evaluation,
-        architecture: Architecture | None = None,
+        violations: Mapping[str, float] | None = None,
         summary: str = "",
     ) -> None:
         """Tell the outcome of a trial, whose architecture is `summary` in one line.
+
+        `violations` are those of the requirements that are decided after training.
 
         Raises:
             ToldElsewhereError: if another program has told the trial.
@@ -347,8 +345,8 @@ class OptunaTrials:
         number = evaluation.trial
         self._active.discard(number)
         state, values = outcome(evaluation, self._names)
-        user, violations = self._description(evaluation, architecture, summary)
-        system = self._add_attributes(trial, user, violations)
+        user = _description(evaluation, summary)
+        system = self._add_attributes(trial, user, violations or {})
         self._after_trial(trial, state, values)
         params = self._unwritten.pop(trial._trial_id, [])
         changes = TrialChanges(params, user, system, state, values)
@@ -368,7 +366,7 @@ class OptunaTrials:
 
         `Study.tell` reads the trial from the database once more; this driver is its only writer.
         """
-        self._optuna.sampler = self._sampler(trial.number)
+        self._optuna.sampler = self._proposals.sampler(trial.number)
         self._optuna._thread_local.cached_all_trials = None
         try:
             frozen = trial._cached_frozen_trial
@@ -378,8 +376,8 @@ class OptunaTrials:
         except OF_THE_SAMPLER as error:
             log.warning("the sampler fails after trial %d: %s", trial.number, error_line(error))
 
-    def tell_stored(self, evaluation: Evaluation) -> None:
-        """Tell an evaluation that an earlier run stored and could not tell.
+    def tell_stored(self, evaluation: Evaluation, violations: Mapping[str, float]) -> None:
+        """Tell an evaluation that an earlier run stored and could not tell, as `tell` does.
 
         Raises:
             ToldElsewhereError: if the trial does not run.
@@ -388,81 +386,12 @@ class OptunaTrials:
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, evaluation.trial)
         self._optuna.sampler = RandomSampler()
         plain = self._store.architecture(evaluation.study, evaluation.trial)
-        measured = self._is_measured(evaluation)
-        architecture = self._space.architecture(plain) if plain and measured else None
         summary = one_line(plain) if plain else ""
-        self.tell(Trial(self._optuna, trial_id), evaluation, architecture, summary)
+        self.tell(Trial(self._optuna, trial_id), evaluation, violations, summary)
 
-    def _is_measured(self, evaluation: Evaluation) -> bool:
-        """Whether an evaluation has a value of each objective, so that Optuna's trial has them."""
-        return evaluation.status != "failed" and evaluation.values.keys() >= set(self._names)
-
-    def _description(
-        self, evaluation: Evaluation, architecture: Architecture | None, summary: str
-    ) -> tuple[dict[str, Any], dict[str, float]]:
-        """Return what the dashboard shows of a trial, and the constraints of the trained model."""
-        violations: dict[str, float] = {}
-        if architecture is not None and self._is_measured(evaluation):
-            violations = self._space.trained_violations(
-                architecture, evaluation.routing, evaluation.values
-            )
-        metrics = evaluation.metrics
-        known: dict[str, Any] = {
-            "architecture": summary or None,
-            "fingerprint": evaluation.fingerprint or None,
-            "failure": evaluation.failure.kind if evaluation.failure else None,
-            "params": evaluation.cost.get("params"),
-            "active_params": evaluation.cost.get("active_params"),
-            "seconds": evaluation.seconds.get("total"),
-            **{name: metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
-        }
-        return {name: value for name, value in known.items() if value is not None}, violations
-
-    @cached_property
-    def _proposer(self) -> GrayBox | Evolution | None:
-        """The sampler of ours that proposes whole points; imported only where it is used."""
-        if self._space.search.sampler == "gray_box":
-            from moenas.search.gray_box import GrayBox
-
-            return GrayBox(self._space, self._rungs)
-        if self._space.search.sampler == "evolution":
-            from moenas.search.evolution import Evolution
-
-            return Evolution(self._space)
-        return None
-
-    def _proposing(self, number: int, fruitless: int) -> BaseSampler:
+    def _proposed(self, number: int, fruitless: int) -> BaseSampler:
         """Return the sampler of a new trial."""
-        name = self._space.search.sampler
-        base = RandomSampler(seed=derived_seed(self._setup.seed, number))
-        if name == "grid" or fruitless >= REPEATS:
-            if self.points.enumerable and (point := self.points.unseen()) is not None:
-                return _fixed(point, base)
-            if fruitless % REPEATS == 0:  # a space too large to be listed
-                return base
-        elif self._proposer is not None:
-            try:
-                proposed = self._proposer.propose(number, self.frozen())
-            except (MoenasError, StorageInternalError):
-                raise
-            except Exception as error:  # of the surrogate's fit; the study goes on
-                log.warning("%s: %s; trial %d is drawn at random", name, error_line(error), number)
-                return base
-            return base if proposed is None else _fixed(proposed, base)
-        return self._sampler(number)
-
-    def _sampler(self, number: int) -> BaseSampler:
-        """Return the sampler of a trial.
-
-        Optuna's samplers by name are made for each trial, so that a resumed study asks what an
-        uninterrupted one asks. A class of the user's may keep state, so one instance serves a run.
-        """
-        name = self._space.search.sampler
-        if ".py:" not in name:
-            return make(name, self._setup, number)
-        if self._of_the_user is None:
-            self._of_the_user = make(name, self._setup, number)
-        return self._of_the_user
+        return self._proposals.proposing(number, fruitless, self.frozen)
 
     def _left_behind(self) -> Trial:
         """Return the trial that was made before its sampler raised."""
@@ -475,11 +404,19 @@ class OptunaTrials:
         return trial
 
 
-def _fixed(params: dict[str, Any], base: BaseSampler) -> BaseSampler:
-    """Return a sampler that answers with these parameters."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return PartialFixedSampler(params, base)
+def _description(evaluation: Evaluation, summary: str) -> dict[str, Any]:
+    """Return what the dashboard shows of a trial."""
+    metrics = evaluation.metrics
+    known: dict[str, Any] = {
+        "architecture": summary or None,
+        "fingerprint": evaluation.fingerprint or None,
+        "failure": evaluation.failure.kind if evaluation.failure else None,
+        "params": evaluation.cost.get("params"),
+        "active_params": evaluation.cost.get("active_params"),
+        "seconds": evaluation.seconds.get("total"),
+        **{name: metrics.get(name) for name in ("val_loss", "lr", "copied_from")},
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

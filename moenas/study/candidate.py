@@ -33,6 +33,8 @@ class Candidate:
     cost: dict[str, int] = field(default_factory=dict)
     violations: dict[str, float] = field(default_factory=dict)
     """Requirement -> by how much it is broken, over 0, or met."""
+    trained_violations: dict[str, float] = field(default_factory=dict)
+    """The same of the requirements that are decided after training; empty before it."""
     invalid: str = ""
     """Why the drawn fields do not go together, or which cost the nearest width of a fit gives."""
     predicted: dict[str, float] = field(default_factory=dict)

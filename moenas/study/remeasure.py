@@ -244,13 +244,7 @@ class Remeasurer:
         source = int(evaluation.metrics.get("copied_from", evaluation.trial))
         if source in self._constraints:
             return self._constraints[source]
-        wanted = any(requirement.trained for requirement in self._space.requirements)
-        if not wanted or evaluation.status == "failed":
-            return {}
-        plain = self._store.architecture(self._space.name, evaluation.trial)
-        return self._space.trained_violations(
-            self._space.architecture(plain), evaluation.routing, evaluation.values
-        )
+        return self._results.trained_violations(evaluation)
 
     def _store_all(self, done: Sequence[Evaluation], objectives: Sequence[Objective]) -> None:
         """Store values, digests, Optuna's rows and the front together."""

@@ -60,7 +60,8 @@ class ResultProcessor:
             return candidate.evaluation(self._study, attempt, "failed", failure=outcome, seed=seed)
         evaluation = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if evaluation.status == "complete":
-            evaluation = self.judged(candidate.architecture, evaluation)
+            judged = self.judge(candidate.architecture, evaluation)
+            evaluation, candidate.trained_violations = judged
         elif evaluation.status == "paused":
             return self._paused(evaluation, result)
         digest = None
@@ -138,6 +139,7 @@ class ResultProcessor:
                     copy_weights(self._store.runs, self._study, source, candidate.number, digest)
             except InputError as error:
                 digest, warning = None, f"its weights are not copied: {error}"
+        candidate.trained_violations = self.trained_violations(original, candidate.architecture)
         copied = replace(
             original,
             trial=candidate.number,
@@ -172,8 +174,23 @@ class ResultProcessor:
             seconds={},
             reused_from={"study": source.study, "trial": source.trial},
         )
-        judged = self.judged(candidate.architecture, reused)
+        judged, candidate.trained_violations = self.judge(candidate.architecture, reused)
         return None if judged.status == "failed" else judged
+
+    def trained_violations(
+        self, evaluation: Evaluation, architecture: Architecture | None = None
+    ) -> dict[str, float]:
+        """Return requirement of the trained model -> by how much it is broken, over 0, or met.
+
+        Empty if the evaluation has not all values. None takes the stored architecture.
+        """
+        measured = evaluation.status != "failed" and evaluation.values.keys() >= set(self._names)
+        if not measured or not any(r.trained for r in self._space.requirements):
+            return {}
+        if architecture is None:
+            plain = self._store.architecture(evaluation.trial)
+            architecture = self._space.architecture(plain)
+        return self._space.trained_violations(architecture, evaluation.routing, evaluation.values)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -213,9 +230,7 @@ class ResultProcessor:
         """Make an evaluation infeasible if the trained model breaks a requirement."""
         if evaluation.status != "complete" or architecture is None:
             return evaluation, {}
-        violations = self._space.trained_violations(
-            architecture, evaluation.routing, evaluation.values
-        )
+        violations = self.trained_violations(evaluation, architecture)
         broken = {name: value for name, value in violations.items() if value > 0}
         if not broken:
             return evaluation, violations

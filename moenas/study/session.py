@@ -228,10 +228,11 @@ class Session:
         """Tell Optuna an evaluation that is stored; correct its row if it does not take it."""
         try:
             if candidate is None:
-                self.trials.tell_stored(evaluation)
+                violations = self.results.trained_violations(evaluation)
+                self.trials.tell_stored(evaluation, violations)
             else:
                 self.trials.tell(
-                    candidate.trial, evaluation, candidate.architecture, candidate.summary
+                    candidate.trial, evaluation, candidate.trained_violations, candidate.summary
                 )
         except ENDS_A_RUN:
             raise

@@ -121,6 +121,60 @@ def test_few_complete_trials_are_enough_for_a_proposal(complete: int) -> None:
     assert params not in [t.params for t in trials]
 
 
+def is_wide_mixture(drawn: Point) -> bool:
+    """Half of the space, and made up to be the half that has no usable models."""
+    architecture = drawn.architecture
+    return architecture.d_model > 64 and "moe" in {
+        name["block.ffn"] for name in architecture.names()
+    }
+
+
+def unusable(space: Space, number: int, one: Point, how: str) -> FrozenTrial:
+    """A trial without a candidate for the front, though its values are better than all others."""
+    if how == "broken after training":
+        made = trial(space, number, one)
+        made.values = [1.0, 1.0]
+    else:
+        made = trial(space, number, one, TrialState.FAIL if "fail" in how else TrialState.PRUNED)
+    if "fail" in how:
+        made.set_user_attr("failure", "environment" if "machine" in how else "out_of_memory")
+    else:
+        made.system_attrs["constraints:decode_ms < 1"] = 0.5
+    return made
+
+
+UNUSABLE = ("failed", "broken after training", "refused before training")
+
+
+@pytest.mark.parametrize("how", [*UNUSABLE, "failed by the machine"])
+def test_it_keeps_away_from_what_fails_or_breaks_requirements(how: str) -> None:
+    space = Space.load("tiny", [OBJECTIVES])
+    asked, draw, trials = GrayBox(space), random.Random(0), list[FrozenTrial]()
+    proposed = list[bool]()
+    for number in range(30):
+        params = asked.propose(number, trials)
+        one = drawn(space, draw) if params is None else point(space, 0, params)
+        assert one is not None
+        bad = is_wide_mixture(one)
+        made = unusable(space, number, one, how) if bad else trial(space, number, one)
+        trials.append(made)
+        if number >= 20:
+            proposed.append(bad)
+    if how == "failed by the machine":  # that says nothing of the architecture
+        assert sum(proposed) > 3
+    else:
+        assert sum(proposed) <= 1
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_it_proposes_where_every_trial_was_unusable(how: str) -> None:
+    space, draw = Space.load("tiny", [OBJECTIVES]), random.Random(0)
+    trials = [unusable(space, number, drawn(space, draw), how) for number in range(25)]
+    params = GrayBox(space).propose(25, trials)
+    assert params is not None
+    assert params not in [t.params for t in trials]
+
+
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.FAIL])
 def test_a_trial_that_runs_or_failed_is_not_proposed_again(state: TrialState) -> None:
     trials = searched(0, INITIAL, sampler=False)

@@ -78,6 +78,16 @@ def test_who_is_cheaper_than_all_joins_the_front_whatever_its_loss() -> None:
     assert rule.chance(rungs, N, 1) == 1.0
 
 
+def test_what_was_reused_without_rungs_is_on_the_front() -> None:
+    of = space(name="reused")
+    rungs, rule = study(of), Prediction(Predictive(), of)
+    before = rule.chance(rungs, N, 1)
+    assert before > 0.1
+    best = {"val_loss": 0.1, "flops_per_token": 1.0}
+    rungs.complete[N + 9] = Evaluation("s", N + 9, 1, "complete", "", values=best)
+    assert rule.chance(rungs, N, 1) == 0.0
+
+
 def test_nobody_is_stopped_before_enough_are_complete() -> None:
     of = space(name="few")
     rungs = study(of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -28,7 +29,7 @@ def draw(trial: optuna.Trial) -> tuple[float, float]:
     return x, (1 - x) ** 2 + 0.1 * n
 
 
-def proposals(name: str, breaks: tuple[int, ...] = (), trials: int = 24) -> list[object]:
+def proposals(name: str, breaks: tuple[int, ...] = (), trials: int = 24) -> list[dict[str, Any]]:
     """The parameters of a study that is resumed at some trials."""
     study = optuna.create_study(directions=["minimize"] * 2, sampler=make(name, CONDITIONAL, 0))
     for number in range(trials):
@@ -48,6 +49,21 @@ def test_a_resumed_study_asks_what_an_uninterrupted_one_asks(name: str) -> None:
     whole = proposals(name)
     assert proposals(name, breaks=(5, 17)) == whole
     assert len({repr(p) for p in whole}) > 20, "a restart, or the next trial, replays candidates"
+
+
+def test_qmc_draws_what_the_first_trial_lacks_anew_for_each_trial() -> None:
+    """The first trial has `dense.n` or `moe.n`, and the other one is no part of the sequence."""
+    drawn = proposals("qmc", trials=40)
+    lacking = ({"dense.n", "moe.n"} - set(drawn[0])).pop()
+    values = [params[lacking] for params in drawn if lacking in params]
+    assert len(values) > 10
+    assert len(set(values)) > 4
+
+
+def test_qmc_repeats_no_point_and_leaves_none_out() -> None:
+    """Every block of 16 points of a Sobol' sequence has one in each sixteenth of an axis."""
+    drawn = [params["x"] for params in proposals("qmc", breaks=(5, 9), trials=17)[1:]]
+    assert sorted(int(16 * x) for x in drawn) == list(range(16))
 
 
 def test_seeds_differ_by_study_and_by_trial() -> None:

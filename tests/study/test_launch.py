@@ -263,6 +263,22 @@ def test_a_requirement_of_the_trained_model_is_decided_after_training(sampler: s
     assert len({Architecture.parse(job.architecture).fingerprint for job in seen}) == len(seen)
 
 
+def test_requirements_of_the_trained_model_are_taken_once_for_each_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    violations = Space.trained_violations
+
+    def counted(self: Space, architecture: Architecture, *rest: Any) -> dict[str, float]:
+        taken.append(architecture.fingerprint)
+        return violations(self, architecture, *rest)
+
+    monkeypatch.setattr(Space, "trained_violations", counted)
+    study = run(space(ROUTED, more="require: [max_vio < 0.6]"), trials=12, pool=Inline(routed))
+    rows = [e for e in study.view.evaluations if e.values]
+    assert sorted(taken) == sorted(e.fingerprint for e in rows)
+
+
 def test_what_broke_a_requirement_is_told_by_a_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Inline(routed)
     wanted = space(ROUTED, more="require: [max_vio < 0.4]")

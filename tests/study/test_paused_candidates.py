@@ -189,8 +189,14 @@ POINTS = {
 }
 
 
-def killed_run(of: Space, owner: Any, name: str, number: int) -> int:
-    """Run a study in a child that kills itself after the call `number` of a function."""
+Evaluate = Callable[[Job], tuple[Evaluation, bytes | None]]
+
+
+def killed_run(of: Space, owner: Any, name: str, number: int, evaluate: Evaluate = stand_in) -> int:
+    """Run a study in a child that kills itself after the call `number` of a function.
+
+    Without an owner the function is `evaluate`, which stands for a worker.
+    """
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
@@ -206,7 +212,7 @@ def killed_run(of: Space, owner: Any, name: str, number: int) -> int:
 
             return call
 
-        pool = Inline(stand_in if owner else die_after(stand_in))
+        pool = Inline(evaluate if owner else die_after(evaluate))
         if owner:
             setattr(owner, name, die_after(getattr(owner, name)))
         run(of, pool=pool)
@@ -392,7 +398,8 @@ def test_status_and_show_know_rungs() -> None:
     assert "stopped early" in study_note(study.view)
 
 
-def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
+@pytest.mark.parametrize("stopping", [HALVING, PREDICTIVE])
+def test_a_changed_objective_leaves_no_old_value_at_a_rung(stopping: str) -> None:
     def objective(value: str) -> None:
         Path("size.py").write_text(GUEST.format(needs="cost", result=value))
 
@@ -403,13 +410,16 @@ def test_a_changed_objective_leaves_no_old_value_at_a_rung() -> None:
         return Evaluation(job.study, job.trial, job.attempt, "complete", "", values=values), None
 
     objective("1")
-    Path("trained").touch()
-    with pytest.raises(Interrupted):
-        run(halving(objectives="[val_loss, ./size.py]"), pool=Inline(ctrl_c))
+    first = halving(stopping, objectives="[val_loss, ./size.py]")
+    # By then three candidates are complete with `predictive`, and another one is paused.
+    assert killed_run(first, rung_rows, "add", 7) == signal.SIGKILL
+    paused = rung_rows.pauses(load_study("s").store, "s")
+    assert paused
     objective("2")
-    changed = halving(objectives="[val_loss, ./size.py]")
+    changed = halving(stopping, objectives="[val_loss, ./size.py]")
     study = run(changed, pool=Inline(measured), accept_changes=True)
     assert_sound(study, 14)
+    assert {e.status for e in study.view.evaluations} == {"complete", "stopped"}
     assert_no_leftovers(study)
 
 

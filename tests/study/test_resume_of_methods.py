@@ -1,4 +1,4 @@
-"""Each sampler with each early stopping: a killed study goes on, with exact totals."""
+"""Each sampler with and without early stopping: a killed study goes on, with exact totals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from studies import assert_sound
+from studies import assert_sound, fake, params
+from studies import space as small_space
 from test_paused_candidates import (
     HALVING,
     POINTS,
@@ -22,16 +23,30 @@ from test_paused_candidates import (
     trained,
 )
 
+from moenas.search.trials import OptunaTrials
 from moenas.space.sections import SAMPLERS
 from moenas.space.space import Space
 from moenas.store import rungs as rung_rows
+from moenas.store.study_store import StudyStore
 from moenas.study import doctor
 from moenas.study.launch import load_study, run
+from moenas.study.result_processing import ResultProcessor
 from moenas.workers.pool import Inline
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
-STOPPING = {"none": "none", "successive_halving": HALVING, "predictive": PREDICTIVE}
+OF_THE_USER = "mine.py:Mine"
+"""A class of the user's, which keeps state in a run."""
+PHASES = {
+    "a trial has no parameters yet": (OptunaTrials, "ask"),
+    "its parameters are drawn, and not stored": (OptunaTrials, "draw"),
+    "they are stored, and no job is started": (OptunaTrials, "set_constraints"),
+    "the job has run": (None, ""),
+    "the weights are there, and the row is not": (ResultProcessor, "evaluation"),
+    "the row is there, and Optuna is not told": (StudyStore, "record"),
+    "Optuna is told": (OptunaTrials, "tell"),
+}
+STOPPING = {"successive_halving": HALVING, "predictive": PREDICTIVE}
 KILLED_RUNS = 3
 """Runs that are killed before the one that may end."""
 
@@ -42,8 +57,29 @@ def space(sampler: str, stopping: str) -> Space:
     return Space.parse(text.replace("sampler: random", f"sampler: {sampler}"), "s.yaml")
 
 
-@pytest.mark.parametrize("stopping", ["successive_halving", "predictive"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.fixture
+def user_sampler(study_folder: None) -> None:
+    text = "from optuna.samplers import RandomSampler\nclass Mine(RandomSampler): pass\n"
+    Path("mine.py").write_text(text)
+
+
+@pytest.mark.usefixtures("user_sampler")
+@pytest.mark.parametrize("sampler", [*SAMPLERS, OF_THE_USER])
+def test_a_study_that_is_killed_in_every_phase_asks_what_a_whole_one_asks(sampler: str) -> None:
+    of = small_space().with_search(sampler=sampler, trials=16)
+    whole = run(of, pool=Inline(fake), storage="sqlite:///whole.db")
+    for phase in PHASES.values():
+        assert killed_run(of, *phase, 2, fake) == signal.SIGKILL
+    study = run(of, pool=Inline(fake))
+    assert_sound(study, 16)
+    assert doctor.examine(study.store, "s") == []
+    if sampler != OF_THE_USER:
+        assert params(study) == params(whole)
+
+
+@pytest.mark.usefixtures("user_sampler")
+@pytest.mark.parametrize("stopping", STOPPING)
+@pytest.mark.parametrize("sampler", [*SAMPLERS, OF_THE_USER])
 def test_a_study_that_is_killed_in_the_middle_of_a_rung_has_exact_totals(
     sampler: str, stopping: str
 ) -> None:
