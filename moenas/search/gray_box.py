@@ -135,17 +135,17 @@ class GrayBox:
         if not self._encoder.names:
             return None
         losses = self._losses(known)
-        feasible = np.array([evaluated.feasible for evaluated in known], dtype=np.bool_)
-        whole = np.flatnonzero(feasible & ~np.isnan(losses).any(axis=1))
+        usable = np.array([evaluated.feasible for evaluated in known], dtype=np.bool_)
+        running_too = np.concatenate([usable, np.ones(len(running), dtype=np.bool_)])
+        whole = np.flatnonzero(usable & ~np.isnan(losses).any(axis=1))
         front = whole[pareto.non_dominated(losses[whole], ["minimize"] * losses.shape[1])]
         pool = self._pool(number, [known[i].described for i in front], seen)
         if not pool:
             return None
         means, deviations = self._predict(known, losses, len(complete), running, pool)
         n_trials = len(known) + len(running)
-        may_be_members = np.append(feasible, np.ones(len(running), dtype=np.bool_))
-        trial_means = means[:n_trials][may_be_members]
-        gains = _improvements(trial_means, means[n_trials:], deviations[n_trials:])
+        may_be_members = means[:n_trials][running_too]
+        gains = _improvements(may_be_members, means[n_trials:], deviations[n_trials:])
         if not all(is_fit for _, is_fit in fit):
             gains = gains * self._feasibility(fit, pool)
         return pool[int(np.argmax(gains))].point.params
@@ -259,10 +259,9 @@ class GrayBox:
     def _describe(self, candidate: Point) -> Described:
         fingerprint = candidate.architecture.fingerprint
         if fingerprint not in self._known:
-            cost = self._space.cost(candidate.architecture)
-            exact = {o.name: o.exact_value(cost) for o in self._objectives}
+            exact = {o.name: o.exact_value(candidate.cost) for o in self._objectives}
             values = {name: value for name, value in exact.items() if value is not None}
-            self._known[fingerprint] = features(candidate.architecture, cost), values
+            self._known[fingerprint] = features(candidate.architecture, candidate.cost), values
         # Points of one architecture may have other parameters, so each keeps its own.
         return Described(candidate, fingerprint, *self._known[fingerprint])
 

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from moenas.predict.features import Encoder, features
 from moenas.predict.level_effects import MIN_CANDIDATES
-from moenas.search.neighbours import held_point, point
+from moenas.search.neighbours import Point, held_point, point
 
 if TYPE_CHECKING:
-    from moenas.model.architecture import Architecture
     from moenas.space.space import Space
 
 Array = NDArray[np.float64]
@@ -38,8 +37,8 @@ def surrogate_importances(
     origins = [(origin, values) for origin, values in drawn if origin is not None]
     if len(origins) < MIN_CANDIDATES:
         return {}
-    architectures = [origin.architecture for origin, _ in origins]
-    # 1. Each hole of some candidates varies alone: (hole, candidate) -> places in `architectures`.
+    points = [origin for origin, _ in origins]
+    # 1. Each hole of some candidates varies alone: (hole, candidate) -> places in `points`.
     places: dict[tuple[str, int], list[int]] = {}
     for hole in dict.fromkeys(hole for params, _ in known for hole in params):
         options = list(dict.fromkeys(params[hole] for params, _ in known if hole in params))
@@ -47,13 +46,13 @@ def surrogate_importances(
             others = [value for value in options if value != origin.params.get(hole)][:LEVELS]
             if hole in origin.params and others:
                 made = [point(space, 0, {**origin.params, hole: value}) for value in others]
-                feasible = [candidate.architecture for candidate in made if candidate is not None]
-                first = len(architectures)
+                feasible = [candidate for candidate in made if candidate is not None]
+                first = len(points)
                 places[hole, index] = [index, *range(first, first + len(feasible))]
-                architectures += feasible
+                points += feasible
     # 2. The objectives of all of them, and the deviations, averaged over the candidates.
     importances: dict[str, dict[str, float]] = {}
-    for name, column in _objectives(space, architectures, [v for _, v in origins]).items():
+    for name, column in _objectives(space, points, [v for _, v in origins]).items():
         deviations: dict[str, list[float]] = {}
         for (hole, _), rows in places.items():
             deviations.setdefault(hole, []).append(float(column[rows].std()))
@@ -62,18 +61,17 @@ def surrogate_importances(
 
 
 def _objectives(
-    space: Space, architectures: Sequence[Architecture], measured: Sequence[Mapping[str, float]]
+    space: Space, points: Sequence[Point], measured: Sequence[Mapping[str, float]]
 ) -> dict[str, Array]:
-    """Compute or predict each objective (N,) of architectures; the first ones are measured."""
+    """Compute or predict each objective (N,) of some points; the first ones are measured."""
     from moenas.predict.surrogate import Surrogate
 
-    costs = [space.cost(architecture) for architecture in architectures]
-    rows = [features(one, cost) for one, cost in zip(architectures, costs, strict=True)]
+    rows = [features(one.architecture, one.cost) for one in points]
     x = Encoder(rows).encode(rows)
     columns: dict[str, Array] = {}
     for objective in space.objectives:
         if objective.exact is not None:
-            columns[objective.name] = np.array([objective.exact_value(cost) for cost in costs])
+            columns[objective.name] = np.array([objective.exact_value(one.cost) for one in points])
         else:
             values = np.array([row[objective.name] for row in measured])
             columns[objective.name] = Surrogate(x[: len(values)], values).predict(x)[0]

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moenas.errors import SpaceError
+from moenas.errors import PartError, SpaceError
 from moenas.grammar.sampling import RandomSuggest
 from moenas.search.points import HeldAnswers
 
 if TYPE_CHECKING:
     from moenas.model.architecture import Architecture
+    from moenas.records import Cost
     from moenas.space.space import Space
 
 MUTATIONS = 20
@@ -27,12 +28,15 @@ class Point:
     """Hole -> drawn value, under the names that Optuna sees."""
     architecture: Architecture
     """The architecture of the point in canonical form."""
+    cost: Cost
+    """Its exact cost at the training context of the space."""
 
 
 def point(space: Space, seed: int, params: Mapping[str, Any] | None = None) -> Point | None:
     """Return the point of some parameters, with random values for the others.
 
-    None if it breaks a requirement, or its fields do not go together.
+    None if it breaks a requirement, its fields do not go together, or a part of the user's does not
+    count its cost.
     """
     held = params or {}
     return _point(space, HeldAnswers(held, space.former_fields, RandomSuggest(seed, held)))
@@ -49,11 +53,11 @@ def held_point(space: Space, params: Mapping[str, Any]) -> Point | None:
 def _point(space: Space, answers: HeldAnswers) -> Point | None:
     try:
         architecture = space.drawn(answers)
-    except (SpaceError, LookupError):
+        if any(amount > 0 for amount in space.violations(architecture).values()):
+            return None
+        return Point(answers.answers, architecture, space.cost(architecture))
+    except (SpaceError, LookupError, PartError):
         return None
-    if any(amount > 0 for amount in space.violations(architecture).values()):
-        return None
-    return Point(answers.answers, architecture)
 
 
 def neighbour(space: Space, params: Mapping[str, Any], seed: int) -> Point | None:

@@ -428,6 +428,24 @@ def test_a_part_that_counts_no_cost_fails_its_candidate(
     assert_sound(study, 6)
 
 
+@pytest.mark.parametrize("sampler", ["gray_box", "evolution"])
+def test_architectures_that_count_no_cost_end_no_search(
+    monkeypatch: pytest.MonkeyPatch, jobs: list[Job], sampler: str
+) -> None:
+    """A sampler that looks at thousands of points meets all of them."""
+    cost = Space.cost
+
+    def broken(self: Space, architecture: Architecture) -> Cost:
+        if architecture.d_model == 16:
+            raise PartError("mine.py:3: ValueError: no cost")
+        return cost(self, architecture)
+
+    monkeypatch.setattr(Space, "cost", broken)
+    study = run(space().with_search(sampler=sampler), trials=12, workers="inline")
+    assert_sound(study, 12)
+    assert len(jobs) == 12 - len(kinds(study)) > 6
+
+
 def test_models_that_diverge_do_not_stop_a_study_that_has_candidates() -> None:
     def script(job: Job) -> Evaluation | Failure:
         return Failure("diverged", "loss is nan") if 2 < job.trial < 12 else fake(job)[0]
