@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from moenas.records import Evaluation
 
@@ -54,9 +54,11 @@ def hole_effects(rows: EvaluatedDraws, objective: str) -> list[HoleEffect]:
     """Return the effect of each level of each hole on an objective, in order of the holes.
 
     Only candidates that have the hole are compared. Holes of fewer than MIN_CANDIDATES candidates,
-    or of one level, are left out.
+    or of one level, are left out, and so are all where the objective has one value.
     """
-    all_effects = []
+    all_effects: list[HoleEffect] = []
+    if len({e.values[objective] for e, _ in rows}) < 2:
+        return all_effects
     for hole in drawn_holes(rows):
         there = [(e, params[hole]) for e, params in rows if hole in params]
         levels = named_levels([value for _, value in there])
@@ -117,7 +119,10 @@ def level_effects(values: ArrayLike, sizes: ArrayLike, levels: Sequence[str]) ->
 
 
 def named_levels(values: Sequence[object]) -> list[str]:
-    """Return the level of each value: itself, or its range if a number has over LEVELS values."""
+    """Return the level of each value: itself, or a range if a number has over LEVELS values.
+
+    A range names its smallest and largest value, so that ranges have no value in common.
+    """
     distinct = set(values)
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in distinct)
     if not numeric or len(distinct) <= LEVELS:
@@ -125,4 +130,10 @@ def named_levels(values: Sequence[object]) -> list[str]:
     numbers = np.array(values, dtype=np.float64)
     edges = np.unique(np.quantile(numbers, np.linspace(0, 1, LEVELS + 1)))
     places = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, len(edges) - 2)
-    return [f"{edges[i]:g} to {edges[i + 1]:g}" for i in places]
+    names = {int(place): _range(numbers[places == place]) for place in set(places)}
+    return [names[int(place)] for place in places]
+
+
+def _range(numbers: NDArray[np.float64]) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -57,7 +57,7 @@ def insights(study: Study, *, allow_code: bool = False) -> Plain:
     return {
         "study": study.name,
         "evaluations": dict(Counter(e.status for e in view.evaluations if not e.is_copy)),
-        "space": _coverage(space, [params.get(e.trial, {}) for e in view.evaluations]),
+        "space": _coverage(space, _drawn(view.evaluations, params)),
         "requirements": _requirements(view.evaluations),
         "rungs": _rungs(study),
         "seeds": seed_report(study.store, study.name),
@@ -80,9 +80,15 @@ def _space(study: Study) -> Space | None:
         return None
 
 
+def _drawn(evaluations: Sequence[Evaluation], params: Mapping[int, Plain]) -> list[Plain]:
+    """Return the drawn parameters of trials; the one point of a space without holes has none."""
+    drawn = [(params.get(e.trial, {}), e.fingerprint) for e in evaluations]
+    return [own for own, fingerprint in drawn if own or fingerprint]
+
+
 def _coverage(space: Space | None, drawn: Sequence[Mapping[str, Any]]) -> Plain:
     """Say how many points the space has, and which share of them was drawn."""
-    points = len({repr(sorted(params.items())) for params in drawn if params})
+    points = len({repr(sorted(params.items())) for params in drawn})
     size = None if space is None or space.continuous else space.size
     return {"points": size, "drawn": points, "share": points / size if size else None}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moenas.grammar.sampling import RandomSuggest
-from moenas.grammar.summary import WIDTH, one_line
+from moenas.grammar.summary import WIDTH, one_line, short
 from moenas.records import Plain
 from moenas.space.space import Space
 
@@ -71,6 +71,11 @@ def test_counts_stand_for_the_order_where_that_is_too_long() -> None:
     mixers, networks = text.partition(": ")[2].split("; ")
     for part in (mixers, networks):
         assert sum(int(words.split()[0]) for words in part.split(", ")) == 27
+
+
+def test_numbers_without_a_unit_have_an_exponent() -> None:
+    numbers = (812, 1234, 46.7e9, 9.99e14, 1e15, -2.86e140)
+    assert [short(n) for n in numbers] == ["812", "1.23k", "46.7B", "999T", "1e+15", "-2.86e+140"]
 
 
 def test_a_description_of_any_random_architecture_is_short() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moenas.predict.level_effects import level_effects, named_levels
+from moenas.predict.level_effects import hole_effects, level_effects, named_levels
+from moenas.records import Evaluation
 
 
 def test_two_levels_of_one_size_are_the_t_test() -> None:
@@ -67,4 +68,26 @@ def test_levels_of_numbers_are_ranges_with_equal_counts() -> None:
     levels = named_levels(list(range(100)))
     assert len(set(levels)) == 5
     assert [levels.count(level) for level in dict.fromkeys(levels)] == [20] * 5
-    assert levels[0] == "0 to 19.8"
+    assert list(dict.fromkeys(levels)) == [
+        "0 to 19", "20 to 39", "40 to 59", "60 to 79", "80 to 99"
+    ]  # fmt: skip
+
+
+def test_ranges_have_no_value_in_common() -> None:
+    numbers = [5, 5, 5, 5, 6, 6, 7, 8, 9, 9, 10, 10]
+    levels = named_levels(numbers)
+    by_number = {number: {x for n, x in zip(numbers, levels, strict=True) if n == number}
+                 for number in numbers}  # fmt: skip
+    assert all(len(of_number) == 1 for of_number in by_number.values())
+    assert levels[0] == "5"
+    assert levels[-1] == "9 to 10"
+
+
+def test_an_objective_of_one_value_has_no_effects() -> None:
+    """Rounding alone would give effects of 1e-15 whose intervals leave out 0."""
+    rows = [
+        (Evaluation("s", i, 1, "complete", "", values={"x": 0.3}, cost={"active_params": 9 + i}),
+         {"hole": i % 2})
+        for i in range(20)
+    ]  # fmt: skip
+    assert hole_effects(rows, "x") == []

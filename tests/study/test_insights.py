@@ -61,9 +61,9 @@ def recorded(job: Job) -> tuple[Evaluation, float]:
     return evaluation, 1.0
 
 
-def make(folder: Path, trials: int) -> Study:
+def make(folder: Path, trials: int, text: str = SPACE) -> Study:
     (folder / "text.txt").write_text("to be read, not trained on\n" * 200)
-    (folder / "taught.yaml").write_text(SPACE.replace("FOLDER", str(folder)))
+    (folder / "taught.yaml").write_text(text.replace("FOLDER", str(folder)))
     space = Space.load(folder / "taught.yaml")
     return run(
         space,
@@ -132,6 +132,16 @@ def test_coverage_requirements_and_growth(report: dict[str, Any], study: Study) 
     assert (last["complete"], last["members"]) == (60, len(study.front()))
     assert last["hypervolume"] == pytest.approx(study.front().hypervolume)
     assert [row["share"] for row in report["front"]] == sorted(r["share"] for r in report["front"])
+
+
+def test_a_space_without_holes_is_seen_whole(tmp_path: Path) -> None:
+    whole = SPACE.replace("{choice: [16, 32, 64]}", "16").replace(
+        "{choice: [swiglu, relu2]}", "gelu"
+    )
+    whole = whole.replace("{choice: [rmsnorm, layernorm]}", "rmsnorm")
+    whole = whole.replace("{int: [16, 256], step: 16}", "64")
+    space = insights(make(tmp_path, 5, whole))["space"]
+    assert space == {"points": 1, "drawn": 1, "share": 1.0}
 
 
 def test_few_candidates_have_no_importances(tmp_path: Path) -> None:
