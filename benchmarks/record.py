@@ -105,7 +105,6 @@ def row(evaluation: Evaluation, architecture: Plain) -> dict[str, Any]:
     """Return the row of a trained candidate."""
     losses = [point["val_loss"] for point in evaluation.curve if "val_loss" in point]
     assert len(losses) == RUNGS, f"trial {evaluation.trial} has {len(losses)} losses"
-    measured = evaluation.measurements.get("decode_ms", {})
     return {
         "trial": evaluation.trial,
         "seed": evaluation.seed,
@@ -116,7 +115,6 @@ def row(evaluation: Evaluation, architecture: Plain) -> dict[str, Any]:
         "train_loss": evaluation.metrics["train_loss"],
         "lr": evaluation.metrics["lr"],
         **routing(evaluation.routing),
-        "decode_ratio": measured.get("ratio"),
         "train_seconds": evaluation.seconds["train"],
         "architecture": json.dumps(architecture, sort_keys=True),
     }

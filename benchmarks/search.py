@@ -13,7 +13,6 @@ that are not installed are left out, and named; `pip install "moenas[rivals]"` i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ from replay import page, rivals
 from replay.effects import expected
 from replay.fill import every_point, filled
 from replay.simulate import Method, Progress, Simulation
-from replay.table import FILE, Table
+from replay.table import Table
 
 from moenas import Space, pareto
 
@@ -176,7 +175,7 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
 
 def stored(out: Path) -> page.Results:
     """Return the results of former starts; empty if the table is another one."""
-    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    digest = Table.load().digest()
     if out.exists():
         results: page.Results = json.loads(out.read_text())
         if results["table_sha256"] == digest:

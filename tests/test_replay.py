@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from replay.effects import expected
 from replay.methods import Random, Stopping
 from replay.rivals import OptunaMethod, RayTuneMethod, SyneTuneMethod
 from replay.simulate import Method, Proposal, Simulation
-from replay.table import FOLDER, RUNGS, Table
+from replay.table import COSTS, FOLDER, RUNGS, Table, save, write
 
 from moenas import Space
 from moenas.model.architecture import Architecture
@@ -39,6 +40,28 @@ def made_up(space: Space, count: int) -> tuple[Table, list[dict[str, Any]]]:
         for key, p in chosen.items()
     ]
     return Table(pd.DataFrame(rows), tokens=10), [p.params for p in chosen.values()]
+
+
+def test_latencies_stay_when_the_table_is_written_again(space: Space, tmp_path: Path) -> None:
+    table, _ = made_up(space, 3)
+    rows, file = table.rows.assign(trial=range(3)), tmp_path / "table.parquet"
+    write(rows.to_dict("records"), {"train": {"tokens": 10}}, file)
+    timed = pd.read_parquet(file).assign(decode_ratio=[0.5, float("nan"), 0.7], decode_spread=0.02)
+    timed.attrs["latency"] = {"device": {"name": "some CPU"}}
+    save(timed, file)
+    write(rows[::-1].to_dict("records"), {"train": {"tokens": 20}}, file)
+    again = pd.read_parquet(file)
+    assert again.attrs == {"train": {"tokens": 20}, "latency": {"device": {"name": "some CPU"}}}
+    pd.testing.assert_frame_equal(again, timed)
+
+
+def test_the_digest_of_a_table_is_of_what_a_replay_reads(space: Space) -> None:
+    table, _ = made_up(space, 3)
+    costs = dict.fromkeys(COSTS, 1.0) | {"flops_per_token": table.rows["flops_per_token"]}
+    whole = table.rows.assign(**costs)
+    same, other = whole.assign(decode_ratio=0.5), whole.assign(loss_1=2.0)
+    digest = Table(whole, 10).digest()
+    assert Table(same, 10).digest() == digest != Table(other, 10).digest()
 
 
 class Listed(Random):

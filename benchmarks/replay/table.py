@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ FOLDER = Path(__file__).parents[1] / "moe_table"
 FILE = FOLDER / "moe_table.parquet"
 RUNGS = 8
 """Columns of losses, `loss_1` to `loss_8`: after each eighth of the training tokens."""
+LATENCIES = ("decode_ratio", "decode_spread")
+"""Columns that `table_latencies.py` writes."""
 COSTS = ("params", "active_params", "flops_per_token", "kv_bytes_per_token")
 
 
@@ -33,6 +36,12 @@ class Table:
         """Read the table; it needs `pyarrow`."""
         rows = pd.read_parquet(file)
         return cls(rows, int(rows.attrs["train"]["tokens"]))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what a replay reads: costs and losses, not latencies."""
+        losses = [f"loss_{rung}" for rung in range(1, RUNGS + 1)]
+        replayed = self.rows[["fingerprint", "seed", *COSTS, *losses]]
+        return sha256(replayed.to_csv(index=False).encode()).hexdigest()
 
     def __contains__(self, fingerprint: str) -> bool:
         return (fingerprint, 0) in self._rows
@@ -56,7 +65,24 @@ class Table:
 
 
 def write(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], file: Path = FILE) -> None:
-    """Write rows as Parquet; `facts` on the recording go into its metadata."""
+    """Write rows as Parquet; `facts` on the recording go into its metadata.
+
+    Latencies of the models that the file has stay.
+    """
     table = pd.DataFrame(rows).sort_values(["seed", "trial"], ignore_index=True)
+    if file.exists():
+        known = pd.read_parquet(file)
+        timed = known.drop_duplicates("fingerprint").set_index("fingerprint")
+        for name in LATENCIES:
+            if name in timed:
+                table[name] = table["fingerprint"].map(timed[name])
+        facts = {**facts, "latency": known.attrs.get("latency")}
     table.attrs.update(json.loads(json.dumps(facts)))
-    table.to_parquet(file, index=False, compression="zstd")
+    save(table, file)
+
+
+def save(table: pd.DataFrame, file: Path = FILE) -> None:
+    """Write a table as Parquet; a run that is stopped meanwhile leaves the earlier file."""
+    draft = file.with_suffix(".tmp")
+    table.to_parquet(draft, index=False, compression="zstd")
+    draft.replace(file)
