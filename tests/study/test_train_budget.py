@@ -162,6 +162,37 @@ def test_a_replicate_trains_on_the_tokens_of_its_trial() -> None:
         assert "time_step" not in row.seconds
 
 
+def test_all_candidates_of_a_study_are_timed_beside_one_reference_time() -> None:
+    study = run(timed(), workers="inline", trials=2)
+    times = study.store.reference_ms(study.name)
+    assert [key for key in times if HERE in key and "training step" in key] == list(times)
+    again = run(timed(), workers="inline", trials=4)
+    assert again.store.reference_ms(study.name) == times
+    assert len(again.view.evaluations) == 4
+    assert all("step_spread" in e.metrics for e in again.view.evaluations)
+
+
+def test_a_study_that_was_timed_without_a_reference_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:  # as an earlier version, and as a cluster
+        patch.setattr("moenas.evaluate.step_reference.reference_key", lambda recipe, device: None)
+        run(timed(), workers="inline", trials=2)
+    study = run(timed(), workers="inline", trials=4)
+    assert study.store.reference_ms(study.name) == {}
+    assert len(study.view.evaluations) == 4
+    assert all("step_spread" not in e.metrics for e in study.view.evaluations)
+    assert all(e.metrics["step_ms"] > 0 for e in study.view.evaluations)
+
+
+def test_nothing_is_timed_for_a_study_that_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = timed().text.replace("[val_loss, flops_per_token]", "[flops_per_token]")
+    study = run(Space.parse(text, "s.yaml"), workers="inline", trials=2)
+    assert study.store.reference_ms(study.name) == {}
+
+
 def test_evaluations_of_a_step_timed_elsewhere_are_not_reused() -> None:
     run(timed("first").with_search(sampler="grid", trials=2), workers="inline")
     study = run(timed("second").with_search(sampler="grid", trials=2), workers="inline")
