@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from moenas.records import Evaluation, ObjectiveInfo, View
 from moenas.report import figures
-from moenas.report.seed_noise_text import seed_intervals
+from moenas.report.seed_report import seed_intervals
 
 TITLE = "Pareto front"
 SHOWN_OBJECTIVES = 4

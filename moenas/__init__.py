@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moenas.former import FormerNames
 
 if TYPE_CHECKING:
+    from moenas.cli.progress import print_progress as print_progress
     from moenas.data.corpus import Corpus as Corpus
     from moenas.errors import MoenasError as MoenasError
     from moenas.model.architecture import Architecture as Architecture
@@ -43,6 +44,7 @@ _MODULES = {
     "Study": "study.launch",
     "connect": "service.client",
     "load_study": "study.launch",
+    "print_progress": "cli.progress",
     "run": "study.launch",
 }
 """Public name -> the module that defines it."""

@@ -277,8 +277,11 @@ def run(
     from moenas.cli.watching import Watchers
     from moenas.space.space import Space
     from moenas.study import launch
+    from moenas.workers.pool import names_cluster
 
     loaded = Space.load(space, overrides or ())
+    if not names_cluster(address):
+        launch.require_named_device(loaded)
     _say_notes(loaded)
     count = worker_count(workers)
     if dry_run:

@@ -60,7 +60,8 @@ def _model_text(path: Path, sizes: list[str]) -> str:
     if path.is_dir() and not (path / FILE).is_file():
         raise NotFoundError(f"{path}: the folder has no {FILE}")
     family, (whole, layers) = read_model(path)
-    return _text(f"{path} ({family})", whole, layers, sizes)
+    shown = path if path.name not in ("", "..") else path.resolve().name  # of `.`, `..` and `a/..`
+    return _text(f"{shown} ({family})", whole, layers, sizes)
 
 
 def _smaller_space_text(source: Path, sizes: list[str]) -> str:

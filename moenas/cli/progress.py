@@ -46,11 +46,14 @@ def listener(name: str, units: Mapping[str, str]) -> Iterator[Listener]:
             with contextlib.suppress(OSError):
                 live.stop()
     else:
-        yield write_line
+        yield print_progress
 
 
-def write_line(event: Event) -> None:
-    """Write one line for each event except the start or the promotion of a trial."""
+def print_progress(event: Event) -> None:
+    """Write one line on stderr for each event except the start or the promotion of a trial.
+
+    It is a listener for runs from Python: `moenas.run(space, listeners=[moenas.print_progress])`.
+    """
     if event.kind in ("started", "promoted"):
         return
     say(line(event))

@@ -28,6 +28,7 @@ from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.isolation import put_back
 from moenas.evaluate.latency import device_lock
 from moenas.evaluate.optimizer import learning_rate
+from moenas.evaluate.step_reference import reference_key
 from moenas.evaluate.step_time import require_named_device, require_steps, time_step
 from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.subject import Subject, Training, excerpts
@@ -191,8 +192,10 @@ class _Run:
         before: dict[str, float] = (job.paused or job.known or {}).get("metrics", {})
         tokens = job.train_tokens or before.get("train_tokens")
         if tokens is not None:
-            self.timed = {k: v for k, v in before.items() if k == "step_ms"}
+            self.timed = {k: v for k, v in before.items() if k in ("step_ms", "step_spread")}
         else:
+            key = reference_key(recipe, subject.device)
+            reference_ms = None if key is None else job.reference_ms.get(key)
             with self.phase("time_step"):
                 step = time_step(
                     subject.architecture,
@@ -201,11 +204,12 @@ class _Run:
                     subject.device,
                     lock=subject.device_lock,
                     seed=subject.seed,
+                    reference=None if reference_ms is None else reference_ms / 1000,
                     sharers=subject.sharers,
                     deadline=self.deadline,
                 )
             require_steps(recipe, step, 1 if job.rung_limits is None else 1 + recipe.rungs)
-            tokens, self.timed = step.tokens(recipe), {"step_ms": 1000 * step.seconds}
+            tokens, self.timed = step.tokens(recipe), step.metrics
             torch.manual_seed(job.seed)
         self.timed["train_tokens"] = float(tokens)
         subject.recipe = recipe.for_candidate(subject.cost.flops_per_token, int(tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,8 @@ MOST = 1 << 25
 """Training tokens in which they are looked for."""
 LEAK = 0.2
 """Least share of windows that occur word for word in the training text, for a warning."""
+LOOKED_AT, BEGINNING = 100, 4096
+"""Files of text whose first bytes are looked at, and how many bytes."""
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """An odd number: its powers are invertible modulo 2^64."""
 
@@ -75,6 +77,7 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
                 f"data: '{first}' is JSON Lines and is read as bytes with its keys;"
                 f" text_column: {keys[0]} reads a column ({', '.join(keys)})"
             )
+        messages += _not_text(space.data["files"])
     share = _kept_leak(corpus) if trains else 0.0
     if share >= LEAK:
         messages.append(
@@ -82,6 +85,18 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
             " so the loss rewards memorisation; give another validation text"
         )
     return messages
+
+
+def _not_text(paths: Sequence[str]) -> list[str]:
+    """Say which of some files is no text: the first of them whose beginning has a zero byte."""
+    for path in paths[:LOOKED_AT]:
+        with open(path, "rb") as file:
+            if b"\0" in file.read(BEGINNING):
+                return [
+                    f"data: '{path}' is no text, as it has zero bytes, and is read as bytes; an"
+                    " array of tokens goes under data.tokens"
+                ]
+    return []
 
 
 def room(space: Space, drawn: list[Architecture]) -> list[str]:

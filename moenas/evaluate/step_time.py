@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 from moenas.errors import InputError, TimeLimitError
 from moenas.evaluate.devices import device_name, is_called
 from moenas.evaluate.footprint import require_fit
+from moenas.evaluate.step_reference import reference_steps
 from moenas.evaluate.steps import TrainingInputs
 from moenas.evaluate.threads import cpu_threads
+from moenas.evaluate.timing import Pairs, Run, WallClock, median_interval
 from moenas.evaluate.training import open_steps
 from moenas.model.multi_token import build_heads
 
@@ -29,7 +32,7 @@ SAMPLES, FEWEST = 200, 5
 SAMPLE_SECONDS = 0.02
 """Length of a sample that is aimed at; it has 1 to WARM_UP_CUDA steps."""
 SHARE = 0.05
-"""Share of the budget for which steps are timed, in search of a moment without other work."""
+"""Share of the budget for which steps are timed."""
 PROBE_STEPS = WARM_UP_CUDA + 1 + SAMPLES * WARM_UP_CUDA
 """Steps of the run that is timed, at most."""
 
@@ -39,7 +42,16 @@ class StepTime:
     """The time of a training step of one candidate."""
 
     seconds: float
-    """Of the quickest sample: what else runs on a machine can only lengthen a step."""
+    """The median ratio to the steps of the reference model, times the reference time of the study.
+    Without such a time it is that of the quickest sample: other work can only lengthen a step."""
+    spread: float | None = None
+    """Half-width of the 95 % interval of the median ratio, as a share of it."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are stored with a trial."""
+        spread = {} if self.spread is None else {"step_spread": self.spread}
+        return {"step_ms": 1000 * self.seconds} | spread
 
     def tokens(self, recipe: Recipe) -> int:
         """Return the tokens of the whole steps that fit in the budget of a recipe."""
@@ -73,13 +85,16 @@ def time_step(
     *,
     lock: DeviceLock,
     seed: int,
+    reference: float | None = None,
     sharers: int = 1,
     deadline: float | None = None,
 ) -> StepTime:
     """Time training steps of a model, with the heads of `train.mtp`, that is given up afterwards.
 
     No other work of ours runs on the device meanwhile. The learning rate is 0, so the routers stay
-    as they are drawn and nothing diverges. `sharers` candidates share the memory of the device.
+    as they are drawn and nothing diverges. `reference` is the reference time of the study, in
+    seconds. With it, steps of the reference model are timed in turn with those of the candidate:
+    the load of the machine moves both. `sharers` candidates share the memory of the device.
     `deadline` is a moment of `time.monotonic`.
 
     Raises:
@@ -96,23 +111,60 @@ def time_step(
         heads = build_heads(recipe.heads, architecture, device, seed)
         steps = open_steps(TrainingInputs(model, corpus, probe, seed, heads))
         steps.trainee.train()
+
+        def take(count: int) -> None:
+            steps.advance(steps.done + count, None, deadline)
+
         try:
-            steps.advance(warm_up, None, deadline)
+            take(warm_up)
             began = time.monotonic()
-            steps.advance(warm_up + 1, None, deadline)
+            take(1)
             quick = max(time.monotonic() - began, 1e-6)
             count = max(1, min(WARM_UP_CUDA, round(SAMPLE_SECONDS / quick)))
-            samples: list[float] = []
-            while len(samples) < SAMPLES:
-                late = time.monotonic() - began > SHARE * recipe.budget.seconds
-                if late and len(samples) >= FEWEST:
-                    break
-                start = time.perf_counter()
-                steps.advance(steps.done + count, None, deadline)
-                samples.append((time.perf_counter() - start) / count)
+            until = began + SHARE * recipe.budget.seconds
+            if reference is None:
+                return StepTime(_quickest(lambda: take(count), until) / count)
+            with reference_steps(recipe, device) as other:
+                pairs = _pairs(lambda: take(count), other, device, until)
+            ratios = pairs.own_ratios(recipe.threads)
+            low, high = median_interval(ratios)
+            ratio = statistics.median(ratios)
+            return StepTime(ratio * reference / count, (high - low) / 2 / ratio)
         finally:
             steps.close()
-    return StepTime(min(samples))
+
+
+def _goes_on(samples: int, until: float) -> bool:
+    """Whether further samples are taken, up to a moment of `time.monotonic`."""
+    return samples < FEWEST or (samples < SAMPLES and time.monotonic() <= until)
+
+
+def _quickest(sample: Run, until: float) -> float:
+    """Return the time of the quickest sample, seconds."""
+    times: list[float] = []
+    while _goes_on(len(times), until):
+        start = time.perf_counter()
+        sample()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _pairs(sample: Run, reference: Run, device: torch.device, until: float) -> Pairs:
+    """Time samples of a candidate, each beside reference steps that take about as long."""
+    clock, pairs = WallClock(device), Pairs()
+    reference()  # it warms up
+    step, took = clock.sample(reference, 1)[0], clock.sample(sample, 1)[0]
+    steps = max(1, min(WARM_UP_CUDA, round(took / step)))
+    sides = (
+        (sample, 1, pairs.candidate, pairs.candidate_cpu),
+        (reference, steps, pairs.reference, pairs.reference_cpu),
+    )
+    while _goes_on(len(pairs.candidate), until):
+        for run, runs, wall, cpu in sides if len(pairs.candidate) % 2 else sides[::-1]:
+            seconds, own = clock.sample(run, runs)
+            wall.append(seconds)
+            cpu.append(own)
+    return pairs
 
 
 def require_steps(recipe: Recipe, step: StepTime, least: int) -> None:

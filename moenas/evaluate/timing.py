@@ -137,6 +137,17 @@ class Pairs:
         """Candidate over reference, pair by pair."""
         return [c / r for c, r in zip(self.candidate, self.reference, strict=True)]
 
+    def own_ratios(self, threads: int) -> list[float]:
+        """Candidate over reference by the times that a load of the machine moves least.
+
+        This is CPU time where one thread computes: a thread takes none while it waits for its core.
+        Several threads spin while they wait for one another, so their wall time counts.
+        """
+        if threads > 1:
+            return self.ratios
+        pairs = zip(self.candidate_cpu, self.reference_cpu, strict=True)
+        return [c / r for c, r in pairs]
+
     @property
     def ratio(self) -> float:
         """The median ratio: a slowdown of both sides cancels out."""
@@ -156,12 +167,11 @@ class Pairs:
 
     def contention(self) -> Plain:
         """Return the median ratio by CPU time, and whether wall time was much longer than it."""
-        cpu = zip(self.candidate_cpu, self.reference_cpu, strict=True)
         wall_per_cpu = sum(self.candidate + self.reference) / sum(
             self.candidate_cpu + self.reference_cpu
         )
         return {
-            "cpu_ratio": statistics.median(c / r for c, r in cpu),
+            "cpu_ratio": statistics.median(self.own_ratios(1)),
             "wall_per_cpu": wall_per_cpu,
             "contended": wall_per_cpu > CONTENDED,
         }

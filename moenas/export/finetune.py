@@ -26,14 +26,19 @@ DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 
 def arguments(training: dict[str, Any]) -> argparse.Namespace:
     """Read the command line; defaults come from the training of the model."""
-    parser = argparse.ArgumentParser(description="Train an exported model further.")
+    parser = argparse.ArgumentParser(
+        description="Train an exported model further.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("data", type=Path, help="a text, or token ids in a .npy file")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--batch", type=int, default=training["batch"], help="sequences a step")
-    parser.add_argument("--lr", type=float, default=0.1 * (training["lr"] or 1e-3))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--lr", type=float, default=0.1 * (training["lr"] or 1e-3), help="learning rate"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="order of the data")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser.parse_args()
 
 

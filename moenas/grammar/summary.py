@@ -270,6 +270,11 @@ def short(number: float) -> str:
     return f"{number:.4g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: 1 point, 27,468 points."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Return a time in its two largest units."""
     whole = round(seconds)

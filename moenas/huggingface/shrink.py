@@ -26,7 +26,8 @@ def read_sizes(words: Iterable[str]) -> dict[str, int]:
     """Read `d_model=128` and the like; commas separate several.
 
     Raises:
-        InputError: at an unknown name, or a value that is not a whole number of at least 1.
+        InputError: at an unknown name, a name with two values, or a value that is not a whole
+            number of at least 1.
     """
     sizes: dict[str, int] = {}
     for item in (item for word in words for item in word.split(",")):
@@ -38,6 +39,8 @@ def read_sizes(words: Iterable[str]) -> dict[str, int]:
             )
         if not text.isdecimal() or int(text) < 1:
             raise InputError(f"--shrink {item}: give a whole number of at least 1, as {name}=128")
+        if name in sizes:
+            raise InputError(f"--shrink {item}: {name} has two values; give one")
         sizes[name] = int(text)
     return sizes
 

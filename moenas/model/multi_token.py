@@ -40,7 +40,8 @@ class MultiTokenPrediction(Component):
 
     depth: int = setting("heads, one after another", default=1, low=1, high=16)
     weight: float = setting(
-        "factor of the mean of their losses (DeepSeek-V3: 0.3, then 0.1); 0: no heads are built",
+        "factor of the mean of their losses (DeepSeek-V3: 0.3, then 0.1); 0: no heads are built, as"
+        " without `mtp`",
         default=0.3,
         low=0.0,
     )

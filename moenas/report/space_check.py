@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from moenas.grammar.summary import one_line, short
+from moenas.grammar.summary import counted, one_line, short
 from moenas.records import Plain, training_flops
 from moenas.report.summary import table
 
@@ -132,12 +132,12 @@ def check_text(checked: Plain) -> str:
     points = checked["points"]
     if isinstance(points, int):
         more = f" ({about(points)})" if points >= 10**9 else ""
-        points = f"{points:,} points{more}"
+        points = f"{counted(points, 'point')}{more}"
     else:
         points = f"{points} points"
     if checked["continuous"]:
         points += f" times {checked['continuous']} continuous ranges"
-    lines = [f"{checked['name']}: valid; {points}, {len(checked['holes'])} holes"]
+    lines = [f"{checked['name']}: valid; {points}, {counted(len(checked['holes']), 'hole')}"]
     lines.append(f"objectives: {', '.join(checked['objectives'])}")
     context = f"FLOPs at a context of {checked['context']} tokens"
     if not isinstance(checked["params"], dict):

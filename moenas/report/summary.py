@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moenas.errors import NotFoundError
 from moenas.grammar.brief import brief
-from moenas.grammar.summary import compact, duration, short
+from moenas.grammar.summary import compact, counted, duration, short
 from moenas.pareto import is_exact
 from moenas.predict.rank_agreement import RankAgreement, rank_agreements
 from moenas.records import Plain
@@ -280,7 +280,8 @@ def status_text(report: Plain) -> str:
     )
     volume = cell(report["hypervolume"])
     about = "" if report["hypervolume_is_exact"] else " (approximate)"
-    lines.append(f"  front: {report['front']} members, hypervolume {volume}{about}")
+    members = counted(report["front"], "member")
+    lines.append(f"  front: {members}, hypervolume {volume}{about}")
     lines += [f"  device: {name}" for name in report["devices"]]
     lines += [_calibration_line(row) for row in report["calibrations"]]
     return "\n".join(lines)
@@ -351,10 +352,10 @@ def trial_text(report: Plain, *, full: bool = False) -> str:
     ]
     for name, value in report["values"].items():
         lines.append(
-            f"  {name}: {value:.5g} {report['units'].get(name, '')}{_details(report, name)}"
+            f"  {name}: {_number(value)} {report['units'].get(name, '')}{_details(report, name)}"
         )
     told = set(report["values"])
-    lines += [f"  {n}: {value:.5g}" for n, value in report["metrics"].items() if n not in told]
+    lines += [f"  {n}: {_number(value)}" for n, value in report["metrics"].items() if n not in told]
     told |= set(report["metrics"])
     lines += [f"  {name}: {value:,}" for name, value in report["cost"].items() if name not in told]
     if report["device"]:
@@ -365,6 +366,12 @@ def trial_text(report: Plain, *, full: bool = False) -> str:
         architecture = report["architecture"] if full else brief(report["architecture"])
         lines += ["", to_yaml({"architecture": architecture}).rstrip()]
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """Write a count in full, as costs are, and a measured value in five digits."""
+    is_count = float(value).is_integer() and 1000 <= abs(value) < 2**53
+    return f"{value:,.0f}" if is_count else f"{value:.5g}"
 
 
 def _details(report: Plain, name: str) -> str:

@@ -46,8 +46,9 @@ class Budget(Component):
     )
     seconds: float | None = setting(
         "seconds of training of every candidate on `device`. Before the training some steps are"
-        " timed while no other moenas process computes there. The candidate trains for the whole"
-        " steps that fit; one of fewer than one step fails",
+        " timed while no other moenas process computes there, on a CPU in turn with steps of a"
+        " reference model. The candidate trains for the whole steps that fit; one of fewer than one"
+        " step fails",
         default=None,
         low=0.001,
     )

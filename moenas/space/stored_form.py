@@ -20,7 +20,13 @@ RESOURCES = (
 
 
 def digest(plain: Plain) -> str:
-    """Return the digest of a space in plain form, leaving out the resources of the search."""
+    """Return the digest of a space in plain form, leaving out the resources of the search.
+
+    `mtp` of weight 0 builds no heads, so it is as none.
+    """
+    train = dict(plain.get("train") or {})
+    if train.get("mtp") and not train["mtp"].get("weight", 1):
+        plain = {**plain, "train": {**train, "mtp": None}}
     search = {k: v for k, v in plain.get("search", {}).items() if k not in RESOURCES}
     return sha256(json.dumps({**plain, "search": search}, sort_keys=True).encode())
 

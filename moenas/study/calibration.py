@@ -47,6 +47,8 @@ DRAWS = 100
 TRIES = 50
 """Draws for each model that is wanted, in search of one that is new and feasible."""
 
+TOLD_S = 10.0
+"""Seconds between two reports of the draws, which take minutes in a large space."""
 Progress = Callable[[int, int, str], None]
 """Is told how many of how many models are measured, and a line on the latest."""
 
@@ -122,7 +124,7 @@ def calibrate(
         storage, space.name
     )  # a database that cannot be made is found before the measurements
     corpus, began = open_corpus(space), time.monotonic()
-    sample = list(_sample(space, max(models, POOL)))
+    sample = list(_sample(space, max(models, POOL), progress))
     if len(sample) < FEWEST:
         raise InputError(
             f"{space.name}: {len(sample)} different feasible models in many draws; a calibration is"
@@ -199,10 +201,13 @@ def _groups(
     return in_fit, list(_single_blocks(in_fit, others)), others
 
 
-def _sample(space: Space, count: int) -> Iterator[Architecture]:
-    """Draw different feasible architectures, at most `count`."""
-    seen = set[str]()
+def _sample(space: Space, count: int, progress: Progress | None = None) -> Iterator[Architecture]:
+    """Draw different feasible architectures, at most `count`; tell now and then how many."""
+    seen, told = set[str](), time.monotonic()
     for seed in range(count * TRIES):
+        if progress is not None and time.monotonic() - told >= TOLD_S:
+            progress(len(seen), count, "different models drawn")
+            told = time.monotonic()
         try:
             architecture = space.drawn(RandomSuggest(seed))
         except SpaceError:

@@ -18,7 +18,7 @@ from moenas.evaluate.footprint import require_fit
 from moenas.evaluate.optimizer import learning_rate
 from moenas.evaluate.training import train
 from moenas.grammar.counting import most_layers
-from moenas.grammar.summary import short
+from moenas.grammar.summary import counted, short
 from moenas.model.multi_token import build_heads
 from moenas.records import TRAINING, Plain
 from moenas.store import spending
@@ -78,7 +78,7 @@ class Estimate:
         if self.train_tokens is not None and self.train_flops is not None:
             spent = f"{short(self.train_tokens)} training tokens"
             spent += f", {self.train_flops:.3g} training FLOPs"
-        lines = [f"estimate for {self.candidates:,} candidates{more}: {spent}"]
+        lines = [f"estimate for {counted(self.candidates, 'candidate')}{more}: {spent}"]
         if self.hours is None:
             return [*lines, f"  time: unknown; {self.basis}"]
         low, high = _duration(self.hours_low), _duration(self.hours_high)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moenas.grammar.summary import one_line
+from moenas.grammar.summary import counted, one_line
 from moenas.records import Plain
 
 if TYPE_CHECKING:
@@ -32,6 +32,13 @@ class Member:
     """Objective -> half of the 95 % interval of the mean."""
     probability: float | None = None
     """That no other trial dominates it; see `predict.seed_noise`."""
+
+    def __repr__(self) -> str:
+        values = [f"{name}={value:.6g}" for name, value in self.values.items()]
+        model = one_line(self.architecture) if self.architecture else "no architecture"
+        seeds = [f"seeds={self.seeds}"] if self.seeds > 1 else []
+        words = [f"trial={self.trial}", *values, f"architecture=<{model}>", *seeds]
+        return f"Member({', '.join(words)})"
 
 
 def seed_fields(report: Plain | None) -> Plain:
@@ -70,9 +77,8 @@ class Front:
         volume = "none" if self.hypervolume is None else f"{self.hypervolume:.6g}"
         trials = [member.trial for member in self.members[:SHOWN_MEMBERS]]
         more = ", ..." if len(self.members) > SHOWN_MEMBERS else ""
-        plural = "" if len(self.members) == 1 else "s"
         return (
-            f"Front({len(self.members)} member{plural}: {', '.join(map(str, trials))}{more};"
+            f"Front({counted(len(self.members), 'member')}: {', '.join(map(str, trials))}{more};"
             f" {', '.join(self.directions)}; hypervolume {volume})"
         )
 
@@ -99,4 +105,7 @@ class Front:
         return pandas.DataFrame(rows, columns=["trial", *self.directions, "architecture"])
 
     def _repr_html_(self) -> str:
-        return str(self.dataframe().to_html(index=False))
+        from moenas.report.front_drawing import front_svg
+
+        points = [(member.trial, member.values) for member in self.members]
+        return front_svg(points, list(self.directions)) + str(self.dataframe().to_html(index=False))

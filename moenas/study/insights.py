@@ -109,12 +109,13 @@ def _rungs(study: Study) -> list[Plain]:
 def _growth(history: Sequence[FrontPoint]) -> list[Plain]:
     """Return the hypervolume after parts of the complete candidates."""
     rows = []
-    for share in GROWTH if history else ():
-        at = history[math.ceil(share * len(history)) - 1]
+    counts = sorted({math.ceil(share * len(history)) for share in GROWTH}) if history else []
+    for count in counts:
+        at = history[count - 1]
         last = history[-1].hypervolume
         rows.append(
             {
-                "complete": math.ceil(share * len(history)),
+                "complete": count,
                 "members": at.size,
                 "hypervolume": at.hypervolume,
                 "share": at.hypervolume / last if last else None,

@@ -38,6 +38,7 @@ from moenas.study.publishing import DashboardPublisher
 from moenas.study.remeasure import Remeasurer
 from moenas.study.replication import Replication, missing_replicates
 from moenas.study.session import Session
+from moenas.study.training_reference import fix_training_reference
 from moenas.workers.pool import Pool, Workers, names_cluster, open_pool
 
 if TYPE_CHECKING:
@@ -375,6 +376,7 @@ def _drive(
     pool = open_once()
     if open_once.is_local:
         session.latency_bounds.open(pool.device, newest=accept_changes)
+        fix_training_reference(session, pool.device)
     if open_once.is_local and not fresh:
         session.cache.open(pool.device)
     publisher = DashboardPublisher(session.store.store, session.name, session.events.warn)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moenas.errors import EnvironmentFaultError
+from moenas.grammar.summary import counted
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job
 from moenas.store import replicates
@@ -60,7 +61,8 @@ class Replication:
         waiting = deque(missing_replicates(self._session))
         total, running = len(waiting), 0
         if waiting:
-            text = f"{total} replicates of the front are trained with further seeds"
+            verb = "is" if total == 1 else "are"
+            text = f"{counted(total, 'replicate')} of the front {verb} trained with further seeds"
             self._session.events.emit("replicating", None, text)
         while waiting or running:
             if waiting and running < pool.capacity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
@@ -69,6 +70,7 @@ class Session:
         self.paused = PausedCandidates(self.store, space, self.events, rungs)
         self.progress.paused, self.progress.at_rungs = self.paused, self.paused.pauses
         self._objectives = [o.name for o in space.objectives]
+        self._epochs_told = False
 
     @classmethod
     def open(
@@ -213,10 +215,23 @@ class Session:
         self.progress.front = front
         self._count(evaluation)
         self.budget.add(evaluation)
+        self._warn_of_epochs(evaluation)
         self._tell(candidate, evaluation)
         self.paused.finished(evaluation)
         self.events.emit(kind, candidate.number, text, evaluation, candidate.trial.params)
         return evaluation
+
+    def _warn_of_epochs(self, evaluation: Evaluation) -> None:
+        """Warn once of a run whose budget of seconds held more tokens than the corpus has."""
+        tokens = evaluation.metrics.get("train_tokens", 0)
+        if self._epochs_told or tokens <= (known := evaluation.data.get("train_tokens", math.inf)):
+            return
+        self._epochs_told = True
+        self.events.warn(
+            f"data: {tokens:,.0f} tokens of training were drawn from {known:,}: each is seen"
+            f" {tokens / known:.1f} times",
+            evaluation.trial,
+        )
 
     def _count(self, evaluation: Evaluation) -> None:
         """Add a finished trial to the state of the run."""

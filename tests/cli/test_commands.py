@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,7 @@ def test_init_writes_the_model_of_a_configuration_smaller(moenas: Run) -> None:
     assert "30,532,122,624 parameters" in Path("whole.yaml").read_text()  # that of zoo.md
     sizes = ("--shrink", "d_model=128,n_layers=4", "--shrink", "vocab_size=256")
     assert moenas("init", "small.yaml", "--from", ".", *sizes).code == 0
+    assert f"The model of {Path.cwd().name} (qwen3_moe)" in Path("small.yaml").read_text()
     plain = refs.parse_yaml(Path("small.yaml").read_text(), "small.yaml").plain["architecture"]
     assert (plain["d_model"], plain["vocab_size"]) == (128, 256)
     (group,) = plain["blocks"]
@@ -327,6 +329,10 @@ def test_with_json_every_error_of_input_has_a_message(moenas: Run) -> None:
         (("init", "mine.yaml", "--shrink", "d_model=64"), "--from"),
         (("init", "mine.yaml", "--from", "mixtral_8x7b", "--shrink", "d_model=x"), "d_model=128"),
         (("init", "mine.yaml", "--from", "gpt_oss_20b", "--shrink", "n_layers=3"), "give 2 or 4"),
+        (
+            ("init", "mine.yaml", "--from", "dbrx", "--shrink", "d_model=96,d_model=64"),
+            "d_model has two values",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(
@@ -338,6 +344,16 @@ def test_a_mistake_on_the_command_line_is_one_line(
     assert message in result.err
     assert "secret" not in result.err
     assert "Traceback" not in result.err
+    assert result.err.count("\n") == 1
+    assert os.listdir() == ["small.yaml"]
+
+
+def test_a_budget_of_another_device_is_refused_in_one_line(moenas: Run) -> None:
+    budget = "budget: {seconds: 1, device: Abacus}"
+    Path("small.yaml").write_text(re.sub(r"\btokens: [\d_]+", budget, SMALL))
+    result = moenas("run", "small.yaml", "--workers", "inline")
+    assert result.code == 2, result
+    assert "counts seconds on 'Abacus'" in result.err
     assert result.err.count("\n") == 1
     assert os.listdir() == ["small.yaml"]
 

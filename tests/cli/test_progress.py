@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from moenas.cli.progress import LiveProgress, duration, line, listener, write_line
+import moenas
+from moenas.cli.progress import LiveProgress, duration, line, listener, print_progress
 from moenas.records import Evaluation, Failure
 from moenas.study.events import Event, Kind
 from moenas.study.progress import Progress
@@ -61,11 +62,18 @@ def test_lines_go_to_stderr_and_starts_are_left_out(capsys: pytest.CaptureFixtur
     assert err.splitlines() == [line(COMPLETE)]
 
 
+def test_a_run_from_python_tells_its_trials_by_the_public_listener(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moenas.print_progress(COMPLETE)
+    assert capsys.readouterr().err == line(COMPLETE) + "\n"
+
+
 def test_a_closed_stderr_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr("sys.stderr", closed)
-    write_line(COMPLETE)
+    print_progress(COMPLETE)
 
 
 def shown(board: LiveProgress) -> str:

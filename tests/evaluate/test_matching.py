@@ -91,6 +91,19 @@ def test_json_lines_that_are_read_as_bytes_are_told(tmp_path: Path) -> None:
     assert report["corpus"]["formats"] == {"JSON Lines": 1}
 
 
+def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
+    path = random_tokens(tmp_path / "t.bin")
+    notes = check_report(space({"files": [str(path)]}), 2)["notes"]
+    (note,) = [n for n in notes if "is no text" in n]
+    assert f"'{path}'" in note
+    assert "data.tokens" in note
+    text = tmp_path / "a.txt"
+    text.write_text("Zeros are 0, and an umlaut is \u00e4.\n" * 400)
+    assert not any(
+        "is no text" in n for n in check_report(space({"files": [str(text)]}), 2)["notes"]
+    )
+
+
 def test_how_often_training_reads_the_corpus_is_told(tmp_path: Path) -> None:
     path = random_tokens(tmp_path / "t.bin")
     again = check_report(space({"tokens": path, "vocab_size": 300}, 38_000), 2)["notes"]

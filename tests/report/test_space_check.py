@@ -32,7 +32,7 @@ def test_a_number_of_points_of_thousands_of_digits_is_said_by_its_size(tmp_path:
     text = checked_in(
         tmp_path, f"architecture: {{vocab_size: 256, d_model: 32, blocks: [{blocks}]}}", 1
     )
-    assert text.startswith("s: valid; about 10^4620 points, 1 holes")
+    assert text.startswith("s: valid; about 10^4620 points, 1 hole")
 
 
 def test_a_check_in_which_no_draw_is_feasible_shows_one_of_further_draws(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def test_a_trial_shows_the_routing_by_layer_expert_and_domain(tmp_path: Path) ->
     assert "    asyncio: expert 2 60 %, expert 1 20 %, expert 0 10 %\n" in text
 
 
+def test_a_count_is_shown_in_full(tmp_path: Path) -> None:
+    text = shown(tmp_path, one(metrics={"train_tokens": 117760.0, "tokens_per_second": 51890.25}))
+    assert "  train_tokens: 117,760\n" in text
+    assert "  tokens_per_second: 51890\n" in text
+
+
 def test_layers_of_many_experts_are_cut(tmp_path: Path) -> None:
     text = shown(tmp_path, one(routing=[{"layer": 0, "load": [1 / 64] * 64}]))
     (line,) = [line for line in text.splitlines() if "load by expert" in line]

@@ -43,6 +43,14 @@ def stored(space: Space) -> Calibration:
     return made
 
 
+def test_the_draws_of_a_calibration_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "TOLD_S", 0.0)
+    lines: list[tuple[int, int, str]] = []
+    sample = list(calibration._sample(timed(), 5, lambda *told: lines.append(told)))
+    assert [line for line in lines if line[0] == 4] == [(4, 5, "different models drawn")]
+    assert len(sample) == 5
+
+
 def test_models_outside_the_fit_set_and_test_the_interval() -> None:
     lines: list[str] = []
     (made,) = calibrate(timed(), models=6, progress=lambda *told: lines.append(str(told)))
@@ -50,6 +58,7 @@ def test_models_outside_the_fit_set_and_test_the_interval() -> None:
     assert (made.fitted["models"], roles) == (3, ["interval", "interval", "test"])
     assert made.coverage == pytest.approx(2 / 3)
     assert len(lines) == 6 + made.fitted["blocks"]
+    assert not any("drawn" in line for line in lines)
     assert made.settings["batch"] == 2
     assert made.device["kind"] == "cpu"
     assert all(row["measured"] > 0 and row["predicted"] > 0 for row in made.held_out)

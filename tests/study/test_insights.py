@@ -147,6 +147,12 @@ def test_a_space_without_holes_is_seen_whole(tmp_path: Path) -> None:
 def test_few_candidates_have_no_importances(tmp_path: Path) -> None:
     report = insights(make(tmp_path, 5))
     assert report["objectives"] == {}
+    assert [row["complete"] for row in report["front"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_small_front_has_each_row_once(tmp_path: Path) -> None:
+    report = insights(make(tmp_path, 2))
+    assert [row["complete"] for row in report["front"]] == [1, 2]
 
 
 def test_the_command_writes_text_json_and_csv(study: Study, report: dict[str, Any]) -> None:

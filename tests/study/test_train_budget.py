@@ -21,6 +21,7 @@ from moenas.space.stored_form import digest, with_current_defaults
 from moenas.store import spending
 from moenas.store.store import Store
 from moenas.study.estimate import estimate
+from moenas.study.events import Event
 from moenas.study.launch import dry_run, run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
@@ -162,6 +163,49 @@ def test_a_replicate_trains_on_the_tokens_of_its_trial() -> None:
         assert "time_step" not in row.seconds
 
 
+def test_all_candidates_of_a_study_are_timed_beside_one_reference_time() -> None:
+    study = run(timed(), workers="inline", trials=2)
+    times = study.store.reference_ms(study.name)
+    assert [key for key in times if HERE in key and "training step" in key] == list(times)
+    again = run(timed(), workers="inline", trials=4)
+    assert again.store.reference_ms(study.name) == times
+    assert len(again.view.evaluations) == 4
+    assert all("step_spread" in e.metrics for e in again.view.evaluations)
+
+
+def test_a_study_that_was_timed_without_a_reference_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:  # as an earlier version, and as a cluster
+        patch.setattr("moenas.evaluate.step_reference.reference_key", lambda recipe, device: None)
+        run(timed(), workers="inline", trials=2)
+    study = run(timed(), workers="inline", trials=4)
+    assert study.store.reference_ms(study.name) == {}
+    assert len(study.view.evaluations) == 4
+    assert all("step_spread" not in e.metrics for e in study.view.evaluations)
+    assert all(e.metrics["step_ms"] > 0 for e in study.view.evaluations)
+
+
+def test_a_budget_that_holds_the_corpus_several_times_is_told_once() -> None:
+    events: list[Event] = []
+    study = run(timed(seconds=1.0), workers="inline", trials=3, listeners=[events.append])
+    lengths = {e.trial: e.metrics["train_tokens"] for e in study.view.evaluations}
+    known = study.view.evaluations[0].data["train_tokens"]
+    assert min(lengths.values()) > known
+    (warning,) = [e for e in events if e.kind == "warning" and "is seen" in e.text]
+    tokens = lengths[warning.trial or 0]
+    assert f"{tokens:,.0f} tokens of training were drawn from {known:,}" in warning.text
+    assert f"each is seen {tokens / known:.1f} times" in warning.text
+
+
+def test_nothing_is_timed_for_a_study_that_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = timed().text.replace("[val_loss, flops_per_token]", "[flops_per_token]")
+    study = run(Space.parse(text, "s.yaml"), workers="inline", trials=2)
+    assert study.store.reference_ms(study.name) == {}
+
+
 def test_evaluations_of_a_step_timed_elsewhere_are_not_reused() -> None:
     run(timed("first").with_search(sampler="grid", trials=2), workers="inline")
     study = run(timed("second").with_search(sampler="grid", trials=2), workers="inline")
@@ -226,6 +270,20 @@ def test_the_time_of_a_budget_of_seconds_is_known_and_its_tokens_by_a_probe() ->
     assert probed.hours == pytest.approx(6 * 0.01)
     assert probed.train_tokens is not None
     assert probed.train_tokens > 6 * 64
+
+
+def test_heads_of_weight_0_are_no_heads() -> None:
+    """They are not built, so a study that was begun without them goes on."""
+    plain = small()
+    of_weight = {
+        weight: Space.parse(
+            plain.text.replace("budget:", f"mtp: {{weight: {weight}}}, budget:"), "s.yaml"
+        )
+        .with_search(sampler="grid", trials=6)
+        .sha256
+        for weight in (0, 0.3)
+    }
+    assert of_weight[0] == plain.sha256 != of_weight[0.3]
 
 
 def test_a_study_of_a_version_without_budgets_of_seconds_goes_on() -> None:

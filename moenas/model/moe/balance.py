@@ -29,7 +29,10 @@ SCOPE = (
     "tokens whose load the loss balances: of each sequence (arXiv 2412.19437, eq. 17 to 20), or of"
     " the batch. One device holds the whole batch: it is the global batch of arXiv 2501.11873"
 )
-RATE = "step of the selection bias after each optimizer step"
+RATE = (
+    "step of the selection bias after each optimizer step; in short runs the best one depends on"
+    " the router (docs/learning_rate.md), and `quantile` needs none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
