@@ -18,7 +18,7 @@ def front_svg(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence
     """Draw trials and their values by the first two objectives; nothing if there is one alone.
 
     A point shows its trial and its values when the pointer is over it. The ends of an axis are the
-    smallest and the largest value.
+    smallest and the largest value. A line joins the points of a front of two objectives.
     """
     if len(names) < 2 or not points:
         return ""
@@ -27,6 +27,7 @@ def front_svg(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence
     up = _scale([values[y_name] for _, values in points], HEIGHT - BOTTOM, TOP)
     placed = sorted((across(v[x_name]), up(v[y_name]), trial, v) for trial, v in points)
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in placed)
+    line = f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-opacity="0.4"/>'
     marks = [
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{INK}"><title>'
         + escape(", ".join([f"trial {trial}", *(f"{n} {values[n]:.5g}" for n in names)]))
@@ -39,7 +40,7 @@ def front_svg(points: Sequence[tuple[int, Mapping[str, float]]], names: Sequence
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"',
             ' role="img" aria-label="Pareto front" font-family="sans-serif" font-size="11">',
             f'<path d="{frame}" fill="none" stroke="{LINE}"/>',
-            f'<polyline points="{path}" fill="none" stroke="{INK}" stroke-opacity="0.4"/>',
+            line if len(names) == 2 else "",
             *marks,
             *_labels(points, x_name, y_name),
             "</svg>",

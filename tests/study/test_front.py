@@ -60,6 +60,14 @@ def test_a_notebook_shows_a_figure_and_a_table() -> None:
     assert "<script" not in shown
 
 
+def test_a_line_joins_the_members_of_two_objectives_alone() -> None:
+    values = {"val_loss": 2.0, "cost": 9.0, "ms": 1.0}
+    for names in (["val_loss", "cost"], ["val_loss", "cost", "ms"]):
+        member = Member(0, {name: values[name] for name in names}, PLAIN)
+        shown = Front((member,), dict.fromkeys(names, "minimize"), 1.0, {})._repr_html_()
+        assert ("<polyline" in shown) == (len(names) == 2)
+
+
 def test_one_objective_or_no_member_has_no_figure() -> None:
     one = Front((Member(1, {"val_loss": 2.0}, PLAIN),), {"val_loss": "minimize"}, None, {})
     assert "<svg" not in one._repr_html_()
