@@ -93,8 +93,8 @@ def _not_text(paths: Sequence[str]) -> list[str]:
         with open(path, "rb") as file:
             if b"\0" in file.read(BEGINNING):
                 return [
-                    f"data: '{path}' is no text, as it has zero bytes, and is read as bytes; an"
-                    " array of tokens goes under data.tokens"
+                    f"data: '{path}' has zero bytes, and is read byte by byte; an array of tokens"
+                    " goes under data.tokens, and text must be UTF-8"
                 ]
     return []
 

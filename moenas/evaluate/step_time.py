@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WARM_UP_CPU, WARM_UP_CUDA = 2, 8
 """Steps before the first sample; on CUDA a graph of a step is captured meanwhile."""
-SAMPLES, FEWEST = 200, 5
+SAMPLES, FEWEST = 200, 6
 """Samples of the time of a step, at most and at least."""
 SAMPLE_SECONDS = 0.02
 """Length of a sample that is aimed at; it has 1 to WARM_UP_CUDA steps."""

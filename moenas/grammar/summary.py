@@ -262,7 +262,7 @@ def compact(value: float) -> str:
 
 def short(number: float) -> str:
     """Write a count in few characters: 1.23M, 46.7B, 812; from 1e15 on 2.5e+15."""
-    if abs(number) >= 1e15:
+    if abs(number) >= 999.5e12:
         return f"{number:.3g}"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:

@@ -130,10 +130,20 @@ def named_levels(values: Sequence[object]) -> list[str]:
     numbers = np.array(values, dtype=np.float64)
     edges = np.unique(np.quantile(numbers, np.linspace(0, 1, LEVELS + 1)))
     places = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, len(edges) - 2)
-    names = {int(place): _range(numbers[places == place]) for place in set(places)}
+    digits = _digits(numbers)
+    names = {int(place): _range(numbers[places == place], digits) for place in set(places)}
     return [names[int(place)] for place in places]
 
 
-def _range(numbers: NDArray[np.float64]) -> str:
-    low, high = numbers.min(), numbers.max()
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+def _digits(numbers: NDArray[np.float64]) -> int:
+    """Return the fewest significant digits, from 6 on, that tell different numbers apart."""
+    different = np.unique(numbers)
+    for digits in range(6, 17):
+        if len({f"{number:.{digits}g}" for number in different}) == len(different):
+            return digits
+    return 17
+
+
+def _range(numbers: NDArray[np.float64], digits: int) -> str:
+    low, high = (f"{end:.{digits}g}" for end in (numbers.min(), numbers.max()))
+    return low if low == high else f"{low} to {high}"

@@ -292,7 +292,7 @@ def _calibration_line(row: Plain) -> str:
     newest = row["newest_made_at"]
     newer = (
         f"; the one of {newest} is newer; --accept-changes takes it"
-        if newest not in (None, row["made_at"])
+        if newest is not None and newest > row["made_at"]
         else ""
     )
     return (

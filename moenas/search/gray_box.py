@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
-from scipy.special import ndtr
+from scipy.special import log_ndtr
 
 from moenas import pareto
 from moenas.predict.features import Encoder, Features, features
@@ -82,8 +82,9 @@ class GrayBox:
     have good exact objectives and new features. Every second trial is drawn at random then, because
     the loss may depend on an exact objective in a way that no trial has shown yet.
 
-    The improvement is multiplied by the probability that the candidate is feasible, once a model
-    has failed or has broken a requirement after training (Gardner et al., ICML 2014).
+    The improvement is multiplied by the probability that the candidate is feasible (Gardner et al.,
+    ICML 2014). This begins once a model has failed by its architecture, or has broken a requirement
+    that is checked after the draw.
 
     With early stopping, candidates at a rung count with the loss that is expected of them at the
     end. `rungs` are those of the study.
@@ -147,7 +148,8 @@ class GrayBox:
         may_be_members = means[:n_trials][running_too]
         gains = _improvements(may_be_members, means[n_trials:], deviations[n_trials:])
         if not all(is_fit for _, is_fit in fit):
-            gains = gains * self._feasibility(fit, pool)
+            with np.errstate(divide="ignore"):
+                gains = np.log(gains) + self._log_feasibility(fit, pool)
         return pool[int(np.argmax(gains))].point.params
 
     def _estimated(self, described: Described, estimate: Estimate | None) -> Evaluated | None:
@@ -202,10 +204,10 @@ class GrayBox:
             means[tried:, column], deviations[tried:, column] = believer.predict(x[tried:])
         return means, deviations
 
-    def _feasibility(
+    def _log_feasibility(
         self, tried: Sequence[tuple[Described, bool]], pool: Sequence[Described]
     ) -> Array:
-        """Return the probability (P,) that a point neither fails nor breaks a requirement.
+        """Return the log probability (P,) that a point neither fails nor breaks a requirement.
 
         `tried` says this of trials, in the order in which they ended. A process predicts -1 where
         it is so and 1 where it is not. The probability is that of a value below 0 (least-squares
@@ -217,8 +219,8 @@ class GrayBox:
         n = len(tried)
         process = self._surrogate(FEASIBILITY, x[:n], labels, np.zeros(n), n)
         mean, deviation = process.predict(x[n:])
-        probability: Array = ndtr(-mean / np.hypot(deviation, process.noise))
-        return probability
+        log_probability: Array = log_ndtr(-mean / np.hypot(deviation, process.noise))
+        return log_probability
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -243,6 +245,8 @@ class GrayBox:
         n_fitted = INITIAL
         while n_fitted + max(1, n_fitted // 10) <= n_complete:
             n_fitted += max(1, n_fitted // 10)
+        if column == FEASIBILITY and len(np.unique(losses[:n_fitted])) == 1:
+            return Surrogate.unfitted(x, losses)  # one label says nothing of the length scales
         if self._fitted.get(column, (0, None))[0] != n_fitted:
             self._fitted[column] = n_fitted, Surrogate(x[:n_fitted], losses[:n_fitted])
         return self._fitted[column][1].given(x, losses, variances)

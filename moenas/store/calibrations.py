@@ -48,7 +48,8 @@ def of_workload(store: StoreReader, parts_sha256: str, workload: str) -> Calibra
 def of_study(store: Store, study: str, parts_sha256: str, workload: str) -> Calibration | None:
     """Return the calibration of a study under a workload: the first that a run of it found.
 
-    It is stored with the study, so a newer one changes nothing there.
+    It is stored with the study, so a newer one changes nothing there unless
+    `--accept-changes` takes it.
     """
     table, newest = tables.study_calibration, tables.calibration
     own = (table.c.study == study) & (table.c.workload == workload)
@@ -72,7 +73,7 @@ def kept(store: StoreReader, study: str) -> list[Plain]:
     """Return the calibrations by which a study refuses candidates, and when it took each.
 
     `newest_made_at` is that of the newest calibration of the same parts and workload: a later
-    one than `made_at` changes nothing in the study.
+    one than `made_at` changes nothing in the study unless `--accept-changes` takes it.
     """
     own, newest = tables.study_calibration, tables.calibration
 

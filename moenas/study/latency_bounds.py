@@ -56,7 +56,7 @@ class LatencyBounds:
         store, study = self._store.store, self._store.name
         kept = calibrations.of_study(store, study, parts, workload)
         latest = calibrations.of_workload(store, parts, workload) if newest else None
-        if kept is None or latest is None or latest == kept:
+        if kept is None or latest is None or latest.made_at <= kept.made_at:
             return kept
         store.apply(study, lambda c: repairs.renew_calibration(c, study, kept, latest))
         return latest

@@ -13,8 +13,9 @@ def fix_training_reference(session: Session, device: str) -> None:
     """Time the reference model on this machine, unless the study knows its time; `device` trains.
 
     All candidates of the study get their tokens by this one time. A study whose candidates were
-    timed without a reference goes on without one, so that its front has one kind of tokens. Nothing
-    is timed on a GPU, or where nothing is trained.
+    timed without a reference goes on without one, so that its front has one kind of tokens. Where
+    the device, its settings or the version of PyTorch have changed, the reference is timed again,
+    with a warning. Nothing is timed on a GPU, or where nothing is trained.
     """
     store, space = session.store, session.space
     if not space.train.has_time_budget or all(o.needs != "training" for o in space.objectives):
@@ -28,7 +29,13 @@ def fix_training_reference(session: Session, device: str) -> None:
     if key is None or key in store.reference_ms():
         return
     paused = [pause.evaluation for pause in session.paused.pauses.values()]
-    if any("step_ms" in evaluation.metrics for evaluation in [*store.evaluations(), *paused]):
+    timed = [e.metrics for e in [*store.evaluations(), *paused] if "step_ms" in e.metrics]
+    if timed and not any("step_spread" in metrics for metrics in timed):
         return
+    if timed:
+        session.events.warn(
+            "train.budget: the device or the version of PyTorch is another one than before, so the"
+            " reference step is timed again; later candidates can have other tokens"
+        )
     with closing(device_lock(where)) as lock:
         store.set_reference_ms(key, 1000 * time_reference(space.train, where, lock))

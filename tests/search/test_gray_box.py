@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import optuna
 import pytest
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from moenas.pareto import hypervolume
@@ -173,6 +175,31 @@ def test_it_proposes_where_every_trial_was_unusable(how: str) -> None:
     params = GrayBox(space).propose(25, trials)
     assert params is not None
     assert params not in [t.params for t in trials]
+    probability = log_feasibility(space, trials)
+    assert len(np.unique(probability)) > 0.9 * len(probability), "it tells the points apart"
+
+
+def log_feasibility(space: Space, trials: Sequence[FrozenTrial]) -> NDArray[np.float64]:
+    """The log probability of being feasible, of the trials themselves."""
+    asked = GrayBox(space)
+    points = [point(space, 0, t.params) for t in trials]
+    described = [asked._describe(p) for p in points if p is not None]
+    is_fit = [t.state == TrialState.COMPLETE and not t.constraints for t in trials]
+    tried = list(zip(described, is_fit, strict=True))
+    return asked._log_feasibility(tried, described)
+
+
+def test_first_failures_after_many_good_trials_count_at_once() -> None:
+    """The hyperparameters of the process are fitted to the earlier trials, which are all good."""
+    space, draw = Space.load("tiny", [OBJECTIVES]), random.Random(0)
+    good, bad = list[Point](), list[Point]()
+    while len(good) < 99 or len(bad) < 2:
+        one = drawn(space, draw)
+        (bad if is_wide_mixture(one) else good).append(one)
+    trials = [trial(space, number, one) for number, one in enumerate(good[:99])]
+    trials += [unusable(space, 99 + i, one, "failed") for i, one in enumerate(bad[:2])]
+    probability = np.exp(log_feasibility(space, trials))
+    assert probability[99:].max() < 0.5 < np.quantile(probability[:99], 0.1)
 
 
 @pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.FAIL])

@@ -173,6 +173,21 @@ def test_all_candidates_of_a_study_are_timed_beside_one_reference_time() -> None
     assert all("step_spread" in e.metrics for e in again.view.evaluations)
 
 
+def test_another_version_of_pytorch_times_the_reference_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = run(timed(), workers="inline", trials=2).store.reference_ms("s")
+    monkeypatch.setattr("moenas.evaluate.step_reference.REFERENCE_VERSION", 1_000)
+    events: list[Event] = []
+    study = run(timed(), workers="inline", trials=4, listeners=[events.append])
+    times = study.store.reference_ms(study.name)
+    assert first.items() < times.items()
+    assert len(times) == 2
+    assert all("step_spread" in e.metrics for e in study.view.evaluations)
+    warnings = [e.text for e in events if e.kind == "warning"]
+    assert any("the reference step is timed again" in text for text in warnings)
+
+
 def test_a_study_that_was_timed_without_a_reference_goes_on_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -198,9 +213,7 @@ def test_a_budget_that_holds_the_corpus_several_times_is_told_once() -> None:
     assert f"each is seen {tokens / known:.1f} times" in warning.text
 
 
-def test_nothing_is_timed_for_a_study_that_trains_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_is_timed_for_a_study_that_trains_nothing() -> None:
     text = timed().text.replace("[val_loss, flops_per_token]", "[flops_per_token]")
     study = run(Space.parse(text, "s.yaml"), workers="inline", trials=2)
     assert study.store.reference_ms(study.name) == {}
