@@ -91,3 +91,11 @@ def test_an_objective_of_one_value_has_no_effects() -> None:
         for i in range(20)
     ]  # fmt: skip
     assert hole_effects(rows, "x") == []
+
+
+def test_ranges_of_near_numbers_have_names_of_their_own() -> None:
+    for numbers in ([1_000_000 + i for i in range(40)], [1 + i * 1e-7 for i in range(40)]):
+        names = set(named_levels(numbers))
+        ends = [end for name in names for end in name.split(" to ")]
+        assert len(names) > 2
+        assert len(ends) == len(set(ends)) == 2 * len(names)
