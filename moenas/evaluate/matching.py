@@ -88,7 +88,7 @@ def notes(space: Space, corpus: Corpus) -> list[str]:
 
 
 def _not_text(paths: Sequence[str]) -> list[str]:
-    """Say which of some files is no text: the first of them whose beginning has a zero byte."""
+    """Say which of some files is hardly text: the first whose beginning has a zero byte."""
     for path in paths[:LOOKED_AT]:
         with open(path, "rb") as file:
             if b"\0" in file.read(BEGINNING):

@@ -94,13 +94,13 @@ def test_json_lines_that_are_read_as_bytes_are_told(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     path = random_tokens(tmp_path / "t.bin")
     notes = check_report(space({"files": [str(path)]}), 2)["notes"]
-    (note,) = [n for n in notes if "is no text" in n]
+    (note,) = [n for n in notes if "has zero bytes" in n]
     assert f"'{path}'" in note
     assert "data.tokens" in note
     text = tmp_path / "a.txt"
     text.write_text("Zeros are 0, and an umlaut is \u00e4.\n" * 400)
     assert not any(
-        "is no text" in n for n in check_report(space({"files": [str(text)]}), 2)["notes"]
+        "has zero bytes" in n for n in check_report(space({"files": [str(text)]}), 2)["notes"]
     )
 
 
