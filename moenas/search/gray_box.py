@@ -109,7 +109,7 @@ class GrayBox:
         seed alone, so a resumed study goes on as an uninterrupted one does.
         """
         complete, estimated, running = list[Evaluated](), list[Evaluated](), list[Described]()
-        fit = list[tuple[Described, bool]]()
+        outcomes = list[tuple[Described, bool]]()
         seen, estimates = set[str](), self.rungs.estimates()
         # In the order in which they ended, which a run of several workers has too.
         for trial in sorted(trials, key=_ended):
@@ -117,17 +117,18 @@ class GrayBox:
             if described is None:
                 continue
             seen.add(described.fingerprint)
-            if _is_unfit(trial):
-                fit.append((described, False))
+            if _is_unusable(trial):
+                outcomes.append((described, False))
             if trial.state == TrialState.COMPLETE:
                 feasible = not _is_infeasible(trial)
                 complete.append(Evaluated(described, trial.values, feasible=feasible))
-                fit += [(described, True)] if feasible else []
+                outcomes += [(described, True)] if feasible else []
             elif trial.state in (TrialState.RUNNING, TrialState.PRUNED):
                 evaluated = self._estimated(described, estimates.get(trial.number))
                 if evaluated is not None:
                     estimated.append(evaluated)
-                    fit += [(described, True)] if trial.state == TrialState.PRUNED else []
+                    if trial.state == TrialState.PRUNED:
+                        outcomes.append((described, True))
                 elif trial.state == TrialState.RUNNING:
                     running.append(described)
         known = [*complete, *estimated]
@@ -136,20 +137,20 @@ class GrayBox:
         if not self._encoder.names:
             return None
         losses = self._losses(known)
-        usable = np.array([evaluated.feasible for evaluated in known], dtype=np.bool_)
-        running_too = np.concatenate([usable, np.ones(len(running), dtype=np.bool_)])
-        whole = np.flatnonzero(usable & ~np.isnan(losses).any(axis=1))
+        feasible_rows = np.array([evaluated.feasible for evaluated in known], dtype=np.bool_)
+        candidates = np.concatenate([feasible_rows, np.ones(len(running), dtype=np.bool_)])
+        whole = np.flatnonzero(feasible_rows & ~np.isnan(losses).any(axis=1))
         front = whole[pareto.non_dominated(losses[whole], ["minimize"] * losses.shape[1])]
         pool = self._pool(number, [known[i].described for i in front], seen)
         if not pool:
             return None
         means, deviations = self._predict(known, losses, len(complete), running, pool)
         n_trials = len(known) + len(running)
-        may_be_members = means[:n_trials][running_too]
+        may_be_members = means[:n_trials][candidates]
         gains = _improvements(may_be_members, means[n_trials:], deviations[n_trials:])
-        if not all(is_fit for _, is_fit in fit):
+        if not all(usable for _, usable in outcomes):
             with np.errstate(divide="ignore"):
-                gains = np.log(gains) + self._log_feasibility(fit, pool)
+                gains = np.log(gains) + self._log_feasibility(outcomes, pool)
         return pool[int(np.argmax(gains))].point.params
 
     def _estimated(self, described: Described, estimate: Estimate | None) -> Evaluated | None:
@@ -215,7 +216,7 @@ class GrayBox:
         section 6.5).
         """
         x = self._encoder.encode([p.features for p in (*(one for one, _ in tried), *pool)])
-        labels = np.array([-1.0 if is_fit else 1.0 for _, is_fit in tried])
+        labels = np.array([-1.0 if usable else 1.0 for _, usable in tried])
         n = len(tried)
         process = self._surrogate(FEASIBILITY, x[:n], labels, np.zeros(n), n)
         mean, deviation = process.predict(x[n:])
@@ -334,7 +335,7 @@ def _ended(trial: FrozenTrial) -> tuple[bool, float, int]:
     return ended is None, 0.0 if ended is None else ended.timestamp(), trial.number
 
 
-def _is_unfit(trial: FrozenTrial) -> bool:
+def _is_unusable(trial: FrozenTrial) -> bool:
     """Whether a trial ended without a candidate for the front, by its architecture."""
     if trial.state == TrialState.FAIL:
         return trial.user_attrs.get("failure") in OF_THE_MODEL

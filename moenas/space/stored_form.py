@@ -22,7 +22,7 @@ RESOURCES = (
 def digest(plain: Plain) -> str:
     """Return the digest of a space in plain form, leaving out the resources of the search.
 
-    `mtp` of weight 0 builds no heads, so it is as none.
+    `mtp` of weight 0 builds no heads, so it has the digest of no `mtp`.
     """
     train = dict(plain.get("train") or {})
     if train.get("mtp") and not train["mtp"].get("weight", 1):

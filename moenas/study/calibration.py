@@ -46,11 +46,11 @@ DRAWS = 100
 """Random architectures whose latencies are predicted for a range."""
 TRIES = 50
 """Draws for each model that is wanted, in search of one that is new and feasible."""
-
 TOLD_S = 10.0
 """Seconds between two reports of the draws, which take minutes in a large space."""
+
 Progress = Callable[[int, int, str], None]
-"""Is told how many of how many models are measured, and a line on the latest."""
+"""Is told how many of how many models are drawn or measured, and a line on the latest."""
 
 
 def parts_digest(space: Space) -> str:
