@@ -30,7 +30,7 @@ from replay import methods as own
 from replay import page, rivals
 from replay.effects import expected
 from replay.fill import every_point, filled
-from replay.simulate import Method, Progress, Simulation
+from replay.simulate import Found, Method, Progress, Simulation
 from replay.table import Table
 
 from moenas import Space, pareto
@@ -84,26 +84,40 @@ class Judge:
         self.values = dict(zip(keys, every, strict=True))
         self._reference = every.max(axis=0) * 1.001
         self._whole = self._volume(every)
-        self.mean_flops = float(np.mean([table.training_flops(key) for key in keys]))
+        self._flops = {key: table.training_flops(key) for key in keys}
+        self.mean_flops = float(np.mean(list(self._flops.values())))
 
     def _volume(self, values: Array) -> float:
         return pareto.hypervolume(values, list(self._reference), ["minimize"] * 2)
 
-    def curve(self, progress: Progress, budget: float) -> list[float]:
-        """Return the share of the true hypervolume at GRID points of compute, up to a budget."""
+    def curve(self, progress: Progress, budget: float, *, held: bool = False) -> list[float]:
+        """Return the share of the true hypervolume at GRID points of compute, up to a budget.
+
+        With `held`, the time of idle workers counts.
+        """
         shares, reached = list[float](), list[Array]()
-        done = iter([*progress.found, (np.inf, "")])
-        spent, fingerprint = next(done)
+        found = [(one.held if held else one.spent, one.fingerprint) for one in progress.found]
+        done = iter([*found, (np.inf, "")])
+        at_compute, fingerprint = next(done)
         for at in np.linspace(0, budget, GRID + 1)[1:]:
             before = len(reached)
-            while spent <= at:
+            while at_compute <= at:
                 reached.append(self.values[fingerprint])
-                spent, fingerprint = next(done)
+                at_compute, fingerprint = next(done)
             if not shares or len(reached) > before:
                 shares.append(self._volume(np.array(reached)) / self._whole if reached else 0.0)
             else:
                 shares.append(shares[-1])
         return shares
+
+    def limit(self, workers: int, budget: float) -> list[float]:
+        """Return the curve of all models together, each found as soon as it can be trained.
+
+        No method reaches more while it keeps all workers busy.
+        """
+        held = {key: flops * workers for key, flops in self._flops.items()}
+        found = [Found(key, held[key], held[key]) for key in sorted(held, key=held.__getitem__)]
+        return self.curve(Progress(found), budget)
 
 
 @dataclass(frozen=True)
@@ -167,10 +181,17 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
         "workers": workers,
         "seed": seed,
         "curve": [round(share, 5) for share in shared.judge.curve(progress, budget)],
+        "held": [round(share, 5) for share in shared.judge.curve(progress, budget, held=True)],
         "started": progress.started,
         "finished": len(progress.found),
         "seconds": round(seconds, 2),
     }
+
+
+def limit(workers: int) -> list[float]:
+    """Return the curve that no method with busy workers exceeds."""
+    judge = bench().judge
+    return [round(share, 5) for share in judge.limit(workers, BUDGETS[workers] * judge.mean_flops)]
 
 
 def stored(out: Path) -> page.Results:
@@ -213,6 +234,7 @@ def main() -> None:
         page.write(json.loads(given.out.read_text()), Table.load(), ROOT / "docs")
         return
     results = stored(given.out)
+    results["limits"] = {str(workers): limit(workers) for workers in BUDGETS}
     done = {(r["method"], r["workers"], r["seed"]) for r in results["runs"]}
     names = available(given.methods)
     tasks = [(m, w, s) for s in range(given.seeds) for w in given.workers for m in names]

@@ -57,6 +57,10 @@ away from it. The model shares no code with the surrogate of `gray_box`.
 - **compute to rival**: the same for what the best rival has at its end.
 - **worse**: points of the curve, from {first} % of the budget on, at which the best rival there
   is better at the level of {level:.0%} (Mann-Whitney U test).
+- **worse at equal time**: the same, with idle workers counted as if they trained. A method that
+  proposes nothing new leaves workers idle, so it spends less compute in the same time.
+- **limit**: the share of all models whose training can have ended by then. No method that keeps
+  all workers busy reaches more.
 
 A sampler that proposes an architecture again is told the known values, at no cost. So a curve
 that stays level belongs to a method that repeats itself, or that has stopped all other points.
@@ -72,12 +76,15 @@ A comma in a name separates what is added or left out:
 """
 
 
-def curves(results: Results, workers: int) -> dict[str, Array]:
-    """Return method -> curves (seeds, points) of a number of workers; LEAST seeds or more."""
+def curves(results: Results, workers: int, kind: str = "curve") -> dict[str, Array]:
+    """Return method -> curves (seeds, points) of a number of workers; LEAST seeds or more.
+
+    With the kind `held`, the time of idle workers counts. Runs of earlier versions have none.
+    """
     by_method: dict[str, list[list[float]]] = {}
     for run in results["runs"]:
-        if run["workers"] == workers:
-            by_method.setdefault(run["method"], []).append(run["curve"])
+        if run["workers"] == workers and kind in run:
+            by_method.setdefault(run["method"], []).append(run[kind])
     return {n: np.array(rows) for n, rows in sorted(by_method.items()) if len(rows) >= LEAST}
 
 
@@ -131,23 +138,41 @@ def tables(results: Results) -> Iterator[str]:
             names = "; ".join(sorted(missing))
             yield f"Not run, or with fewer than {LEAST} seeds: {names}."
             yield ""
-        heads = [f"share at {percent} %" for percent in SHOWN]
-        rest = ["compute to random", "compute to rival", "worse", "seeds"]
-        yield f"| method | {' | '.join([*heads, *rest])} |"
-        yield "|" + " --- |" * (1 + len(heads) + len(rest))
-        for name, rows in by_method.items():
-            at = [rows[:, rows.shape[1] * percent // 100 - 1] for percent in SHOWN]
-            cells = [f"{one.mean():.4f} +- {half_width(one):.4f}" for one in at]
-            mean = rows.mean(axis=0)
-            cells += [
-                f"{compute_to(mean, finals[key]):.2f}" if key in finals else ""
-                for key in ("random", best)
-            ]
-            points = rows.shape[1] - rows.shape[1] * FROM // 100 + 1
-            counts = name.startswith(OURS)
-            cells += [f"{worse(rows, others)} of {points}" if counts else "", str(len(rows))]
-            yield f"| {name} | {' | '.join(cells)} |"
+        yield from _table(results, workers, {"random": finals.get("random"), "rival": finals[best]})
         yield ""
+
+
+def _table(results: Results, workers: int, shares: dict[str, float | None]) -> Iterator[str]:
+    """Yield the table of a number of workers; `shares` are those that curves are to reach."""
+    by_method, held = curves(results, workers), curves(results, workers, "held")
+    others, timed = rivals(by_method), held.keys() == by_method.keys()
+    heads = [f"share at {percent} %" for percent in SHOWN]
+    heads += [f"compute to {name}" for name in shares]
+    heads += ["worse", "worse at equal time", "seeds"] if timed else ["worse", "seeds"]
+    yield f"| method | {' | '.join(heads)} |"
+    yield "|" + " --- |" * (1 + len(heads))
+    limit = np.array(results["limits"][str(workers)])
+    cells = [f"{_at(limit, percent):.4f}" for percent in SHOWN] + _reached(limit, shares)
+    yield f"| limit | {' | '.join(cells)} |" + " |" * (len(heads) - len(cells))
+    for name, rows in by_method.items():
+        at = [_at(rows, percent) for percent in SHOWN]
+        cells = [f"{one.mean():.4f} +- {half_width(one):.4f}" for one in at]
+        cells += _reached(rows.mean(axis=0), shares)
+        points = rows.shape[1] - rows.shape[1] * FROM // 100 + 1
+        for kind in [(rows, others), (held[name], rivals(held))] if timed else [(rows, others)]:
+            cells.append(f"{worse(*kind)} of {points}" if name.startswith(OURS) else "")
+        yield f"| {name} | {' | '.join(cells)} | {len(rows)} |"
+
+
+def _at(rows: Array, percent: int) -> Array:
+    """Return the values of curves (..., points) at a percentage of the budget."""
+    values: Array = rows[..., rows.shape[-1] * percent // 100 - 1]
+    return values
+
+
+def _reached(curve: Array, shares: dict[str, float | None]) -> list[str]:
+    """Return the cells of the compute until a curve reaches some shares."""
+    return ["" if share is None else f"{compute_to(curve, share):.2f}" for share in shares.values()]
 
 
 def ranks(table: Table) -> Iterator[str]:
@@ -203,6 +228,12 @@ def figure(results: Results) -> go.Figure:
                 x=x, y=y, name=name, legendgroup=name, showlegend=column == 1, row=1, col=column,
                 line={"color": colour, "width": 3 if name.startswith(OURS) else 1.5},
             )  # fmt: skip
+        limit = np.array(results["limits"][str(number)])
+        drawn.add_scatter(
+            x=budget * np.arange(1, len(limit) + 1) / len(limit), y=1 - limit, name="limit",
+            legendgroup="limit", showlegend=column == 1, row=1, col=column,
+            line={"color": "#888", "width": 1.5, "dash": "dot"},
+        )  # fmt: skip
         drawn.update_xaxes(title="training compute, mean candidates", row=1, col=column)
     ticks = [1.0, 0.1, 0.01, 0.001, 0.0001]
     words = ["100 %", "10 %", "1 %", "0.1 %", "0.01 %"]

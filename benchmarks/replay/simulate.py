@@ -14,7 +14,7 @@ from moenas.search.neighbours import point
 
 Params = dict[str, Any]
 FREE_REPEATS = 50
-"""Repeated proposals in a row that cost nothing; a method that repeats more is over."""
+"""Repeated proposals in a row that cost nothing. After them there is one for each new result."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,22 @@ class TrainsToTheEnd:
         return None
 
 
+@dataclass(frozen=True)
+class Found:
+    """A candidate that is trained to its end."""
+
+    fingerprint: str
+    spent: float
+    """Training FLOPs of all candidates until then."""
+    held: float
+    """Training FLOPs that all workers could have done until then; an idle worker counts."""
+
+
 @dataclass
 class Progress:
     """What a run has found."""
 
-    found: list[tuple[float, str]] = field(default_factory=list)
-    """Compute at the end of each candidate that is trained to its end, and its fingerprint."""
+    found: list[Found] = field(default_factory=list)
     started: int = 0
     """Candidates that were begun."""
     repeats: int = 0
@@ -71,11 +81,11 @@ class Progress:
 
 
 class Simulation:
-    """One run: workers that are always busy, a clock, and a method.
+    """One run: workers, a clock, and a method.
 
     Compute is training FLOPs. All workers have one speed, so the time of a candidate is its FLOPs.
     A repeated proposal of a finished or running architecture costs nothing, but without the `cache`
-    it is trained again.
+    it is trained again. A worker is idle only while the method proposes nothing new.
     """
 
     def __init__(
@@ -93,7 +103,7 @@ class Simulation:
         """Candidate that did not go on -> what `_push` needs to train it on."""
         self._waiting: dict[str, list[int]] = {}
         """Fingerprint of a running candidate -> repeated proposals that wait for its values."""
-        self._over = False
+        self._left = FREE_REPEATS
 
     def run(self, budget: float) -> Progress:
         """Run until the started work has used up `budget` training FLOPs."""
@@ -119,7 +129,7 @@ class Simulation:
 
     def _start(self) -> bool:
         """Start one candidate; False if the method has none now."""
-        for _ in range(0 if self._over else FREE_REPEATS):
+        while self._left > 0:
             proposal = self.method.ask()
             if proposal is None:
                 return False
@@ -128,16 +138,17 @@ class Simulation:
             fingerprint = drawn.architecture.fingerprint
             known, running = fingerprint in self._values, fingerprint in self._waiting
             self.progress.repeats += known or running
+            self._left -= 1
             if self._cache and known:
                 self.method.tell(proposal.number, self._values[fingerprint])
             elif self._cache and running:
                 self._waiting[fingerprint].append(proposal.number)
             else:
                 self.progress.started += 1
+                self._left = FREE_REPEATS
                 self._waiting.setdefault(fingerprint, [])
                 self._push(proposal, fingerprint, 1)
                 return True
-        self._over = True
         return False
 
     def _push(self, proposal: Proposal, fingerprint: str, rung: int) -> None:
@@ -158,9 +169,9 @@ class Simulation:
                 self._paused[proposal.number] = proposal, fingerprint, rung + 1
             return
         self._values[fingerprint] = values
-        # At the end of a run some workers are idle.
-        spent = min(self._now * self.workers, self._spent)
-        self.progress.found.append((spent, fingerprint))
+        self._left = max(self._left, 1)
+        held = self._now * self.workers
+        self.progress.found.append(Found(fingerprint, min(held, self._spent), held))
         for number in (proposal.number, *self._waiting.pop(fingerprint, [])):
             self.method.tell(number, values)
 

@@ -176,6 +176,17 @@ def read_stored(at: Plain) -> bytes:
     return data
 
 
+def for_job(runs: StorePath, study: str, trial: int, digest: str) -> Plain:
+    """Return the fields of a job that measures the stored weights of a trial.
+
+    Raises:
+        InputError: as `read_weights` does.
+    """
+    if is_shared(runs):
+        return {"weights_at": stored_at(find_weights(runs, study, trial, digest), digest)}
+    return {"weights": read_weights(runs, study, trial, digest)}
+
+
 def is_draft(file: WeightsFile, to: Plain | None) -> bool:
     """Say whether a file is one that `write_draft` makes for a job with this `weights_to`."""
     path = path_at(file.path)

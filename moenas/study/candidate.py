@@ -39,6 +39,8 @@ class Candidate:
     """Why the drawn fields do not go together, or which cost the nearest width of a fit gives."""
     predicted: dict[str, float] = field(default_factory=dict)
     """Predicted latencies by which the candidate is refused before its training."""
+    source: Evaluation | None = None
+    """The evaluation of its model in another study, if it is reused."""
     crashes: int = 0
     """How often its worker process died in this run."""
 
@@ -74,6 +76,13 @@ class Candidate:
     def summary(self) -> str:
         """The architecture in one line; empty before the draw."""
         return one_line(self.plain) if self.plain else ""
+
+    @property
+    def text(self) -> str:
+        """The architecture in one line, with the source of an evaluation that is reused."""
+        if (source := self.source) is None:
+            return self.summary
+        return f"reused from trial {source.trial} of study '{source.study}' | {self.summary}"
 
     @property
     def broken(self) -> dict[str, float]:

@@ -220,24 +220,29 @@ class Driver:
         self.session.record(candidate, evaluation, "copied", f"the same model as trial {source}")
 
     def _reuse(self, candidate: Candidate) -> bool:
-        """Give a trial the evaluation of its model in another study, if there is one that holds."""
+        """Give a trial the evaluation of its model in another study, if there is one that holds.
+
+        One that lacks objectives is remembered, so that only these are measured.
+        """
         source = self.session.cache.find(candidate.fingerprint)
         evaluation = None if source is None else self.session.results.reuse(candidate, source)
         if source is None or evaluation is None:
+            candidate.source = self.session.cache.find_trained(candidate.fingerprint)
             return False
-        text = f"reused from trial {source.trial} of study '{source.study}' | {candidate.summary}"
+        candidate.source = source
         self.session.draws.started()
-        self._after(candidate, self.session.record(candidate, evaluation, "reused", text))
+        self._after(candidate, self.session.record(candidate, evaluation, "reused", candidate.text))
         return True
 
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool, which has room; a paused one continues where it stopped."""
         number = candidate.number
-        fields = self.paused.job_fields(candidate)
+        objectives, known = self.session.results.measuring(candidate)
+        fields = known or self.paused.job_fields(candidate)
         attempt = self.store.start_attempt(number)
         where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers, **fields}
         where["weights_to"] = place(self.store.runs, self.session.name, number)
-        self.pool.submit(self.jobs.job(number, attempt, candidate.plain, **where))
+        self.pool.submit(self.jobs.job(number, attempt, candidate.plain, objectives, **where))
         self.session.draws.started()
         self.running[number] = candidate
         # A trial of an earlier run, or of another program, may go beyond the total.
@@ -245,7 +250,7 @@ class Driver:
         if count > self.session.progress.total:
             self.session.set_total(count)
         kind: Kind = "promoted" if "paused" in fields else "started"
-        self.events.emit(kind, number, candidate.summary)
+        self.events.emit(kind, number, candidate.text)
 
     # --- from a result to an evaluation --------------------------------------------------------
 
@@ -349,8 +354,10 @@ class Driver:
 
     def _record(self, candidate: Candidate, evaluation: Evaluation) -> None:
         """Record the evaluation of a candidate that a worker has tried."""
+        reused = evaluation.reused_from is not None and evaluation.status == "complete"
+        kind: Kind = "reused" if reused else "finished"
         with self.session.uncommitted.holding(evaluation):
-            stored = self.session.record(candidate, evaluation, "finished", candidate.summary)
+            stored = self.session.record(candidate, evaluation, kind, candidate.text)
         self._after(candidate, stored)
 
     def _fail(self, candidate: Candidate, failure: Failure) -> None:

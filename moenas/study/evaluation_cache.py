@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, select
@@ -23,6 +24,16 @@ SAME_DEVICE = ("kind", "name", "threads", "dtype", "host")
 SAME_VERSIONS = ("moenas", "torch", "cuda")
 
 
+@dataclass(frozen=True)
+class _Study:
+    """Another study whose evaluations mean the same but for the seed and the objectives."""
+
+    seed: int | None
+    """None where none is stored."""
+    objectives: frozenset[str]
+    """The objectives of this study that the other one measures by the same files."""
+
+
 class EvaluationCache:
     """Finds evaluations that can be reused; it is empty until `open`.
 
@@ -33,9 +44,8 @@ class EvaluationCache:
 
     def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space = store, space
-        self._studies: dict[str, int | None] = {}
-        """Other studies whose evaluations mean the same but for the seed -> their seed, or None
-        where none is stored."""
+        self._studies: dict[str, _Study] = {}
+        self._names = frozenset(objective.name for objective in space.objectives)
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
@@ -51,8 +61,10 @@ class EvaluationCache:
         for other in self._store.store.studies():
             digests = {info["name"]: info["sha256"] for info in other.objectives}
             same = _meaning(other, with_current_defaults(other.space)) == meaning
-            if other.name != own.name and same and objectives.items() <= digests.items():
-                self._studies[other.name] = other.space.get("search", {}).get("seed")
+            if other.name != own.name and same:
+                shared = frozenset(name for name, _ in objectives.items() & digests.items())
+                seed = other.space.get("search", {}).get("seed")
+                self._studies[other.name] = _Study(seed, shared)
 
     def find(
         self, fingerprint: str, seed: int | None = None, tokens: int | None = None
@@ -66,23 +78,54 @@ class EvaluationCache:
         if self._space.train.has_time_budget and tokens is None:
             return None
         own = self._space.search.seed if seed is None else seed
-        studies = [name for name, theirs in self._studies.items() if theirs == own]
-        candidates = (
-            self._evaluations(studies, fingerprint) if studies and fingerprint else iter(())
-        )
-        for evaluation in candidates:
-            if self._is_same(evaluation, own, tokens):
+        whole = {name: s for name, s in self._studies.items() if s.objectives == self._names}
+        studies = [name for name, study in whole.items() if study.seed == own]
+        for evaluation in self._evaluations(studies, fingerprint):
+            if self._is_whole(evaluation) and self._is_same(evaluation, own, tokens):
                 return evaluation
-        if seed is None or not self._studies:
+        if seed is None or not whole:
             return None
-        others = list(self._studies)
+        others = list(whole)
         rows = self._store.store.query(
             lambda connection: replicates.of_model(connection, others, fingerprint, seed)
         )
-        return next((row for row in rows if self._is_same(row, own, tokens)), None)
+        same = (row for row in rows if self._is_whole(row) and self._is_same(row, own, tokens))
+        return next(same, None)
+
+    def find_trained(self, fingerprint: str) -> Evaluation | None:
+        """Return an evaluation of this architecture that lacks objectives of this study, or None.
+
+        It has the values that hold here, and its weights: the others can be measured from them.
+        None if no objective needs training, or under a budget of seconds.
+        """
+        objectives, seed = self._space.objectives, self._space.search.seed
+        trains = any(objective.needs == "training" for objective in objectives)
+        if not trains or self._space.train.has_time_budget:
+            return None
+        studies = [name for name, study in self._studies.items() if study.seed == seed]
+        found = [
+            self._without_others(evaluation)
+            for evaluation in self._evaluations(studies, fingerprint)
+            if evaluation.weights_sha256 is not None
+            and "val_loss" in evaluation.metrics
+            and self._is_same(evaluation, seed, None)
+        ]
+        return max(found, key=lambda evaluation: len(evaluation.values), default=None)
+
+    def _without_others(self, evaluation: Evaluation) -> Evaluation:
+        """Return an evaluation without objectives that this study lacks, or measures otherwise."""
+        shared = self._studies[evaluation.study].objectives
+        values = {k: v for k, v in evaluation.values.items() if k in shared}
+        measurements = {k: v for k, v in evaluation.measurements.items() if k in shared}
+        return replace(evaluation, values=values, measurements=measurements)
+
+    def _is_whole(self, evaluation: Evaluation) -> bool:
+        return evaluation.values.keys() >= self._names
 
     def _evaluations(self, studies: list[str], fingerprint: str) -> Iterator[Evaluation]:
-        """Yield the complete evaluations of an architecture in some studies."""
+        """Yield the complete evaluations of an architecture in some studies, the oldest first."""
+        if not (studies and fingerprint):
+            return
         candidate, evaluation = tables.candidate.c, tables.evaluation.c
         same = (candidate.study == evaluation.study) & (candidate.trial == evaluation.trial)
         wanted = (
@@ -109,12 +152,10 @@ class EvaluationCache:
         here = versions()
         return (
             not evaluation.is_copy
-            and evaluation.reused_from is None
             and evaluation.seed == seed
             and (tokens is None or evaluation.metrics.get("train_tokens") == tokens)
             and all(evaluation.device.get(key) == self._device[key] for key in SAME_DEVICE)
             and all(evaluation.versions.get(key) == here.get(key) for key in SAME_VERSIONS)
-            and evaluation.values.keys() >= {objective.name for objective in self._space.objectives}
         )
 
 

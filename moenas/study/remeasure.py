@@ -14,11 +14,10 @@ from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.search.trials import outcome
 from moenas.space.objective import Objective, load_objective
-from moenas.store import replicates, rungs
+from moenas.store import replicates, rungs, weights
 from moenas.store.heartbeat import StudyLease
 from moenas.store.store import Store
 from moenas.store.study_store import StudyStore
-from moenas.store.weights import find_weights, is_shared, read_weights, stored_at
 from moenas.study import repairs
 from moenas.study.changes import changed_objectives
 from moenas.study.jobs import Jobs
@@ -164,11 +163,7 @@ class Remeasurer:
         name, runs, digest = self._space.name, self._store.runs, known.weights_sha256
         more: Plain = {"known": known.plain()}
         if digest and any(o.needs == "training" for o in objectives):
-            if is_shared(runs):
-                path = find_weights(runs, name, known.trial, digest)
-                more["weights_at"] = stored_at(path, digest)
-            else:
-                more["weights"] = read_weights(runs, name, known.trial, digest)
+            more |= weights.for_job(runs, name, known.trial, digest)
         architecture = self._store.architecture(name, known.trial)
         more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moenas.errors import FailureKind, InputError, StorageLostError
 from moenas.pareto import unusable
-from moenas.records import Evaluation, Failure, WeightsFile
-from moenas.space.objective import apply_reference_times
+from moenas.records import Evaluation, Failure, Plain, WeightsFile
+from moenas.space.objective import Objective, apply_reference_times
 from moenas.store.checkpoints import write_checkpoint
 from moenas.store.study_store import StudyStore
 from moenas.store.weights import (
     adopt_draft,
     copy_weights,
+    for_job,
     remove_drafts,
     weights_path,
     write_weights,
@@ -58,6 +59,8 @@ class ResultProcessor:
         if isinstance(outcome, Failure):
             seed = self._space.search.seed
             return candidate.evaluation(self._study, attempt, "failed", failure=outcome, seed=seed)
+        if (source := candidate.source) is not None:
+            outcome = self._with_measured(source, outcome)
         evaluation = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if evaluation.status == "complete":
             judged = self.judge(candidate.architecture, evaluation)
@@ -66,7 +69,10 @@ class ResultProcessor:
             return self._paused(evaluation, result)
         digest = None
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
-        if result.weights is not None and evaluation.status != "infeasible":
+        if source is not None and evaluation.status != "infeasible":
+            with suppress(InputError):  # they were there when it was started
+                digest = self._take_weights(candidate, source)
+        elif result.weights is not None and evaluation.status != "infeasible":
             place = self._store.runs, self._study, candidate.number
             with self.writing():
                 if isinstance(result.weights, WeightsFile):
@@ -75,6 +81,38 @@ class ResultProcessor:
                     digest = write_weights(*place, result.weights)
         self.remove_drafts(candidate.number)
         return replace(evaluation, weights_sha256=digest)
+
+    def measuring(self, candidate: Candidate) -> tuple[list[Objective], Plain]:
+        """Return the objectives that a candidate is to be measured for, and fields of its job.
+
+        Those are all of the study, and no field, unless another study has trained its model. Then
+        the job measures the missing objectives with the weights from there.
+        """
+        source = candidate.source
+        if source is None or source.weights_sha256 is None:
+            return list(self._space.objectives), {}
+        try:
+            weights = for_job(self._store.runs, source.study, source.trial, source.weights_sha256)
+        except InputError:  # they are gone, so the model is trained
+            candidate.source = None
+            return list(self._space.objectives), {}
+        missing = [o for o in self._space.objectives if o.name not in source.values]
+        return missing, {"known": source.plain(), **weights}
+
+    def _with_measured(self, known: Evaluation, outcome: Evaluation) -> Evaluation:
+        """Return the evaluation of another study with the objectives that were measured here."""
+        return replace(
+            known,
+            study=self._study,
+            trial=outcome.trial,
+            attempt=outcome.attempt,
+            status=outcome.status,
+            failure=outcome.failure,
+            values=known.values | outcome.values,
+            measurements=known.measurements | outcome.measurements,
+            seconds=outcome.seconds,
+            reused_from={"study": known.study, "trial": known.trial},
+        )
 
     def _paused(self, evaluation: Evaluation, result: Result) -> Evaluation:
         """Return the evaluation of a candidate that paused; write its checkpoint.
@@ -155,13 +193,10 @@ class ResultProcessor:
 
         It cannot be reused if its weights are gone, or its latencies have another reference time.
         """
-        if source.weights_sha256 is not None:
-            place = self._store.runs, self._study, source.trial, candidate.number
-            try:
-                with self.writing():
-                    copy_weights(*place, source.weights_sha256, of=source.study)
-            except InputError:
-                return None
+        try:
+            self._take_weights(candidate, source)
+        except InputError:
+            return None
         reused = replace(
             source,
             study=self._study,
@@ -176,6 +211,18 @@ class ResultProcessor:
         )
         judged, candidate.trained_violations = self.judge(candidate.architecture, reused)
         return None if judged.status == "failed" else judged
+
+    def _take_weights(self, candidate: Candidate, source: Evaluation) -> str | None:
+        """Copy the weights of an evaluation of another study, if it has any; return their SHA-256.
+
+        Raises:
+            InputError: if they are gone. StorageLostError: if they cannot be written.
+        """
+        if source.weights_sha256 is not None:
+            place = self._store.runs, self._study, source.trial, candidate.number
+            with self.writing():
+                copy_weights(*place, source.weights_sha256, of=source.study)
+        return source.weights_sha256
 
     def trained_violations(
         self, evaluation: Evaluation, architecture: Architecture | None = None

@@ -255,3 +255,83 @@ def test_real_models_are_reused_to_the_last_bit() -> None:
     assert len(losses) == 1
     digests = {study.evaluation(0).weights_sha256 for study in (first, second)}
     assert len(digests) == 1
+
+
+# --- the model is known, an objective is not --------------------------------------------------------
+
+NORM = """\
+"Sum of the squares of all parameters."
+
+direction = "minimize"
+unit = ""
+needs = "training"
+
+def measure(subject):
+    return float(sum(p.detach().double().square().sum() for p in subject.model.parameters()))
+"""
+TWO, MORE = "[val_loss, flops_per_token]", "[val_loss, total_params, decode_ms, norm.py]"
+
+
+def trained_in(first: Study) -> int:
+    return round(spending(first.store, first.name).train_tokens) // 512
+
+
+def test_only_the_objectives_that_another_study_lacks_are_measured() -> None:
+    Path("norm.py").write_text(NORM)
+    first = run(small("one"), trials=2, workers="inline")
+    events: list[Event] = []
+    second = run(small("two", TWO, MORE), trials=3, workers="inline", listeners=[events.append])
+    assert_sound(second, 3)
+    assert reused(second) == {0: ("one", 0), 1: ("one", 1)}
+    assert (trained_in(first), trained_in(second)) == (2, 1)
+    fresh = run(small("three", TWO, MORE), trials=3, workers="inline", fresh=True)
+    for trial in range(3):
+        one, other = second.evaluation(trial), fresh.evaluation(trial)
+        for name in ("val_loss", "total_params", "norm"):
+            assert one.values[name] == other.values[name]
+        assert one.measurements["decode_ms"]["reference_key"]
+        assert one.weights_sha256 is not None
+        read_weights(second.store.runs, "two", trial, one.weights_sha256)
+        assert ("train" in one.seconds) == (trial == 2)
+        assert one.curve[-1]["tokens"] == 512
+    told = [(e.kind, e.text.partition(" | ")[0]) for e in events if e.trial == 1]
+    source = "reused from trial 1 of study 'one'"
+    assert told == [("started", source), ("reused", source)]
+    assert doctor.examine(second.store, "two") == []
+    again = run(small("four", TWO, MORE), trials=2, workers="inline")
+    assert reused(again) == {0: ("two", 0), 1: ("two", 1)}
+    assert [e.seconds for e in again.view.evaluations] == [{}, {}], "nothing is measured"
+
+
+def test_an_objective_of_another_file_is_measured_again() -> None:
+    Path("norm.py").write_text(NORM)
+    norm = "[val_loss, norm.py]"
+    first = run(small("one", TWO, norm), trials=1, workers="inline")
+    Path("norm.py").write_text(NORM.replace("return float(", "return 2 * float("))
+    second = run(small("two", TWO, norm), trials=1, workers="inline")
+    assert (reused(second), trained_in(second)) == ({0: ("one", 0)}, 0)
+    assert second.evaluation(0).values["norm"] == 2 * first.evaluation(0).values["norm"]
+
+
+def test_a_model_is_trained_if_its_weights_are_gone() -> None:
+    first = run(small("one"), trials=2, workers="inline")
+    weights_path(first.store.runs, "one", 1).unlink()
+    second = run(
+        small("two", TWO, MORE.replace("norm.py", "prefill_ms")), trials=2, workers="inline"
+    )
+    assert (reused(second), trained_in(second)) == ({0: ("one", 0)}, 1)
+
+
+def test_an_objective_that_fails_on_known_weights_can_be_measured_later() -> None:
+    run(small("one"), trials=4, workers="inline")
+    broken = "if subject.architecture.d_model > 16: 1 / 0\n    return float"
+    Path("norm.py").write_text(NORM.replace("return float", broken))
+    second = run(small("two", TWO, "[val_loss, norm.py]"), trials=6, workers="inline")
+    failed = [e for e in second.view.evaluations if e.status == "failed"]
+    assert len(failed) == 4
+    assert all(e.weights_sha256 and set(e.values) == {"val_loss"} for e in failed)
+    assert {e.trial for e in failed} & reused(second).keys()
+    Path("norm.py").write_text(NORM)
+    space = small("two", TWO, "[val_loss, norm.py]")
+    mended = run(space, trials=6, workers="inline", accept_changes=True)
+    assert {e.status for e in mended.view.evaluations} == {"complete"}
