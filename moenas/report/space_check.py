@@ -159,14 +159,19 @@ def check_text(checked: Plain) -> str:
     lines.append(corpus_line(checked["corpus"]))
     ratio = checked["tokens_per_parameter"]
     if ratio is not None and ratio["max"] < COMPUTE_OPTIMAL:
-        lines.append(
-            f"training: {ratio['min']:.2g} to {ratio['max']:.2g} tokens for each active parameter;"
-            f" compute-optimal training of dense models takes {COMPUTE_OPTIMAL} (Hoffmann et al.,"
-            " 2022)"
-        )
+        lines.append(_training(ratio))
     if checked["bigram_loss"] is not None:
         loss = checked["bigram_loss"]
         lines.append(f"a bigram of the corpus has a held-out loss of {loss:.4g} nats a token")
     lines += checked["notes"]
     lines += ["for example:", table(checked["draws"])]
     return "\n".join(lines)
+
+
+def _training(ratio: Plain) -> str:
+    """Return the line on the training tokens of a parameter, beside those that are usual."""
+    low, high = (f"{ratio[end]:.2g}" for end in ("min", "max"))
+    return (
+        f"training: {low if low == high else f'{low} to {high}'} tokens for each active parameter;"
+        f" compute-optimal training of dense models takes {COMPUTE_OPTIMAL} (Hoffmann et al., 2022)"
+    )
