@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from moenas.errors import SourceLocation, SpaceError
-from moenas.grammar.component import Component
+from moenas.grammar.component import Component, join
 from moenas.grammar.conditions import Scalar
 
 TOLERANCE = 1e-9
@@ -132,9 +132,13 @@ class Origin:
 
     path: str
     mark: SourceLocation
+    fields: Mapping[str, SourceLocation]
 
     def error(self, reason: str) -> SpaceError:
-        """Build the error for this component."""
+        """Build the error for this component, or for the field that a reason begins with."""
+        name, colon, rest = reason.partition(": ")
+        if colon and name in self.fields:
+            return SpaceError(rest, location=self.fields[name], path=join(self.path, name))
         return SpaceError(reason, location=self.mark, path=self.path)
 
 
@@ -153,7 +157,8 @@ class Record:
     @cached_property
     def origin(self) -> Origin:
         """Where the component is written."""
-        return Origin(self.path, self.mark)
+        fields = {name: value.mark for name, value in self.fields.items()}
+        return Origin(self.path, self.mark, fields)
 
     @cached_property
     def has_holes(self) -> bool:

@@ -355,8 +355,9 @@ class Search(Component):
 
     def invalid(self) -> str | None:
         """Refuse a sampler that is neither known nor a user's class."""
-        is_user_class = ".py:" in self.sampler
-        return None if is_user_class else unknown_sampler(self.sampler)
+        if ".py:" in self.sampler or (reason := unknown_sampler(self.sampler)) is None:
+            return None
+        return f"sampler: {reason}"
 
 
 def unknown_sampler(name: str) -> str | None:

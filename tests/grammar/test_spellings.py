@@ -177,7 +177,7 @@ def test_latent_attention_without_positions_is_read_by_its_former_name() -> None
             "rope_theta: is the former name of rope.theta, which is given, too",
         ),
         ({"rope_theta": 0.5}, "rope_theta: 0.5 is not a number of at least 1"),
-        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope: scaling: yarn needs pairs of different"),
+        ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope.scaling: yarn needs pairs of different"),
         ({"rope": "yarn"}, "rope: 'yarn' is not a mapping"),
     ],
 )

@@ -348,7 +348,8 @@ FFN = "architecture.blocks.1.ffn.moe"
         ("preset: mixtral", "preset: mixtral, top_k: {choice: [8, 9]}", "15:13", FFN),
         ("warmup: 0.2", "warmup: 0.9", "21:3", "train"),
         ("context: 64", "tokens: 10", "21:3", "train"),
-        ("trials: 4", "sampler: tep", "24:3", "search"),
+        ("trials: 4", "sampler: tep", "24:12", "search.sampler"),
+        ("trials: 4", "stop: {wall_time: soon}", "24:21", "search.stop.wall_time"),
         (
             "objectives",
             "measure:\n  min_repeats: 50\n  max_repeats: 4\nobjectives",
