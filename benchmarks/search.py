@@ -30,7 +30,7 @@ from replay import methods as own
 from replay import page, rivals
 from replay.effects import expected
 from replay.fill import every_point, filled
-from replay.simulate import Found, Method, Progress, Simulation
+from replay.simulate import Method, Progress, Simulation
 from replay.table import Table
 
 from moenas import Space, pareto
@@ -43,6 +43,8 @@ OBJECTIVES = ("val_loss", "flops_per_token")
 RESULTS = ROOT / "benchmarks" / "results" / "search.json"
 BUDGETS = {4: 400, 32: 400, 256: 800}
 """Workers -> training compute of a run, in mean candidates of the table."""
+RULES = 2
+"""Number of the rules of the simulation; runs by other rules are not kept."""
 GRID = 100
 """Points of a curve, at equal steps of compute."""
 OWN: dict[str, Make] = {
@@ -90,20 +92,16 @@ class Judge:
     def _volume(self, values: Array) -> float:
         return pareto.hypervolume(values, list(self._reference), ["minimize"] * 2)
 
-    def curve(self, progress: Progress, budget: float, *, held: bool = False) -> list[float]:
-        """Return the share of the true hypervolume at GRID points of compute, up to a budget.
-
-        With `held`, the time of idle workers counts.
-        """
+    def curve(self, progress: Progress, budget: float) -> list[float]:
+        """Return the share of the true hypervolume at GRID points of compute, up to a budget."""
         shares, reached = list[float](), list[Array]()
-        found = [(one.held if held else one.spent, one.fingerprint) for one in progress.found]
-        done = iter([*found, (np.inf, "")])
-        at_compute, fingerprint = next(done)
+        done = iter([*progress.found, (np.inf, "")])
+        spent, fingerprint = next(done)
         for at in np.linspace(0, budget, GRID + 1)[1:]:
             before = len(reached)
-            while at_compute <= at:
+            while spent <= at:
                 reached.append(self.values[fingerprint])
-                at_compute, fingerprint = next(done)
+                spent, fingerprint = next(done)
             if not shares or len(reached) > before:
                 shares.append(self._volume(np.array(reached)) / self._whole if reached else 0.0)
             else:
@@ -113,10 +111,9 @@ class Judge:
     def limit(self, workers: int, budget: float) -> list[float]:
         """Return the curve of all models together, each found as soon as it can be trained.
 
-        No method reaches more while it keeps all workers busy.
+        No method reaches more, because all workers are always busy.
         """
-        held = {key: flops * workers for key, flops in self._flops.items()}
-        found = [Found(key, held[key], held[key]) for key in sorted(held, key=held.__getitem__)]
+        found = sorted((flops * workers, key) for key, flops in self._flops.items())
         return self.curve(Progress(found), budget)
 
 
@@ -174,36 +171,38 @@ def one_run(task: tuple[str, int, int]) -> dict[str, Any]:
     method = every_method()[name](shared.space, seed)
     began = time.perf_counter()
     cache = not name.endswith(REPEATS_TRAINED)
-    progress = Simulation(shared.table, shared.space, method, workers, cache=cache).run(budget)
+    simulation = Simulation(shared.table, shared.space, method, workers, seed=seed, cache=cache)
+    progress = simulation.run(budget)
     seconds = time.perf_counter() - began
     return {
         "method": name,
         "workers": workers,
         "seed": seed,
         "curve": [round(share, 5) for share in shared.judge.curve(progress, budget)],
-        "held": [round(share, 5) for share in shared.judge.curve(progress, budget, held=True)],
         "started": progress.started,
         "finished": len(progress.found),
+        "filled": progress.filled,
         "seconds": round(seconds, 2),
     }
 
 
 def limit(workers: int) -> list[float]:
-    """Return the curve that no method with busy workers exceeds."""
+    """Return the curve that no method exceeds."""
     judge = bench().judge
     return [round(share, 5) for share in judge.limit(workers, BUDGETS[workers] * judge.mean_flops)]
 
 
 def stored(out: Path) -> page.Results:
-    """Return the results of former starts; empty if the table is another one."""
+    """Return the results of former starts; empty if the table or the rules are others."""
     digest = Table.load().digest()
     if out.exists():
         results: page.Results = json.loads(out.read_text())
-        if results["table_sha256"] == digest:
+        if (results["table_sha256"], results.get("rules")) == (digest, RULES):
             return results
     shared = bench()
     return {
         "table_sha256": digest,
+        "rules": RULES,
         "rows": len(shared.table.rows),
         "predicted": round(shared.predicted, 4),
         "judge_error": round(shared.judge.error, 5),
@@ -216,8 +215,9 @@ def write(results: page.Results, out: Path) -> None:
     """Write the results, a run a line."""
     results["runs"].sort(key=lambda r: (r["workers"], r["method"], r["seed"]))
     runs = ",\n".join(json.dumps(run, separators=(",", ":")) for run in results["runs"])
-    head = json.dumps({**results, "runs": []})
-    out.write_text(f"{head.removesuffix(']}')}\n{runs}\n]}}\n")
+    facts = {name: value for name, value in results.items() if name != "runs"}
+    head = json.dumps(facts).removesuffix("}")
+    out.write_text(f'{head}, "runs": [\n{runs}\n]}}\n')
 
 
 def main() -> None:

@@ -298,7 +298,8 @@ class Evaluation(_Record):
     """Why it has no values; None unless its status is `failed`."""
     weights_sha256: str | None = None
     reused_from: Plain | None = None
-    """{study, trial}: the evaluation of another study in the same database that this one is."""
+    """{study, trial}: the evaluation of another study in the same database whose training this one
+    has, and its values or some of them."""
 
     @classmethod
     def parse(cls, plain: Mapping[str, Any]) -> Self:

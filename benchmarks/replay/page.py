@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from picture import save
 from plotly.subplots import make_subplots
 from replay import draws
+from replay.simulate import FREE_REPEATS
 from replay.table import RUNGS, Table
 from scipy.stats import mannwhitneyu, t
 
@@ -57,14 +58,14 @@ away from it. The model shares no code with the surrogate of `gray_box`.
 - **compute to rival**: the same for what the best rival has at its end.
 - **worse**: points of the curve, from {first} % of the budget on, at which the best rival there
   is better at the level of {level:.0%} (Mann-Whitney U test).
-- **worse at equal time**: the same, with idle workers counted as if they trained. A method that
-  proposes nothing new leaves workers idle, so it spends less compute in the same time.
-- **limit**: the share of all models whose training can have ended by then. No method that keeps
-  all workers busy reaches more.
+- **filled**: share of the candidates that were drawn at random because the method repeated itself.
+- **limit**: the hypervolume of all models whose training can have ended by then. No method reaches
+  more: a large model takes long, and with 256 workers that is a large part of the budget.
 
-A sampler that proposes an architecture again is told the known values, at no cost. So a curve
-that stays level belongs to a method that repeats itself, or that has stopped all other points.
-Optuna's GP sampler is not run: it takes about a minute for 40 candidates.
+A sampler that proposes an architecture again is told the known values, at no cost. After
+{free_repeats} repeats in a row, the worker trains a new architecture that is drawn at random. A
+curve that stays level belongs to a method that has stopped all other points. Optuna's GP sampler is
+not run: it takes about a minute for 40 candidates.
 
 A comma in a name separates what is added or left out:
 
@@ -76,15 +77,12 @@ A comma in a name separates what is added or left out:
 """
 
 
-def curves(results: Results, workers: int, kind: str = "curve") -> dict[str, Array]:
-    """Return method -> curves (seeds, points) of a number of workers; LEAST seeds or more.
-
-    With the kind `held`, the time of idle workers counts. Runs of earlier versions have none.
-    """
+def curves(results: Results, workers: int) -> dict[str, Array]:
+    """Return method -> curves (seeds, points) of a number of workers; LEAST seeds or more."""
     by_method: dict[str, list[list[float]]] = {}
     for run in results["runs"]:
-        if run["workers"] == workers and kind in run:
-            by_method.setdefault(run["method"], []).append(run[kind])
+        if run["workers"] == workers:
+            by_method.setdefault(run["method"], []).append(run["curve"])
     return {n: np.array(rows) for n, rows in sorted(by_method.items()) if len(rows) >= LEAST}
 
 
@@ -144,11 +142,10 @@ def tables(results: Results) -> Iterator[str]:
 
 def _table(results: Results, workers: int, shares: dict[str, float | None]) -> Iterator[str]:
     """Yield the table of a number of workers; `shares` are those that curves are to reach."""
-    by_method, held = curves(results, workers), curves(results, workers, "held")
-    others, timed = rivals(by_method), held.keys() == by_method.keys()
+    by_method = curves(results, workers)
+    others = rivals(by_method)
     heads = [f"share at {percent} %" for percent in SHOWN]
-    heads += [f"compute to {name}" for name in shares]
-    heads += ["worse", "worse at equal time", "seeds"] if timed else ["worse", "seeds"]
+    heads += [*(f"compute to {name}" for name in shares), "worse", "filled", "seeds"]
     yield f"| method | {' | '.join(heads)} |"
     yield "|" + " --- |" * (1 + len(heads))
     limit = np.array(results["limits"][str(workers)])
@@ -159,9 +156,15 @@ def _table(results: Results, workers: int, shares: dict[str, float | None]) -> I
         cells = [f"{one.mean():.4f} +- {half_width(one):.4f}" for one in at]
         cells += _reached(rows.mean(axis=0), shares)
         points = rows.shape[1] - rows.shape[1] * FROM // 100 + 1
-        for kind in [(rows, others), (held[name], rivals(held))] if timed else [(rows, others)]:
-            cells.append(f"{worse(*kind)} of {points}" if name.startswith(OURS) else "")
+        cells.append(f"{worse(rows, others)} of {points}" if name.startswith(OURS) else "")
+        cells.append(f"{_filled(results, workers, name):.0%}")
         yield f"| {name} | {' | '.join(cells)} | {len(rows)} |"
+
+
+def _filled(results: Results, workers: int, method: str) -> float:
+    """Return the share of the candidates of a method that were drawn in its place."""
+    runs = [r for r in results["runs"] if r["workers"] == workers and r["method"] == method]
+    return float(sum(r["filled"] for r in runs) / sum(r["started"] for r in runs))
 
 
 def _at(rows: Array, percent: int) -> Array:
@@ -252,7 +255,7 @@ def figure(results: Results) -> go.Figure:
 
 def write(results: Results, table: Table, folder: Path) -> None:
     """Write the page and the picture into a folder; the picture needs Chromium."""
-    head = HEAD.format(**results, first=FROM, level=LEVEL)
+    head = HEAD.format(**results, first=FROM, level=LEVEL, free_repeats=FREE_REPEATS)
     text = "\n".join([head, *tables(results), *draws.lines(), *ranks(table)])
     (folder / "search_benchmark.md").write_text(text, encoding="utf-8")
     save(figure(results), SIZE, folder / "search.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from moenas.search.neighbours import point
 
 Params = dict[str, Any]
 FREE_REPEATS = 50
-"""Repeated proposals in a row that cost nothing. After them there is one for each new result."""
+"""Repeated proposals in a row that cost nothing. After them each worker asks only once."""
 
 
 @dataclass(frozen=True)
@@ -58,44 +59,44 @@ class TrainsToTheEnd:
         return None
 
 
-@dataclass(frozen=True)
-class Found:
-    """A candidate that is trained to its end."""
-
-    fingerprint: str
-    spent: float
-    """Training FLOPs of all candidates until then."""
-    held: float
-    """Training FLOPs that all workers could have done until then; an idle worker counts."""
-
-
 @dataclass
 class Progress:
     """What a run has found."""
 
-    found: list[Found] = field(default_factory=list)
+    found: list[tuple[float, str]] = field(default_factory=list)
+    """Compute at the end of each candidate that is trained to its end, and its fingerprint."""
     started: int = 0
     """Candidates that were begun."""
     repeats: int = 0
     """Proposals of architectures that were proposed before."""
+    filled: int = 0
+    """Candidates that were drawn at random because the method repeated itself."""
 
 
 class Simulation:
-    """One run: workers, a clock, and a method.
+    """One run: workers that are always busy, a clock, and a method.
 
     Compute is training FLOPs. All workers have one speed, so the time of a candidate is its FLOPs.
     A repeated proposal of a finished or running architecture costs nothing, but without the `cache`
-    it is trained again. A worker is idle only while the method proposes nothing new.
+    it is trained again. A worker whose method repeats itself trains a new architecture, drawn at
+    random. The method learns its values once it proposes that architecture.
     """
 
     def __init__(
-        self, table: Table, space: Space, method: Method, workers: int, *, cache: bool = True
+        self,
+        table: Table,
+        space: Space,
+        method: Method,
+        workers: int,
+        *,
+        seed: int = 0,
+        cache: bool = True,
     ) -> None:
         self.table, self.space, self.method, self.workers = table, space, method, workers
         self.progress, self._cache = Progress(), cache
         self._spent, self._now = 0.0, 0.0
-        self._events: list[tuple[float, int, Proposal, str, int]] = []
-        """End of a rung, tie break, candidate, fingerprint, rung."""
+        self._events: list[tuple[float, int, Proposal | None, str, int]] = []
+        """End of a rung, tie break, candidate, fingerprint, rung. None for one drawn at random."""
         self._count = 0
         self._values: dict[str, Mapping[str, float]] = {}
         """Fingerprint -> values of the candidates that are trained to their end."""
@@ -103,7 +104,8 @@ class Simulation:
         """Candidate that did not go on -> what `_push` needs to train it on."""
         self._waiting: dict[str, list[int]] = {}
         """Fingerprint of a running candidate -> repeated proposals that wait for its values."""
-        self._left = FREE_REPEATS
+        self._asks_left = FREE_REPEATS
+        self._random = random.Random(seed)
 
     def run(self, budget: float) -> Progress:
         """Run until the started work has used up `budget` training FLOPs."""
@@ -129,29 +131,45 @@ class Simulation:
 
     def _start(self) -> bool:
         """Start one candidate; False if the method has none now."""
-        while self._left > 0:
+        for _ in range(max(1, self._asks_left)):
             proposal = self.method.ask()
             if proposal is None:
                 return False
+            self._asks_left -= 1
             drawn = point(self.space, 0, proposal.params)
             assert drawn is not None, "the space has no requirement, so every point is feasible"
             fingerprint = drawn.architecture.fingerprint
             known, running = fingerprint in self._values, fingerprint in self._waiting
             self.progress.repeats += known or running
-            self._left -= 1
             if self._cache and known:
                 self.method.tell(proposal.number, self._values[fingerprint])
             elif self._cache and running:
                 self._waiting[fingerprint].append(proposal.number)
             else:
-                self.progress.started += 1
-                self._left = FREE_REPEATS
-                self._waiting.setdefault(fingerprint, [])
-                self._push(proposal, fingerprint, 1)
+                self._asks_left = FREE_REPEATS
+                self._begin(proposal, fingerprint)
+                return True
+        return self._fill()
+
+    def _fill(self) -> bool:
+        """Start a random architecture that is new; False if a thousand draws give none."""
+        for _ in range(1000):
+            drawn = point(self.space, self._random.getrandbits(48))
+            assert drawn is not None
+            fingerprint = drawn.architecture.fingerprint
+            is_new = fingerprint not in self._values and fingerprint not in self._waiting
+            if is_new and fingerprint in self.table:
+                self.progress.filled += 1
+                self._begin(None, fingerprint)
                 return True
         return False
 
-    def _push(self, proposal: Proposal, fingerprint: str, rung: int) -> None:
+    def _begin(self, proposal: Proposal | None, fingerprint: str) -> None:
+        self.progress.started += 1
+        self._waiting.setdefault(fingerprint, [])
+        self._push(proposal, fingerprint, 1)
+
+    def _push(self, proposal: Proposal | None, fingerprint: str, rung: int) -> None:
         step = self.table.training_flops(fingerprint) / RUNGS
         self._spent += step
         event = (self._now + step, self._count, proposal, fingerprint, rung)
@@ -163,16 +181,17 @@ class Simulation:
         self._now, _, proposal, fingerprint, rung = heapq.heappop(self._events)
         values = self.values(fingerprint, rung)
         if rung < RUNGS:
-            if self.method.goes_on(proposal.number, rung, values):
+            if proposal is None or self.method.goes_on(proposal.number, rung, values):
                 self._push(proposal, fingerprint, rung + 1)
             else:
                 self._paused[proposal.number] = proposal, fingerprint, rung + 1
             return
         self._values[fingerprint] = values
-        self._left = max(self._left, 1)
-        held = self._now * self.workers
-        self.progress.found.append(Found(fingerprint, min(held, self._spent), held))
-        for number in (proposal.number, *self._waiting.pop(fingerprint, [])):
+        # At the end of a run some workers are idle.
+        spent = min(self._now * self.workers, self._spent)
+        self.progress.found.append((spent, fingerprint))
+        own = [] if proposal is None else [proposal.number]
+        for number in (*own, *self._waiting.pop(fingerprint, [])):
             self.method.tell(number, values)
 
     def values(self, fingerprint: str, rung: int) -> dict[str, float]:

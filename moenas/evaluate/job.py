@@ -7,11 +7,13 @@ import functools
 import math
 import os
 import platform
+import random
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -283,9 +285,10 @@ class _Run:
             metrics["val_loss"],
             metrics.get("bits_per_byte"),
             metrics["train_loss"],
-            known.seconds.get("train", 0.0),
+            known.seconds.get("train", math.nan),
             known.curve,
             known.routing,
+            known.measurements.get("val_loss", {}).get("acausal"),
         )
         self.measure(subject, trained)
 
@@ -417,6 +420,8 @@ class _Run:
             subject = subject.apart()
         try:
             with put_back():
+                # So that a value does not depend on the draws of training, or on its absence.
+                _seed_random(f"{subject.seed}:{objective.name}")
                 measurement = objective.measure(subject)
         except (CandidateError, InputError, MachineError, KeyboardInterrupt):
             raise
@@ -452,6 +457,14 @@ class _Run:
             weights_sha256=_digest(self.weights),
             **self.fields,
         )
+
+
+def _seed_random(text: str) -> None:
+    """Seed the generators of torch, numpy and Python by a text."""
+    seed = int(sha256(text.encode())[:8], 16)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def _digest(weights: bytes | WeightsFile | None) -> str | None:

@@ -31,6 +31,7 @@ class Training:
     train_loss: float
     """Mean of the last row of the curve, nats per token."""
     seconds: float
+    """NaN of a reused model whose first evaluation is deleted."""
     curve: list[CurvePoint]
     routing: list[RoutingRow]
     """A row for each MoE layer, in validation."""

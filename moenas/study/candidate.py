@@ -40,7 +40,7 @@ class Candidate:
     predicted: dict[str, float] = field(default_factory=dict)
     """Predicted latencies by which the candidate is refused before its training."""
     source: Evaluation | None = None
-    """The evaluation of its model in another study, if it is reused."""
+    """The evaluation of its model in another study that is reused, with the values that hold."""
     crashes: int = 0
     """How often its worker process died in this run."""
 
@@ -78,7 +78,7 @@ class Candidate:
         return one_line(self.plain) if self.plain else ""
 
     @property
-    def text(self) -> str:
+    def summary_with_source(self) -> str:
         """The architecture in one line, with the source of an evaluation that is reused."""
         if (source := self.source) is None:
             return self.summary

@@ -231,13 +231,14 @@ class Driver:
             return False
         candidate.source = source
         self.session.draws.started()
-        self._after(candidate, self.session.record(candidate, evaluation, "reused", candidate.text))
+        text = candidate.summary_with_source
+        self._after(candidate, self.session.record(candidate, evaluation, "reused", text))
         return True
 
     def _start(self, candidate: Candidate) -> None:
         """Send a candidate to the pool, which has room; a paused one continues where it stopped."""
         number = candidate.number
-        objectives, known = self.session.results.measuring(candidate)
+        objectives, known = self.session.results.job_of_source(candidate)
         fields = known or self.paused.job_fields(candidate)
         attempt = self.store.start_attempt(number)
         where: Plain = {"device": self.pool.device, "sharers": self.pool.sharers, **fields}
@@ -250,7 +251,7 @@ class Driver:
         if count > self.session.progress.total:
             self.session.set_total(count)
         kind: Kind = "promoted" if "paused" in fields else "started"
-        self.events.emit(kind, number, candidate.text)
+        self.events.emit(kind, number, candidate.summary_with_source)
 
     # --- from a result to an evaluation --------------------------------------------------------
 
@@ -356,8 +357,9 @@ class Driver:
         """Record the evaluation of a candidate that a worker has tried."""
         reused = evaluation.reused_from is not None and evaluation.status == "complete"
         kind: Kind = "reused" if reused else "finished"
+        text = candidate.summary_with_source if reused else candidate.summary
         with self.session.uncommitted.holding(evaluation):
-            stored = self.session.record(candidate, evaluation, kind, candidate.text)
+            stored = self.session.record(candidate, evaluation, kind, text)
         self._after(candidate, stored)
 
     def _fail(self, candidate: Candidate, failure: Failure) -> None:

@@ -13,7 +13,7 @@ from moenas.evaluate.dtypes import training_dtype
 from moenas.evaluate.job import versions
 from moenas.records import Evaluation, Plain, StudyRecord
 from moenas.space.stored_form import with_current_defaults
-from moenas.store import replicates, tables
+from moenas.store import replicates, row_readers, tables
 from moenas.store.study_store import StudyStore
 
 if TYPE_CHECKING:
@@ -38,14 +38,16 @@ class EvaluationCache:
     """Finds evaluations that can be reused; it is empty until `open`.
 
     An evaluation holds for a candidate if fingerprint, corpus, recipe, seed, measure protocol,
-    objectives, files of components, device and versions are the same. Under a budget of seconds
-    the training tokens must be the same, too; a candidate that is not timed has no known number.
+    files of components, device and versions are the same. `find` wants the same objectives, too.
+    Under a budget of seconds the training tokens must be the same; a candidate that is not timed
+    has no known number.
     """
 
     def __init__(self, store: StudyStore, space: Space) -> None:
         self._store, self._space = store, space
         self._studies: dict[str, _Study] = {}
-        self._names = frozenset(objective.name for objective in space.objectives)
+        self._digests = {o.name: o.info().sha256 for o in space.objectives}
+        self._meaning: Plain | None = None
         self._device: Plain = {}
 
     def open(self, device: str) -> None:
@@ -54,17 +56,20 @@ class EvaluationCache:
         own, cached_device = self._store.study(), devices.named(device)
         dtype = training_dtype(space.train, cached_device)
         self._device = devices.device_info(cached_device, space.train.threads, dtype)
-        meaning = _meaning(own, space.plain())
-        if meaning is None:
-            return
-        objectives = {objective.name: objective.info().sha256 for objective in space.objectives}
+        self._meaning = _meaning(own, space.plain())
         for other in self._store.store.studies():
-            digests = {info["name"]: info["sha256"] for info in other.objectives}
-            same = _meaning(other, with_current_defaults(other.space)) == meaning
-            if other.name != own.name and same:
-                shared = frozenset(name for name, _ in objectives.items() & digests.items())
-                seed = other.space.get("search", {}).get("seed")
-                self._studies[other.name] = _Study(seed, shared)
+            study = self._compared(other)
+            if other.name != own.name and study is not None:
+                self._studies[other.name] = study
+
+    def _compared(self, other: StudyRecord) -> _Study | None:
+        """Return what this study can reuse of another one; None if their values differ."""
+        meaning = _meaning(other, with_current_defaults(other.space))
+        if meaning is None or meaning != self._meaning:
+            return None
+        digests = {info["name"]: info["sha256"] for info in other.objectives}
+        shared = frozenset(name for name, _ in self._digests.items() & digests.items())
+        return _Study(other.space.get("search", {}).get("seed"), shared)
 
     def find(
         self, fingerprint: str, seed: int | None = None, tokens: int | None = None
@@ -78,25 +83,28 @@ class EvaluationCache:
         if self._space.train.has_time_budget and tokens is None:
             return None
         own = self._space.search.seed if seed is None else seed
-        whole = {name: s for name, s in self._studies.items() if s.objectives == self._names}
-        studies = [name for name, study in whole.items() if study.seed == own]
+        names = self._digests.keys()
+        others = {name: s for name, s in self._studies.items() if s.objectives == names}
+        studies = [name for name, study in others.items() if study.seed == own]
         for evaluation in self._evaluations(studies, fingerprint):
-            if self._is_whole(evaluation) and self._is_same(evaluation, own, tokens):
+            if evaluation.values.keys() >= names and self._is_same(evaluation, own, tokens):
                 return evaluation
-        if seed is None or not whole:
+        if seed is None or not others:
             return None
-        others = list(whole)
         rows = self._store.store.query(
-            lambda connection: replicates.of_model(connection, others, fingerprint, seed)
+            lambda connection: replicates.of_model(connection, list(others), fingerprint, seed)
         )
-        same = (row for row in rows if self._is_whole(row) and self._is_same(row, own, tokens))
+        same = (
+            row for row in rows if row.values.keys() >= names and self._is_same(row, own, tokens)
+        )
         return next(same, None)
 
     def find_trained(self, fingerprint: str) -> Evaluation | None:
-        """Return an evaluation of this architecture that lacks objectives of this study, or None.
+        """Return an evaluation of this architecture whose weights can be measured, or None.
 
-        It has the values that hold here, and its weights: the others can be measured from them.
-        None if no objective needs training, or under a budget of seconds.
+        It has only the values that hold here. A reused evaluation does not say how long training
+        took, and one of a model that looks ahead does not say where, so neither is returned. None
+        if no objective needs training, or under a budget of seconds.
         """
         objectives, seed = self._space.objectives, self._space.search.seed
         trains = any(objective.needs == "training" for objective in objectives)
@@ -108,6 +116,8 @@ class EvaluationCache:
             for evaluation in self._evaluations(studies, fingerprint)
             if evaluation.weights_sha256 is not None
             and "val_loss" in evaluation.metrics
+            and "train" in evaluation.seconds
+            and evaluation.metrics.get("causal") != 0
             and self._is_same(evaluation, seed, None)
         ]
         return max(found, key=lambda evaluation: len(evaluation.values), default=None)
@@ -118,9 +128,6 @@ class EvaluationCache:
         values = {k: v for k, v in evaluation.values.items() if k in shared}
         measurements = {k: v for k, v in evaluation.measurements.items() if k in shared}
         return replace(evaluation, values=values, measurements=measurements)
-
-    def _is_whole(self, evaluation: Evaluation) -> bool:
-        return evaluation.values.keys() >= self._names
 
     def _evaluations(self, studies: list[str], fingerprint: str) -> Iterator[Evaluation]:
         """Yield the complete evaluations of an architecture in some studies, the oldest first."""
@@ -144,8 +151,14 @@ class EvaluationCache:
 
         store = self._store.store
         for study, trial in store.query(read):
-            if (stored := store.evaluation(study, trial)) is not None:
+            stored = store.evaluation(study, trial)
+            if stored is not None and self._is_unchanged(study):
                 yield stored
+
+    def _is_unchanged(self, study: str) -> bool:
+        """Whether a study is the one that `open` saw, or one that means the same."""
+        records = self._store.store.query(lambda found: row_readers.studies(found, study))
+        return any(self._compared(record) == self._studies[study] for record in records)
 
     def _is_same(self, evaluation: Evaluation, seed: int, tokens: int | None) -> bool:
         """Whether an evaluation was made on this device, by these versions, and is no copy."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
-from moenas.errors import InputError, MoenasError
+from moenas.errors import InputError, MoenasError, NotFoundError
 from moenas.model.architecture import Architecture
 from moenas.records import Evaluation, Failure, Job, Plain, StudyRecord
 from moenas.search.trials import outcome
@@ -161,12 +161,24 @@ class Remeasurer:
     def _job(self, pool: Pool, known: Evaluation, objectives: Sequence[Objective]) -> Job:
         """Return the job of one trial, with its stored weights if an objective needs them."""
         name, runs, digest = self._space.name, self._store.runs, known.weights_sha256
-        more: Plain = {"known": known.plain()}
+        more: Plain = {"known": self._with_time(known).plain()}
         if digest and any(o.needs == "training" for o in objectives):
             more |= weights.for_job(runs, name, known.trial, digest)
         architecture = self._store.architecture(name, known.trial)
         more |= {"device": pool.device, "sharers": pool.sharers}
         return self._jobs.job(known.trial, known.attempt, architecture, objectives, **more)
+
+    def _with_time(self, known: Evaluation) -> Evaluation:
+        """Return a reused evaluation with the time of the training in the study that trained it."""
+        first: Evaluation | None = known
+        try:
+            while first is not None and (source := first.reused_from) is not None:
+                first = self._store.evaluation(source["study"], source["trial"])
+        except NotFoundError:  # that study is deleted
+            first = None
+        if first is None or "train" not in first.seconds:
+            return known
+        return replace(known, seconds=known.seconds | {"train": first.seconds["train"]})
 
     def _merged(
         self, known: Evaluation, result: Result, objectives: Sequence[Objective]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from moenas.pareto import unusable
 from moenas.records import Evaluation, Failure, Plain, WeightsFile
 from moenas.space.objective import Objective, apply_reference_times
 from moenas.store.checkpoints import write_checkpoint
+from moenas.store.files import remove_file
 from moenas.store.study_store import StudyStore
 from moenas.store.weights import (
     adopt_draft,
@@ -55,11 +56,14 @@ class ResultProcessor:
         Raises:
             StorageLostError: if the weights cannot be written.
         """
-        outcome, attempt = result.outcome, result.job.attempt
+        outcome, source = result.outcome, candidate.source
         if isinstance(outcome, Failure):
-            seed = self._space.search.seed
-            return candidate.evaluation(self._study, attempt, "failed", failure=outcome, seed=seed)
-        if (source := candidate.source) is not None:
+            attempt, seed = result.job.attempt, self._space.search.seed
+            known = {"failure": outcome, "seed": seed}
+            outcome = candidate.evaluation(self._study, attempt, "failed", **known)
+            if source is None:
+                return outcome
+        if source is not None:
             outcome = self._with_measured(source, outcome)
         evaluation = replace(outcome, fingerprint=candidate.fingerprint, cost=candidate.cost)
         if evaluation.status == "complete":
@@ -67,12 +71,12 @@ class ResultProcessor:
             evaluation, candidate.trained_violations = judged
         elif evaluation.status == "paused":
             return self._paused(evaluation, result)
-        digest = None
+        digest = None if source is None else source.weights_sha256
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
-        if source is not None and evaluation.status != "infeasible":
-            with suppress(InputError):  # they were there when it was started
-                digest = self._take_weights(candidate, source)
-        elif result.weights is not None and evaluation.status != "infeasible":
+        if evaluation.status == "infeasible":
+            digest = None
+            remove_file(weights_path(self._store.runs, self._study, candidate.number))
+        elif result.weights is not None and source is None:
             place = self._store.runs, self._study, candidate.number
             with self.writing():
                 if isinstance(result.weights, WeightsFile):
@@ -82,22 +86,32 @@ class ResultProcessor:
         self.remove_drafts(candidate.number)
         return replace(evaluation, weights_sha256=digest)
 
-    def measuring(self, candidate: Candidate) -> tuple[list[Objective], Plain]:
+    def job_of_source(self, candidate: Candidate) -> tuple[list[Objective], Plain]:
         """Return the objectives that a candidate is to be measured for, and fields of its job.
 
         Those are all of the study, and no field, unless another study has trained its model. Then
-        the job measures the missing objectives with the weights from there.
+        the trial gets the weights from there, and the job measures the missing objectives. A known
+        latency with another reference time than the study's is measured again.
         """
-        source = candidate.source
-        if source is None or source.weights_sha256 is None:
-            return list(self._space.objectives), {}
+        every, source = list(self._space.objectives), candidate.source
+        if source is None:
+            return every, {}
+        keys = {name: d.get("reference_key") for name, d in source.measurements.items()}
+        other = [n for n, key in keys.items() if key is not None and self._timed.get(n, key) != key]
+        values = {name: value for name, value in source.values.items() if name not in other}
+        missing = [objective for objective in every if objective.name not in values]
+        fields: Plain = {"known": replace(source, values=values).plain()}
         try:
-            weights = for_job(self._store.runs, source.study, source.trial, source.weights_sha256)
+            digest = self._take_weights(candidate, source)
+            if digest is not None and any(o.needs == "training" for o in missing):
+                fields |= for_job(self._store.runs, self._study, candidate.number, digest)
         except InputError:  # they are gone, so the model is trained
+            missing = []
+        if not missing:
             candidate.source = None
-            return list(self._space.objectives), {}
-        missing = [o for o in self._space.objectives if o.name not in source.values]
-        return missing, {"known": source.plain(), **weights}
+            return every, {}
+        candidate.source = replace(source, values=values)
+        return missing, fields
 
     def _with_measured(self, known: Evaluation, outcome: Evaluation) -> Evaluation:
         """Return the evaluation of another study with the objectives that were measured here."""

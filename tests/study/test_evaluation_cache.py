@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from studies import SMALL, assert_sound, fake, scripted, space
 
+from moenas.data.loading import load
 from moenas.errors import InputError
 from moenas.evaluate import devices
 from moenas.evaluate import job as measure
@@ -20,9 +22,14 @@ from moenas.report.summary import trial_report, trial_text
 from moenas.space.space import Space
 from moenas.store.spending import spending
 from moenas.store.store import Store
+from moenas.store.study_store import StudyStore
 from moenas.store.weights import read_weights, weights_path
 from moenas.study import doctor
+from moenas.study.deletion import delete_study
+from moenas.study.evaluation_cache import EvaluationCache
 from moenas.study.launch import Event, Study, load_study, run
+from moenas.study.remeasure import Remeasurer
+from moenas.workers.pool import open_pool
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("study_folder")]
 
@@ -335,3 +342,114 @@ def test_an_objective_that_fails_on_known_weights_can_be_measured_later() -> Non
     space = small("two", TWO, "[val_loss, norm.py]")
     mended = run(space, trials=6, workers="inline", accept_changes=True)
     assert {e.status for e in mended.view.evaluations} == {"complete"}
+
+
+def objective(name: str, value: str) -> None:
+    """Write an objective of the trained model."""
+    head = '"Doc."\nimport torch\ndirection = "minimize"\nunit = ""\nneeds = "training"\n'
+    Path(f"{name}.py").write_text(f"{head}\ndef measure(subject):\n    return float({value})\n")
+
+
+def test_random_numbers_of_an_objective_do_not_depend_on_the_training() -> None:
+    objective("noise", "torch.rand(1)")
+    run(small("one"), trials=1, workers="inline")
+    second = run(small("two", TWO, "[val_loss, noise.py]"), trials=1, workers="inline")
+    again = small("three", TWO, "[val_loss, noise.py]")
+    fresh = run(again, trials=1, workers="inline", fresh=True)
+    assert (len(reused(second)), len(reused(fresh))) == (1, 0)
+    assert second.evaluation(0).values == fresh.evaluation(0).values
+
+
+def test_the_time_of_training_comes_from_the_study_that_trained() -> None:
+    objective("seconds", "subject.training.seconds")
+    first = run(small("one"), trials=1, workers="inline")
+    run(small("two", TWO, "[val_loss, flops_per_token, total_params]"), trials=1, workers="inline")
+    wanted = "[val_loss, flops_per_token, total_params, seconds.py]"
+    wanted_space = small("three", TWO, wanted)
+    third = run(wanted_space, trials=1, workers="inline")
+    assert reused(third) == {0: ("one", 0)}
+    seconds = first.evaluation(0).seconds["train"]
+    assert third.evaluation(0).values["seconds"] == seconds
+    corpus = load(wanted_space.data)
+    with closing(open_pool("inline", wanted_space.search)) as pool:
+        Remeasurer(third.store, wanted_space, corpus).run(pool, [wanted_space.objectives[-1]])
+    assert load_study("three").evaluation(0).values["seconds"] == seconds
+
+
+def test_a_latency_with_another_reference_time_is_measured_again() -> None:
+    decode = "[val_loss, decode_ms]"
+    run(small("two", TWO, decode), trials=1, workers="inline")
+    run(small("one", TWO, decode), trials=2, workers="inline", fresh=True)
+    with sqlite3.connect("moenas.db") as database:
+        database.execute(
+            "UPDATE moenas_value SET"
+            " measurement = json_set(measurement, '$.reference_key', 'another machine')"
+            " WHERE study = 'one' AND objective = 'decode_ms'"
+        )
+    second = run(small("two", TWO, decode), trials=2, workers="inline")
+    assert_sound(second, 2)
+    assert reused(second) == {1: ("one", 1)}
+    keys = {e.measurements["decode_ms"]["reference_key"] for e in second.view.evaluations}
+    assert len(keys) == 1
+    assert keys != {"another machine"}
+    assert trained_in(second) == 1
+
+
+def test_weights_of_a_source_that_is_deleted_meanwhile_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("norm.py").write_text(NORM)
+    first = run(small("one"), trials=1, workers="inline")
+    evaluate = measure.evaluate
+
+    def delete(job: Job) -> Any:
+        weights_path(first.store.runs, "one", 0).unlink()
+        return evaluate(job)
+
+    monkeypatch.setattr(measure, "evaluate", delete)
+    second = run(small("two", TWO, "[val_loss, norm.py]"), trials=1, workers="inline")
+    assert second.evaluation(0).status == "complete"
+    read_weights(second.store.runs, "two", 0, str(first.evaluation(0).weights_sha256))
+
+
+def test_a_measurement_that_crashes_keeps_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("norm.py").write_text(NORM)
+    first = run(small("one"), trials=1, workers="inline")
+    evaluate = measure.evaluate
+
+    def crash(job: Job) -> Any:
+        if job.known is not None:
+            raise RuntimeError("lost")
+        return evaluate(job)
+
+    monkeypatch.setattr(measure, "evaluate", crash)
+    second = run(small("two", TWO, "[val_loss, norm.py]"), trials=2, workers="inline")
+    known = second.evaluation(0)
+    assert known.status == "failed"
+    assert known.values == {"val_loss": first.evaluation(0).values["val_loss"]}
+    assert known.weights_sha256 == first.evaluation(0).weights_sha256
+
+
+def test_a_study_that_was_made_again_meanwhile_is_another_one() -> None:
+    run(small("one"), trials=1, workers="inline")
+    second = run(small("two"), trials=1, workers="inline", fresh=True)
+    wanted = small("two", TWO, "[val_loss, total_params]")
+    cache = EvaluationCache(StudyStore(second.store, "two"), wanted)
+    cache.open("cpu")
+    fingerprint = second.evaluation(0).fingerprint
+    assert cache.find_trained(fingerprint) is not None
+    delete_study(second.store, "one", "")
+    run(small("one", "tokens: 512", "tokens: 576"), trials=1, workers="inline", fresh=True)
+    assert cache.find_trained(fingerprint) is None
+
+
+def test_a_model_that_looks_ahead_is_trained_again() -> None:
+    router = "{selection: expert_choice, allow_acausal: true}"
+    ahead = f"ffn: {{kind: moe, n_experts: 4, d_expert: 16, router: {router}}}"
+    dense = "ffn: {kind: dense, activation: swiglu, d_ff: 16}"
+    first = run(small("one", dense, ahead), trials=1, workers="inline")
+    assert first.evaluation(0).metrics["causal"] == 0
+    space = small("two", dense, ahead)
+    space = Space.parse(space.text.replace(TWO, "[val_loss, total_params]"), "s.yaml")
+    space = space.with_search(sampler="grid", trials=1)
+    assert reused(run(space, workers="inline")) == {}
