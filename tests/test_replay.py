@@ -93,6 +93,8 @@ def test_every_row_is_its_architecture_with_falling_losses() -> None:
     assert not rows.duplicated(["fingerprint", "seed"]).any()
     assert rows.groupby("seed")["fingerprint"].nunique().to_dict() == {0: 983, 1: 99, 2: 99}
     assert set(rows["fingerprint"]) == set(rows.loc[rows["seed"] == 0, "fingerprint"])
+    assert rows["decode_ratio"].between(0.1, 2.0).all()
+    assert rows["decode_spread"].between(0.0, 0.05).all()
     for row in table.rows.sample(20, random_state=0).to_dict("records"):
         architecture = Architecture.parse(json.loads(row["architecture"]))
         assert architecture.fingerprint == row["fingerprint"]
@@ -162,6 +164,13 @@ def test_a_method_has_what_the_simulation_calls(method: type[Method]) -> None:
     for name in ("ask", "goes_on", "resumed", "tell"):
         wanted, has = (inspect.signature(getattr(cls, name)) for cls in (Method, method))
         assert list(has.parameters) == list(wanted.parameters)
+
+
+def test_no_stored_curve_is_above_the_limit() -> None:
+    results = json.loads((FOLDER.parent / "results" / "search.json").read_text())
+    for run in results["runs"]:
+        limit = np.array(results["limits"][str(run["workers"])])
+        assert (np.array(run["curve"]) <= limit + 1e-4).all(), run["method"]
 
 
 def test_the_judge_averages_noise_away() -> None:
