@@ -117,7 +117,7 @@ def test_it_costs_little() -> None:
     for _ in range(100):
         with put_back():
             pass
-    assert (time.perf_counter() - began) / 100 < 0.02
+    assert (time.perf_counter() - began) / 100 < 0.2
 
 
 def test_what_is_printed_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
