@@ -211,8 +211,8 @@ def test_a_stop_before_a_first_candidate_is_said() -> None:
 @pytest.mark.parametrize(
     ("stop", "message"),
     [
-        ("{wall_time: 2 weeks}", "stop: wall_time: '2 weeks' is not a duration; write seconds"),
-        ("{wall_time: 0}", "stop: wall_time: 0.0 is not a duration"),
+        ("{wall_time: 2 weeks}", "stop.wall_time: '2 weeks' is not a duration; write seconds"),
+        ("{wall_time: 0}", "stop.wall_time: 0.0 is not a duration"),
         ("{train_flops: 0}", "stop.train_flops: 0 is not a number of at least 1"),
         ("{plateau: {improvement: 0.1}}", "stop.plateau: 'trials' is missing"),
         ("{plateau: 50}", "stop.plateau: 50 is not a mapping"),
