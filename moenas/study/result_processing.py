@@ -71,12 +71,14 @@ class ResultProcessor:
             evaluation, candidate.trained_violations = judged
         elif evaluation.status == "paused":
             return self._paused(evaluation, result)
-        digest = None if source is None else source.weights_sha256
+        digest = None
         # The weights of a candidate whose objective failed are kept, so that it can be remeasured.
-        if evaluation.status == "infeasible":
-            digest = None
-            remove_file(weights_path(self._store.runs, self._study, candidate.number))
-        elif result.weights is not None and source is None:
+        if source is not None:
+            digest = source.weights_sha256
+            if evaluation.status == "infeasible":
+                digest = None
+                remove_file(weights_path(self._store.runs, self._study, candidate.number))
+        elif result.weights is not None and evaluation.status != "infeasible":
             place = self._store.runs, self._study, candidate.number
             with self.writing():
                 if isinstance(result.weights, WeightsFile):
@@ -100,7 +102,8 @@ class ResultProcessor:
         other = [n for n, key in keys.items() if key is not None and self._timed.get(n, key) != key]
         values = {name: value for name, value in source.values.items() if name not in other}
         missing = [objective for objective in every if objective.name not in values]
-        fields: Plain = {"known": replace(source, values=values).plain()}
+        known = replace(source, values=values)
+        fields: Plain = {"known": known.plain()}
         try:
             digest = self._take_weights(candidate, source)
             if digest is not None and any(o.needs == "training" for o in missing):
@@ -110,7 +113,7 @@ class ResultProcessor:
         if not missing:
             candidate.source = None
             return every, {}
-        candidate.source = replace(source, values=values)
+        candidate.source = known
         return missing, fields
 
     def _with_measured(self, known: Evaluation, outcome: Evaluation) -> Evaluation:
